@@ -1,0 +1,102 @@
+"""THE time convention, and the path between data and noise.
+
+``t = 0`` is data, ``t = 1`` is noise: ``x_t = (1 - t) x_0 + t eps``, velocity ``v = eps - x_0`` (METHOD 2). A network gives
+the average velocity ``u`` from t down to r, ``0 <= r <= t``; one step is ``x_r = x_t - (t - r) u``; r = t is the
+instantaneous (multi-step) mode, r < t the few-step mode.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mfcore.types import AUDIO, Levels, Streams
+
+
+def interpolate(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) x_0 + t eps."""
+    return (1 - t) * x0 + t * eps
+
+
+def velocity(x0: Tensor, eps: Tensor) -> Tensor:
+    """v = eps - x_0."""
+    return eps - x0
+
+
+def data_from_velocity(xt: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """x_0 = x_t - t v."""
+    return xt - t * v
+
+
+def noise_from_velocity(xt: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """eps = x_t + (1 - t) v."""
+    return xt + (1 - t) * v
+
+
+def move(xt: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """x_r = x_t - (t - r) u: one step along the average velocity."""
+    return xt - (t - r) * u
+
+
+def shift_time(t: Tensor, s: float) -> Tensor:
+    """shift_s(t) = s t / (1 + (s - 1) t); shifts compose: shift_a(shift_b(t)) = shift_ab(t)."""
+    return s * t / (1 + (s - 1) * t)
+
+
+def unshift_time(t: Tensor, s: float) -> Tensor:
+    """Inverse of ``shift_time``."""
+    return shift_time(t, 1 / s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeConfig:
+    """Noise levels of one run."""
+
+    shift: dict[str, float]  # time shift per modality; 1 leaves time alone
+    logit_mean: float = 0.0  # of the logit-normal that training times are drawn from
+    logit_std: float = 1.0
+    uniform_share: float = 0.1  # share of training times drawn uniformly from (0, 1], where samplers start
+    independent: bool = False  # draw a separate level per modality instead of one shared by both
+
+    def __post_init__(self) -> None:
+        if any(s <= 0 for s in self.shift.values()):
+            raise ValueError(f"time shifts must be positive, got {self.shift}")
+
+
+def training_times(config: TimeConfig, draws: Float[Tensor, "*batch 3"], modality: str) -> Float[Tensor, "*batch"]:
+    """Logit-normal times, shifted, with a uniform share on (0, 1] (METHOD 2).
+
+    ``draws`` are uniform in [0, 1): which law, its quantile, and a second quantile for ``independent`` levels.
+    """
+    second = config.independent and modality == AUDIO
+    quantile = draws[..., 2 if second else 1].double()
+    normal = torch.special.ndtri(quantile.clamp(1e-6, 1 - 1e-6))
+    t = torch.where(
+        draws[..., 0] < config.uniform_share,
+        1 - quantile,  # (0, 1]: every sampler starts at 1, which a logit-normal almost never visits
+        torch.sigmoid(config.logit_mean + config.logit_std * normal),
+    )
+    return shift_time(t, config.shift[modality]).float()
+
+
+def expand(level: Float[Tensor, "B K"], chunk: Tensor, like: Tensor) -> Tensor:
+    """A level per chunk -> a level per latent, shaped to multiply ``like`` (B, n, C, ...).
+
+    Chunk numbers are counted from the first one in ``chunk``.
+    """
+    per_latent = level[:, chunk - chunk[0]]
+    return per_latent.reshape(per_latent.shape + (1,) * (like.ndim - 2)).to(like.dtype)
+
+
+def noise_streams(streams: Streams, eps: dict[str, Tensor], t: Levels) -> dict[str, Tensor]:
+    """x_t of every modality."""
+    return {m: interpolate(s.latents, eps[m], expand(t[m], s.chunk, s.latents)) for m, s in streams.items()}
+
+
+def move_streams(x: Streams, u: dict[str, Tensor], t: Levels, r: Levels) -> Streams:
+    """One step of every modality."""
+    return {
+        m: s.with_latents(move(s.latents, u[m], expand(t[m], s.chunk, s.latents), expand(r[m], s.chunk, s.latents)))
+        for m, s in x.items()
+    }

@@ -1,0 +1,151 @@
+"""What one modality brings: latents to tokens and back, its conditions, its noise-level embedding, its blocks.
+
+Letters: B batch, n latents, C channels, h w latent size, N tokens, K chunks, d width.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mfcore.model.block import Block, TextTokens, modulate
+from mfcore.model.cache import Positions
+from mfcore.model.config import BranchConfig, ModelConfig
+from mfcore.model.rope import time_angles
+from mfcore.types import Condition, Stream
+
+FOURIER_WIDTH = 128
+NOISE_SCALE = 1000.0  # noise levels in [0, 1] are embedded like the integer steps 0..1000
+DURATION_SCALE = 100.0
+
+
+def fourier(x: Float[Tensor, "*batch"], scale: float) -> Float[Tensor, "*batch f"]:
+    """Cosines and sines of x * scale at log-spaced frequencies, always float32: bf16 would blur t - r (METHOD 2)."""
+    half = FOURIER_WIDTH // 2
+    freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    phase = x.float()[..., None] * scale * freqs
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+def _mlp(width: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+class LevelEmbedding(nn.Module):
+    """Noise level t, interval t - r (gated: r = t is the multi-step network exactly and for ever), and trust label."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.level = _mlp(FOURIER_WIDTH, dim)
+        self.interval = _mlp(FOURIER_WIDTH, dim)
+        self.trust = _mlp(FOURIER_WIDTH, dim)
+        self.shared = nn.Linear(dim, 6 * dim)
+        self.final = nn.Linear(dim, 2 * dim)
+
+    def forward(
+        self, t: Float[Tensor, "B K"], r: Float[Tensor, "B K"], trust: Float[Tensor, " B"] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Modulation shared by all blocks (B, K, 6 d), and that of the output (B, K, 2 d)."""
+        # METHOD 2: e = 1[t > r] MLP(feat(t - r)), last layer zero at the start
+        e = self.level(fourier(t, NOISE_SCALE))
+        e = e + (t > r)[..., None] * self.interval(fourier(t - r, NOISE_SCALE))
+        if trust is not None:
+            # s = 0 is real history and must change nothing, whatever was learned
+            e = e + ((trust > 0)[:, None] * self.trust(fourier(trust, NOISE_SCALE)))[:, None]
+        e = torch.nn.functional.silu(e)
+        return self.shared(e), self.final(e)
+
+
+class TextInput(nn.Module):
+    """Caption and transcript embeddings to the branch's width, each preceded by a learned "nothing here" token."""
+
+    def __init__(self, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.caption = nn.Linear(text_dim, dim)
+        self.words = nn.Linear(text_dim + FOURIER_WIDTH, dim)
+        self.nothing = nn.Embedding(2, dim)
+
+    def forward(self, cond: Condition) -> tuple[Float[Tensor, "B 1+L d"], Float[Tensor, "B 1+W d"]]:
+        batch = cond.caption.shape[0]
+        nothing = self.nothing(torch.arange(2, device=cond.caption.device))
+        seconds = (cond.word_times[..., 1] - cond.word_times[..., 0]).float()
+        words = torch.cat([cond.words, fourier(seconds, DURATION_SCALE).to(cond.words.dtype)], dim=-1)
+        return (
+            torch.cat([nothing[0].expand(batch, 1, -1), self.caption(cond.caption)], dim=1),
+            torch.cat([nothing[1].expand(batch, 1, -1), self.words(words)], dim=1),
+        )
+
+
+class Branch(nn.Module):
+    """One modality of the network."""
+
+    def __init__(self, model: ModelConfig, config: BranchConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        width = config.channels * config.patch[0] * config.patch[1]
+        self.embed = nn.Linear(width, model.dim)
+        self.embed_sink = nn.Linear(width, model.dim)  # first frame or voice: coded apart from the latents that follow
+        self.absent = nn.Embedding(1, model.dim)  # stands for a reference voice that is not given
+        self.levels = LevelEmbedding(model.dim)
+        self.text = TextInput(model.text_dim, model.dim)
+        self.blocks = nn.ModuleList(Block(model.dim, model.heads, model.mlp_ratio) for _ in range(model.layers))
+        self.head = nn.Linear(model.dim, width)
+
+    def patches(self, stream: Stream) -> Float[Tensor, "B N p"]:
+        """Latents cut into tokens."""
+        x = stream.latents if stream.latents.ndim == 5 else stream.latents[..., None, None]
+        (p, q), (h, w) = self.config.patch, self.config.grid
+        return rearrange(x, "b n c (h p) (w q) -> b (n h w) (c p q)", p=p, q=q, h=h, w=w)
+
+    def unpatch(self, tokens: Float[Tensor, "B N p"], like: Tensor) -> Tensor:
+        """Inverse of ``patches``, in the shape of ``like``."""
+        (p, q), (h, w) = self.config.patch, self.config.grid
+        x = rearrange(tokens, "b (n h w) (c p q) -> b n c (h p) (w q)", p=p, q=q, h=h, w=w)
+        return x.reshape(like.shape)
+
+    def positions(self, stream: Stream, branch: int) -> Positions:
+        """Where each token of the stream stands."""
+        (h, w), n = self.config.grid, stream.times.shape[0]
+        ys, xs = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        return Positions(
+            chunk=stream.chunk.repeat_interleave(h * w),
+            times=stream.times.repeat_interleave(h * w),
+            ys=ys.flatten().repeat(n),
+            xs=xs.flatten().repeat(n),
+            branch=torch.full((n * h * w,), branch),
+        )
+
+    def sink_tokens(self, stream: Stream, present: Bool[Tensor, " B"] | None) -> Float[Tensor, "B N d"]:
+        """Tokens of the first frame or of the reference voice; rows without one get the learned stand-in."""
+        tokens = self.embed_sink(self.patches(stream))
+        if present is None:
+            return tokens
+        absent = self.absent(torch.zeros((), dtype=torch.long, device=tokens.device))
+        return torch.where(present[:, None, None], tokens, absent.to(tokens.dtype))
+
+    def text_tokens(self, cond: Condition, at: Positions, *, silent: bool) -> TextTokens:
+        """Embedded conditions for tokens at ``at``. ``silent``: the sink reads none, because it outlives their change."""
+        caption, words = self.text(cond)
+        device, scale = caption.device, self.model.rope_seconds_scale
+        one = torch.ones(caption.shape[0], 1, dtype=torch.bool, device=device)
+        middle = cond.word_times.mean(-1)
+        gap = (middle[:, None, :] - at.times.to(device)[None, :, None]).abs()
+        near = (gap <= self.model.word_horizon_seconds) & cond.words_mask[:, None, :] & (not silent)
+        return TextTokens(
+            caption=caption,
+            caption_mask=torch.cat([one, cond.caption_mask & (not silent)], dim=1)[:, None, None],
+            words=words,
+            words_mask=torch.cat([one[:, None].expand(-1, len(at), -1), near], dim=2)[:, None],
+            words_angle=time_angles(middle, self.model.head_dim, scale)[:, None],
+            token_angle=time_angles(at.times, self.model.head_dim, scale).to(device),
+        )
+
+    def velocity(
+        self, x: Float[Tensor, "B N d"], final: Float[Tensor, "B K pd"], chunk: Tensor, like: Tensor
+    ) -> Tensor:
+        """Tokens to velocities, in float32."""
+        shift, scale = final[:, chunk].float().chunk(2, dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.unpatch(self.head(modulate(x.float(), shift, scale)), like)

@@ -1,0 +1,90 @@
+"""What a network remembers: keys and values of the sink and of past chunks, layer by layer."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """Keys and values of one layer."""
+
+    k: Float[Tensor, "B H N d"]
+    v: Float[Tensor, "B H N d"]
+
+    def detach(self) -> "KeyValue":
+        return KeyValue(self.k.detach(), self.v.detach())
+
+    def rows(self, index: Tensor) -> "KeyValue":
+        return KeyValue(self.k[index], self.v[index])
+
+    def join(self, other: "KeyValue") -> "KeyValue":
+        return KeyValue(torch.cat([self.k, other.k], dim=2), torch.cat([self.v, other.v], dim=2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """Where the tokens of one pass stand: chunk, seconds, row, column and branch number of each."""
+
+    chunk: Int64[Tensor, " N"]
+    times: Float64[Tensor, " N"]
+    ys: Int64[Tensor, " N"]
+    xs: Int64[Tensor, " N"]
+    branch: Int64[Tensor, " N"]
+
+    def __len__(self) -> int:
+        return self.chunk.shape[0]
+
+    def join(self, other: "Positions") -> "Positions":
+        return Positions(**{k: torch.cat([v, vars(other)[k]]) for k, v in vars(self).items()})
+
+    def where(self, keep: Tensor) -> "Positions":
+        return Positions(**{k: v[keep] for k, v in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayeredMemory:
+    """Sink keys are kept unrotated, because their offset is constant and not their position; past keys are kept rotated.
+
+    Values, never changed in place: a memory may be shared by many passes, snapshotted by keeping it, and continued.
+    """
+
+    window: int  # chunks of history that a chunk may see
+    sink: tuple[KeyValue, ...]
+    sink_at: Positions
+    past: tuple[KeyValue, ...] = ()
+    past_at: Positions | None = None
+
+    def detach(self) -> "LayeredMemory":
+        return replace(self, sink=tuple(kv.detach() for kv in self.sink), past=tuple(kv.detach() for kv in self.past))
+
+    def rows(self, index: Tensor) -> "LayeredMemory":
+        return replace(
+            self, sink=tuple(kv.rows(index) for kv in self.sink), past=tuple(kv.rows(index) for kv in self.past)
+        )
+
+    def append(self, layers: list[KeyValue], at: Positions) -> "LayeredMemory":
+        """A memory that also holds the (rotated) keys and the values of the tokens ``at``."""
+        if self.past_at is None:
+            return replace(self, past=tuple(layers), past_at=at)
+        past = tuple(old.join(new) for old, new in zip(self.past, layers, strict=True))
+        return replace(self, past=past, past_at=self.past_at.join(at))
+
+    def advance(self, chunk: int) -> "LayeredMemory":
+        """Forget chunks that ``chunk`` and its successors cannot see."""
+        if self.past_at is None:
+            return self
+        keep = self.past_at.chunk >= chunk - self.window
+        if bool(keep.all()):
+            return self
+        index = keep.nonzero()[:, 0].to(self.past[0].k.device)
+        past = tuple(KeyValue(kv.k.index_select(2, index), kv.v.index_select(2, index)) for kv in self.past)
+        return replace(self, past=past, past_at=self.past_at.where(keep))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held by keys and values."""
+        tensors = [t for kv in (*self.sink, *self.past) for t in (kv.k, kv.v)]
+        return sum(t.numel() * t.element_size() for t in tensors)

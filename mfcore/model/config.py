@@ -1,0 +1,57 @@
+"""What defines a network: it travels in ``model.json`` and rebuilds the network without any other file."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchConfig:
+    """Latents of one modality and how they become tokens."""
+
+    channels: int  # latent channels
+    size: tuple[int, int] = (1, 1)  # latent height and width; (1, 1) for audio
+    patch: tuple[int, int] = (1, 1)  # latent positions merged into one token, height and width
+
+    def __post_init__(self) -> None:
+        if self.size[0] % self.patch[0] or self.size[1] % self.patch[1]:
+            raise ValueError(f"latent size {self.size} is not a multiple of the patch {self.patch}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tokens per latent, vertical and horizontal."""
+        return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per latent."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One network: a branch per modality present, coupled in self-attention."""
+
+    branches: dict[str, BranchConfig]
+    dim: int  # width of a branch
+    layers: int
+    heads: int
+    mlp_ratio: float = 4.0  # feed-forward width over dim
+    text_dim: int  # width of caption and transcript embeddings
+    chunk_seconds: float  # length of a chunk
+    window_chunks: int  # history chunks that a chunk may attend to
+    rope_seconds_scale: float = 8.0  # rotary time units per second
+    word_horizon_seconds: float = 1.0  # transcript further away than this is not attended to
+    coupled: bool = True  # False: branches attend to themselves only (ablation)
+
+    def __post_init__(self) -> None:
+        if not self.branches:
+            raise ValueError("a model needs at least one branch: video, audio or both")
+        if self.dim % self.heads or (self.dim // self.heads) % 8:
+            raise ValueError(
+                f"dim {self.dim} / heads {self.heads} must be a multiple of 8 (rotary: half time, quarters space)"
+            )
+        if self.window_chunks < 1:
+            raise ValueError("the attention window must hold at least one chunk of history")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads

@@ -1,0 +1,75 @@
+"""Distribution matching: the difference of two scores moves the few-step samples (METHOD 6, steps 4 and 5)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from mfcore.flow import noise_streams, velocity
+from mfcore.objectives.terms import Term, chunk_means
+from mfcore.steps import Context, Schedule, levels, solver_step
+from mfcore.types import Levels, Stream, Streams
+
+
+def finish(
+    context: Context, stash: Streams, plan: Schedule, exit_step: int, *, jump: bool = False
+) -> dict[str, Stream]:
+    """From the stashed state at level t_j to t = 0 by the remaining few-step calls, with gradient.
+
+    A flow map finishes its schedule; ``jump`` goes from t_j to 0 in one call (ablation: how re-noising samplers do it).
+    """
+    steps = len(next(iter(plan.values()))) - 1
+    path = [exit_step, steps] if jump else list(range(exit_step, steps + 1))
+    x = dict(stash)
+    for j, following in zip(path, path[1:], strict=False):
+        t, r = (levels(x, {m: line[i] for m, line in plan.items()}) for i in (j, following))
+        x = dict(solver_step(context, x, t, r, "few"))
+    return x
+
+
+def normalised_gap(
+    v_real: Tensor, v_fake: Tensor, v_sample: Tensor, chunk: Int64[Tensor, " n"], floor: float
+) -> Tensor:
+    """g = (v_real - v_fake) / max(mean |v_real - v_sample|, floor), the mean per sample, chunk and modality.
+
+    ``v_sample = eps - y``. g points from real to fake in x_0 (the level cancels): samples move along minus g.
+    """
+    scale = chunk_means((v_real - v_sample).abs(), chunk).clamp_min(floor)
+    per_latent = scale[:, (chunk - chunk[0]).to(scale.device)]
+    return (v_real - v_fake) / per_latent.reshape(per_latent.shape + (1,) * (v_real.ndim - 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DmdTerms:
+    """The student's terms, and the fake score's own flow-matching terms from the same evaluation."""
+
+    student: list[Term]
+    fake: list[Term]
+
+
+def dmd_terms(
+    y: Streams, real: Context, fake: Context, eps: dict[str, Tensor], tau: Levels, *, weight: float, floor: float = 1e-3
+) -> DmdTerms:
+    """L = 1/2 mean (y - stopgrad(y - g))^2 for the student; flow matching on stopgrad(y) for the fake score.
+
+    ``y``: few-step samples with gradient. ``real``: guided multi-step mode, without gradient. ``fake``: its gradient
+    belongs to the fake score alone.
+    """
+    still = {m: s.with_latents(s.latents.detach()) for m, s in y.items()}
+    noisy = noise_streams(still, eps, tau)
+    x = {m: s.with_latents(noisy[m]) for m, s in still.items()}
+    with torch.no_grad():
+        v_real = real.velocity(x, tau, tau)
+    v_fake = fake.velocity(x, tau, tau)
+    student: list[Term] = []
+    own: list[Term] = []
+    for m, s in y.items():
+        v_sample = velocity(still[m].latents, eps[m])
+        g = normalised_gap(v_real[m].float(), v_fake[m].detach().float(), v_sample, s.chunk, floor)
+        goal = (s.latents - g).detach()
+        pull = chunk_means(0.5 * (s.latents - goal) ** 2, s.chunk)
+        student.append(Term(name="dmd", modality=m, values=pull, weight=weight, level=tau[m]))
+        miss = chunk_means((v_fake[m].float() - v_sample) ** 2, s.chunk)
+        own.append(Term(name="fake_score", modality=m, values=miss, level=tau[m]))
+    return DmdTerms(student=student, fake=own)

@@ -1,0 +1,91 @@
+"""Flow matching by teacher forcing: every chunk of a clip is denoised at once, each given the real chunks before it.
+
+Letters: B samples, K chunks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mfcore.flow import TimeConfig, noise_streams, training_times, velocity
+from mfcore.objectives.terms import StepInfo, Term, chunk_means
+from mfcore.rng import normal_rows, uniform_rows
+from mfcore.steps import Context
+from mfcore.types import AVBatch, Levels, Streams, VelocityModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingConfig:
+    """Teacher forcing, for the stages video, audio and joint."""
+
+    time: TimeConfig
+
+
+def draw_noise(streams: Streams, seed: int, name: str, samples: Tensor) -> dict[str, Tensor]:
+    """Noise of every modality, row i from (seed, name, samples[i]) alone."""
+    return {m: normal_rows(seed, f"{name}/{m}", samples, s.latents) for m, s in streams.items()}
+
+
+def draw_levels(
+    config: TimeConfig, streams: Streams, seed: int, name: str, samples: Tensor
+) -> dict[str, Float[Tensor, "B K"]]:
+    """A training level for each chunk of each sample."""
+    some = next(iter(streams.values()))
+    chunks = int(some.chunk[-1] - some.chunk[0]) + 1
+    draws = uniform_rows(seed, name, samples, chunks, 3)
+    return {m: training_times(config, draws, m).to(s.latents.device) for m, s in streams.items()}
+
+
+def flow_matching_terms(
+    context: Context,
+    clean: Streams,
+    eps: dict[str, Tensor],
+    t: Levels,
+    *,
+    name: str = "flow_matching",
+    weight: float = 1.0,
+) -> list[Term]:
+    """mean (u(x_t, t, t) - (eps - x_0))^2 per sample, chunk and modality; ``context`` holds the history."""
+    noisy = noise_streams(clean, eps, t)
+    u = context.velocity({m: s.with_latents(noisy[m]) for m, s in clean.items()}, t, t)
+    return [
+        Term(
+            name=name,
+            modality=m,
+            values=chunk_means((u[m].float() - velocity(s.latents, eps[m])) ** 2, s.chunk),
+            weight=weight,
+            level=t[m],
+        )
+        for m, s in clean.items()
+    ]
+
+
+class FlowMatching:
+    """The objective of the stages video, audio and joint."""
+
+    needs = ("student",)
+
+    def __init__(self, config: FlowMatchingConfig) -> None:
+        self.config = config
+
+    def __call__(self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo) -> dict[str, list[Term]]:
+        context = Context(model=models["student"], cond=batch.cond).remember(batch.streams, None)
+        eps = draw_noise(batch.streams, info.seed, "flow_matching", batch.samples)
+        t = draw_levels(self.config.time, batch.streams, info.seed, "flow_matching/level", batch.samples)
+        return {"student": flow_matching_terms(context, batch.streams, eps, t)}
+
+
+@torch.no_grad()
+def history_use(model: VelocityModel, batch: AVBatch, config: TimeConfig, seed: int) -> dict[str, float]:
+    """Loss on another clip's history over loss on the true one, per modality: 1 means that history is ignored."""
+    eps = draw_noise(batch.streams, seed, "history_use", batch.samples)
+    t = draw_levels(config, batch.streams, seed, "history_use/level", batch.samples)
+    shuffled = {m: s.with_latents(s.latents.roll(1, dims=0)) for m, s in batch.streams.items()}
+    true, other = (
+        flow_matching_terms(Context(model=model, cond=batch.cond).remember(h, None), batch.streams, eps, t)
+        for h in (batch.streams, shuffled)
+    )
+    return {a.modality: float(b.values.mean() / a.values.mean()) for a, b in zip(true, other, strict=True)}

@@ -1,0 +1,105 @@
+"""ShortCut: a long step of the few-step mode equals the two half steps (METHOD 6).
+
+Intervals are dyadic in the schedule's index a in [0, 1], mapped through the time shift: at depth l they have length 2^-l.
+At the deepest level the target comes from the guided multi-step mode by the midpoint rule; above it from two calls of the
+unguided few-step mode, so that guidance enters once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mfcore.flow import expand, move_streams, noise_streams, shift_time
+from mfcore.objectives.terms import Term, chunk_means
+from mfcore.rng import uniform_rows
+from mfcore.steps import Context
+from mfcore.types import Levels, Streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervals:
+    """Top, middle and bottom level of an interval per chunk and modality."""
+
+    t: Levels
+    m: Levels
+    r: Levels
+
+    def rows(self, index: Tensor) -> "Intervals":
+        return Intervals(**{k: {m: v[index] for m, v in levels.items()} for k, levels in vars(self).items()})
+
+
+def dyadic_intervals(depth: Int64[Tensor, " B"], draws: Float[Tensor, "B K"], shift: Mapping[str, float]) -> Intervals:
+    """The interval of length 2^-depth that the uniform draw falls into, for each sample and chunk."""
+    count = 2.0 ** depth.double()[:, None]
+    bottom = (draws.double() * count).floor()
+    index = {"t": (bottom + 1) / count, "m": (bottom + 0.5) / count, "r": bottom / count}
+    return Intervals(**{k: {m: shift_time(a, s).float() for m, s in shift.items()} for k, a in index.items()})
+
+
+def draw_depth(finest: int, is_finest: Tensor, seed: int, name: str, samples: Tensor) -> Int64[Tensor, " B"]:
+    """``finest`` where asked for, elsewhere uniform over 0 .. finest - 1, by sample number."""
+    coarse = (uniform_rows(seed, name, samples, 1)[:, 0] * finest).long()
+    return torch.where(is_finest, torch.full_like(coarse, finest), coarse)
+
+
+def midpoint_target(multi: Context, x: Streams, at: Intervals) -> dict[str, Tensor]:
+    """v(x_m, m) with x_m = x_t - (t - m) v(x_t, t): average velocity over [r, t], second order in its length."""
+    middle = move_streams(x, multi.velocity(x, at.t, at.t), at.t, at.m)
+    return multi.velocity(middle, at.m, at.m)
+
+
+def halves_target(few: Context, x: Streams, at: Intervals) -> dict[str, Tensor]:
+    """[(t - m) u(x_t, t, m) + (m - r) u(x_m, m, r)] / (t - r).
+
+    The halves are weighted by their lengths: under a time shift they differ, and a plain mean would be wrong.
+    """
+    upper = few.velocity(x, at.t, at.m)
+    lower = few.velocity(move_streams(x, upper, at.t, at.m), at.m, at.r)
+    out: dict[str, Tensor] = {}
+    for m, s in x.items():
+        t, mid, r = (expand(level[m], s.chunk, s.latents) for level in (at.t, at.m, at.r))
+        out[m] = ((t - mid) * upper[m] + (mid - r) * lower[m]) / (t - r)
+    return out
+
+
+@torch.no_grad()
+def shortcut_target(teacher: Context, x: Streams, at: Intervals, is_finest: Tensor) -> dict[str, Tensor]:
+    """Targets of mixed rows: the guided midpoint rule where ``is_finest``, elsewhere two unguided halves."""
+    out = {m: torch.empty_like(s.latents) for m, s in x.items()}
+    for rows, rule, context in ((is_finest, midpoint_target, teacher), (~is_finest, halves_target, teacher.plain())):
+        index = rows.nonzero()[:, 0]
+        if len(index):
+            part = rule(context.rows(index), {m: s.rows(index) for m, s in x.items()}, at.rows(index))
+            for m, value in part.items():
+                out[m][index] = value
+    return out
+
+
+def shortcut_terms(
+    student: Context,
+    teacher: Context,
+    clean: Streams,
+    eps: dict[str, Tensor],
+    at: Intervals,
+    is_finest: Tensor,
+    *,
+    weight: float = 1.0,
+) -> list[Term]:
+    """mean (u(x_t, t, r) - target)^2 per sample, chunk and modality."""
+    noisy = noise_streams(clean, eps, at.t)
+    x = {m: s.with_latents(noisy[m]) for m, s in clean.items()}
+    target = shortcut_target(teacher, x, at, is_finest)
+    u = student.velocity(x, at.t, at.r)
+    return [
+        Term(
+            name="shortcut",
+            modality=m,
+            values=chunk_means((u[m].float() - target[m].float()) ** 2, s.chunk),
+            weight=weight,
+            level=at.t[m],
+        )
+        for m, s in clean.items()
+    ]

@@ -1,0 +1,86 @@
+"""Named per-sample loss terms, and the one place where they are weighed and averaged."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mfcore.types import AVBatch, VelocityModel
+
+LEVEL_BINS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One loss of one modality, a mean over the elements of each chunk, not yet averaged over samples and chunks."""
+
+    name: str  # e.g. "flow_matching"
+    modality: str
+    values: Float[Tensor, "B K"]
+    weight: float = 1.0
+    level: Float[Tensor, "B K"] | None = None  # noise level, for reporting by bin
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}/{self.modality}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """Where the run stands; every draw of an objective is a function of this and of sample numbers."""
+
+    seed: int
+    step: int  # optimizer steps done before this one
+    stage_step: int  # the same, counted from the start of the stage
+
+
+class Objective(Protocol):
+    """Loss terms for each trained network, by its name: "student", and "fake" where there is a fake score.
+
+    ``models`` holds "student" always, "ema" and "fake" where the objective names them in ``needs``.
+    """
+
+    needs: Sequence[str]
+
+    def __call__(
+        self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
+    ) -> dict[str, list[Term]]: ...
+
+
+def chunk_means(squares: Tensor, chunk: Int64[Tensor, " n"]) -> Float[Tensor, "B K"]:
+    """Mean over the elements of each chunk of a (B, n, C, ...) tensor, in float32."""
+    per_latent = squares.float().flatten(2).mean(-1)
+    local = (chunk - chunk[0]).to(squares.device)
+    k = int(local[-1]) + 1
+    sums = per_latent.new_zeros(per_latent.shape[0], k).index_add_(1, local, per_latent)
+    counts = torch.bincount(local, minlength=k).to(per_latent.dtype)
+    return sums / counts
+
+
+def total(terms: Iterable[Term]) -> Tensor:
+    """The scalar to differentiate: sum over terms of weight * mean over samples and chunks."""
+    parts = [term.weight * term.values.mean() for term in terms if term.values.numel()]
+    if not parts:
+        raise ValueError("an objective produced no loss term: check its weights and rows")
+    return torch.stack(parts).sum()
+
+
+def report(terms: Iterable[Term]) -> dict[str, float]:
+    """Unweighted means by term and modality, and by noise bin where the level is known."""
+    out: dict[str, float] = {}
+    by_bin: dict[str, list[Tensor]] = defaultdict(list)
+    for term in terms:
+        if not term.values.numel():
+            continue
+        values = term.values.detach()
+        out[term.key] = float(values.mean())
+        if term.level is not None:
+            bins = (term.level.to(values.device) * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1)
+            for b in range(LEVEL_BINS):
+                if bool((bins == b).any()):
+                    by_bin[f"{term.key}/t{b}"].append(values[bins == b].mean())
+    return out | {key: float(torch.stack(v).mean()) for key, v in by_bin.items()}

@@ -1,0 +1,28 @@
+"""Explicit randomness: a generator is a pure function of (seed, stream, index).
+
+``index`` is a sample number, or a step number for draws that shape control flow. Rank and world size never enter, so
+nothing random needs saving and any number of processes draws the same.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, stream: str, index: int) -> torch.Generator:
+    """A CPU generator for draw number ``index`` of the named ``stream``."""
+    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def normal_rows(seed: int, stream: str, samples: Sequence[int] | Tensor, like: Tensor) -> Tensor:
+    """Standard normal noise shaped like ``like`` whose row i depends on ``samples[i]`` alone."""
+    rows = [torch.randn(like.shape[1:], generator=generator(seed, stream, int(i))) for i in samples]
+    return torch.stack(rows).to(like.device, like.dtype)
+
+
+def uniform_rows(seed: int, stream: str, samples: Sequence[int] | Tensor, *shape: int) -> Tensor:
+    """Uniform numbers in [0, 1) of shape ``(len(samples), *shape)``, row i from ``samples[i]`` alone."""
+    return torch.stack([torch.rand(shape, generator=generator(seed, stream, int(i))) for i in samples])

@@ -1,0 +1,98 @@
+"""The only chunk-by-chunk loop: training makes its histories with it, generation streams with it (METHOD 6, 8)."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mfcore.flow import noise_streams
+from mfcore.rng import normal_rows
+from mfcore.steps import Context, Mode, Schedule, levels, solver_step
+from mfcore.timeline import Timeline
+from mfcore.types import Stream, Streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One finished chunk."""
+
+    clean: dict[str, Stream]
+    stash: dict[str, Stream] | None  # the state at the exit step, before it was taken
+    context: Context  # remembers this chunk: continue, or snapshot, from here
+
+
+def rollout(
+    context: Context,
+    starts: Iterable[Streams],
+    plan: Schedule,
+    *,
+    mode: Mode = "few",
+    trust: Float[Tensor, " B"] | None = None,
+    exit_step: int | None = None,
+) -> Iterator[Chunk]:
+    """Generate one chunk per item of ``starts`` (its state at the first level of ``plan``), each seeing those before it.
+
+    ``exit_step`` j keeps the state at level t_j. ``trust`` labels the history that is written.
+    """
+    context = context if context.memory is not None else context.opened()
+    steps = len(next(iter(plan.values()))) - 1
+    for start in starts:
+        x, stash = dict(start), None
+        for j in range(steps):
+            stash = x if j == exit_step else stash
+            t, r = (levels(x, {m: line[i] for m, line in plan.items()}) for i in (j, j + 1))
+            x = dict(solver_step(context, x, t, r, mode))
+        following = int(next(iter(x.values())).chunk[-1]) + 1
+        context = context.remember(x, trust).advance(following)
+        yield Chunk(clean=x, stash=stash, context=context)
+
+
+def noise_starts(
+    timeline: Timeline,
+    shapes: Mapping[str, tuple[int, ...]],
+    chunks: range,
+    seed: int,
+    samples: Tensor,
+    like: Tensor,
+) -> Iterator[dict[str, Stream]]:
+    """Pure noise for each chunk; row i depends on (seed, chunk, samples[i]) alone.
+
+    ``shapes``: latent shape (C, ...) per modality; ``like`` gives device and type.
+    """
+    for k in chunks:
+        yield {m: _noise_chunk(timeline, m, shape, k, seed, samples, like) for m, shape in shapes.items()}
+
+
+def _noise_chunk(
+    timeline: Timeline, modality: str, shape: tuple[int, ...], k: int, seed: int, samples: Tensor, like: Tensor
+) -> Stream:
+    empty = like.new_empty((len(samples), timeline.count(modality, 1, k), *shape))
+    return Stream(
+        latents=normal_rows(seed, f"start/{modality}/{k}", samples, empty),
+        times=timeline.times(modality, 1, k),
+        chunk=timeline.chunk_index(modality, 1, k),
+    )
+
+
+def coupled_starts(
+    real: Streams, eps: dict[str, Tensor], strength: Mapping[str, Tensor], chunks: int
+) -> Iterator[dict[str, Stream]]:
+    """Each real chunk noised to t = s, so that finishing it stays with the clip (METHOD 6, coupled history)."""
+    noised = noise_streams(real, eps, levels(real, strength))
+    for k in range(chunks):
+        yield {m: s.with_latents(noised[m]).chunks(k, k + 1) for m, s in real.items()}
+
+
+def join_chunks(chunks: Iterable[Mapping[str, Stream]]) -> dict[str, Stream]:
+    """One stream per modality from consecutive chunks."""
+    parts = list(chunks)
+    return {
+        m: Stream(
+            latents=torch.cat([p[m].latents for p in parts], dim=1),
+            times=torch.cat([p[m].times for p in parts]),
+            chunk=torch.cat([p[m].chunk for p in parts]),
+        )
+        for m in parts[0]
+    }

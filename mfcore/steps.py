@@ -1,0 +1,119 @@
+"""One solver step, schedules of noise levels, and guidance.
+
+Shapes: B batch, K chunks of a pass, S steps. A schedule holds S + 1 levels per modality, from the start down to 0.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mfcore.flow import move_streams, shift_time
+from mfcore.types import Condition, Levels, Memory, Streams, VelocityModel
+
+Mode = Literal["few", "multi"]
+"""few: average velocity over the whole step (r = next level). multi: instantaneous velocity (r = t), an Euler step."""
+
+Schedule = Mapping[str, Float[Tensor, " S+1"]]
+
+
+def schedule(steps: int, shift: Mapping[str, float]) -> dict[str, Tensor]:
+    """t_j = shift(1 - j / S), per modality."""
+    if steps < 1:
+        raise ValueError(f"a schedule needs at least one step, got {steps}")
+    line = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
+    return {m: shift_time(line, s).float() for m, s in shift.items()}
+
+
+def finishing_schedule(index: float, shift: Mapping[str, float]) -> dict[str, Tensor]:
+    """The single call that finishes from ``shift(index)``: levels (shift(index), 0)."""
+    line = torch.tensor([index, 0.0], dtype=torch.float64)
+    return {m: shift_time(line, s).float() for m, s in shift.items()}
+
+
+def levels(like: Streams, value: Mapping[str, Tensor | float]) -> dict[str, Float[Tensor, "B K"]]:
+    """One level (a scalar, or one per row) for every chunk of ``like``."""
+    out: dict[str, Tensor] = {}
+    for m, stream in like.items():
+        batch, chunks = stream.latents.shape[0], int(stream.chunk[-1] - stream.chunk[0]) + 1
+        v = torch.as_tensor(value[m], dtype=torch.float32, device=stream.latents.device)
+        out[m] = v.reshape(-1, 1).expand(batch, chunks)
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """A network together with what a clip is conditioned on and what it remembers; a value, extended by ``remember``.
+
+    With ``guidance`` w other than 1 a second memory is kept for the null branch, whose history has its own keys and
+    values, and velocities are u_null + w (u - u_null).
+    """
+
+    model: VelocityModel
+    cond: Condition
+    guidance: float = 1.0
+    memory: Memory | None = None
+    null_memory: Memory | None = None
+
+    def opened(self) -> "Context":
+        """With the sink (first frame, voice) in memory."""
+        return self.remember({}, trust=None)
+
+    def remember(self, clean: Streams, trust: Float[Tensor, " B"] | None) -> "Context":
+        """With the clean chunks ``clean``, of history strength ``trust``, in memory."""
+        zero = levels(clean, dict.fromkeys(clean, 0.0))
+        _, memory = self.model(clean, zero, zero, self.cond, self.memory, store=True, trust=trust)
+        null = None
+        if self.guidance != 1.0:
+            _, null = self.model(clean, zero, zero, self.cond.null(), self.null_memory, store=True, trust=trust)
+        return replace(self, memory=memory, null_memory=null)
+
+    def velocity(self, x: Streams, t: Levels, r: Levels) -> dict[str, Tensor]:
+        """Guided velocity of every chunk of ``x``."""
+        u, _ = self.model(x, t, r, self.cond, self.memory)
+        if self.guidance == 1.0:
+            return u
+        null, _ = self.model(x, t, r, self.cond.null(), self.null_memory)
+        return {m: null[m] + self.guidance * (u[m] - null[m]) for m in u}
+
+    def advance(self, chunk: int) -> "Context":
+        """Forget what ``chunk`` and later ones cannot see."""
+        return replace(
+            self,
+            memory=self.memory and self.memory.advance(chunk),
+            null_memory=self.null_memory and self.null_memory.advance(chunk),
+        )
+
+    def detach(self) -> "Context":
+        return replace(
+            self,
+            memory=self.memory and self.memory.detach(),
+            null_memory=self.null_memory and self.null_memory.detach(),
+        )
+
+    def rows(self, index: Tensor) -> "Context":
+        """The same for some rows of the batch."""
+        return replace(
+            self,
+            cond=self.cond.rows(index),
+            memory=self.memory and self.memory.rows(index),
+            null_memory=self.null_memory and self.null_memory.rows(index),
+        )
+
+    def plain(self) -> "Context":
+        """Without guidance."""
+        return replace(self, guidance=1.0, null_memory=None)
+
+
+def solver_step(context: Context, x: Streams, t: Levels, r: Levels, mode: Mode) -> Streams:
+    """From level t down to level r by one evaluation (two with guidance)."""
+    u = context.velocity(x, t, r if mode == "few" else t)
+    return move_streams(x, u, t, r)
+
+
+def evaluations(steps: int, guidance: float) -> int:
+    """NFE of one chunk: denoising evaluations; guidance doubles them; the cache-writing pass is reported apart."""
+    return steps * (1 if guidance == 1.0 else 2)
