@@ -1,7 +1,7 @@
 """THE time convention, and the path between data and noise.
 
-``t = 0`` is data, ``t = 1`` is noise: ``x_t = (1 - t) x_0 + t eps``, velocity ``v = eps - x_0`` (METHOD 2). A network gives
-the average velocity ``u`` from t down to r, ``0 <= r <= t``; one step is ``x_r = x_t - (t - r) u``; r = t is the
+``t = 0`` is data, ``t = 1`` is noise: ``x_t = (1 - t) x_0 + t eps``, velocity ``v = eps - x_0`` (METHOD 2). A network
+gives the average velocity ``u`` from t down to r, ``0 <= r <= t``; one step is ``x_r = x_t - (t - r) u``; r = t is the
 instantaneous (multi-step) mode, r < t the few-step mode.
 """
 
@@ -83,10 +83,12 @@ def training_times(config: TimeConfig, draws: Float[Tensor, "*batch 3"], modalit
 def expand(level: Float[Tensor, "B K"], chunk: Tensor, like: Tensor) -> Tensor:
     """A level per chunk -> a level per latent, shaped to multiply ``like`` (B, n, C, ...).
 
-    Chunk numbers are counted from the first one in ``chunk``.
+    Chunk numbers are counted from the first one in ``chunk``. Levels are never narrower than float32: in bfloat16 a
+    small t - r is lost.
     """
     per_latent = level[:, chunk - chunk[0]]
-    return per_latent.reshape(per_latent.shape + (1,) * (like.ndim - 2)).to(like.dtype)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return per_latent.reshape(per_latent.shape + (1,) * (like.ndim - 2)).to(dtype)
 
 
 def noise_streams(streams: Streams, eps: dict[str, Tensor], t: Levels) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def rollout(
     trust: Float[Tensor, " B"] | None = None,
     exit_step: int | None = None,
 ) -> Iterator[Chunk]:
-    """Generate one chunk per item of ``starts`` (its state at the first level of ``plan``), each seeing those before it.
+    """Generate one chunk per item of ``starts`` (its state at ``plan``'s first level), each seeing those before it.
 
     ``exit_step`` j keeps the state at level t_j. ``trust`` labels the history that is written.
     """

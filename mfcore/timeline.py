@@ -1,8 +1,9 @@
 """Every conversion between seconds, frames, latents and chunks stands here.
 
-The two modalities tick at different rates. A latent belongs to the chunk in which it *starts*: chunk k of length T holds
-the latents whose start lies in [k T, (k + 1) T), so counts may differ by one between chunks and are a pure function of
-(rates, T, k). All arithmetic is exact (fractions); only the timestamps handed to the network are floats (float64).
+The two modalities tick at different rates. A latent belongs to the chunk in which it *starts*: chunk k of length T
+holds the latents whose start lies in [k T, (k + 1) T), so counts may differ by one between chunks and are a pure
+function of (rates, T, k). All arithmetic is exact (fractions); only the timestamps handed to the network are floats
+(float64).
 """
 
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ class LatentClock:
     head: int = 0  # leading condition latents
 
     def __post_init__(self) -> None:
-        if self.rate <= 0 or self.offset < 0 or self.head < 0:
-            raise ValueError(f"a latent clock needs rate > 0, offset >= 0, head >= 0; got {self}")
+        if self.rate <= 0 or not 0 <= self.offset * self.rate < 1 or self.head < 0:
+            raise ValueError(f"a latent clock needs rate > 0, 0 <= offset < 1 / rate, head >= 0; got {self}")
 
     def start(self, index: int) -> Fraction:
         """Seconds at which latent ``index`` (head not counted) starts."""
@@ -86,11 +87,8 @@ class Timeline:
         return min(self._whole(name, n) for name, n in latents.items())
 
     def _whole(self, modality: str, latents: int) -> int:
-        clock = self.clocks[modality]
-        chunks = floor(clock.start(latents) / self.chunk_seconds) + 1
-        while chunks > 0 and self.bounds(modality, chunks - 1)[1] > latents:
-            chunks -= 1
-        return chunks
+        # the first missing latent starts in the first incomplete chunk
+        return floor(self.clocks[modality].start(latents) / self.chunk_seconds)
 
 
 def whole_frames(seconds: Fraction, fps: Fraction) -> int:

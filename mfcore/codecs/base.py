@@ -1,5 +1,6 @@
 """What a codec promises: signal to latents, latents back to signal, the second one also piece by piece."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from jaxtyping import Float
@@ -21,8 +22,10 @@ class StreamDecoder(Protocol):
 
 
 class Codec(Protocol):
-    """One modality's codec. Video signals are uint8 ``(frames, height, width, 3)`` RGB; audio float32 ``(samples,)`` mono
-    in [-1, 1]."""
+    """One modality's codec.
+
+    Video signals are uint8 ``(frames, height, width, 3)`` RGB; audio float32 ``(samples,)`` mono in [-1, 1].
+    """
 
     @property
     def id(self) -> str:
@@ -43,4 +46,28 @@ class Codec(Protocol):
 
     def decode(self, latents: Float[Tensor, "n C *space"]) -> Tensor:
         """The whole signal at once; equal to pushing portions."""
+        ...
+
+
+class TextCodec(Protocol):
+    """Captions and transcripts to the vectors that condition the network; there is no way back."""
+
+    @property
+    def id(self) -> str:
+        """Equal ids mean interchangeable vectors, e.g. ``words-v1/d64``."""
+        ...
+
+    @property
+    def width(self) -> int: ...
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a caption; a transcript brings its own."""
+        ...
+
+    def encode(self, words: Sequence[str]) -> Float[Tensor, "L D"]:
+        """One vector per word of a transcript, float32, whatever its place."""
+        ...
+
+    def encode_caption(self, caption: str) -> Float[Tensor, "L D"]:
+        """One vector per word of a caption, float32, its place among them included."""
         ...

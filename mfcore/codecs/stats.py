@@ -25,12 +25,12 @@ class LatentStats:
         if any(s <= 0 for s in self.std + self.head_std):
             raise ValueError("latent statistics hold a standard deviation <= 0: recompute them from more clips")
 
-    def whiten(self, latents: Float[Tensor, "*batch C *space"], *, head: bool = False, space: int = 0) -> Tensor:
+    def whiten(self, latents: Float[Tensor, "..."], *, head: bool = False, space: int = 0) -> Tensor:
         """(latents - mean) / std along the channel axis, which is followed by ``space`` spatial axes."""
         mean, std = self._tensors(latents, head, space)
         return (latents - mean) / std
 
-    def restore(self, latents: Float[Tensor, "*batch C *space"], *, head: bool = False, space: int = 0) -> Tensor:
+    def restore(self, latents: Float[Tensor, "..."], *, head: bool = False, space: int = 0) -> Tensor:
         """Inverse of ``whiten``."""
         mean, std = self._tensors(latents, head, space)
         return latents * std + mean

@@ -143,9 +143,18 @@ class Branch(nn.Module):
         )
 
     def velocity(
-        self, x: Float[Tensor, "B N d"], final: Float[Tensor, "B K pd"], chunk: Tensor, like: Tensor
+        self, x: Float[Tensor, "B N d"], final: Float[Tensor, "B K pd"], chunk: Tensor, noisy: Tensor, t: Tensor
     ) -> Tensor:
-        """Tokens to velocities, in float32."""
+        """Tokens to velocities, in float32: what is exact for a Gaussian of spread ``data_std``, plus a scaled correction.
+
+        v = lam(t) x_t + s / sqrt(D) F, lam = (t - (1 - t) s^2) / D, D = (1 - t)^2 s^2 + t^2 (TRUTHS, exact property 2):
+        a token wider than the network need not carry its noise through it. ``t``: (B, K).
+        """
         shift, scale = final[:, chunk].float().chunk(2, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
-            return self.unpatch(self.head(modulate(x.float(), shift, scale)), like)
+            correction = self.unpatch(self.head(modulate(x.float(), shift, scale)), noisy)
+        variance = self.model.data_std**2
+        per_latent = t.float()[:, chunk[:: self.config.tokens]]
+        level = per_latent.reshape(per_latent.shape + (1,) * (noisy.ndim - 2))
+        d = (1 - level) ** 2 * variance + level**2
+        return (level - (1 - level) * variance) / d * noisy.float() + (variance / d).sqrt() * correction

@@ -60,7 +60,7 @@ class AVTransformer(nn.Module):
         hidden = {m: self.branches[m].embed(self.branches[m].patches(s)) for m, s in x.items()}
         hidden, layers = self._layers(hidden, step, memory)
         velocities = {
-            m: self.branches[m].velocity(h, levels[m][1], step.local[m], x[m].latents) for m, h in hidden.items()
+            m: self.branches[m].velocity(h, levels[m][1], step.local[m], x[m].latents, t[m]) for m, h in hidden.items()
         }
         return velocities, memory.append(layers, at) if store else memory
 

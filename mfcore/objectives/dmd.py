@@ -1,5 +1,6 @@
 """Distribution matching: the difference of two scores moves the few-step samples (METHOD 6, steps 4 and 5)."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ def finish(
     steps = len(next(iter(plan.values()))) - 1
     path = [exit_step, steps] if jump else list(range(exit_step, steps + 1))
     x = dict(stash)
-    for j, following in zip(path, path[1:], strict=False):
+    for j, following in itertools.pairwise(path):
         t, r = (levels(x, {m: line[i] for m, line in plan.items()}) for i in (j, following))
         x = dict(solver_step(context, x, t, r, "few"))
     return x

@@ -81,6 +81,8 @@ class FlowMatching:
 @torch.no_grad()
 def history_use(model: VelocityModel, batch: AVBatch, config: TimeConfig, seed: int) -> dict[str, float]:
     """Loss on another clip's history over loss on the true one, per modality: 1 means that history is ignored."""
+    if len(batch.samples) < 2:
+        raise ValueError("history use compares a clip with another one: give a batch of at least two clips")
     eps = draw_noise(batch.streams, seed, "history_use", batch.samples)
     t = draw_levels(config, batch.streams, seed, "history_use/level", batch.samples)
     shuffled = {m: s.with_latents(s.latents.roll(1, dims=0)) for m, s in batch.streams.items()}

@@ -1,8 +1,8 @@
 """ShortCut: a long step of the few-step mode equals the two half steps (METHOD 6).
 
-Intervals are dyadic in the schedule's index a in [0, 1], mapped through the time shift: at depth l they have length 2^-l.
-At the deepest level the target comes from the guided multi-step mode by the midpoint rule; above it from two calls of the
-unguided few-step mode, so that guidance enters once.
+Intervals are dyadic in the schedule's index a in [0, 1], mapped through the time shift: at depth l they have length
+2^-l. At the deepest level the target comes from the guided multi-step mode by the midpoint rule; above it from two
+calls of the unguided few-step mode, so that guidance enters once.
 """
 
 from collections.abc import Mapping
@@ -68,13 +68,13 @@ def halves_target(few: Context, x: Streams, at: Intervals) -> dict[str, Tensor]:
 @torch.no_grad()
 def shortcut_target(teacher: Context, x: Streams, at: Intervals, is_finest: Tensor) -> dict[str, Tensor]:
     """Targets of mixed rows: the guided midpoint rule where ``is_finest``, elsewhere two unguided halves."""
-    out = {m: torch.empty_like(s.latents) for m, s in x.items()}
+    out = {m: torch.empty_like(s.latents, dtype=torch.float32) for m, s in x.items()}
     for rows, rule, context in ((is_finest, midpoint_target, teacher), (~is_finest, halves_target, teacher.plain())):
         index = rows.nonzero()[:, 0]
         if len(index):
             part = rule(context.rows(index), {m: s.rows(index) for m, s in x.items()}, at.rows(index))
             for m, value in part.items():
-                out[m][index] = value
+                out[m][index] = value.float()
     return out
 
 
@@ -97,7 +97,7 @@ def shortcut_terms(
         Term(
             name="shortcut",
             modality=m,
-            values=chunk_means((u[m].float() - target[m].float()) ** 2, s.chunk),
+            values=chunk_means((u[m].float() - target[m]) ** 2, s.chunk),
             weight=weight,
             level=at.t[m],
         )

@@ -44,7 +44,8 @@ class Objective(Protocol):
     ``models`` holds "student" always, "ema" and "fake" where the objective names them in ``needs``.
     """
 
-    needs: Sequence[str]
+    @property
+    def needs(self) -> Sequence[str]: ...
 
     def __call__(
         self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo

@@ -1,0 +1,195 @@
+"""Embedded audio codec: a truncated cosine transform of log-mel blocks, and phase reconstruction back to sound.
+
+No weights and no download. Letters: n latents, C kept coefficients (latent channels), g frames of a latent, m mel
+bands, F frequency bins, H hop, b batch.
+
+Latent i describes the samples [i g H, (i + 1) g H): its g frames are centred at (i g + j + 1/2) H.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Float64
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mfcore.codecs.dct import cosines
+from mfcore.codecs.phase import Frames, PhaseDecoder
+from mfcore.timeline import LatentClock, audio_clock
+
+# Power that counts as silence, added before the logarithm and taken off after it. Power is per window energy: a sine
+# of amplitude 1 has about 1e2 in its band, white noise of standard deviation s has s**2.
+_SILENCE = 1e-6
+
+# The first channel is _GAIN times (mean log power of the latent - _MIDDLE): from about -3 for silence to 4 for a full
+# roar. The transform is orthonormal up to this gain.
+_MIDDLE = -7.0
+_GAIN = 0.4
+
+# Generated latents may lie anywhere; exp() of them must stay finite and playable.
+_LOUDEST = 7.0
+
+# The order of the coefficients: cost = (q + _BREADTH) * (1 + _TIME * t), q and t the indices of the cosines over mel
+# bands and over time. Fine detail over bands (the harmonics of a voice) is kept where the sound stands still, only the
+# rough shape where it moves. Fitted by spectral convergence on speech.
+_BREADTH = 3.0
+_TIME = 4.0
+
+# Richardson-Lucy steps from mel bands back to frequency bins: nonnegative, energy-preserving, sharper with each step.
+_SHARPEN = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class MelConfig:
+    """Shape of the transform. Equal configurations, ``iterations`` aside, give interchangeable latents."""
+
+    sample_rate: int = 16000  # samples per second
+    window: int = 1024  # samples of a frame
+    hop: int = 256  # samples from frame to frame
+    mels: int = 80  # bands from 0 to half the sample rate
+    group: int = 4  # frames per latent
+    channels: int = 64  # coefficients kept per latent
+    iterations: int = 10  # of the phase reconstruction, decoder only
+
+    def __post_init__(self) -> None:
+        if min(self.sample_rate, self.mels, self.group) < 1 or self.iterations < 0:
+            raise ValueError(f"sample_rate, mels and group must be positive, iterations not negative; got {self}")
+        if not 1 <= self.channels <= self.group * self.mels:
+            raise ValueError(f"channels={self.channels}: choose 1 to group * mels = {self.group * self.mels}")
+        if self.group * self.hop < self.window - self.hop:
+            raise ValueError(f"a latent must be as long as the overlap of its windows: raise group or hop; got {self}")
+
+    @property
+    def samples(self) -> int:
+        """Samples per latent."""
+        return self.group * self.hop
+
+
+class MelCodec:
+    """Latents ``(n, C)`` float32 of mono sound; the last one is completed with silence.
+
+    The level of every frame survives the truncation: the coefficients of its mean carry a correction. Decoding keeps
+    magnitudes, not phases: the sound is heard as the same, its waveform is another one.
+    """
+
+    def __init__(self, config: MelConfig | None = None) -> None:
+        self.config = c = config or MelConfig()
+        self._frames = Frames(window=c.window, hop=c.hop)
+        bank = torch.from_numpy(mel_filterbank(c.sample_rate, c.window, c.mels)).float()
+        self._width = bank.sum(1)  # bins per band, weighted
+        self._bank = bank / self._width[:, None]  # band power = weighted mean of bin powers
+        self._spread = bank / bank.sum(0).clamp(min=1e-6)  # bin power from band powers; columns sum to 1
+        self._basis = _basis(c)
+        self._gain = _GAIN / (c.group * c.mels) ** 0.5
+        self._energy = float(self._frames.taper(torch.device("cpu")).square().sum())
+
+    @property
+    def id(self) -> str:
+        c = self.config
+        return f"mel-v1/r{c.sample_rate}/w{c.window}/h{c.hop}/m{c.mels}/g{c.group}/c{c.channels}"
+
+    @property
+    def channels(self) -> int:
+        return self.config.channels
+
+    @property
+    def clock(self) -> LatentClock:
+        return audio_clock(self.config.sample_rate, self.config.samples)
+
+    def encode(self, signal: Float[Tensor, " samples"]) -> Float[Tensor, "n C"]:
+        """``ceil(samples / (group * hop))`` latents of a waveform. ValueError for a wrong type or no sample."""
+        if signal.ndim != 1 or not signal.is_floating_point() or len(signal) == 0:
+            raise ValueError(
+                f"sound must be mono float (samples,), not empty; got {signal.dtype} {tuple(signal.shape)}"
+            )
+        power = self._band_power(signal.float())
+        latents = self._project(torch.log(power + _SILENCE) - _MIDDLE)
+        # The mean of logarithms falls as detail is cut: give every frame its energy back.
+        lost = torch.log(self._loudness(power) / self._loudness(self._to_power(latents)))
+        return latents + self._project(lost[..., None].expand_as(power))
+
+    def decode(self, latents: Float[Tensor, "n C"]) -> Float[Tensor, " samples"]:
+        """``n * group * hop`` samples in [-1, 1]; equal to pushing portions."""
+        return self.decode_batch(latents[None])[0]
+
+    def decode_batch(self, latents: Float[Tensor, "b n C"]) -> Float[Tensor, "b samples"]:
+        """Several clips of one length at once: much faster than one by one."""
+        decoder = MelDecoder(self)
+        return torch.cat([decoder.push_batch(latents), decoder.flush_batch()], dim=1)
+
+    def decoder(self) -> "MelDecoder":
+        return MelDecoder(self)
+
+    def magnitudes(self, latents: Float[Tensor, "b C"]) -> Float[Tensor, "b g F"]:
+        """Short-time spectrum magnitudes that latents stand for."""
+        bands = self._to_power(latents)
+        spread, bank = self._spread.to(bands.device), self._bank.T.to(bands.device)
+        power = bands @ spread
+        for _ in range(_SHARPEN):
+            power = power * ((bands / (power @ bank).clamp(min=1e-12)) @ spread)
+        return (power * self._energy).sqrt()
+
+    def phases(self) -> PhaseDecoder:
+        return PhaseDecoder(self._frames, self.config.iterations)
+
+    def _band_power(self, signal: Float[Tensor, " samples"]) -> Float[Tensor, "n g m"]:
+        whole = pad(signal[None], (0, -len(signal) % self.config.samples))
+        margin = self._frames.overlap // 2
+        spectra = self._frames.analyse(pad(whole, (margin, margin), mode="reflect"))[0]
+        power = spectra.abs().square() / self._energy
+        return rearrange(power @ self._bank.T.to(power.device), "(n g) m -> n g m", g=self.config.group)
+
+    def _loudness(self, power: Float[Tensor, "n g m"]) -> Float[Tensor, "n g"]:
+        """Energy of frames, silence included."""
+        return (power + _SILENCE) @ self._width.to(power.device)
+
+    def _project(self, log_power: Float[Tensor, "n g m"]) -> Float[Tensor, "n C"]:
+        return rearrange(log_power, "n g m -> n (g m)") @ self._basis.T.to(log_power.device) * self._gain
+
+    def _to_power(self, latents: Float[Tensor, "n C"]) -> Float[Tensor, "n g m"]:
+        log_power = latents.float() @ self._basis.to(latents.device) / self._gain + _MIDDLE
+        power = log_power.clamp(max=_LOUDEST).exp() - _SILENCE
+        return rearrange(power.clamp(min=0), "n (g m) -> n g m", g=self.config.group)
+
+
+class MelDecoder:
+    """Sound of latents pushed in any portions, one latent late: the next one helps to find the phases."""
+
+    def __init__(self, codec: MelCodec) -> None:
+        self._codec, self._phases = codec, codec.phases()
+
+    def push(self, latents: Float[Tensor, "n C"]) -> Float[Tensor, " samples"]:
+        return self.push_batch(latents[None])[0]
+
+    def flush(self) -> Float[Tensor, " samples"]:
+        return self.flush_batch()[0]
+
+    def push_batch(self, latents: Float[Tensor, "b n C"]) -> Float[Tensor, "b samples"]:
+        # One latent at a time whatever the portion: the same operations on the same shapes give the same bits.
+        sound = [self._phases.push(self._codec.magnitudes(latents[:, i])) for i in range(latents.shape[1])]
+        return torch.cat([latents.new_zeros(len(latents), 0), *sound], dim=1).clamp(-1, 1)
+
+    def flush_batch(self) -> Float[Tensor, "b samples"]:
+        return self._phases.flush().clamp(-1, 1)
+
+
+def mel_filterbank(sample_rate: int, window: int, mels: int) -> Float64[np.ndarray, "m F"]:
+    """Triangles of height 1, evenly spaced on the HTK mel scale, 2595 log10(1 + f / 700), from 0 to sample_rate / 2."""
+    top = 2595 * np.log10(1 + sample_rate / 2 / 700)
+    corners = 700 * (10 ** (np.linspace(0, top, mels + 2) / 2595) - 1)
+    low, peak, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    bins = np.linspace(0, sample_rate / 2, window // 2 + 1)
+    bank = np.maximum(0, np.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)))
+    if (bank.sum(1) == 0).any():
+        raise ValueError(f"{mels} mel bands are too many for a window of {window} samples: lower mels or raise window")
+    return bank
+
+
+def _basis(config: MelConfig) -> Float[Tensor, "C gm"]:
+    """Rows: the cosines over (time, band) that are kept, orthonormal, cheapest first."""
+    t, q = np.indices((config.group, config.mels)).reshape(2, -1)
+    kept = np.argsort((q + _BREADTH) * (1 + _TIME * t), kind="stable")[: config.channels]
+    rows = np.einsum("ct,cm->ctm", cosines(config.group)[t[kept]], cosines(config.mels)[q[kept]])
+    return torch.from_numpy(rearrange(rows, "c t m -> c (t m)")).float()

@@ -1,0 +1,41 @@
+"""AdamW with the paper's numbers, and the learning rate of a step."""
+
+from dataclasses import dataclass
+from math import cos, pi
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer of one network. Defaults: the paper's recipe (METHOD 5)."""
+
+    lr: float = 5e-5  # peak learning rate
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02  # on matrices only
+    clip: float = 0.5  # largest gradient norm
+    warm_up: int = 100  # steps of linear rise
+    final: float = 1.0  # learning rate at the end of the stage over its peak; 1 keeps it constant
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.clip <= 0 or self.warm_up < 0 or not 0 <= self.final <= 1:
+            raise ValueError(f"an optimizer needs lr > 0, clip > 0, warm_up >= 0 and final in [0, 1]; got {self}")
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Rate of step ``step`` (from 0) of ``steps``: linear rise, then a half cosine from the peak to ``final``."""
+    if step < config.warm_up:
+        return config.lr * (step + 1) / config.warm_up
+    progress = (step - config.warm_up) / max(1, steps - config.warm_up)
+    return config.lr * (config.final + (1 - config.final) * 0.5 * (1 + cos(pi * min(1.0, progress))))
+
+
+def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable weights: matrices decay, vectors (biases, gains, single embeddings) do not."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)

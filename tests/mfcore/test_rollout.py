@@ -1,0 +1,97 @@
+"""Truths about the chunk-by-chunk loop: what it makes, what it keeps, and that it can be cut and continued."""
+
+import pytest
+import torch
+
+from mfcore.rollout import coupled_starts, join_chunks, noise_starts, rollout
+from mfcore.steps import Context, finishing_schedule, schedule
+from mfcore.types import AUDIO, VIDEO
+from tests.mfcore.analytic import GaussianModel, LinearGaussian, condition, linear_clips, stream
+from tests.mfcore.tiny import SHAPES, TIMELINE, batch, network
+
+SHIFT = {VIDEO: 3.0, AUDIO: 1.0}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_few_steps_of_an_exact_flow_map_reproduce_the_data(steps):
+    start = stream(torch.tensor([0.0, 1.0]).reshape(2, 1, 1))
+    chunks = rollout(
+        Context(model=GaussianModel(mean=2.0, std=0.3), cond=condition(2)), [{AUDIO: start}], schedule(steps, SHIFT)
+    )
+    low, high = next(iter(chunks)).clean[AUDIO].latents.flatten().tolist()
+    assert (low, high - low) == pytest.approx((2.0, 0.3), abs=1e-5)
+
+
+def test_each_chunk_continues_the_one_before():
+    data = linear_clips(3, 4, 0, chunks=6)
+    zero = ({AUDIO: stream(torch.zeros(3, 1, 4), first=k)} for k in range(5))
+    chunks = rollout(Context(model=LinearGaussian(0.5, 1.0, 0.1), cond=data.cond), zero, schedule(2, SHIFT))
+    h = data.cond.voice
+    with torch.no_grad():
+        for chunk in chunks:
+            h = 0.5 * h + 1.0  # noise 0 is the middle of what follows
+            torch.testing.assert_close(chunk.clean[AUDIO].latents, h, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_coupled_history_is_the_recursion():
+    """H_k = (1 - kappa)(alpha H_{k-1} + delta) + kappa x_k + eta e, by the project's own pieces."""
+    alpha, delta, v, s = 0.8, 0.05, 0.2, 0.25
+    data = linear_clips(3, 4, 0, chunks=6)
+    eps = {AUDIO: torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))}
+    plan = finishing_schedule(s, {AUDIO: 1.0})
+    starts = coupled_starts(data.streams, eps, {AUDIO: plan[AUDIO][0]}, 5)
+    made = rollout(Context(model=LinearGaussian(alpha, delta, v), cond=data.cond), starts, plan)
+    history = join_chunks(c.clean for c in made)[AUDIO].latents
+    root = (v / ((1 - s) ** 2 * v + s**2)) ** 0.5
+    kappa, eta = (1 - s) * root, s * root
+    h = data.cond.voice[:, 0]
+    for k in range(5):
+        h = (1 - kappa) * (alpha * h + delta) + kappa * data.streams[AUDIO].latents[:, k] + eta * eps[AUDIO][:, k]
+        torch.testing.assert_close(history[:, k], h, atol=1e-5, rtol=0)
+
+
+def test_noise_of_a_row_depends_on_seed_chunk_and_sample_alone():
+    like = torch.empty(0)
+    many = list(noise_starts(TIMELINE, SHAPES, range(3), 5, torch.tensor([4, 9]), like))
+    one = list(noise_starts(TIMELINE, SHAPES, range(1, 3), 5, torch.tensor([9]), like))
+    other = next(iter(noise_starts(TIMELINE, SHAPES, range(1), 6, torch.tensor([4, 9]), like)))
+    for m in SHAPES:
+        for k in (1, 2):
+            assert torch.equal(many[k][m].latents[1:], one[k - 1][m].latents)
+            assert torch.equal(many[k][m].times, TIMELINE.times(m, 1, k))
+        assert not torch.equal(many[0][m].latents, other[m].latents)
+        assert not torch.equal(many[0][m].latents[0], many[0][m].latents[1])
+        assert not torch.equal(many[0][m].latents[:, 0], many[1][m].latents[:, 0])
+
+
+@torch.no_grad()
+def test_a_snapshot_continues_as_if_nothing_had_happened():
+    model, data = network(), batch()
+    plan = schedule(2, SHIFT)
+
+    def starts(chunks: range):
+        return noise_starts(TIMELINE, SHAPES, chunks, 0, data.samples, data.cond.caption)
+
+    whole = list(rollout(Context(model=model, cond=data.cond), starts(range(5)), plan))
+    snapshot = whole[2].context
+    again = list(rollout(snapshot, starts(range(3, 5)), plan))
+    for a, b in zip(whole[3:], again, strict=True):
+        for m in SHAPES:
+            assert torch.equal(a.clean[m].latents, b.clean[m].latents)
+
+
+@torch.no_grad()
+def test_the_stash_is_the_state_at_the_exit_level():
+    model, data = network(), batch()
+    noise = list(noise_starts(TIMELINE, SHAPES, range(2), 0, data.samples, data.cond.caption))
+    made = [
+        list(rollout(Context(model=model, cond=data.cond), noise, schedule(3, SHIFT), exit_step=j))
+        for j in (None, 0, 2)
+    ]
+    assert all(chunk.stash is None for chunk in made[0])
+    for k, start in enumerate(noise):
+        for m in SHAPES:
+            assert torch.equal(made[1][k].stash[m].latents, start[m].latents)  # nothing done before step 0
+            assert not torch.equal(made[2][k].stash[m].latents, start[m].latents)
+            assert torch.equal(made[2][k].clean[m].latents, made[0][k].clean[m].latents)  # keeping it changes nothing
