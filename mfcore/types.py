@@ -4,9 +4,9 @@ Letters: B batch, K chunks, n latents of one modality, C latent channels, h w la
 D text width. Audio is a stream whose latents have no height and width: ``(B, n, C)``; video is ``(B, n, C, h, w)``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -59,10 +59,14 @@ class Condition:
     voice_mask: Bool[Tensor, " B"] | None  # True where a reference voice is given
 
     def rows(self, index: Tensor | slice) -> "Condition":
-        return Condition(**{k: v if v is None else v[index] for k, v in vars(self).items()})
+        return self._each(lambda part: part[index])
 
     def to(self, device: torch.device | str) -> "Condition":
-        return Condition(**{k: v if v is None else v.to(device) for k, v in vars(self).items()})
+        return self._each(lambda part: part.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Condition":
+        parts: dict[str, Any] = {k: v if v is None else change(v) for k, v in vars(self).items()}
+        return Condition(**parts)
 
     def drop(self, *, caption: Bool[Tensor, " B"], words: Bool[Tensor, " B"]) -> "Condition":
         """Remove caption or transcript in the rows where the flag is True (classifier-free guidance)."""

@@ -30,9 +30,13 @@ def build_codec(codec_id: str, clock: LatentClock) -> Codec:
             )
         )
     else:
-        raise ValueError(f"unknown codec {codec_id!r}: this mfctl knows dct-v1 and mel-v1; update it, or encode the data again")
+        raise ValueError(
+            f"unknown codec {codec_id!r}: this mfctl knows dct-v1 and mel-v1; update it, or encode the data again"
+        )
     if codec.id != codec_id:
-        raise ValueError(f"codec {codec_id!r} was made by another version (this one makes {codec.id!r}): encode the data again")
+        raise ValueError(
+            f"codec {codec_id!r} was made by another version (this one makes {codec.id!r}): encode the data again"
+        )
     return codec
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class LatentStats:
-    """Mean and standard deviation per channel; the head (first-frame latent) has its own, for codecs that code it apart.
+    """Mean and standard deviation per channel; the head (first-frame latent) may have its own.
 
     Published statistics of a codec that treats all latents alike (Wan) put the same numbers in both.
     """

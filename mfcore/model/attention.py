@@ -1,7 +1,7 @@
 """Who may attend to whom, and the attention itself (reference backend: SDPA with a dense mask).
 
-Chunk q sees the sink, the chunks of its window before it, and itself. The sink stands at a constant offset, the window's
-edge, so each query chunk has its own rotated copy of the sink's keys (METHOD 4).
+Chunk q sees the sink, the chunks of its window before it, and itself. The sink stands at a constant offset, the
+window's edge, so each query chunk has its own rotated copy of the sink's keys (METHOD 4).
 """
 
 import torch

@@ -4,6 +4,7 @@ Letters: B batch, n latents, C channels, h w latent size, N tokens, K chunks, d 
 """
 
 import math
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -17,6 +18,8 @@ from mfcore.model.rope import time_angles
 from mfcore.types import Condition, Stream
 
 FOURIER_WIDTH = 128
+Span = tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]
+"""Levels t and r of a call."""
 NOISE_SCALE = 1000.0  # noise levels in [0, 1] are embedded like the integer steps 0..1000
 DURATION_SCALE = 100.0
 
@@ -93,6 +96,9 @@ class Branch(nn.Module):
         self.blocks = nn.ModuleList(Block(model.dim, model.heads, model.mlp_ratio) for _ in range(model.layers))
         self.head = nn.Linear(model.dim, width)
 
+    def block(self, layer: int) -> Block:
+        return cast(Block, self.blocks[layer])
+
     def patches(self, stream: Stream) -> Float[Tensor, "B N p"]:
         """Latents cut into tokens."""
         x = stream.latents if stream.latents.ndim == 5 else stream.latents[..., None, None]
@@ -126,7 +132,7 @@ class Branch(nn.Module):
         return torch.where(present[:, None, None], tokens, absent.to(tokens.dtype))
 
     def text_tokens(self, cond: Condition, at: Positions, *, silent: bool) -> TextTokens:
-        """Embedded conditions for tokens at ``at``. ``silent``: the sink reads none, because it outlives their change."""
+        """Embedded conditions for tokens at ``at``. ``silent``: the sink reads none, it outlives their change."""
         caption, words = self.text(cond)
         device, scale = caption.device, self.model.rope_seconds_scale
         one = torch.ones(caption.shape[0], 1, dtype=torch.bool, device=device)
@@ -143,18 +149,34 @@ class Branch(nn.Module):
         )
 
     def velocity(
-        self, x: Float[Tensor, "B N d"], final: Float[Tensor, "B K pd"], chunk: Tensor, noisy: Tensor, t: Tensor
+        self, x: Float[Tensor, "B N d"], final: Float[Tensor, "B K pd"], chunk: Tensor, noisy: Tensor, span: Span
     ) -> Tensor:
-        """Tokens to velocities, in float32: what is exact for a Gaussian of spread ``data_std``, plus a scaled correction.
+        """Tokens to velocities, in float32: the flow of a Gaussian of spread ``data_std``, plus a scaled correction F.
 
-        v = lam(t) x_t + s / sqrt(D) F, lam = (t - (1 - t) s^2) / D, D = (1 - t)^2 s^2 + t^2 (TRUTHS, exact property 2):
-        a token wider than the network need not carry its noise through it. ``t``: (B, K).
+        A token may be wider than the network: what is white in it need not be carried through. ``span``: t and r.
         """
         shift, scale = final[:, chunk].float().chunk(2, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
             correction = self.unpatch(self.head(modulate(x.float(), shift, scale)), noisy)
-        variance = self.model.data_std**2
-        per_latent = t.float()[:, chunk[:: self.config.tokens]]
-        level = per_latent.reshape(per_latent.shape + (1,) * (noisy.ndim - 2))
-        d = (1 - level) ** 2 * variance + level**2
-        return (level - (1 - level) * variance) / d * noisy.float() + (variance / d).sqrt() * correction
+        per_latent = chunk[:: self.config.tokens]
+        t, r = (level.float()[:, per_latent].reshape(-1, len(per_latent), *(1,) * (noisy.ndim - 2)) for level in span)
+        return (
+            gaussian_gain(t, r, self.model.data_std) * noisy.float()
+            + gaussian_scale(t, self.model.data_std) * correction
+        )
+
+
+def gaussian_gain(t: Tensor, r: Tensor, std: float) -> Tensor:
+    """What multiplies x_t in the average velocity of N(0, s^2) from t to r (r = t: TRUTHS, exact property 2).
+
+    From x_r = sqrt(D_r / D_t) x_t with D_t = (1 - t)^2 s^2 + t^2, written so that nothing is divided by t - r:
+    ((1 + s^2) (t + r) - 2 s^2) / (sqrt(D_t) (sqrt(D_t) + sqrt(D_r))).
+    """
+    variance = std**2
+    top, bottom = (((1 - level) ** 2 * variance + level**2).sqrt() for level in (t, r))
+    return ((1 + variance) * (t + r) - 2 * variance) / (top * (top + bottom))
+
+
+def gaussian_scale(t: Tensor, std: float) -> Tensor:
+    """s / sqrt(D_t): the spread of the velocity of N(0, s^2) about its mean given x_t."""
+    return std / ((1 - t) ** 2 * std**2 + t**2).sqrt()

@@ -46,7 +46,7 @@ class Positions:
 
 @dataclass(frozen=True, kw_only=True)
 class LayeredMemory:
-    """Sink keys are kept unrotated, because their offset is constant and not their position; past keys are kept rotated.
+    """Sink keys are kept unrotated, because their offset is constant and not their position; past keys are rotated.
 
     Values, never changed in place: a memory may be shared by many passes, snapshotted by keeping it, and continued.
     """

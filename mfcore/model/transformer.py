@@ -1,6 +1,7 @@
-"""The network: branches coupled in self-attention (METHOD 4). A uni-modal model has one branch; the code is the same."""
+"""The network: branches coupled in self-attention (METHOD 4). A uni-modal model has one branch, same code."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -55,14 +56,18 @@ class AVTransformer(nn.Module):
         if not x:
             return {}, memory
         at = self._positions(x)
-        levels = {m: self.branches[m].levels(t[m], r[m], trust if store else None) for m in x}
+        levels = {m: self.branch(m).levels(t[m], r[m], trust if store else None) for m in x}
         step = self._prepare(x, at, {m: v[0] for m, v in levels.items()}, cond, memory, store=store)
-        hidden = {m: self.branches[m].embed(self.branches[m].patches(s)) for m, s in x.items()}
+        hidden = {m: self.branch(m).embed(self.branch(m).patches(s)) for m, s in x.items()}
         hidden, layers = self._layers(hidden, step, memory)
         velocities = {
-            m: self.branches[m].velocity(h, levels[m][1], step.local[m], x[m].latents, t[m]) for m, h in hidden.items()
+            m: self.branch(m).velocity(h, levels[m][1], step.local[m], x[m].latents, (t[m], r[m]))
+            for m, h in hidden.items()
         }
         return velocities, memory.append(layers, at) if store else memory
+
+    def branch(self, modality: str) -> Branch:
+        return cast(Branch, self.branches[modality])
 
     def _sink(self, cond: Condition) -> LayeredMemory:
         """Keys and values of first frame and voice: clean, before everything, reading no text."""
@@ -71,16 +76,16 @@ class AVTransformer(nn.Module):
         at = self._positions(streams)
         some = next(iter(streams.values())).latents
         zero = some.new_zeros(some.shape[0], 1, dtype=torch.float32)
-        shared = {m: self.branches[m].levels(zero, zero, None)[0] for m in streams}
+        shared = {m: self.branch(m).levels(zero, zero, None)[0] for m in streams}
         empty = LayeredMemory(window=self.config.window_chunks, sink=(), sink_at=at.where(at.chunk != SINK))
         step = self._prepare(streams, at, shared, cond, empty, store=True)
-        hidden = {m: self.branches[m].sink_tokens(s, present[m]) for m, s in streams.items()}
+        hidden = {m: self.branch(m).sink_tokens(s, present[m]) for m, s in streams.items()}
         _, layers = self._layers(hidden, step, empty, rotated=False)
         return LayeredMemory(window=self.config.window_chunks, sink=tuple(layers), sink_at=at)
 
     def _positions(self, x: Streams) -> Positions:
         numbers = {m: i for i, m in enumerate(MODALITIES)}
-        parts = [self.branches[m].positions(s, numbers[m]) for m, s in x.items()]
+        parts = [self.branch(m).positions(s, numbers[m]) for m, s in x.items()]
         joined = parts[0]
         for part in parts[1:]:
             joined = joined.join(part)
@@ -97,14 +102,14 @@ class AVTransformer(nn.Module):
         store: bool,
     ) -> _Pass:
         device = next(iter(shared.values())).device
-        own = {m: self.branches[m].positions(s, 0) for m, s in x.items()}
+        own = {m: self.branch(m).positions(s, 0) for m, s in x.items()}
         is_sink = bool((at.chunk == SINK).all())
         return _Pass(
             at=at,
             sizes=[len(p) for p in own.values()],
             local={m: (p.chunk - p.chunk[0]).to(device) for m, p in own.items()},
             shared=shared,
-            text={m: self.branches[m].text_tokens(cond, p, silent=is_sink) for m, p in own.items()},
+            text={m: self.branch(m).text_tokens(cond, p, silent=is_sink) for m, p in own.items()},
             angle=self._angles(at).to(device),
             mask=self._mask(at, memory, store=store),
         )
@@ -135,7 +140,7 @@ class AVTransformer(nn.Module):
         kept: list[KeyValue] = []
         sink_angle = self._sink_angles(step.at, memory)
         for layer in range(self.config.layers):
-            blocks = {m: self.branches[m].blocks[layer] for m in hidden}
+            blocks = {m: self.branch(m).block(layer) for m in hidden}
             mods = {m: b.modulation(step.shared[m], step.local[m]) for m, b in blocks.items()}
             q, k, v = (
                 torch.cat(parts, dim=2)
@@ -152,7 +157,7 @@ class AVTransformer(nn.Module):
         return hidden, kept
 
     def _sink_angles(self, at: Positions, memory: LayeredMemory) -> Tensor:
-        """Angles of the sink's copies, one per chunk of the pass, (copies * tokens, half): each at the window's edge."""
+        """Angles of the sink's copies, one per chunk of the pass, (copies * tokens, half), at the window's edge."""
         edge = (at.chunk.unique() - self.config.window_chunks).double() * self.config.chunk_seconds
         sink, copies = memory.sink_at, edge.shape[0]
         times = (edge[:, None] + sink.times[None]).flatten()

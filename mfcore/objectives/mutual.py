@@ -32,6 +32,8 @@ from mfcore.rollout import coupled_starts, join_chunks, rollout
 from mfcore.steps import Context, Schedule, finishing_schedule, schedule
 from mfcore.types import AVBatch, Stream, Streams, VelocityModel
 
+LEAST_TAU = 0.02  # below it both scores see the sample itself, and their difference is network error
+
 RowKind = Literal["real", "coupled", "free", "literal"]
 
 
@@ -62,6 +64,10 @@ class MutualConfig:
             raise ValueError("rows and finest_rows describe the same cycle: give them equal lengths")
         if max(self.strengths) > self.finest:
             raise ValueError(f"history strengths {self.strengths} go beyond the ShortCut depth {self.finest}")
+        if any(s & (s - 1) or s > 2**self.finest for s in self.rollout_steps):
+            raise ValueError(
+                f"rollout_steps {self.rollout_steps}: ShortCut trains powers of two up to {2**self.finest} steps"
+            )
         if self.dmd_from < self.fake_from:
             raise ValueError("DMD needs a fake score that has learned: dmd_from must not come before fake_from")
 
@@ -93,9 +99,18 @@ class _Histories:
 
     streams: dict[str, Stream]
     strength: Tensor  # (B,)
+    coupled_strength: float  # of this step
     stash: dict[str, Stream] | None
     plan: Schedule
     exit_step: int
+
+    @property
+    def teacher_label(self) -> Tensor:
+        """Labels for the multi-step mode as teacher: no more than flow matching has trained it with.
+
+        Only the few-step losses would shape its answer to s = 1, and they take their targets from that answer.
+        """
+        return self.strength.clamp_max(self.coupled_strength)
 
 
 class Mutual:
@@ -115,7 +130,7 @@ class Mutual:
         student = Context(model=models["student"], cond=batch.cond).remember(history.streams, trust)
         with torch.no_grad():
             guided = Context(model=models["ema"], cond=batch.cond, guidance=config.guidance)
-            teacher = guided.remember(history.streams, trust)
+            teacher = guided.remember(history.streams, history.teacher_label if config.trust_label else None)
         terms = self._flow_matching(student, batch, rows.anchored, info)  # step 3, rows A
         terms += self._shortcut(student, teacher, clean, batch, info)  # steps 3 and 4
         if not len(rows.free) or step < config.fake_from:
@@ -156,7 +171,9 @@ class Mutual:
             rolled, stash = self._rolled(student, batch.rows(rows.rolled), plan, exit_step, info, 1.0)
             streams = _put(streams, rolled, rows.rolled)
             strength[rows.rolled] = 1.0
-        return _Histories(streams=streams, strength=strength, stash=stash, plan=plan, exit_step=exit_step)
+        return _Histories(
+            streams=streams, strength=strength, coupled_strength=2.0**-k, stash=stash, plan=plan, exit_step=exit_step
+        )
 
     def _rolled(
         self,
@@ -220,6 +237,7 @@ class Mutual:
         critic = Context(model=fake, cond=part.cond).remember(past, trust if trust is None else trust[free])
         eps = draw_noise(part.streams, info.seed, "mutual/dmd", part.samples)
         tau = draw_levels(replace(config.time, uniform_share=1.0), part.streams, info.seed, "mutual/tau", part.samples)
+        tau = {m: level.clamp_min(LEAST_TAU) for m, level in tau.items()}
         return dmd_terms(
             y, teacher.rows(free), critic, eps, tau, weight=config.dmd_weight * scale, floor=config.dmd_floor
         )

@@ -1,12 +1,12 @@
 """Truths about the network: causality, cached = parallel, branches, gates (TRUTHS, exact properties 6 and 7)."""
 
 import torch
-from tests.mfcore.tiny import SHAPES, TIMELINE, batch, network
 
 from mfcore.flow import noise_streams
 from mfcore.rollout import coupled_starts, join_chunks, noise_starts, rollout
 from mfcore.steps import Context, levels, schedule
 from mfcore.types import AUDIO, VIDEO, AVBatch, Streams
+from tests.mfcore.tiny import SHAPES, TIMELINE, batch, network
 
 SHIFT = {VIDEO: 1.0, AUDIO: 1.0}
 
@@ -77,10 +77,9 @@ def test_history_outside_the_window_is_forgotten_and_inside_it_matters():
 @torch.no_grad()
 def test_memory_stays_constant_while_streaming():
     model, data = network(window=2), batch(chunks=1)
-    sizes = []
     starts = noise_starts(TIMELINE, SHAPES, range(12), 0, data.samples, data.cond.caption)
-    for chunk in rollout(Context(model=model, cond=data.cond), starts, schedule(1, SHIFT)):
-        sizes.append(len(chunk.context.memory.past_at))
+    chunks = rollout(Context(model=model, cond=data.cond), starts, schedule(1, SHIFT))
+    sizes = [len(chunk.context.memory.past_at) for chunk in chunks]
     assert max(sizes[2:]) - min(sizes[2:]) <= 1  # counts of audio latents differ by one between chunks
 
 
