@@ -45,4 +45,4 @@ def build_text_codec(codec_id: str) -> HashedWords:
     match = re.fullmatch(r"words-v1/d(\d+)", codec_id)
     if match is None:
         raise ValueError(f"unknown text codec {codec_id!r}: this mfctl knows words-v1")
-    return HashedWords(int(match[1]))
+    return HashedWords(width=int(match[1]))

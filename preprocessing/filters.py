@@ -1,0 +1,96 @@
+"""Keep or reject: technical filters, each with its own reason, and the sync estimate that is recorded, not judged.
+
+Defaults are lenient: they catch what cannot be talking audio-video (black, frozen, digitally silent), nothing more. A
+threshold of None switches its filter off.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mfcore.metrics.sync import motion_energy, sound_envelope, sync_offset
+from preprocessing.media import VideoInfo
+from preprocessing.record import Clip, Rejected
+
+ENVELOPE_RATE = 100  # Hz, of the sound envelope that motion is compared with
+MAX_LAG = 0.5  # seconds, of the sync estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Thresholds; None switches a filter off."""
+
+    min_side: int | None = 32  # pixels, the shorter side of the source's picture
+    max_pixels: int | None = 8192 * 4608  # of the source's picture: bounds the memory of one decoder
+    black_level: float | None = 12.0  # brightest tolerated 99th percentile of grey (0..255) of a black clip
+    frozen_change: float | None = (
+        0.1  # grey levels: mean change per pixel between frames, its largest value in the clip
+    )
+    silence_db: float | None = -75.0  # dBFS, rms of the whole clip
+    clipped_share: float | None = 0.05  # share of samples within 1% of full scale
+
+
+def check_size(info: VideoInfo, config: FilterConfig) -> None:
+    """Reject a source whose picture is too small to show a face, or too large to decode in bounded memory."""
+    if config.min_side is not None and min(info.width, info.height) < config.min_side:
+        raise Rejected("filter", "too_small", f"{info.width}x{info.height}, at least {config.min_side} a side")
+    if config.max_pixels is not None and info.width * info.height > config.max_pixels:
+        raise Rejected("filter", "too_large", f"{info.width}x{info.height}, at most {config.max_pixels} pixels")
+
+
+def check_duration(clip: Clip, least: int, fps: float, sample_rate: int) -> Clip:
+    """Reject a clip of fewer than ``least`` frames (or their length in sound)."""
+    frames = len(clip.frames) if clip.frames is not None else int((len(_sound(clip)) + 1) * fps / sample_rate)
+    if frames < least:
+        raise Rejected("filter", "too_short", f"{frames / fps:.3f} s, at least {least / fps:.3f} s")
+    return clip
+
+
+def _sound(clip: Clip) -> NDArray[np.float32]:
+    return clip.waveform if clip.waveform is not None else np.zeros(0, np.float32)
+
+
+def _thumbnails(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Every k-th pixel, about 64 a side, (n, h, w, 3): enough to see black, stillness and motion."""
+    step = max(1, min(frames.shape[1:3]) // 64)
+    return frames[:, ::step, ::step]
+
+
+def check_picture(clip: Clip, config: FilterConfig) -> Clip:
+    """Reject a black or a frozen picture."""
+    if clip.frames is None:
+        return clip
+    small = _thumbnails(clip.frames)
+    if config.black_level is not None and (level := float(np.percentile(small, 99))) < config.black_level:
+        raise Rejected("filter", "black", f"99th percentile {level:.1f} of 255")
+    change = float(motion_energy(small).max())
+    if config.frozen_change is not None and change < config.frozen_change:
+        raise Rejected("filter", "frozen", f"largest change {change:.3f} grey levels")
+    return clip
+
+
+def check_sound(clip: Clip, config: FilterConfig) -> Clip:
+    """Reject silent or clipped sound."""
+    if clip.waveform is None:
+        return clip
+    level = 20 * np.log10(np.sqrt(np.mean(np.square(clip.waveform, dtype=np.float64))) + 1e-10)
+    if config.silence_db is not None and level < config.silence_db:
+        raise Rejected("filter", "silent", f"{level:.1f} dBFS")
+    clipped = float(np.mean(np.abs(clip.waveform) >= 0.99))
+    if config.clipped_share is not None and clipped > config.clipped_share:
+        raise Rejected("filter", "clipped", f"{100 * clipped:.1f}% of samples at full scale")
+    return clip
+
+
+def estimate_sync(clip: Clip, fps: float, sample_rate: int) -> Clip:
+    """Record how much later than the picture's motion the sound's changes come, and how well they then correlate."""
+    if clip.frames is None or clip.waveform is None:
+        return clip
+    envelope = sound_envelope(clip.waveform, sample_rate, ENVELOPE_RATE)
+    if len(envelope) < 2:
+        return clip
+    found = sync_offset(
+        motion_energy(_thumbnails(clip.frames)), fps, np.abs(np.gradient(envelope)), ENVELOPE_RATE, MAX_LAG
+    )
+    return replace(clip, sync=(found.offset_sec, found.correlation))

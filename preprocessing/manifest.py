@@ -1,0 +1,197 @@
+"""What a dataset folder says about itself: sources and work units, done markers, accounting.
+
+A work unit is a fixed group of sources. Its name holds its number and a hash of everything its outputs depend on, so
+the same unit made twice has the same files under the same names.
+"""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from preprocessing.record import Source, Word
+from preprocessing.schema import SOURCES
+from preprocessing.storage import Store
+
+SOURCES_FILE = "_sources.parquet"
+DATASET_FILE = "_dataset.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A fixed group of sources, processed and published together."""
+
+    name: str
+    sources: tuple[Source, ...]
+
+    @property
+    def marker(self) -> str:
+        return f"_done/{self.name}.json"
+
+    def to_json(self) -> str:
+        """Text that ``from_json`` turns into an equal unit: how a unit travels to a worker."""
+        return canonical({"name": self.name, "sources": [asdict(source) for source in self.sources]})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Unit":
+        facts = json.loads(text)
+        return cls(name=facts["name"], sources=tuple(_source(row) for row in facts["sources"]))
+
+
+def _source(row: Mapping[str, Any]) -> Source:
+    words = row["transcript"]
+    return Source(
+        uri=row["uri"],
+        size=row["size"],
+        fingerprint=row["fingerprint"],
+        caption=row["caption"],
+        transcript=None if words is None else tuple(Word(**word) for word in words),
+    )
+
+
+def canonical(value: Any) -> str:
+    """JSON in which equal values have equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """Hash of the canonical JSON of a value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]
+
+
+# ------------------------------------------------------------------------------------------------------ sources, units
+
+
+def read_units(store: Store) -> list[Unit]:
+    """The units planned so far, in order."""
+    if not store.exists(SOURCES_FILE):
+        return []
+    with store.open(SOURCES_FILE) as file:
+        rows = pq.read_table(file).to_pylist()
+    grouped: dict[str, list[Source]] = {}
+    for row in rows:
+        grouped.setdefault(row["unit"], []).append(_source(row))
+    return [Unit(name=name, sources=tuple(sources)) for name, sources in grouped.items()]
+
+
+def plan_units(known: Sequence[Unit], sources: Iterable[Source], per_unit: int, fingerprint: str) -> list[Unit]:
+    """The known units and, for sources that none of them holds, new units behind them.
+
+    ValueError when a known source has other content now: its clips would no longer be a function of it.
+    """
+    seen = {source.uri: source for unit in known for source in unit.sources}
+    fresh: list[Source] = []
+    for source in sources:
+        if source.uri not in seen:
+            fresh.append(source)
+        elif seen[source.uri].fingerprint != source.fingerprint:
+            raise ValueError(
+                f"{source.uri} changed since this dataset was begun: write to a new dataset, or put the old file back"
+            )
+    units = list(known)
+    for at in range(0, len(fresh), per_unit):
+        group = tuple(fresh[at : at + per_unit])
+        name = f"{len(units):06d}-{digest([fingerprint, [asdict(s) for s in group]], 8)}"
+        units.append(Unit(name=name, sources=group))
+    return units
+
+
+def write_units(store: Store, units: Sequence[Unit]) -> None:
+    """Put ``_sources.parquet``."""
+    rows = [asdict(source) | {"unit": unit.name} for unit in units for source in unit.sources]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SOURCES), buffer)
+    store.write(SOURCES_FILE, buffer.getvalue())
+
+
+def finished(store: Store) -> set[str]:
+    """Names of the units whose marker is there."""
+    return {name.removeprefix("_done/").removesuffix(".json") for name in store.names("_done")}
+
+
+def read_markers(store: Store, units: Iterable[Unit]) -> list[dict[str, Any]]:
+    """The markers of these units; they must be finished."""
+    return [json.loads(store.read(unit.marker)) for unit in units]
+
+
+# --------------------------------------------------------------------------------------------------------- accounting
+
+
+def total(markers: Sequence[Mapping[str, Any]], sources: int) -> dict[str, Any]:
+    """The counts of the command line's contract. ``spans = accepted + rejected``: a source that gave no span at all is
+    one reject row, counted as one span of unknown extent (``rejected_sources`` says how many of those there are)."""
+    accepted = sum(m["accepted"] for m in markers)
+    reasons: Counter[str] = Counter()
+    for marker in markers:
+        reasons.update(marker["rejects_by_reason"])
+    rejected = sum(reasons.values())
+    return {
+        "sources": sources,
+        "spans": accepted + rejected,
+        "accepted": accepted,
+        "rejected": rejected,
+        "rejected_sources": sum(m["rejected_sources"] for m in markers),
+        "rejects_by_reason": dict(sorted(reasons.items())),
+        "hours": sum(m["seconds"] for m in markers) / 3600,
+    }
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """Lines ``key: old -> new`` for every leaf that differs between two configurations."""
+    lines: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b, name = old.get(key), new.get(key), f"{path}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += difference(a, b, f"{name}.")
+        elif a != b:
+            lines.append(f"{name}: {a} -> {b}")
+    return lines
+
+
+def verify(store: Store) -> list[str]:
+    """Recompute checksums and the accounting from the files themselves; what is wrong, one line each."""
+    units = read_units(store)
+    done = finished(store)
+    wrong = [
+        f"unit {u.name} is not finished: run the same preprocess command again" for u in units if u.name not in done
+    ]
+    wrong += [f"_done/{name}.json belongs to no unit" for name in sorted(done - {u.name for u in units})]
+    expected: set[str] = set()
+    for unit in (u for u in units if u.name in done):
+        marker = json.loads(store.read(unit.marker))
+        expected |= {file["name"] for file in marker["files"]}
+        wrong += _verify_unit(store, unit, marker)
+    present = {name for folder in ("clips", "rejects") for name in store.names(folder)}
+    return wrong + [f"{name} belongs to no finished unit" for name in sorted(present - expected)]
+
+
+def _verify_unit(store: Store, unit: Unit, marker: Mapping[str, Any]) -> list[str]:
+    wrong: list[str] = []
+    uris: Counter[str] = Counter()
+    rows: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for file in marker["files"]:
+        if not store.exists(file["name"]):
+            wrong.append(f"{file['name']} is missing")
+            continue
+        data = store.read(file["name"])
+        if hashlib.sha256(data).hexdigest() != file["sha256"]:
+            wrong.append(f"{file['name']} has another checksum than its marker says")
+            continue
+        names = ["source_uri"] if file["kind"] == "clips" else ["uri", "reason"]
+        table = pq.read_table(io.BytesIO(data), columns=names)
+        rows[file["kind"]] += table.num_rows
+        uris.update(table[names[0]].to_pylist())
+        reasons.update(table["reason"].to_pylist() if file["kind"] == "rejects" else [])
+    if wrong:
+        return wrong
+    if rows["clips"] != marker["accepted"] or dict(reasons) != marker["rejects_by_reason"]:
+        wrong.append(f"unit {unit.name}: its files hold {dict(rows)}, its marker says otherwise")
+    lost = {source.uri for source in unit.sources} ^ set(uris)
+    return wrong + [f"unit {unit.name}: {uri} is in its sources or its files, not in both" for uri in sorted(lost)]

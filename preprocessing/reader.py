@@ -1,0 +1,208 @@
+"""A finished dataset as tensors, without Ray: ``open_dataset(uri)`` gives clips in a fixed order."""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mfcore.codecs.stats import LatentStats
+from mfcore.timeline import LatentClock, Timeline
+from preprocessing.schema import SCHEMA_VERSION, ClipTensors, columns, from_row, latent_counts
+from preprocessing.storage import Store
+
+CACHED_BYTES = 256 << 20  # of row groups kept in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetMeta:
+    """What ``_dataset.json`` says."""
+
+    config: Mapping[str, Any]  # resolved preprocessing configuration
+    fingerprint: str  # of that configuration
+    codecs: Mapping[str, str]  # modality -> codec id
+    text_codec: str  # id of the encoder of captions and transcripts
+    clocks: Mapping[str, LatentClock]
+    stats: Mapping[str, LatentStats]
+    chunk_seconds: Fraction
+    counts: Mapping[str, Any]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(self.clocks)
+
+    def timeline(self, modalities: Sequence[str] | None = None) -> Timeline:
+        """The clocks of these modalities (default: all), cut into the chunks the clips were cut for."""
+        names = self.modalities if modalities is None else modalities
+        return Timeline(clocks={m: self.clocks[m] for m in names}, chunk_seconds=self.chunk_seconds)
+
+
+def parse_meta(facts: Mapping[str, Any]) -> DatasetMeta:
+    """DatasetMeta from the JSON of ``_dataset.json``."""
+    return DatasetMeta(
+        config=facts["config"],
+        fingerprint=facts["fingerprint"],
+        codecs=facts["codecs"],
+        text_codec=facts["text_codec"],
+        clocks={
+            m: LatentClock(rate=Fraction(c["rate"]), offset=Fraction(c["offset"]), head=c["head"])
+            for m, c in facts["clocks"].items()
+        },
+        stats={m: LatentStats(**{k: tuple(v) for k, v in s.items()}) for m, s in facts.get("stats", {}).items()},
+        chunk_seconds=Fraction(facts["chunk_seconds"]),
+        counts=facts.get("counts", {}),
+    )
+
+
+def read_facts(store: Store) -> dict[str, Any]:
+    """The JSON of ``_dataset.json``; ValueError when the place is no dataset or of another schema version."""
+    try:
+        facts: dict[str, Any] = json.loads(store.read("_dataset.json"))
+    except FileNotFoundError:
+        raise ValueError(f"{store.uri} is no dataset: make one with `mfctl preprocess SRC {store.uri}`") from None
+    if facts["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"{store.uri} has schema version {facts['schema_version']}, this mfctl reads {SCHEMA_VERSION}: "
+            "preprocess the sources again"
+        )
+    return facts
+
+
+@dataclass(frozen=True, order=True)
+class _Place:
+    """Where a clip lies."""
+
+    id: str
+    source_uri: str
+    file: str
+    row: int
+    chunks: int
+
+
+class ClipDataset:
+    """Clips sorted by id; reading one touches the columns of the chosen modalities only.
+
+    Row groups are kept in a small cache, so walking in order reads each once. Views (``held_out``) share it.
+    """
+
+    def __init__(self, store: Store, meta: DatasetMeta, places: Sequence[_Place], modalities: tuple[str, ...]) -> None:
+        self.meta, self.modalities = meta, modalities
+        self._store, self._places = store, list(places)
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[ClipTensors]:
+        return (self.clip(i) for i in range(len(self)))
+
+    @property
+    def ids(self) -> list[str]:
+        return [place.id for place in self._places]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Whole chunks of every clip, known without reading it."""
+        return [place.chunks for place in self._places]
+
+    def index(self, clip_id: str) -> int:
+        """Position of a clip; ValueError names some that exist."""
+        if clip_id not in (ids := self.ids):
+            raise ValueError(f"no clip {clip_id!r} in {self._store.uri}: it has for example {', '.join(ids[:3])}")
+        return ids.index(clip_id)
+
+    def clip(self, i: int) -> ClipTensors:
+        """Clip i, its latents raw (float32, time first)."""
+        return from_row(self.row(i), self._places[i].chunks)
+
+    def row(self, i: int) -> dict[str, Any]:
+        """The Parquet row of clip i, the columns of the chosen modalities."""
+        place = self._places[i]
+        file = self._files.get(place.file)
+        if file is None:
+            file = self._files[place.file] = pq.ParquetFile(self._store.open(place.file))
+        group, row = 0, place.row
+        while row >= (size := file.metadata.row_group(group).num_rows):
+            group, row = group + 1, row - size
+        return self._group(place.file, group, file).slice(row, 1).to_pylist()[0]
+
+    def _group(self, name: str, group: int, file: pq.ParquetFile) -> pa.Table:
+        key = (name, group)
+        if key not in self._cache:
+            self._cache[key] = file.read_row_group(group, columns=columns(self.modalities))
+            while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > CACHED_BYTES:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def held_out(self, fraction: float) -> tuple["ClipDataset", "ClipDataset"]:
+        """(training clips, held-out clips), split by a hash of the source's URI.
+
+        Clips of one source stay together, and growth of the dataset moves none across. (In a set so small that one side
+        would be empty, the source with the smallest or the largest hash goes there.)
+        """
+        order = sorted({place.source_uri for place in self._places}, key=_share)
+        if not 0 < fraction < 1 or len(order) < 2:
+            raise ValueError(
+                f"cannot hold out {fraction} of {len(order)} sources: need a share in (0, 1) and two sources"
+            )
+        held = {uri for uri in order[:-1] if _share(uri) < fraction} or {order[0]}
+        return self._view(lambda p: p.source_uri not in held), self._view(lambda p: p.source_uri in held)
+
+    def _view(self, keep: Any) -> "ClipDataset":
+        view = ClipDataset(self._store, self.meta, [p for p in self._places if keep(p)], self.modalities)
+        view._files, view._cache = self._files, self._cache
+        return view
+
+
+def _share(uri: str) -> float:
+    """A number in [0, 1) that depends on the URI alone."""
+    return int.from_bytes(hashlib.sha256(uri.encode()).digest()[:8], "big") / 2**64
+
+
+def open_dataset(uri: str, modalities: Sequence[str] | None = None) -> ClipDataset:
+    """The clips of a dataset. ``modalities``: which latents to read, by default all it has.
+
+    ValueError when it is no dataset, unfinished, or lacks a modality.
+    """
+    store = Store(uri)
+    facts = read_facts(store)
+    meta = parse_meta(facts)
+    wanted = meta.modalities if modalities is None else tuple(modalities)
+    if missing := [m for m in wanted if m not in meta.clocks]:
+        raise ValueError(f"{uri} has no {missing[0]}: it was made with --modality {facts['config']['modality']}")
+    if not facts["complete"]:
+        raise ValueError(f"{uri} is unfinished: run the same `mfctl preprocess` command again")
+    dropped = _duplicates(store)
+    places = [place for name in _clip_files(store) for place in _places(store, name, meta.timeline(wanted))]
+    return ClipDataset(store, meta, sorted(p for p in places if p.id not in dropped), wanted)
+
+
+def _clip_files(store: Store) -> list[str]:
+    markers = (json.loads(store.read(name)) for name in store.names("_done"))
+    return [file["name"] for marker in markers for file in marker["files"] if file["kind"] == "clips"]
+
+
+def _places(store: Store, name: str, timeline: Timeline) -> list[_Place]:
+    """The clips of one file; latents are not read."""
+    with store.open(name) as file:
+        rows = pq.read_table(file, columns=["id", "source_uri", "vae_latent_shape", "audio_latent_shape"]).to_pylist()
+    places: list[_Place] = []
+    for number, row in enumerate(rows):
+        counts = {m: latent_counts(row)[m] - clock.head for m, clock in timeline.clocks.items()}
+        places.append(_Place(row["id"], row["source_uri"], name, number, timeline.whole_chunks(counts)))
+    return places
+
+
+def _duplicates(store: Store) -> set[str]:
+    """Ids that a duplicate pass marked for removal."""
+    if not store.exists("_duplicates.parquet"):
+        return set()
+    with store.open("_duplicates.parquet") as file:
+        return set(pq.read_table(file, columns=["id"])["id"].to_pylist())

@@ -1,0 +1,145 @@
+"""What the user named -> a sorted list of sources: files, folders, globs, s3:// prefixes, manifests.
+
+A manifest (csv, jsonl or parquet) has a column ``uri`` (relative paths count from the manifest's folder) and optionally
+``caption``, ``transcript`` (list of {word, start, end}, or that as JSON), ``start`` and ``end`` in seconds. A part of a
+file is its own source; its URI ends in the media fragment ``#t=start,end``.
+"""
+
+import csv
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+from urllib.parse import quote, unquote
+
+import pyarrow.parquet as pq
+
+from preprocessing.record import Source, Word
+from preprocessing.storage import file_system, is_remote, local_path, local_uri
+
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg"),
+    *(".vob", ".wmv", ".3gp", ".ogv"),
+)
+SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
+MEDIA = frozenset(VIDEO_SUFFIXES + SOUND_SUFFIXES)
+MANIFESTS = frozenset([".csv", ".jsonl", ".parquet"])
+_EDGE = 1 << 16  # bytes hashed at each end of a file
+
+
+def split_fragment(uri: str) -> tuple[str, tuple[float, float] | None]:
+    """The URI of the file, and the span in seconds that a ``#t=start,end`` fragment names."""
+    base, mark, span = uri.partition("#t=")
+    if not mark:
+        return uri, None
+    start, _, end = span.partition(",")
+    return base, (float(start), float(end))
+
+
+def find_sources(arguments: Iterable[str]) -> list[Source]:
+    """All sources that the arguments name, each once, sorted by URI. ValueError when an argument names nothing."""
+    found: dict[str, Source] = {}
+    for argument in arguments:
+        named = list(_named(argument))
+        if not named:
+            raise ValueError(
+                f"no media files in {argument}: expected names ending in {', '.join(VIDEO_SUFFIXES[:5])}, ..."
+            )
+        for source in named:
+            found.setdefault(source.uri, source)
+    return [found[uri] for uri in sorted(found)]
+
+
+def _named(argument: str) -> Iterator[Source]:
+    suffix = os.path.splitext(argument)[1].lower()
+    if is_remote(argument):
+        yield from _remote(argument)
+        return
+    path = local_path(argument) if argument.startswith("file://") else argument
+    if os.path.isdir(path):
+        yield from (_local(p) for p in _walk(path))
+    elif os.path.isfile(path):
+        yield from _manifest(path, suffix) if suffix in MANIFESTS else [_local(path)]
+    elif matches := sorted(glob.glob(path, recursive=True)):
+        yield from (_local(p) for p in matches if os.path.isfile(p))
+    else:
+        raise ValueError(f"no such file or folder: {argument}")
+
+
+def _walk(folder: str) -> Iterator[str]:
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (os.path.join(root, n) for n in sorted(names) if os.path.splitext(n)[1].lower() in MEDIA)
+
+
+def _local(path: str) -> Source:
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(_EDGE))
+        file.seek(max(0, size - _EDGE))
+        digest.update(file.read(_EDGE))
+    return Source(uri=local_uri(path), size=size, fingerprint=digest.hexdigest()[:16])
+
+
+def _remote(prefix: str) -> Iterator[Source]:
+    fs, root = file_system(prefix)
+    scheme = prefix.split("://", 1)[0]
+    listed = fs.find(root, detail=True) or ({root: fs.info(root)} if fs.exists(root) else {})
+    for path, facts in sorted(listed.items()):
+        if os.path.splitext(path)[1].lower() in MEDIA:
+            tag = str(facts.get("ETag", facts.get("size"))).strip('"')
+            yield Source(uri=f"{scheme}://{quote(path)}", size=int(facts["size"]), fingerprint=tag)
+
+
+def _manifest(path: str, suffix: str) -> Iterator[Source]:
+    for number, row in enumerate(_rows(path, suffix), start=1):
+        uri = row.get("uri") or row.get("path")
+        if not uri:
+            raise ValueError(f"{path}, row {number}: no `uri`; a manifest needs a column of that name")
+        yield _manifest_source(row, str(uri), os.path.dirname(os.path.abspath(path)), f"{path}, row {number}")
+
+
+def _rows(path: str, suffix: str) -> Iterator[Mapping[str, Any]]:
+    if suffix == ".parquet":
+        yield from pq.read_table(path).to_pylist()
+        return
+    with open(path, newline="", encoding="utf-8") as file:
+        yield from csv.DictReader(file) if suffix == ".csv" else (json.loads(line) for line in file if line.strip())
+
+
+def _manifest_source(row: Mapping[str, Any], uri: str, folder: str, where: str) -> Source:
+    caption, words = row.get("caption") or None, parse_words(row.get("transcript"), where)
+    if is_remote(uri):
+        source = next(_remote(uri), None)
+        if source is None:
+            raise ValueError(f"{where}: no such object: {uri}")
+    else:
+        path = local_path(uri) if uri.startswith("file://") else os.path.join(folder, uri)
+        if not os.path.isfile(path):
+            raise ValueError(f"{where}: no such file: {uri}")
+        source = _local(path)
+    start, end = row.get("start"), row.get("end")
+    part = "" if start in (None, "") or end in (None, "") else f"#t={float(start):g},{float(end):g}"
+    return replace(source, uri=source.uri + part, caption=caption, transcript=words)
+
+
+def parse_words(value: Any, where: str) -> tuple[Word, ...] | None:
+    """A transcript from JSON, a list of mappings, or nothing; ValueError says where it is malformed."""
+    if value is None or value == "":
+        return None
+    try:
+        listed = json.loads(value) if isinstance(value, str) else value
+        return tuple(Word(word=str(w["word"]), start=float(w["start"]), end=float(w["end"])) for w in listed)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{where}: a transcript is a list of {{word, start, end}}, got {value!r:.80}") from error
+
+
+def file_name(uri: str) -> str:
+    """The last part of a source's name, readable, bytes that are no UTF-8 still percent-encoded."""
+    name = uri.split("#", 1)[0].rsplit("/", 1)[-1]
+    decoded = unquote(name)
+    return name if "\N{REPLACEMENT CHARACTER}" in decoded else decoded

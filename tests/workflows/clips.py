@@ -1,0 +1,37 @@
+"""Clips in memory: numbers that tell where they came from, and a held-out split."""
+
+from fractions import Fraction
+
+import torch
+
+from mfcore.codecs.stats import LatentStats
+from mfcore.timeline import Timeline, audio_clock, video_clock
+from mfcore.types import AUDIO, VIDEO
+from workflows.data import Assembly, Clips
+
+TIMELINE = Timeline(
+    clocks={VIDEO: video_clock(Fraction(24), 4), AUDIO: audio_clock(16000, 1024)}, chunk_seconds=Fraction(1, 2)
+)
+STATS = {
+    VIDEO: LatentStats(mean=(1.0,) * 6, std=(2.0,) * 6, head_mean=(3.0,) * 6, head_std=(4.0,) * 6),
+    AUDIO: LatentStats(mean=(1.0,) * 5, std=(2.0,) * 5),
+}
+ASSEMBLY = Assembly(timeline=TIMELINE, stats=STATS)
+
+
+class FakeClip:
+    def __init__(self, number: int, chunks: int) -> None:
+        draw = torch.Generator().manual_seed(number)
+        self.id = f"clip-{number}"
+        self.chunks = chunks
+        self.video = torch.randn(1 + TIMELINE.count(VIDEO, chunks), 6, 4, 4, generator=draw)
+        self.audio = torch.randn(TIMELINE.count(AUDIO, chunks), 5, generator=draw)
+        self.caption_embedding = torch.randn(1 + number % 3, 8, generator=draw)
+        self.words = torch.randn(number % 4, 8, generator=draw)
+        self.word_times = torch.rand(number % 4, 2, generator=draw, dtype=torch.float64)
+
+
+def clips(count: int, first: int = 0, shortest: int = 6) -> Clips:
+    """``count`` clips of 6, 7, 8, 6 ... chunks."""
+    made = [FakeClip(first + i, shortest + i % 3) for i in range(count)]
+    return Clips(lengths=[c.chunks for c in made], read=made.__getitem__)

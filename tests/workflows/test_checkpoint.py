@@ -1,0 +1,119 @@
+"""A checkpoint exists when COMPLETE does; what is in it rebuilds the network without anything else."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfcore.codecs.stats import LatentStats
+from mfcore.ema import Ema, EmaConfig
+from mfcore.model.transformer import build_model
+from mfcore.optim import OptimConfig
+from mfcore.timeline import audio_clock
+from tests.mfcore.tiny import batch, model_config
+from workflows.checkpoint import (
+    COMPLETE,
+    CheckpointWriter,
+    ModelCard,
+    Progress,
+    complete,
+    find_export,
+    load_export,
+    restore,
+    verify,
+)
+from workflows.engine import EngineConfig, build_engine
+
+CARD = ModelCard(
+    model=model_config("audio"),
+    stage="audio",
+    codecs={"audio": "mel"},
+    stats={"audio": LatentStats(mean=(0.0,) * 5, std=(1.0,) * 5)},
+    clocks={"audio": audio_clock(16000, 1024)},
+    chunk_seconds=Fraction(1, 2),
+    text_codec="words",
+    shift={"audio": 1.0},
+    dataset="f1",
+)
+PROGRESS = Progress(step=3, samples_seen=12, first={"a": 1.0}, last={"a": 0.5})
+
+
+def parts(seed: int):
+    net = build_model(CARD.model, seed)
+    ema = Ema(build_model(CARD.model, seed + 10), EmaConfig())
+    return {"student": build_engine(net, OptimConfig(), EngineConfig(kind="torch", workers=1))}, ema
+
+
+def writer(root: Path, engines, ema, keep: int = 2, *, ours: bool = True) -> CheckpointWriter:
+    return CheckpointWriter(
+        root, engines=engines, ema=ema, card=CARD, facts={"stage": "audio"}, keep=keep, may_write=lambda: ours
+    )
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    engines, ema = parts(0)
+    folder = writer(tmp_path / "checkpoints", engines, ema).save(PROGRESS)
+    others, average = parts(1)
+    assert restore(folder, others, average) == PROGRESS
+    for (name, a), (_, b) in zip(engines["student"].weights(), others["student"].weights(), strict=True):
+        assert torch.equal(a, b), name
+    assert all(torch.equal(a, average.state_dict()[name]) for name, a in ema.state_dict().items())
+    listed = json.loads((folder / COMPLETE).read_text())["files"].keys()
+    assert listed == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {COMPLETE}
+
+
+@pytest.mark.parametrize("place", [".", "checkpoints/{name}", "checkpoints/{name}/export"])
+def test_an_export_is_found_from_run_checkpoint_or_itself(tmp_path, place):
+    engines, ema = parts(0)
+    folder = writer(tmp_path / "checkpoints", engines, ema).save(PROGRESS)
+    model, card = load_export(tmp_path / place.format(name=folder.name))
+    assert card == CARD
+    clips = batch(1, 2, "audio")
+    level = {"audio": torch.full((1, 2), 0.5)}
+    with torch.no_grad():
+        expected = ema.module(clips.streams, level, level, clips.cond)[0]["audio"]
+        assert torch.equal(model(clips.streams, level, level, clips.cond)[0]["audio"], expected)
+        raw, _ = load_export(folder, "raw")
+    assert torch.equal(dict(raw.named_parameters())[name := next(iter(ema.state_dict()))],
+                       dict(engines["student"].weights())[name])  # fmt: skip
+
+
+def test_partial_checkpoints_do_not_exist_and_old_ones_go(tmp_path):
+    engines, ema = parts(0)
+    root = tmp_path / "checkpoints"
+    (root / "000000000099-dead" / "export").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        find_export(tmp_path)
+    for n in (1, 2, 3):
+        writer(root, engines, ema).save(Progress(step=n, samples_seen=4 * n, first={}, last={}))
+    assert [p.name.split("-")[0] for p in sorted(root.iterdir())] == ["000000000008", "000000000012"]
+    assert complete(root) == sorted(root.iterdir())
+
+
+def test_a_driver_that_lost_the_run_completes_nothing(tmp_path):
+    engines, ema = parts(0)
+    with pytest.raises(RuntimeError, match="belongs to another driver"):
+        writer(tmp_path, engines, ema, ours=False).save(PROGRESS)
+    assert complete(tmp_path) == []
+
+
+def test_damage_is_seen(tmp_path):
+    engines, ema = parts(0)
+    folder = writer(tmp_path, engines, ema).save(PROGRESS)
+    victim = folder / "export" / "raw.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(ValueError, match=r"raw.safetensors is damaged"):
+        verify(folder)
+
+
+@pytest.mark.parametrize(("make", "message"), [(False, "does not exist"), (True, "neither a run, a checkpoint nor")])
+def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, make, message):
+    place = tmp_path / "x"
+    if make:
+        place.mkdir()
+    with pytest.raises(ValueError, match=message):
+        load_export(place)

@@ -1,0 +1,88 @@
+"""Configurations: presets build, JSON round-trips, wrong settings are refused with the right name."""
+
+import pytest
+import torch
+
+from mfcore.model.transformer import AVTransformer
+from workflows import config_io, presets
+from workflows.config import RunConfig
+from workflows.presets import LatentShapes
+
+TOY = LatentShapes(
+    channels={"video": 48, "audio": 64},
+    size={"video": (8, 8), "audio": (1, 1)},
+    text_dim=64,
+    chunk_seconds=0.5,
+    chunks=20,
+)
+WAN = LatentShapes(
+    channels={"video": 48, "audio": 64},
+    size={"video": (24, 42), "audio": (1, 1)},
+    text_dim=4096,
+    chunk_seconds=0.5,
+    chunks=20,
+)
+STAGES = ("video", "audio", "joint", "mutual")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_builds_for_every_stage(name, stage):
+    config = presets.preset(name, stage, TOY if name == "tiny" else WAN)
+    assert config_io.load(RunConfig, config_io.dump(config)) == config
+    assert config.data.chunks[1] > config.model.window_chunks, "the truncated state must be trained"
+    with torch.device("meta"):
+        AVTransformer(config.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("small", 80e6, 120e6), ("base", 1.1e9, 1.5e9), ("full", 13e9, 15e9)]
+)
+def test_presets_have_the_size_they_claim(name, low, high):
+    with torch.device("meta"):
+        network = AVTransformer(presets.preset(name, "joint", WAN).model)
+    assert low < sum(p.numel() for p in network.parameters()) < high
+
+
+def test_settings_change_nested_fields_and_nothing_else():
+    config = presets.preset("tiny", "mutual", TOY)
+    sets = ["optim.lr=1e-4", "data.chunks=[3,5]", "objective.guidance=3", "model.branches.video.patch=[2,2]"]
+    changed = config_io.change(config, config_io.parse_sets(sets))
+    assert config_io.differences(config_io.dump(config), config_io.dump(changed)) == [
+        "data.chunks: [3, 6] -> [3, 5]",
+        "model.branches.video.patch: [4, 4] -> [2, 2]",
+        "objective.guidance: 2.0 -> 3.0",
+        "optim.lr: 0.0003 -> 0.0001",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optm.lr=1", "unknown setting optm: did you mean optim?"),
+        ("objective.guidnce=1", "did you mean objective.guidance?"),
+        ("model.branches.vidoe.patch=[2,2]", "did you mean model.branches.video?"),
+        ("optim.lr=fast", "setting optim.lr: .*'fast'"),
+        ("steps=1.5", "setting steps: .*1.5"),
+        ("data.batch=3", "data.batch 3 is not a multiple of engine.workers 2"),
+        ("data.batch=4", "whole cycles of the 4 row kinds"),
+        ("ema.decay=1.5", r"EMA decay must be in \[0, 1\), got 1.5"),
+        ("steps", "not of the form a.b=value"),
+    ],
+)
+def test_a_wrong_setting_is_named(setting, message):
+    config = presets.preset("tiny", "mutual", TOY)
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        config_io.change(config, config_io.parse_sets([setting]))
+
+
+def test_a_file_of_settings_is_laid_over_the_preset(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {lr: 1e-4}\nsteps: 7\n")
+    config = config_io.change(presets.preset("tiny", "video", TOY), config_io.read_file(file))
+    assert (config.optim.lr, config.steps) == (1e-4, 7)
+    file.write_text("- a list\n")
+    with pytest.raises(ValueError, match="settings by name"):
+        config_io.read_file(file)
+    with pytest.raises(ValueError, match="cannot read"):
+        config_io.read_file(tmp_path / "absent.yaml")

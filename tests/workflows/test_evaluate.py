@@ -1,0 +1,193 @@
+"""A sweep over random networks of tiny size, from a dataset of toy clips to plots and MLflow."""
+
+import json
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mfcore.model.transformer import build_model
+from preprocessing.pipeline import PreprocessConfig
+from preprocessing.reader import open_dataset
+from preprocessing.toyworld import write_toyworld
+from workflows import config_io, presets
+from workflows.checkpoint import write_json
+from workflows.evaluate import evaluate
+from workflows.preprocess import preprocess
+from workflows.stages import latent_shapes, make_card
+from workflows.sweep import examine, plan
+
+QUIET = {"progress": lambda done, of: None, "clips": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("toy")
+    write_toyworld(folder / "clips", clips=6, seconds=2.0, jobs=1)
+    config = PreprocessConfig(workers=0, window_seconds=Fraction(2))
+    preprocess([str(folder / "clips")], str(folder / "data"), config, progress=lambda *_: None)
+    return str(folder / "data")
+
+
+def export(folder: Path, data: str, stage, **card_changes) -> str:
+    """A random network of two thin layers."""
+    dataset = open_dataset(data)
+    config = presets.preset("tiny", stage, latent_shapes(dataset))
+    config = replace(config, model=replace(config.model, dim=32, layers=2, heads=2))
+    card = replace(make_card(config, dataset.meta, {}), **card_changes)
+    model = build_model(card.model, 0)
+    draw = torch.Generator().manual_seed(0)
+    weights = {k: v + 0.05 * torch.randn(v.shape, generator=draw) for k, v in model.state_dict().items()}
+    place = folder / stage / "export"
+    place.mkdir(parents=True)
+    save_file(weights, place / "ema.safetensors")
+    write_json(place / "model.json", config_io.dump(card))
+    write_json(place.parent / "run.json", {"data": data, "config": {"data": {"held_out": 0.4}}})
+    return str(place)
+
+
+@pytest.fixture(scope="module")
+def mutual(tmp_path_factory, data) -> str:
+    return export(tmp_path_factory.mktemp("runs"), data, "mutual")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, mutual):
+    """One sweep with MLflow."""
+    out = tmp_path_factory.mktemp("sweep")
+    uri = f"sqlite:///{out}/mlflow.db"
+    result = evaluate([mutual], steps=[1, 2], out=str(out / "it"), windows="0-1,1-2", mlflow_uri=uri, **QUIET)
+    return result, uri
+
+
+@pytest.fixture
+def no_mlflow(monkeypatch):
+    monkeypatch.setattr("workflows.tracking.importlib.util.find_spec", lambda name: None)
+
+
+def test_a_sweep_has_a_row_per_setting_and_window(swept, mutual):
+    rows = json.loads(Path(swept[0]["results"]).read_text())
+    made = [row for row in rows if row["mode"] != "real"]
+    keys = {(r["mode"], r["steps"], r["nfe"], r["guidance"], r["window"]) for r in made}
+    settings = {("few", 1, 1, 1.0), ("few", 2, 2, 1.0), ("multi", 1, 2, 2.0), ("multi", 2, 4, 2.0)}
+    assert keys == {(*s, w) for s in settings for w in ("all", "0-1", "1-2")}
+    for row in made:
+        assert row["checkpoint"] == mutual
+        assert row["seed"] == 0
+        assert {"sync", "syllable_error", "seam", "valid", "frechet", "failed"} <= row["metrics"].keys()
+    whole = [row["metrics"] for row in made if row["window"] == "all"]
+    assert all(m["seconds_per_second"] > 0 and m["first_chunk_s"] > 0 for m in whole)
+
+
+def test_the_real_row_is_the_ceiling(swept):
+    rows = json.loads(Path(swept[0]["results"]).read_text())
+    real, *made = [row["metrics"] for row in rows if row["window"] == "all"]
+    assert real["sync"] > 0.9
+    assert real["syllable_error"] < 0.1
+    assert all(m["frechet"] > 5 * real["frechet"] for m in made)
+    assert all(m["syllable_error"] > 0.5 for m in made)
+
+
+def test_plots_and_samples_are_files(swept):
+    result, _ = swept
+    assert [Path(p).name for p in result["plots"]] == ["frontier.png", "over_time.png", "sheet.png"]
+    assert len(result["samples"]) == 10
+    assert all(Path(p).stat().st_size > 1000 for p in [*result["plots"], *result["samples"]])
+
+
+def test_mlflow_draws_the_frontier(swept):
+    from mlflow import MlflowClient
+
+    result, uri = swept
+    client = MlflowClient(tracking_uri=uri)
+    parent = client.get_run(result["mlflow_parent_run"])
+    curve = client.get_metric_history(parent.info.run_id, "multi/sync")
+    assert [point.step for point in curve] == [2, 4]
+    tag = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    children = client.search_runs([parent.info.experiment_id], tag)
+    assert sorted(child.data.params["nfe"] for child in children) == ["1", "2", "2", "4"]
+    for child in children:
+        point = client.get_metric_history(child.info.run_id, "1-2/seam")[0]
+        assert point.step == int(child.data.params["nfe"])
+        assert len(client.list_artifacts(child.info.run_id, "samples")) == 2
+        assert child.info.status == "FINISHED"
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} >= {"frontier.png", "sheet.png", "results.json"}
+
+
+def test_the_same_command_again_generates_only_what_is_missing(swept, mutual, monkeypatch):
+    import workflows.evaluate as module
+
+    result, uri = swept
+    made = []
+    generate = module.generate
+    monkeypatch.setattr(module, "generate", lambda *a: made.append(a[2].steps) or generate(*a))
+    again = {"out": str(Path(result["results"]).parent), "windows": "0-1,1-2", "mlflow_uri": uri, **QUIET}
+    before = {path: Path(path).stat().st_mtime_ns for path in result["samples"]}
+    repeated = evaluate([mutual], steps=[1, 2], **again)
+    assert made == []
+    assert repeated["rows"] == result["rows"]
+    assert repeated["mlflow_parent_run"] == result["mlflow_parent_run"]
+    longer = evaluate([mutual], steps=[1, 2, 3], modes=["few"], **again)
+    assert made == [3]
+    assert longer["rows"] == result["rows"] + 3
+    assert {path: Path(path).stat().st_mtime_ns for path in result["samples"]} == before
+
+
+def test_equal_settings_give_equal_scores(swept, mutual, tmp_path, no_mlflow):
+    result, _ = swept
+    other = evaluate([mutual], steps=[2], modes=["few"], out=str(tmp_path / "x"), windows="0-1,1-2", **QUIET)
+    assert other["mlflow_parent_run"] is None
+    pick = lambda path: next(r for r in json.loads(Path(path).read_text()) if (r["mode"], r["steps"]) == ("few", 2))
+    ours, theirs = pick(result["results"])["metrics"], pick(other["results"])["metrics"]
+    for name in ("sync", "seam", "frechet", "identity_error", "motion", "loudness_db"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+def test_a_longer_sample_repeats_its_transcript_and_says_so(mutual, tmp_path, no_mlflow):
+    result = evaluate([mutual], steps=[1], modes=["few"], seconds=3.4, out=str(tmp_path / "x"), **QUIET)
+    assert "transcripts repeat" in result["note"]
+    rows = json.loads(Path(result["results"]).read_text())
+    assert {row["window"] for row in rows} == {"all", "0-5"}
+
+
+def test_a_checkpoint_of_one_modality_reports_what_it_cannot_do(tmp_path, data, no_mlflow):
+    video = export(tmp_path, data, "video")
+    result = evaluate([video], steps=[1], out=str(tmp_path / "x"), **QUIET)
+    assert result["not_measured"]["sync"] == "not measured: needs a checkpoint that makes sound"
+    assert result["skipped"] == ["few-step mode of video: stage video has not trained it"]
+    metrics = json.loads(Path(result["results"]).read_text())[-1]["metrics"]
+    assert "identity_error" in metrics
+    assert "sync" not in metrics
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, data, mutual):
+    out = {"out": str(tmp_path / "x")}
+    with pytest.raises(ValueError, match="does not exist"):
+        evaluate([str(tmp_path / "none")], **out, **QUIET)
+    with pytest.raises(ValueError, match="unknown mode 'slow'"):
+        evaluate([mutual], modes=["slow"], **out, **QUIET)
+    with pytest.raises(ValueError, match="is no window"):
+        evaluate([mutual], windows="5", **out, **QUIET)
+    with pytest.raises(ValueError, match="positive length"):
+        evaluate([mutual], seconds=-1, **out, **QUIET)
+    with pytest.raises(ValueError, match="is no dataset"):
+        evaluate([mutual], data=str(tmp_path), **out, **QUIET)
+    joint = export(tmp_path, data, "joint")
+    with pytest.raises(ValueError, match="stage joint has not trained it"):
+        evaluate([joint], modes=["few"], **out, **QUIET)
+    odd = export(tmp_path / "odd", data, "mutual", chunk_seconds=Fraction(1))
+    with pytest.raises(ValueError, match="do not fit: chunk 1 there, 1/2 here"):
+        evaluate([odd], **out, **QUIET)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_plan_leaves_guidance_to_the_multi_step_mode(mutual):
+    settings, skipped = plan([examine(mutual)], ["few", "multi"], [4, 1, 4], 5.0, (0, 1))
+    found = [(s.how.mode, s.how.steps, s.how.guidance, s.how.seed) for s in settings]
+    few = [("few", steps, 1.0, seed) for steps in (1, 4) for seed in (0, 1)]
+    assert found == few + [("multi", steps, 5.0, seed) for steps in (1, 4) for seed in (0, 1)]
+    assert skipped == []
+    assert len({s.key("scope") for s in settings}) == 8

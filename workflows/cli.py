@@ -1,0 +1,337 @@
+"""The command line. Each verb reads its arguments and calls one function, imported inside the verb.
+
+`mfctl --help` therefore loads neither torch nor Ray, and a verb works where another one's libraries are missing.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or wrong input. See ``console.py`` for what is printed where.
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from workflows import cli_cluster, console, environment
+from workflows.options import Checkpoint, Config, Dataset, DryRun, Json, Mp4, Out, Overwrite, Preset, Sets
+
+app = typer.Typer(
+    name="mfctl",
+    help="Mutual Forcing: media files in, a streaming audio-video model out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DEMO = "runs/demo"
+WINDOWS = "0-5,5-15,15-25,25-60,60-120"
+SOURCES = "Media files, folders, globs, s3:// prefixes, or manifests (csv, jsonl, parquet)."
+
+
+@app.command()
+def doctor(*, json: Json = False) -> None:
+    """Say what works on this machine, and what to type for what does not."""
+    from workflows import doctor as checks
+
+    console.run(checks.doctor, as_json=json, render=checks.render, code=lambda report: 0 if report["ok"] else 1)
+
+
+@app.command()
+def demo(
+    *,
+    out: Annotated[str, typer.Option(parser=environment.absolute, help="Folder of everything the story makes.")] = DEMO,
+    json: Json = False,
+) -> None:
+    """The whole story on the toy world: clips, dataset, four trained stages, samples, sweep. Under ten minutes."""
+
+    def work() -> Any:
+        from workflows.demo import demo as run_demo
+
+        return run_demo(out)
+
+    console.run(work, as_json=json, render=lambda _: f"summary: {out}/summary.json")
+
+
+@app.command()
+def toyworld(
+    out: Out,
+    *,
+    clips: Annotated[int, typer.Option(min=1, help="How many clips.")] = 256,
+    seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 10.0,
+    size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 64,
+    fps: Annotated[int, typer.Option(help="Frames per second.")] = 24,
+    sample_rate: Annotated[int, typer.Option(help="Audio samples per second.")] = 16000,
+    seed: Annotated[int, typer.Option(help="Clip i depends on the seed and i alone.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Clips rendered side by side.")] = os.cpu_count() or 1,
+    json: Json = False,
+) -> None:
+    """Write mp4 clips of talking characters with known truth."""
+
+    def work() -> Any:
+        from preprocessing.toyworld import write_toyworld
+
+        with console.progress("toyworld") as show:
+            written = write_toyworld(
+                Path(out),
+                clips=clips,
+                seconds=seconds,
+                size=size,
+                fps=fps,
+                sample_rate=sample_rate,
+                seed=seed,
+                jobs=jobs,
+                progress_callback=show,
+            )
+        return {"path": out, "clips": len(written), "hours": len(written) * seconds / 3600}
+
+    console.run(work, as_json=json)
+
+
+@app.command()
+def preprocess(
+    sources: Annotated[list[str], typer.Argument(parser=environment.absolute, metavar="SRC...", help=SOURCES)],
+    out: Dataset,
+    *,
+    modality: Annotated[Literal["paired", "video", "audio"] | None, typer.Option(help="What a clip must have.")] = None,
+    sets: Sets,
+    config: Config = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Cut media files into clips and encode them: a Parquet dataset of latents. The same command again resumes."""
+
+    def work() -> Any:
+        from preprocessing.pipeline import PreprocessConfig
+        from workflows.config_io import change, parse_sets, read_file
+        from workflows.preprocess import preprocess as run_preprocess
+
+        written = change(PreprocessConfig(), read_file(config) if config else {})
+        chosen = change(written, parse_sets(sets + ([f"modality={modality}"] if modality else [])))
+        return run_preprocess(sources, out, chosen, dry_run=dry_run)
+
+    console.run(work, as_json=json)
+
+
+@app.command()
+def inspect(
+    dataset: Dataset,
+    *,
+    verify: Annotated[bool, typer.Option("--verify", help="Check files, checksums and the accounting.")] = False,
+    sheet: Annotated[
+        str | None, typer.Option(parser=environment.absolute, metavar="PNG", help="Write a contact sheet.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Counts, rejects by reason and statistics of a dataset."""
+
+    def work() -> Any:
+        from workflows.preprocess import inspect as run_inspect
+
+        return run_inspect(dataset, verify=verify, sheet=sheet)
+
+    console.run(work, as_json=json)
+
+
+@app.command()
+def reconstruct(
+    dataset: Dataset,
+    clip_id: Annotated[str, typer.Argument(metavar="CLIP_ID", help="A clip's id, as `mfctl inspect` lists it.")],
+    out: Mp4,
+    *,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Decode a row of a dataset back to a playable file."""
+
+    def work() -> Any:
+        from workflows.preprocess import reconstruct as run_reconstruct
+
+        return run_reconstruct(dataset, clip_id, out, overwrite)
+
+    console.run(work, as_json=json)
+
+
+@app.command()
+def train(
+    *,
+    stage: Annotated[Literal["video", "audio", "joint", "mutual"], typer.Option(help="What to train.")],
+    data: Annotated[
+        str | None,
+        typer.Option(parser=environment.absolute, metavar="DATASET", help="Default: the newest dataset under runs/."),
+    ] = None,
+    init_from: Annotated[
+        list[str],
+        typer.Option(
+            "--from",
+            parser=environment.absolute_if_present,
+            metavar="RUN",
+            default_factory=list,
+            help="Finished runs to start from; default: the latest ones under runs/. May be repeated.",
+        ),
+    ],
+    run: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run; the same name resumes.")] = None,
+    preset: Preset = "tiny",
+    sets: Sets,
+    config: Config = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Train one stage on Ray Train and DeepSpeed. The same command again resumes."""
+
+    def work() -> Any:
+        from workflows.train import train as run_train
+
+        return run_train(
+            stage,
+            data=data,
+            init_from=init_from,
+            preset=preset,
+            sets=sets,
+            config_file=config,
+            run=run,
+            dry_run=dry_run,
+        )
+
+    console.run(work, as_json=json)
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    out: Mp4,
+    *,
+    first_frame: Annotated[
+        str | None, typer.Option(parser=environment.absolute, metavar="IMAGE", help="The clip begins with it.")
+    ] = None,
+    transcript: Annotated[
+        str | None, typer.Option(metavar="TEXT|JSON", help="Words, or a JSON file with times.")
+    ] = None,
+    caption: Annotated[str, typer.Option(help="What is to be seen and heard.")] = "",
+    voice: Annotated[
+        str | None, typer.Option(parser=environment.absolute, metavar="CLIP", help="Speak as in this clip.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Length of the clip.")] = 10.0,
+    steps: Annotated[int | None, typer.Option(help="Solver steps per chunk; default: as the mode needs.")] = None,
+    mode: Annotated[
+        Literal["few", "multi"] | None, typer.Option(help="Which of the model's two modes; default: as its stage can.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance weight of the multi-step mode.")] = None,
+    trust: Annotated[float | None, typer.Option(help="How far history is taken for generated; 0: as real.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    weights: Annotated[Literal["ema", "raw"], typer.Option(help="Which weights of the checkpoint.")] = "ema",
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Stream a clip chunk by chunk from a checkpoint into an mp4 file."""
+
+    def work() -> Any:
+        from workflows.generate import generate as run_generate
+
+        return run_generate(
+            checkpoint,
+            first_frame=first_frame,
+            transcript=transcript,
+            caption=caption,
+            voice=voice,
+            seconds=seconds,
+            steps=steps,
+            mode=mode,
+            guidance=guidance,
+            trust=trust,
+            seed=seed,
+            out=out,
+            weights=weights,
+            overwrite=overwrite,
+        )
+
+    console.run(work, as_json=json)
+
+
+@app.command()
+def evaluate(
+    checkpoints: Annotated[
+        list[str], typer.Argument(parser=environment.absolute, metavar="CHECKPOINT...", help="Runs or checkpoints.")
+    ],
+    *,
+    data: Annotated[
+        str | None, typer.Option(parser=environment.absolute, metavar="DATASET", help="Whose held-out clips to use.")
+    ] = None,
+    steps: Annotated[str, typer.Option(metavar="1,2,4", help="Solver steps to sweep.")] = "1,2,4,8,16,50",
+    modes: Annotated[str, typer.Option(metavar="few,multi", help="Modes to sweep.")] = "few,multi",
+    guidance: Annotated[float | None, typer.Option(help="Guidance weight of the multi-step mode.")] = None,
+    clips: Annotated[int, typer.Option(min=1, help="Held-out clips for each row of the sweep.")] = 16,
+    seconds: Annotated[
+        float | None, typer.Option(help="Length of each generated clip; default: the real one's.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="0,1", help="Each setting once per seed of the noise.")] = "0",
+    windows: Annotated[
+        str, typer.Option(metavar="0-5,5-15", help="Parts of the clips, in seconds, scored apart.")
+    ] = WINDOWS,
+    out: Annotated[
+        str | None, typer.Option(parser=environment.absolute, metavar="FOLDER", help="Results, plots, samples.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Sweep quality against network evaluations: one MLflow run per step count and mode under one parent."""
+
+    def work() -> Any:
+        counts, draws = numbers(steps, "--steps", least=1), numbers(seeds, "--seeds", least=0)
+        from workflows.evaluate import evaluate as run_evaluate
+
+        with console.progress("evaluate") as show:
+            return run_evaluate(
+                checkpoints,
+                data=data,
+                steps=counts,
+                modes=modes.split(","),
+                guidance=guidance,
+                clips=clips,
+                seconds=seconds,
+                out=out,
+                seeds=draws,
+                windows=windows,
+                progress=show,
+            )
+
+    console.run(work, as_json=json)
+
+
+@app.command()
+def mlflow(
+    *,
+    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to serve on.")] = 5000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
+) -> None:
+    """Open MLflow on the store of our runs: MLFLOW_TRACKING_URI, else runs/mlflow.db."""
+    store = environment.tracking_uri()
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--host", host, "--port", str(port)]
+    if dry_run:
+        print(shlex.join(command))
+        return
+    print(f"MLflow on http://{host}:{port}, store {store}; Ctrl-C ends it", file=sys.stderr, flush=True)
+    os.execv(sys.executable, command)
+
+
+app.add_typer(cli_cluster.app)
+
+
+def numbers(text: str, option: str, *, least: int) -> list[int]:
+    """Whole numbers separated by commas, or ValueError naming the option and the part that is none."""
+    for part in text.split(","):
+        if not part.strip().isdecimal() or int(part) < least:
+            raise ValueError(f"{option} takes whole numbers from {least} up separated by commas, got {part!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    """Entry point of `mfctl` and of `python -m workflows.cli`."""
+    environment.apply_defaults()
+    environment.enter_base_directory()
+    app(prog_name="mfctl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The verbs about Ray jobs: submit, status, logs, stop. Part of the command line in ``cli.py``."""
+
+from typing import Annotated, Any
+
+import typer
+
+from workflows import console
+from workflows.options import Json
+
+app = typer.Typer()
+
+JobId = Annotated[str | None, typer.Argument(metavar="JOB", help="As `mfctl submit` and `mfctl status` print it.")]
+
+
+@app.command()
+def submit(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="cluster/local.yaml, http://host:8265 or ray://...")],
+    argv: Annotated[list[str], typer.Argument(metavar="-- VERB...", help="The mfctl command to run there.")],
+    *,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait; see `mfctl logs --follow JOB`.")] = False,
+    python: Annotated[str | None, typer.Option(metavar="PATH", help="The interpreter on the cluster.")] = None,
+    json: Json = False,
+) -> None:
+    """Run an mfctl command as a Ray job, follow its logs and end with its exit code."""
+
+    def work() -> Any:
+        from workflows.cluster import submit as run_submit
+
+        return run_submit(target, argv, detach=detach, python=python)
+
+    console.run(work, as_json=json, code=lambda done: done["exit_code"] or 0)
+
+
+@app.command()
+def status(job: JobId = None, *, json: Json = False) -> None:
+    """One job, or all jobs and heads started from this folder."""
+
+    def work() -> Any:
+        from workflows.cluster import status as run_status
+
+        return run_status(job)
+
+    console.run(work, as_json=json)
+
+
+@app.command()
+def logs(
+    job: Annotated[str, typer.Argument(metavar="JOB")],
+    *,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    json: Json = False,
+) -> None:
+    """Print what a job has written."""
+
+    def work() -> Any:
+        from workflows.cluster import logs as run_logs
+
+        return run_logs(job, follow=follow)
+
+    console.run(work, as_json=json, render=lambda done: f"[{done['job']} {done['status']}]")
+
+
+@app.command()
+def stop(
+    job: JobId = None,
+    *,
+    head: Annotated[
+        bool, typer.Option("--head", help="Stop the heads that submit started here, and their jobs.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Stop a job, or with --head the Ray head on this machine that `mfctl submit` started."""
+
+    def work() -> Any:
+        from workflows import cluster
+
+        if (job is None) != head:
+            raise ValueError("name one thing to stop: `mfctl stop JOB` or `mfctl stop --head`")
+        return cluster.stop_head() if job is None else cluster.stop(job)
+
+    console.run(work, as_json=json)

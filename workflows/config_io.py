@@ -1,0 +1,137 @@
+"""Configurations as JSON, from files and from ``--set a.b=value``; an unknown name is an error with a suggestion."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+T = TypeVar("T")
+STRICT = ConfigDict(extra="forbid")
+
+
+def dump(config: Any) -> dict[str, Any]:
+    """The configuration as plain JSON values, every field present."""
+    return cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
+
+
+def canonical(config: Any) -> str:
+    """Equal configurations give equal text."""
+    return json.dumps(dump(config), sort_keys=True, separators=(",", ":"))
+
+
+def load(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A ``kind`` from JSON values. ValueError names the field, its value and what was expected."""
+    try:
+        return TypeAdapter(_strict(kind)).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def change(config: T, values: Mapping[str, Any]) -> T:
+    """``config`` with nested ``values`` laid over it."""
+    _check_names(config, values, "")
+    return load(type(config), _merge(dump(config), values))
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """A YAML or JSON file of nested settings. ValueError when there is no mapping in it."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is neither YAML nor JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings by name, such as `steps: 200`, not a {type(values).__name__}")
+    return cast(dict[str, Any], values)
+
+
+def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
+    """``["optim.lr=1e-3", "data.chunks=[3,6]"]`` as nested values; the right side is YAML."""
+    out: dict[str, Any] = {}
+    for text in sets:
+        path, equals, value = text.partition("=")
+        names = path.strip().split(".")
+        if not equals or not all(names):
+            raise ValueError(f"--set {text!r} is not of the form a.b=value, such as optim.lr=1e-3")
+        place = out
+        for name in names[:-1]:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"--set {text!r} sets a part of {name!r}, which another --set gives as a whole")
+        place[names[-1]] = yaml.safe_load(value) if value.strip() else ""
+    return out
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``a.b: 1 -> 2`` for every value in which two dumps differ."""
+    lines: list[str] = []
+    for key in sorted(one.keys() | other.keys()):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(cast(Mapping[str, Any], a), cast(Mapping[str, Any], b), f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}")
+    return lines
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as ``{"a.b": value}``."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping) and value
+        out |= flatten(cast(Mapping[str, Any], value), f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return out
+
+
+def _check_names(config: Any, values: Mapping[str, Any], prefix: str) -> None:
+    known = [f.name for f in fields(config)] if is_dataclass(config) else list(config)
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
+            raise ValueError(f"unknown setting {prefix}{name}: {hint}")
+        inner = getattr(config, name) if is_dataclass(config) else config[name]
+        if isinstance(value, Mapping) and (is_dataclass(inner) or isinstance(inner, Mapping)):
+            _check_names(inner, cast(Mapping[str, Any], value), f"{prefix}{name}.")
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        mine = out.get(key)
+        nested = isinstance(mine, Mapping) and isinstance(value, Mapping)
+        out[key] = _merge(cast(Mapping[str, Any], mine), cast(Mapping[str, Any], value)) if nested else value
+    return out
+
+
+def _strict(kind: Any) -> Any:
+    """Make pydantic refuse unknown keys in ``kind`` and every dataclass below it (it ignores them by default)."""
+    for part in _dataclasses(kind, set()):
+        part.__pydantic_config__ = STRICT
+    return kind
+
+
+def _dataclasses(kind: Any, seen: set[Any]) -> set[Any]:
+    if is_dataclass(kind) and kind not in seen:
+        seen.add(kind)
+        for f in fields(kind):
+            _dataclasses(f.type, seen)
+    for part in getattr(kind, "__args__", ()):
+        _dataclasses(part, seen)
+    return seen
+
+
+def _explain(error: ValidationError) -> str:
+    """The first complaint, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if not str(part).endswith("Config"))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    return f"setting {where}: {message}, got {first['input']!r}"

@@ -1,0 +1,228 @@
+"""``make demo``: the whole row as one story on the toy world, into one folder. Every part is the verb a user would call.
+
+The same command again goes on where the last one stopped: each verb resumes.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from preprocessing.pipeline import PreprocessConfig
+from preprocessing.reader import open_dataset
+from preprocessing.toyworld import write_toyworld
+from workflows import environment
+from workflows.checkpoint import write_json
+from workflows.config import Stage
+from workflows.console import progress
+from workflows.evaluate import evaluate
+from workflows.generate import generate
+from workflows.preprocess import inspect, preprocess
+from workflows.train import train
+
+CLIPS = 320
+SECONDS = 5.0
+SEED = 7
+STAGES: tuple[Stage, ...] = ("video", "audio", "joint", "mutual")
+STEPS = (1, 2, 4, 8, 16, 50)
+HELD_OUT = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """Folders of one demo."""
+
+    out: Path
+
+    @property
+    def clips(self) -> Path:
+        return self.out / "clips"
+
+    @property
+    def damaged(self) -> Path:
+        return self.out / "damaged"
+
+    @property
+    def dataset(self) -> Path:
+        return self.out / "dataset"
+
+    @property
+    def samples(self) -> Path:
+        return self.out / "samples"
+
+
+def demo(out: str) -> dict[str, Any]:
+    """Run the story and return what ``summary.json`` holds."""
+    story = Story(out=Path(out))
+    story.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", environment.tracking_uri())
+    took: dict[str, float] = {}
+    with chapter("toy world", took):
+        make_clips(story)
+    with chapter("preprocess", took):
+        config = PreprocessConfig(window_seconds=SECONDS)
+        counts = preprocess([str(story.clips), str(story.damaged)], str(story.dataset), config)
+        inspect(str(story.dataset), verify=True, sheet=str(story.out / "contact_sheet.png"))
+    stages: dict[str, Any] = {}
+    for stage in STAGES:
+        with chapter(f"train {stage}", took):
+            stages[stage] = train_stage(story, stage)
+    with chapter("samples", took):
+        samples = make_samples(story, stages)
+    with chapter("sweep", took):
+        sweep = evaluate(
+            [stages["mutual"]["run_dir"], stages["joint"]["run_dir"]],
+            data=str(story.dataset),
+            steps=list(STEPS),
+            modes=["few", "multi"],
+            out=str(story.out / "sweep"),
+        )
+    summary = summarise(story, counts, stages, sweep, samples, took)
+    write_json(story.out / "summary.json", summary)
+    print(farewell(story, summary), file=sys.stderr, flush=True)
+    return summary
+
+
+@contextmanager
+def chapter(title: str, took: dict[str, float]) -> Iterator[None]:
+    """Announce a part of the story and keep how long it took."""
+    print(f"== {title}", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    yield
+    took[title] = round(time.monotonic() - began, 1)
+    print(f"== {title}: {took[title]:.0f} s", file=sys.stderr, flush=True)
+
+
+def make_clips(story: Story) -> None:
+    """The toy world, and beside it two files such as every collection has: cut short, and no media at all."""
+    with progress("clips") as show:
+        paths = write_toyworld(
+            story.clips,
+            clips=CLIPS,
+            seconds=SECONDS,
+            size=64,
+            fps=Fraction(24),
+            sample_rate=16000,
+            seed=SEED,
+            jobs=os.cpu_count() or 1,
+            progress_callback=show,
+        )
+    story.damaged.mkdir(exist_ok=True)
+    whole = paths[0].read_bytes()
+    for name, content in (("cut_short.mp4", whole[: len(whole) // 3]), ("pointer.mp4", b"version 1\noid 0\n")):
+        if not (story.damaged / name).exists():
+            (story.damaged / name).write_bytes(content)
+
+
+def train_stage(story: Story, stage: Stage) -> dict[str, Any]:
+    return train(stage, data=str(story.dataset), run=stage, runs_dir=story.out, sample=sampler(story, stage))
+
+
+def sampler(story: Story, stage: Stage) -> Callable[[Path], Sequence[Path]]:
+    """Makes the sample of a finished stage; it becomes an artifact of the stage's MLflow run."""
+
+    def sample(run_dir: Path) -> list[Path]:
+        steps = 4 if stage == "mutual" else 16
+        return [make_sample(story, run_dir, f"{stage}-{steps}-steps.mp4", seconds=SECONDS, steps=steps)]
+
+    return sample
+
+
+def make_samples(story: Story, stages: Mapping[str, Any]) -> list[str]:
+    """The samples of all stages, and one four times as long as any training clip."""
+    make_sample(story, Path(stages["mutual"]["run_dir"]), "mutual-4-steps-long.mp4", seconds=4 * SECONDS, steps=4)
+    return sorted(str(path) for path in story.samples.glob("*.mp4"))
+
+
+def make_sample(story: Story, run_dir: Path, name: str, *, seconds: float, steps: int) -> Path:
+    """Continue a held-out clip's first frame with its transcript (repeated for as long as it takes)."""
+    target = story.samples / name
+    if target.exists():
+        return target
+    source = held_out_source(story)
+    words = json.loads(source.with_suffix(".json").read_text())
+    repeated = repeat_words(words["transcript"], SECONDS, seconds)
+    generate(
+        str(run_dir),
+        out=str(target),
+        first_frame=str(source),
+        transcript=json.dumps(repeated),
+        caption=words["caption"],
+        voice=str(source),
+        seconds=seconds,
+        steps=steps,
+    )
+    return target
+
+
+def repeat_words(words: Sequence[Mapping[str, Any]], period: float, seconds: float) -> list[dict[str, Any]]:
+    """The transcript again and again, every ``period`` seconds."""
+    rounds = range(int(-(-seconds // period)))
+    return [
+        {"word": w["word"], "start": w["start"] + i * period, "end": w["end"] + i * period} for i in rounds for w in words
+    ]
+
+
+def held_out_source(story: Story) -> Path:
+    """The file of the first clip that no stage was trained on."""
+    _, held_out = open_dataset(str(story.dataset)).held_out(HELD_OUT)
+    return Path(unquote(held_out.clip(0).source_uri.removeprefix("file://")))
+
+
+def summarise(
+    story: Story,
+    counts: Mapping[str, Any],
+    stages: Mapping[str, Any],
+    sweep: Mapping[str, Any],
+    samples: list[str],
+    took: Mapping[str, float],
+) -> dict[str, Any]:
+    """The contract of ``summary.json``; losses are held-out, with fixed noise and the same terms at both ends."""
+    rows = [row for row in json.loads(Path(sweep["results"]).read_text()) if row["window"] == "all"]
+    return {
+        "clips": counts["sources"],
+        "accepted": counts["accepted"],
+        "rejected": counts["rejected"],
+        "rejects_by_reason": counts["rejects_by_reason"],
+        "stages": {
+            name: {
+                "loss_first": facts["losses"]["first"],
+                "loss_last": facts["losses"]["last"],
+                "samples_seen": facts["samples_seen"],
+                "run_dir": facts["run_dir"],
+                "mlflow_run": facts["mlflow_run"],
+            }
+            for name, facts in stages.items()
+        },
+        "sweep": [sweep_row(row) for row in rows],
+        "mlflow_uri": os.environ["MLFLOW_TRACKING_URI"],
+        "mlflow_parent_run": sweep["mlflow_parent_run"],
+        "samples": samples,
+        "plots": [str(p) for p in sweep["plots"]],
+        "seconds": dict(took),
+    }
+
+
+def sweep_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("sync", "syllable_error", "frechet", "seam", "valid", "seconds_per_second")
+    facts = {key: row.get(key) for key in ("checkpoint", "mode", "steps", "nfe", "guidance")}
+    return facts | {name: row["metrics"].get(name) for name in names}
+
+
+def farewell(story: Story, summary: Mapping[str, Any]) -> str:
+    """What to look at, and how."""
+    plots = "\n".join(f"  {path}" for path in summary["plots"])
+    samples = "\n".join(f"  {path}" for path in summary["samples"])
+    return (
+        f"\nDone in {sum(summary['seconds'].values()) / 60:.1f} minutes.\n"
+        f"Watch and listen:\n{samples}\nLook at:\n  {story.out / 'contact_sheet.png'}\n{plots}\n"
+        f"All numbers:\n  {story.out / 'summary.json'}\n"
+        "Open MLflow on all runs:\n  .venv/bin/mfctl mlflow      then http://127.0.0.1:5000"
+    )

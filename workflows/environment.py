@@ -1,0 +1,53 @@
+"""What every process of ours starts with: no telemetry, one authentication mode, one idea of the current directory."""
+
+import os
+from pathlib import Path
+
+DEFAULTS = {
+    # nothing phones home
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    # ray.init() may leave a token in the home directory that a head started later demands and a job client does not
+    # send: the mode is therefore the same, and explicit, in every process
+    "RAY_AUTH_MODE": "disabled",
+    # the behaviour Ray announces as its next default; saying so silences its warning
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+BASE = "MFCTL_CWD"
+"""Set in a submitted job: the directory in which the user typed the command."""
+
+
+def apply_defaults() -> None:
+    """Set what the user has not set. Before the first import of ray or mlflow."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def base_directory() -> Path:
+    """What relative paths are relative to: a submitted job runs in a copy of the tree, its paths mean the original."""
+    return Path(os.environ.get(BASE) or Path.cwd()).absolute()
+
+
+def enter_base_directory() -> None:
+    """Make the submitter's directory the current one where this machine has it (this machine, or shared storage)."""
+    base = base_directory()
+    if base.is_dir():
+        os.chdir(base)
+
+
+def absolute(path: str) -> str:
+    """An absolute path, or the URI as it is."""
+    return path if "://" in path else os.path.normpath(base_directory() / Path(path).expanduser())
+
+
+def absolute_if_present(path: str) -> str:
+    """As ``absolute`` where such a file exists; a name (of a run, say) stays a name."""
+    return absolute(path) if os.path.exists(absolute(path)) else path
+
+
+def tracking_uri() -> str:
+    """Where MLflow keeps its runs: ``MLFLOW_TRACKING_URI``, else one SQLite file under ``runs/``, by absolute path."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
+    prefix = "sqlite:///"
+    return prefix + absolute(uri.removeprefix(prefix)) if uri.startswith(prefix) else uri

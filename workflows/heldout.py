@@ -1,0 +1,182 @@
+"""Real clips for a sweep: those whose conditions are prompts, those that make up the reference, and their signals."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import groupby
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfcore.codecs.base import Codec
+from mfcore.codecs.known import build_codec
+from mfcore.codecs.mel import MelCodec
+from mfcore.types import AUDIO, VIDEO
+from preprocessing.reader import DatasetMeta, open_dataset
+from preprocessing.record import Word
+from preprocessing.schema import ClipTensors
+from preprocessing.toysound import VOCABULARY
+from preprocessing.toyworld import ToyConfig
+from workflows.checkpoint import ModelCard
+
+REFERENCE_CLIPS = 32  # real clips, none of them a prompt, that distances are measured against
+_TOY_CAPTION = re.compile(r"a character with a \w+ face and \w+ \w+ hair talks in front of a \w+ wall")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """One clip, real or generated, as it would be seen and heard."""
+
+    frames: Tensor | None  # uint8 (n, H, W, 3), the first frame included
+    sound: Tensor | None  # float32 (samples,)
+    latents: Mapping[str, Tensor]  # raw, (n, C, ...), without the first frame's
+    finite: bool  # False: latents held numbers that are not finite (replaced by zeros here)
+    words: tuple[Word, ...]  # what is to be said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A held-out clip and how much is to be generated from its conditions."""
+
+    clip: ClipTensors  # its transcript repeated where the sample is longer than the clip
+    chunks: int  # to generate
+    number: int  # seeds the noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What a sweep generates from and compares with."""
+
+    prompts: tuple[Prompt, ...]
+    reference: tuple[ClipTensors, ...]  # other real clips
+    meta: DatasetMeta
+    toy: ToyConfig | None  # what the toy readers need; None: not the toy world
+    repeated: bool  # transcripts repeat: samples are longer than their clips
+
+    @property
+    def codecs(self) -> dict[str, Codec]:
+        return {m: build_codec(i, self.meta.clocks[m]) for m, i in self.meta.codecs.items()}
+
+    def digest(self) -> str:
+        """Of everything that a sample's conditions depend on."""
+        parts = [self.meta.fingerprint, *(f"{p.clip.id}/{p.clip.source_uri}/{p.chunks}" for p in self.prompts)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def select(uri: str, *, clips: int, seconds: float | None, fraction: float) -> HeldOut:
+    """The first ``clips`` held-out clips of a dataset. ValueError when there is none, or ``seconds`` is no length."""
+    if seconds is not None and seconds <= 0:
+        raise ValueError(f"--seconds {seconds}: a clip needs a positive length")
+    dataset = open_dataset(uri)
+    training, held = dataset.held_out(fraction)
+    usable = [i for i, length in enumerate(held.lengths) if length > 0]
+    if not usable:
+        raise ValueError(f"{uri} has no held-out clip of a whole chunk: preprocess more or longer clips")
+    chosen = [held.clip(i) for i in usable[:clips]]
+    wanted = None if seconds is None else ceil(Fraction(seconds).limit_denominator(1000) / dataset.meta.chunk_seconds)
+    spare = [held.clip(i) for i in usable[clips : clips + REFERENCE_CLIPS]]
+    others = spare + [training.clip(i) for i in range(min(len(training), REFERENCE_CLIPS - len(spare)))]
+    return HeldOut(
+        prompts=tuple(_prompt(clip, wanted or clip.chunks, i, dataset.meta) for i, clip in enumerate(chosen)),
+        reference=tuple(clip for clip in others if clip.chunks > 0),
+        meta=dataset.meta,
+        toy=_toy_config(chosen + others, dataset.meta),
+        repeated=wanted is not None and any(wanted > clip.chunks for clip in chosen),
+    )
+
+
+def _prompt(clip: ClipTensors, chunks: int, number: int, meta: DatasetMeta) -> Prompt:
+    rounds = ceil(chunks / clip.chunks)
+    length = clip.chunks * float(meta.chunk_seconds)
+    looped = replace(
+        clip,
+        words=clip.words.repeat(rounds, 1),
+        word_times=torch.cat([clip.word_times + i * length for i in range(rounds)]),
+        transcript=tuple(
+            Word(word=w.word, start=w.start + i * length, end=w.end + i * length)
+            for i in range(rounds)
+            for w in clip.transcript
+        ),
+    )
+    return Prompt(clip=looped, chunks=chunks, number=number)
+
+
+def _toy_config(clips: Sequence[ClipTensors], meta: DatasetMeta) -> ToyConfig | None:
+    """The toy world is known by its captions and syllables; a dataset does not keep the truth of its sources."""
+    words = {w.word for clip in clips for w in clip.transcript}
+    if not words <= set(VOCABULARY) or not all(_TOY_CAPTION.fullmatch(clip.caption) for clip in clips):
+        return None
+    size = meta.config.get("size", (1, 1))
+    if VIDEO in meta.clocks and size[0] != size[1]:
+        return None
+    spoken = max((VOCABULARY.index(word) + 1 for word in words), default=0)
+    return ToyConfig(fps=frame_rate(meta), syllables=max(12, spoken))
+
+
+def frame_rate(meta: DatasetMeta) -> Fraction:
+    """Frames per second; 24 for a dataset without a picture."""
+    if VIDEO not in meta.clocks:
+        return Fraction(24)
+    codec: Any = build_codec(meta.codecs[VIDEO], meta.clocks[VIDEO])
+    return Fraction(codec.config.fps)
+
+
+def check_match(card: ModelCard, meta: DatasetMeta, path: str, uri: str) -> None:
+    """ValueError when a checkpoint cannot be compared with clips of this dataset."""
+    pairs: list[tuple[str, Any, Any]] = [("text", card.text_codec, meta.text_codec)]
+    pairs += [(f"{m} codec", card.codecs[m], meta.codecs.get(m)) for m in card.codecs]
+    pairs += [(f"{m} clock", card.clocks[m], meta.clocks.get(m)) for m in card.clocks]
+    pairs += [("chunk", card.chunk_seconds, meta.chunk_seconds)]
+    for what, theirs, ours in pairs:
+        if theirs != ours:
+            raise ValueError(
+                f"{path} and {uri} do not fit: {what} {theirs} there, {ours} here. "
+                "Use --data with a dataset preprocessed as the one it was trained on"
+            )
+
+
+def real_signals(held: HeldOut, clips: Sequence[ClipTensors]) -> list[Signals]:
+    """What the codecs keep of real clips: the best that any model could do. Whole chunks only."""
+    codecs, timeline = held.codecs, held.meta.timeline()
+    out: list[Signals] = []
+    for chunks, group in groupby(clips, key=lambda clip: clip.chunks):
+        rows: list[dict[str, Tensor]] = []
+        for clip in (same := list(group)):
+            latents = {VIDEO: clip.video, AUDIO: clip.audio}
+            ends = {m: clock.head + timeline.count(m, chunks) for m, clock in timeline.clocks.items()}
+            rows.append({m: x[: ends[m]].float() for m, x in latents.items() if x is not None and m in ends})
+        out += decode_rows(codecs, rows, [c.transcript for c in same], chunks * held.meta.chunk_seconds)
+    return out
+
+
+def decode_rows(
+    codecs: Mapping[str, Codec], rows: Sequence[Mapping[str, Tensor]], words: Sequence[Sequence[Word]], length: Fraction
+) -> list[Signals]:
+    """Signals of raw latents of equal length; those of the picture begin with the first frame's."""
+    finite = [all(bool(x.isfinite().all()) for x in row.values()) for row in rows]
+    clean = [{m: torch.nan_to_num(x, 0.0, 0.0, 0.0) for m, x in row.items()} for row in rows]
+    sounds = _decode_sounds(codecs[AUDIO], [row[AUDIO] for row in clean], length) if AUDIO in rows[0] else None
+    return [
+        Signals(
+            frames=codecs[VIDEO].decode(row[VIDEO]) if VIDEO in row else None,
+            sound=None if sounds is None else sounds[i],
+            latents={m: x[1:] if m == VIDEO else x for m, x in row.items()},
+            finite=finite[i],
+            words=tuple(words[i]),
+        )
+        for i, row in enumerate(clean)
+    ]
+
+
+def _decode_sounds(codec: Codec, latents: Sequence[Tensor], length: Fraction) -> list[Tensor]:
+    """The last latent may reach beyond ``length`` seconds: cut."""
+    if isinstance(codec, MelCodec):
+        sounds = list(codec.decode_batch(torch.stack(list(latents))))
+    else:
+        sounds = [codec.decode(x) for x in latents]
+    config: Any = codec
+    return [sound[: int(length * config.config.sample_rate)] for sound in sounds]

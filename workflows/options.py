@@ -1,0 +1,26 @@
+"""Arguments and options that several verbs of the command line share."""
+
+from typing import Annotated
+
+import typer
+
+from workflows import environment
+
+# Paths are made absolute here, once: Ray's workers have other current directories. URIs stay as they are.
+Out = Annotated[str, typer.Argument(parser=environment.absolute, metavar="OUT", help="Where to write.")]
+Dataset = Annotated[str, typer.Argument(parser=environment.absolute, metavar="DATASET", help="Folder or s3:// prefix.")]
+Checkpoint = Annotated[
+    str, typer.Argument(parser=environment.absolute, metavar="CHECKPOINT", help="A run, or one of its checkpoints.")
+]
+Mp4 = Annotated[str, typer.Argument(parser=environment.absolute, metavar="OUT.mp4", help="The file to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Standard output is one line, a JSON object.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there; without it nothing is replaced.")]
+Preset = Annotated[str, typer.Option("--preset", metavar="NAME", help="tiny, small, base or full.")]
+Sets = Annotated[
+    list[str],
+    typer.Option("--set", metavar="a.b=value", default_factory=list, help="Change one value; may be repeated."),
+]
+Config = Annotated[
+    str | None, typer.Option("--config", metavar="FILE", parser=environment.absolute, help="Values from a YAML file.")
+]

@@ -1,0 +1,206 @@
+"""Pictures of a sweep: the frontier, metrics over the length of a clip, and a sheet to compare samples by eye."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+
+PANELS = (  # metric, title, which way is better, logarithmic
+    ("frechet", "Frechet distance", "lower is better", True),
+    ("syllable_error", "syllable error", "lower is better", False),
+    ("sync", "mouth-sound correlation", "higher is better", False),
+    ("valid", "valid free choices", "higher is better", False),
+    ("seam", "seam energy", "1: as in real clips", True),
+    ("seconds_per_second", "seconds of clip per second", "higher is better", True),
+)
+OVER_TIME = ("frechet", "syllable_error", "sync", "valid", "seam", "identity_error")
+_COLOURS = {"few": "#d1495b", "multi": "#30638e"}
+_MARKS = "osD^vP"
+_REAL = "#4f4f4f"
+_DPI = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strip:
+    """One sample on the comparison sheet."""
+
+    label: str
+    frames: NDArray[np.uint8] | None  # (n, H, W, 3)
+    sound: NDArray[np.float32] | None
+    seconds: float
+
+
+def frontier(rows: Rows, path: Path, title: str) -> Path:
+    """Quality and speed against network evaluations; a dashed line shows what real clips score."""
+    overall = [row for row in rows if row["window"] == "all"]
+    shown = [panel for panel in PANELS if any(panel[0] in row["metrics"] for row in overall)]
+    figure, axes = _grid(len(shown))
+    for axis, (metric, name, better, log) in zip(axes, shown, strict=False):
+        _frontier_panel(axis, overall, metric, log=log)
+        axis.set_title(f"{name}  ({better})", fontsize=10, loc="left")
+        axis.set_xlabel("network evaluations per chunk", fontsize=8)
+    _finish(figure, axes, title, len(shown))
+    return _save(figure, path)
+
+
+def _frontier_panel(axis: Axes, rows: Rows, metric: str, *, log: bool) -> None:
+    for label, colour, mark, curve in _curves(rows):
+        points = _means([(row["nfe"], row["metrics"].get(metric)) for row in curve])
+        if points:
+            axis.plot(*zip(*points, strict=True), color=colour, marker=mark, ms=5, lw=1.6, label=label)
+    real = [row["metrics"][metric] for row in rows if row["mode"] == "real" and metric in row["metrics"]]
+    if real:
+        axis.axhline(real[0], color=_REAL, ls="--", lw=1, label="real clips, coded")
+    ticks = sorted({row["nfe"] for row in rows if row["nfe"]})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(_spread(ticks), [str(t) for t in _spread(ticks)])
+    axis.minorticks_off()
+    values = [y for line in axis.get_lines() for y in np.atleast_1d(np.asarray(line.get_ydata(), float))]
+    if log and values and min(values) > 0 and max(values) > 8 * min(values):
+        axis.set_yscale("log")
+
+
+def _curves(rows: Rows) -> list[tuple[str, str, str, Rows]]:
+    """Label, colour, mark and rows of every (checkpoint, mode, guidance)."""
+    made = [row for row in rows if row["mode"] != "real"]
+    subjects = list(dict.fromkeys(row["label"] for row in made))
+    keys = dict.fromkeys((row["label"], row["mode"], row["guidance"]) for row in made)
+    out: list[tuple[str, str, str, Rows]] = []
+    for label, mode, weight in keys:
+        name = f"{mode}-step" + (f", guidance {weight:g}" if weight != 1 else "")
+        curve = [r for r in made if (r["label"], r["mode"], r["guidance"]) == (label, mode, weight)]
+        mark = _MARKS[subjects.index(label) % len(_MARKS)]
+        out.append((f"{label}: {name}" if len(subjects) > 1 else name, _COLOURS[mode], mark, curve))
+    return out
+
+
+def _means(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float]]:
+    """The mean over seeds at every place, in order."""
+    places = sorted({x for x, y in points if y is not None})
+    return [(x, float(np.mean([y for at, y in points if at == x and y is not None]))) for x in places]
+
+
+def _spread(ticks: Sequence[int]) -> list[int]:
+    """Ticks that do not run into each other on a logarithmic axis."""
+    kept: list[int] = []
+    for tick in ticks:
+        if not kept or tick >= 1.4 * kept[-1]:
+            kept.append(tick)
+    return kept
+
+
+def over_time(rows: Rows, path: Path, title: str) -> Path | None:
+    """Metrics by window of time; None when no clip is long enough for two windows."""
+    windowed = [row for row in rows if row["window"] != "all" and row["mode"] != "real"]
+    windows = sorted({row["window"] for row in windowed}, key=lambda name: float(name.split("-")[0]))
+    shown = [panel for panel in PANELS if panel[0] in OVER_TIME and any(panel[0] in r["metrics"] for r in windowed)]
+    shown += [("identity_error", "identity error", "lower is better", False)] * any(
+        "identity_error" in row["metrics"] for row in windowed
+    )
+    if len(windows) < 2 or not shown:
+        return None
+    figure, axes = _grid(len(shown))
+    for axis, (metric, name, better, _) in zip(axes, shown, strict=False):
+        _window_panel(axis, windowed, windows, metric)
+        axis.set_title(f"{name}  ({better})", fontsize=10, loc="left")
+        axis.set_xlabel("seconds of the clip", fontsize=8)
+    _finish(figure, axes, title, len(shown))
+    return _save(figure, path)
+
+
+def _window_panel(axis: Axes, rows: Rows, windows: Sequence[str], metric: str) -> None:
+    """One line per setting, darker with more evaluations."""
+    for label, colour, mark, curve in _curves(rows):
+        counts = sorted({row["nfe"] for row in curve})
+        for nfe in counts:
+            line = [(windows.index(r["window"]), r["metrics"].get(metric)) for r in curve if r["nfe"] == nfe]
+            points = _means(line)
+            strength = 0.3 + 0.7 * (counts.index(nfe) + 1) / len(counts)
+            if points:
+                x, y = zip(*points, strict=True)
+                axis.plot(x, y, color=colour, alpha=strength, marker=mark, ms=4, lw=1.4, label=f"{label}, {nfe} NFE")
+    axis.set_xticks(range(len(windows)), windows)
+
+
+def sheet(strips: Sequence[Strip], path: Path, title: str, columns: int = 10) -> Path:
+    """The same prompt in every row: frames at equal times, the waveform under them."""
+    strips = [s for s in strips if s.frames is not None or s.sound is not None]
+    picture = any(s.frames is not None for s in strips)
+    figure, axes = plt.subplots(
+        2 * len(strips) if picture else len(strips),
+        1,
+        figsize=(11, 0.5 + (1.42 if picture else 0.8) * len(strips)),
+        gridspec_kw={"height_ratios": [3, 1] * len(strips)} if picture else None,
+        squeeze=False,
+        layout="constrained",
+    )
+    for i, strip in enumerate(strips):
+        _draw_strip(list(axes[:, 0][2 * i : 2 * i + 2]) if picture else [None, axes[i, 0]], strip, columns)
+    axes[-1, 0].tick_params(labelbottom=True, labelsize=8)
+    axes[-1, 0].set_xlabel("seconds", fontsize=8)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return _save(figure, path)
+
+
+def _draw_strip(axes: Sequence[Axes | None], strip: Strip, columns: int) -> None:
+    above, below = axes
+    if above is not None:
+        above.axis("off")
+        if strip.frames is not None:
+            at = np.linspace(0, len(strip.frames) - 1, columns).round().astype(int)
+            gap = np.full((strip.frames.shape[1], 2, 3), 255, np.uint8)
+            row = np.concatenate([piece for j in at for piece in (strip.frames[j], gap)][:-1], axis=1)
+            above.imshow(row, aspect="auto", interpolation="nearest")
+    assert below is not None
+    if strip.sound is not None:
+        times = np.arange(len(strip.sound)) / max(len(strip.sound), 1) * strip.seconds
+        below.plot(times, strip.sound, lw=0.4, color="#333333")
+    below.set_xlim(0, strip.seconds)
+    below.set_ylim(-0.6, 0.6)
+    below.set_yticks([])
+    below.tick_params(labelbottom=False, length=2)
+    below.spines[["top", "right", "left"]].set_visible(False)
+    target = above or below
+    target.text(-0.008, 0.5, strip.label, transform=target.transAxes, ha="right", va="center", fontsize=8)
+
+
+def _grid(panels: int) -> tuple[Figure, list[Axes]]:
+    wide = min(3, panels)
+    tall = -(-panels // wide)
+    figure, axes = plt.subplots(
+        tall, wide, figsize=(3.7 * wide + 0.2, 2.7 * tall + 0.9), squeeze=False, layout="constrained"
+    )
+    return figure, list(axes.ravel())
+
+
+def _finish(figure: Figure, axes: Sequence[Axes], title: str, used: int) -> None:
+    """One legend for all panels, below them."""
+    for axis in axes[:used]:
+        axis.grid(color="#dddddd", lw=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[used:]:
+        axis.axis("off")
+    known = {label: line for axis in axes[:used] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known.keys(), loc="outside lower left", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+    plt.close(figure)
+    return path

@@ -1,0 +1,280 @@
+"""The verbs around a dataset: make it (``preprocess``), look at it (``inspect``), play a clip (``reconstruct``)."""
+
+import io
+import json
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from mfcore.codecs.known import build_codec
+from mfcore.types import AUDIO, VIDEO
+from preprocessing.encode import merge_sums
+from preprocessing.lease import LOCK, Lease
+from preprocessing.manifest import (
+    DATASET_FILE,
+    Unit,
+    canonical,
+    difference,
+    finished,
+    plan_units,
+    read_markers,
+    read_units,
+    total,
+    write_units,
+)
+from preprocessing.manifest import verify as verify_files
+from preprocessing.media import MediaError, probe
+from preprocessing.mp4 import write_mp4
+from preprocessing.pipeline import PreprocessConfig, build_encoders, run_units
+from preprocessing.reader import ClipDataset, open_dataset, read_facts
+from preprocessing.schema import SCHEMA_VERSION
+from preprocessing.source import MANIFESTS, find_sources
+from preprocessing.storage import TEMPORARY, Store
+
+Progress = Callable[[int, int, dict[str, Any]], None]
+"""Called as ``progress(units done, units in all, counts so far)``."""
+
+SHEET_CLIPS, SHEET_COLUMNS, TILE = 48, 8, 160
+
+
+def preprocess(
+    sources: Sequence[str],
+    out: str,
+    config: PreprocessConfig,
+    *,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make, resume or extend the dataset ``out``; the counts of the command line's contract.
+
+    ValueError, with nothing written, when an argument names no readable media, when ``out`` is something else or was
+    made with another configuration, or when another driver is writing it.
+    """
+    found = find_sources(sources)
+    _check_named_files(sources)
+    store = Store(out)
+    facts = _existing_facts(store, config)
+    units = plan_units(read_units(store), found, config.sources_per_unit, config.fingerprint)
+    if dry_run:
+        return {
+            "sources": len(found),
+            "units": len(units),
+            "config": config.resolved(),
+            "fingerprint": config.fingerprint,
+        }
+    with Lease(store) as lease:
+        store.sweep()
+        # planned again: what another driver finished between the check above and the lease counts
+        known = read_units(store)
+        units = plan_units(known, found, config.sources_per_unit, config.fingerprint)
+        missing = [unit for unit in units if unit.name not in finished(store)]
+        if missing or not facts.get("complete"):
+            _write_facts(store, config, {"complete": False})
+            if len(units) > len(known):
+                write_units(store, units)
+            _run(missing, units, store, lease.token, config, progress)
+            _finish(store, config, units)
+    return _summary(read_facts(store))
+
+
+def _check_named_files(arguments: Sequence[str]) -> None:
+    """A file that the user named, not one found in a folder, must be media."""
+    for argument in arguments:
+        if os.path.isfile(argument) and os.path.splitext(argument)[1].lower() not in MANIFESTS:
+            try:
+                probe(argument)
+            except MediaError as error:
+                raise ValueError(
+                    f"{argument} is not readable media ({error.detail}): name a video or audio file"
+                ) from error
+
+
+def _existing_facts(store: Store, config: PreprocessConfig) -> dict[str, Any]:
+    """What an existing dataset says, {} for a new one. ValueError when this configuration cannot continue it."""
+    if not store.exists(DATASET_FILE):
+        if strangers := [name for name in store.listing() if name != LOCK and not name.startswith(TEMPORARY)]:
+            raise ValueError(f"{store.uri} is not empty and no dataset (it holds {strangers[0]}): choose another place")
+        return {}
+    facts = read_facts(store)
+    if facts["fingerprint"] != config.fingerprint:
+        changes = "\n  ".join(difference(facts["config"], config.resolved()))
+        raise ValueError(
+            f"{store.uri} was made with another configuration:\n  {changes}\n"
+            "write to a new place, or use the configuration it was made with"
+        )
+    return facts
+
+
+def _write_facts(store: Store, config: PreprocessConfig, more: dict[str, Any]) -> None:
+    encoders = build_encoders(config)
+    facts = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": config.fingerprint,
+        "config": config.resolved(),
+        "codecs": {m: codec.id for m, codec in encoders.codecs.items()},
+        "text_codec": encoders.words.id,
+        "clocks": {
+            m: {"rate": str(c.rate), "offset": str(c.offset), "head": c.head}
+            for m, c in encoders.timeline.clocks.items()
+        },
+        "chunk_seconds": str(config.chunk_seconds),
+        **more,
+    }
+    store.write(DATASET_FILE, json.dumps(facts, indent=1, sort_keys=True).encode())
+
+
+def _run(
+    missing: Sequence[Unit],
+    units: Sequence[Unit],
+    store: Store,
+    token: str,
+    config: PreprocessConfig,
+    progress: Progress | None,
+) -> None:
+    markers: list[dict[str, Any]] = []
+    with _shown(progress) as show:
+
+        def on_done(marker: dict[str, Any]) -> None:
+            markers.append(marker)
+            sources = sum(m["sources"] for m in markers)
+            show(len(units) - len(missing) + len(markers), len(units), total(markers, sources))
+
+        run_units(missing, store, token, config, on_done)
+
+
+def _finish(store: Store, config: PreprocessConfig, units: Sequence[Unit]) -> None:
+    """Statistics and counts from the markers of all units, in their order: a function of the units alone."""
+    markers = read_markers(store, units)
+    stats = {m: s.stats() for m, s in merge_sums([marker["sums"] for marker in markers]).items()}
+    counts = total(markers, sum(len(unit.sources) for unit in units))
+    facts = {"complete": True, "counts": counts, "stats": {m: vars(s) for m, s in stats.items() if s is not None}}
+    _write_facts(store, config, facts)
+
+
+def _summary(facts: dict[str, Any]) -> dict[str, Any]:
+    return {**facts["counts"], "fingerprint": facts["fingerprint"]}
+
+
+@contextmanager
+def _shown(progress: Progress | None) -> Generator[Progress]:
+    """The caller's progress function, or a bar on a terminal, or a plain line every few seconds elsewhere."""
+    if progress is not None:
+        yield progress
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+
+        with Bar(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("preprocess", total=None)
+            yield lambda done, of, counts: bar.update(
+                task, completed=done, total=of, description=f"{counts['accepted']} clips, {counts['rejected']} rejected"
+            )
+    else:
+        yield _plain_lines()
+
+
+def _plain_lines(every: float = 5.0) -> Progress:
+    last = 0.0
+
+    def show(done: int, of: int, counts: dict[str, Any]) -> None:
+        nonlocal last
+        if done == of or time.monotonic() - last >= every:
+            last = time.monotonic()
+            line = f"preprocess: unit {done} of {of}, {counts['accepted']} clips, {counts['rejected']} rejected"
+            print(line, file=sys.stderr, flush=True)
+
+    return show
+
+
+# ------------------------------------------------------------------------------------------------- inspect, reconstruct
+
+
+def inspect(dataset: str, *, verify: bool = False, sheet: str | None = None) -> dict[str, Any]:
+    """Counts, codecs and clocks of a dataset; with ``verify`` checksums and accounting are recomputed from its files
+    (ValueError says what is wrong); with ``sheet`` a PNG of first frames and captions is written."""
+    store = Store(dataset)
+    facts = read_facts(store)
+    if not facts["complete"]:
+        raise ValueError(f"{dataset} is unfinished: run the same `mfctl preprocess` command again")
+    summary = _summary(facts)
+    summary |= {"modality": facts["config"]["modality"], "codecs": facts["codecs"], "clocks": facts["clocks"]}
+    if verify:
+        _verify(store, facts)
+        summary["verified"] = True
+    if sheet is not None:
+        contact_sheet(open_dataset(dataset)).save(sheet)
+        summary["sheet"] = str(sheet)
+    return summary
+
+
+def _verify(store: Store, facts: dict[str, Any]) -> None:
+    problems = verify_files(store)
+    units = read_units(store)
+    if not problems:
+        markers = read_markers(store, units)
+        again = total(markers, sum(len(unit.sources) for unit in units))
+        if canonical(again) != canonical(facts["counts"]):
+            problems = difference(facts["counts"], again, "counts.")
+    if problems:
+        lines = "\n  ".join(problems[:20])
+        raise ValueError(f"{store.uri} does not add up:\n  {lines}\nremove it and preprocess its sources again")
+
+
+def contact_sheet(dataset: ClipDataset, limit: int = SHEET_CLIPS) -> Image.Image:
+    """First frames of up to ``limit`` clips, spread evenly over the dataset, each over its id, length and caption."""
+    count = min(limit, len(dataset))
+    chosen = [dataset.clip(i * len(dataset) // count) for i in range(count)]
+    rows = -(-max(1, count) // SHEET_COLUMNS)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * TILE, rows * (TILE + 44)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, clip in enumerate(chosen):
+        x, y = n % SHEET_COLUMNS * TILE, n // SHEET_COLUMNS * (TILE + 44)
+        sheet.paste(_tile(clip.first_frame_png), (x, y))
+        said = clip.caption or " ".join(word.word for word in clip.transcript) or "(no caption)"
+        seconds = clip.chunks * float(dataset.meta.chunk_seconds)
+        lines = [f"{clip.id} {seconds:g} s", *textwrap.wrap(said.encode("ascii", "replace").decode(), 26)[:2]]
+        draw.multiline_text((x + 3, y + TILE + 1), "\n".join(lines), fill="black", spacing=1)
+    return sheet
+
+
+def _tile(png: bytes | None) -> Image.Image:
+    """A first frame fitted into a square, grey where there is none."""
+    tile = Image.new("RGB", (TILE - 4, TILE - 4), "lightgrey")
+    if png is not None:
+        frame = Image.open(io.BytesIO(png))
+        scale = min(tile.width / frame.width, tile.height / frame.height)
+        size = (round(frame.width * scale), round(frame.height * scale))
+        tile.paste(
+            frame.resize(size, Image.Resampling.LANCZOS), ((tile.width - size[0]) // 2, (tile.height - size[1]) // 2)
+        )
+    return tile
+
+
+def reconstruct(dataset: str, clip_id: str, out: str, overwrite: bool = False) -> dict[str, Any]:
+    """Decode one row back to an mp4: what the model's own output can look and sound like at best."""
+    if os.path.exists(out) and not overwrite:
+        raise ValueError(f"{out} exists: choose another name, or add --overwrite")
+    clips = open_dataset(dataset)
+    clip = clips.clip(clips.index(clip_id))
+    frames, sound = _decoded(clips, clip.video, VIDEO), _decoded(clips, clip.audio, AUDIO)
+    fps, rate = Fraction(clips.meta.config["video"]["fps"]), int(clips.meta.config["audio"]["sample_rate"])
+    seconds = len(frames) / fps if frames is not None else Fraction(0 if sound is None else len(sound), rate)
+    sound = None if sound is None else sound[: round(seconds * rate)]
+    Path(out).resolve().parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(out, frames, fps, sound, rate)
+    return {"path": out, "seconds": float(seconds), "frames": 0 if frames is None else len(frames), "fps": float(fps)}
+
+
+def _decoded(clips: ClipDataset, latents: Tensor | None, modality: str) -> Any:
+    if latents is None:
+        return None
+    return build_codec(clips.meta.codecs[modality], clips.meta.clocks[modality]).decode(latents).numpy()

@@ -1,0 +1,167 @@
+"""Whole configurations by size. A preset is a function of the stage and of the latents it is to learn."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from mfcore.ema import EmaConfig
+from mfcore.flow import TimeConfig
+from mfcore.model.config import BranchConfig, ModelConfig
+from mfcore.objectives.flow_matching import FlowMatchingConfig
+from mfcore.objectives.mutual import MutualConfig
+from mfcore.optim import OptimConfig
+from mfcore.types import AUDIO, VIDEO
+from workflows.config import CheckpointConfig, RunConfig, Stage
+from workflows.data import DataConfig
+from workflows.engine import EngineConfig
+
+MODALITIES: dict[Stage, tuple[str, ...]] = {
+    "video": (VIDEO,),
+    "audio": (AUDIO,),
+    "joint": (VIDEO, AUDIO),
+    "mutual": (VIDEO, AUDIO),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentShapes:
+    """What a network must know of its latents."""
+
+    channels: Mapping[str, int]
+    size: Mapping[str, tuple[int, int]]  # height and width; (1, 1) for audio
+    text_dim: int
+    chunk_seconds: float
+    chunks: int  # whole chunks of a usual clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What distinguishes one preset's network from another's."""
+
+    dim: int
+    layers: int
+    heads: int
+    patch: int  # latent positions merged into a token, vertically and horizontally
+    window_chunks: int
+    longest: int  # chunks of the longest training clip
+    shift: Mapping[str, float]
+
+
+def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
+    patches = {VIDEO: (size.patch, size.patch), AUDIO: (1, 1)}
+    return ModelConfig(
+        branches={
+            m: BranchConfig(channels=shapes.channels[m], size=shapes.size[m], patch=patches[m])
+            for m in MODALITIES[stage]
+        },
+        dim=size.dim,
+        layers=size.layers,
+        heads=size.heads,
+        text_dim=shapes.text_dim,
+        chunk_seconds=shapes.chunk_seconds,
+        window_chunks=size.window_chunks,
+    )
+
+
+def _lengths(shapes: LatentShapes, size: Size) -> tuple[int, int]:
+    """Chunks of a training clip; the longest exceeds the window, else the truncated state is never trained."""
+    return min(3, shapes.chunks), max(1, min(size.longest, shapes.chunks))
+
+
+def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
+    """A CPU, the toy world, minutes."""
+    size = Size(dim=128, layers=4, heads=4, patch=4, window_chunks=4, longest=8, shift={VIDEO: 2.0, AUDIO: 1.0})
+    time = TimeConfig(shift={m: size.shift[m] for m in MODALITIES[stage]})
+    model, engine = _model(stage, shapes, size), EngineConfig(zero_stage=1, workers=2)
+    data = DataConfig(batch=8, chunks=_lengths(shapes, size))
+    if stage == "mutual":
+        return RunConfig(
+            stage=stage,
+            steps=60,
+            model=model,
+            objective=MutualConfig(
+                time=time, rollout_steps=(4,), real_until=20, free_from=35, fake_from=35, dmd_from=45, dmd_ramp=10
+            ),
+            optim=OptimConfig(lr=3e-4, warm_up=10),
+            fake_optim=OptimConfig(lr=1.2e-3, warm_up=5),
+            ema=EmaConfig(decay=0.97),
+            data=replace(data, chunks=(data.chunks[0], min(6, data.chunks[1]))),
+            engine=engine,
+            checkpoint=CheckpointConfig(every=20 * data.batch),
+            log_every=5,
+            eval_every=30,
+        )
+    return RunConfig(
+        stage=stage,
+        steps={"video": 320, "audio": 320, "joint": 200}[stage],
+        model=model,
+        objective=FlowMatchingConfig(time=time),
+        optim=OptimConfig(lr=1e-3, warm_up=30, clip=1.0, final=0.2),
+        ema=EmaConfig(decay=0.99),
+        data=data,
+        engine=engine,
+        checkpoint=CheckpointConfig(every=100 * data.batch),
+        eval_every=100,
+    )
+
+
+def _recipe(
+    stage: Stage, shapes: LatentShapes, size: Size, *, batch: int, steps: dict[Stage, int], lr: float
+) -> RunConfig:
+    """The paper's recipe (METHOD 5) at any size: AdamW 0.9/0.95, decay 0.02, clip 0.5, EMA 0.999 then 0.99."""
+    time = TimeConfig(shift={m: size.shift[m] for m in MODALITIES[stage]})
+    mutual = MutualConfig(
+        time=time, guidance=5.0, real_until=1000, free_from=3000, fake_from=3000, dmd_from=3200, dmd_ramp=1000
+    )
+    return RunConfig(
+        stage=stage,
+        steps=steps[stage],
+        model=_model(stage, shapes, size),
+        objective=mutual if stage == "mutual" else FlowMatchingConfig(time=time),
+        optim=OptimConfig(lr=lr, warm_up=1000),
+        fake_optim=OptimConfig(lr=4 * lr, warm_up=200) if stage == "mutual" else None,
+        ema=EmaConfig(decay=0.99 if stage == "mutual" else 0.999),
+        data=DataConfig(batch=batch, micro=4, chunks=_lengths(shapes, size)),
+        engine=EngineConfig(zero_stage=2, workers=8, use_gpu=True, precision="bf16"),
+        checkpoint=CheckpointConfig(every=1000 * batch, keep=3),
+        log_every=20,
+        eval_every=1000,
+    )
+
+
+def small(stage: Stage, shapes: LatentShapes) -> RunConfig:
+    """About 100M parameters with both branches, one GPU."""
+    size = Size(dim=512, layers=8, heads=8, patch=2, window_chunks=8, longest=16, shift={VIDEO: 3.0, AUDIO: 1.0})
+    steps: dict[Stage, int] = {"video": 50_000, "audio": 50_000, "joint": 30_000, "mutual": 10_000}
+    config = _recipe(stage, shapes, size, batch=64, steps=steps, lr=2e-4)
+    return replace(config, engine=replace(config.engine, workers=1, zero_stage=1))
+
+
+def base(stage: Stage, shapes: LatentShapes) -> RunConfig:
+    """About 1.3B parameters with both branches, one node."""
+    size = Size(dim=1536, layers=13, heads=12, patch=2, window_chunks=10, longest=20, shift={VIDEO: 5.0, AUDIO: 1.0})
+    steps: dict[Stage, int] = {"video": 200_000, "audio": 200_000, "joint": 100_000, "mutual": 20_000}
+    return _recipe(stage, shapes, size, batch=128, steps=steps, lr=1e-4)
+
+
+def full(stage: Stage, shapes: LatentShapes) -> RunConfig:
+    """About 7B parameters in each branch, as the paper."""
+    size = Size(dim=4096, layers=20, heads=32, patch=2, window_chunks=10, longest=20, shift={VIDEO: 5.0, AUDIO: 1.0})
+    steps: dict[Stage, int] = {"video": 400_000, "audio": 400_000, "joint": 100_000, "mutual": 20_000}
+    batch = 256 if stage in ("video", "audio") else 128
+    config = _recipe(stage, shapes, size, batch=batch, steps=steps, lr=5e-5)
+    return replace(config, engine=replace(config.engine, zero_stage=3, workers=32))
+
+
+PRESETS: dict[str, Callable[[Stage, LatentShapes], RunConfig]] = {
+    "tiny": tiny,
+    "small": small,
+    "base": base,
+    "full": full,
+}
+
+
+def preset(name: str, stage: Stage, shapes: LatentShapes) -> RunConfig:
+    """ValueError lists the presets that exist."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name](stage, shapes)

@@ -1,0 +1,75 @@
+"""The processes of one run: what the training loop asks of them, and nothing else.
+
+Thin words over ``torch.distributed``; without a process group they describe a single process.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """In place: the mean of ``tensor`` over the ranks."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world()
+    return tensor
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's ``value``, in the order of the ranks, on every rank."""
+    if world() == 1:
+        return [value]
+    out: list[Any] = [None] * world()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def any_true(flag: Tensor) -> bool:
+    """Whether the flag is set on any rank."""
+    if world() > 1:
+        flag = flag.float()
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def mean_numbers(numbers: Mapping[str, float], weight: float = 1.0) -> dict[str, float]:
+    """Weighted mean over the ranks of each named number, over those ranks that have it."""
+    sums: dict[str, float] = defaultdict(float)
+    weights: dict[str, float] = defaultdict(float)
+    for theirs, w in gather((dict(numbers), weight)):
+        for key, value in theirs.items():
+            sums[key] += w * value
+            weights[key] += w
+    return {key: sums[key] / weights[key] for key in sums if weights[key] > 0}
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

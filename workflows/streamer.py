@@ -1,0 +1,188 @@
+"""A trained network with its codecs: conditions in, chunks of picture and sound out, one after the other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from mfcore.codecs.base import Codec, StreamDecoder
+from mfcore.codecs.known import build_codec, build_text_codec
+from mfcore.rollout import noise_starts, rollout
+from mfcore.steps import Context, Mode, evaluations, schedule
+from mfcore.types import AUDIO, VIDEO, Condition, Stream
+from preprocessing.record import Word
+from workflows.checkpoint import ModelCard, Weights, load_export
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How chunks are sampled."""
+
+    mode: Mode = "few"
+    steps: int = 4
+    guidance: float = 1.0  # of the multi-step mode; the few-step mode has it built in
+    trust: float | None = None  # label of the generated history; None: 1 in few-step mode, no label in multi-step mode
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps {self.steps}: at least one step is needed")
+        if self.mode not in ("few", "multi"):
+            raise ValueError(f"unknown mode {self.mode!r}: choose few or multi")
+
+    @property
+    def nfe(self) -> int:
+        """Denoising evaluations per chunk."""
+        return evaluations(self.steps, self.guidance)
+
+    @property
+    def label(self) -> float | None:
+        """The trust label in force."""
+        return self.trust if self.trust is not None else (1.0 if self.mode == "few" else None)
+
+
+class Streamer:
+    """Generates; keeps no state between calls, so one instance serves many clips."""
+
+    def __init__(self, model: nn.Module, card: ModelCard) -> None:
+        self.model, self.card, self.timeline = model.eval(), card, card.timeline
+        self.codecs: dict[str, Codec] = {m: build_codec(i, card.clocks[m]) for m, i in card.codecs.items()}
+        self.text = build_text_codec(card.text_codec)
+        self._device = next(model.parameters()).device
+
+    @classmethod
+    def load(cls, path: str | Path, weights: Weights = "ema") -> "Streamer":
+        """From a run, a checkpoint or an export."""
+        return cls(*load_export(path, weights))
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(self.card.clocks)
+
+    @property
+    def fps(self) -> Fraction:
+        """Frames per second of the picture."""
+        codec: Any = self.codecs[VIDEO]
+        return Fraction(codec.config.fps)
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of the picture, pixels."""
+        codec: Any = self.codecs[VIDEO]
+        height, width = self.card.model.branches[VIDEO].size
+        return height * codec.config.block, width * codec.config.block
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of the sound."""
+        codec: Any = self.codecs[AUDIO]
+        return int(codec.config.sample_rate)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Latent shape (C, ...) per modality."""
+        branches = self.card.model.branches
+        return {m: (b.channels, *(b.size if m == VIDEO else ())) for m, b in branches.items()}
+
+    def condition(
+        self,
+        *,
+        caption: str,
+        transcript: Sequence[Word],
+        first_frame: UInt8[Tensor, "H W 3"] | None = None,
+        voice: Float[Tensor, " samples"] | None = None,
+    ) -> Condition:
+        """One row. ``voice``: a recording to speak like, cut to one chunk; None lets the network choose a voice."""
+        words = self.text.encode([w.word for w in transcript]) if transcript else torch.zeros(1, self.text.width)
+        about = self.text.encode_caption(caption)
+        spoken = len(about) > 0
+        about = about if spoken else torch.zeros(1, self.text.width)
+        times = [(w.start, w.end) for w in transcript] or [(0.0, 0.0)]
+        return Condition(
+            caption=about[None],
+            caption_mask=torch.full((1, len(about)), spoken),
+            words=words[None],
+            words_mask=torch.full((1, len(words)), bool(transcript)),
+            word_times=torch.tensor(times, dtype=torch.float64)[None],
+            first_frame=self._first_latent(first_frame),
+            voice=self._voice_latents(voice),
+            voice_mask=torch.tensor([voice is not None]) if AUDIO in self.codecs else None,
+        ).to(self._device)
+
+    def _first_latent(self, frame: Tensor | None) -> Tensor | None:
+        if VIDEO not in self.codecs:
+            return None
+        if frame is None:
+            raise ValueError("this model draws from a first frame: pass one with --first-frame IMAGE")
+        if tuple(frame.shape[:2]) != self.frame_size:
+            raise ValueError(f"the first frame must be {self.frame_size} pixels, got {tuple(frame.shape[:2])}")
+        latent = self.codecs[VIDEO].encode(frame[None])
+        return self.card.stats[VIDEO].whiten(latent, head=True, space=2)
+
+    def _voice_latents(self, voice: Tensor | None) -> Tensor | None:
+        if AUDIO not in self.codecs:
+            return None
+        n = self.timeline.count(AUDIO, 1)
+        if voice is None:
+            return torch.zeros(1, n, self.codecs[AUDIO].channels)
+        latents = self.codecs[AUDIO].encode(voice)
+        if len(latents) < n:
+            raise ValueError(f"the reference voice is too short: at least {float(self.card.chunk_seconds)} s are needed")
+        return self.card.stats[AUDIO].whiten(_loudest(latents, voice, n))[None]
+
+    @torch.no_grad()
+    def stream(
+        self, cond: Condition, chunks: int, how: Sampling, samples: Tensor | None = None
+    ) -> Iterator[dict[str, Stream]]:
+        """Whitened clean chunks, for all rows of ``cond``, as they are finished; row i draws from ``samples[i]``."""
+        rows = cond.caption.shape[0]
+        samples = torch.arange(rows) if samples is None else samples
+        like = cond.caption.float()
+        starts = noise_starts(self.timeline, self.shapes(), range(chunks), how.seed, samples, like)
+        context = Context(model=self.model, cond=cond, guidance=how.guidance)
+        trust = None if how.label is None else torch.full((rows,), how.label, device=self._device)
+        for chunk in rollout(context, starts, schedule(how.steps, self.card.shift), mode=how.mode, trust=trust):
+            yield chunk.clean
+
+    def raw(self, modality: str, whitened: Float[Tensor, "..."], *, head: bool = False) -> Tensor:
+        """Latents as the codec reads them."""
+        space = 2 if modality == VIDEO else 0
+        return self.card.stats[modality].restore(whitened.float().cpu(), head=head, space=space)
+
+    def decoders(self, cond: Condition) -> list[dict[str, StreamDecoder]]:
+        """A decoder per row and modality; those of the picture have been given the first frame."""
+        rows: list[dict[str, StreamDecoder]] = []
+        for i in range(cond.caption.shape[0]):
+            row = {m: codec.decoder() for m, codec in self.codecs.items()}
+            rows.append(row)
+            if VIDEO in row and cond.first_frame is None:
+                raise ValueError(f"row {i} has no first frame")
+        return rows
+
+    def first_latents(self, cond: Condition, row: int) -> Tensor:
+        """The raw first-frame latent of a row, (1, C, h, w)."""
+        assert cond.first_frame is not None
+        return self.raw(VIDEO, cond.first_frame[row : row + 1], head=True)
+
+    def decode(self, cond: Condition, chunks: Sequence[Mapping[str, Stream]], row: int) -> dict[str, Tensor]:
+        """Whole signals of one row: frames uint8 (n, H, W, 3) and samples float32."""
+        out: dict[str, Tensor] = {}
+        for m, codec in self.codecs.items():
+            latents = self.raw(m, torch.cat([c[m].latents[row] for c in chunks]))
+            if m == VIDEO:
+                latents = torch.cat([self.first_latents(cond, row), latents])
+            out[m] = codec.decode(latents)
+        return out
+
+
+def _loudest(latents: Tensor, sound: Tensor, n: int) -> Tensor:
+    """The run of ``n`` latents whose sound has the most energy: a pause would say nothing of a voice."""
+    per = len(sound) // len(latents)
+    energy = sound[: per * len(latents)].reshape(len(latents), per).square().mean(1)
+    runs = energy.unfold(0, n, 1).sum(1)
+    first = int(runs.argmax())
+    return latents[first : first + n]

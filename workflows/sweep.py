@@ -1,0 +1,162 @@
+"""What a sweep consists of, and what of it is already done: one small file per setting in the sweep's folder."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from mfcore.steps import Mode
+from workflows.checkpoint import COMPLETE, Weights, find_export, load_card, read_json, write_json
+from workflows.config import Stage
+from workflows.generate import sampling
+from workflows.streamer import Sampling
+
+SCORER = 1  # raise when a metric changes its meaning: older rows are then measured again
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One checkpoint under test."""
+
+    path: str  # as it was named
+    label: str  # short, for plots and file names
+    stage: Stage
+    digest: str  # of its weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One point of the frontier."""
+
+    subject: Subject
+    how: Sampling
+
+    @property
+    def name(self) -> str:
+        how = self.how
+        guided = f"-w{how.guidance:g}" if how.guidance != 1 else ""
+        seeded = f"-seed{how.seed}" if how.seed else ""
+        return f"{self.subject.label}-{how.mode}-{how.steps:02d}{guided}{seeded}"
+
+    @property
+    def facts(self) -> Row:
+        """The columns of a result row that name the setting."""
+        how = self.how
+        return {
+            "checkpoint": self.subject.path,
+            "mode": how.mode,
+            "steps": how.steps,
+            "nfe": how.nfe,
+            "guidance": how.guidance,
+            "seed": how.seed,
+        }
+
+    def key(self, scope: str) -> str:
+        """Of the file that holds its rows: the same weights, clips and settings give the same samples."""
+        how = self.how
+        parts = (scope, self.subject.digest, how.mode, how.steps, how.guidance, how.label, how.seed)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def examine(path: str, weights: Weights = "ema") -> Subject:
+    """A checkpoint's stage, name and digest. ValueError when there is none."""
+    export, card = find_export(path), load_card(path)
+    place = Path(path)
+    if place.name == "export":
+        place = place.parent
+    label = f"{place.parent.parent.name}-{place.name}" if place.parent.name == "checkpoints" else place.name
+    return Subject(path=path, label=_plain(label), stage=card.stage, digest=_digest(export, weights))
+
+
+def _plain(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
+
+
+def _digest(export: Path, weights: Weights) -> str:
+    """Taken from COMPLETE where it stands beside the export: weights may be large."""
+    name = f"{weights}.safetensors"
+    marker = export.parent / COMPLETE
+    if marker.exists():
+        files = cast(Mapping[str, Any], read_json(marker)["files"])
+        return str(files[f"export/{name}"]["sha256"])[:16]
+    if not (export / name).exists():
+        raise ValueError(f"{export / name} does not exist: evaluate a checkpoint that has {weights} weights")
+    with (export / name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def plan(
+    subjects: Sequence[Subject],
+    modes: Sequence[str],
+    steps: Sequence[int],
+    guidance: float | None,
+    seeds: Sequence[int],
+) -> tuple[list[Setting], list[str]]:
+    """The settings that make sense, cheapest first, and a line for each combination that is left out.
+
+    ``guidance`` is the multi-step mode's; the few-step mode has it built in. ValueError when nothing is left.
+    """
+    known = get_args(Mode)
+    if wrong := [m for m in modes if m not in known]:
+        raise ValueError(f"unknown mode {wrong[0]!r}: --modes takes {', '.join(known)}")
+    if not steps or min(steps) < 1:
+        raise ValueError(f"--steps {list(steps)}: give whole numbers above 0")
+    settings, skipped = [], []
+    for subject in subjects:
+        for mode in dict.fromkeys(modes):
+            if mode == "few" and subject.stage != "mutual":
+                skipped.append(f"few-step mode of {subject.label}: stage {subject.stage} has not trained it")
+                continue
+            weight = 1.0 if mode == "few" else guidance
+            for count in sorted(set(steps)):
+                for seed in seeds:
+                    how = sampling(
+                        subject.stage, mode=cast(Mode, mode), steps=count, guidance=weight, trust=None, seed=seed
+                    )
+                    settings.append(Setting(subject=subject, how=how))
+    if not settings:
+        raise ValueError(
+            f"nothing to evaluate: {'; '.join(skipped)}. Add multi to --modes, or name a mutual checkpoint"
+        )
+    return settings, skipped
+
+
+class Results:
+    """The rows of a sweep's folder."""
+
+    def __init__(self, folder: Path, scope: str) -> None:
+        self.folder, self.scope = folder, scope
+        self._parts = folder / "rows"
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "results.json"
+
+    def done(self, key: str) -> dict[str, Any] | None:
+        """What was stored under a key."""
+        path = self._parts / f"{key}.json"
+        return read_json(path) if path.exists() else None
+
+    def store(self, key: str, part: Mapping[str, Any]) -> None:
+        self._parts.mkdir(parents=True, exist_ok=True)
+        write_json(self._parts / f"{key}.json", {"scope": self.scope, "key": key, **part})
+
+    def parts(self, digests: Iterable[str]) -> list[dict[str, Any]]:
+        """All that was measured in this folder, of these checkpoints, on these clips; cheapest first."""
+        wanted = {*digests, "real"}
+        found = [read_json(path) for path in sorted(self._parts.glob("*.json"))]
+        mine = [p for p in found if p["scope"] == self.scope and p["digest"] in wanted]
+        return sorted(mine, key=lambda p: (p["rows"][0]["nfe"], p["name"]))
+
+    def write(self, parts: Sequence[Mapping[str, Any]]) -> list[Row]:
+        """``results.json``: the rows of all parts."""
+        rows = [row for part in parts for row in part["rows"]]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        temporary.replace(self.path)
+        return rows
