@@ -181,6 +181,7 @@ def train(
     """Train one stage on Ray Train and DeepSpeed. The same command again resumes."""
 
     def work() -> Any:
+        from workflows.samples import training_samples
         from workflows.train import train as run_train
 
         return run_train(
@@ -192,6 +193,7 @@ def train(
             config_file=config,
             run=run,
             dry_run=dry_run,
+            sample=training_samples,
         )
 
     console.run(work, as_json=json)

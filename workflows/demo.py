@@ -1,4 +1,4 @@
-"""``make demo``: the whole row as one story on the toy world, into one folder. Every part is the verb a user would call.
+"""``make demo``: the whole row as one story on the toy world, in one folder. Every part is the verb a user calls.
 
 The same command again goes on where the last one stopped: each verb resumes.
 """
@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from preprocessing.mp4 import write_mp4
 from preprocessing.pipeline import PreprocessConfig
 from preprocessing.reader import open_dataset
-from preprocessing.toyworld import write_toyworld
+from preprocessing.toyworld import ToyConfig, draw_truth, render_frames, write_toyworld
 from workflows import environment
 from workflows.checkpoint import write_json
 from workflows.config import Stage
@@ -25,21 +26,25 @@ from workflows.console import progress
 from workflows.evaluate import evaluate
 from workflows.generate import generate
 from workflows.preprocess import inspect, preprocess
+from workflows.samples import training_samples
 from workflows.train import train
 
-CLIPS = 320
-SECONDS = 5.0
-SEED = 7
 STAGES: tuple[Stage, ...] = ("video", "audio", "joint", "mutual")
-STEPS = (1, 2, 4, 8, 16, 50)
-HELD_OUT = 0.1
+PARENTS: dict[Stage, tuple[Stage, ...]] = {"video": (), "audio": (), "joint": ("video", "audio"), "mutual": ("joint",)}
+HELD_OUT = 0.1  # share of the clips that no stage is trained on, as in the presets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Story:
-    """Folders of one demo."""
+    """Size and folders of one demo."""
 
     out: Path
+    clips_made: int = 320
+    seconds: float = 5.125  # of a clip: ten chunks, and the sound of the last one
+    seed: int = 7
+    steps: tuple[int, ...] = (1, 2, 4, 8, 16, 50)  # of the sweep
+    sweep_clips: int = 12
+    sets: tuple[str, ...] = ()  # changes to the configuration of every stage
 
     @property
     def clips(self) -> Path:
@@ -59,15 +64,19 @@ class Story:
 
 
 def demo(out: str) -> dict[str, Any]:
-    """Run the story and return what ``summary.json`` holds."""
-    story = Story(out=Path(out))
+    """The story at its usual size; returns what ``summary.json`` holds."""
+    return tell(Story(out=Path(out)))
+
+
+def tell(story: Story) -> dict[str, Any]:
+    """Run the story and write ``summary.json``."""
     story.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", environment.tracking_uri())
     took: dict[str, float] = {}
     with chapter("toy world", took):
         make_clips(story)
     with chapter("preprocess", took):
-        config = PreprocessConfig(window_seconds=SECONDS)
+        config = PreprocessConfig(window_seconds=Fraction(story.seconds))
         counts = preprocess([str(story.clips), str(story.damaged)], str(story.dataset), config)
         inspect(str(story.dataset), verify=True, sheet=str(story.out / "contact_sheet.png"))
     stages: dict[str, Any] = {}
@@ -80,8 +89,9 @@ def demo(out: str) -> dict[str, Any]:
         sweep = evaluate(
             [stages["mutual"]["run_dir"], stages["joint"]["run_dir"]],
             data=str(story.dataset),
-            steps=list(STEPS),
+            steps=list(story.steps),
             modes=["few", "multi"],
+            clips=story.sweep_clips,
             out=str(story.out / "sweep"),
         )
     summary = summarise(story, counts, stages, sweep, samples, took)
@@ -101,43 +111,46 @@ def chapter(title: str, took: dict[str, float]) -> Iterator[None]:
 
 
 def make_clips(story: Story) -> None:
-    """The toy world, and beside it two files such as every collection has: cut short, and no media at all."""
+    """The toy world, and beside it two files such as every collection has: one without sound, one that is no media."""
     with progress("clips") as show:
-        paths = write_toyworld(
+        write_toyworld(
             story.clips,
-            clips=CLIPS,
-            seconds=SECONDS,
+            clips=story.clips_made,
+            seconds=story.seconds,
             size=64,
             fps=Fraction(24),
             sample_rate=16000,
-            seed=SEED,
+            seed=story.seed,
             jobs=os.cpu_count() or 1,
             progress_callback=show,
         )
     story.damaged.mkdir(exist_ok=True)
-    whole = paths[0].read_bytes()
-    for name, content in (("cut_short.mp4", whole[: len(whole) // 3]), ("pointer.mp4", b"version 1\noid 0\n")):
-        if not (story.damaged / name).exists():
-            (story.damaged / name).write_bytes(content)
+    silent, pointer = story.damaged / "no_sound.mp4", story.damaged / "pointer.mp4"
+    if not silent.exists():
+        world = ToyConfig(seconds=story.seconds, seed=story.seed)
+        write_mp4(silent, render_frames(draw_truth(world, story.clips_made)), world.fps)
+    if not pointer.exists():
+        pointer.write_text("version 1: a pointer, not a clip\n")
 
 
 def train_stage(story: Story, stage: Stage) -> dict[str, Any]:
-    return train(stage, data=str(story.dataset), run=stage, runs_dir=story.out, sample=sampler(story, stage))
-
-
-def sampler(story: Story, stage: Stage) -> Callable[[Path], Sequence[Path]]:
-    """Makes the sample of a finished stage; it becomes an artifact of the stage's MLflow run."""
-
-    def sample(run_dir: Path) -> list[Path]:
-        steps = 4 if stage == "mutual" else 16
-        return [make_sample(story, run_dir, f"{stage}-{steps}-steps.mp4", seconds=SECONDS, steps=steps)]
-
-    return sample
+    return train(
+        stage,
+        data=str(story.dataset),
+        init_from=[str(story.out / parent) for parent in PARENTS[stage]],
+        sets=story.sets,
+        run=stage,
+        runs_dir=story.out,
+        sample=training_samples,
+    )
 
 
 def make_samples(story: Story, stages: Mapping[str, Any]) -> list[str]:
-    """The samples of all stages, and one four times as long as any training clip."""
-    make_sample(story, Path(stages["mutual"]["run_dir"]), "mutual-4-steps-long.mp4", seconds=4 * SECONDS, steps=4)
+    """A sample of every stage, and one four times as long as any training clip."""
+    for stage, facts in stages.items():
+        steps = 4 if stage == "mutual" else 16
+        make_sample(story, Path(facts["run_dir"]), f"{stage}-{steps}-steps.mp4", seconds=story.seconds, steps=steps)
+    make_sample(story, Path(stages["mutual"]["run_dir"]), "mutual-4-steps-long.mp4", seconds=4 * story.seconds, steps=4)
     return sorted(str(path) for path in story.samples.glob("*.mp4"))
 
 
@@ -148,7 +161,7 @@ def make_sample(story: Story, run_dir: Path, name: str, *, seconds: float, steps
         return target
     source = held_out_source(story)
     words = json.loads(source.with_suffix(".json").read_text())
-    repeated = repeat_words(words["transcript"], SECONDS, seconds)
+    repeated = repeat_words(words["transcript"], story.seconds, seconds)
     generate(
         str(run_dir),
         out=str(target),
@@ -166,7 +179,9 @@ def repeat_words(words: Sequence[Mapping[str, Any]], period: float, seconds: flo
     """The transcript again and again, every ``period`` seconds."""
     rounds = range(int(-(-seconds // period)))
     return [
-        {"word": w["word"], "start": w["start"] + i * period, "end": w["end"] + i * period} for i in rounds for w in words
+        {"word": w["word"], "start": w["start"] + i * period, "end": w["end"] + i * period}
+        for i in rounds
+        for w in words
     ]
 
 

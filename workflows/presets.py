@@ -40,6 +40,7 @@ class Size:
     dim: int
     layers: int
     heads: int
+    mlp_ratio: float = 4.0  # feed-forward width over dim
     patch: int  # latent positions merged into a token, vertically and horizontally
     window_chunks: int
     longest: int  # chunks of the longest training clip
@@ -55,6 +56,7 @@ def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
         },
         dim=size.dim,
         layers=size.layers,
+        mlp_ratio=size.mlp_ratio,
         heads=size.heads,
         text_dim=shapes.text_dim,
         chunk_seconds=shapes.chunk_seconds,
@@ -68,38 +70,48 @@ def _lengths(shapes: LatentShapes, size: Size) -> tuple[int, int]:
 
 
 def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
-    """A CPU, the toy world, minutes."""
-    size = Size(dim=128, layers=4, heads=4, patch=4, window_chunks=4, longest=8, shift={VIDEO: 2.0, AUDIO: 1.0})
+    """A CPU, the toy world, minutes. Depth, width and learning rate: see the lab log, "A network for ten minutes"."""
+    size = Size(
+        dim=128,
+        layers=3,
+        heads=4,
+        mlp_ratio=2.0,
+        patch=4,
+        window_chunks=4,
+        longest=8,
+        shift={VIDEO: 1.0, AUDIO: 1.0},
+    )
     time = TimeConfig(shift={m: size.shift[m] for m in MODALITIES[stage]})
     model, engine = _model(stage, shapes, size), EngineConfig(zero_stage=1, workers=2)
-    data = DataConfig(batch=8, chunks=_lengths(shapes, size))
+    data = DataConfig(batch=16, chunks=_lengths(shapes, size))
     if stage == "mutual":
         return RunConfig(
             stage=stage,
-            steps=60,
+            steps=90,
             model=model,
             objective=MutualConfig(
-                time=time, rollout_steps=(4,), real_until=20, free_from=35, fake_from=35, dmd_from=45, dmd_ramp=10
+                time=time, rollout_steps=(4,), real_until=30, free_from=50, fake_from=50, dmd_from=60, dmd_ramp=20
             ),
-            optim=OptimConfig(lr=3e-4, warm_up=10),
-            fake_optim=OptimConfig(lr=1.2e-3, warm_up=5),
-            ema=EmaConfig(decay=0.97),
-            data=replace(data, chunks=(data.chunks[0], min(6, data.chunks[1]))),
+            optim=OptimConfig(lr=2e-3, warm_up=10, final=0.2),
+            fake_optim=OptimConfig(lr=8e-3, warm_up=5),
+            ema=EmaConfig(decay=0.95),
+            data=replace(data, batch=8, chunks=(data.chunks[0], min(6, data.chunks[1]))),
             engine=engine,
-            checkpoint=CheckpointConfig(every=20 * data.batch),
+            checkpoint=CheckpointConfig(every=45 * 8),
             log_every=5,
             eval_every=30,
         )
     return RunConfig(
         stage=stage,
-        steps={"video": 320, "audio": 320, "joint": 200}[stage],
+        steps={"video": 400, "audio": 400, "joint": 300}[stage],
         model=model,
         objective=FlowMatchingConfig(time=time),
-        optim=OptimConfig(lr=1e-3, warm_up=30, clip=1.0, final=0.2),
-        ema=EmaConfig(decay=0.99),
+        optim=OptimConfig(lr=6e-3 if stage != "joint" else 4e-3, warm_up=30, clip=1.0, final=0.1),
+        ema=EmaConfig(decay=0.98),
         data=data,
         engine=engine,
-        checkpoint=CheckpointConfig(every=100 * data.batch),
+        checkpoint=CheckpointConfig(every=200 * data.batch),
+        log_every=20,
         eval_every=100,
     )
 

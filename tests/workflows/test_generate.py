@@ -1,0 +1,157 @@
+"""Generation: a stream of chunks becomes a playable file, and every wrong input one clear message."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mfcore.types import AUDIO, VIDEO
+from preprocessing.media import probe
+from preprocessing.mp4 import write_mp4
+from tests.workflows.exports import random_export
+from workflows.generate import allot, generate, portions, read_transcript
+from workflows.streamer import Sampling, Streamer
+
+WORDS = '[{"word": "ba", "start": 0.1, "end": 0.4}, {"word": "do", "start": 0.5, "end": 0.7}]'
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    return {stage: random_export(folder / stage, stage) for stage in ("video", "audio", "mutual")}
+
+
+@pytest.fixture
+def image(tmp_path) -> str:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "first.png")
+    return str(tmp_path / "first.png")
+
+
+@pytest.fixture
+def voice(tmp_path) -> str:
+    sound = 0.3 * np.sin(np.arange(32000) * 0.05).astype(np.float32)
+    write_mp4(tmp_path / "voice.mp4", None, None, sound, 16000)
+    return str(tmp_path / "voice.mp4")
+
+
+def one_condition(streamer: Streamer):
+    frame = torch.randint(0, 255, (*streamer.frame_size, 3), dtype=torch.uint8)
+    words, _ = read_transcript(WORDS)
+    return streamer.condition(caption="a green face", transcript=words, first_frame=frame)
+
+
+def test_portions_are_the_whole(exports):
+    """Decoding chunk by chunk equals decoding all latents at once, and so does generating."""
+    streamer = Streamer.load(exports["mutual"])
+    cond, how = one_condition(streamer), Sampling(steps=2)
+    parts = list(portions(streamer, cond, 4, how))
+    chunks = list(streamer.stream(cond, 4, how, samples=torch.zeros(1, dtype=torch.long)))
+    whole = streamer.decode(cond, chunks, 0)
+    assert torch.equal(torch.cat([p.signals[VIDEO] for p in parts]), whole[VIDEO])
+    torch.testing.assert_close(torch.cat([p.signals[AUDIO] for p in parts]), whole[AUDIO], atol=1e-5, rtol=0)
+    assert len(whole[VIDEO]) == 1 + 4 * 12
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(exports):
+    streamer = Streamer.load(exports["mutual"])
+    cond = one_condition(streamer)
+    pair = type(cond)(**{k: torch.cat([v, v]) for k, v in vars(cond).items()})
+    alone = list(streamer.stream(cond, 2, Sampling(steps=2), samples=torch.tensor([7])))
+    both = list(streamer.stream(pair, 2, Sampling(steps=2), samples=torch.tensor([3, 7])))
+    for a, b in zip(alone, both, strict=True):
+        torch.testing.assert_close(a[VIDEO].latents[0], b[VIDEO].latents[1], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(b[VIDEO].latents[0], b[VIDEO].latents[1])
+
+
+def test_an_mp4_with_picture_and_sound(exports, image, voice, tmp_path):
+    out = tmp_path / "out.mp4"
+    facts = generate(
+        str(exports["mutual"]), out=str(out), first_frame=image, transcript=WORDS, voice=voice, seconds=1.7, steps=1
+    )
+    info = probe(out)
+    assert (info.video.width, info.video.height, info.video.fps) == (32, 32, 24.0)
+    assert info.audio is not None
+    assert facts["frames"] == 49  # 1.7 s take four chunks, and the first frame
+    assert facts["seconds"] == pytest.approx(49 / 24)
+    assert info.duration == pytest.approx(49 / 24, abs=0.03)
+    assert facts["mode"] == "few"
+    assert facts["first_chunk_s"] > 0
+
+
+def test_equal_seeds_give_equal_files_and_other_seeds_others(exports, image, tmp_path):
+    files = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = tmp_path / f"{name}.mp4"
+        generate(str(exports["video"]), out=str(out), first_frame=image, seconds=0.5, steps=1, seed=seed)
+        files.append(out.read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_uni_modal_checkpoints_make_their_own_modality(exports, image, tmp_path):
+    generate(str(exports["video"]), out=str(tmp_path / "v.mp4"), first_frame=image, seconds=0.5, steps=1)
+    generate(str(exports["audio"]), out=str(tmp_path / "a.mp4"), transcript="ba do", seconds=0.5, steps=1)
+    picture, sound = probe(tmp_path / "v.mp4"), probe(tmp_path / "a.mp4")
+    assert picture.video is not None
+    assert picture.audio is None
+    assert sound.video is None
+    assert sound.audio is not None
+
+
+def test_only_the_mutual_stage_defaults_to_few_steps(exports, image, tmp_path):
+    facts = generate(str(exports["audio"]), out=str(tmp_path / "a.mp4"), seconds=0.5, steps=2)
+    assert (facts["mode"], facts["nfe"]) == ("multi", 4)  # guidance doubles
+
+
+def test_plain_text_gets_times_and_says_so(exports, tmp_path):
+    facts = generate(str(exports["audio"]), out=str(tmp_path / "a.mp4"), transcript="Hello there", seconds=0.5, steps=1)
+    assert "allotted" in facts["word_times"]
+    hello, there = allot(["Hello", "there"])
+    assert hello.word == "hello"
+    assert hello.end - hello.start == pytest.approx(2 / 4.5, abs=1e-3)  # two syllables
+    assert there.start == pytest.approx(hello.end + 0.1, abs=1e-3)
+
+
+def test_a_transcript_file_keeps_its_times(tmp_path):
+    path = tmp_path / "said.json"
+    path.write_text(json.dumps({"transcript": json.loads(WORDS)}))
+    words, allotted = read_transcript(str(path))
+    assert not allotted
+    assert [(w.word, w.start) for w in words] == [("ba", 0.1), ("do", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"first_frame": None}, "--first-frame"),
+        ({"first_frame": "nowhere.png"}, "nowhere.png does not exist"),
+        ({"transcript": "nowhere.json"}, "nowhere.json does not exist"),
+        ({"transcript": '[{"wort": "x"}]'}, "transcript"),
+        ({"voice": "nowhere.wav"}, "nowhere.wav does not exist"),
+        ({"seconds": 0.0}, "positive"),
+        ({"mode": "some"}, "choose few or multi"),
+    ],
+)
+def test_wrong_input_is_one_message_and_writes_nothing(exports, image, tmp_path, change, says):
+    out = tmp_path / "new" / "out.mp4"
+    given = {"first_frame": image, "seconds": 0.5, "steps": 1} | change
+    with pytest.raises(ValueError, match=says):
+        generate(str(exports["mutual"]), out=str(out), **given)
+    assert not out.parent.exists()
+
+
+def test_nothing_is_overwritten(exports, image, tmp_path):
+    out = tmp_path / "mine.mp4"
+    out.write_text("precious")
+    with pytest.raises(ValueError, match="--overwrite"):
+        generate(str(exports["video"]), out=str(out), first_frame=image, seconds=0.5, steps=1)
+    assert out.read_text() == "precious"
+
+
+def test_a_text_file_is_no_first_frame(exports, tmp_path):
+    (tmp_path / "notes.png").write_text("no image")
+    with pytest.raises(ValueError, match="neither an image nor a video"):
+        generate(str(exports["video"]), out=str(tmp_path / "o.mp4"), first_frame=str(tmp_path / "notes.png"))
