@@ -10,9 +10,11 @@ FOLDER/mlflow.json    the parent run
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from preprocessing.mp4 import write_mp4
 from workflows import console, environment, report
 from workflows.checkpoint import find_export, load_card, read_json
 from workflows.heldout import HeldOut, Signals, check_match, frame_rate, real_signals, select
-from workflows.measures import Real
+from workflows.measures import Numbers, Real
 from workflows.readings import Reader, Reading
-from workflows.sampler import decode, generate, measure_speed
+from workflows.sampler import Batch, batch_speed, decode, generate, stream_speed
 from workflows.scores import score
 from workflows.streamer import Streamer
 from workflows.sweep import SCORER, Results, Row, Setting, Subject, examine, plan
@@ -112,39 +114,45 @@ class _Sweep:
         with self._timed("real"):
             prompts = real_signals(self.held, [p.clip for p in self.held.prompts])
             others = real_signals(self.held, self.held.reference)
-            self._keep("real", prompts)
             return Real(prompts=[self.reader.read(s) for s in prompts], reference=[self.reader.read(s) for s in others])
 
     def run(self, settings: Sequence[Setting], progress: console.Progress) -> None:
-        """Everything that is not there yet."""
+        """Everything that is not there yet. One thread samples, another reads and scores the setting before."""
         todo = [s for s in settings if self.results.done(s.key(self.results.scope)) is None]
         if todo and self.results.done(f"real-{self.results.scope}") is None:
             self._score_real()
         progress(0, len(todo))
-        streamers: dict[str, Streamer] = {}
-        for i, setting in enumerate(todo):
-            path = setting.subject.path
-            if path not in streamers:
-                streamers = {path: Streamer.load(path)}  # one at a time
-            self._measure(streamers[path], setting)
-            progress(i + 1, len(todo))
+        done = 0
+        for path, group in groupby(todo, key=lambda s: s.subject.path):
+            streamer, mine = Streamer.load(path), list(group)
+            with self._timed("speed"):  # while nothing else runs
+                speeds = [stream_speed(streamer, self.held.prompts[0], s.how) for s in mine]
+            with ThreadPoolExecutor(1) as pool:
+                before: Future[None] | None = None
+                for setting, speed in zip(mine, speeds, strict=True):
+                    with self._timed("generate"):
+                        batches = list(generate(streamer, self.held.prompts, setting.how))
+                    if before is not None:
+                        before.result()
+                    before = pool.submit(self._measure, streamer, setting, batches, speed)
+                    done += 1
+                    progress(done, len(todo))
+                if before is not None:
+                    before.result()
 
     def _score_real(self) -> None:
         facts = {"checkpoint": "real", "mode": "real", "steps": 0, "nfe": 0, "guidance": 1.0, "seed": 0}
         lengths = [float(p.clip.chunks * self.held.meta.chunk_seconds) for p in self.held.prompts]
         real = self.real
         rows = self._rows({**facts, "label": "real"}, real.prompts, lengths)
+        self._keep("real", real_signals(self.held, [p.clip for p in self.held.prompts[:SAMPLES]]))
         samples = self._sample_paths("real")
         part = {"digest": "real", "name": "real", "rows": rows, "samples": samples}
         self.results.store(f"real-{self.results.scope}", part)
 
-    def _measure(self, streamer: Streamer, setting: Setting) -> None:
-        """Sample, decode, read and score one setting, and store its rows."""
-        real = self.real  # before the clock of this setting
-        with self._timed("generate"):
-            batches = list(generate(streamer, self.held.prompts, setting.how))
-        with self._timed("speed"):
-            speed = measure_speed(streamer, batches, setting.how)
+    def _measure(self, streamer: Streamer, setting: Setting, batches: Sequence[Batch], speed: Numbers) -> None:
+        """Decode, read and score the samples of a setting, and store its rows."""
+        real = self.real
         readings: list[Reading] = []
         lengths: list[float] = []
         kept: list[Signals] = []
@@ -158,7 +166,7 @@ class _Sweep:
         with self._timed("score"):
             label = {**setting.facts, "label": setting.subject.label}
             rows = self._rows(label, readings, lengths, real)
-            rows[0]["metrics"] |= speed.metrics()
+            rows[0]["metrics"] |= speed | batch_speed(batches)
         self._keep(setting.name, kept)
         part = {"digest": setting.subject.digest, "name": setting.name, "rows": rows}
         samples = self._sample_paths(setting.name)
@@ -224,7 +232,7 @@ class _Sweep:
             "plots": [str(path) for path in plots],
             "samples": [str(self.results.folder / path) for part in parts for path in part["samples"]],
             "rows": len(rows),
-            "not_measured": rows[-1]["not_measured"] if rows else {},
+            "not_measured": {k: v for row in rows if row["window"] == "all" for k, v in row["not_measured"].items()},
             "skipped": facts["skipped"],
             **({"note": "samples are longer than their clips: transcripts repeat"} if facts["repeated"] else {}),
             "seconds": {kind: round(spent, 2) for kind, spent in self.times.items()},

@@ -92,17 +92,18 @@ def select(uri: str, *, clips: int, seconds: float | None, fraction: float) -> H
 def _prompt(clip: ClipTensors, chunks: int, number: int, meta: DatasetMeta) -> Prompt:
     rounds = ceil(chunks / clip.chunks)
     length = clip.chunks * float(meta.chunk_seconds)
+    whole = [i for i, w in enumerate(clip.transcript) if (w.start + w.end) / 2 < length]  # not in a cut-off last chunk
     looped = replace(
         clip,
-        words=clip.words.repeat(rounds, 1),
-        word_times=torch.cat([clip.word_times + i * length for i in range(rounds)]),
+        words=clip.words[whole].repeat(rounds, 1),
+        word_times=torch.cat([clip.word_times[whole] + i * length for i in range(rounds)]),
         transcript=tuple(
             Word(word=w.word, start=w.start + i * length, end=w.end + i * length)
             for i in range(rounds)
-            for w in clip.transcript
+            for w in (clip.transcript[j] for j in whole)
         ),
     )
-    return Prompt(clip=looped, chunks=chunks, number=number)
+    return Prompt(clip=looped if rounds > 1 else clip, chunks=chunks, number=number)
 
 
 def _toy_config(clips: Sequence[ClipTensors], meta: DatasetMeta) -> ToyConfig | None:
@@ -156,7 +157,7 @@ def real_signals(held: HeldOut, clips: Sequence[ClipTensors]) -> list[Signals]:
 def decode_rows(
     codecs: Mapping[str, Codec], rows: Sequence[Mapping[str, Tensor]], words: Sequence[Sequence[Word]], length: Fraction
 ) -> list[Signals]:
-    """Signals of raw latents of equal length; those of the picture begin with the first frame's."""
+    """Signals of raw latents of ``length`` seconds each; those of the picture begin with the first frame's."""
     finite = [all(bool(x.isfinite().all()) for x in row.values()) for row in rows]
     clean = [{m: torch.nan_to_num(x, 0.0, 0.0, 0.0) for m, x in row.items()} for row in rows]
     sounds = _decode_sounds(codecs[AUDIO], [row[AUDIO] for row in clean], length) if AUDIO in rows[0] else None
@@ -166,7 +167,7 @@ def decode_rows(
             sound=None if sounds is None else sounds[i],
             latents={m: x[1:] if m == VIDEO else x for m, x in row.items()},
             finite=finite[i],
-            words=tuple(words[i]),
+            words=tuple(w for w in words[i] if (w.start + w.end) / 2 < length),
         )
         for i, row in enumerate(clean)
     ]

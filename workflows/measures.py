@@ -28,6 +28,7 @@ Numbers = dict[str, float]
 
 REACH = 0.4  # seconds either way in which the sound is searched; the offset of a clip that failed
 SHRINKAGE = 0.3  # of the covariances of the Frechet distance: there are few half seconds
+_FAR = 30.0  # real spreads at which features are cut, and what cannot be read is
 _STILL_MOUTH = 0.05  # a mouth that opens by less than this does not speak
 
 
@@ -37,9 +38,6 @@ class Real:
 
     prompts: Part  # the clips whose conditions the samples were made from
     reference: Part  # other real clips
-
-
-# ------------------------------------------------------------------------------------------------------------ failures
 
 
 def still_mouth(reading: Reading) -> bool:
@@ -68,9 +66,6 @@ def _each(part: Part, value: Callable[[Reading], float], worst: float, *failures
         got = worst if bad else value(reading)
         values.append(got if np.isfinite(got) else worst)
     return float(np.mean(values))
-
-
-# ------------------------------------------------------------------------------------------------------ sync and speech
 
 
 def mouth_sync(part: Part, real: Real) -> Numbers:
@@ -126,9 +121,6 @@ def syllables(part: Part, real: Real) -> Numbers:
         wrong += len(wanted) if failed else min(len(wanted), edit_distance(heard, wanted))
         said += len(wanted)
     return {"syllable_error": wrong / said if said else float("nan")}
-
-
-# --------------------------------------------------------------------------------------------- identity, choices, state
 
 
 def identity(part: Part, real: Real) -> Numbers:
@@ -230,9 +222,6 @@ def _stays(part: Part, name: str) -> float:
     return float((same.mean() - chance) / (1 - chance)) if chance < 1 else float("nan")
 
 
-# ------------------------------------------------------------------------------------------- seams, distribution, level
-
-
 def seams(part: Part, real: Real) -> Numbers:
     """Change across chunk borders over change inside chunks, divided by the same of real clips: 1 = as real ones."""
     numbers: Numbers = {}
@@ -254,17 +243,20 @@ def _seam(part: Part, name: str) -> float:
 
 
 def distance(part: Part, real: Real) -> Numbers:
-    """Frechet distance of the features of half seconds, in units of the real spread of each feature."""
+    """Frechet distance of the features of half seconds, in units of the real spread of each feature.
+
+    Biased upwards for few half seconds: compare rows of equal ``frechet_n``; the row of real clips shows the floor.
+    """
     kinds = part[0].features.keys()
     if not real.reference or not kinds <= real.reference[0].features.keys():
         return {}
     ours, theirs = (np.concatenate([_joint(r, tuple(kinds)) for r in x]) for x in (part, real.reference))
     if min(len(ours), len(theirs)) < 2:
         return {}
-    unit = np.maximum(theirs.std(0), 1e-3)
-    distance = frechet_distance(ours / unit, theirs / unit, SHRINKAGE)
+    middle, unit = theirs.mean(0), np.maximum(theirs.std(0), 1e-3)
+    ours, theirs = (np.nan_to_num((x - middle) / unit, nan=_FAR).clip(-_FAR, _FAR) for x in (ours, theirs))
     return {
-        "frechet": distance,
+        "frechet": frechet_distance(ours, theirs, SHRINKAGE),
         "frechet_n": float(len(ours)),
         "frechet_n_real": float(len(theirs)),
         "frechet_shrinkage": SHRINKAGE,

@@ -26,6 +26,7 @@ PANELS = (  # metric, title, which way is better, logarithmic
     ("seconds_per_second", "seconds of clip per second", "higher is better", True),
 )
 OVER_TIME = ("frechet", "syllable_error", "sync", "valid", "seam", "identity_error")
+_SHARES = ("syllable_error", "valid")
 _COLOURS = {"few": "#d1495b", "multi": "#30638e"}
 _MARKS = "osD^vP"
 _REAL = "#4f4f4f"
@@ -40,6 +41,12 @@ class Strip:
     frames: NDArray[np.uint8] | None  # (n, H, W, 3)
     sound: NDArray[np.float32] | None
     seconds: float
+
+    def frame(self, at: float) -> NDArray[np.uint8] | None:
+        """What is seen ``at`` seconds; None after the end."""
+        if self.frames is None or at > self.seconds:
+            return None
+        return self.frames[round(at / max(self.seconds, 1e-6) * (len(self.frames) - 1))]
 
 
 def frontier(rows: Rows, path: Path, title: str) -> Path:
@@ -60,16 +67,28 @@ def _frontier_panel(axis: Axes, rows: Rows, metric: str, *, log: bool) -> None:
         points = _means([(row["nfe"], row["metrics"].get(metric)) for row in curve])
         if points:
             axis.plot(*zip(*points, strict=True), color=colour, marker=mark, ms=5, lw=1.6, label=label)
-    real = [row["metrics"][metric] for row in rows if row["mode"] == "real" and metric in row["metrics"]]
-    if real:
-        axis.axhline(real[0], color=_REAL, ls="--", lw=1, label="real clips, coded")
+    _real_line(axis, rows, metric)
+    if log:
+        _log_where_wide(axis)
     ticks = sorted({row["nfe"] for row in rows if row["nfe"]})
     axis.set_xscale("log", base=2)
     axis.set_xticks(_spread(ticks), [str(t) for t in _spread(ticks)])
     axis.minorticks_off()
+
+
+def _log_where_wide(axis: Axes) -> None:
+    """A logarithmic axis where the values span close to a decade."""
     values = [y for line in axis.get_lines() for y in np.atleast_1d(np.asarray(line.get_ydata(), float))]
-    if log and values and min(values) > 0 and max(values) > 8 * min(values):
+    if values and min(values) > 0 and max(values) > 8 * min(values):
         axis.set_yscale("log")
+
+
+def _real_line(axis: Axes, rows: Rows, metric: str) -> None:
+    real = [r["metrics"].get(metric) for r in rows if r["mode"] == "real" and r["window"] == "all"]
+    if real and real[0] is not None:
+        axis.axhline(real[0], color=_REAL, ls="--", lw=1, label="real clips, coded")
+    if metric in _SHARES:
+        axis.set_ylim(-0.05, 1.05)
 
 
 def _curves(rows: Rows) -> list[tuple[str, str, str, Rows]]:
@@ -112,8 +131,11 @@ def over_time(rows: Rows, path: Path, title: str) -> Path | None:
     if len(windows) < 2 or not shown:
         return None
     figure, axes = _grid(len(shown))
-    for axis, (metric, name, better, _) in zip(axes, shown, strict=False):
+    for axis, (metric, name, better, log) in zip(axes, shown, strict=False):
         _window_panel(axis, windowed, windows, metric)
+        _real_line(axis, rows, metric)
+        if log:
+            _log_where_wide(axis)
         axis.set_title(f"{name}  ({better})", fontsize=10, loc="left")
         axis.set_xlabel("seconds of the clip", fontsize=8)
     _finish(figure, axes, title, len(shown))
@@ -146,28 +168,31 @@ def sheet(strips: Sequence[Strip], path: Path, title: str, columns: int = 10) ->
         squeeze=False,
         layout="constrained",
     )
+    longest = max(s.seconds for s in strips)
     for i, strip in enumerate(strips):
-        _draw_strip(list(axes[:, 0][2 * i : 2 * i + 2]) if picture else [None, axes[i, 0]], strip, columns)
+        _draw_strip(list(axes[:, 0][2 * i : 2 * i + 2]) if picture else [None, axes[i, 0]], strip, columns, longest)
     axes[-1, 0].tick_params(labelbottom=True, labelsize=8)
     axes[-1, 0].set_xlabel("seconds", fontsize=8)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return _save(figure, path)
 
 
-def _draw_strip(axes: Sequence[Axes | None], strip: Strip, columns: int) -> None:
+def _draw_strip(axes: Sequence[Axes | None], strip: Strip, columns: int, longest: float) -> None:
+    """Frames and waveform on the clock of the longest strip."""
     above, below = axes
     if above is not None:
         above.axis("off")
         if strip.frames is not None:
-            at = np.linspace(0, len(strip.frames) - 1, columns).round().astype(int)
-            gap = np.full((strip.frames.shape[1], 2, 3), 255, np.uint8)
-            row = np.concatenate([piece for j in at for piece in (strip.frames[j], gap)][:-1], axis=1)
+            white = np.full_like(strip.frames[0], 255)
+            shown = [strip.frame(at) for at in np.linspace(0, longest - 1e-3, columns)]
+            gap = white[:, :2]
+            row = np.concatenate([x for one in shown for x in (white if one is None else one, gap)][:-1], axis=1)
             above.imshow(row, aspect="auto", interpolation="nearest")
     assert below is not None
     if strip.sound is not None:
         times = np.arange(len(strip.sound)) / max(len(strip.sound), 1) * strip.seconds
         below.plot(times, strip.sound, lw=0.4, color="#333333")
-    below.set_xlim(0, strip.seconds)
+    below.set_xlim(0, longest)
     below.set_ylim(-0.6, 0.6)
     below.set_yticks([])
     below.tick_params(labelbottom=False, length=2)

@@ -23,7 +23,8 @@ def draw(parts: Sequence[Part], folder: Path, fps: Fraction, sample_rate: int, t
     clips = max(row["clips"] for row in rows)
     made = [plots.frontier(rows, folder / "frontier.png", f"{title}: quality against evaluations, {clips} clips")]
     over_time = plots.over_time(rows, folder / "over_time.png", f"{title}: over the length of a clip")
-    strips = [_strip(folder / part["samples"][0], part, fps, sample_rate) for part in _for_the_eye(parts)]
+    many = len({part["digest"] for part in parts} - {"real"}) > 1
+    strips = [_strip(folder / part["samples"][0], part, fps, sample_rate, many) for part in _for_the_eye(parts)]
     made += [over_time] if over_time else []
     return [*made, plots.sheet(strips, folder / "sheet.png", f"{title}: the same prompt in every row")]
 
@@ -39,13 +40,15 @@ def _for_the_eye(parts: Sequence[Part]) -> list[Part]:
     return sorted((p for p in parts if p["rows"][0]["seed"] == first or p["digest"] == "real"), key=place)
 
 
-def _strip(path: Path, part: Part, fps: Fraction, sample_rate: int) -> plots.Strip:
+def _strip(path: Path, part: Part, fps: Fraction, sample_rate: int, named: bool) -> plots.Strip:
     """Read back from the sample's file: what a sweep keeps is what its sheet shows."""
     row, info = part["rows"][0], probe(path)
     size = (info.video.height, info.video.width) if info.video else (16, 16)
     seconds = float(info.duration or 0)
     frames, sound = decode(path, 0.0, seconds, fps=fps, size=size, sample_rate=sample_rate)
-    nfe = f"{row['mode']}-step mode\n{row['steps']} step{'s' * (row['steps'] > 1)}, {row['nfe']} NFE"
+    nfe = (
+        f"{row['label']}\n" if named else ""
+    ) + f"{row['mode']}-step mode\n{row['steps']} step{'s' * (row['steps'] > 1)}, {row['nfe']} NFE"
     label = "real, coded" if row["mode"] == "real" else nfe
     return plots.Strip(label=label, frames=frames, sound=sound, seconds=seconds)
 

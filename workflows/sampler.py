@@ -17,23 +17,8 @@ from workflows.heldout import Prompt, Signals, decode_rows
 from workflows.streamer import Sampling, Streamer
 
 ROWS = 16  # clips generated at once
-_TIMED = 64  # evaluations of a single stream, at least two chunks, from which its speed is measured
+_TIMED = 24  # evaluations of a single stream, at least two chunks, from which its speed is measured
 _MOST_TIMED = 4  # chunks
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Of generation without decoding; the pass that writes the cache is included."""
-
-    seconds_per_second: float  # of clip per second of computation, one stream alone
-    first_chunk_s: float  # from the call to the first finished chunk, one stream alone
-    batch_seconds_per_second: float  # the same, all rows of a batch added up
-    rows: int  # of that batch
-
-    def metrics(self) -> dict[str, float]:
-        return {name: float(value) for name, value in vars(self).items() if name != "rows"} | {
-            "batch_rows": float(self.rows)
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,22 +66,30 @@ def _batch(streamer: Streamer, prompts: Sequence[Prompt], chunks: int, how: Samp
 
 def decode(streamer: Streamer, batch: Batch) -> list[Signals]:
     """What the rows of a batch look and sound like."""
-    words = [[w for w in p.clip.transcript if w.start < batch.length] for p in batch.prompts]
-    return decode_rows(streamer.codecs, batch.latents, words, batch.length)
+    return decode_rows(streamer.codecs, batch.latents, [p.clip.transcript for p in batch.prompts], batch.length)
 
 
-def measure_speed(streamer: Streamer, batches: Sequence[Batch], how: Sampling) -> Speed:
-    """One short stream of a single row is timed; the batches were timed when they were made."""
-    cond = batches[0].cond.rows(slice(0, 1))
+def stream_speed(streamer: Streamer, prompt: Prompt, how: Sampling) -> dict[str, float]:
+    """One stream alone, without decoding; the pass that writes the cache is included.
+
+    ``seconds_per_second``: of clip per second of computation; ``first_chunk_s``: from the call to the first chunk.
+    """
+    cond = condition(streamer, [prompt])
     began, times = time.perf_counter(), []
     for _ in streamer.stream(cond, max(2, min(_MOST_TIMED, _TIMED // how.nfe)), how):
         now = time.perf_counter()
         times.append(now - began)
         began = now
+    return {
+        "seconds_per_second": float(streamer.card.chunk_seconds) / median(times[1:]),
+        "first_chunk_s": times[0],
+    }
+
+
+def batch_speed(batches: Sequence[Batch]) -> dict[str, float]:
+    """The same of many streams at once, added up."""
     made = sum(float(b.length) * len(b.prompts) for b in batches)
-    return Speed(
-        seconds_per_second=float(streamer.card.chunk_seconds) / median(times[1:]),
-        first_chunk_s=times[0],
-        batch_seconds_per_second=made / sum(b.seconds for b in batches),
-        rows=max(len(b.prompts) for b in batches),
-    )
+    return {
+        "batch_seconds_per_second": made / sum(b.seconds for b in batches),
+        "batch_rows": float(max(len(b.prompts) for b in batches)),
+    }

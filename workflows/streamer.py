@@ -131,7 +131,9 @@ class Streamer:
             return torch.zeros(1, n, self.codecs[AUDIO].channels)
         latents = self.codecs[AUDIO].encode(voice)
         if len(latents) < n:
-            raise ValueError(f"the reference voice is too short: at least {float(self.card.chunk_seconds)} s are needed")
+            raise ValueError(
+                f"the reference voice is too short: at least {float(self.card.chunk_seconds)} s are needed"
+            )
         return self.card.stats[AUDIO].whiten(_loudest(latents, voice, n))[None]
 
     @torch.no_grad()

@@ -26,8 +26,8 @@ QUIET = {"progress": lambda done, of: None, "clips": 2}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("toy")
-    write_toyworld(folder / "clips", clips=6, seconds=2.0, jobs=1)
-    config = PreprocessConfig(workers=0, window_seconds=Fraction(2))
+    write_toyworld(folder / "clips", clips=6, seconds=2.6, jobs=1)
+    config = PreprocessConfig(workers=0, window_seconds=Fraction(5, 2))
     preprocess([str(folder / "clips")], str(folder / "data"), config, progress=lambda *_: None)
     return str(folder / "data")
 

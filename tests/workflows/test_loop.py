@@ -1,4 +1,4 @@
-"""DeepSpeed on two processes equals one plain process through the whole loop; a worker killed under Ray costs nothing."""
+"""DeepSpeed on two processes equals one plain process through the whole loop; a worker killed under Ray is harmless."""
 
 import json
 import threading
