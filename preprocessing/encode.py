@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from mfcore.codecs.base import Codec
 from mfcore.codecs.stats import LatentStats
 from mfcore.codecs.words import HashedWords
-from mfcore.timeline import Timeline, whole_frames
+from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.record import Clip
 
@@ -26,7 +25,6 @@ class Encoders:
     codecs: Mapping[str, Codec]
     words: HashedWords
     timeline: Timeline
-    fps: Fraction
 
 
 def encode(clip: Clip, encoders: Encoders) -> Clip:
@@ -36,13 +34,8 @@ def encode(clip: Clip, encoders: Encoders) -> Clip:
     heads = {m: encoders.timeline.clocks[m].head for m in latents}
     chunks = encoders.timeline.whole_chunks({m: len(x) - heads[m] for m, x in latents.items()})
     kept = {m: x[: heads[m] + encoders.timeline.count(m, chunks)] for m, x in latents.items()}
-    frames = clip.frames
-    if frames is not None and VIDEO in kept:  # those that the latents describe: sound may need a little more
-        end = encoders.timeline.clocks[VIDEO].start(len(kept[VIDEO]) - heads[VIDEO])
-        frames = frames[: whole_frames(end, encoders.fps)]
     return replace(
         clip,
-        frames=frames,
         latents=kept,
         caption_embedding=encoders.words.encode_caption(clip.caption),
         words_embedding=encoders.words.encode([w.word for w in clip.transcript]),

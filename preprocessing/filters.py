@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mfcore.metrics.sync import motion_energy, sound_envelope, sync_offset
-from preprocessing.media import VideoInfo
+from preprocessing.probe import VideoInfo
 from preprocessing.record import Clip, Rejected
 
 ENVELOPE_RATE = 100  # Hz, of the sound envelope that motion is compared with

@@ -1,4 +1,4 @@
-"""Read media through ffmpeg: probe, and decode on one clock. (mp4.py writes; the two are all that talks to ffmpeg.)
+"""Decode media with ffmpeg on one clock. (probe.py looks first, mp4.py writes; the three are all that talks to ffmpeg.)
 
 The clock. A file's streams are placed by the presentation timestamps of their *decoded* frames and samples; headers
 are only hints (edit lists, codec priming and broken muxers make them lie). ``MediaInfo.start`` is the timestamp of the
@@ -11,11 +11,10 @@ Every child process runs without a shell, reads no terminal, and is killed when 
 ``stall_seconds``.
 """
 
-import json
 import os
 import selectors
 import subprocess
-from dataclasses import dataclass
+from collections import Counter
 from fractions import Fraction
 from functools import cache
 from types import TracebackType
@@ -26,59 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.mp4 import Frames, Waveform, file_url
+from preprocessing.probe import STALL_SECONDS, MediaError, MediaInfo, VideoInfo, probe
 
-STALL_SECONDS = 60.0
 HDR_TRANSFERS = ("smpte2084", "arib-std-b67")
 SEEK_MARGIN = 10.0  # seconds decoded and dropped before a span, so that a coarse seek cannot land behind its start
 _PIPE_BYTES = 1 << 20
 _INPUT = "@input"  # stands for the file in a command being built: ffmpeg-python cannot hash names that are no UTF-8
-
-
-class MediaError(ValueError):
-    """A file that cannot be probed or decoded. ``reason`` is a short stable word, ``detail`` what ffmpeg said."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoInfo:
-    index: int  # stream number in the file
-    width: int  # coded pixels, before rotation and pixel aspect
-    height: int
-    fps: float  # average rate as the header claims it; 0 when unknown
-    start: float  # timestamp of the first decoded frame, seconds
-    transfer: str  # colour transfer, e.g. bt709 or smpte2084
-    matrix: str  # colour matrix; "" when the file does not say
-    interlaced: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class AudioInfo:
-    index: int  # stream number in the file
-    sample_rate: int
-    channels: int
-    start: float  # timestamp of the first decoded sample, seconds; nan when none was among the first packets
-
-
-@dataclass(frozen=True, kw_only=True)
-class MediaInfo:
-    """What a file holds. Timestamps are the container's own; ``origin`` is the one a player shows as 0."""
-
-    video: VideoInfo | None
-    audio: AudioInfo | None
-    origin: float
-    duration: float  # as the header claims it; 0 when unknown
-
-    @property
-    def start(self) -> float:
-        """Timestamp of the first decoded frame, or sample where there is no picture."""
-        if self.video is not None:
-            return self.video.start
-        assert self.audio is not None, "probe never returns a file without streams"
-        return self.audio.start
 
 
 @cache
@@ -86,113 +38,6 @@ def has_filter(name: str) -> bool:
     """Whether the installed ffmpeg was built with a filter."""
     listed = subprocess.run(["ffmpeg", "-hide_banner", "-filters"], capture_output=True, text=True, check=False)
     return any(line.split()[1:2] == [name] for line in listed.stdout.splitlines())
-
-
-# ------------------------------------------------------------------------------------------------------------- probe
-
-
-def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float) -> dict[str, Any]:
-    wanted = (
-        "format=start_time,duration:stream=index,codec_type,codec_name,width,height,avg_frame_rate,sample_rate,channels,"
-        "color_transfer,color_space,field_order:stream_disposition=default,attached_pic:"
-        "frame=stream_index,best_effort_timestamp_time,pts_time"
-    )
-    command = ["ffprobe", "-v", "error", "-of", "json", "-show_entries", wanted, "-show_frames"]
-    command += ["-read_intervals", packets, "-i", file_url(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        raise MediaError("timeout", f"ffprobe did not finish within {timeout:.0f} s") from None
-    except FileNotFoundError:
-        raise ValueError("ffprobe is not installed: install ffmpeg (`mfctl doctor` says how)") from None
-    facts: dict[str, Any] = json.loads(done.stdout or b"{}")
-    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    if not facts.get("streams"):
-        raise MediaError("unreadable", said[-1].split(": ")[-1] if said else "no streams")
-    if 0 < len(facts.get("frames", [])) < 2 * len(said):  # encrypted or damaged: a complaint for every other frame
-        raise MediaError("corrupt", f"{len(said)} decoding errors in {len(facts['frames'])} frames: {said[-1][-100:]}")
-    return facts
-
-
-def _first_times(facts: dict[str, Any]) -> dict[int, float]:
-    """Stream number -> timestamp of its first decoded frame or block of samples."""
-    first: dict[int, float] = {}
-    for frame in facts.get("frames", []):
-        stamp = frame.get("best_effort_timestamp_time", frame.get("pts_time"))
-        if stamp is not None and "stream_index" in frame:
-            first.setdefault(int(frame["stream_index"]), float(stamp))
-    return first
-
-
-def _choose(streams: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
-    """The stream marked as default, else the first; cover pictures and streams without a known codec do not count."""
-    usable = [
-        s
-        for s in streams
-        if s.get("codec_type") == kind
-        and s.get("codec_name", "unknown") not in ("unknown", "none")
-        and not s.get("disposition", {}).get("attached_pic")
-        and (kind == "audio" or int(s.get("width", 0)) > 0)
-        and (kind == "video" or int(s.get("sample_rate", 0)) > 0)
-    ]
-    return max(usable, key=lambda s: s.get("disposition", {}).get("default", 0), default=None)
-
-
-def _rate(text: str) -> float:
-    up, _, down = text.partition("/")
-    return float(up) / float(down) if float(down or 1) else 0.0
-
-
-def probe(path: str | os.PathLike[str], *, timeout: float = STALL_SECONDS) -> MediaInfo:
-    """What is in a file, from its header and its first decoded frames.
-
-    Raises MediaError: ``unreadable`` (not media, truncated, empty), ``corrupt`` (its start decodes to noise: damaged or
-    encrypted), ``timeout``.
-    """
-    if not os.path.isfile(path):
-        raise MediaError("unreadable", "no such file")
-    facts = _ffprobe(path, "%+#64", timeout)
-    first = _first_times(facts)
-    video, audio = _choose(facts["streams"], "video"), _choose(facts["streams"], "audio")
-    if any(s is not None and s["index"] not in first for s in (video, audio)):
-        # A stream that begins late, or a picture hidden behind packets that an edit list discards.
-        first = _first_times(_ffprobe(path, "%+30", timeout)) | first
-    start = float(facts.get("format", {}).get("start_time", 0.0))
-    return MediaInfo(
-        video=_video_info(video, first),
-        audio=_audio_info(audio, first),
-        origin=max(0.0, start),
-        duration=float(facts.get("format", {}).get("duration", 0.0)),
-    )
-
-
-def _video_info(stream: dict[str, Any] | None, first: dict[int, float]) -> VideoInfo | None:
-    if stream is None or stream["index"] not in first:
-        return None
-    return VideoInfo(
-        index=stream["index"],
-        width=int(stream["width"]),
-        height=int(stream["height"]),
-        fps=_rate(stream.get("avg_frame_rate", "0/1")),
-        start=first[stream["index"]],
-        transfer=stream.get("color_transfer", ""),
-        matrix=stream.get("color_space", "").replace("unknown", ""),
-        interlaced=stream.get("field_order", "progressive") in ("tt", "bb", "tb", "bt"),
-    )
-
-
-def _audio_info(stream: dict[str, Any] | None, first: dict[int, float]) -> AudioInfo | None:
-    if stream is None or stream["index"] not in first:
-        return None
-    return AudioInfo(
-        index=stream["index"],
-        sample_rate=int(stream["sample_rate"]),
-        channels=int(stream.get("channels", 1)),
-        start=first[stream["index"]],
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------ decode
 
 
 def _video_filters(info: VideoInfo, fps: Fraction, size: tuple[int, int], fit: str, start: float) -> str:
@@ -272,6 +117,7 @@ class Decoder:
         self._stall = stall_seconds
         self._frame = 0  # frames handed out so far
         self._buffers: dict[str, bytearray] = {"video": bytearray(), "audio": bytearray(), "error": bytearray()}
+        self._received = Counter[str]()  # bytes per pipe so far
         self._spawn(path, info, fit)
 
     def _spawn(self, path: str | os.PathLike[str], info: MediaInfo, fit: str) -> None:
@@ -325,16 +171,33 @@ class Decoder:
 
     def error(self) -> str | None:
         """Read to the end of the file: what ffmpeg said if it failed on the way, else None."""
-        while self._selector.get_map():
-            self._pump()
-            self._buffers["video"].clear()
-            self._buffers["audio"].clear()
-        said = self._buffers["error"].decode("utf-8", "replace").strip().splitlines()
+        said = self.complaints()
         # with reinit_filter=0 ffmpeg goes on without the sound when its format changes: that is a failure here
         changed = [line for line in said if "on the fly is not supported" in line and "audio" in line]
         if self._process.wait() == 0 and not changed:
             return None
         return (changed or said or [f"ffmpeg ended with code {self._process.returncode}"])[-1]
+
+    def complaints(self) -> list[str]:
+        """Read to the end of the file: every line that ffmpeg said, whether it failed or went on."""
+        while self._selector.get_map():
+            self._pump()
+            self._buffers["video"].clear()
+            self._buffers["audio"].clear()
+        return self._buffers["error"].decode("utf-8", "replace").strip().splitlines()
+
+    @property
+    def end(self) -> float:
+        """Seconds from output instant 0 to where the longer stream is decoded so far."""
+        height, width = self.size
+        seen = self._received["video"] // (3 * height * width) / self.fps
+        return max(float(seen), self._received["audio"] // 4 / self.sample_rate)
+
+    def ahead(self, samples: int) -> Waveform:
+        """The next ``samples`` of sound, which stay to be read; fewer at the end of the sound."""
+        self._fill({"audio": 4 * samples})
+        size = min(samples, len(self._buffers["audio"]) // 4) * 4
+        return np.frombuffer(bytes(memoryview(self._buffers["audio"])[:size]), dtype=np.float32)
 
     def read(self, frames: int) -> tuple[Frames | None, Waveform | None]:
         """The next frames and their sound; fewer at the end of the file. MediaError(timeout) on a stall."""
@@ -389,6 +252,7 @@ class Decoder:
         for key, _ in ready:
             data = os.read(key.fd, _PIPE_BYTES)
             self._buffers[key.data] += data
+            self._received[key.data] += len(data)
             if not data:
                 self._selector.unregister(key.fileobj)
 

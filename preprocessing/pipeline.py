@@ -31,7 +31,8 @@ from preprocessing.encode import ChannelSums, Encoders, encode, latent_times
 from preprocessing.filters import FilterConfig, check_duration, check_picture, check_size, check_sound, estimate_sync
 from preprocessing.lease import check_token
 from preprocessing.manifest import Unit, canonical, digest
-from preprocessing.media import Decoder, MediaError, MediaInfo, probe
+from preprocessing.media import Decoder
+from preprocessing.probe import MediaError, MediaInfo, probe
 from preprocessing.record import Clip, Rejected, Source
 from preprocessing.schema import REJECTS, RowWriter, to_row
 from preprocessing.sidecar import attach_text, read_sidecar
@@ -102,18 +103,30 @@ def build_encoders(config: PreprocessConfig) -> Encoders:
     both: dict[str, Codec] = {VIDEO: DctCodec(config.video), AUDIO: MelCodec(config.audio)}
     codecs = {m: both[m] for m in config.modalities}
     timeline = Timeline(clocks={m: c.clock for m, c in codecs.items()}, chunk_seconds=config.chunk_seconds)
-    return Encoders(codecs=codecs, words=HashedWords(width=config.text_width), timeline=timeline, fps=config.fps)
+    return Encoders(codecs=codecs, words=HashedWords(width=config.text_width), timeline=timeline)
 
 
 def span_plan(config: PreprocessConfig, timeline: Timeline) -> SpanPlan:
-    """Frames that 0, 1, ... whole chunks take: enough for every latent that starts in them, in every modality."""
+    """Frames and samples that 0, 1, ... whole chunks take.
+
+    Frames: all that the video latents describe, and the sound up to the end of the last chunk. The last audio latent
+    starts before that end and may describe a little more: sound where the source has it, else the codec completes it.
+    """
     most = int(config.window_seconds / config.chunk_seconds)
-    ends = [
-        max(clock.start(timeline.bounds(m, k - 1)[1]) if k else Fraction(0) for m, clock in timeline.clocks.items())
-        for k in range(most + 1)
-    ]
-    frames = [max(1, whole_frames(end, config.fps)) for end in ends]
-    return SpanPlan(frames=frames, step=round(most * config.chunk_seconds * config.fps), least=config.min_chunks)
+
+    def reach(modality: str, chunks: int) -> Fraction:
+        """Seconds at which the latents of so many chunks end."""
+        clock = timeline.clocks.get(modality)
+        return clock.start(timeline.bounds(modality, chunks - 1)[1]) if clock and chunks else Fraction(0)
+
+    counts = range(most + 1)
+    ends = [max(k * config.chunk_seconds, reach(VIDEO, k)) for k in counts]
+    return SpanPlan(
+        frames=[max(1, whole_frames(end, config.fps)) for end in ends],
+        samples=[whole_frames(reach(AUDIO, k), Fraction(config.sample_rate)) for k in counts],
+        step=round(most * config.chunk_seconds * config.fps),
+        least=config.min_chunks,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -199,45 +212,52 @@ def clip_id(clip: Clip) -> str:
 
 def run_unit(unit: Unit, store: Store, token: str, config: PreprocessConfig, encoders: Encoders) -> dict[str, Any]:
     """Process a unit, publish its files, then its marker, which is returned. LeaseLost when no longer ours."""
-    sums = {m: ChannelSums.zero(codec.channels) for m, codec in encoders.codecs.items()}
-    rejects: list[dict[str, Any]] = []
-    seconds = 0.0
     height, width = config.size
     bucket = "audio" if config.modality == "audio" else f"{width}x{height}"
     with tempfile.TemporaryDirectory(prefix="mfctl-") as folder:
-        clips, rejected = Path(folder, "clips.parquet"), Path(folder, "rejects.parquet")
-        with RowWriter(clips) as writer:
-            for source in unit.sources:
-                for clip in process_source(source, config, encoders):
-                    if isinstance(clip, Rejected):
-                        rejects.append(_reject_row(source, clip))
-                        continue
-                    writer.add(_row(clip, config, encoders))
-                    seconds += clip.span[1] - clip.span[0]
-                    for modality, latents in (clip.latents or {}).items():
-                        sums[modality].add(latents, encoders.timeline.clocks[modality].head)
-        with RowWriter(rejected, REJECTS) as reject_writer:
-            for row in rejects:
-                reject_writer.add(row)
+        clips, rejects = Path(folder, "clips.parquet"), Path(folder, "rejects.parquet")
+        counts = _write_rows(unit, clips, rejects, config, encoders)
+        rejected = sum(counts["rejects_by_reason"].values())
         check_token(store, token)
         files = [
-            _publish(store, clips, "clips", f"clips/{unit.name}-{bucket}.parquet", writer.rows),
-            _publish(store, rejected, "rejects", f"rejects/{unit.name}.parquet", len(rejects)),
+            _publish(store, clips, "clips", f"clips/{unit.name}-{bucket}.parquet", counts["accepted"]),
+            _publish(store, rejects, "rejects", f"rejects/{unit.name}.parquet", rejected),
         ]
     marker = {
         "unit": unit.name,
         "fingerprint": config.fingerprint,
         "files": [file for file in files if file],
         "sources": len(unit.sources),
-        "accepted": writer.rows,
-        "rejects_by_reason": dict(sorted(Counter(row["reason"] for row in rejects).items())),
-        "rejected_sources": sum(row["span_start_sec"] is None for row in rejects),
-        "seconds": round(seconds, 6),
-        "sums": {m: s.to_json() for m, s in sums.items()},
+        **counts,
     }
     check_token(store, token)
     store.write(unit.marker, canonical(marker).encode())
     return marker
+
+
+def _write_rows(unit: Unit, clips: Path, rejects: Path, config: PreprocessConfig, encoders: Encoders) -> dict[str, Any]:
+    """Run the unit's sources through the steps into two local files; what the marker says of their rows."""
+    sums = {m: ChannelSums.zero(codec.channels) for m, codec in encoders.codecs.items()}
+    seconds, reasons, whole_sources = 0.0, Counter[str](), 0
+    with RowWriter(clips) as writer, RowWriter(rejects, REJECTS) as reject_writer:
+        for source in unit.sources:
+            for clip in process_source(source, config, encoders):
+                if isinstance(clip, Rejected):
+                    reject_writer.add(_reject_row(source, clip))
+                    reasons[clip.reason] += 1
+                    whole_sources += clip.span is None
+                    continue
+                writer.add(_row(clip, config, encoders))
+                seconds += clip.span[1] - clip.span[0]
+                for modality, latents in (clip.latents or {}).items():
+                    sums[modality].add(latents, encoders.timeline.clocks[modality].head)
+    return {
+        "accepted": writer.rows,
+        "rejects_by_reason": dict(sorted(reasons.items())),
+        "rejected_sources": whole_sources,
+        "seconds": round(seconds, 6),
+        "sums": {m: s.to_json() for m, s in sums.items()},
+    }
 
 
 def _row(clip: Clip, config: PreprocessConfig, encoders: Encoders) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Read the toy world back from sound: syllables with their times, tone, pitch; and how far it is from the picture.
+"""Read the toy world back from sound: syllables with their times, tone, pitch; and whether the mouth moves with it.
 
 Analysis by synthesis, as in ``toyreaders``: loudness cuts the sound into syllables, each is compared with all syllables
 spoken by all voices in all tones, as ``toysound`` would have spoken them.
@@ -190,23 +190,6 @@ def _read_pitch(
         bend = below - 2 * here + above
         found.append(sample_rate / (lags[best] + (0.5 * (below - above) / bend if bend < 0 else 0.0)))
     return float(np.median(found)) if found else float("nan")
-
-
-def sync_offset(
-    mouth_opening: Array, fps: float, waveform: NDArray[np.float32], sample_rate: int, *, reach: float = 0.4
-) -> tuple[float, float]:
-    """Seconds by which the sound is late (negative: early), and the correlation of mouth and loudness at that offset.
-
-    Searched within ``reach`` seconds either way, to a millisecond. (nan, 0) when the mouth or the sound never changes.
-    """
-    times, loud = envelope(waveform, sample_rate)
-    at = np.arange(len(mouth_opening)) / float(fps)
-    if len(at) < 3 or np.ptp(mouth_opening) < 1e-6 or not len(loud) or np.ptp(loud) < 1e-6:
-        return float("nan"), 0.0
-    offsets = np.arange(-round(reach * 1000), round(reach * 1000) + 1) / 1000
-    scores = np.asarray([_correlation(mouth_opening, at + offset, times, loud) for offset in offsets])
-    best = int(scores.argmax())
-    return float(offsets[best]), float(scores[best])
 
 
 def mouth_correlation(mouth_opening: Array, fps: float, waveform: NDArray[np.float32], sample_rate: int) -> float:

@@ -1,15 +1,13 @@
-"""What the readers of the toy world share: nearest mode with validity, and scores of what was read.
+"""What the readers of the toy world share: nearest mode with validity.
 
 Letters: K observations (half seconds), M modes, P numbers of one observation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from preprocessing.toysound import Word
 
 Array = NDArray[np.float64]
 
@@ -56,26 +54,3 @@ def valid_share(choices: Mapping[str, ChoiceReading]) -> float:
     bad = np.any([~c.valid & c.present for c in choices.values()], axis=0)
     seen = np.any([c.present for c in choices.values()], axis=0)
     return float(1 - bad[seen].mean()) if seen.any() else float("nan")
-
-
-def mode_entropy(modes: Sequence[int] | NDArray[np.int64], count: int) -> float:
-    """Entropy of the observed modes over log ``count``: 1 when all modes are equally frequent, nan for no mode."""
-    if not len(modes):
-        return float("nan")
-    share = np.bincount(np.asarray(modes, np.int64), minlength=count) / len(modes)
-    share = share[share > 0]
-    return float(-(share * np.log(share)).sum() / np.log(count)) + 0.0
-
-
-def syllable_error(read: Sequence[Word], transcript: Sequence[Word]) -> float:
-    """Edit distance of the syllables, whatever their times, over the length of the transcript."""
-    if not transcript:
-        raise ValueError("the syllable error is a share of the transcript's length: the transcript is empty")
-    wanted = np.asarray([w["word"] for w in transcript])
-    costs = np.arange(len(wanted) + 1)
-    for word in read:
-        kept = np.minimum(costs[1:] + 1, costs[:-1] + (wanted != word["word"]))
-        row = np.concatenate([[costs[0] + 1], kept])
-        # A run of missing syllables costs one each: a running minimum of cost - position.
-        costs = np.minimum.accumulate(row - np.arange(len(row))) + np.arange(len(row))
-    return float(costs[-1] / len(wanted))

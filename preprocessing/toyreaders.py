@@ -30,6 +30,7 @@ _CHEEKS: Box = (10.0, 12.5, 4.5, 7.5)
 _HEAD: Box = (-25.0, 25.0, -27.0, 19.0)
 _ANYONE = Look(face=0, shape=0, hair=0, style=0, background=0)
 _OPENINGS = np.linspace(0, 1, 9).astype(np.float32)
+_CONTRAST = 1.0  # least distance of two colours that anything is divided by, grey levels: frames may be flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,9 @@ def _find_head(video: _Video, wall: Array, face: Array, hair: Array) -> Array:
     def covered(box: Box) -> Array:
         """Per frame and pixel 1 where it is clearly not wall: hair and face may both be at the sides."""
         away = np.linalg.norm(video.frames[:, *video.slices(box)] - wall[:, None, None], axis=-1)
-        return np.clip((away / np.linalg.norm(face - wall, axis=1)[:, None, None] - 0.1) / 0.8, 0, 1)
+        return np.clip(
+            (away / np.maximum(np.linalg.norm(face - wall, axis=1), _CONTRAST)[:, None, None] - 0.1) / 0.8, 0, 1
+        )
 
     left, right = (covered(b).sum(2).mean(1) * 64 / video.size for b in ((6, 20.5, 36, 42), (43.5, 58, 36, 42)))
     rest = _Video(toydraw.draw(video.size, _ANYONE, toydraw.still(1)))
@@ -163,7 +166,7 @@ def _find_head(video: _Video, wall: Array, face: Array, hair: Array) -> Array:
 
 def _hair_depth(video: _Video, wall: Array, hair: Array) -> Array:
     """Units of hair above the fringe in the middle of the picture, per frame."""
-    toward = (hair - wall) / np.square(hair - wall).sum(1, keepdims=True)
+    toward = (hair - wall) / np.maximum(np.square(hair - wall).sum(1, keepdims=True), _CONTRAST**2)
     share = np.einsum("nhwc,nc->nhw", video.frames[:, *video.slices((27, 37, 0, 13))] - wall[:, None, None], toward)
     return share.clip(-0.5, 1).sum(1).mean(1) * np.float32(64 / video.size)
 
@@ -206,7 +209,9 @@ def _gloves(video: _Video, wall: Array) -> Array:
     """How far from the wall's colour ``[n, 3]`` towards white each pixel beside the head is, whatever the light."""
     strips = np.concatenate([video.box((0, 12, 0, 57)), video.box((52, 64, 0, 57))], axis=1)
     white = 250 - wall
-    return np.einsum("npc,nc->np", strips - wall[:, None], white / np.square(white).sum(1, keepdims=True))
+    return np.einsum(
+        "npc,nc->np", strips - wall[:, None], white / np.maximum(np.square(white).sum(1, keepdims=True), _CONTRAST**2)
+    )
 
 
 @lru_cache(maxsize=64)

@@ -40,7 +40,7 @@ class Story:
 
     out: Path
     clips_made: int = 320
-    seconds: float = 5.125  # of a clip: ten chunks, and the sound of the last one
+    seconds: float = 5.0  # of a clip: ten chunks
     seed: int = 7
     steps: tuple[int, ...] = (1, 2, 4, 8, 16, 50)  # of the sweep
     sweep_clips: int = 12

@@ -32,9 +32,9 @@ from preprocessing.manifest import (
     write_units,
 )
 from preprocessing.manifest import verify as verify_files
-from preprocessing.media import MediaError, probe
 from preprocessing.mp4 import write_mp4
 from preprocessing.pipeline import PreprocessConfig, build_encoders, run_units
+from preprocessing.probe import MediaError, probe
 from preprocessing.reader import ClipDataset, open_dataset, read_facts
 from preprocessing.schema import SCHEMA_VERSION
 from preprocessing.source import MANIFESTS, find_sources

@@ -1,7 +1,7 @@
 """Whole configurations by size. A preset is a function of the stage and of the latents it is to learn."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mfcore.ema import EmaConfig
 from mfcore.flow import TimeConfig
@@ -45,13 +45,16 @@ class Size:
     window_chunks: int
     longest: int  # chunks of the longest training clip
     shift: Mapping[str, float]
+    data_std: Mapping[str, float] = field(default_factory=lambda: {VIDEO: 0.5, AUDIO: 0.5})
 
 
 def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
     patches = {VIDEO: (size.patch, size.patch), AUDIO: (1, 1)}
     return ModelConfig(
         branches={
-            m: BranchConfig(channels=shapes.channels[m], size=shapes.size[m], patch=patches[m])
+            m: BranchConfig(
+                channels=shapes.channels[m], size=shapes.size[m], patch=patches[m], data_std=size.data_std[m]
+            )
             for m in MODALITIES[stage]
         },
         dim=size.dim,
@@ -79,7 +82,8 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
         patch=4,
         window_chunks=4,
         longest=8,
-        shift={VIDEO: 1.0, AUDIO: 1.0},
+        shift={VIDEO: 3.0, AUDIO: 1.0},
+        data_std={VIDEO: 0.15, AUDIO: 0.5},
     )
     time = TimeConfig(shift={m: size.shift[m] for m in MODALITIES[stage]})
     model, engine = _model(stage, shapes, size), EngineConfig(zero_stage=1, workers=2)
@@ -87,10 +91,10 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
     if stage == "mutual":
         return RunConfig(
             stage=stage,
-            steps=90,
+            steps=100,
             model=model,
             objective=MutualConfig(
-                time=time, rollout_steps=(4,), real_until=30, free_from=50, fake_from=50, dmd_from=60, dmd_ramp=20
+                time=time, rollout_steps=(4,), real_until=50, free_from=65, fake_from=65, dmd_from=75, dmd_ramp=15
             ),
             optim=OptimConfig(lr=2e-3, warm_up=10, final=0.2),
             fake_optim=OptimConfig(lr=8e-3, warm_up=5),
@@ -103,7 +107,7 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
         )
     return RunConfig(
         stage=stage,
-        steps={"video": 400, "audio": 400, "joint": 300}[stage],
+        steps={"video": 280, "audio": 180, "joint": 240}[stage],
         model=model,
         objective=FlowMatchingConfig(time=time),
         optim=OptimConfig(lr=6e-3 if stage != "joint" else 4e-3, warm_up=30, clip=1.0, final=0.1),

@@ -161,8 +161,8 @@ class Branch(nn.Module):
         per_latent = chunk[:: self.config.tokens]
         t, r = (level.float()[:, per_latent].reshape(-1, len(per_latent), *(1,) * (noisy.ndim - 2)) for level in span)
         return (
-            gaussian_gain(t, r, self.model.data_std) * noisy.float()
-            + gaussian_scale(t, self.model.data_std) * correction
+            gaussian_gain(t, r, self.config.data_std) * noisy.float()
+            + gaussian_scale(t, self.config.data_std) * correction
         )
 
 

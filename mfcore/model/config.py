@@ -10,6 +10,7 @@ class BranchConfig:
     channels: int  # latent channels
     size: tuple[int, int] = (1, 1)  # latent height and width; (1, 1) for audio
     patch: tuple[int, int] = (1, 1)  # latent positions merged into one token, height and width
+    data_std: float = 0.5  # spread of a whitened latent about what is known of it; preconditions the output
 
     def __post_init__(self) -> None:
         if self.size[0] % self.patch[0] or self.size[1] % self.patch[1]:
@@ -40,7 +41,6 @@ class ModelConfig:
     window_chunks: int  # history chunks that a chunk may attend to
     rope_seconds_scale: float = 8.0  # rotary time units per second
     word_horizon_seconds: float = 1.0  # transcript further away than this is not attended to
-    data_std: float = 0.5  # spread of a whitened latent about what is known of it; preconditions the output
     coupled: bool = True  # False: branches attend to themselves only (ablation)
 
     def __post_init__(self) -> None:

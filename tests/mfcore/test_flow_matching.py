@@ -115,7 +115,7 @@ def test_a_fresh_network_is_the_field_of_one_gaussian():
     model, data = small_network(), faces(0, rows=2)
     t = levels(data.streams, {VIDEO: 0.3, AUDIO: 0.9})
     u = Context(model=model, cond=data.cond).remember(data.streams, None).velocity(data.streams, t, t)
-    known, _ = GaussianModel(std=model.config.data_std)(data.streams, t, t, condition(2))
+    known, _ = GaussianModel(std=model.config.branches[VIDEO].data_std)(data.streams, t, t, condition(2))
     for m in SHAPES:
         torch.testing.assert_close(u[m], known[m], atol=1e-5, rtol=1e-5)
 

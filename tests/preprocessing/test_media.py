@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocessing.media import Decoder, MediaError, decode, probe
+from preprocessing.media import Decoder, decode
 from preprocessing.mp4 import write_mp4
+from preprocessing.probe import MediaError, probe
 from tests.preprocessing.flashbeep import BEEPS, Fixture, find_beeps, make, numbered_frames, read_numbers, sound
 
 FPS, RATE = Fraction(24), 16000

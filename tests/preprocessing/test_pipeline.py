@@ -15,12 +15,15 @@ from preprocessing.encode import ChannelSums
 from preprocessing.filters import FilterConfig, check_sound
 from preprocessing.lease import LOCK, Lease, LeaseLost, check_token
 from preprocessing.manifest import plan_units
+from preprocessing.media import Decoder
 from preprocessing.mp4 import write_mp4
 from preprocessing.pipeline import PreprocessConfig, build_encoders, process_source, run_unit, span_plan
+from preprocessing.probe import probe
 from preprocessing.record import Clip, Rejected, Source, Word
 from preprocessing.sidecar import attach_text
 from preprocessing.source import find_sources
 from preprocessing.storage import Store
+from preprocessing.toyworld import write_toyworld
 from tests.preprocessing.flashbeep import numbered_frames, read_numbers, sound
 from tests.preprocessing.mediafolder import FPS, RATE, make_folder, silent_black, write_clip
 
@@ -34,10 +37,13 @@ def spans_of(path: Path, config: PreprocessConfig = CONFIG) -> list[Clip | Rejec
 
 def test_a_span_of_k_chunks_is_k_chunks_and_its_first_frame():
     plan = span_plan(CONFIG, build_encoders(CONFIG).timeline)
-    assert list(plan.frames[:4]) == [1, 13, 25, 37]
+    assert list(plan.frames) == [1, 13, 25, 37, 49]
+    assert list(plan.samples) == [1024 * n for n in (0, 8, 16, 24, 32)]  # 7.8 latents per chunk, those begun count
     assert plan.step == 48
     video_only = replace(CONFIG, modality="video")
     assert list(span_plan(video_only, build_encoders(video_only).timeline).frames) == [1, 13, 25, 37, 49]
+    audio_only = replace(CONFIG, modality="audio")
+    assert list(span_plan(audio_only, build_encoders(audio_only).timeline).frames) == [1, 12, 24, 36, 48]
 
 
 def test_spans_start_on_chunk_boundaries_and_hold_whole_chunks(tmp_path):
@@ -48,6 +54,39 @@ def test_spans_start_on_chunk_boundaries_and_hold_whole_chunks(tmp_path):
     assert read_numbers(first.frames).tolist() == list(range(49))
     assert read_numbers(second.frames).tolist() == list(range(48, 73))
     assert (len(first.latents["video"]), len(first.latents["audio"])) == (1 + 12, 32)  # 4 chunks: 3 and 8, 8, 8, 8 each
+
+
+@pytest.mark.parametrize(("seconds", "chunks"), [(1, 2), (2, 4), (10, 20)])
+def test_a_toy_clip_of_whole_chunks_loses_none(seconds, chunks, tmp_path):
+    (path,) = write_toyworld(tmp_path / "toy", clips=1, seconds=seconds)
+    (clip,) = spans_of(path, replace(CONFIG, window_seconds=Fraction(10)))
+    assert isinstance(clip, Clip)
+    assert len(clip.frames) == 1 + 12 * chunks
+    assert (len(clip.latents["video"]), len(clip.latents["audio"])) == (1 + 3 * chunks, -(-8000 * chunks // 1024))
+
+
+def test_the_last_audio_latent_hears_what_the_source_has_and_silence_behind_it(tmp_path):
+    wave = (0.3 * np.sin(np.arange(3 * RATE) * 0.2)).astype(np.float32)
+    for name, seconds in (("long", 3.0), ("exact", 2.0)):
+        heard = wave[: round(seconds * RATE)]
+        write_mp4(tmp_path / f"{name}.mp4", numbered_frames(round(seconds * FPS) + 1), FPS, heard, RATE)
+    (long, _), (exact,) = spans_of(tmp_path / "long.mp4"), spans_of(tmp_path / "exact.mp4")
+    assert isinstance(long, Clip)
+    assert isinstance(exact, Clip)
+    assert len(long.waveform) == 32 * 1024  # 2.048 s, beyond the 49 frames of the span
+    assert len(long.latents["audio"]) == len(exact.latents["audio"]) == 32
+    assert np.abs(long.waveform[-100:]).max() > 0.2
+    assert np.allclose(long.waveform[: 2 * RATE - 1024], exact.waveform[: 2 * RATE - 1024], atol=0.02)
+
+
+def test_sound_ahead_is_read_again(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", 3.2)
+    with Decoder(path, probe(path), fps=FPS, size=(64, 64), sample_rate=RATE) as decoder:
+        decoder.read(24)
+        ahead = decoder.ahead(1000)
+        assert np.array_equal(decoder.read(24)[1][:1000], ahead)
+        decoder.read(1000)
+        assert len(decoder.ahead(10**6)) < 1024  # what the sound codec completed its last frame with
 
 
 def test_transcript_is_cut_and_shifted_with_the_span():
@@ -103,7 +142,30 @@ def test_a_truncated_file_keeps_what_was_whole_or_says_why_not(tmp_path):
     (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
     found = spans_of(tmp_path / "cut.mp4")
     assert found  # never nothing
-    assert all(isinstance(f, Clip) or f.reason in ("unreadable", "corrupt", "decode_error", "too_short") for f in found)
+    said = ("unreadable", "corrupt", "decode_error", "too_short", "truncated")
+    assert all(isinstance(f, Clip) or f.reason in said for f in found)
+
+
+def test_the_lost_rest_of_a_truncated_file_is_accounted_for(tmp_path):
+    (path,) = write_toyworld(tmp_path / "toy", clips=1, seconds=6)
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 3])
+    kept, lost = spans_of(tmp_path / "cut.mp4", replace(CONFIG, window_seconds=Fraction(6)))
+    assert isinstance(kept, Clip)
+    assert isinstance(lost, Rejected)
+    assert (lost.step, lost.reason) == ("decode", "truncated")
+    assert kept.span[1] <= lost.span[0] < kept.span[1] + 0.5
+    assert lost.span[1] == pytest.approx(6, abs=0.05)
+    (tmp_path / "parts.jsonl").write_text(
+        '{"uri": "cut.mp4", "start": 0, "end": 4}\n{"uri": "cut.mp4", "start": 0, "end": 1.1}\n'
+    )
+    short, long = (  # in the order of their URIs
+        list(process_source(s, CONFIG, build_encoders(CONFIG))) for s in find_sources([str(tmp_path / "parts.jsonl")])
+    )
+    assert [getattr(found, "reason", "kept") for found in long] == ["kept", "truncated"]
+    assert long[1].span[1] == 4
+    assert [getattr(found, "reason", "kept") for found in short] == ["kept"]
 
 
 def test_uni_modal_sets_need_only_their_stream(tmp_path):
@@ -126,7 +188,7 @@ def test_a_crash_in_a_step_is_a_reject(tmp_path, monkeypatch):
     (only,) = spans_of(write_clip(tmp_path / "a.mp4", 2.2))
     assert isinstance(only, Rejected)
     assert (only.step, only.reason, only.detail) == ("encode", "error", "ZeroDivisionError: step is broken")
-    assert only.span == (0.0, 2.083333)
+    assert only.span == (0.0, 2.041667)
 
 
 def test_a_part_of_a_file_named_by_a_manifest(tmp_path):

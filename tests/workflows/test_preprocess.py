@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from mfcore.metrics.speech import error_rate
-from preprocessing.media import Decoder, probe
+from preprocessing.media import Decoder
 from preprocessing.pipeline import PreprocessConfig
+from preprocessing.probe import probe
 from preprocessing.reader import open_dataset
 from preprocessing.toyhearing import read_sound
 from preprocessing.toyworld import ToyConfig, write_toyworld
@@ -230,10 +231,11 @@ def test_real_clips_become_rows_or_rejects_with_a_reason(tmp_path):
         "nasty/names/-video-with-dash-.mp4",
         "nasty/rot_180.mov",
         "nasty/zero_length.webm",
+        "nasty/truncated_qt_596s.mp4",
     ]
     listed = "uri\n" + "\n".join(str((REAL / name).resolve()) for name in names) + "\n"
     (tmp_path / "list.csv").write_text(listed)
     counts = preprocess([str(tmp_path / "list.csv")], str(tmp_path / "out"), CONFIG, progress=quiet)
-    assert (counts["sources"], counts["accepted"]) == (7, 2)
-    assert counts["rejects_by_reason"] == {"corrupt": 1, "no_audio": 2, "too_short": 1, "unreadable": 1}
+    assert (counts["sources"], counts["accepted"]) == (8, 2)
+    assert counts["rejects_by_reason"] == {"corrupt": 1, "no_audio": 2, "no_video": 1, "too_short": 1, "unreadable": 1}
     assert inspect(str(tmp_path / "out"), verify=True)["verified"]

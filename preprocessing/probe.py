@@ -1,0 +1,159 @@
+"""Probe media with ffprobe: streams, and the timestamps at which their decoded frames and samples begin."""
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+from preprocessing.mp4 import file_url
+
+STALL_SECONDS = 60.0
+
+
+class MediaError(ValueError):
+    """A file that cannot be probed or decoded. ``reason`` is a short stable word, ``detail`` what ffmpeg said."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoInfo:
+    index: int  # stream number in the file
+    width: int  # coded pixels, before rotation and pixel aspect
+    height: int
+    fps: float  # average rate as the header claims it; 0 when unknown
+    start: float  # timestamp of the first decoded frame, seconds
+    transfer: str  # colour transfer, e.g. bt709 or smpte2084
+    matrix: str  # colour matrix; "" when the file does not say
+    interlaced: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioInfo:
+    index: int  # stream number in the file
+    sample_rate: int
+    channels: int
+    start: float  # timestamp of the first decoded sample, seconds; nan when none was among the first packets
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaInfo:
+    """What a file holds. Timestamps are the container's own; ``origin`` is the one a player shows as 0."""
+
+    video: VideoInfo | None
+    audio: AudioInfo | None
+    origin: float
+    duration: float  # as the header claims it; 0 when unknown
+
+    @property
+    def start(self) -> float:
+        """Timestamp of the first decoded frame, or sample where there is no picture."""
+        if self.video is not None:
+            return self.video.start
+        assert self.audio is not None, "probe never returns a file without streams"
+        return self.audio.start
+
+
+def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float) -> dict[str, Any]:
+    wanted = (
+        "format=start_time,duration:stream=index,codec_type,codec_name,width,height,avg_frame_rate,sample_rate,channels,"
+        "color_transfer,color_space,field_order:stream_disposition=default,attached_pic:"
+        "frame=stream_index,best_effort_timestamp_time,pts_time"
+    )
+    command = ["ffprobe", "-v", "error", "-of", "json", "-show_entries", wanted, "-show_frames"]
+    command += ["-read_intervals", packets, "-i", file_url(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise MediaError("timeout", f"ffprobe did not finish within {timeout:.0f} s") from None
+    except FileNotFoundError:
+        raise ValueError("ffprobe is not installed: install ffmpeg (`mfctl doctor` says how)") from None
+    facts: dict[str, Any] = json.loads(done.stdout or b"{}")
+    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    if not facts.get("streams"):
+        raise MediaError("unreadable", said[-1].split(": ")[-1] if said else "no streams")
+    if 0 < len(facts.get("frames", [])) < 2 * len(said):  # encrypted or damaged: a complaint for every other frame
+        raise MediaError("corrupt", f"{len(said)} decoding errors in {len(facts['frames'])} frames: {said[-1][-100:]}")
+    return facts
+
+
+def _first_times(facts: dict[str, Any]) -> dict[int, float]:
+    """Stream number -> timestamp of its first decoded frame or block of samples."""
+    first: dict[int, float] = {}
+    for frame in facts.get("frames", []):
+        stamp = frame.get("best_effort_timestamp_time", frame.get("pts_time"))
+        if stamp is not None and "stream_index" in frame:
+            first.setdefault(int(frame["stream_index"]), float(stamp))
+    return first
+
+
+def _choose(streams: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
+    """The stream marked as default, else the first; cover pictures and streams without a known codec do not count."""
+    usable = [
+        s
+        for s in streams
+        if s.get("codec_type") == kind
+        and s.get("codec_name", "unknown") not in ("unknown", "none")
+        and not s.get("disposition", {}).get("attached_pic")
+        and (kind == "audio" or int(s.get("width", 0)) > 0)
+        and (kind == "video" or int(s.get("sample_rate", 0)) > 0)
+    ]
+    return max(usable, key=lambda s: s.get("disposition", {}).get("default", 0), default=None)
+
+
+def _rate(text: str) -> float:
+    up, _, down = text.partition("/")
+    return float(up) / float(down) if float(down or 1) else 0.0
+
+
+def probe(path: str | os.PathLike[str], *, timeout: float = STALL_SECONDS) -> MediaInfo:
+    """What is in a file, from its header and its first decoded frames.
+
+    Raises MediaError: ``unreadable`` (not media, truncated, empty), ``corrupt`` (its start decodes to noise: damaged or
+    encrypted), ``timeout``.
+    """
+    if not os.path.isfile(path):
+        raise MediaError("unreadable", "no such file")
+    facts = _ffprobe(path, "%+#64", timeout)
+    first = _first_times(facts)
+    video, audio = _choose(facts["streams"], "video"), _choose(facts["streams"], "audio")
+    if any(s is not None and s["index"] not in first for s in (video, audio)):
+        # A stream that begins late, or a picture hidden behind packets that an edit list discards.
+        first = _first_times(_ffprobe(path, "%+30", timeout)) | first
+    start = float(facts.get("format", {}).get("start_time", 0.0))
+    return MediaInfo(
+        video=_video_info(video, first),
+        audio=_audio_info(audio, first),
+        origin=max(0.0, start),
+        duration=float(facts.get("format", {}).get("duration", 0.0)),
+    )
+
+
+def _video_info(stream: dict[str, Any] | None, first: dict[int, float]) -> VideoInfo | None:
+    if stream is None or stream["index"] not in first:
+        return None
+    return VideoInfo(
+        index=stream["index"],
+        width=int(stream["width"]),
+        height=int(stream["height"]),
+        fps=_rate(stream.get("avg_frame_rate", "0/1")),
+        start=first[stream["index"]],
+        transfer=stream.get("color_transfer", ""),
+        matrix=stream.get("color_space", "").replace("unknown", ""),
+        interlaced=stream.get("field_order", "progressive") in ("tt", "bb", "tb", "bt"),
+    )
+
+
+def _audio_info(stream: dict[str, Any] | None, first: dict[int, float]) -> AudioInfo | None:
+    if stream is None or stream["index"] not in first:
+        return None
+    return AudioInfo(
+        index=stream["index"],
+        sample_rate=int(stream["sample_rate"]),
+        channels=int(stream.get("channels", 1)),
+        start=first[stream["index"]],
+    )
