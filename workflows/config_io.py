@@ -44,8 +44,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is neither YAML nor JSON: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"the configuration {path} is neither YAML nor JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold settings by name, such as `steps: 200`, not a {type(values).__name__}")
     return cast(dict[str, Any], values)
@@ -64,8 +64,16 @@ def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
             place = place.setdefault(name, {})
             if not isinstance(place, dict):
                 raise ValueError(f"--set {text!r} sets a part of {name!r}, which another --set gives as a whole")
-        place[names[-1]] = yaml.safe_load(value) if value.strip() else ""
+        place[names[-1]] = _value(text, value)
     return out
+
+
+def _value(text: str, value: str) -> Any:
+    """The right side of ``--set text``; nothing is the empty string."""
+    try:
+        return yaml.safe_load(value) if value.strip() else ""
+    except yaml.YAMLError:
+        raise ValueError(f"--set {text!r}: its value is no YAML; quote it, or close its brackets") from None
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -39,11 +39,12 @@ class Story:
     """Size and folders of one demo."""
 
     out: Path
-    clips_made: int = 320
-    seconds: float = 5.0  # of a clip: ten chunks
+    clips_made: int = 160
+    seconds: float = 10.0  # of a clip
+    window: float = 5.0  # longest training clip: two are cut from every file
     seed: int = 7
     steps: tuple[int, ...] = (1, 2, 4, 8, 16, 50)  # of the sweep
-    sweep_clips: int = 12
+    sweep_clips: int = 8
     sets: tuple[str, ...] = ()  # changes to the configuration of every stage
 
     @property
@@ -76,7 +77,7 @@ def tell(story: Story) -> dict[str, Any]:
     with chapter("toy world", took):
         make_clips(story)
     with chapter("preprocess", took):
-        config = PreprocessConfig(window_seconds=Fraction(story.seconds))
+        config = PreprocessConfig(window_seconds=Fraction(story.window))
         counts = preprocess([str(story.clips), str(story.damaged)], str(story.dataset), config)
         inspect(str(story.dataset), verify=True, sheet=str(story.out / "contact_sheet.png"))
     stages: dict[str, Any] = {}
@@ -87,14 +88,23 @@ def tell(story: Story) -> dict[str, Any]:
         samples = make_samples(story, stages)
     with chapter("sweep", took):
         sweep = evaluate(
-            [stages["mutual"]["run_dir"], stages["joint"]["run_dir"]],
+            [stages["mutual"]["run_dir"]],
             data=str(story.dataset),
-            steps=list(story.steps),
+            steps=story.steps,
             modes=["few", "multi"],
             clips=story.sweep_clips,
             out=str(story.out / "sweep"),
         )
-    summary = summarise(story, counts, stages, sweep, samples, took)
+    with chapter("the joint checkpoint, for comparison", took):
+        before = evaluate(
+            [stages["joint"]["run_dir"]],
+            data=str(story.dataset),
+            steps=[4],
+            modes=["multi"],
+            clips=story.sweep_clips,
+            out=str(story.out / "sweep_joint"),
+        )
+    summary = summarise(counts, stages, sweep, before, samples, took)
     write_json(story.out / "summary.json", summary)
     print(farewell(story, summary), file=sys.stderr, flush=True)
     return summary
@@ -149,8 +159,8 @@ def make_samples(story: Story, stages: Mapping[str, Any]) -> list[str]:
     """A sample of every stage, and one four times as long as any training clip."""
     for stage, facts in stages.items():
         steps = 4 if stage == "mutual" else 16
-        make_sample(story, Path(facts["run_dir"]), f"{stage}-{steps}-steps.mp4", seconds=story.seconds, steps=steps)
-    make_sample(story, Path(stages["mutual"]["run_dir"]), "mutual-4-steps-long.mp4", seconds=4 * story.seconds, steps=4)
+        make_sample(story, Path(facts["run_dir"]), f"{stage}-{steps}-steps.mp4", seconds=story.window, steps=steps)
+    make_sample(story, Path(stages["mutual"]["run_dir"]), "mutual-4-steps-long.mp4", seconds=2 * story.seconds, steps=4)
     return sorted(str(path) for path in story.samples.glob("*.mp4"))
 
 
@@ -192,15 +202,14 @@ def held_out_source(story: Story) -> Path:
 
 
 def summarise(
-    story: Story,
     counts: Mapping[str, Any],
     stages: Mapping[str, Any],
     sweep: Mapping[str, Any],
+    before: Mapping[str, Any],
     samples: list[str],
     took: Mapping[str, float],
 ) -> dict[str, Any]:
     """The contract of ``summary.json``; losses are held-out, with fixed noise and the same terms at both ends."""
-    rows = [row for row in json.loads(Path(sweep["results"]).read_text()) if row["window"] == "all"]
     return {
         "clips": counts["sources"],
         "accepted": counts["accepted"],
@@ -216,13 +225,20 @@ def summarise(
             }
             for name, facts in stages.items()
         },
-        "sweep": [sweep_row(row) for row in rows],
+        "sweep": [sweep_row(row) for row in whole_clips(sweep) if row["mode"] != "real"],
+        "real": [sweep_row(row) for row in whole_clips(sweep) if row["mode"] == "real"],
+        "joint": [sweep_row(row) for row in whole_clips(before) if row["mode"] != "real"],
         "mlflow_uri": os.environ["MLFLOW_TRACKING_URI"],
         "mlflow_parent_run": sweep["mlflow_parent_run"],
         "samples": samples,
         "plots": [str(p) for p in sweep["plots"]],
         "seconds": dict(took),
     }
+
+
+def whole_clips(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a sweep that are about clips as a whole, not about a window of them."""
+    return [row for row in json.loads(Path(sweep["results"]).read_text()) if row["window"] == "all"]
 
 
 def sweep_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mfcore.metrics.windows import Window, parse_windows
 from preprocessing.mp4 import write_mp4
 from workflows import console, environment, report
@@ -94,6 +96,17 @@ def _held_out(subject: Subject) -> float:
     return float(_record(subject).get("config", {}).get("data", {}).get("held_out", _HELD_OUT))
 
 
+@contextmanager
+def one_thread_less() -> Iterator[None]:
+    """Leave a core to the thread that reads: small networks gain nothing from sharing it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass(kw_only=True)
 class _Sweep:
     """A sweep at work."""
@@ -127,7 +140,7 @@ class _Sweep:
             streamer, mine = Streamer.load(path), list(group)
             with self._timed("speed"):  # while nothing else runs
                 speeds = [stream_speed(streamer, self.held.prompts[0], s.how) for s in mine]
-            with ThreadPoolExecutor(1) as pool:
+            with ThreadPoolExecutor(1) as pool, one_thread_less():
                 before: Future[None] | None = None
                 for setting, speed in zip(mine, speeds, strict=True):
                     with self._timed("generate"):

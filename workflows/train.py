@@ -118,6 +118,8 @@ def resolve(
     runs: Path,
 ) -> Request:
     """Fill in what the command leaves open: from the run's own record if it was begun, else the latest there is."""
+    if run is not None and (not run or run in (".", "..") or Path(run).name != run):
+        raise ValueError(f"--run {run!r} is no name of a folder in {runs}: leave out slashes")
     begun = runs / run / RECORD if run else None
     known = read_json(begun) if begun and begun.exists() else {}
     uri = data or known.get("data") or latest_dataset(runs)

@@ -52,7 +52,7 @@ def test_settings_change_nested_fields_and_nothing_else():
         "data.chunks: [3, 6] -> [3, 5]",
         "model.branches.video.patch: [4, 4] -> [2, 2]",
         "objective.guidance: 2.0 -> 3.0",
-        "optim.lr: 0.0003 -> 0.0001",
+        f"optim.lr: {config.optim.lr} -> 0.0001",
     ]
 
 

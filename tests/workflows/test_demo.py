@@ -22,10 +22,12 @@ def test_a_transcript_is_repeated_in_time():
 @pytest.mark.timeout(900)
 def test_the_story_from_clips_to_sweep(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    story = Story(out=tmp_path / "demo", clips_made=24, seconds=2.5, steps=(1, 4), sweep_clips=2, sets=SMALL)
+    story = Story(
+        out=tmp_path / "demo", clips_made=24, seconds=5.0, window=2.5, steps=(1, 4), sweep_clips=2, sets=SMALL
+    )
     summary = tell(story)
     assert json.loads((story.out / "summary.json").read_text())["clips"] == summary["clips"] == 26
-    assert summary["accepted"] + summary["rejected"] == 26
+    assert (summary["accepted"], summary["rejected"]) == (48, 2)  # two windows of every clip
     assert sorted(summary["rejects_by_reason"]) == ["no_audio", "unreadable"]
     assert list(summary["stages"]) == ["video", "audio", "joint", "mutual"]
     for stage in ("video", "audio", "joint"):
