@@ -63,7 +63,7 @@ def read_facts(store: Store) -> dict[str, Any]:
     """The JSON of ``_dataset.json``; ValueError when the place is no dataset or of another schema version."""
     try:
         facts: dict[str, Any] = json.loads(store.read("_dataset.json"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{store.uri} is no dataset: make one with `mfctl preprocess SRC {store.uri}`") from None
     if facts["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
@@ -135,7 +135,7 @@ class ClipDataset:
     def _group(self, name: str, group: int, file: pq.ParquetFile) -> pa.Table:
         key = (name, group)
         if key not in self._cache:
-            self._cache[key] = file.read_row_group(group, columns=columns(self.modalities))
+            self._cache[key] = file.read_row_group(group, columns=columns(self.modalities), use_threads=False)
             while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > CACHED_BYTES:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
@@ -192,7 +192,7 @@ def _clip_files(store: Store) -> list[str]:
 def _places(store: Store, name: str, timeline: Timeline) -> list[_Place]:
     """The clips of one file; latents are not read."""
     with store.open(name) as file:
-        rows = pq.read_table(file, columns=["id", "source_uri", "vae_latent_shape", "audio_latent_shape"]).to_pylist()
+        rows = _table(file, ["id", "source_uri", "vae_latent_shape", "audio_latent_shape"]).to_pylist()
     places: list[_Place] = []
     for number, row in enumerate(rows):
         counts = {m: latent_counts(row)[m] - clock.head for m, clock in timeline.clocks.items()}
@@ -205,4 +205,10 @@ def _duplicates(store: Store) -> set[str]:
     if not store.exists("_duplicates.parquet"):
         return set()
     with store.open("_duplicates.parquet") as file:
-        return set(pq.read_table(file, columns=["id"])["id"].to_pylist())
+        return set(_table(file, ["id"])["id"].to_pylist())
+
+
+def _table(file: Any, names: list[str]) -> pa.Table:
+    """Some columns of a Parquet file, read on this thread: a thread of Arrow may let go of the Python file object while
+    the interpreter is shutting down, which aborts the process after a short command."""
+    return pq.read_table(file, columns=names, use_threads=False, pre_buffer=False)

@@ -79,7 +79,8 @@ def tell(story: Story) -> dict[str, Any]:
     with chapter("preprocess", took):
         config = PreprocessConfig(window_seconds=Fraction(story.window))
         counts = preprocess([str(story.clips), str(story.damaged)], str(story.dataset), config)
-        inspect(str(story.dataset), verify=True, sheet=str(story.out / "contact_sheet.png"))
+        sheet = story.out / "contact_sheet.png"
+        inspect(str(story.dataset), verify=True, sheet=None if sheet.exists() else str(sheet))
     stages: dict[str, Any] = {}
     for stage in STAGES:
         with chapter(f"train {stage}", took):

@@ -57,6 +57,8 @@ def generate(
 ) -> dict[str, Any]:
     """Write ``out`` and say what it holds. ValueError for anything the user can put right; then nothing is written."""
     target = Path(out)
+    if target.suffix.lower() != ".mp4":
+        raise ValueError(f"{target}: the result is an mp4, give it a name that ends in .mp4")
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists: choose another name, or add --overwrite")
     if seconds <= 0:
@@ -80,7 +82,9 @@ def generate(
 def sampling(
     stage: str, *, mode: Mode | None, steps: int | None, guidance: float | None, trust: float | None, seed: int
 ) -> Sampling:
-    """Defaults by stage: only the mutual stage has trained the few-step mode."""
+    """Defaults by stage: only the mutual stage has trained the few-step mode. ValueError for fewer than one step."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps {steps}: a chunk needs at least 1 solver step")
     mode = mode or ("few" if stage == "mutual" else "multi")
     return Sampling(
         mode=mode,

@@ -201,6 +201,8 @@ def _plain_lines(every: float = 5.0) -> Progress:
 def inspect(dataset: str, *, verify: bool = False, sheet: str | None = None) -> dict[str, Any]:
     """Counts, codecs and clocks of a dataset; with ``verify`` checksums and accounting are recomputed from its files
     (ValueError says what is wrong); with ``sheet`` a PNG of first frames and captions is written."""
+    if sheet is not None and (Path(sheet).exists() or not Path(sheet).absolute().parent.is_dir()):
+        raise ValueError(f"--sheet {sheet}: name a file that does not exist yet, in a folder that does")
     store = Store(dataset)
     facts = read_facts(store)
     if not facts["complete"]:

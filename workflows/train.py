@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from preprocessing.lease import Lease
 from preprocessing.reader import ClipDataset, open_dataset
@@ -33,6 +33,8 @@ from workflows.stages import STAGES, check_parents, headline, latent_shapes, mak
 from workflows.tracking import log_all, open_tracker, tracking_uri
 from workflows.worker import LOG, OUTCOME, RECORD, Job
 
+A = TypeVar("A")
+B = TypeVar("B")
 Launch = Callable[[Job], None]
 """Runs ``workflows.worker.work`` on all ranks of a job and returns when they are done."""
 Sample = Callable[[Path], Sequence[Path]]
@@ -122,12 +124,13 @@ def resolve(
         raise ValueError(f"--run {run!r} is no name of a folder in {runs}: leave out slashes")
     begun = runs / run / RECORD if run else None
     known = read_json(begun) if begun and begun.exists() else {}
-    uri = data or known.get("data") or latest_dataset(runs)
+    named = list(init_from) or list(known.get("from", {}).values())
+    parents, uri = all_of(
+        lambda: find_parents(stage, named, runs), lambda: str(data or known.get("data") or latest_dataset(runs))
+    )
     dataset = open_dataset(uri, STAGES[stage].modalities)
     if not len(dataset):
         raise ValueError(f"{uri} holds no accepted clip: `mfctl inspect {uri}` tells why")
-    named = list(init_from) or list(known.get("from", {}).values())
-    parents = find_parents(stage, named, runs)
     config = presets.preset(preset, stage, latent_shapes(dataset))
     if config_file:
         config = config_io.change(config, config_io.read_file(config_file))
@@ -137,6 +140,20 @@ def resolve(
     request = Request(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / (run or ""))
     name = run or f"{stage}-{_digest(request)}"
     return Request(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / name)
+
+
+def all_of(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
+    """Both values, or one ValueError that says everything that is missing."""
+    found: list[Any] = []
+    missing: list[str] = []
+    for find in (first, second):
+        try:
+            found.append(find())
+        except ValueError as error:
+            missing.append(str(error))
+    if missing:
+        raise ValueError("\n".join(missing))
+    return found[0], found[1]
 
 
 def latest_dataset(runs: Path) -> str:
@@ -155,9 +172,15 @@ def find_parents(stage: Stage, named: Sequence[str], runs: Path) -> dict[Stage, 
     plan = STAGES[stage]
     exports = [_named_export(name, runs) for name in named]
     parents = check_parents(stage, [(load_card(export).stage, export) for export in exports])
+    missing: list[str] = []
     for parent in plan.parents:
         if parent not in parents:
-            parents[parent] = _latest_export(stage, parent, runs)
+            try:
+                parents[parent] = _latest_export(stage, parent, runs)
+            except ValueError as error:
+                missing.append(str(error))
+    if missing:
+        raise ValueError("\n".join(missing))
     return {parent: parents[parent] for parent in plan.parents}
 
 

@@ -68,6 +68,7 @@ def test_settings_change_nested_fields_and_nothing_else():
         ("data.batch=4", "whole cycles of the 4 row kinds"),
         ("ema.decay=1.5", r"EMA decay must be in \[0, 1\), got 1.5"),
         ("steps", "not of the form a.b=value"),
+        ("data.chunks=[3,", "its value is no YAML"),
     ],
 )
 def test_a_wrong_setting_is_named(setting, message):
@@ -86,3 +87,6 @@ def test_a_file_of_settings_is_laid_over_the_preset(tmp_path):
         config_io.read_file(file)
     with pytest.raises(ValueError, match="cannot read"):
         config_io.read_file(tmp_path / "absent.yaml")
+    file.write_bytes(b"\x00\x00\xe8\xff")
+    with pytest.raises(ValueError, match="mine.yaml is neither YAML nor JSON"):
+        config_io.read_file(file)

@@ -12,7 +12,7 @@ from mfcore.types import AUDIO, VIDEO
 from preprocessing.media import probe
 from preprocessing.mp4 import write_mp4
 from tests.workflows.exports import random_export
-from workflows.generate import allot, generate, portions, read_transcript
+from workflows.generate import allot, generate, portions, read_transcript, sampling
 from workflows.streamer import Sampling, Streamer
 
 WORDS = '[{"word": "ba", "start": 0.1, "end": 0.4}, {"word": "do", "start": 0.5, "end": 0.7}]'
@@ -155,3 +155,9 @@ def test_a_text_file_is_no_first_frame(exports, tmp_path):
     (tmp_path / "notes.png").write_text("no image")
     with pytest.raises(ValueError, match="neither an image nor a video"):
         generate(str(exports["video"]), out=str(tmp_path / "o.mp4"), first_frame=str(tmp_path / "notes.png"))
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_chunk_takes_at_least_one_step(steps):
+    with pytest.raises(ValueError, match=f"--steps {steps}: .*at least 1"):
+        sampling("mutual", mode=None, steps=steps, guidance=None, trust=None, seed=0)
