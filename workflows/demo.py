@@ -39,12 +39,12 @@ class Story:
     """Size and folders of one demo."""
 
     out: Path
-    clips_made: int = 160
+    clips_made: int = 128
     seconds: float = 10.0  # of a clip
     window: float = 5.0  # longest training clip: two are cut from every file
     seed: int = 7
     steps: tuple[int, ...] = (1, 2, 4, 8, 16, 50)  # of the sweep
-    sweep_clips: int = 8
+    sweep_clips: int = 6
     sets: tuple[str, ...] = ()  # changes to the configuration of every stage
 
     @property

@@ -27,6 +27,7 @@ from workflows.streamer import Sampling, Streamer
 SYLLABLES_PER_SECOND = 4.5  # an unhurried speaker
 PAUSE = 0.1  # seconds between words whose times are allotted
 MULTI_STEPS = 50
+GUIDANCE = 1.5  # of the multi-step mode
 FEW_STEPS = 4
 
 
@@ -89,7 +90,7 @@ def sampling(
     return Sampling(
         mode=mode,
         steps=steps or (FEW_STEPS if mode == "few" else MULTI_STEPS),
-        guidance=guidance if guidance is not None else (1.0 if mode == "few" else 2.0),
+        guidance=guidance if guidance is not None else (1.0 if mode == "few" else GUIDANCE),
         trust=trust,
         seed=seed,
     )

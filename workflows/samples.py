@@ -11,7 +11,7 @@ from workflows.streamer import Streamer
 from workflows.worker import RECORD
 
 CLIPS = 2
-MULTI_STEPS = 16  # fewer than `mfctl generate` takes: this is a look, not a measurement
+MULTI_STEPS = 8  # fewer than `mfctl generate` takes: this is a look, not a measurement
 
 
 def training_samples(run_dir: Path) -> list[Path]:

@@ -4,12 +4,14 @@ Metrics of MLflow are append-only, so a run that resumes from a checkpoint repea
 tracker drops what comes at or before its last step.
 """
 
+import fcntl
 import importlib.util
 import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,6 +99,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return out
 
 
+@contextmanager
+def one_at_a_time(uri: str) -> Iterator[None]:
+    """Two processes that make the tables of one new SQLite store at once would both fail."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///") + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Mlflow:
     """One MLflow run, started anew or continued by its id."""
 
@@ -114,11 +129,14 @@ class Mlflow:
 
         for chatty in ("mlflow", "alembic"):  # a word per table of a new store
             logging.getLogger(chatty).setLevel(logging.WARNING)
-        self._client = MlflowClient(tracking_uri=uri)
+        with one_at_a_time(uri):
+            self._client = MlflowClient(tracking_uri=uri)
+            self._client.search_experiments(max_results=1)  # makes the tables of a new store
         self._artifacts = artifact_root(uri)
         self._last, self._ordered = -1, ordered
         if run_id is None:
-            run_id = self._start(experiment, name, tags)
+            with one_at_a_time(uri):  # two runs must not create one experiment twice
+                run_id = self._start(experiment, name, tags)
         else:
             self._client.set_terminated(run_id, "RUNNING")
             history = self._client.get_metric_history(run_id, STEP)

@@ -133,7 +133,7 @@ class Mutual:
             teacher = guided.remember(history.streams, history.teacher_label if config.trust_label else None)
         terms = self._flow_matching(student, batch, rows.anchored, info)  # step 3, rows A
         terms += self._shortcut(student, teacher, clean, batch, info)  # steps 3 and 4
-        if not len(rows.free) or step < config.fake_from:
+        if not len(rows.free) or step < config.fake_from or not config.dmd_weight:
             return {"student": terms}
         dmd = self._dmd(models["fake"], student, teacher, history, trust, batch, rows, info)  # steps 3 to 5
         return {"student": terms + (dmd.student if config.dmd_scale(step) else []), "fake": dmd.fake}

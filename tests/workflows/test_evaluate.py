@@ -72,7 +72,7 @@ def test_a_sweep_has_a_row_per_setting_and_window(swept, mutual):
     rows = json.loads(Path(swept[0]["results"]).read_text())
     made = [row for row in rows if row["mode"] != "real"]
     keys = {(r["mode"], r["steps"], r["nfe"], r["guidance"], r["window"]) for r in made}
-    settings = {("few", 1, 1, 1.0), ("few", 2, 2, 1.0), ("multi", 1, 2, 2.0), ("multi", 2, 4, 2.0)}
+    settings = {("few", 1, 1, 1.0), ("few", 2, 2, 1.0), ("multi", 1, 2, 1.5), ("multi", 2, 4, 1.5)}
     assert keys == {(*s, w) for s in settings for w in ("all", "0-1", "1-2")}
     for row in made:
         assert row["checkpoint"] == mutual
