@@ -51,7 +51,7 @@ def test_settings_change_nested_fields_and_nothing_else():
     assert config_io.differences(config_io.dump(config), config_io.dump(changed)) == [
         "data.chunks: [3, 6] -> [3, 5]",
         "model.branches.video.patch: [4, 4] -> [2, 2]",
-        "objective.guidance: 2.0 -> 3.0",
+        f"objective.guidance: {config.objective.guidance} -> 3.0",
         f"optim.lr: {config.optim.lr} -> 0.0001",
     ]
 
