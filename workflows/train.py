@@ -152,7 +152,7 @@ def all_of(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
         except ValueError as error:
             missing.append(str(error))
     if missing:
-        raise ValueError("\n".join(missing))
+        raise ValueError("; ".join(missing))
     return found[0], found[1]
 
 
@@ -180,7 +180,7 @@ def find_parents(stage: Stage, named: Sequence[str], runs: Path) -> dict[Stage, 
             except ValueError as error:
                 missing.append(str(error))
     if missing:
-        raise ValueError("\n".join(missing))
+        raise ValueError("; ".join(missing))
     return {parent: parents[parent] for parent in plan.parents}
 
 
