@@ -94,6 +94,7 @@ def tell(story: Story) -> dict[str, Any]:
             steps=story.steps,
             modes=["few", "multi"],
             clips=story.sweep_clips,
+            windows=f"0-{story.window / 2},{story.window / 2}-{story.window}",
             out=str(story.out / "sweep"),
         )
     with chapter("the joint checkpoint, for comparison", took):
