@@ -87,7 +87,9 @@ def test_constraints_pin_everything_that_an_installation_brings() -> None:
             installed = version(name).split("+")[0]
         except PackageNotFoundError:
             continue  # for another platform
-        assert pinned.get(name) is not None or name.startswith(("nvidia-", "triton")), f"{name}=={installed} has no pin"
+        assert pinned.get(name) is not None or name.startswith(("cuda-", "nvidia-", "triton")), (
+            f"{name}=={installed} has no pin"
+        )
         for line in requires(name) or []:
             needed = Requirement(line)
             if needed.marker is None or needed.marker.evaluate({"extra": extra}):

@@ -8,7 +8,7 @@ drawn from (seed, step) and shared by all ranks; everything else about a row is 
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
@@ -38,6 +38,8 @@ class DataConfig:
     drop_words: float = 0.05  # chance that the transcript alone is hidden
     drop_voice: float = 0.5  # chance that no reference voice is given
     prefetch: int = 2  # batches prepared ahead
+    whitening: Mapping[str, float] = field(default_factory=dict[str, float])  # power of a channel's spread that is
+    # divided out, per modality; 1 (each channel has spread 1) where none is given. Later stages inherit it.
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.prefetch < 1 or self.held_out_clips < 1 or (self.micro or 1) < 1:

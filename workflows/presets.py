@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import gcd
 
 from mfcore.ema import EmaConfig
 from mfcore.flow import TimeConfig
@@ -28,6 +29,7 @@ class LatentShapes:
 
     channels: Mapping[str, int]
     size: Mapping[str, tuple[int, int]]  # height and width; (1, 1) for audio
+    still: Mapping[str, int]  # leading channels that the first frame shares with later latents
     text_dim: int
     chunk_seconds: float
     chunks: int  # whole chunks of a usual clip
@@ -41,7 +43,7 @@ class Size:
     layers: int
     heads: int
     mlp_ratio: float = 4.0  # feed-forward width over dim
-    patch: int  # latent positions merged into a token, vertically and horizontally
+    patch: tuple[int, int]  # latent positions merged into a token, height and width, where the size allows
     window_chunks: int
     longest: int  # chunks of the longest training clip
     shift: Mapping[str, float]
@@ -49,11 +51,15 @@ class Size:
 
 
 def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
-    patches = {VIDEO: (size.patch, size.patch), AUDIO: (1, 1)}
+    patches = {m: (gcd(size.patch[0], h), gcd(size.patch[1], w)) for m, (h, w) in shapes.size.items()}
     return ModelConfig(
         branches={
             m: BranchConfig(
-                channels=shapes.channels[m], size=shapes.size[m], patch=patches[m], data_std=size.data_std[m]
+                channels=shapes.channels[m],
+                size=shapes.size[m],
+                patch=patches[m],
+                data_std=size.data_std[m],
+                anchor=shapes.still[m],
             )
             for m in MODALITIES[stage]
         },
@@ -79,7 +85,7 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
         layers=3,
         heads=4,
         mlp_ratio=2.0,
-        patch=4,
+        patch=(2, 8),  # bands: eyes, mouth and hands are not cut down the middle
         window_chunks=4,
         longest=8,
         shift={VIDEO: 3.0, AUDIO: 3.0},
@@ -87,7 +93,7 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
     )
     time = TimeConfig(shift={m: size.shift[m] for m in MODALITIES[stage]})
     model, engine = _model(stage, shapes, size), EngineConfig(zero_stage=1, workers=2)
-    data = DataConfig(batch=16, chunks=_lengths(shapes, size))
+    data = DataConfig(batch=16, chunks=_lengths(shapes, size), whitening={VIDEO: 0.3})
     if stage == "mutual":
         return RunConfig(
             stage=stage,
@@ -157,7 +163,7 @@ def _recipe(
 
 def small(stage: Stage, shapes: LatentShapes) -> RunConfig:
     """About 100M parameters with both branches, one GPU."""
-    size = Size(dim=512, layers=8, heads=8, patch=2, window_chunks=8, longest=16, shift={VIDEO: 3.0, AUDIO: 1.0})
+    size = Size(dim=512, layers=8, heads=8, patch=(2, 2), window_chunks=8, longest=16, shift={VIDEO: 3.0, AUDIO: 1.0})
     steps: dict[Stage, int] = {"video": 50_000, "audio": 50_000, "joint": 30_000, "mutual": 10_000}
     config = _recipe(stage, shapes, size, batch=64, steps=steps, lr=2e-4)
     return replace(config, engine=replace(config.engine, workers=1, zero_stage=1))
@@ -165,14 +171,18 @@ def small(stage: Stage, shapes: LatentShapes) -> RunConfig:
 
 def base(stage: Stage, shapes: LatentShapes) -> RunConfig:
     """About 1.3B parameters with both branches, one node."""
-    size = Size(dim=1536, layers=13, heads=12, patch=2, window_chunks=10, longest=20, shift={VIDEO: 5.0, AUDIO: 1.0})
+    size = Size(
+        dim=1536, layers=13, heads=12, patch=(2, 2), window_chunks=10, longest=20, shift={VIDEO: 5.0, AUDIO: 1.0}
+    )
     steps: dict[Stage, int] = {"video": 200_000, "audio": 200_000, "joint": 100_000, "mutual": 20_000}
     return _recipe(stage, shapes, size, batch=128, steps=steps, lr=1e-4)
 
 
 def full(stage: Stage, shapes: LatentShapes) -> RunConfig:
     """About 7B parameters in each branch, as the paper."""
-    size = Size(dim=4096, layers=20, heads=32, patch=2, window_chunks=10, longest=20, shift={VIDEO: 5.0, AUDIO: 1.0})
+    size = Size(
+        dim=4096, layers=20, heads=32, patch=(2, 2), window_chunks=10, longest=20, shift={VIDEO: 5.0, AUDIO: 1.0}
+    )
     steps: dict[Stage, int] = {"video": 400_000, "audio": 400_000, "joint": 100_000, "mutual": 20_000}
     batch = 256 if stage in ("video", "audio") else 128
     config = _recipe(stage, shapes, size, batch=batch, steps=steps, lr=5e-5)

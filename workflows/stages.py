@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from mfcore.codecs.known import build_codec
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import build_model
 from mfcore.objectives.flow_matching import FlowMatching
@@ -85,6 +86,7 @@ def latent_shapes(dataset: ClipDataset) -> LatentShapes:
     return LatentShapes(
         channels={m: x.shape[1] for m, x in latents.items() if x is not None},
         size={m: (size[0], size[1]) for m, size in sizes.items()},
+        still={m: build_codec(meta.codecs[m], meta.clocks[m]).still for m in sizes},
         text_dim=clip.caption_embedding.shape[-1],
         chunk_seconds=float(meta.chunk_seconds),
         chunks=clip.chunks,
@@ -98,7 +100,7 @@ def make_card(config: RunConfig, meta: DatasetMeta, parents: Mapping[Stage, Path
     """
     plan = STAGES[config.stage]
     cards: dict[Stage, ModelCard] = {stage: load_card(path) for stage, path in parents.items()}
-    stats = {m: meta.stats[m] for m in plan.modalities}
+    stats = {m: meta.stats[m].softened(config.data.whitening.get(m, 1.0)) for m in plan.modalities}
     for stage, card in cards.items():
         _check_parent(stage, parents[stage], card, config, meta)
         stats |= card.stats

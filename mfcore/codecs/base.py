@@ -36,6 +36,11 @@ class Codec(Protocol):
     def channels(self) -> int: ...
 
     @property
+    def still(self) -> int:
+        """Leading channels in which a still picture has one value in the first and in all later latents; sound: 0."""
+        ...
+
+    @property
     def clock(self) -> LatentClock: ...
 
     def encode(self, signal: Tensor) -> Float[Tensor, "n C *space"]:

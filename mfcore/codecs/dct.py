@@ -79,6 +79,12 @@ class DctCodec:
         return self.config.channels
 
     @property
+    def still(self) -> int:
+        """Where the orders of the frame's and the group's coefficients part."""
+        frame, group = (_order(self.config, n) for n in (1, self.config.group))
+        return int((frame == group).all(axis=1).cumprod().sum())
+
+    @property
     def clock(self) -> LatentClock:
         return video_clock(Fraction(self.config.fps), self.config.group)
 

@@ -95,6 +95,10 @@ class MelCodec:
         return self.config.channels
 
     @property
+    def still(self) -> int:
+        return 0
+
+    @property
     def clock(self) -> LatentClock:
         return audio_clock(self.config.sample_rate, self.config.samples)
 

@@ -1,6 +1,7 @@
 """Per-channel whitening of latents. Statistics belong to the codec or are frozen by the first stage that trains it."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,23 @@ class LatentStats:
             raise ValueError("latent statistics need as many means as standard deviations")
         if any(s <= 0 for s in self.std + self.head_std):
             raise ValueError("latent statistics hold a standard deviation <= 0: recompute them from more clips")
+
+    def softened(self, power: float) -> "LatentStats":
+        """The same with spreads raised to ``power``, scaled so that whitened latents keep a mean square of 1.
+
+        1: every channel has spread 1. Towards 0: channels keep the proportions in which they make up the signal, so
+        noise and loss weigh them as the eye does, and what is large is settled at higher noise levels than detail.
+        """
+        if not 0 <= power <= 1:
+            raise ValueError(f"the power of whitening must be between 0 (none) and 1 (full), got {power}")
+        if power == 1:
+            return self
+        size = math.sqrt(sum(s ** (2 - 2 * power) for s in self.std) / len(self.std))
+        return replace(
+            self,
+            std=tuple(size * s**power for s in self.std),
+            head_std=tuple(size * s**power for s in self.head_std),
+        )
 
     def whiten(self, latents: Float[Tensor, "..."], *, head: bool = False, space: int = 0) -> Tensor:
         """(latents - mean) / std along the channel axis, which is followed by ``space`` spatial axes."""

@@ -95,6 +95,8 @@ class Branch(nn.Module):
         self.text = TextInput(model.text_dim, model.dim)
         self.blocks = nn.ModuleList(Block(model.dim, model.heads, model.mlp_ratio) for _ in range(model.layers))
         self.head = nn.Linear(model.dim, width)
+        if config.anchor:
+            self.anchor = nn.Embedding(1, config.anchor)  # share of the first frame that stays, per channel
 
     def block(self, layer: int) -> Block:
         return cast(Block, self.blocks[layer])
@@ -149,25 +151,41 @@ class Branch(nn.Module):
         )
 
     def velocity(
-        self, x: Float[Tensor, "B N d"], final: Float[Tensor, "B K pd"], chunk: Tensor, noisy: Tensor, span: Span
+        self,
+        x: Float[Tensor, "B N d"],
+        final: Float[Tensor, "B K pd"],
+        chunk: Tensor,
+        noisy: Tensor,
+        span: Span,
+        first: Float[Tensor, "B C h w"] | None,
     ) -> Tensor:
         """Tokens to velocities, in float32: the flow of a Gaussian of spread ``data_std``, plus a scaled correction F.
 
-        A token may be wider than the network: what is white in it need not be carried through. ``span``: t and r.
+        A token may be wider than the network: what is white in it, and what stays as in the first frame, need not be
+        carried through. ``span``: t and r. ``first``: the first frame, which the Gaussian has its mean from.
         """
         shift, scale = final[:, chunk].float().chunk(2, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
             correction = self.unpatch(self.head(modulate(x.float(), shift, scale)), noisy)
         per_latent = chunk[:: self.config.tokens]
         t, r = (level.float()[:, per_latent].reshape(-1, len(per_latent), *(1,) * (noisy.ndim - 2)) for level in span)
-        return (
-            gaussian_gain(t, r, self.config.data_std) * noisy.float()
-            + gaussian_scale(t, self.config.data_std) * correction
-        )
+        mean, std = self.mean(first), self.config.data_std
+        base = gaussian_gain(t, r, std) * (noisy.float() - (1 - t) * mean) - mean
+        return base + gaussian_scale(t, std) * correction
+
+    def mean(self, first: Float[Tensor, "B C h w"] | None) -> Tensor:
+        """What is known of every latent before the network looks: anchored channels of the first frame, else 0."""
+        if not self.config.anchor or first is None:
+            return torch.zeros((), device=None if first is None else first.device)
+        share = self.anchor(torch.zeros((), dtype=torch.long, device=first.device)).float()
+        share = torch.nn.functional.pad(share, (0, self.config.channels - self.config.anchor))
+        return (first.float() * share[:, None, None])[:, None]
 
 
 def gaussian_gain(t: Tensor, r: Tensor, std: float) -> Tensor:
     """What multiplies x_t in the average velocity of N(0, s^2) from t to r (r = t: TRUTHS, exact property 2).
+
+    About a mean m the flow is the same in x_t - (1 - t) m, and m moves by -m per unit of level.
 
     From x_r = sqrt(D_r / D_t) x_t with D_t = (1 - t)^2 s^2 + t^2, written so that nothing is divided by t - r:
     ((1 + s^2) (t + r) - 2 s^2) / (sqrt(D_t) (sqrt(D_t) + sqrt(D_r))).

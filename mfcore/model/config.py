@@ -11,8 +11,11 @@ class BranchConfig:
     size: tuple[int, int] = (1, 1)  # latent height and width; (1, 1) for audio
     patch: tuple[int, int] = (1, 1)  # latent positions merged into one token, height and width
     data_std: float = 0.5  # spread of a whitened latent about what is known of it; preconditions the output
+    anchor: int = 0  # leading channels whose first-frame value is what is known at the start; video only
 
     def __post_init__(self) -> None:
+        if not 0 <= self.anchor <= self.channels:
+            raise ValueError(f"anchor={self.anchor}: latents have {self.channels} channels")
         if self.size[0] % self.patch[0] or self.size[1] % self.patch[1]:
             raise ValueError(f"latent size {self.size} is not a multiple of the patch {self.patch}")
 

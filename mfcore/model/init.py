@@ -19,6 +19,7 @@ def initialise(model: nn.Module, seed: int) -> None:
     linear weights                                normal, std 1 / sqrt(fan in)
     linear biases                                 0
     embeddings (``absent``, ``nothing``)          normal, std 0.02
+    ``anchor``                                    1: the first frame stays
     norm weights                                  1 (``norm_text`` bias 0)
     head offsets of the words' attention          ``WORD_LOCALITY``: words near in time are read first
     ``table``, ``levels.shared``                  0, except gates of the table: 1 / sqrt(2 layers), quiet residuals
@@ -47,6 +48,8 @@ def _fill(name: str, parameter: nn.Parameter, draw: torch.Generator, layers: int
     elif name.endswith("table.weight"):
         parameter.zero_()
         parameter[[2, 5]] = 1 / math.sqrt(2 * layers)
+    elif name.endswith("anchor.weight"):
+        parameter.fill_(1.0)
     elif name.endswith(".offset"):
         parameter.fill_(WORD_LOCALITY)
     elif name.endswith("bias"):

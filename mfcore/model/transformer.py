@@ -61,7 +61,9 @@ class AVTransformer(nn.Module):
         hidden = {m: self.branch(m).embed(self.branch(m).patches(s)) for m, s in x.items()}
         hidden, layers = self._layers(hidden, step, memory)
         velocities = {
-            m: self.branch(m).velocity(h, levels[m][1], step.local[m], x[m].latents, (t[m], r[m]))
+            m: self.branch(m).velocity(
+                h, levels[m][1], step.local[m], x[m].latents, (t[m], r[m]), cond.first_frame if m == VIDEO else None
+            )
             for m, h in hidden.items()
         }
         return velocities, memory.append(layers, at) if store else memory

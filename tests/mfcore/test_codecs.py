@@ -12,6 +12,7 @@ from torch import Tensor
 from mfcore.codecs.base import Codec, TextCodec
 from mfcore.codecs.dct import DctCodec, DctConfig, cosines
 from mfcore.codecs.mel import MelCodec, MelConfig, mel_filterbank
+from mfcore.codecs.stats import LatentStats
 from mfcore.codecs.words import HashedWords
 from mfcore.metrics.sync import sound_envelope, sync_offset
 
@@ -330,3 +331,30 @@ def test_words_refuse_nonsense():
         HashedWords().encode(["a", ""])
     with pytest.raises(ValueError, match="width"):
         HashedWords(width=4)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.3, 1.0])
+def test_softened_whitening_keeps_the_mean_square_and_the_order_of_channels(power):
+    spreads, heads = (4.0, 1.0, 0.25), (3.0, 1.0, 0.5)
+    full = LatentStats(mean=(1.0, 0.0, -1.0), std=spreads, head_mean=(0.0,) * 3, head_std=heads)
+    soft = full.softened(power)
+    x = torch.tensor(full.mean) + torch.tensor(spreads) * torch.randn(20000, 3, generator=torch.manual_seed(0))
+    white = soft.whiten(x)
+    assert float(white.square().mean()) == pytest.approx(1, rel=0.02)
+    ratio = white.std(0)[0] / white.std(0)[1]
+    assert float(ratio) == pytest.approx(4 ** (1 - power), rel=0.03)
+    torch.testing.assert_close(soft.restore(white), x)
+    assert soft.std[0] / soft.head_std[0] == pytest.approx((4 / 3) ** power)  # the first frame: the same scale
+    assert soft.mean == full.mean
+    with pytest.raises(ValueError, match="power of whitening"):
+        full.softened(1.5)
+
+
+def test_a_still_picture_has_one_value_in_the_still_channels():
+    codec = DctCodec()
+    picture = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
+    latents = codec.encode(picture.repeat(5, 1, 1, 1))
+    n = codec.still
+    torch.testing.assert_close(latents[0, :n], latents[1, :n], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(latents[0, n], latents[1, n], atol=1e-2)
+    assert MelCodec().still == 0

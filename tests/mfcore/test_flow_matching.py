@@ -1,6 +1,7 @@
 """Truths about flow matching, and that a small network learns a world whose least loss is known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +119,26 @@ def test_a_fresh_network_is_the_field_of_one_gaussian():
     known, _ = GaussianModel(std=model.config.branches[VIDEO].data_std)(data.streams, t, t, condition(2))
     for m in SHAPES:
         torch.testing.assert_close(u[m], known[m], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_an_anchored_network_is_the_field_of_a_gaussian_about_the_first_frame():
+    """The exact flow of N(m, s^2), checked by its end: from t to r and on to 0 x_0 keeps its place in the spread."""
+    std, anchored = 0.3, 2
+    config = BranchConfig(channels=3, size=(2, 2), patch=(1, 2), data_std=std, anchor=anchored)
+    model = build_model(replace(small_network().config, branches={VIDEO: config}), seed=0)
+    first = torch.randn(2, 3, 2, 2)
+    mean = torch.cat([first[:, :anchored], torch.zeros(2, 3 - anchored, 2, 2)], dim=1)[:, None]
+    x0 = mean + std * torch.randn(2, 1, 3, 2, 2)
+    cond = replace(condition(2), first_frame=first)
+    clock = Stream(latents=x0, times=torch.zeros(1, dtype=torch.float64), chunk=torch.zeros(1, dtype=torch.int64))
+    for top, bottom in ((0.9, 0.4), (0.5, 0.0), (1.0, 0.0)):
+        spreads = [math.sqrt((1 - level) ** 2 * std**2 + level**2) for level in (top, bottom)]
+        place = (x0 - mean) / std
+        x_t, x_r = ((1 - lv) * mean + s * place for lv, s in zip((top, bottom), spreads, strict=True))
+        t, r = ({VIDEO: torch.full((2, 1), level)} for level in (top, bottom))
+        u, _ = model({VIDEO: clock.with_latents(x_t)}, t, r, cond)
+        torch.testing.assert_close(x_t - (top - bottom) * u[VIDEO], x_r, atol=1e-5, rtol=1e-5)
 
 
 def held_out_over_least(model, objective: FlowMatching) -> dict[str, float]:

@@ -24,7 +24,12 @@ def random_card(stage: Stage) -> ModelCard:
     """A tiny network over 32 x 32 pixels."""
     codecs = {VIDEO: DctCodec(DctConfig()), AUDIO: MelCodec()}
     shapes = LatentShapes(
-        channels=CHANNELS, size={VIDEO: (4, 4), AUDIO: (1, 1)}, text_dim=16, chunk_seconds=0.5, chunks=4
+        channels=CHANNELS,
+        size={VIDEO: (4, 4), AUDIO: (1, 1)},
+        still={VIDEO: 35, AUDIO: 0},
+        text_dim=16,
+        chunk_seconds=0.5,
+        chunks=4,
     )
     config = presets.preset("tiny", stage, shapes)
     names = list(config.model.branches)

@@ -11,6 +11,7 @@ from workflows.presets import LatentShapes
 TOY = LatentShapes(
     channels={"video": 48, "audio": 64},
     size={"video": (8, 8), "audio": (1, 1)},
+    still={"video": 35, "audio": 0},
     text_dim=64,
     chunk_seconds=0.5,
     chunks=20,
@@ -18,6 +19,7 @@ TOY = LatentShapes(
 WAN = LatentShapes(
     channels={"video": 48, "audio": 64},
     size={"video": (24, 42), "audio": (1, 1)},
+    still={"video": 48, "audio": 0},
     text_dim=4096,
     chunk_seconds=0.5,
     chunks=20,
@@ -50,7 +52,7 @@ def test_settings_change_nested_fields_and_nothing_else():
     changed = config_io.change(config, config_io.parse_sets(sets))
     assert config_io.differences(config_io.dump(config), config_io.dump(changed)) == [
         "data.chunks: [3, 6] -> [3, 5]",
-        "model.branches.video.patch: [4, 4] -> [2, 2]",
+        "model.branches.video.patch: [2, 8] -> [2, 2]",
         f"objective.guidance: {config.objective.guidance} -> 3.0",
         f"optim.lr: {config.optim.lr} -> 0.0001",
     ]

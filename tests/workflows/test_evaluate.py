@@ -45,7 +45,7 @@ def export(folder: Path, data: str, stage, **card_changes) -> str:
     place.mkdir(parents=True)
     save_file(weights, place / "ema.safetensors")
     write_json(place / "model.json", config_io.dump(card))
-    write_json(place.parent / "run.json", {"data": data, "config": {"data": {"held_out": 0.4}}})
+    write_json(place.parent / "run.json", {"data": data, "config": {"data": {"held_out": 0.99}}})
     return str(place)
 
 
