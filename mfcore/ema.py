@@ -5,11 +5,14 @@ The average is kept in float32 whatever the network computes in: in bfloat16 a d
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+
+from mfcore.types import VelocityModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +32,47 @@ def decay_at(config: EmaConfig, step: int) -> float:
     return min(config.decay, (1 + step) / (10 + step)) if config.warm_up else config.decay
 
 
-class Ema:
-    """The average of a network, as a network."""
+class Storage(Protocol):
+    """Where frozen weights are kept: an engine may hold a part of each on every rank. Called by all ranks together."""
 
-    def __init__(self, module: nn.Module, config: EmaConfig) -> None:
+    def places(self, p: nn.Parameter, value: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """What this rank keeps of ``p``, each piece beside that piece of ``value``, a whole weight."""
+        ...
+
+    def value(self, p: nn.Parameter) -> Tensor:
+        """The whole weight."""
+        ...
+
+
+class WholeWeights:
+    """Every rank keeps everything."""
+
+    def places(self, p: nn.Parameter, value: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        return [(p, value)]
+
+    def value(self, p: nn.Parameter) -> Tensor:
+        return p.detach()
+
+
+class Ema:
+    """The average of a network, as a network. ``autocast``: the type it computes in, if not float32."""
+
+    def __init__(self, module: nn.Module, config: EmaConfig, autocast: torch.dtype | None = None) -> None:
         self.config = config
         self.module = copy.deepcopy(module).float().eval().requires_grad_(False)
+        self.storage: Storage = WholeWeights()
+        self._autocast = autocast
         self._weights = dict(self.module.named_parameters())
+
+    @property
+    def model(self) -> VelocityModel:
+        """The network as a teacher, computing in the same type as the networks it teaches."""
+        return cast(VelocityModel, self._call)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        device = next(iter(self._weights.values())).device.type
+        with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
+            return self.module(*args, **kwargs)
 
     @torch.no_grad()
     def update(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
@@ -43,12 +80,17 @@ class Ema:
         keep = decay_at(self.config, step)
         seen = 0
         for name, weight in weights:
-            self._weights[name].lerp_(weight.detach().float(), 1 - keep)
+            for mine, theirs in self.storage.places(self._weights[name], weight.detach().float()):
+                mine.lerp_(theirs, 1 - keep)
             seen += 1
         assert seen == len(self._weights), f"the average holds {len(self._weights)} weights, was given {seen}"
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight, whole; all ranks must walk to the end."""
+        yield from ((name, self.storage.value(p)) for name, p in self._weights.items())
+
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: weight.detach() for name, weight in self._weights.items()}
+        return dict(self.weights())
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -57,4 +99,5 @@ class Ema:
             odd = sorted(state.keys() ^ self._weights.keys())[:3]
             raise ValueError(f"this is the average of another network: {', '.join(odd)} ... stand on one side only")
         for name, weight in self._weights.items():
-            weight.copy_(state[name])
+            for mine, theirs in self.storage.places(weight, state[name]):
+                mine.copy_(theirs)

@@ -3,9 +3,12 @@
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -13,10 +16,12 @@ import pyarrow.parquet as pq
 
 from mfcore.codecs.stats import LatentStats
 from mfcore.timeline import LatentClock, Timeline
+from mfcore.types import VIDEO
 from preprocessing.schema import SCHEMA_VERSION, ClipTensors, columns, from_row, latent_counts
 from preprocessing.storage import Store
 
 CACHED_BYTES = 256 << 20  # of row groups kept in memory
+OPENED = 16  # files whose index is read side by side: each costs a few round trips to object storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,27 +78,29 @@ def read_facts(store: Store) -> dict[str, Any]:
     return facts
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a clip lies."""
+    """Where a clip lies, and what is known of it without reading it."""
 
     id: str
     source_uri: str
     file: str
-    row: int
+    group: int  # row group of the file
+    row: int  # within the row group
     chunks: int
+    shape: tuple[int, ...]  # latent height and width; () without a picture
 
 
 class ClipDataset:
     """Clips sorted by id; reading one touches the columns of the chosen modalities only.
 
-    Row groups are kept in a small cache, so walking in order reads each once. Views (``held_out``) share it.
+    ``clip`` keeps row groups in a small cache, so walking in order reads each once; ``load`` keeps nothing. Views
+    (``held_out``) share the cache.
     """
 
     def __init__(self, store: Store, meta: DatasetMeta, places: Sequence[_Place], modalities: tuple[str, ...]) -> None:
         self.meta, self.modalities = meta, modalities
         self._store, self._places = store, list(places)
-        self._files: dict[str, pq.ParquetFile] = {}
         self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
 
     def __len__(self) -> int:
@@ -111,6 +118,17 @@ class ClipDataset:
         """Whole chunks of every clip, known without reading it."""
         return [place.chunks for place in self._places]
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Latent height and width of every clip; () without a picture."""
+        return [place.shape for place in self._places]
+
+    @property
+    def groups(self) -> list[int]:
+        """A number for the row group of every clip: 0, 1 ... in the order of files."""
+        number = {key: i for i, key in enumerate(sorted({(p.file, p.group) for p in self._places}))}
+        return [number[p.file, p.group] for p in self._places]
+
     def index(self, clip_id: str) -> int:
         """Position of a clip; ValueError names some that exist."""
         if clip_id not in (ids := self.ids):
@@ -124,22 +142,37 @@ class ClipDataset:
     def row(self, i: int) -> dict[str, Any]:
         """The Parquet row of clip i, the columns of the chosen modalities."""
         place = self._places[i]
-        file = self._files.get(place.file)
-        if file is None:
-            file = self._files[place.file] = pq.ParquetFile(self._store.open(place.file))
-        group, row = 0, place.row
-        while row >= (size := file.metadata.row_group(group).num_rows):
-            group, row = group + 1, row - size
-        return self._group(place.file, group, file).slice(row, 1).to_pylist()[0]
+        return self._cached(place.file, place.group).slice(place.row, 1).to_pylist()[0]
 
-    def _group(self, name: str, group: int, file: pq.ParquetFile) -> pa.Table:
-        key = (name, group)
+    def load(self, numbers: Sequence[int]) -> list[Callable[[], ClipTensors]]:
+        """Clips for training, which never looks at the picture of the first frame: that one is left out.
+
+        Each row group among them is read once, on the calling thread. What comes back for a clip holds its row as
+        stored, and decodes it when called.
+        """
+        made: dict[int, Callable[[], ClipTensors]] = {}
+        where = [(self._places[i].file, self._places[i].group, i) for i in numbers]
+        for (file, group), same in groupby(sorted(where), key=lambda w: w[:2]):
+            clips = [i for _, _, i in same]
+            table = self._read_group(file, group, without=("first_frame_png",))
+            rows = table.take([self._places[i].row for i in clips]).to_pylist()
+            for i, row in zip(clips, rows, strict=True):
+                made[i] = partial(from_row, row, self._places[i].chunks)
+        return [made[i] for i in numbers]
+
+    def _cached(self, file: str, group: int) -> pa.Table:
+        key = (file, group)
         if key not in self._cache:
-            self._cache[key] = file.read_row_group(group, columns=columns(self.modalities), use_threads=False)
+            self._cache[key] = self._read_group(file, group)
             while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > CACHED_BYTES:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
+
+    def _read_group(self, file: str, group: int, without: Sequence[str] = ()) -> pa.Table:
+        names = [name for name in columns(self.modalities) if name not in without]
+        with self._store.open(file) as handle:  # a large dataset has more files than a process may hold open
+            return pq.ParquetFile(handle).read_row_group(group, columns=names, use_threads=False)
 
     def held_out(self, fraction: float) -> tuple["ClipDataset", "ClipDataset"]:
         """(training clips, held-out clips), split by a hash of the source's URI.
@@ -157,7 +190,7 @@ class ClipDataset:
 
     def _view(self, keep: Any) -> "ClipDataset":
         view = ClipDataset(self._store, self.meta, [p for p in self._places if keep(p)], self.modalities)
-        view._files, view._cache = self._files, self._cache
+        view._cache = self._cache
         return view
 
 
@@ -180,8 +213,10 @@ def open_dataset(uri: str, modalities: Sequence[str] | None = None) -> ClipDatas
     if not facts["complete"]:
         raise ValueError(f"{uri} is unfinished: run the same `mfctl preprocess` command again")
     dropped = _duplicates(store)
-    places = [place for name in _clip_files(store) for place in _places(store, name, meta.timeline(wanted))]
-    return ClipDataset(store, meta, sorted(p for p in places if p.id not in dropped), wanted)
+    with ThreadPoolExecutor(OPENED) as pool:
+        files = list(pool.map(partial(_places, store, timeline=meta.timeline(wanted)), _clip_files(store)))
+    places = [place for file in files for place in file if place.id not in dropped]
+    return ClipDataset(store, meta, sorted(places, key=lambda p: p.id), wanted)
 
 
 def _clip_files(store: Store) -> list[str]:
@@ -191,13 +226,25 @@ def _clip_files(store: Store) -> list[str]:
 
 def _places(store: Store, name: str, timeline: Timeline) -> list[_Place]:
     """The clips of one file; latents are not read."""
-    with store.open(name) as file:
-        rows = _table(file, ["id", "source_uri", "vae_latent_shape", "audio_latent_shape"]).to_pylist()
-    places: list[_Place] = []
-    for number, row in enumerate(rows):
-        counts = {m: latent_counts(row)[m] - clock.head for m, clock in timeline.clocks.items()}
-        places.append(_Place(row["id"], row["source_uri"], name, number, timeline.whole_chunks(counts)))
-    return places
+    with store.open(name) as handle:
+        file = pq.ParquetFile(handle)
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        table = file.read(["id", "source_uri", "vae_latent_shape", "audio_latent_shape"], use_threads=False)
+    where = ((group, row) for group, size in enumerate(sizes) for row in range(size))
+    return [
+        _Place(
+            id=row["id"],
+            source_uri=row["source_uri"],
+            file=name,
+            group=group,
+            row=number,
+            chunks=timeline.whole_chunks(
+                {m: latent_counts(row)[m] - clock.head for m, clock in timeline.clocks.items()}
+            ),
+            shape=tuple(row["vae_latent_shape"][2:]) if VIDEO in timeline.clocks else (),
+        )
+        for (group, number), row in zip(where, table.to_pylist(), strict=True)
+    ]
 
 
 def _duplicates(store: Store) -> set[str]:

@@ -51,6 +51,8 @@ class Store:
 
     def listing(self) -> list[str]:
         """Sorted names of what lies directly in the store, folders too; none when there is no such place."""
+        if self.remote:
+            self._fs.invalidate_cache()
         if not self._fs.exists(self._root):
             return []
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False))
@@ -113,6 +115,22 @@ class Store:
         """Remove a file of ours; nothing happens when it is absent."""
         if self._fs.exists(self._full(name)):
             self._fs.rm_file(self._full(name))
+
+    def get(self, name: str, local: Path) -> None:
+        """Copy a file to a local path, whole or not at all."""
+        temporary = local.with_name(f"{TEMPORARY}{secrets.token_hex(4)}")
+        try:
+            self._fs.get_file(self._full(name), str(temporary))
+            os.replace(temporary, local)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder of ours with everything in it; nothing happens when it is absent."""
+        if self.remote:
+            self._fs.invalidate_cache()
+        if self._fs.exists(self._full(name)):
+            self._fs.rm(self._full(name), recursive=True)
 
     def sweep(self) -> None:
         """Remove temporary files that killed processes of ours left in a local store."""

@@ -1,4 +1,4 @@
-"""Checkpoints: immutable folders that exist once ``COMPLETE`` is in them (the contract is in docs, ARCHITECTURE).
+"""What a checkpoint holds, and how it is found and read again (``saving`` writes it, ``shelf`` is where it stands).
 
 <samples>-<attempt>/state/   weights and moments of every trained network, the float32 EMA: each rank its share
 <samples>-<attempt>/export/  ema.safetensors, raw.safetensors, model.json: all that generation needs
@@ -6,10 +6,8 @@
 <samples>-<attempt>/COMPLETE names, sizes and checksums of all the above, put last
 """
 
-import hashlib
 import json
 import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mfcore.codecs.stats import LatentStats
@@ -26,12 +24,16 @@ from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import build_model
 from mfcore.timeline import LatentClock, Timeline
 from mfcore.weights import load_strict
+from preprocessing.storage import Store, is_remote
 from workflows import config_io, ranks
 from workflows.config import Stage
-from workflows.engine import Engine, SavedState, save_share
+from workflows.engine import Engine
+from workflows.shelf import COMPLETE, Shelf, join
+from workflows.state import SavedState
 
-COMPLETE = "COMPLETE"
 MODEL = "model.json"
+RECORD = "run.json"
+OUTCOME = "outcome.json"
 Weights = Literal["ema", "raw"]
 
 
@@ -62,103 +64,89 @@ class Progress:
     samples_seen: int
     first: dict[str, float]  # held-out terms before the first step
     last: dict[str, float]  # held-out terms at the latest evaluation
+    skipped: int = 0  # steps left out because a loss or gradient was not finite
 
 
-class CheckpointWriter:
-    """Saves a run's checkpoints under ``root``; every method is called by all ranks together."""
-
-    def __init__(
-        self, root: Path, *, engines: Mapping[str, Engine], ema: Ema, card: ModelCard, facts: Mapping[str, Any],
-        keep: int, may_write: Callable[[], bool],
-    ) -> None:  # fmt: skip
-        self._root, self._engines, self._ema, self._card = root, engines, ema, card
-        self._facts, self._keep, self._may_write = facts, keep, may_write
-
-    def save(self, progress: Progress) -> Path:
-        """A new checkpoint. RuntimeError when another driver has taken the run over meanwhile."""
-        name = ranks.from_first(f"{progress.samples_seen:012d}-{secrets.token_hex(4)}")
-        folder = self._root / name
-        (folder / "state").mkdir(parents=True, exist_ok=True)
-        (folder / "export").mkdir(exist_ok=True)
-        mine = [path for key, engine in self._engines.items() for path in engine.save(folder / "state", key)]
-        average = self._ema.state_dict().items()
-        mine += save_share(folder / "state", "ema", (("weight", k, v) for k, v in average), progress.step)
-        mine += self._export(folder, progress)
-        entries = [entry for part in ranks.gather([_entry(folder, path) for path in mine]) for entry in part]
-        if ranks.rank() == 0:
-            self._complete(folder, dict(entries))
-        ranks.barrier()
-        return folder
-
-    def _export(self, folder: Path, progress: Progress) -> list[Path]:
-        raw = {k: v.float().cpu().clone() for k, v in self._engines["student"].weights()}
-        if ranks.rank() != 0:
-            return []
-        export = folder / "export"
-        save_file(raw, export / "raw.safetensors")
-        save_file({k: v.cpu().contiguous() for k, v in self._ema.state_dict().items()}, export / "ema.safetensors")
-        write_json(export / MODEL, config_io.dump(self._card))
-        write_json(folder / "run.json", {**self._facts, "progress": config_io.dump(progress)})
-        return [export / "raw.safetensors", export / "ema.safetensors", export / MODEL, folder / "run.json"]
-
-    def _complete(self, folder: Path, files: Mapping[str, Any]) -> None:
-        if not self._may_write():
-            raise RuntimeError(f"{self._root.parent} now belongs to another driver: this one stops")
-        write_json(folder / COMPLETE, {"files": files})
-        for old in sorted(self._root.iterdir()):
-            if not (old / COMPLETE).exists():  # of an attempt that died while saving; the run's lock is ours
-                shutil.rmtree(old)
-        for old in complete(self._root)[: -self._keep]:
-            (old / COMPLETE).unlink()  # first: a half-deleted checkpoint must not count
-            shutil.rmtree(old)
+def complete(root: str | Path) -> list[Path]:
+    """The checkpoints in a local folder that exist, oldest first."""
+    return [Path(root, name) for name in Shelf(root).complete()]
 
 
-def complete(root: Path) -> list[Path]:
-    """The checkpoints that exist, oldest first."""
-    return sorted(path.parent for path in root.glob(f"*/{COMPLETE}")) if root.is_dir() else []
+def checkpoints_of(run_dir: str | Path, to: str | None) -> str | Path:
+    """Where a run keeps its checkpoints: below ``to`` (setting ``checkpoint.to``) by its name, else in its folder."""
+    return join(to, Path(run_dir).name, "checkpoints") if to else Path(run_dir, "checkpoints")
 
 
-def verify(folder: Path) -> None:
-    """ValueError when a file is not what COMPLETE says."""
-    for name, facts in read_json(folder / COMPLETE)["files"].items():
-        path = folder / name
-        if not path.exists() or path.stat().st_size != facts["size"] or _digest(path) != facts["sha256"]:
-            raise ValueError(f"{path} is damaged or missing: delete {folder} to go on from the checkpoint before it")
-
-
-def restore(folder: Path, engines: Mapping[str, Engine], ema: Ema) -> Progress:
-    """Load everything that ``CheckpointWriter.save`` wrote."""
+def newest_whole(shelf: Shelf, say: Callable[[str], None]) -> str | None:
+    """The latest complete checkpoint without damage, as rank 0 sees it. Called by all ranks together."""
+    found = None
     if ranks.rank() == 0:
-        verify(folder)
+        for name in reversed(shelf.complete()):
+            if (damage := shelf.damage(name)) is None:
+                found = name
+                break
+            say(f"{damage}: it is passed over")
+    return ranks.from_first(found)
+
+
+def restore(shelf: Shelf, name: str, engines: Mapping[str, Engine], ema: Ema) -> Progress:
+    """Load everything that ``saving.CheckpointWriter`` wrote. Called by all ranks together."""
+    if ranks.first_here():
+        shelf.fetch(name, "state/")
     ranks.barrier()
-    for name, engine in engines.items():
-        engine.load(folder / "state", name)
-    average = SavedState(folder / "state", "ema")
-    ema.load_state_dict({name: average.read("weight", name) for name in ema.state_dict()})
-    return progress_of(folder)
-
-
-def progress_of(folder: Path) -> Progress:
-    return config_io.load(Progress, read_json(folder / "run.json")["progress"])
+    state = shelf.fetch(name, "state/") / "state"
+    for key, engine in engines.items():
+        engine.load(state, key)
+    average = SavedState(state, "ema")
+    ema.load_state_dict({key: average.read("weight", key) for key in ema.state_dict()})
+    ranks.barrier()
+    if ranks.first_here():
+        shelf.forget(name, "state")
+    return config_io.load(Progress, shelf.read(name, "run.json")["progress"])
 
 
 def find_export(path: str | Path) -> Path:
-    """The export folder of a run (its latest complete checkpoint), of a checkpoint, or the export folder itself."""
+    """The export folder of a run (its latest complete checkpoint), of a checkpoint, or the export folder itself.
+
+    What lies in object storage is copied to this machine first.
+    """
+    if is_remote(str(path)):
+        return _fetched_export(str(path))
     place = Path(path)
     if not place.exists():
         raise ValueError(f"{place} does not exist: name a run, such as runs/mutual, or a checkpoint inside one")
     if (place / MODEL).exists():
         return place
+    if (place / RECORD).exists() and not (place / "export").exists():
+        to = read_json(place / RECORD)["config"]["checkpoint"].get("to")
+        return _latest_export(checkpoints_of(place, to), place)
     if (place / "checkpoints").is_dir():
-        found = complete(place / "checkpoints")
-        if not found:
-            raise ValueError(f"{place} has no complete checkpoint yet: run its `mfctl train` command to the end")
-        return found[-1] / "export"
+        return _latest_export(place / "checkpoints", place)
     if (place / "export" / MODEL).exists():
         if not (place / COMPLETE).exists():
             raise ValueError(f"{place} is not complete (its writer died): use another checkpoint of the run")
         return place / "export"
     raise ValueError(f"{place} is neither a run, a checkpoint nor an export: it has no checkpoints/ and no {MODEL}")
+
+
+def _latest_export(root: str | Path, run: str | Path) -> Path:
+    shelf = Shelf(root)
+    if not (found := shelf.complete()):
+        raise ValueError(f"{run} has no complete checkpoint yet: run its `mfctl train` command to the end")
+    return shelf.fetch(found[-1], "export/") / "export"
+
+
+def _fetched_export(uri: str) -> Path:
+    uri = uri.rstrip("/")
+    store = Store(uri)
+    if store.exists(MODEL):  # an export itself
+        uri, store = uri.rpartition("/")[0], Store(uri.rpartition("/")[0])
+    if store.exists(COMPLETE):
+        root, _, name = uri.rpartition("/")
+        return Shelf(root).fetch(name, "export/") / "export"
+    if "checkpoints" in store.listing():
+        return _latest_export(join(uri, "checkpoints"), uri)
+    raise ValueError(f"{uri} is neither a run, a complete checkpoint nor its export: name one that `mfctl train` wrote")
 
 
 def load_card(path: str | Path) -> ModelCard:
@@ -195,12 +183,3 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(path.read_text()))
-
-
-def _entry(folder: Path, path: Path) -> tuple[str, dict[str, Any]]:
-    return path.relative_to(folder).as_posix(), {"size": path.stat().st_size, "sha256": _digest(path)}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

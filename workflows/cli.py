@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from workflows import cli_cluster, console, environment
+from workflows import cli_bench, cli_cluster, console, environment
 from workflows.options import Checkpoint, Config, Dataset, DryRun, Json, Mp4, Out, Overwrite, Preset, Sets
 
 app = typer.Typer(
@@ -313,10 +313,16 @@ def mlflow(
     if dry_run:
         print(shlex.join(command))
         return
-    print(f"MLflow on http://{host}:{port}, store {store}; Ctrl-C ends it", file=sys.stderr, flush=True)
+    print(
+        f"MLflow on http://{host}:{port}, store {store}; Ctrl-C ends it. "
+        "Charts: choose 'Model training' at the top left, the browser remembers it",
+        file=sys.stderr,
+        flush=True,
+    )
     os.execv(sys.executable, command)
 
 
+app.add_typer(cli_bench.app)
 app.add_typer(cli_cluster.app)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mfcore.ema import EmaConfig
+from mfcore.model.adapter import FakeConfig
 from mfcore.model.config import ModelConfig
 from mfcore.objectives.flow_matching import FlowMatchingConfig
 from mfcore.objectives.mutual import MutualConfig
@@ -20,6 +21,7 @@ class CheckpointConfig:
 
     every: int  # samples between checkpoints
     keep: int = 2  # latest complete checkpoints that stay
+    to: str | None = None  # path or URI (s3://bucket/prefix) that keeps them, by the name of the run; None: its folder
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
@@ -36,6 +38,7 @@ class RunConfig:
     model: ModelConfig
     objective: FlowMatchingConfig | MutualConfig
     optim: OptimConfig
+    fake: FakeConfig = field(default_factory=FakeConfig)  # what the fake score is; mutual only
     fake_optim: OptimConfig | None = None  # of the fake-score network; mutual only
     ema: EmaConfig = field(default_factory=EmaConfig)
     data: DataConfig
@@ -43,31 +46,38 @@ class RunConfig:
     checkpoint: CheckpointConfig
     log_every: int = 10  # steps between log lines
     eval_every: int = 100  # steps between held-out evaluations (also made before the first and after the last step)
+    sample_every: int = 0  # samples seen between looks at generated clips (and one at the end); 0: only after the end
+    skip_nonfinite: int = 0  # steps that may be left out because a loss or gradient is not finite, before the run stops
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.log_every < 1 or self.eval_every < 1:
-            raise ValueError("steps, log_every and eval_every must be at least 1")
+        if self.sample_every < 0:
+            raise ValueError(f"sample_every must be at least 0, got {self.sample_every}")
+        if self.steps < 1 or self.log_every < 1 or self.eval_every < 1 or self.skip_nonfinite < 0:
+            raise ValueError("steps, log_every and eval_every must be at least 1, skip_nonfinite at least 0")
         mutual = isinstance(self.objective, MutualConfig)
         if mutual != (self.stage == "mutual"):
             raise ValueError(f"stage {self.stage} does not train with {type(self.objective).__name__}")
         if mutual and self.fake_optim is None:
             raise ValueError("stage mutual needs fake_optim, the optimizer of the fake-score network")
-        if self.data.batch % self.engine.workers:
+        if self.data.batch < self.engine.most * self.unit:
             raise ValueError(
-                f"data.batch {self.data.batch} is not a multiple of engine.workers "
-                f"{self.engine.workers}: change one of them"
+                f"data.batch {self.data.batch} is too small for engine.workers {self.engine.most}: each of them needs "
+                f"at least {self.unit} of its clips"
             )
-        if isinstance(self.objective, MutualConfig):
-            self._check_cycle(len(self.objective.rows))
+        if self.data.batch % self.unit or (self.data.micro or self.unit) % self.unit:
+            raise ValueError(
+                f"data.batch {self.data.batch} and data.micro {self.data.micro} must hold whole cycles of the "
+                f"{self.unit} row kinds of the mutual stage: make them multiples of {self.unit}"
+            )
 
-    def _check_cycle(self, cycle: int) -> None:
-        """Row kinds go by sample number: every backward pass of every rank must hold whole cycles of them."""
-        rows = self.data.micro or self.data.batch // self.engine.workers
-        if rows % cycle:
-            raise ValueError(
-                f"a backward pass of {rows} clips does not hold whole cycles of the {cycle} row kinds of the mutual "
-                f"stage: make data.batch / engine.workers (or data.micro) a multiple of {cycle}"
-            )
+    @property
+    def unit(self) -> int:
+        """Clips that stay together on one rank and in one backward pass.
+
+        Mutual: row kinds go by sample number, and their losses are means over the rows of a kind. With whole cycles of
+        kinds everywhere, means over parts of the batch combine into the mean over all of it.
+        """
+        return len(self.objective.rows) if isinstance(self.objective, MutualConfig) else 1
 
     @property
     def total_samples(self) -> int:

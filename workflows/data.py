@@ -1,15 +1,15 @@
 """The global batch: a pure function of (seed, samples seen). Ranks take contiguous shares of it.
 
-Clips come in epochs, each a permutation drawn from (seed, epoch); sample number s is clip ``s % clips`` of permutation
-``s // clips``, so batches run across epoch borders and nothing is skipped or repeated. A batch's number of chunks is
-drawn from (seed, step) and shared by all ranks; everything else about a row is drawn from its sample number.
+Which clips a batch holds is decided in ``order``, how a rank comes by them in ``supply``. A batch's number of chunks is
+drawn from (seed, step) and shared by all ranks; everything else about a row is drawn from its sample number, which is
+``step * batch + row``: numbers are dense, and no number of ranks enters.
 """
 
-import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,8 @@ from mfcore.codecs.stats import LatentStats
 from mfcore.rng import generator, uniform_rows
 from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Stream
+from workflows.order import Order, make_buckets
+from workflows.supply import Load, Supply
 
 HELD_OUT_FIRST = 1 << 40  # sample numbers of held-out clips: noise that training never draws
 FILLER = -1  # sample number of a row that makes the shares of an evaluation equal and does not count
@@ -31,6 +33,7 @@ class DataConfig:
     batch: int  # clips per optimizer step, over all ranks
     micro: int | None = None  # clips per rank and backward pass; None: the rank's whole share at once
     chunks: tuple[int, int]  # fewest and most chunks of a training clip, drawn for every step
+    shuffle: int = 32  # batches whose clips are mixed with each other; a rank holds its part of so many in memory
     held_out: float = 0.1  # share of the sources kept for evaluation
     held_out_clips: int = 16  # clips of an evaluation
     drop_both: float = 0.1  # chance that caption and transcript are both hidden (guidance)
@@ -42,8 +45,12 @@ class DataConfig:
     # divided out, per modality; 1 (each channel has spread 1) where none is given. Later stages inherit it.
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.prefetch < 1 or self.held_out_clips < 1 or (self.micro or 1) < 1:
-            raise ValueError("data.batch, data.micro, data.held_out_clips and data.prefetch must be at least 1")
+        counts = (self.batch, self.micro or 1, self.shuffle, self.held_out_clips, self.prefetch)
+        if min(counts) < 1 or self.micro == 0:
+            raise ValueError(
+                "data.batch, data.micro, data.shuffle, data.held_out_clips and data.prefetch must be at least 1, got "
+                f"{self.batch}, {self.micro}, {self.shuffle}, {self.held_out_clips} and {self.prefetch}"
+            )
         if not 1 <= self.chunks[0] <= self.chunks[1]:
             raise ValueError(f"data.chunks must be (fewest, most) with 1 <= fewest <= most, got {self.chunks}")
         if not 0 < self.held_out < 1:
@@ -74,10 +81,18 @@ class Clip(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Clips:
-    """The clips of one split: ``lengths[i]`` whole chunks in clip i, ``read(i)`` its tensors."""
+    """The clips of one split: ``lengths[i]`` whole chunks in clip i, ``read(i)`` its tensors.
+
+    ``groups[i]`` and ``shapes[i]``: its row group, and the size of its latents (by default one clip is read at a time,
+    and all have one size). ``load``: how clips of one row group are read at once.
+    """
 
     lengths: Sequence[int]
     read: Callable[[int], Clip]
+    groups: Sequence[int] | None = None
+    shapes: Sequence[Hashable] | None = None
+    load: Load[Clip] | None = None
+    ids: Sequence[str] | None = None  # for messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,55 +171,75 @@ class Share:
 
     rank: int
     world: int
+    unit: int = 1  # rows that stay together on one process and in one micro-batch
 
     def of(self, batch: int) -> slice:
-        if batch % self.world:
+        """Its rows: as many as any other process has, or a unit more or less. ValueError when some would have none."""
+        units = batch // self.unit
+        if batch % self.unit or units < self.world:
             raise ValueError(
-                f"a global batch of {batch} clips cannot be shared by {self.world} workers: "
-                f"set data.batch to a multiple of {self.world}"
+                f"a global batch of {batch} clips gives {self.world} workers no share of whole {self.unit} each: set "
+                f"data.batch to a multiple of {self.unit} that is at least {self.world * self.unit}"
             )
-        size = batch // self.world
-        return slice(self.rank * size, (self.rank + 1) * size)
+        return slice(self.rank * units // self.world * self.unit, (self.rank + 1) * units // self.world * self.unit)
+
+    def micro_batches(self, batch: int, micro: int | None) -> list[slice]:
+        """The same rows in runs of ``micro``, the last one shorter. Every process gets as many runs.
+
+        (For that, one run has a unit more than ``micro`` where ``micro`` is one unit and the shares differ.)
+        """
+        rows, units = self.of(batch), batch // self.unit
+        own, least, most = (rows.stop - rows.start) // self.unit, units // self.world, -(-units // self.world)
+        size = max(1, (micro or batch) // self.unit)
+        count = min(-(-most // size), least)
+        cuts = [min(i * size, own - count + i) for i in range(count)] + [own]
+        return [
+            slice(rows.start + a * self.unit, rows.start + b * self.unit) for a, b in zip(cuts, cuts[1:], strict=False)
+        ]
 
 
 class TrainingBatches:
     """This rank's part of global batch number ``step``, in micro-batches."""
 
     def __init__(self, clips: Clips, assembly: Assembly, config: DataConfig, seed: int, share: Share) -> None:
-        self._clips, self._assembly, self._config, self._seed = clips, assembly, config, seed
-        self._usable = [i for i, length in enumerate(clips.lengths) if length >= config.chunks[0]]
-        if not self._usable:
+        self._clips, self._assembly, self._config, self._seed, self._share = clips, assembly, config, seed, share
+        shapes = clips.shapes if clips.shapes is not None else [None] * len(clips.lengths)
+        buckets = make_buckets(clips.lengths, shapes, *config.chunks, config.batch)
+        if not buckets:
             raise ValueError(
                 f"no training clip holds {config.chunks[0]} chunks (the longest of {len(clips.lengths)}: "
                 f"{max(clips.lengths, default=0)}): preprocess longer clips or lower data.chunks"
             )
-        self._share = share.of(config.batch)
-        self._epoch: tuple[int, list[int]] = (-1, [])
+        groups = clips.groups if clips.groups is not None else range(len(clips.lengths))
+        self._order = Order(buckets, groups, batch=config.batch, shuffle=config.shuffle, seed=seed)
+        self._supply = Supply(_loader(clips), self._order, share.of(config.batch))
 
     def step(self, step: int) -> list[AVBatch]:
         """Pure: equal arguments and configuration give equal batches, whatever came before."""
-        numbers = range(step * self._config.batch, (step + 1) * self._config.batch)
-        clips = [self._clip(s) for s in numbers]
-        chunks = min(self._chunks(step), *(self._clips.lengths[i] for i in clips))
-        own = list(zip(clips, numbers, strict=True))[self._share]
-        size = self._config.micro or len(own)
-        return [self._assemble(own[i : i + size], chunks) for i in range(0, len(own), size)]
+        chunks, own = self._chunks(step), self._share.of(self._config.batch)
+        clips = self._supply.take(step)
+        return [
+            self._assemble(clips[part.start - own.start : part.stop - own.start], step, part, chunks)
+            for part in self._share.micro_batches(self._config.batch, self._config.micro)
+        ]
+
+    def clip_ids(self, samples: Tensor) -> list[str]:
+        """The clips behind sample numbers of training, on any rank."""
+        numbers = [self._order.clip_of(*divmod(int(s), self._config.batch)) for s in samples]
+        return [self._clips.ids[i] if self._clips.ids else self._clips.read(i).id for i in numbers]
 
     def _chunks(self, step: int) -> int:
-        low, high = self._config.chunks
-        return int(torch.randint(low, high + 1, (1,), generator=generator(self._seed, "chunks", step)))
+        low, _ = self._config.chunks
+        most = self._order.chunks(step)
+        return int(torch.randint(low, most + 1, (1,), generator=generator(self._seed, "chunks", step)))
 
-    def _clip(self, sample: int) -> int:
-        epoch, position = divmod(sample, len(self._usable))
-        if self._epoch[0] != epoch:
-            order = torch.randperm(len(self._usable), generator=generator(self._seed, "epoch", epoch))
-            self._epoch = epoch, order.tolist()
-        return self._usable[self._epoch[1][position]]
+    def _assemble(self, clips: Sequence[Clip], step: int, rows: slice, chunks: int) -> AVBatch:
+        samples = torch.arange(rows.start, rows.stop) + step * self._config.batch
+        return drop_conditions(self._assembly.batch(clips, chunks, samples, self._seed), self._config, self._seed)
 
-    def _assemble(self, rows: Sequence[tuple[int, int]], chunks: int) -> AVBatch:
-        samples = torch.tensor([sample for _, sample in rows])
-        batch = self._assembly.batch([self._clips.read(clip) for clip, _ in rows], chunks, samples, self._seed)
-        return drop_conditions(batch, self._config, self._seed)
+
+def _loader(clips: Clips) -> Load[Clip]:
+    return clips.load or (lambda numbers: [partial(clips.read, i) for i in numbers])
 
 
 def drop_conditions(batch: AVBatch, config: DataConfig, seed: int) -> AVBatch:
@@ -220,11 +255,8 @@ def drop_conditions(batch: AVBatch, config: DataConfig, seed: int) -> AVBatch:
 
 
 def held_out_batches(clips: Clips, assembly: Assembly, config: DataConfig, seed: int, share: Share) -> list[AVBatch]:
-    """This rank's part of the fixed evaluation: the first held-out clips, whole conditions, always the same noise."""
-    usable = [i for i, length in enumerate(clips.lengths) if length >= config.chunks[0]]
-    if not usable:
-        raise ValueError("no held-out clip is long enough to evaluate on: add clips, or raise data.held_out")
-    chosen = usable[: config.held_out_clips]
+    """This rank's part of the fixed evaluation: the same held-out clips, whole conditions, always the same noise."""
+    chosen = _held_out_clips(clips, config)
     chunks = min(config.chunks[1], *(clips.lengths[i] for i in chosen))
     rows = [(clip, HELD_OUT_FIRST + n) for n, clip in enumerate(chosen)]
     rows += [(chosen[0], FILLER)] * (-len(rows) % share.world)
@@ -241,39 +273,13 @@ def held_out_batches(clips: Clips, assembly: Assembly, config: DataConfig, seed:
     ]
 
 
-T = TypeVar("T")
-
-
-def prefetched(make: Callable[[int], T], first: int, last: int, ahead: int) -> Iterator[T]:
-    """``make(first) .. make(last - 1)`` in order, made by a background thread at most ``ahead`` items early."""
-    ready: queue.Queue[T | BaseException] = queue.Queue(ahead)
-    stop = threading.Event()
-
-    def put(item: T | BaseException) -> None:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.2)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for i in range(first, last):
-                if stop.is_set():
-                    return
-                put(make(i))
-        except BaseException as error:  # handed to the consumer, who raises it
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="prefetch")
-    thread.start()
-    try:
-        for _ in range(first, last):
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+def _held_out_clips(clips: Clips, config: DataConfig) -> list[int]:
+    """The longest ones of the commonest shape, so that one short clip does not shorten all."""
+    usable = [i for i, length in enumerate(clips.lengths) if length >= config.chunks[0]]
+    if not usable:
+        raise ValueError("no held-out clip is long enough to evaluate on: add clips, or raise data.held_out")
+    if clips.shapes is not None:
+        shapes = clips.shapes
+        commonest, _ = Counter(shapes[i] for i in usable).most_common(1)[0]
+        usable = [i for i in usable if shapes[i] == commonest]
+    return sorted(usable, key=lambda i: -min(clips.lengths[i], config.chunks[1]))[: config.held_out_clips]

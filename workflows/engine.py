@@ -10,21 +10,24 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mfcore.ema import Storage, WholeWeights
 from mfcore.optim import OptimConfig, adamw
 from mfcore.types import VelocityModel
 from workflows import ranks
+from workflows.gradients import GradientWatch, flattened, gradient_of, set_lr, trained
+from workflows.state import SavedState, Snapshot, take_snapshot
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LARGEST_BUCKET = 500_000_000  # elements that DeepSpeed gathers before it sends gradients; it allocates them all at once
+STAY_WHOLE = 100_000  # elements: smaller weights stay gathered on every rank at ZeRO-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +37,34 @@ class EngineConfig:
     kind: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards: nothing, moments, + gradients, + weights
     precision: Literal["fp32", "bf16"] = "fp32"  # of the network's arithmetic; weights and moments stay float32
-    workers: int = 2  # processes: one per GPU, or CPU processes that share the cores
+    offload_optimizer: bool = False  # float32 weights and moments in CPU memory, updated there; ZeRO 1 to 3
+    recompute: bool = False  # run layers again in the backward pass instead of keeping what is inside them
+    workers: int | tuple[int, int] = 2  # processes: one per GPU, or CPU processes that share the cores. (fewest, most):
+    # as many as the cluster has room for at the time
     use_gpu: bool = False
     max_failures: int = 2  # restarts from the latest checkpoint before the run is given up
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"a run needs at least one worker, got {self.workers}")
+        if not 1 <= self.fewest <= self.most:
+            raise ValueError(f"engine.workers is a number or [fewest, most], at least 1: got {self.workers}")
+        if self.offload_optimizer and (self.kind == "torch" or self.zero_stage == 0):
+            raise ValueError(
+                "engine.offload_optimizer moves what ZeRO shards: with it, set engine.kind=deepspeed and "
+                f"engine.zero_stage to 1, 2 or 3; got {self.kind}, {self.zero_stage}"
+            )
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What networks compute in, if not float32."""
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+    @property
+    def fewest(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class NonFiniteError(ValueError):
@@ -69,11 +93,20 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter with its full float32 value; all ranks must walk to the end."""
+        """Every trained parameter with its full float32 value; all ranks must walk to the end."""
         ...
 
-    def save(self, folder: Path, name: str) -> list[Path]:
-        """Write this rank's share of weights and moments; returns the files."""
+    @property
+    def storage(self) -> Storage:
+        """Where the weights of the module that it does not train are kept."""
+        ...
+
+    def discard(self) -> None:
+        """Forget the gradients since the last step, and leave everything else as it is."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """A copy of this rank's share of weights and moments."""
         ...
 
     def load(self, folder: Path, name: str) -> None:
@@ -94,10 +127,10 @@ class TorchEngine:
     def __init__(self, module: nn.Module, optim: OptimConfig, config: EngineConfig) -> None:
         self._net = module
         self._optim = optim
-        self._autocast = config.precision == "bf16"
-        self._trainable = [p for p in module.parameters() if p.requires_grad]
+        self._autocast = config.autocast
+        self._trained = trained(module)
         self._optimizer = adamw(module, optim)
-        self._watch = GradientWatch(self._trainable)
+        self._watch = GradientWatch(self._trained.values())
         self._steps = 0
 
     @property
@@ -105,7 +138,8 @@ class TorchEngine:
         return cast(VelocityModel, self._call)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(self._trainable[0].device.type, torch.bfloat16, enabled=self._autocast):
+        device = next(iter(self._trained.values())).device.type
+        with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
             return self._net(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
@@ -116,12 +150,13 @@ class TorchEngine:
         return self._watch.flag
 
     def step(self, lr: float) -> float:
-        flat = ranks.mean(_flat([_gradient(p) for p in self._trainable]))
+        mine = list(self._trained.values())
+        flat = ranks.mean(flattened([gradient_of(p) for p in mine]))
         norm = flat.norm()
         flat *= (self._optim.clip / (norm + 1e-6)).clamp(max=1.0)
-        for p, gradient in zip(self._trainable, flat.split([p.numel() for p in self._trainable]), strict=True):
+        for p, gradient in zip(mine, flat.split([p.numel() for p in mine]), strict=True):
             p.grad = gradient.view_as(p)
-        _set_lr(self._optimizer, lr)
+        set_lr(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._watch.clear()
@@ -129,21 +164,29 @@ class TorchEngine:
         return float(norm)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from ((name, p.detach()) for name, p in self._net.named_parameters())
+        yield from ((name, p.detach()) for name, p in self._trained.items())
 
-    def save(self, folder: Path, name: str) -> list[Path]:
-        return save_share(folder, name, self._tensors(), self._steps)
+    @property
+    def storage(self) -> Storage:
+        return WholeWeights()
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad()
+        self._watch.clear()
+
+    def snapshot(self) -> Snapshot:
+        return take_snapshot(self._tensors(), self._steps)
 
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        for name, p in self._net.named_parameters():
+        for name, p in self._trained.items():
             yield "weight", name, p.detach()
             for key in MOMENTS if p in self._optimizer.state else ():
                 yield key, name, self._optimizer.state[p][key]
 
     def load(self, folder: Path, name: str) -> None:
         state = SavedState(folder, name)
-        state.check({n: p.shape for n, p in self._net.named_parameters()})
-        for key, p in self._net.named_parameters():
+        state.check({n: p.shape for n, p in self._trained.items()})
+        for key, p in self._trained.items():
             p.data.copy_(state.read("weight", key))
             if state.has("exp_avg", key):
                 moments = {moment: state.read(moment, key).to(p.device) for moment in MOMENTS}
@@ -158,7 +201,8 @@ class DeepSpeedEngine:
         self._ds = _deepspeed()
         self._zero = config.zero_stage
         self._optim = optim
-        self._watch = GradientWatch([p for p in module.parameters() if p.requires_grad])
+        self._trained = trained(module)
+        self._watch = GradientWatch(self._trained.values())
         self._optimizer = adamw(module, optim)
         with contextlib.redirect_stdout(sys.stderr):
             self._engine, *_ = self._ds.initialize(
@@ -170,13 +214,26 @@ class DeepSpeedEngine:
             self._optimizer.register_step_pre_hook(self._clip)
 
     def _settings(self, config: EngineConfig) -> dict[str, Any]:
+        offload = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
         return {
             "train_micro_batch_size_per_gpu": 1,
             "managed_gradient_accumulation": False,  # we say when a step ends
             "gradient_clipping": self._optim.clip if self._zero else 0.0,
-            "zero_optimization": {"stage": self._zero, "overlap_comm": False},
+            "zero_optimization": {
+                "stage": self._zero,
+                "overlap_comm": False,
+                "reduce_bucket_size": min(LARGEST_BUCKET, sum(p.numel() for p in self._trained.values())),
+                "stage3_param_persistence_threshold": STAY_WHOLE,
+                **offload,
+            },
             "zero_allow_untested_optimizer": True,
-            "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+            "zero_force_ds_cpu_optimizer": False,  # its own needs a compiler; torch's takes the same steps as elsewhere
+            "torch_autocast": {
+                "enabled": config.autocast is not None,
+                "dtype": "bfloat16",
+                # ranks exchange float32: else weights that are gathered whole (the average's, an export's) are rounded
+                "lower_precision_safe_modules": [],
+            },
         }
 
     def _clip(self, *_: Any) -> None:
@@ -194,31 +251,44 @@ class DeepSpeedEngine:
         return self._watch.flag
 
     def step(self, lr: float) -> float:
-        _set_lr(self._optimizer, lr)
+        set_lr(self._optimizer, lr)
         self._engine.step()
         self._watch.clear()
         self._steps += 1
         return self._norm if self._zero == 0 else float(self._engine.get_global_grad_norm())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, p in self._engine.module.named_parameters():
+        for name, p in self._trained.items():
             with self._whole(p):
                 yield name, p.detach()
 
-    def _whole(self, p: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
-        """The parameter unsharded (a change made inside, the same on all ranks, is kept)."""
-        return self._ds.zero.GatheredParameters([p], modifier_rank=0) if self._zero == 3 else contextlib.nullcontext()
+    @property
+    def storage(self) -> Storage:
+        return Zero3Weights(self._ds) if self._zero == 3 else WholeWeights()
 
-    def save(self, folder: Path, name: str) -> list[Path]:
+    def _whole(self, p: nn.Parameter, *, change: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """The parameter unsharded; with ``change``, what rank 0 makes of it inside is kept."""
+        return _whole(self._ds, p, change=change) if self._zero == 3 else contextlib.nullcontext()
+
+    def discard(self) -> None:
+        """The ordinary way of a step, which clears what each stage keeps where, but for the update itself."""
+        self._optimizer.step = lambda closure=None: None  # hides the method of the class
+        try:
+            self._engine.step()
+        finally:
+            del self._optimizer.step
+        self._watch.clear()
+
+    def snapshot(self) -> Snapshot:
         if self._steps:
             self._link_moments()
-        return save_share(folder, name, self._tensors(), self._steps)
+        return take_snapshot(self._tensors(), self._steps)
 
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        for name, p in self._engine.module.named_parameters():
+        for name, p in self._trained.items():
             with self._whole(p):
                 yield "weight", name, p.detach()
-            for key in MOMENTS if self._steps and p.requires_grad else ():
+            for key in MOMENTS if self._steps else ():
                 yield key, name, self._moment(p, key)
 
     def _moment(self, p: nn.Parameter, key: str) -> Tensor:
@@ -233,18 +303,17 @@ class DeepSpeedEngine:
         if state.steps:
             self._start_moments(state.steps)
             self._link_moments()
-        for key, p in self._engine.module.named_parameters():
+        for key, p in self._trained.items():
             value = state.read("weight", key).to(p.device)
-            with self._whole(p):
+            with self._whole(p, change=True):
                 p.copy_(value)
-            if p.requires_grad:
-                self._put(p, value)
+            self._put(p, value)
             for moment in MOMENTS if state.has("exp_avg", key) else ():
                 self._put(p, state.read(moment, key).to(value.device), moment)
         self._steps = state.steps
 
     def _shapes(self) -> dict[str, torch.Size]:
-        return {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._engine.module.named_parameters()}
+        return {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._trained.items()}
 
     def _put(self, p: nn.Parameter, value: Tensor, key: str | None = None) -> None:
         """Set this rank's part of the float32 weight (no key) or of a moment."""
@@ -253,9 +322,7 @@ class DeepSpeedEngine:
             if key:
                 self._optimizer.state[p][key].copy_(value)
         elif self._zero == 3:
-            part = -(-value.numel() // ranks.world())
-            flat = nn.functional.pad(value.flatten(), (0, part * ranks.world() - value.numel()))
-            mine = flat.narrow(0, part * ranks.rank(), part)
+            mine = _part(value)
             if key:
                 tools.safe_set_local_optimizer_state(p, mine, key)
             else:
@@ -285,6 +352,34 @@ class DeepSpeedEngine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
+class Zero3Weights:
+    """Frozen weights below a ZeRO-3 engine: each rank keeps an equal part of each, and small ones whole besides."""
+
+    def __init__(self, deepspeed: Any) -> None:
+        self._ds = deepspeed
+
+    def places(self, p: nn.Parameter, value: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        kept = cast(Any, p)
+        yield kept.ds_tensor, _part(value.to(kept.ds_tensor.device))
+        if p.numel() == value.numel():  # gathered for good
+            yield p.data, value.to(p.device)
+
+    def value(self, p: nn.Parameter) -> Tensor:
+        with _whole(self._ds, p):
+            return p.detach().cpu().clone()
+
+
+def _whole(deepspeed: Any, p: nn.Parameter, *, change: bool = False) -> contextlib.AbstractContextManager[Any]:
+    return deepspeed.zero.GatheredParameters([p], modifier_rank=0 if change else None)
+
+
+def _part(value: Tensor) -> Tensor:
+    """This rank's part of a weight, as ZeRO-3 cuts it: equal parts, the last one padded with zeros."""
+    part = -(-value.numel() // ranks.world())
+    flat = nn.functional.pad(value.flatten(), (0, part * ranks.world() - value.numel()))
+    return flat.narrow(0, part * ranks.rank(), part)
+
+
 def _deepspeed() -> Any:
     """The module, with its compilers off and its chatter away from standard output (which carries ``--json``)."""
     if not torch.cuda.is_available():
@@ -299,77 +394,3 @@ def _deepspeed() -> Any:
     with contextlib.redirect_stdout(sys.stderr):
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return deepspeed
-
-
-class GradientWatch:
-    """Looks at every gradient as it is made, before an engine shards or averages it."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.flag = torch.zeros((), dtype=torch.bool, device=parameters[0].device)
-        for p in parameters:
-            p.register_hook(self._look)
-
-    def _look(self, gradient: Tensor) -> None:
-        self.flag |= ~torch.isfinite(gradient).all()
-
-    def clear(self) -> None:
-        self.flag.zero_()
-
-
-def _gradient(p: nn.Parameter) -> Tensor:
-    """A weight the losses did not touch has gradient zero (as under ZeRO), so it decays alike in all engines."""
-    return torch.zeros_like(p) if p.grad is None else p.grad
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([t.reshape(-1) for t in tensors])
-
-
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def save_share(folder: Path, name: str, tensors: Iterator[tuple[str, str, Tensor]], steps: int) -> list[Path]:
-    """Write those of ``tensors`` (kind, parameter, value; the same walk on all ranks) that fall to this rank."""
-    share: dict[str, Tensor] = {}
-    turn: dict[str, int] = {}
-    for kind, parameter, value in tensors:
-        if turn.setdefault(parameter, len(turn)) % ranks.world() == ranks.rank():
-            share[f"{kind}/{parameter}"] = value.float().cpu().clone()
-    path = folder / f"{name}-{ranks.rank():05d}-of-{ranks.world():05d}.safetensors"
-    save_file(share, path, metadata={"steps": str(steps)})
-    return [path]
-
-
-class SavedState:
-    """What ``save_share`` wrote on all ranks, read tensor by tensor."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        files = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder} holds no state of the network {name!r}")
-        self._where: dict[str, Any] = {}
-        self.steps = 0
-        for path in files:
-            handle = safe_open(path, framework="pt")
-            self.steps = int(handle.metadata()["steps"])
-            self._where |= dict.fromkeys(handle.keys(), handle)
-        self._folder = folder
-
-    def has(self, kind: str, parameter: str) -> bool:
-        return f"{kind}/{parameter}" in self._where
-
-    def read(self, kind: str, parameter: str) -> Tensor:
-        return self._where[f"{kind}/{parameter}"].get_tensor(f"{kind}/{parameter}")
-
-    def check(self, shapes: dict[str, torch.Size]) -> None:
-        """Names and shapes must be the network's own."""
-        saved = {key.removeprefix("weight/"): h for key, h in self._where.items() if key.startswith("weight/")}
-        if saved.keys() != shapes.keys():
-            odd = sorted(saved.keys() ^ shapes.keys())[:3]
-            raise ValueError(f"{self._folder} holds the state of another network: {', '.join(odd)} ... differ")
-        for name, handle in saved.items():
-            shape = tuple(handle.get_slice(f"weight/{name}").get_shape())
-            if shape != tuple(shapes[name]):
-                raise ValueError(f"{self._folder}: {name} is {shape} there and {tuple(shapes[name])} here")

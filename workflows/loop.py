@@ -1,11 +1,11 @@
 """The training loop. It knows engines, objective, tracker and batches by what they do, and no stage by name."""
 
-import math
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from mfcore.ema import Ema
 from mfcore.objectives.terms import Objective, StepInfo, Term, report, total
@@ -15,6 +15,7 @@ from workflows import ranks
 from workflows.checkpoint import Progress
 from workflows.data import FILLER
 from workflows.engine import Engine, NonFiniteError
+from workflows.meter import Meter, line
 from workflows.tracking import STEP, Tracker
 
 Models = Mapping[str, VelocityModel]
@@ -31,6 +32,42 @@ class LoopConfig:
     log_every: int  # steps
     eval_every: int  # steps
     save_every: int  # samples
+    skip_nonfinite: int = 0  # steps that may be left out because a loss or gradient is not finite
+
+
+class Saver(Protocol):
+    """Writes checkpoints while training goes on. Every method is called by all ranks together."""
+
+    def save(self, progress: Progress) -> object: ...
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the checkpoint being written cannot be."""
+        ...
+
+    def wait(self) -> None:
+        """Until everything is written; raises what went wrong."""
+        ...
+
+
+class Stopped(RuntimeError):
+    """The run was told to end early; a checkpoint of its last step is written. Raised on all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a run has around it besides its numbers."""
+
+    notice: Callable[[], str]  # why this rank is to stop, "" while it is not
+    beat: Callable[[int, str], object]  # told of the step and of what this rank is about to do in it
+    name_clips: Callable[[Tensor], list[str]]  # clip ids of sample numbers
+    say: Callable[[str], None]  # a line for people
+    # a look at a step's end, by all ranks, given what will be logged: makes samples when they are due, adds numbers
+    look: Callable[[Progress, Mapping[str, float]], dict[str, float]] = lambda progress, log: {}
+
+
+Pass = tuple[AVBatch, dict[str, list[Term]]]
+"""A micro-batch and its terms, without gradient, by the network they train."""
 
 
 def run_loop(
@@ -45,54 +82,136 @@ def run_loop(
     evaluate: Callable[[Models], dict[str, float]],
     count_tokens: Callable[[AVBatch], int],
     tracker: Tracker,
-    save: Callable[[Progress], object],
-    say: Callable[[str], None],
+    saver: Saver,
+    around: Surroundings,
 ) -> Progress:
     """Train from ``start`` to the end of the stage; returns the final progress, which is saved.
 
-    ``batches``: this rank's micro-batches of every step from ``start.step`` on.
+    ``batches``: this rank's micro-batches of every step from ``start.step`` on. NonFiniteError, Stopped and the
+    saver's own error are raised on all ranks together, between two steps.
     """
-    models: dict[str, VelocityModel] = {"ema": ema.module} | {name: e.module for name, e in engines.items()}
-    meter, progress = Meter(), start
+    models: dict[str, VelocityModel] = {"ema": ema.model} | {name: e.module for name, e in engines.items()}
+    progress = start
     if start.step == 0:
         first = evaluate(models)
         progress = replace(start, first=first, last=first)
         tracker.log(0, {STEP: 0, **held_out(first)})
-        say(line(progress, config, {}))
+        around.say(line(config.name, config.steps, progress, {}))
+    meter = Meter()
     for micros in batches:
-        waited = meter.waited()
+        meter.got_batch()
         step = progress.step
+        around.beat(step, "computing")
         info = StepInfo(seed=config.seed, step=step, stage_step=step)
-        terms: dict[str, list[Term]] = {}
-        seen: list[Term] = []
-        for micro in micros:
-            terms = objective(models, micro, info)
-            share = len(micro.samples) / sum(len(m.samples) for m in micros)
-            for name, own in terms.items():
-                engines[name].backward(total(own) * share)
-            stop_if_not_finite(terms, {name: engines[name] for name in terms}, config, step, micro)
-            seen += [term for own in terms.values() for term in own]
-            meter.add(len(micro.samples), count_tokens(micro))
-        rates = {name: learning_rate(optims[name], step, config.steps) for name in terms}
-        norms = {name: engines[name].step(rates[name]) for name in terms}
-        ema.update(engines["student"].weights(), step)
+        passes = [backward(objective, models, engines, micro, info, config.batch) for micro in micros]
+        meter.add(sum(len(micro.samples) for micro, _ in passes), sum(count_tokens(micro) for micro, _ in passes))
+        around.beat(step, "waiting for the others")
+        bad, noticed, unsaved = agreed(passes, engines, around.notice(), saver.failed)
+        around.beat(step, "updating")
+        if unsaved:
+            saver.wait()  # raises
+        seen, log = [] if bad else [term for _, terms in passes for own in terms.values() for term in own], {}
+        if bad:
+            leave_out(config, progress, passes, engines, around)
+            progress = replace(progress, skipped=progress.skipped + 1)
+        else:
+            trained = passes[0][1].keys()
+            rates = {name: learning_rate(optims[name], step, config.steps) for name in trained}
+            norms = {name: engines[name].step(rates[name]) for name in trained}
+            ema.update(engines["student"].weights(), step)
+            log = {f"grad_norm/{n}": v for n, v in norms.items()} | {f"lr/{n}": v for n, v in rates.items()}
         done = step + 1
         progress = replace(progress, step=done, samples_seen=done * config.batch)
-        last, log = done == config.steps, {}
+        last = done == config.steps
         if done % config.log_every == 0 or last:
-            log = report(over_all_ranks(seen))
-            log |= {f"grad_norm/{n}": v for n, v in norms.items()} | {f"lr/{n}": v for n, v in rates.items()}
-            log |= meter.read()
+            log = report(over_all_ranks(seen)) | log | meter.read((config.steps - done) * config.batch)
+        else:
+            log = {}
         if done % config.eval_every == 0 or last:
-            progress = replace(progress, last=evaluate(models))
+            with meter.apart():
+                progress = replace(progress, last=evaluate(models))
             log |= held_out(progress.last)
         if log:
-            tracker.log(done, {STEP: progress.samples_seen, "data_wait_s": waited, **log})
-            say(line(progress, config, log))
-        if last or crosses(progress.samples_seen, config.batch, config.save_every):
-            save(progress)
-        meter.resume()
+            around.say(line(config.name, config.steps, progress, log))
+        with meter.apart():
+            log |= around.look(progress, log)
+        if log:
+            tracker.log(done, {STEP: progress.samples_seen, **log})
+        if last or noticed or crosses(progress.samples_seen, config.batch, config.save_every):
+            with meter.saving():
+                saver.save(progress)
+        if noticed and not last:
+            stop(config, progress, saver, around)
+        around.beat(progress.step, "fetching the batch of")
+        meter.pause()
+    saver.wait()
     return progress
+
+
+def backward(
+    objective: Objective, models: Models, engines: Mapping[str, Engine], micro: AVBatch, info: StepInfo, batch: int
+) -> Pass:
+    """Loss and gradient of one micro-batch.
+
+    Engines average gradients over the ranks, whose shares may differ: a micro-batch counts by its part of the global
+    ``batch``, as if the ranks had equal ones. (Where rows differ in kind, each micro-batch holds them in equal parts.)
+    """
+    terms = objective(models, micro, info)
+    for name, own in terms.items():
+        engines[name].backward(total(own) * (len(micro.samples) * ranks.world() / batch))
+    return micro, {name: [replace(t, values=t.values.detach()) for t in own] for name, own in terms.items()}
+
+
+def agreed(passes: Sequence[Pass], engines: Mapping[str, Engine], notice: str, failed: bool) -> list[bool]:
+    """What any rank knows, on all ranks: a loss or gradient that is not finite, a notice, a checkpoint that failed."""
+    losses = [t.values for _, terms in passes for own in terms.values() for t in own if t.values.numel()]
+    bad = torch.stack([~torch.isfinite(values).all() for values in losses]).any()
+    for engine in engines.values():
+        bad = bad | engine.bad_gradient
+    rest = torch.tensor([bool(notice), failed], device=bad.device)
+    return ranks.any_of(torch.cat([bad[None], rest]))
+
+
+def leave_out(
+    config: LoopConfig, progress: Progress, passes: Sequence[Pass], engines: Mapping[str, Engine], around: Surroundings
+) -> None:
+    """Forget the gradients of a step that is not finite; NonFiniteError when no more may be left out."""
+    mine = [blame(terms, micro, around.name_clips) for micro, terms in passes if not _finite(terms)]
+    if not mine and (names := [f"the gradient of {name}" for name, e in engines.items() if bool(e.bad_gradient)]):
+        clips = [clip for micro, _ in passes for clip in around.name_clips(micro.samples)]
+        mine = [f"{', '.join(names)} on clips {', '.join(clips)}"]
+    found = "; ".join(f"rank {r}: {text}" for r, texts in enumerate(ranks.gather(mine)) for text in texts)
+    text = f"stage {config.name}, step {progress.step}: not finite: {found}"
+    if progress.skipped >= config.skip_nonfinite:
+        raise NonFiniteError(
+            f"{text}. No weight was changed; {progress.skipped} such steps were left out before. Lower optim.lr, raise "
+            "optim.warm_up, look at those clips, or allow some with --set skip_nonfinite=N; then run the same command "
+            "to go on from the last checkpoint"
+        )
+    around.say(f"{text}. Step left out ({progress.skipped + 1} of {config.skip_nonfinite})")
+    for name in passes[0][1]:
+        engines[name].discard()
+
+
+def blame(terms: Mapping[str, list[Term]], micro: AVBatch, name_clips: Callable[[Tensor], list[str]]) -> str:
+    """The losses that are not finite and the clips of their micro-batch."""
+    keys = [t.key for own in terms.values() for t in own if not torch.isfinite(t.values).all()]
+    clips = ", ".join(name_clips(micro.samples))
+    return f"the loss {', '.join(keys)} on clips {clips} (samples {int(micro.samples[0])}..{int(micro.samples[-1])})"
+
+
+def _finite(terms: Mapping[str, list[Term]]) -> bool:
+    return all(bool(torch.isfinite(t.values).all()) for own in terms.values() for t in own)
+
+
+def stop(config: LoopConfig, progress: Progress, saver: Saver, around: Surroundings) -> None:
+    """End between two steps, on a notice."""
+    saver.wait()
+    reasons = [f"rank {rank}: {text}" for rank, text in enumerate(ranks.gather(around.notice())) if text]
+    raise Stopped(
+        f"stage {config.name} stopped after step {progress.step} of {config.steps} ({'; '.join(reasons)}); "
+        "its checkpoint is written: run the same command to go on"
+    )
 
 
 def crosses(samples: int, batch: int, every: int) -> bool:
@@ -102,26 +221,6 @@ def crosses(samples: int, batch: int, every: int) -> bool:
 
 def held_out(terms: Mapping[str, float]) -> dict[str, float]:
     return {f"held_out/{key}": value for key, value in terms.items()}
-
-
-def stop_if_not_finite(
-    terms: Mapping[str, list[Term]], engines: Mapping[str, Engine], config: LoopConfig, step: int, batch: AVBatch
-) -> None:
-    """All ranks raise NonFiniteError together, before any weight has moved, when any has a bad loss or gradient."""
-    flat = [term for own in terms.values() for term in own]
-    bad = torch.stack([~torch.isfinite(t.values).all() for t in flat if t.values.numel()]).any()
-    for engine in engines.values():
-        bad = bad | engine.bad_gradient
-    if not ranks.any_true(bad):
-        return
-    names = [f"the loss {t.key}" for t in flat if not torch.isfinite(t.values).all()]
-    names = names or [f"the gradient of {name}" for name, e in engines.items() if bool(e.bad_gradient)]
-    samples = f"{int(batch.samples[0])}..{int(batch.samples[-1])}"
-    found = [text for text in ranks.gather(f"{', '.join(names)} on samples {samples}" if names else "") if text]
-    raise NonFiniteError(
-        f"stage {config.name}, step {step}: not finite: {'; '.join(found)}. No weight was changed; lower optim.lr, "
-        "raise optim.warm_up, or look at those samples, then run the same command to go on from the last checkpoint"
-    )
 
 
 def over_all_ranks(terms: Iterable[Term]) -> list[Term]:
@@ -149,47 +248,3 @@ def evaluate_terms(objective: Objective, batches: list[AVBatch], seed: int, mode
             sums[term.key] = sums.get(term.key, 0.0) + float(term.values[counts].mean(-1).sum())
     rows = sum(int((batch.samples != FILLER).sum()) for batch in batches)
     return ranks.mean_numbers({key: value / max(1, rows) for key, value in sums.items()}, rows)
-
-
-class Meter:
-    """Speed since it was last read, and the time spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._since = self._resumed = time.perf_counter()
-        self._samples = self._tokens = 0
-
-    def waited(self) -> float:
-        """Seconds between the end of the last step and now, when its batch is there."""
-        return time.perf_counter() - self._resumed
-
-    def resume(self) -> None:
-        self._resumed = time.perf_counter()
-
-    def add(self, samples: int, tokens: int) -> None:
-        self._samples += samples
-        self._tokens += tokens
-
-    def read(self) -> dict[str, float]:
-        """Over all ranks."""
-        elapsed = time.perf_counter() - self._since
-        world = ranks.world()
-        out = {"samples_per_s": world * self._samples / elapsed, "tokens_per_s": world * self._tokens / elapsed}
-        self._since, self._samples, self._tokens = time.perf_counter(), 0, 0
-        return out
-
-
-def line(progress: Progress, config: LoopConfig, log: Mapping[str, float]) -> str:
-    """One line for people: step, losses, speed, time left."""
-    parts = [f"{config.name} {progress.step}/{config.steps}"]
-    parts += [f"{key} {value:.4f}" for key, value in log.items() if key.count("/") == 1 and _is_loss(key)]
-    if not log:
-        parts += [f"held_out/{key} {value:.4f}" for key, value in progress.first.items()]
-    speed = log.get("samples_per_s", 0.0)
-    if speed > 0:
-        left = (config.steps - progress.step) * config.batch / speed
-        parts += [f"{speed:.1f} samples/s", f"{math.ceil(left)} s left"]
-    return "  ".join(parts)
-
-
-def _is_loss(key: str) -> bool:
-    return not key.startswith(("grad_norm/", "lr/"))

@@ -3,6 +3,7 @@
 Thin words over ``torch.distributed``; without a process group they describe a single process.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,11 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first_here() -> bool:
+    """Whether this is the first process of the run on its machine (the launcher says so in LOCAL_RANK)."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def barrier() -> None:
@@ -51,12 +57,12 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
-def any_true(flag: Tensor) -> bool:
-    """Whether the flag is set on any rank."""
+def any_of(flags: Tensor) -> list[bool]:
+    """For each flag whether it is set on any rank: one message for all."""
     if world() > 1:
-        flag = flag.float()
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+        flags = flags.float()
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
 
 
 def mean_numbers(numbers: Mapping[str, float], weight: float = 1.0) -> dict[str, float]:

@@ -65,9 +65,7 @@ def log(
     new = [part for part in parts if part["key"] not in logged]
     if not new:
         return run_id
-    parent = open_tracker(
-        uri=uri, folder=results.folder / "log", experiment=EXPERIMENT, name=name, run_id=run_id, ordered=False
-    )
+    parent = open_tracker(uri=uri, folder=results.folder / "log", experiment=EXPERIMENT, name=name, run_id=run_id)
     with finished(parent):
         if run_id is None:
             parent.params(facts)
@@ -103,7 +101,6 @@ def _log_part(part: Part, parts: Sequence[Part], parent: Tracker, results: Resul
         experiment=EXPERIMENT,
         name=part["name"],
         parent=parent.run_id,
-        ordered=False,
     )
     row = part["rows"][0]
     with finished(child):

@@ -3,15 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from mfcore.codecs.known import build_codec
+from mfcore.ema import decay_at
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import build_model
 from mfcore.objectives.flow_matching import FlowMatching
 from mfcore.objectives.mutual import Mutual, MutualConfig
 from mfcore.objectives.terms import Objective
+from mfcore.optim import learning_rate
 from mfcore.types import AUDIO, VIDEO
 from mfcore.weights import joined, load_strict
 from preprocessing.reader import ClipDataset, DatasetMeta
@@ -71,6 +74,19 @@ def held_out_objective(config: RunConfig) -> Objective:
     rows = ("real",) * len(config.objective.rows)
     judged = replace(config.objective, rows=rows, fake_from=NEVER, dmd_from=NEVER)
     return Mutual(judged)
+
+
+def schedule_position(config: RunConfig, step: int) -> dict[str, Any]:
+    """Where the stage's schedules stand at ``step``: pure functions of it, so this is for readers of a checkpoint."""
+    optims = {"student": config.optim, **({"fake": config.fake_optim} if config.fake_optim else {})}
+    facts: dict[str, Any] = {"lr": {name: learning_rate(o, step, config.steps) for name, o in optims.items()}}
+    facts["ema_decay"] = decay_at(config.ema, step)
+    if isinstance(mutual := config.objective, MutualConfig):
+        kinds = [mutual.kind(row, step) for row in range(len(mutual.rows))]
+        facts["history"] = {kind: kinds.count(kind) / len(kinds) for kind in sorted(set(kinds))}  # share of the rows
+        facts["strengths"] = [2.0**-k for k in mutual.strengths]  # of coupled history, drawn per step
+        facts["dmd_weight"] = mutual.dmd_weight * mutual.dmd_scale(step)
+    return {"schedule": {"stage_step": step, **facts}}
 
 
 def headline(plan: StagePlan, terms: Mapping[str, float]) -> float:

@@ -1,7 +1,7 @@
 """Where a run's numbers go. The only file that imports mlflow; without it they go to JSON lines.
 
-Metrics of MLflow are append-only, so a run that resumes from a checkpoint repeats no step that was logged before: a
-tracker drops what comes at or before its last step.
+Metrics of MLflow are append-only, so a run that resumes from a checkpoint must repeat no step that was logged before.
+The log of a training therefore goes to disk first, where what was logged is dropped (``workflows.delivery``).
 """
 
 import fcntl
@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,16 @@ from workflows.environment import absolute
 
 PARENT = "mlflow.parentRunId"  # tag of a run that belongs to another one
 STEP = "samples_seen"  # logged with every entry: tells a resumed run where the log ends
+ONCE = "mfctl.once"  # tag of a run whose making may be asked for again: the value belongs to this run alone
+MOST_METRICS = 1000  # in one batch
 MAX_VALUE = 500  # longest parameter value that every MLflow store accepts
+METRICS, PARAMS, ARTIFACTS = "metrics.jsonl", "params.json", "artifacts.jsonl"
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag by which MLflow's UI tells a training's experiment from one about language models. (3.17 asks the browser's
+own switch, "Model training", instead, or ``?workflowType=machine_learning`` in the address.)"""
+
+Entry = Mapping[str, Any]
+"""What ``log`` wrote: step, time in seconds, and the metrics by name."""
 
 
 class Tracker(Protocol):
@@ -31,7 +40,10 @@ class Tracker(Protocol):
         ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Everything of one step, at once; nothing happens for a step that was logged before."""
+        """What is known of one step; ``STEP`` is among it. Nothing happens for a step that was logged before.
+
+        Without ``STEP``: something more about the latest step; what that has already is left out.
+        """
         ...
 
     def params(self, values: Mapping[str, Any]) -> None: ...
@@ -67,21 +79,37 @@ class JsonLines:
     def __init__(self, folder: Path, *, ordered: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._ordered = folder, ordered
-        self._last = max((entry["step"] for entry in read_lines(folder / "metrics.jsonl")), default=-1)
+        for name in (METRICS, ARTIFACTS):
+            drop_cut_line(folder / name)
+        self._last, self._names = -1, set[str]()
+        for entry, _ in read_places(folder / METRICS):
+            self._remember(entry["step"], entry)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._ordered and step <= self._last:
+        if self._ordered:
+            if step < self._last or (step == self._last and STEP in metrics):
+                return
+            self._remember(step, ())
+            metrics = {name: value for name, value in metrics.items() if name not in self._names}
+            self._remember(step, metrics)
+        if not metrics:
             return
-        self._last = step
         entry = {"step": step, "time": time.time(), **metrics}
-        with (self._folder / "metrics.jsonl").open("a") as file:
+        with (self._folder / METRICS).open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
+    def _remember(self, step: int, names: Iterable[str]) -> None:
+        if step > self._last:
+            self._last, self._names = step, set()
+        self._names |= set(names)
+
     def params(self, values: Mapping[str, Any]) -> None:
-        (self._folder / "params.json").write_text(json.dumps(dict(values), indent=1))
+        temporary = self._folder / f".tmp-{PARAMS}"
+        temporary.write_text(json.dumps(dict(values), indent=1, default=str))
+        temporary.replace(self._folder / PARAMS)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        with (self._folder / "artifacts.jsonl").open("a") as file:
+        with (self._folder / ARTIFACTS).open("a") as file:
             file.write(json.dumps({"path": str(path), "folder": folder}) + "\n")
 
     def finish(self, *, failed: bool = False) -> None:
@@ -89,14 +117,29 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of a JSON lines file; a last line cut short by a crash is left out."""
-    out: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            out.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return out
+    """The entries of a JSON lines file; what a crash cut short is left out."""
+    return [entry for entry, _ in read_places(path)]
+
+
+def read_places(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """The same from byte ``start`` on, each with the byte at which the next one begins."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            start += len(line)
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line), start
+
+
+def drop_cut_line(path: Path) -> None:
+    """Take away what a killed writer left of its last line: the next line must not be glued to it."""
+    if path.exists():
+        whole = max((end for _, end in read_places(path)), default=0)
+        os.truncate(path, whole)
 
 
 @contextmanager
@@ -122,8 +165,6 @@ class Mlflow:
         name: str,
         run_id: str | None,
         tags: Mapping[str, str],
-        *,
-        ordered: bool = True,
     ) -> None:
         from mlflow import MlflowClient
 
@@ -133,31 +174,53 @@ class Mlflow:
             self._client = MlflowClient(tracking_uri=uri)
             self._client.search_experiments(max_results=1)  # makes the tables of a new store
         self._artifacts = artifact_root(uri)
-        self._last, self._ordered = -1, ordered
         if run_id is None:
             with one_at_a_time(uri):  # two runs must not create one experiment twice
                 run_id = self._start(experiment, name, tags)
         else:
             self._client.set_terminated(run_id, "RUNNING")
-            history = self._client.get_metric_history(run_id, STEP)
-            self._last = max((metric.step for metric in history), default=-1)
         self.run_id: str | None = run_id
         self._run = run_id
 
     def _start(self, experiment: str, name: str, tags: Mapping[str, str]) -> str:
-        known = self._client.get_experiment_by_name(experiment)
-        number = known.experiment_id if known else self._client.create_experiment(experiment, self._artifacts)
+        number = self._experiment(experiment)
+        if ONCE in tags:  # asked for before, and the answer was lost
+            known = self._client.search_runs([number], f"tags.`{ONCE}` = '{tags[ONCE]}'", max_results=1)
+            if known:
+                return known[0].info.run_id
         run = self._client.create_run(number, run_name=name, tags=dict(tags))
         return run.info.run_id
 
+    def _experiment(self, name: str) -> str:
+        known = self._client.get_experiment_by_name(name)
+        if known is None:
+            return self._client.create_experiment(name, self._artifacts, tags=KIND)
+        for key, value in KIND.items():
+            if key not in known.tags:
+                self._client.set_experiment_tag(known.experiment_id, key, value)
+        return known.experiment_id
+
+    @property
+    def samples_seen(self) -> float:
+        """Of the latest entry that MLflow has; -1 when it has none."""
+        return self._client.get_run(self._run).data.metrics.get(STEP, -1.0)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._ordered and step <= self._last:
-            return
+        self.send([{"step": step, "time": time.time(), **metrics}])
+
+    def send(self, entries: Sequence[Entry]) -> None:
+        """Entries of JSON lines, in order. The same entry twice counts once: a store tells metrics by their time."""
         from mlflow.entities import Metric
 
-        self._last = step
-        now = int(time.time() * 1000)
-        self._client.log_batch(self._run, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
+        batch: list[Metric] = []
+        for entry in entries:
+            at, step = int(entry["time"] * 1000), entry["step"]
+            metrics = [Metric(k, float(v), at, step) for k, v in entry.items() if k not in ("step", "time")]
+            if len(batch) + len(metrics) > MOST_METRICS:
+                self._client.log_batch(self._run, metrics=batch)
+                batch = []
+            batch += metrics
+        self._client.log_batch(self._run, metrics=batch)
 
     def params(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -171,6 +234,11 @@ class Mlflow:
 
     def finish(self, *, failed: bool = False) -> None:
         self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
+
+
+def mlflow_is_here() -> bool:
+    """Installed, and not refused by ``MFCTL_TRACKER=json``."""
+    return os.environ.get("MFCTL_TRACKER") != "json" and importlib.util.find_spec("mlflow") is not None
 
 
 def tracking_uri(runs_dir: str | Path) -> str:
@@ -196,19 +264,16 @@ def open_tracker(
     run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
     parent: str | None = None,
-    ordered: bool = True,
 ) -> Tracker:
     """MLflow where it is installed, else (or when MFCTL_TRACKER=json asks for it) JSON lines in ``folder``.
 
-    ``parent``: id of the run that this one belongs to. ``ordered`` False: steps are places on an axis, not moments of a
-    course (a sweep's evaluations), so none is dropped for coming after a later one.
+    For what is not a course in time, such as a sweep: entries may come in any order, and an error of MLflow is raised.
+    ``parent``: id of the run that this one belongs to.
     """
-    if os.environ.get("MFCTL_TRACKER") == "json" or importlib.util.find_spec("mlflow") is None:
-        return JsonLines(folder, ordered=ordered)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if not mlflow_is_here():
+        return JsonLines(folder, ordered=False)
     belongs = {PARENT: parent} if parent else {}
-    return Mlflow(uri, experiment, name, run_id, {**(tags or {}), **belongs}, ordered=ordered)
+    return Mlflow(uri, experiment, name, run_id, {**(tags or {}), **belongs})
 
 
 def log_all(tracker: Tracker, paths: Iterable[Path], folder: str) -> None:

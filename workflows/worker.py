@@ -1,7 +1,8 @@
 """What every rank of a training run does, under Ray Train or without it."""
 
-import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,36 @@ from mfcore.ema import Ema
 from mfcore.types import AVBatch
 from preprocessing.lease import LeaseLost, check_token
 from preprocessing.reader import ClipDataset, open_dataset
-from preprocessing.schema import ClipTensors
 from preprocessing.storage import Store
-from workflows import config_io, ranks
-from workflows.checkpoint import CheckpointWriter, ModelCard, Progress, complete, read_json, restore, write_json
+from workflows import config_io, notice, ranks
+from workflows.alarms import Alarms
+from workflows.checkpoint import (
+    OUTCOME,
+    RECORD,
+    ModelCard,
+    Progress,
+    checkpoints_of,
+    newest_whole,
+    read_json,
+    restore,
+    write_json,
+)
 from workflows.config import RunConfig, Stage
-from workflows.data import Assembly, Clips, Share, TrainingBatches, held_out_batches, prefetched
-from workflows.engine import NonFiniteError, build_engine
-from workflows.loop import LoopConfig, evaluate_terms, run_loop
-from workflows.stages import STAGES, held_out_objective, initial_network, objective_of
-from workflows.tracking import Silent, Tracker, open_tracker
+from workflows.data import Assembly, Clips, Share, TrainingBatches, held_out_batches
+from workflows.delivery import open_training_tracker
+from workflows.engine import NonFiniteError
+from workflows.loop import LoopConfig, Stopped, Surroundings, evaluate_terms, run_loop
+from workflows.networks import build_networks
+from workflows.notice import Notices
+from workflows.pulse import BEATS, Pulse
+from workflows.samples import Looks, Sampler
+from workflows.saving import CheckpointWriter
+from workflows.shelf import Shelf
+from workflows.stages import STAGES, held_out_objective, initial_network, objective_of, schedule_position
+from workflows.supply import prefetched
+from workflows.tracking import PARAMS, Silent, Tracker
 
-RECORD = "run.json"
-OUTCOME = "outcome.json"
 LOG = "log.txt"
-CACHE_BYTES = 1 << 30  # decoded clips kept per rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,62 +55,83 @@ class Job:
     token: str  # of the run's lease: a rank of a dead driver finds another one and writes nothing
 
 
-def work(job: Job) -> None:
+def work(job: Job, leaving: Callable[[], str] = lambda: "") -> None:
     """Train to the end of the stage, from the latest complete checkpoint if there is one.
 
-    Rank 0 leaves ``outcome.json``. A loss that is not finite is an outcome too: trying again would give it again.
+    Rank 0 leaves ``outcome.json``. A loss that is not finite is an outcome too: trying again would give it again. So is
+    a notice to end. ``leaving``: the launcher's word that a machine is about to go; such a run is saved, and Stopped
+    is raised to the launcher, which starts it again elsewhere.
     """
+    notice.listen()
     tracker = _tracker(job)
+    pulse = Pulse(job.run_dir / BEATS, ranks.rank())
     try:
-        progress = _train(job, tracker)
+        progress = _train(job, tracker, pulse, Notices(job.run_dir, job.token, leaving))
     except NonFiniteError as error:
         _finish(job, tracker, {"error": str(error)})
-        return
-    _finish(job, tracker, {"progress": config_io.dump(progress)})
+    except Stopped as error:
+        if any(ranks.gather(leaving())):
+            raise
+        _finish(job, tracker, {"stopped": str(error)})
+    else:
+        _finish(job, tracker, {"progress": config_io.dump(progress)})
+    finally:
+        pulse.close()
 
 
-def _train(job: Job, tracker: Tracker) -> Progress:
+def _train(job: Job, tracker: Tracker, pulse: Pulse, notices: Notices) -> Progress:
     config, device = job.config, ranks.device()
-    plan = STAGES[config.stage]
-    student = initial_network(config, job.parents).to(device)
-    ema = Ema(student, config.ema)
-    nets = {name: copy.deepcopy(student) for name in plan.trained}
-    optims = {name: config.fake_optim if name == "fake" else config.optim for name in plan.trained}
-    optims = {name: optim for name, optim in optims.items() if optim is not None}
-    engines = {name: build_engine(net, optims[name], config.engine) for name, net in nets.items()}
+    nets = build_networks(config, initial_network(config, job.parents).to(device))
+    engines, ema = nets.engines, nets.ema
     start = Progress(step=0, samples_seen=0, first={}, last={})
-    if saved := complete(job.run_dir / "checkpoints"):
-        start = restore(saved[-1], engines, ema)
-        _say(job, f"{config.stage} goes on from step {start.step}")
-    share = Share(rank=ranks.rank(), world=ranks.world())
+    shelf = Shelf(checkpoints_of(job.run_dir, config.checkpoint.to))
+    if saved := newest_whole(shelf, lambda text: _say(job, text)):
+        start = restore(shelf, saved, engines, ema)
+        _say(job, f"{config.stage} goes on from step {start.step} on {ranks.world()} workers")
     train, held_out, assembly = _splits(job)
+    share = Share(rank=ranks.rank(), world=ranks.world(), unit=config.unit)
     batches = TrainingBatches(train, assembly, config.data, config.seed, share)
-    judged = [b.to(device) for b in held_out_batches(held_out, assembly, config.data, config.seed, share)]
+    every = replace(share, unit=1)
+    judged = [b.to(device) for b in held_out_batches(held_out, assembly, config.data, config.seed, every)]
     objective = held_out_objective(config)
-    return run_loop(
-        loop_config(config),
-        start,
+    saver = CheckpointWriter(
+        shelf,
         engines=engines,
-        optims=optims,
         ema=ema,
-        objective=objective_of(config),
-        batches=prefetched(
-            lambda step: [b.to(device) for b in batches.step(step)], start.step, config.steps, config.data.prefetch
-        ),
-        evaluate=lambda models: evaluate_terms(objective, judged, config.seed, models),
-        count_tokens=lambda batch: count_tokens(config, batch),
-        tracker=tracker,
-        save=CheckpointWriter(
-            job.run_dir / "checkpoints",
-            engines=engines,
-            ema=ema,
-            card=job.card,
-            facts=_facts(job, tracker),
-            keep=config.checkpoint.keep,
-            may_write=lambda: _is_ours(job),
-        ).save,
-        say=lambda text: _say(job, text),
+        card=job.card,
+        facts=lambda progress: _facts(job, tracker, progress),
+        keep=config.checkpoint.keep,
+        may_write=lambda: _is_ours(job),
     )
+    with closing(saver):
+        return run_loop(
+            loop_config(config),
+            start,
+            engines=engines,
+            optims=nets.optims,
+            ema=ema,
+            objective=objective_of(config),
+            batches=prefetched(
+                lambda step: [b.to(device) for b in batches.step(step)], start.step, config.steps, config.data.prefetch
+            ),
+            evaluate=lambda models: evaluate_terms(objective, judged, config.seed, models),
+            count_tokens=lambda batch: count_tokens(config, batch),
+            tracker=tracker,
+            saver=saver,
+            around=Surroundings(
+                notice=notices,
+                beat=pulse,
+                name_clips=batches.clip_ids,
+                say=lambda text: _say(job, text),
+                look=_looks(job, ema, tracker, pulse),
+            ),
+        )
+
+
+def _looks(job: Job, ema: Ema, tracker: Tracker, pulse: Pulse) -> Looks:
+    say: Callable[[str], None] = lambda text: _say(job, text)
+    sampler = Sampler(job.run_dir, job.data, job.config.data.held_out)
+    return Looks(job.config, job.card, ema, sampler, tracker, Alarms(job.run_dir, say), pulse, say)
 
 
 def loop_config(config: RunConfig) -> LoopConfig:
@@ -106,6 +143,7 @@ def loop_config(config: RunConfig) -> LoopConfig:
         log_every=config.log_every,
         eval_every=config.eval_every,
         save_every=config.checkpoint.every,
+        skip_nonfinite=config.skip_nonfinite,
     )
 
 
@@ -120,31 +158,25 @@ def _splits(job: Job) -> tuple[Clips, Clips, Assembly]:
     plan, config = STAGES[job.config.stage], job.config.data
     train, held_out = open_dataset(job.data, plan.modalities).held_out(config.held_out)
     assembly = Assembly(timeline=job.card.timeline, stats=job.card.stats)
-    return cached_clips(train), cached_clips(held_out), assembly
+    return clips_of(train), clips_of(held_out), assembly
 
 
-def cached_clips(dataset: ClipDataset, limit: int = CACHE_BYTES) -> Clips:
-    """The clips of a dataset, the first ``limit`` bytes of latents kept in memory: shuffled reads are slow on disk."""
-    kept: dict[int, ClipTensors] = {}
-    size = 0
-
-    def read(i: int) -> ClipTensors:
-        nonlocal size
-        if i in kept:
-            return kept[i]
-        clip = dataset.clip(i)
-        weight = sum(x.nbytes for x in (clip.video, clip.audio) if x is not None)
-        if size + weight <= limit:
-            kept[i] = clip
-            size += weight
-        return clip
-
-    return Clips(lengths=dataset.lengths, read=read)
+def clips_of(dataset: ClipDataset) -> Clips:
+    """The clips of a dataset, to be read a row group at a time."""
+    return Clips(
+        lengths=dataset.lengths,
+        read=dataset.clip,
+        groups=dataset.groups,
+        shapes=dataset.shapes,
+        load=dataset.load,
+        ids=dataset.ids,
+    )
 
 
-def _facts(job: Job, tracker: Tracker) -> dict[str, Any]:
-    """``run.json`` of a checkpoint, but for the progress."""
-    return read_json(job.run_dir / RECORD) | {"mlflow_run": tracker.run_id}
+def _facts(job: Job, tracker: Tracker, progress: Progress) -> dict[str, Any]:
+    """``run.json`` of a checkpoint, but for the progress: the run's record, and where its schedules stand."""
+    position = schedule_position(job.config, progress.step)
+    return read_json(job.run_dir / RECORD) | {"mlflow_run": tracker.run_id, "workers": ranks.world(), **position}
 
 
 def _is_ours(job: Job) -> bool:
@@ -156,24 +188,20 @@ def _is_ours(job: Job) -> bool:
 
 
 def _tracker(job: Job) -> Tracker:
-    """Rank 0's: the run's MLflow run, continued when the run was begun before."""
+    """Rank 0's: the run's log, continued when the run was begun before."""
     if ranks.rank() != 0:
         return Silent()
-    place = job.run_dir / "mlflow.json"
-    known = read_json(place)["run"] if place.exists() else None
-    tracker = open_tracker(
-        uri=job.tracking_uri,
-        folder=job.run_dir,
-        experiment="train",
-        name=job.run_dir.name,
-        run_id=known,
-        tags={"stage": job.config.stage, "run_dir": str(job.run_dir), "dataset": job.data},
-    )
-    if known is None:
-        write_json(place, {"uri": job.tracking_uri, "run": tracker.run_id})
-        tracker.params(config_io.flatten(config_io.dump(job.config)))
+    tracker = training_tracker(job.config, job.data, job.run_dir, job.tracking_uri, lambda text: _say(job, text))
+    if not (job.run_dir / PARAMS).exists():
         tracker.artifact(job.run_dir / RECORD, "configuration")
+        tracker.params(config_io.flatten(config_io.dump(job.config)))
     return tracker
+
+
+def training_tracker(config: RunConfig, data: str, run_dir: Path, uri: str, say: Callable[[str], None]) -> Tracker:
+    """Where the run in ``run_dir`` keeps its log, and from where it is sent on."""
+    tags = {"stage": config.stage, "run_dir": str(run_dir), "dataset": data}
+    return open_training_tracker(run_dir, uri=uri, experiment="train", tags=tags, say=say)
 
 
 def _finish(job: Job, tracker: Tracker, outcome: dict[str, Any]) -> None:

@@ -1,11 +1,12 @@
 """The network: branches coupled in self-attention (METHOD 4). A uni-modal model has one branch, same code."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mfcore.model.attention import attend, dense_or_none, history_mask, same_mask
 from mfcore.model.block import TextTokens
@@ -40,6 +41,7 @@ class AVTransformer(nn.Module):
         self.config = config
         names = [m for m in MODALITIES if m in config.branches]
         self.branches = nn.ModuleDict({m: Branch(config, config.branches[m]) for m in names})
+        self.recompute = False  # run layers again in the backward pass instead of keeping what is inside them
 
     def forward(
         self,
@@ -142,21 +144,33 @@ class AVTransformer(nn.Module):
         kept: list[KeyValue] = []
         sink_angle = self._sink_angles(step.at, memory)
         for layer in range(self.config.layers):
-            blocks = {m: self.branch(m).block(layer) for m in hidden}
-            mods = {m: b.modulation(step.shared[m], step.local[m]) for m, b in blocks.items()}
-            q, k, v = (
-                torch.cat(parts, dim=2)
-                for parts in zip(*(b.project(hidden[m], mods[m]) for m, b in blocks.items()), strict=True)
-            )
-            own = KeyValue(rotate(k, step.angle), v)
-            kept.append(own if rotated else KeyValue(k, v))
-            seen = self._recall(memory, layer, sink_angle)
-            keys = own if seen is None else seen.join(own)
-            out = attend(rotate(q, step.angle), keys.k, keys.v, step.mask).split(step.sizes, dim=2)
-            hidden = {
-                m: b.update(hidden[m], o, mods[m], step.text[m]) for (m, b), o in zip(blocks.items(), out, strict=True)
-            }
+            run = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
+            hidden, own = run(layer, hidden, step, self._recall(memory, layer, sink_angle), rotated)
+            kept.append(own)
         return hidden, kept
+
+    def _layer(
+        self, layer: int, hidden: dict[str, Tensor], step: _Pass, seen: KeyValue | None, rotated: bool
+    ) -> tuple[dict[str, Tensor], KeyValue]:
+        blocks = {m: self.branch(m).block(layer) for m in hidden}
+        mods = {m: b.modulation(step.shared[m], step.local[m]) for m, b in blocks.items()}
+        q, k, v = (
+            torch.cat(parts, dim=2)
+            for parts in zip(*(b.project(hidden[m], mods[m]) for m, b in blocks.items()), strict=True)
+        )
+        own = KeyValue(rotate(k, step.angle), v)
+        keys = own if seen is None else seen.join(own)
+        out = attend(rotate(q, step.angle), keys.k, keys.v, step.mask).split(step.sizes, dim=2)
+        hidden = {
+            m: b.update(hidden[m], o, mods[m], step.text[m]) for (m, b), o in zip(blocks.items(), out, strict=True)
+        }
+        return hidden, own if rotated else KeyValue(k, v)
+
+    def _recomputed(self, *args: Any) -> tuple[dict[str, Tensor], KeyValue]:
+        """A layer of which only what goes in and comes out is kept until the backward pass."""
+        # no early stop: engines that shard weights count entries into and exits from every module
+        with set_checkpoint_early_stop(False):
+            return cast(Any, checkpoint(self._layer, *args, use_reentrant=False, preserve_rng_state=False))
 
     def _sink_angles(self, at: Positions, memory: LayeredMemory) -> Tensor:
         """Angles of the sink's copies, one per chunk of the pass, (copies * tokens, half), at the window's edge."""

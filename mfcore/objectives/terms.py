@@ -12,6 +12,7 @@ from torch import Tensor
 from mfcore.types import AVBatch, VelocityModel
 
 LEVEL_BINS = 4
+PLACES = ("first", "middle", "last")  # of a chunk in its clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +72,27 @@ def total(terms: Iterable[Term]) -> Tensor:
 
 
 def report(terms: Iterable[Term]) -> dict[str, float]:
-    """Unweighted means by term and modality, and by noise bin where the level is known."""
-    out: dict[str, float] = {}
-    by_bin: dict[str, list[Tensor]] = defaultdict(list)
+    """Unweighted means: by term and modality, by noise bin where the level is known, and by place of the chunk.
+
+    ``KEY``, ``KEY/t0`` (clean) .. ``KEY/t3`` (noise), ``KEY/chunk_first``, ``KEY/chunk_middle``, ``KEY/chunk_last``.
+    """
+    parts: dict[str, list[Tensor]] = defaultdict(list)
     for term in terms:
         if not term.values.numel():
             continue
         values = term.values.detach()
-        out[term.key] = float(values.mean())
+        parts[term.key].append(values.flatten())
         if term.level is not None:
             bins = (term.level.to(values.device) * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1)
             for b in range(LEVEL_BINS):
-                if bool((bins == b).any()):
-                    by_bin[f"{term.key}/t{b}"].append(values[bins == b].mean())
-    return out | {key: float(torch.stack(v).mean()) for key, v in by_bin.items()}
+                parts[f"{term.key}/t{b}"].append(values[bins == b])
+        place = chunk_places(values.shape[1]).to(values.device)
+        for b, name in enumerate(PLACES):
+            parts[f"{term.key}/chunk_{name}"].append(values[:, place == b].flatten())
+    whole = {key: torch.cat(pieces) for key, pieces in parts.items()}
+    return {key: float(values.mean()) for key, values in whole.items() if values.numel()}
+
+
+def chunk_places(chunks: int) -> Int64[Tensor, " K"]:
+    """Index into ``PLACES`` of every chunk: thirds of the clip; two chunks are the first and the last."""
+    return (torch.arange(chunks) * 2 / max(1, chunks - 1)).round().long()

@@ -10,7 +10,7 @@ from mfcore.flow import TimeConfig
 from mfcore.model.config import BranchConfig, ModelConfig
 from mfcore.model.transformer import build_model
 from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig, flow_matching_terms, history_use
-from mfcore.objectives.terms import StepInfo, Term, chunk_means, report, total
+from mfcore.objectives.terms import StepInfo, Term, chunk_means, chunk_places, report, total
 from mfcore.steps import Context, levels
 from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Stream
 from tests.mfcore.analytic import GaussianModel, condition, spread, stream
@@ -48,9 +48,30 @@ def test_terms_are_weighed_and_averaged_in_one_place():
     a = Term(name="a", modality=AUDIO, values=torch.tensor([[1.0, 3.0]]), weight=0.5, level=torch.tensor([[0.1, 0.9]]))
     b = Term(name="b", modality=VIDEO, values=torch.tensor([[4.0, 4.0], [4.0, 4.0]]))
     assert float(total([a, b])) == 0.5 * 2 + 4
-    assert report([a, b]) == {"a/audio": 2.0, "b/video": 4.0, "a/audio/t0": 1.0, "a/audio/t3": 3.0}
+    assert report([a, b]) == {
+        "a/audio": 2.0,
+        "a/audio/t0": 1.0,
+        "a/audio/t3": 3.0,
+        "a/audio/chunk_first": 1.0,
+        "a/audio/chunk_last": 3.0,
+        "b/video": 4.0,
+        "b/video/chunk_first": 4.0,
+        "b/video/chunk_last": 4.0,
+    }
     with pytest.raises(ValueError, match="no loss term"):
         total([])
+
+
+def test_a_report_tells_the_first_chunks_from_the_last():
+    drift = Term(name="a", modality=VIDEO, values=torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 6]))
+    found = report([drift])
+    assert found == {
+        "a/video": 21 / 12,
+        "a/video/chunk_first": 0.75,
+        "a/video/chunk_middle": 1.75,
+        "a/video/chunk_last": 2.75,
+    }
+    assert [chunk_places(n).tolist() for n in (1, 2, 3)] == [[0], [0, 2], [0, 1, 2]]
 
 
 def test_a_sample_has_the_same_terms_in_any_batch():

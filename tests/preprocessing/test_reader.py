@@ -13,6 +13,7 @@ from preprocessing.pipeline import PreprocessConfig, build_encoders, process_sou
 from preprocessing.reader import open_dataset
 from preprocessing.source import find_sources
 from tests.preprocessing.mediafolder import make_folder, write_clip
+from tests.workflows.dataset import write_dataset
 from workflows.preprocess import preprocess
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2)
@@ -88,6 +89,33 @@ def test_cache_never_changes_what_is_read(place, monkeypatch):
     small = open_dataset(str(place / "out"))
     walk = [0, 2, 1, 0, 2]
     assert [small.clip(i).id for i in walk] == [small.ids[i] for i in walk]
+
+
+def test_loading_reads_each_row_group_once_and_no_picture(tmp_path, monkeypatch):
+    data = open_dataset(write_dataset(tmp_path / "set", clips=24))
+    asked: list[tuple[int, list[str]]] = []
+    real = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda self, i, columns, **how: asked.append((i, columns)) or real(self, i, columns=columns, **how),
+    )
+    numbers = [20, 3, 17, 0, 3]
+    clips = [make() for make in data.load(numbers)]
+    assert sorted(group for group, _ in asked) == [0, 1]
+    assert not any("first_frame_png" in columns for _, columns in asked)
+    assert [clip.id for clip in clips] == [data.ids[i] for i in numbers]
+    assert all(torch.equal(clip.video, data.clip(i).video) for clip, i in zip(clips, numbers, strict=True))
+    assert clips[0].first_frame_png is None
+    assert data.groups == [0] * 16 + [1] * 8, "known without reading a row"
+    assert data.shapes == [(4, 4)] * 24
+
+
+def test_a_view_numbers_its_row_groups_from_zero(tmp_path):
+    data = open_dataset(write_dataset(tmp_path / "set", clips=24))
+    for view in data.held_out(0.3):
+        assert set(view.groups) <= {0, 1}
+        assert [view.load([i])[0]().id for i in range(len(view))] == view.ids
 
 
 def test_split_is_by_source_and_survives_growth(tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def write_dataset(folder: Path, clips: int = 24, chunks: int = 5, *, channels: i
         "config": {"modality": "paired", "text_width": 8},
         "fingerprint": fingerprint,
         "text_codec": "test-words",
-        "codecs": {VIDEO: f"test-video/{channels}", AUDIO: "test-audio"},
+        "codecs": {VIDEO: f"dct-v1/c{channels}/b8/g4", AUDIO: f"mel-v1/r16000/w1024/h256/m80/g4/c{CHANNELS[AUDIO]}"},
         "clocks": {m: {"rate": str(c.rate), "offset": str(c.offset), "head": c.head} for m, c in CLOCKS.items()},
         "stats": stats,
         "chunk_seconds": "1/2",

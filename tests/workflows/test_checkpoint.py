@@ -1,6 +1,7 @@
 """A checkpoint exists when COMPLETE does; what is in it rebuilds the network without anything else."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,16 +16,17 @@ from mfcore.timeline import audio_clock
 from tests.mfcore.tiny import batch, model_config
 from workflows.checkpoint import (
     COMPLETE,
-    CheckpointWriter,
     ModelCard,
     Progress,
     complete,
     find_export,
     load_export,
+    newest_whole,
     restore,
-    verify,
 )
 from workflows.engine import EngineConfig, build_engine
+from workflows.saving import CheckpointWriter, SaveError
+from workflows.shelf import Shelf
 
 CARD = ModelCard(
     model=model_config("audio"),
@@ -46,17 +48,31 @@ def parts(seed: int):
     return {"student": build_engine(net, OptimConfig(), EngineConfig(kind="torch", workers=1))}, ema
 
 
-def writer(root: Path, engines, ema, keep: int = 2, *, ours: bool = True) -> CheckpointWriter:
+def writer(root: Path | str, engines, ema, keep: int = 2, *, ours: bool = True) -> CheckpointWriter:
     return CheckpointWriter(
-        root, engines=engines, ema=ema, card=CARD, facts={"stage": "audio"}, keep=keep, may_write=lambda: ours
+        Shelf(root),
+        engines=engines,
+        ema=ema,
+        card=CARD,
+        facts=lambda _: {"stage": "audio"},
+        keep=keep,
+        may_write=lambda: ours,
     )
+
+
+def saved(root: Path | str, engines, ema, progress: Progress = PROGRESS) -> Path:
+    """The place of a checkpoint that is written."""
+    saver = writer(root, engines, ema)
+    place = saver.save(progress)
+    saver.wait()
+    return Path(place)
 
 
 def test_what_is_saved_comes_back(tmp_path):
     engines, ema = parts(0)
-    folder = writer(tmp_path / "checkpoints", engines, ema).save(PROGRESS)
+    folder = saved(tmp_path / "checkpoints", engines, ema)
     others, average = parts(1)
-    assert restore(folder, others, average) == PROGRESS
+    assert restore(Shelf(folder.parent), folder.name, others, average) == PROGRESS
     for (name, a), (_, b) in zip(engines["student"].weights(), others["student"].weights(), strict=True):
         assert torch.equal(a, b), name
     assert all(torch.equal(a, average.state_dict()[name]) for name, a in ema.state_dict().items())
@@ -67,7 +83,7 @@ def test_what_is_saved_comes_back(tmp_path):
 @pytest.mark.parametrize("place", [".", "checkpoints/{name}", "checkpoints/{name}/export"])
 def test_an_export_is_found_from_run_checkpoint_or_itself(tmp_path, place):
     engines, ema = parts(0)
-    folder = writer(tmp_path / "checkpoints", engines, ema).save(PROGRESS)
+    folder = saved(tmp_path / "checkpoints", engines, ema)
     model, card = load_export(tmp_path / place.format(name=folder.name))
     assert card == CARD
     clips = batch(1, 2, "audio")
@@ -87,27 +103,31 @@ def test_partial_checkpoints_do_not_exist_and_old_ones_go(tmp_path):
     with pytest.raises(ValueError, match="no complete checkpoint"):
         find_export(tmp_path)
     for n in (1, 2, 3):
-        writer(root, engines, ema).save(Progress(step=n, samples_seen=4 * n, first={}, last={}))
+        saved(root, engines, ema, Progress(step=n, samples_seen=4 * n, first={}, last={}))
     assert [p.name.split("-")[0] for p in sorted(root.iterdir())] == ["000000000008", "000000000012"]
     assert complete(root) == sorted(root.iterdir())
 
 
 def test_a_driver_that_lost_the_run_completes_nothing(tmp_path):
     engines, ema = parts(0)
-    with pytest.raises(RuntimeError, match="belongs to another driver"):
-        writer(tmp_path, engines, ema, ours=False).save(PROGRESS)
+    saver = writer(tmp_path, engines, ema, ours=False)
+    saver.save(PROGRESS)
+    with pytest.raises(SaveError, match="belongs to another driver"):
+        saver.wait()
     assert complete(tmp_path) == []
 
 
-def test_damage_is_seen(tmp_path):
+def test_damage_is_seen_and_the_checkpoint_before_it_used(tmp_path):
     engines, ema = parts(0)
-    folder = writer(tmp_path, engines, ema).save(PROGRESS)
+    before = saved(tmp_path, engines, ema)
+    folder = saved(tmp_path, engines, ema, replace(PROGRESS, step=4, samples_seen=16))
     victim = folder / "export" / "raw.safetensors"
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
-    with pytest.raises(ValueError, match=r"raw.safetensors is damaged"):
-        verify(folder)
+    told = []
+    assert newest_whole(Shelf(tmp_path), told.append) == before.name
+    assert "raw.safetensors is damaged" in told[0]
 
 
 @pytest.mark.parametrize(("make", "message"), [(False, "does not exist"), (True, "neither a run, a checkpoint nor")])

@@ -40,7 +40,7 @@ def _train(config: EngineConfig, first: int, steps: int, load: str | None, save:
         ema.update(engines["student"].weights(), step)
     if save:
         for name, engine in engines.items():
-            engine.save(Path(save), name)
+            engine.snapshot().write(Path(save), name)
         torch.save(ema.state_dict(), f"{save}/ema.pt")
     weights = {name: {k: v.clone() for k, v in e.weights()} for name, e in engines.items()}
     return torch.tensor(losses, dtype=torch.float64), weights

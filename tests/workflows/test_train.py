@@ -9,6 +9,7 @@ import torch
 from tests.workflows.dataset import write_dataset
 from workflows import worker
 from workflows.checkpoint import complete, load_card, load_export, load_weights
+from workflows.samples import Made
 from workflows.train import train
 
 SMALL = (
@@ -203,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, data, monkeyp
 
     monkeypatch.setattr(worker.TrainingBatches, "step", poisoned)
     with pytest.raises(
-        RuntimeError, match=r"stage video, step 5: not finite: .*flow_matching/video on samples 20\.\.23"
+        RuntimeError, match=r"stage video, step 5: not finite: .*flow_matching/video on clips clip-.*samples 20\.\.23"
     ):
         run("video", tmp_path, data, run="v")
     monkeypatch.undo()
@@ -218,7 +219,7 @@ def test_samples_are_made_once_and_listed(tmp_path, data):
         assert not model.training
         made.append(card.stage)
         (run_dir / "sample.mp4").write_bytes(b"")
-        return [run_dir / "sample.mp4"]
+        return Made(paths=[run_dir / "sample.mp4"], numbers={"alarm/raised": 0.0})
 
     for _ in range(2):
         result = run("video", tmp_path, data, sample=sample)

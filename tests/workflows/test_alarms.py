@@ -1,0 +1,184 @@
+"""A collapse is seen and said, real clips raise no alarm, and looking changes nothing of the training."""
+
+import json
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfcore.ema import Ema, EmaConfig, WholeWeights
+from mfcore.model.transformer import build_model
+from preprocessing.pipeline import PreprocessConfig
+from preprocessing.toyworld import write_toyworld
+from tests.workflows.dataset import write_dataset
+from tests.workflows.exports import random_card
+from tests.workflows.test_train import SMALL, killed_at
+from workflows import worker
+from workflows.alarms import Alarms, ScoreGap, compare, liveliness, raised, score_gap
+from workflows.checkpoint import load_weights
+from workflows.heldout import HeldOut, Signals, real_signals, select
+from workflows.preprocess import preprocess
+from workflows.samples import training_samples, whole_network
+from workflows.train import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("toy")
+    write_toyworld(folder / "clips", clips=4, seconds=2.1, jobs=1)
+    config = PreprocessConfig(workers=0, window_seconds=Fraction(2))
+    preprocess([str(folder / "clips")], str(folder / "data"), config, progress=lambda *_: None)
+    return str(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def held(data) -> HeldOut:
+    return select(data, clips=2, seconds=None, fraction=0.5)
+
+
+@pytest.fixture(scope="module")
+def real(held) -> list[Signals]:
+    return real_signals(held, [p.clip for p in held.prompts])
+
+
+def frozen(clip: Signals) -> Signals:
+    assert clip.frames is not None
+    return replace(clip, frames=clip.frames[:1].expand_as(clip.frames))
+
+
+def louder(clip: Signals, gain: float) -> Signals:
+    assert clip.sound is not None
+    return replace(clip, sound=clip.sound * gain)
+
+
+@pytest.mark.parametrize(
+    ("plant", "said"),
+    [
+        (frozen, "motion is 0.00 of the data's"),
+        (lambda c: louder(c, 0.0), "loudness is 0.00 of the data's"),
+        (lambda c: louder(c, 0.6), "loudness is 0.36 of the data's"),
+        (lambda c: louder(c, float("nan")), "loudness is nan of the data's"),
+        (lambda c: replace(c, finite=False), "not finite"),
+    ],
+)
+def test_a_planted_collapse_raises_an_alarm(real, plant, said):
+    _, wrong = compare("few", liveliness([plant(clip) for clip in real]), liveliness(real))
+    (text,) = wrong.values()
+    assert said in text
+
+
+def test_real_clips_raise_none(held, real):
+    """Neither what the prompts' own clips show, a little quieter, nor other clips of the dataset."""
+    others = real_signals(held, held.reference)
+    for clips in (real, [louder(clip, 0.8) for clip in real], others):
+        numbers, wrong = compare("few", liveliness(clips), liveliness(real))
+        assert wrong == {}
+        assert numbers.keys() == {"alarm/motion/few", "alarm/loudness/few"}
+
+
+def test_data_that_is_still_or_silent_itself_raises_none(real):
+    dead = liveliness([frozen(louder(clip, 0.0)) for clip in real])
+    assert compare("multi", dead, dead) == ({}, {})
+
+
+def test_a_fake_score_that_finds_samples_easy_raises_an_alarm():
+    levels = {"flow_matching/video/t0": 4.0, "flow_matching/video/t3": 1.0, "fake_score/video/t1": 9.0}
+    fine = levels | {"fake_score/video": 3.0, "fake_score/video/t0": 3.6, "fake_score/video/t3": 0.9}
+    assert score_gap(fine) == {"video": pytest.approx(0.9)}, "levels that one of them lacks do not count"
+    gap = ScoreGap()
+    for _ in range(20):
+        assert gap.read(fine) == ({"alarm/fake_over_real/video": pytest.approx(0.9)}, {})
+    easy = fine | {"fake_score/video/t0": 0.6, "fake_score/video/t3": 0.4}
+    words = [gap.read(easy)[1] for _ in range(10)]
+    assert words[0] == {}, "one batch is no alarm"
+    assert "0.20 of the loss on real clips" in words[-1]["fake_over_real/video"]
+    assert gap.read({"flow_matching/video": 1.0})[0] == {}
+
+
+def test_alarms_are_said_when_they_change_and_survive_the_process(tmp_path):
+    said: list[str] = []
+    alarms = Alarms(tmp_path, said.append)
+    for wrong in ({}, {"loudness/few": "few: 0.3"}, {"loudness/few": "few: 0.2"}):
+        alarms.update("samples", wrong, 10)
+    assert len(said) == 1
+    again = Alarms(tmp_path, said.append)
+    again.update("fake score", {"fake_over_real/video": "easy"}, 20)
+    assert raised(tmp_path) == ["few: 0.2", "easy"]
+    again.update("samples", {"motion/few": "still"}, 30)
+    assert sorted(raised(tmp_path)) == ["easy", "still"]
+    assert [line.split(".")[0] for line in said] == [
+        "ALARM at step 10: few: 0",
+        "ALARM at step 20: easy",
+        "ALARM at step 30: still",
+        "alarm off at step 30: loudness/few",
+    ]
+
+
+def test_looking_changes_nothing_and_a_still_run_says_so(tmp_path, data, monkeypatch):
+    """With samples, killed and resumed, against without: the same weights. A network of four steps shows no motion."""
+    monkeypatch.setenv("MFCTL_TRACKER", "json")
+    sets = (*SMALL, "data.held_out=0.5", "steps=4", "checkpoint.every=8")
+    kept = {"data": data, "run": "v"}
+    plain = train("video", sets=sets, runs_dir=tmp_path / "plain", launch=worker.work, **kept)
+    look = {"sets": (*sets, "sample_every=8"), "runs_dir": tmp_path / "looked", "sample": training_samples, **kept}
+    with pytest.raises(KeyboardInterrupt):
+        train("video", launch=killed_at(3), **look)
+    result = train("video", launch=worker.work, **look)
+    folder = Path(result["run_dir"])
+    before, after = load_weights(plain["run_dir"]), load_weights(folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert result["losses"] == plain["losses"]
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    looks = {entry["step"]: entry for entry in logged if "alarm/raised" in entry}
+    assert list(looks) == [2, 4]
+    assert looks[4]["sample/motion/real"] > 0.5
+    assert looks[4]["alarm/motion/multi"] == looks[4]["sample/motion/multi"] / looks[4]["sample/motion/real"] < 0.5
+    made = sorted(path.name for path in (folder / "samples").iterdir())
+    assert made == [f"step-{s:08d}-multi-8-steps-clip-{i}.mp4" for s in (2, 4) for i in (0, 1)]
+    assert result["samples"] == [str(folder / "samples" / name) for name in made[-2:]]
+    assert result["alarms"] == [f"multi: motion is {looks[4]['alarm/motion/multi']:.2f} of the data's"]
+    assert result["alarms"] == json.loads((folder / "outcome.json").read_text())["alarms"]
+    files = [json.loads(line)["path"] for line in (folder / "artifacts.jsonl").read_text().splitlines()]
+    assert [path for path in files if path.endswith("step-00000002-multi-8-steps-clip-0.mp4")]
+
+
+def test_a_run_without_looks_is_judged_at_its_end(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("MFCTL_TRACKER", "json")
+    sets = (*SMALL, "data.held_out=0.5", "steps=2")
+    result = train(
+        "audio", data=data, sets=sets, runs_dir=tmp_path, run="a", launch=worker.work, sample=training_samples
+    )
+    logged = [json.loads(line) for line in Path(result["run_dir"], "metrics.jsonl").read_text().splitlines()]
+    assert logged[-1]["step"] == 2
+    assert logged[-1]["alarm/loudness/multi"] < 0.5
+    assert "loudness" in result["alarms"][0]
+
+
+def test_samples_that_cannot_be_made_do_not_stop_a_run(tmp_path, monkeypatch):
+    """The codecs of these latents are nowhere: no sample, but every step."""
+    monkeypatch.setenv("MFCTL_TRACKER", "json")
+    data = write_dataset(tmp_path / "set")
+    result = train("video", data=data, sets=(*SMALL, "sample_every=16"), runs_dir=tmp_path, run="v", launch=worker.work)
+    assert result["samples_seen"] == 32
+    log = Path(result["run_dir"], "log.txt").read_text()
+    assert log.count("no samples at step") == 2
+    assert "unknown text codec" in log
+
+
+def test_an_average_kept_in_parts_is_gathered_for_its_samples():
+    """As ZeRO-3 keeps the base of a low-rank fake score: the module alone holds no whole weight."""
+    card = random_card("video")
+    ema = Ema(build_model(card.model, 1), EmaConfig())
+    assert whole_network(ema, card) is ema.module
+    whole = {name: value.clone() for name, value in ema.state_dict().items()}
+
+    class Parts(WholeWeights):
+        def value(self, p):
+            return next(whole[name] for name, mine in ema.module.named_parameters() if mine is p)
+
+    ema.storage = Parts()
+    copied = whole_network(ema, card)
+    assert copied is not ema.module
+    assert all(torch.equal(value, whole[name]) for name, value in copied.state_dict().items())

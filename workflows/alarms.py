@@ -1,0 +1,129 @@
+"""Whether a run collapses: samples with less motion or sound than the data, a fake score that finds them too easy.
+
+Distillation is known to end in still, quiet pictures without a word from the losses. An alarm warns; it stops nothing.
+What is on stands in ``alarms.json`` of the run, and in ``outcome.json`` at its end.
+"""
+
+import json
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mfcore.metrics.sync import motion_energy
+from workflows.heldout import Signals
+from workflows.readings import decibel
+
+ALARMS = "alarms.json"
+LEAST = 0.5  # of the data's motion, of its power of sound
+LEAST_FAKE = 0.25  # of the real loss: trained toy runs are at 0.5 to 3, one that makes mere hum at 0.05 to 0.15
+READINGS = 10  # over which the fake score's loss is averaged: one batch says little
+STILL = 0.01  # grey levels per frame: data with less motion cannot lose any
+SILENT = 1e-6  # power of full scale, -60 dB: nor data with less sound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Liveliness:
+    """How much happens in some clips; None for what they do not have."""
+
+    motion: float | None  # mean absolute change of grey levels (0 to 255) from frame to frame
+    power: float | None  # mean square of the sound, full scale = 1
+    finite: bool
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        out = {} if self.motion is None else {"motion": self.motion}
+        return out if self.power is None else out | {"loudness_db": float(decibel(np.sqrt(self.power)))}
+
+
+def liveliness(clips: Sequence[Signals]) -> Liveliness:
+    """Means over the clips."""
+    motions = [float(motion_energy(c.frames.numpy()).mean()) for c in clips if c.frames is not None]
+    powers = [float(c.sound.double().square().mean()) for c in clips if c.sound is not None and len(c.sound)]
+    return Liveliness(
+        motion=float(np.mean(motions)) if motions else None,
+        power=float(np.mean(powers)) if powers else None,
+        finite=all(c.finite for c in clips),
+    )
+
+
+Wrong = Mapping[str, str]
+"""What is wrong: name of the alarm -> in words, with its number."""
+
+
+def compare(mode: str, ours: Liveliness, real: Liveliness) -> tuple[dict[str, float], dict[str, str]]:
+    """Ratios to log, and what is wrong with the samples of ``mode``."""
+    numbers: dict[str, float] = {}
+    wrong = {} if ours.finite else {f"finite/{mode}": f"{mode}: samples hold numbers that are not finite"}
+    if ours.motion is not None and real.motion is not None and real.motion > STILL:
+        numbers[f"alarm/motion/{mode}"] = ratio = ours.motion / real.motion
+        wrong |= {} if ratio >= LEAST else {f"motion/{mode}": f"{mode}: motion is {ratio:.2f} of the data's"}
+    if ours.power is not None and real.power is not None and real.power > SILENT:
+        numbers[f"alarm/loudness/{mode}"] = ratio = ours.power / real.power
+        words = f"{mode}: loudness is {ratio:.2f} of the data's (power)"
+        wrong |= {} if ratio >= LEAST else {f"loudness/{mode}": words}
+    return numbers, wrong
+
+
+class ScoreGap:
+    """The fake score's loss over flow matching's: what the student makes against real clips, for the same network."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, deque[float]] = {}
+
+    def read(self, log: Mapping[str, float]) -> tuple[dict[str, float], dict[str, str]]:
+        """Numbers to log and what is wrong; nothing while there is no fake score."""
+        numbers = {f"alarm/fake_over_real/{m}": ratio for m, ratio in score_gap(log).items()}
+        for name, ratio in numbers.items():
+            self._latest.setdefault(name, deque(maxlen=READINGS)).append(ratio)
+        means = {name: float(np.mean(values)) for name, values in self._latest.items() if len(values) == READINGS}
+        return numbers, {
+            name.removeprefix("alarm/"): f"the fake score's loss on {name.split('/')[-1]} samples is {mean:.2f} of the "
+            "loss on real clips"
+            for name, mean in means.items()
+            if not mean >= LEAST_FAKE
+        }
+
+
+def score_gap(log: Mapping[str, float]) -> dict[str, float]:
+    """Modality -> ratio, over the noise levels that both have: their levels are drawn differently."""
+    out: dict[str, float] = {}
+    for m in {key.split("/")[1] for key in log if key.startswith("fake_score/")}:
+        shared = [b for b in range(4) if f"fake_score/{m}/t{b}" in log and f"flow_matching/{m}/t{b}" in log]
+        fake, real = (sum(log[f"{term}/{m}/t{b}"] for b in shared) for term in ("fake_score", "flow_matching"))
+        if real > 0:
+            out[m] = fake / real
+    return dict(sorted(out.items()))
+
+
+class Alarms:
+    """What is on, by its source. Says which alarms come and go."""
+
+    def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
+        self._place, self._say = run_dir / ALARMS, say
+        self._on = read_alarms(run_dir)
+
+    def update(self, source: str, wrong: Wrong, step: int) -> None:
+        """What ``source`` finds wrong now."""
+        before, self._on[source] = self._on.get(source, {}), dict(wrong)
+        if self._on[source] != before:
+            temporary = self._place.with_name(f".tmp-{ALARMS}")
+            temporary.write_text(json.dumps({k: v for k, v in self._on.items() if v}, indent=1) + "\n")
+            temporary.replace(self._place)
+        if new := [text for name, text in wrong.items() if name not in before]:
+            self._say(f"ALARM at step {step}: {'; '.join(new)}. The run may be collapsing: look at its samples")
+        if gone := before.keys() - wrong.keys():
+            self._say(f"alarm off at step {step}: {', '.join(sorted(gone))}")
+
+
+def raised(run_dir: Path) -> list[str]:
+    """What is on in a run, in words."""
+    return [text for texts in read_alarms(run_dir).values() for text in texts.values()]
+
+
+def read_alarms(run_dir: Path) -> dict[str, dict[str, str]]:
+    """The same by source and name of the alarm."""
+    place = run_dir / ALARMS
+    return json.loads(place.read_text()) if place.exists() else {}

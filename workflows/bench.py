@@ -1,0 +1,213 @@
+"""``mfctl bench train``: what Ray Train and DeepSpeed cost over a bare loop, and how far both are from the limit.
+
+One run measures all variants in the same processes, in turns (``workflows.bench_steps``):
+
+bare            a plain torch loop (``workflows.bench_bare``)
+ray_torch       the training loop with TorchEngine under Ray Train
+ray_zero0 .. 3  the training loop with DeepSpeedEngine at that ZeRO stage under Ray Train
+dmd5, dmd1      stage mutual, on request: a bare loop of DMD with self-forcing and a separate frozen teacher, five or
+                one updates of the fake score per step (as Self-Forcing; as the mutual stage)
+
+Batches are noise of the embedded codecs' shapes; no dataset is needed. Where ray or deepspeed are not installed, the
+variants that need them are listed as not measured; without ray ``torch`` takes the place of ``ray_torch``.
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import ceil
+from statistics import median
+from typing import Any, Literal, cast
+
+from mfcore.objectives.mutual import MutualConfig
+from workflows import bench_data, config_io, presets
+from workflows.bench_launch import launch
+from workflows.bench_steps import BARE, Measured, Plan, work
+from workflows.bench_turns import Variant
+from workflows.config import RunConfig
+
+BAR = 1.05  # of ray_zero1 over bare
+LEAST_STEP_S = 0.5  # shorter steps are reported, but the bar is not for them
+LEAST_TOKENS = 3000  # per rank
+VARIANTS = (BARE, "ray_torch", "ray_zero0", "ray_zero1", "ray_zero2", "ray_zero3")
+DMD = {"dmd5": 5, "dmd1": 1}  # updates of the fake score per step
+
+
+def bench_train(
+    *,
+    stage: Literal["video", "audio", "joint", "mutual"] = "joint",
+    preset: str = "tiny",
+    workers: int = 1,
+    tokens: int = LEAST_TOKENS,
+    rounds: int = 5,
+    turn: int = 3,
+    variants: Sequence[str] = VARIANTS,
+    profile: bool = False,
+    sets: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Step times of all variants, their ratios to the bare loop, and the limit.
+
+    ``tokens``: least number per rank and step. ``turn``: steps of a variant in a round. ``profile``: of the bare loop
+    and of the last variant, as text. ValueError for variants that do not exist.
+    """
+    if rounds < 1 or turn < 1:
+        raise ValueError(f"--rounds and --turn must be at least 1, got {rounds} and {turn}")
+    config = resolve(stage, preset, workers, tokens, sets)
+    chosen, missing = available(config, variants)
+    plan = Plan(
+        config=config,
+        variants=chosen,
+        rounds=rounds,
+        turn=turn,
+        threads=int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers)),
+        profiled=tuple(dict.fromkeys((BARE, list(chosen)[-1]))) if profile else (),
+    )
+    on_ray = any(name.startswith("ray_") for name in chosen)
+    return summary(plan, launch(work, plan, config.engine, on_ray=on_ray), missing)
+
+
+def resolve(
+    stage: Literal["video", "audio", "joint", "mutual"], preset: str, workers: int, tokens: int, sets: Sequence[str]
+) -> RunConfig:
+    """The preset at the asked size. Every step is alike: clips of one length, the mutual stage with all its parts."""
+    if workers < 1 or tokens < 1:
+        raise ValueError(f"--workers and --tokens must be at least 1, got {workers} and {tokens}")
+    config = presets.preset(preset, stage, bench_data.latent_shapes())
+    if isinstance(config.objective, MutualConfig):
+        whole = replace(config.objective, real_until=0, free_from=0, fake_from=0, dmd_from=0, dmd_ramp=1)
+        config = replace(config, objective=whole)
+    chunks, rows = config.data.chunks[1], config.data.batch * workers
+    data = replace(config.data, chunks=(chunks, chunks), batch=rows)
+    config = replace(config, data=data, engine=replace(config.engine, workers=workers, use_gpu=_gpu()))
+    config = config_io.change(config, config_io.parse_sets(sets))
+    if config.data.chunks[1] > bench_data.LONGEST:
+        raise ValueError(f"the clips of the bench hold {bench_data.LONGEST} chunks, data.chunks={config.data.chunks}")
+    return replace(config, data=replace(config.data, batch=workers * _rows(config, tokens)))
+
+
+def _rows(config: RunConfig, tokens: int) -> int:
+    """Clips per rank that hold ``tokens``: whole cycles of row kinds, whole micro-batches."""
+    timeline = bench_data.assembly(tuple(config.model.branches)).timeline
+    chunks = config.data.chunks[1]
+    per_clip = sum(timeline.count(m, chunks) * branch.tokens for m, branch in config.model.branches.items())
+    unit = max(config.unit, config.data.micro or 1)
+    return unit * ceil(tokens / (per_clip * unit))
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def available(config: RunConfig, names: Sequence[str]) -> tuple[dict[str, Variant], dict[str, str]]:
+    """The variants that this machine can run, the bare loop first, and what the others need."""
+    known = (*VARIANTS, *(DMD if config.stage == "mutual" else ()))
+    if odd := [name for name in names if name not in known]:
+        raise ValueError(f"unknown variant {odd[0]!r} of stage {config.stage}: choose from {', '.join(known)}")
+    chosen, missing = {BARE: Variant()}, dict[str, str]()
+    for name in (name for name in known if name in names and name != BARE):
+        if name in DMD:
+            chosen[name] = Variant(dmd=DMD[name])
+            continue
+        kind = name.removeprefix("ray_")
+        needs = [n for n in ("ray", *(["deepspeed"] if kind != "torch" else [])) if not _installed(n)]
+        if needs:
+            missing[name] = f"not measured: needs {' and '.join(needs)}"
+        if kind == "torch":
+            chosen[kind if needs else name] = Variant(engine=replace(config.engine, kind="torch"))
+        elif not needs:
+            stage = cast(Literal[0, 1, 2, 3], int(kind.removeprefix("zero")))
+            chosen[name] = Variant(engine=replace(config.engine, kind="deepspeed", zero_stage=stage))
+    return chosen, missing
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def summary(plan: Plan, measured: Measured, missing: Mapping[str, str]) -> dict[str, Any]:
+    """What ``--json`` prints: medians over the rounds, seconds of a step, per rank where nothing else is said."""
+    config, world = plan.config, plan.config.engine.most
+    step_s = {name: median(t.step_s for t in turns) for name, turns in measured.turns.items()}
+    overhead = {name: _over_bare(measured, name, "step_s") for name in step_s if name != BARE}
+    wait = {name: median(t.wait_s / t.step_s for t in turns) for name, turns in measured.turns.items()}
+    limit_s = measured.flops / median(measured.flops_per_s)
+    main = next(name for name in ("ray_zero1", "ray_torch", "torch", BARE) if name in step_s)
+    return {
+        "stage": config.stage,
+        "workers": world,
+        "threads": measured.threads,
+        "batch": config.data.batch,
+        "tokens": measured.tokens,
+        "parameters": measured.parameters,
+        "rounds": plan.rounds,
+        "steps_per_turn": plan.turn,
+        "step_s": step_s,
+        "step_s_spread": {name: _spread([t.step_s for t in turns]) for name, turns in measured.turns.items()},
+        "overhead": {name: median(ratios) for name, ratios in overhead.items()},
+        "overhead_spread": {name: _spread(ratios) for name, ratios in overhead.items()},
+        "overhead_cpu": {name: median(_over_bare(measured, name, "cpu_s")) for name in overhead},
+        "overhead_zero1": median(overhead["ray_zero1"]) if "ray_zero1" in overhead else None,
+        "bar": BAR if step_s[BARE] >= LEAST_STEP_S and measured.tokens >= LEAST_TOKENS else None,
+        "data_wait_share": wait[main],
+        "data_wait_share_by_variant": wait,
+        "tokens_per_s": {name: world * measured.tokens / s for name, s in step_s.items()},
+        "flops": measured.flops,
+        "matmul_flops_per_s": median(measured.flops_per_s),
+        "limit_s": limit_s,
+        "mfu": limit_s / step_s[main],
+        "mfu_by_variant": {name: limit_s / s for name, s in step_s.items()},
+        "model_state_bytes": measured.state_bytes,
+        "peak_memory_bytes": measured.peak_memory_bytes,
+        "loss_gap": {name: _gap(measured, name) for name in overhead if name not in DMD},
+        "not_measured": dict(missing),
+        "profiles": measured.profiles,
+    }
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    return [min(values), max(values)]
+
+
+def _over_bare(measured: Measured, name: str, what: Literal["step_s", "cpu_s"]) -> list[float]:
+    """Ratio to the bare loop of the same round, for each round."""
+    pairs = zip(measured.turns[name], measured.turns[BARE], strict=True)
+    return [getattr(own, what) / getattr(bare, what) for own, bare in pairs]
+
+
+def _gap(measured: Measured, name: str) -> float:
+    """Largest relative difference of a loss from the bare loop's: the variants did the same work."""
+    pairs = zip(measured.turns[name], measured.turns[BARE], strict=True)
+    return max(abs(own.loss - bare.loss) / abs(bare.loss) for own, bare in pairs)
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The table for people."""
+    lines = [
+        f"stage {result['stage']}: {result['parameters'] / 1e6:.1f}M parameters, {result['workers']} worker(s) with "
+        f"{result['threads']} thread(s), {result['batch']} clips, {result['tokens']} tokens per rank and step",
+        f"{'':10} {'s/step':>8} {'(min..max)':>15} {'/ bare':>7} {'(min..max)':>11} {'CPU / bare':>10} {'tokens/s':>9} "
+        f"{'data':>6} {'of limit':>8} {'state MB':>9}",
+        *(_row(result, name) for name in result["step_s"]),
+        *(f"{name:10} {why}" for name, why in result["not_measured"].items()),
+        f"{'limit':10} {result['limit_s']:8.3f}: {result['flops'] / 1e9:.1f} GFLOP a step and rank at "
+        f"{result['matmul_flops_per_s'] / 1e9:.1f} GFLOP/s of large products",
+        f"losses differ from the bare loop's by at most {max(result['loss_gap'].values(), default=0):.0e} of their "
+        f"size; peak memory {result['peak_memory_bytes'] / 1e6:.0f} MB a rank, all variants together",
+        *(f"\nprofile of {name}\n{table}" for name, table in result["profiles"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def _row(result: Mapping[str, Any], name: str) -> str:
+    low, high = result["step_s_spread"][name]
+    least, most = result["overhead_spread"].get(name, (1.0, 1.0))
+    return (
+        f"{name:10} {result['step_s'][name]:8.3f} {f'{low:.3f}..{high:.3f}':>15} "
+        f"{result['overhead'].get(name, 1.0):7.3f} {f'{least:.2f}..{most:.2f}':>11} "
+        f"{result['overhead_cpu'].get(name, 1.0):10.3f} {result['tokens_per_s'][name]:9.0f} "
+        f"{result['data_wait_share_by_variant'][name]:6.1%} {result['mfu_by_variant'][name]:8.1%} "
+        f"{result['model_state_bytes'][name] / 1e6:9.1f}"
+    )

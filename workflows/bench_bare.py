@@ -1,0 +1,144 @@
+"""The loops that everything else is compared with, as plain as one would write them in an afternoon.
+
+No engine, no checkpoint, no log, no check for numbers that are not finite, no data loading: batches lie ready.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mfcore.ema import Ema, decay_at
+from mfcore.objectives.mutual import Mutual, MutualConfig
+from mfcore.objectives.terms import Objective, StepInfo, Term, total
+from mfcore.optim import OptimConfig, adamw, learning_rate
+from mfcore.types import AVBatch
+from workflows import ranks
+from workflows.config import RunConfig
+from workflows.networks import fake_score
+from workflows.stages import initial_network, objective_of
+
+NEVER = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critic:
+    """More updates of the fake score than of the student: so many before each step."""
+
+    objective: Objective
+    updates: int
+
+
+class BareLoop:
+    """Networks, AdamW, an average of the student's weights, and gloo or NCCL where there are two processes.
+
+    ``teacher``: what the objective knows as "ema", if it is another network than the average.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        objective: Objective,
+        *,
+        nets: Mapping[str, nn.Module],
+        ema: Ema,
+        teacher: nn.Module | None = None,
+        critic: Critic | None = None,
+    ) -> None:
+        self._config, self._objective, self._critic = config, objective, critic
+        self._nets, self._ema = nets, ema
+        self._models = {"ema": teacher or ema.module, **nets}
+        self._optims: dict[str, OptimConfig] = {name: _optim(config, name) for name in nets}
+        self._optimizers = {name: adamw(net, self._optims[name]) for name, net in nets.items()}
+
+    def run(self, batches: Iterable[list[AVBatch]], first: int, steps: int) -> list[Term]:
+        """Train on ``batches`` from step ``first`` of a stage of ``steps``; the terms of the last step."""
+        seen: list[Term] = []
+        for step, micros in enumerate(batches, first):
+            for again in range(self._critic.updates if self._critic else 0):
+                assert self._critic is not None
+                self._backward(self._critic.objective, micros, step, 1 + again, only="fake")
+                self._update("fake", step, steps)
+            seen = self._backward(self._objective, micros, step, 0)
+            for name in self._nets:
+                self._update(name, step, steps)
+            self._average(step)
+        return seen
+
+    def _backward(
+        self, objective: Objective, micros: list[AVBatch], step: int, draw: int, only: str | None = None
+    ) -> list[Term]:
+        seen: list[Term] = []
+        info = StepInfo(seed=self._config.seed + draw, step=step, stage_step=step)
+        rows, dtype = sum(len(micro.samples) for micro in micros), self._config.engine.autocast
+        for micro in micros:
+            with torch.autocast(ranks.device().type, dtype, enabled=dtype is not None):
+                terms = objective(self._models, micro, info)
+            for name, own in terms.items():
+                if only in (None, name):
+                    (total(own) * (len(micro.samples) / rows)).backward()
+                    seen += own
+        return seen
+
+    def _update(self, name: str, step: int, steps: int) -> None:
+        net, optimizer, config = self._nets[name], self._optimizers[name], self._optims[name]
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        if ranks.world() > 1:
+            all_reduce_mean(gradients)
+        nn.utils.clip_grad_norm_(net.parameters(), config.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        keep = decay_at(self._ema.config, step)
+        for mine, theirs in zip(self._ema.module.parameters(), self._nets["student"].parameters(), strict=True):
+            mine.lerp_(theirs, 1 - keep)
+
+
+def _optim(config: RunConfig, name: str) -> OptimConfig:
+    return config.fake_optim if name == "fake" and config.fake_optim else config.optim
+
+
+def all_reduce_mean(gradients: list[Tensor]) -> None:
+    """In place, as one flat vector: one message instead of one per parameter."""
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def bare_loop(config: RunConfig) -> BareLoop:
+    """The stage's own step."""
+    student = initial_network(config, {}).to(ranks.device())
+    ema = Ema(student, config.ema)
+    nets = {"student": student}
+    if config.fake_optim:
+        nets["fake"] = fake_score(config, student, ema)
+    return BareLoop(config, objective_of(config), nets=nets, ema=ema)
+
+
+def dmd_loop(config: RunConfig, updates: int) -> BareLoop:
+    """What the mutual stage replaces: DMD with self-forcing and a separate frozen teacher.
+
+    Every row rolls out its own history; the teacher is a third network beside student and fake score, which is a full
+    copy and takes ``updates`` steps for one of the student (Self-Forcing: five). No ShortCut, no flow matching.
+    """
+    assert isinstance(config.objective, MutualConfig)
+    rows = ("free",) * len(config.objective.rows)
+    dmd = replace(config.objective, rows=rows, shortcut_weight=0.0, dmd_weight=1.0)
+    student = initial_network(config, {}).to(ranks.device())
+    return BareLoop(
+        config,
+        Mutual(dmd),
+        nets={"student": student, "fake": copy.deepcopy(student)},
+        ema=Ema(student, config.ema),
+        teacher=copy.deepcopy(student).requires_grad_(False),
+        critic=Critic(objective=Mutual(replace(dmd, dmd_from=NEVER)), updates=updates - 1),
+    )

@@ -1,0 +1,91 @@
+"""What a step must cost whatever runs it: the operations it counts, the rate this machine multiplies at, its bytes."""
+
+import gc
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+EDGE = 1024  # of the square matrices whose product gives the rate
+PRODUCTS = 8  # in a reading
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """Operations of the matrix products and of the attention that ``work`` does: two per multiply-add."""
+    with FlopCounterMode(display=False, custom_mapping=_cpu_attention()) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _cpu_attention() -> dict[Any, Any]:
+    """torch counts attention on GPUs only. A mask is not looked at: what it forbids is multiplied all the same."""
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(out: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return sdpa_backward_flop_count(out, query, key, value)
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of large square products in this process, with the threads it has."""
+    a, b = (torch.randn(EDGE, EDGE, device=device, dtype=dtype) for _ in range(2))
+    torch.mm(a, b)
+    synchronize()
+    began = time.perf_counter()
+    for _ in range(PRODUCTS):
+        torch.mm(a, b)
+    synchronize()
+    return PRODUCTS * 2 * EDGE**3 / (time.perf_counter() - began)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors of this process that Python knows, and of their gradients; shared storage counts once."""
+    storages: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if not issubclass(type(thing), Tensor):  # isinstance() asks proxies for their class, and some warn
+            continue
+        for tensor in (thing, thing.grad if thing.is_leaf else None):
+            if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(size for place, size in storages.items() if place)
+
+
+@contextmanager
+def bytes_at_update() -> Iterator[list[int]]:
+    """``live_bytes`` at every optimizer step inside: weights, masters, moments and gradients, and no activations."""
+    gc.collect()
+    seen: list[int] = []
+    handle = register_optimizer_step_pre_hook(lambda *_: seen.append(live_bytes()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held: of its GPU, else all it had in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

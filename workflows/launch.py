@@ -1,0 +1,131 @@
+"""A training job on Ray Train: workers, their restarts, their number, and notices that machines are about to go."""
+
+import logging
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from workflows import environment, notice
+from workflows.engine import EngineConfig
+from workflows.worker import Job
+
+GROW_EVERY = 30.0  # seconds between looks for room for more workers, where their number may vary
+
+
+def launch_on_ray(job: Job) -> None:
+    """Run the job on Ray Train: in the Ray that is running, else in one started for it in this process.
+
+    A worker that dies is replaced, and all go on from the latest checkpoint, up to ``engine.max_failures`` times. With
+    ``engine.workers = [fewest, most]`` the run goes on with those for which there is room, and grows when there is
+    more: Ray Train stops all workers for that and starts them again, from the latest checkpoint.
+    """
+    environment.apply_defaults()
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        # a submitted job joins its cluster, whose size is not ours to say
+        cpus = None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, job.config.engine.most)
+        ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        with notice.passed_on(job.run_dir, job.token):  # after ray.init, which takes SIGTERM for itself
+            _fit(job)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _fit(job: Job) -> None:
+    from ray.train import FailureConfig, LoggingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchTrainer
+
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    TorchTrainer(
+        _entrance(),
+        train_loop_config={"job": pickle.dumps(job)},
+        torch_config=_listening("nccl" if job.config.engine.use_gpu else "gloo"),
+        scaling_config=_scaling(job.config.engine),
+        run_config=RayRunConfig(
+            name=f"{job.run_dir.name}-{job.token}",
+            storage_path=str(job.run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=job.config.engine.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": {"PYTHONPATH": path, **environment.DEFAULTS}},
+        ),
+    ).fit()
+
+
+def _scaling(engine: EngineConfig) -> Any:
+    import ray
+    from ray.train import ScalingConfig
+
+    fixed = engine.fewest == engine.most
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    # an elastic run counts whole CPUs: Ray Train cannot tell how many fractions fit on a machine
+    resources = {"CPU": min(1.0, cpus / engine.most) if fixed else 1.0}
+    return ScalingConfig(
+        num_workers=engine.most if fixed else (engine.fewest, engine.most),
+        use_gpu=engine.use_gpu,
+        resources_per_worker=resources | ({"GPU": 1.0} if engine.use_gpu else {}),
+        elastic_resize_monitor_interval_s=GROW_EVERY,
+    )
+
+
+def share_cores() -> None:
+    """Let the workers of a machine use all its cores: Ray gives each as many threads as it has CPUs by right, one."""
+    import torch
+    from ray.train import get_context
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // get_context().get_local_world_size()))
+
+
+def _entrance() -> Callable[[dict[str, bytes]], None]:
+    """The function of every worker. Made here, so that it is pickled by value: Ray's own processes, which hand it on,
+    need not find our packages."""
+
+    def enter(settings: dict[str, bytes]) -> None:
+        import pickle
+
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        from workflows.launch import share_cores
+        from workflows.worker import work
+
+        def leaving() -> str:
+            # ray.train.get_preemption_info() is a barrier by way of an actor; the ranks agree by themselves
+            info = get_train_context().preemption_context.preemption_info
+            return f"a machine of ranks {info.preempted_ranks} is about to go" if info else ""
+
+        share_cores()
+        work(pickle.loads(settings["job"]), leaving)
+
+    return enter
+
+
+def _listening(backend: str) -> Any:
+    """Ray's set-up of torch.distributed, after which every worker takes SIGTERM for a notice.
+
+    A worker trains in a thread, where signals cannot be asked for; what a backend executes runs in the main one.
+    """
+    from ray.train.torch import TorchConfig
+
+    def listen() -> None:
+        from workflows import notice
+
+        notice.listen()
+
+    class Backend(TorchConfig().backend_cls):
+        def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+            super().on_training_start(worker_group, backend_config)
+            worker_group.execute(listen)
+
+    class Listening(TorchConfig):
+        @property
+        def backend_cls(self):
+            return Backend
+
+    return Listening(backend=backend)

@@ -1,0 +1,48 @@
+"""The networks of a run and the engines that train them: student, average, and in the mutual stage the fake score."""
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+
+from mfcore.ema import Ema
+from mfcore.model.adapter import LowRankCopy
+from mfcore.model.transformer import AVTransformer
+from mfcore.optim import OptimConfig
+from workflows.config import RunConfig
+from workflows.engine import Engine, build_engine
+from workflows.stages import STAGES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """What a stage trains, by name, and the average of its student."""
+
+    ema: Ema
+    engines: dict[str, Engine]
+    optims: dict[str, OptimConfig]
+
+
+def build_networks(config: RunConfig, student: nn.Module) -> Networks:
+    """Engines around ``student``, which becomes the first of them, and around a fake score if the stage has one."""
+    for part in student.modules():
+        if isinstance(part, AVTransformer):
+            part.recompute = config.engine.recompute
+    ema = Ema(student, config.ema, config.engine.autocast)
+    nets = {"student": student}
+    optims = {"student": config.optim}
+    if "fake" in STAGES[config.stage].trained:
+        assert config.fake_optim is not None, "the configuration has been checked"
+        nets["fake"] = fake_score(config, student, ema)
+        optims["fake"] = config.fake_optim
+    engines = {name: build_engine(net, optims[name], config.engine) for name, net in nets.items()}
+    if "fake" in nets and config.fake.rank is not None:
+        ema.storage = engines["fake"].storage  # its engine keeps the average's weights, as the base of its own network
+    return Networks(ema=ema, engines=engines, optims=optims)
+
+
+def fake_score(config: RunConfig, student: nn.Module, ema: Ema) -> nn.Module:
+    """Equal to the average at the start: low-rank terms on it, or a network of its own."""
+    if config.fake.rank is None:
+        return copy.deepcopy(student)
+    return LowRankCopy(ema.module, config.fake, config.seed)

@@ -1,0 +1,82 @@
+"""A word that the run is to end soon: a preemption notice, a signal to one of its processes, or to the driver.
+
+Ranks hear of it at the next step boundary, agree, save and end. A second SIGTERM ends a process as usual.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+STOP = "_stop"
+"""File in the run's folder, with the driver's token, by which a driver passes a notice on to its workers."""
+POLL = 1.0  # seconds between looks at what takes a file system or a call
+
+_received: list[str] = []
+
+
+def listen() -> None:
+    """Take SIGTERM as a notice from now on; only the main thread may ask for it (elsewhere nothing happens)."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    _received.clear()
+    before = signal.getsignal(signal.SIGTERM)
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        _received.append(f"process {os.getpid()} on {socket.gethostname()} received SIGTERM")
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, receive)
+
+
+class Notices:
+    """What one rank knows. ``outside``: asked every second as well, for example Ray's preemption watcher."""
+
+    def __init__(self, run_dir: Path, token: str, outside: Callable[[], str] = lambda: "") -> None:
+        self._file, self._token, self._outside = run_dir / STOP, token, outside
+        self._looked, self._heard = 0.0, ""
+
+    def __call__(self) -> str:
+        """Why this rank is to stop, "" while it is not."""
+        if _received:
+            return _received[0]
+        if not self._heard and time.monotonic() - self._looked > POLL:
+            self._looked = time.monotonic()
+            self._heard = self._outside() or self._from_driver()
+        return self._heard
+
+    def _from_driver(self) -> str:
+        try:
+            token, _, text = self._file.read_text().partition("\n")
+        except OSError:
+            return ""
+        return text if token == self._token else ""
+
+
+@contextmanager
+def passed_on(run_dir: Path, token: str) -> Generator[None]:
+    """In the driver: while the block runs, SIGTERM tells the workers to save and end."""
+    file = run_dir / STOP
+    file.unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        file.write_text(f"{token}\nthe driver, process {os.getpid()} on {socket.gethostname()}, received SIGTERM")
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        file.unlink(missing_ok=True)
