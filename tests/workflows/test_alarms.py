@@ -11,6 +11,7 @@ import torch
 from mfcore.ema import Ema, EmaConfig, WholeWeights
 from mfcore.model.transformer import build_model
 from preprocessing.pipeline import PreprocessConfig
+from preprocessing.reader import open_dataset
 from preprocessing.toyworld import write_toyworld
 from tests.workflows.dataset import write_dataset
 from tests.workflows.exports import random_card
@@ -136,8 +137,9 @@ def test_looking_changes_nothing_and_a_still_run_says_so(tmp_path, data, monkeyp
     assert looks[4]["sample/motion/real"] > 0.5
     assert looks[4]["alarm/motion/multi"] == looks[4]["sample/motion/multi"] / looks[4]["sample/motion/real"] < 0.5
     made = sorted(path.name for path in (folder / "samples").iterdir())
-    assert made == [f"step-{s:08d}-multi-8-steps-clip-{i}.mp4" for s in (2, 4) for i in (0, 1)]
-    assert result["samples"] == [str(folder / "samples" / name) for name in made[-2:]]
+    clips = min(2, len(open_dataset(data).held_out(0.5)[1]))
+    assert made == [f"step-{s:08d}-multi-8-steps-clip-{i}.mp4" for s in (2, 4) for i in range(clips)]
+    assert result["samples"] == [str(folder / "samples" / name) for name in made[-clips:]]
     assert result["alarms"] == [f"multi: motion is {looks[4]['alarm/motion/multi']:.2f} of the data's"]
     assert result["alarms"] == json.loads((folder / "outcome.json").read_text())["alarms"]
     files = [json.loads(line)["path"] for line in (folder / "artifacts.jsonl").read_text().splitlines()]
