@@ -29,7 +29,7 @@ def train(
     """Step time of a bare torch loop, of TorchEngine and of DeepSpeed under Ray Train, interleaved in one run."""
 
     def work() -> Any:
-        from workflows.bench import bench_train
+        from workflows.bench.train import bench_train
 
         return bench_train(
             stage=stage,
@@ -44,7 +44,7 @@ def train(
         )
 
     def render(result: Any) -> str:
-        from workflows.bench import render as table
+        from workflows.bench.train import render as table
 
         return table(result)
 

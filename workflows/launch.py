@@ -3,7 +3,8 @@
 import logging
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,34 @@ def launch_on_ray(job: Job) -> None:
     ``engine.workers = [fewest, most]`` the run goes on with those for which there is room, and grows when there is
     more: Ray Train stops all workers for that and starts them again, from the latest checkpoint.
     """
+    # the notice comes after ray.init, which takes SIGTERM for itself
+    with ray_running(job.config.engine.most), notice.passed_on(job.run_dir, job.token):
+        _fit(job)
+
+
+@contextmanager
+def ray_running(workers: int) -> Iterator[None]:
+    """The Ray that is running, or one started for the time in this process, with a CPU for each of ``workers``."""
     environment.apply_defaults()
     import ray
 
     started = not ray.is_initialized()
     if started:
         # a submitted job joins its cluster, whose size is not ours to say
-        cpus = None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, job.config.engine.most)
+        cpus = None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, workers)
         ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
-        with notice.passed_on(job.run_dir, job.token):  # after ray.init, which takes SIGTERM for itself
-            _fit(job)
+        yield
     finally:
         if started:
             ray.shutdown()
+
+
+def worker_environment() -> dict[str, dict[str, str]]:
+    """A runtime environment in which Ray's workers find our packages, and nothing phones home."""
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"env_vars": {"PYTHONPATH": path, **environment.DEFAULTS}}
 
 
 def _fit(job: Job) -> None:
@@ -42,8 +57,6 @@ def _fit(job: Job) -> None:
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchTrainer
 
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     TorchTrainer(
         _entrance(),
         train_loop_config={"job": pickle.dumps(job)},
@@ -54,7 +67,7 @@ def _fit(job: Job) -> None:
             storage_path=str(job.run_dir / "ray"),
             failure_config=FailureConfig(max_failures=job.config.engine.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": {"PYTHONPATH": path, **environment.DEFAULTS}},
+            worker_runtime_env=worker_environment(),
         ),
     ).fit()
 

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from workflows import bench, bench_limits, bench_turns
-from workflows.bench import bench_train, render, resolve
+from workflows.bench import limits, turns
+from workflows.bench import train as bench
+from workflows.bench.train import bench_train, render, resolve
 from workflows.worker import count_tokens
 
 SMALL = ("model.dim=32", "model.layers=1", "model.heads=2", "data.chunks=[2,2]")
@@ -21,7 +22,7 @@ def plain_torch():
     """A machine without ray and deepspeed, and small matrices."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(bench, "_installed", lambda name: False)
-    monkeypatch.setattr(bench_limits, "EDGE", 128)
+    monkeypatch.setattr(limits, "EDGE", 128)
     yield
     monkeypatch.undo()
 
@@ -69,7 +70,7 @@ def test_the_mutual_stage_is_measured_with_all_its_parts_and_against_dmd():
 def test_a_batch_holds_the_asked_tokens_per_rank_and_no_clip_more(workers):
     config = resolve("joint", "tiny", workers, 3000, ())
     rows = config.data.batch // workers
-    batches = bench_turns.own_batches(config, workers - 1, workers)
+    batches = turns.own_batches(config, workers - 1, workers)
     (micro,) = batches.step(0)
     assert len(micro.samples) == rows
     tokens = count_tokens(config, micro)
@@ -78,17 +79,17 @@ def test_a_batch_holds_the_asked_tokens_per_rank_and_no_clip_more(workers):
 
 def test_operations_are_those_of_the_formula():
     a, b = torch.randn(7, 5, requires_grad=True), torch.randn(5, 3, requires_grad=True)
-    assert bench_limits.count_flops(lambda: (a @ b).sum().backward()) == 3 * 2 * 7 * 5 * 3
+    assert limits.count_flops(lambda: (a @ b).sum().backward()) == 3 * 2 * 7 * 5 * 3
     q = torch.randn(1, 2, 8, 16, requires_grad=True)
-    attention = bench_limits.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    attention = limits.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
     assert attention == 2 * (2 * 2 * 8 * 8 * 16)
 
 
 def test_bytes_count_shared_storage_once():
-    before = bench_limits.live_bytes()
+    before = limits.live_bytes()
     block = torch.zeros(1 << 20)
     views = [block[i:] for i in range(3)]
-    assert bench_limits.live_bytes() - before == 4 << 20
+    assert limits.live_bytes() - before == 4 << 20
     del block, views
 
 

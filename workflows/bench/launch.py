@@ -1,7 +1,5 @@
 """Run one function on all ranks of a bench, under Ray Train or as plain processes, and bring back what rank 0 says."""
 
-import logging
-import os
 import pickle
 import socket
 import tempfile
@@ -9,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from workflows import environment
 from workflows.engine import EngineConfig
+from workflows.launch import ray_running, worker_environment
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -26,19 +24,8 @@ def launch(function: Callable[[A], R], argument: A, engine: EngineConfig, *, on_
 
 
 def _on_ray(function: Callable[[A], R], argument: A, engine: EngineConfig) -> R:
-    environment.apply_defaults()
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        cpus = None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, engine.most)
-        ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            return _fit(pickle.dumps((function, argument)), engine, folder)
-    finally:
-        if started:
-            ray.shutdown()
+    with ray_running(engine.most), tempfile.TemporaryDirectory() as folder:
+        return _fit(pickle.dumps((function, argument)), engine, folder)
 
 
 def _fit(call: bytes, engine: EngineConfig, folder: str) -> Any:
@@ -54,8 +41,6 @@ def _fit(call: bytes, engine: EngineConfig, folder: str) -> Any:
         return pickle.dumps(function(argument))
 
     cpus = ray.cluster_resources().get("CPU", 1.0)
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     result = TorchTrainer(
         enter,
         train_loop_config={"call": call},
@@ -69,7 +54,7 @@ def _fit(call: bytes, engine: EngineConfig, folder: str) -> Any:
             name="bench",
             storage_path=folder,
             logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": {"PYTHONPATH": path, **environment.DEFAULTS}},
+            worker_runtime_env=worker_environment(),
         ),
     ).fit()
     assert result.return_value is not None, "Ray Train gave nothing back"

@@ -1,8 +1,8 @@
 """``mfctl bench train``: what Ray Train and DeepSpeed cost over a bare loop, and how far both are from the limit.
 
-One run measures all variants in the same processes, in turns (``workflows.bench_steps``):
+One run measures all variants in the same processes, in turns (``workflows.bench.steps``):
 
-bare            a plain torch loop (``workflows.bench_bare``)
+bare            a plain torch loop (``workflows.bench.bare``)
 ray_torch       the training loop with TorchEngine under Ray Train
 ray_zero0 .. 3  the training loop with DeepSpeedEngine at that ZeRO stage under Ray Train
 dmd5, dmd1      stage mutual, on request: a bare loop of DMD with self-forcing and a separate frozen teacher, five or
@@ -21,10 +21,11 @@ from statistics import median
 from typing import Any, Literal, cast
 
 from mfcore.objectives.mutual import MutualConfig
-from workflows import bench_data, config_io, presets
-from workflows.bench_launch import launch
-from workflows.bench_steps import BARE, Measured, Plan, work
-from workflows.bench_turns import Variant
+from workflows import config_io, presets
+from workflows.bench import data as noise
+from workflows.bench.launch import launch
+from workflows.bench.steps import BARE, Measured, Plan, work
+from workflows.bench.turns import Variant
 from workflows.config import RunConfig
 
 BAR = 1.05  # of ray_zero1 over bare
@@ -73,7 +74,7 @@ def resolve(
     """The preset at the asked size. Every step is alike: clips of one length, the mutual stage with all its parts."""
     if workers < 1 or tokens < 1:
         raise ValueError(f"--workers and --tokens must be at least 1, got {workers} and {tokens}")
-    config = presets.preset(preset, stage, bench_data.latent_shapes())
+    config = presets.preset(preset, stage, noise.latent_shapes())
     if isinstance(config.objective, MutualConfig):
         whole = replace(config.objective, real_until=0, free_from=0, fake_from=0, dmd_from=0, dmd_ramp=1)
         config = replace(config, objective=whole)
@@ -81,14 +82,14 @@ def resolve(
     data = replace(config.data, chunks=(chunks, chunks), batch=rows)
     config = replace(config, data=data, engine=replace(config.engine, workers=workers, use_gpu=_gpu()))
     config = config_io.change(config, config_io.parse_sets(sets))
-    if config.data.chunks[1] > bench_data.LONGEST:
-        raise ValueError(f"the clips of the bench hold {bench_data.LONGEST} chunks, data.chunks={config.data.chunks}")
+    if config.data.chunks[1] > noise.LONGEST:
+        raise ValueError(f"the clips of the bench hold {noise.LONGEST} chunks, data.chunks={config.data.chunks}")
     return replace(config, data=replace(config.data, batch=workers * _rows(config, tokens)))
 
 
 def _rows(config: RunConfig, tokens: int) -> int:
     """Clips per rank that hold ``tokens``: whole cycles of row kinds, whole micro-batches."""
-    timeline = bench_data.assembly(tuple(config.model.branches)).timeline
+    timeline = noise.assembly(tuple(config.model.branches)).timeline
     chunks = config.data.chunks[1]
     per_clip = sum(timeline.count(m, chunks) * branch.tokens for m, branch in config.model.branches.items())
     unit = max(config.unit, config.data.micro or 1)

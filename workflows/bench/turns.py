@@ -8,8 +8,10 @@ from typing import Protocol
 
 from mfcore.objectives.terms import Term, report
 from mfcore.types import AVBatch
-from workflows import bench_data, bench_limits, ranks
-from workflows.bench_bare import NEVER, BareLoop, bare_loop, dmd_loop
+from workflows import ranks
+from workflows.bench import data as noise
+from workflows.bench import limits
+from workflows.bench.bare import NEVER, BareLoop, bare_loop, dmd_loop
 from workflows.checkpoint import Progress
 from workflows.config import RunConfig
 from workflows.data import Share, TrainingBatches
@@ -63,7 +65,7 @@ class Turns:
 
     def probe(self, first: Sequence[list[AVBatch]]) -> int:
         """Take the first steps. Returns the most bytes that were alive at an update of the weights."""
-        with bench_limits.bytes_at_update() as seen:
+        with limits.bytes_at_update() as seen:
             self._runner.run(first, len(first))
         batches = own_batches(self._config)
         make: Callable[[int], list[AVBatch]] = lambda step: place(batches.step(step))
@@ -74,10 +76,10 @@ class Turns:
         coming = itertools.islice(self._batches, steps)
         watch = Watch(iter(list(coming)) if self._bare else coming)  # a bare loop finds all its batches ready
         ranks.barrier()
-        bench_limits.synchronize()
+        limits.synchronize()
         began, used = time.perf_counter(), time.process_time()
         self._runner.run(watch, steps)
-        bench_limits.synchronize()
+        limits.synchronize()
         took, used = time.perf_counter() - began, time.process_time() - used
         return Turn(step_s=took / steps, wait_s=watch.waited / steps, cpu_s=used / steps, loss=self._runner.loss())
 
@@ -180,9 +182,9 @@ def _sum_of_losses(metrics: Mapping[str, float]) -> float:
 
 def own_batches(config: RunConfig, rank: int | None = None, world: int | None = None) -> TrainingBatches:
     """A rank's share of batches of noise; default: this rank's."""
-    clips = bench_data.noise_clips(config.data.chunks[1], config.data.batch)
+    clips = noise.noise_clips(config.data.chunks[1], config.data.batch)
     share = Share(rank=rank or ranks.rank(), world=world or ranks.world(), unit=config.unit)
-    return TrainingBatches(clips, bench_data.assembly(tuple(config.model.branches)), config.data, config.seed, share)
+    return TrainingBatches(clips, noise.assembly(tuple(config.model.branches)), config.data, config.seed, share)
 
 
 def place(micros: list[AVBatch]) -> list[AVBatch]:

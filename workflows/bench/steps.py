@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from workflows import bench_limits, ranks
-from workflows.bench_bare import bare_loop
-from workflows.bench_turns import Turn, Turns, Variant, own_batches, place
+from workflows import ranks
+from workflows.bench import limits
+from workflows.bench.bare import bare_loop
+from workflows.bench.turns import Turn, Turns, Variant, own_batches, place
 from workflows.config import RunConfig
 from workflows.stages import initial_network
 from workflows.worker import count_tokens
@@ -56,12 +57,12 @@ def work(plan: Plan) -> Measured:
         torch.set_num_threads(plan.threads)
     batches = own_batches(plan.config)
     first = [place(batches.step(step)) for step in range(PROBE)]
-    flops = bench_limits.count_flops(lambda: bare_loop(plan.config).run(first[:1], 0, 1))
+    flops = limits.count_flops(lambda: bare_loop(plan.config).run(first[:1], 0, 1))
     turns: dict[str, Turns] = {}
     state_bytes: dict[str, int] = {}
     for name, variant in plan.variants.items():
         gc.collect()
-        before = bench_limits.live_bytes()
+        before = limits.live_bytes()
         turns[name] = Turns(plan.config, variant)
         state_bytes[name] = turns[name].probe(first) - before
     timed, rates = rounds(plan, turns)
@@ -73,7 +74,7 @@ def work(plan: Plan) -> Measured:
         tokens=sum(count_tokens(plan.config, micro) for micro in first[0]),
         parameters=sum(p.numel() for p in initial_network(plan.config, {}).parameters()),
         threads=torch.get_num_threads(),
-        peak_memory_bytes=max(ranks.gather(bench_limits.peak_bytes())),
+        peak_memory_bytes=max(ranks.gather(limits.peak_bytes())),
         profiles={name: profiled(turns[name], plan.turn) for name in plan.profiled},
     )
 
@@ -87,7 +88,7 @@ def rounds(plan: Plan, turns: Mapping[str, Turns]) -> tuple[dict[str, list[Turn]
             slowest = max(ranks.gather(own.turn(plan.turn)), key=lambda turn: turn.step_s)
             timed[name] += [slowest] if number else []  # round 0 warms up
         ranks.barrier()
-        rate = bench_limits.matmul_rate(ranks.device(), plan.config.engine.autocast or torch.float32)
+        rate = limits.matmul_rate(ranks.device(), plan.config.engine.autocast or torch.float32)
         rates += [min(ranks.gather(rate))] if number else []
     return timed, rates
 
