@@ -115,11 +115,8 @@ def run_loop(
             leave_out(config, progress, passes, engines, around)
             progress = replace(progress, skipped=progress.skipped + 1)
         else:
-            trained = passes[0][1].keys()
-            rates = {name: learning_rate(optims[name], step, config.steps) for name in trained}
-            norms = {name: engines[name].step(rates[name]) for name in trained}
-            ema.update(engines["student"].weights(), step)
-            log = {f"grad_norm/{n}": v for n, v in norms.items()} | {f"lr/{n}": v for n, v in rates.items()}
+            rates = {name: learning_rate(optims[name], step, config.steps) for name in passes[0][1]}
+            log = update(engines, rates, ema, step)
         done = step + 1
         progress = replace(progress, step=done, samples_seen=done * config.batch)
         last = done == config.steps
@@ -160,6 +157,13 @@ def backward(
     for name, own in terms.items():
         engines[name].backward(total(own) * (len(micro.samples) * ranks.world() / batch))
     return micro, {name: [replace(t, values=t.values.detach()) for t in own] for name, own in terms.items()}
+
+
+def update(engines: Mapping[str, Engine], rates: Mapping[str, float], ema: Ema, step: int) -> dict[str, float]:
+    """One optimizer step of every network in ``rates``, and of the average; rates and gradient norms for the log."""
+    norms = {name: engines[name].step(rate) for name, rate in rates.items()}
+    ema.update(engines["student"].weights(), step)
+    return {f"grad_norm/{n}": v for n, v in norms.items()} | {f"lr/{n}": v for n, v in rates.items()}
 
 
 def agreed(passes: Sequence[Pass], engines: Mapping[str, Engine], notice: str, failed: bool) -> list[bool]:
