@@ -168,6 +168,7 @@ def train(
             parser=environment.absolute_if_present,
             metavar="RUN",
             default_factory=list,
+            show_default=False,
             help="Finished runs to start from; default: the latest ones under runs/. May be repeated.",
         ),
     ],

@@ -25,14 +25,23 @@ def listen() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     _received.clear()
-    before = signal.getsignal(signal.SIGTERM)
+    _on_sigterm(_received.append)
+
+
+def _on_sigterm(tell: Callable[[str], object]) -> Callable[[], object]:
+    """Tell of the first SIGTERM; a second one does what it did before. Returns what puts that back."""
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+
+    def back() -> None:
+        signal.signal(signal.SIGTERM, before)
 
     def receive(number: int, frame: FrameType | None) -> None:
         del number, frame
-        _received.append(f"process {os.getpid()} on {socket.gethostname()} received SIGTERM")
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        tell(f"process {os.getpid()} on {socket.gethostname()} received SIGTERM")
+        back()
 
     signal.signal(signal.SIGTERM, receive)
+    return back
 
 
 class Notices:
@@ -67,16 +76,9 @@ def passed_on(run_dir: Path, token: str) -> Generator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        file.write_text(f"{token}\nthe driver, process {os.getpid()} on {socket.gethostname()}, received SIGTERM")
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, receive)
+    back = _on_sigterm(lambda text: file.write_text(f"{token}\nthe driver, {text}"))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        back()
         file.unlink(missing_ok=True)

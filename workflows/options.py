@@ -19,7 +19,13 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Preset = Annotated[str, typer.Option("--preset", metavar="NAME", help="tiny, small, base or full.")]
 Sets = Annotated[
     list[str],
-    typer.Option("--set", metavar="a.b=value", default_factory=list, help="Change one value; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="a.b=value",
+        default_factory=list,
+        show_default=False,
+        help="Change one value; may be repeated.",
+    ),
 ]
 Config = Annotated[
     str | None, typer.Option("--config", metavar="FILE", parser=environment.absolute, help="Values from a YAML file.")

@@ -155,7 +155,7 @@ class _Writing:
                 self._complete()
         except BaseException as error:  # told to the training loop, which raises on all ranks
             self.error = f"rank {self._rank}: {type(error).__name__}: {error}"
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # the error stands above; the storage that broke may break again
                 self._tell({"error": self.error})
         finally:
             self.written.set()
