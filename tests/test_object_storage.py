@@ -15,10 +15,10 @@ from preprocessing.pipeline import PreprocessConfig
 from preprocessing.reader import open_dataset
 from preprocessing.toyworld import write_toyworld
 from tests.workflows.test_train import SMALL, killed_at
-from workflows import worker
 from workflows.checkpoint import load_weights
 from workflows.preprocess import inspect, preprocess
 from workflows.train import train
+from workflows.training import worker
 
 BUCKET = "s3://characters"
 

@@ -27,7 +27,8 @@ def sources(*folders: str) -> Iterator[Path]:
 def repository_files() -> Iterator[Path]:
     tops = (*PACKAGES, "tests", "docs", "cluster", ".ci")
     for path in [*ROOT.glob("*"), *(p for top in tops for p in (ROOT / top).rglob("*"))]:
-        if path.is_file() and path.suffix in TEXT and "__pycache__" not in path.parts:
+        own = path.name != ".git" and "__pycache__" not in path.parts  # .git is a file in a linked work tree
+        if own and path.is_file() and path.suffix in TEXT:
             yield path
 
 

@@ -25,11 +25,12 @@ from mfcore.model.transformer import build_model
 from mfcore.timeline import LatentClock, Timeline
 from mfcore.weights import load_strict
 from preprocessing.storage import Store, is_remote
-from workflows import config_io, ranks
+from workflows import config_io
 from workflows.config import Stage
 from workflows.engine import Engine
-from workflows.shelf import COMPLETE, Shelf, join
-from workflows.state import SavedState
+from workflows.training import ranks
+from workflows.training.shelf import COMPLETE, Shelf, join
+from workflows.training.state import SavedState
 
 MODEL = "model.json"
 RECORD = "run.json"

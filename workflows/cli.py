@@ -182,8 +182,8 @@ def train(
     """Train one stage on Ray Train and DeepSpeed. The same command again resumes."""
 
     def work() -> Any:
-        from workflows.samples import training_samples
         from workflows.train import train as run_train
+        from workflows.training.samples import training_samples
 
         return run_train(
             stage,

@@ -125,7 +125,7 @@ def progress(label: str, *, every: float = 5.0) -> Generator[Progress]:
 
 
 _STEP = re.compile(r"(\w+) (\d+)/(\d+)  (.*)")
-"""A line about a step, as ``workflows.meter.line`` writes it."""
+"""A line about a step, as ``workflows.training.meter.line`` writes it."""
 
 
 @contextmanager

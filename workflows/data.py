@@ -19,8 +19,8 @@ from mfcore.codecs.stats import LatentStats
 from mfcore.rng import generator, uniform_rows
 from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Stream
-from workflows.order import Order, make_buckets
-from workflows.supply import Load, Supply
+from workflows.training.order import Order, make_buckets
+from workflows.training.supply import Load, Supply
 
 HELD_OUT_FIRST = 1 << 40  # sample numbers of held-out clips: noise that training never draws
 FILLER = -1  # sample number of a row that makes the shares of an evaluation equal and does not count

@@ -26,8 +26,8 @@ from workflows.console import progress
 from workflows.evaluate import evaluate
 from workflows.generate import generate
 from workflows.preprocess import inspect, preprocess
-from workflows.samples import training_samples
 from workflows.train import train
+from workflows.training.samples import training_samples
 
 STAGES: tuple[Stage, ...] = ("video", "audio", "joint", "mutual")
 PARENTS: dict[Stage, tuple[Stage, ...]] = {"video": (), "audio": (), "joint": ("video", "audio"), "mutual": ("joint",)}

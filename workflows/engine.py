@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from mfcore.ema import Storage, WholeWeights
 from mfcore.optim import OptimConfig, adamw
 from mfcore.types import VelocityModel
-from workflows import ranks
-from workflows.gradients import GradientWatch, flattened, gradient_of, set_lr, trained
-from workflows.state import SavedState, Snapshot, take_snapshot
+from workflows.training import ranks
+from workflows.training.gradients import GradientWatch, flattened, gradient_of, set_lr, trained
+from workflows.training.state import SavedState, Snapshot, take_snapshot
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LARGEST_BUCKET = 500_000_000  # elements that DeepSpeed gathers before it sends gradients; it allocates them all at once

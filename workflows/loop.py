@@ -11,12 +11,12 @@ from mfcore.ema import Ema
 from mfcore.objectives.terms import Objective, StepInfo, Term, report, total
 from mfcore.optim import OptimConfig, learning_rate
 from mfcore.types import AVBatch, VelocityModel
-from workflows import ranks
 from workflows.checkpoint import Progress
 from workflows.data import FILLER
 from workflows.engine import Engine, NonFiniteError
-from workflows.meter import Meter, line
 from workflows.tracking import STEP, Tracker
+from workflows.training import ranks
+from workflows.training.meter import Meter, line
 
 Models = Mapping[str, VelocityModel]
 

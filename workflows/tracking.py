@@ -1,7 +1,7 @@
 """Where a run's numbers go. The only file that imports mlflow; without it they go to JSON lines.
 
 Metrics of MLflow are append-only, so a run that resumes from a checkpoint must repeat no step that was logged before.
-The log of a training therefore goes to disk first, where what was logged is dropped (``workflows.delivery``).
+The log of a training therefore goes to disk first, where what was logged is dropped (``workflows.training.delivery``).
 """
 
 import fcntl

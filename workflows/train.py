@@ -3,7 +3,7 @@
 Nothing is written before everything was checked. A run is a folder:
 
     run.json      what was asked for: stage, resolved configuration, dataset, parents, versions
-    metrics.jsonl, params.json, artifacts.jsonl, mlflow.json   see ``workflows.delivery``
+    metrics.jsonl, params.json, artifacts.jsonl, mlflow.json   see ``workflows.training.delivery``
     samples/, alarms.json   generated clips, and what is wrong with them
     checkpoints/  see ``workflows.checkpoint``; elsewhere with the setting checkpoint.to
     ranks/        signs of life of the workers
@@ -23,7 +23,6 @@ from typing import Any
 from preprocessing.lease import Lease
 from preprocessing.storage import Store
 from workflows import config_io, environment
-from workflows.alarms import raised
 from workflows.checkpoint import (
     OUTCOME,
     RECORD,
@@ -34,19 +33,20 @@ from workflows.checkpoint import (
 )
 from workflows.config import Stage
 from workflows.console import training_display
-from workflows.delivery import unsent
-from workflows.launch import launch_on_ray
 from workflows.loop import Stopped
-from workflows.pulse import BEATS, watched
-from workflows.request import Request, finished, identity, resolve
-from workflows.samples import Made
-from workflows.shelf import Shelf, join
 from workflows.stages import STAGES, headline, make_card
 from workflows.tracking import log_all, tracking_uri
-from workflows.worker import LOG, Job, training_tracker
+from workflows.training.alarms import raised
+from workflows.training.delivery import unsent
+from workflows.training.launch import launch_on_ray
+from workflows.training.pulse import BEATS, watched
+from workflows.training.request import Request, finished, identity, resolve
+from workflows.training.samples import Made
+from workflows.training.shelf import Shelf, join
+from workflows.training.worker import LOG, Job, training_tracker
 
 Launch = Callable[[Job], None]
-"""Runs ``workflows.worker.work`` on all ranks of a job and returns when they are done."""
+"""Runs ``workflows.training.worker.work`` on all ranks of a job and returns when they are done."""
 Sample = Callable[[Path], Made]
 """Makes sample files from a finished run's folder."""
 

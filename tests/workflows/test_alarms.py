@@ -16,13 +16,13 @@ from preprocessing.toyworld import write_toyworld
 from tests.workflows.dataset import write_dataset
 from tests.workflows.exports import random_card
 from tests.workflows.test_train import SMALL, killed_at
-from workflows import worker
-from workflows.alarms import Alarms, ScoreGap, compare, liveliness, raised, score_gap
 from workflows.checkpoint import load_weights
 from workflows.heldout import HeldOut, Signals, real_signals, select
 from workflows.preprocess import preprocess
-from workflows.samples import training_samples, whole_network
 from workflows.train import train
+from workflows.training import worker
+from workflows.training.alarms import Alarms, ScoreGap, compare, liveliness, raised, score_gap
+from workflows.training.samples import training_samples, whole_network
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from workflows.bench import limits, turns
 from workflows.bench import train as bench
 from workflows.bench.train import bench_train, render, resolve
-from workflows.worker import count_tokens
+from workflows.training.worker import count_tokens
 
 SMALL = ("model.dim=32", "model.layers=1", "model.heads=2", "data.chunks=[2,2]")
 PROMISED = {"step_s", "overhead_zero1", "data_wait_share", "tokens_per_s", "mfu", "peak_memory_bytes"}

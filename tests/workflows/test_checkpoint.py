@@ -25,8 +25,8 @@ from workflows.checkpoint import (
     restore,
 )
 from workflows.engine import EngineConfig, build_engine
-from workflows.saving import CheckpointWriter, SaveError
-from workflows.shelf import Shelf
+from workflows.training.saving import CheckpointWriter, SaveError
+from workflows.training.shelf import Shelf
 
 CARD = ModelCard(
     model=model_config("audio"),

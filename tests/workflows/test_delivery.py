@@ -16,10 +16,10 @@ import pytest
 
 from tests.workflows.dataset import write_dataset
 from tests.workflows.test_train import SMALL
-from workflows import delivery, worker
-from workflows.delivery import Delivered, in_order, open_training_tracker, read_note, unsent
 from workflows.tracking import STEP, JsonLines, Mlflow, read_lines
 from workflows.train import train
+from workflows.training import delivery, worker
+from workflows.training.delivery import Delivered, in_order, open_training_tracker, read_note, unsent
 
 pytest.importorskip("mlflow", reason="mlflow is not installed")
 

@@ -10,8 +10,8 @@ from mfcore.objectives.terms import StepInfo, total
 from mfcore.optim import OptimConfig
 from tests.workflows.processes import run_on
 from tests.workflows.toy import FlowOnly, LinearVelocity, SelfTaught, toy_batch
-from workflows import ranks
 from workflows.engine import EngineConfig, build_engine
+from workflows.training import ranks
 
 OPTIM = OptimConfig(lr=1e-2, clip=0.3, warm_up=3)
 ROWS = 4  # global batch

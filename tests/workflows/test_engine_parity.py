@@ -12,8 +12,8 @@ from mfcore.optim import OptimConfig
 from tests.workflows.duet import OBJECTIVE, Duet, Running, difference, train
 from tests.workflows.processes import run_on
 from tests.workflows.toy import FlowOnly, LinearVelocity, toy_batch
-from workflows import ranks
 from workflows.engine import Engine, EngineConfig, build_engine
+from workflows.training import ranks
 
 TORCH = EngineConfig(kind="torch")
 KINDS = {"torch": TORCH} | {

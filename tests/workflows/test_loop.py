@@ -11,9 +11,9 @@ import pytest
 from tests.workflows.dataset import write_dataset
 from tests.workflows.processes import run_on
 from tests.workflows.test_train import EVERY_PART_AT_ONCE, SMALL
-from workflows import worker
 from workflows.checkpoint import complete
 from workflows.train import train
+from workflows.training import worker
 
 TWO = ("engine.kind=deepspeed", "engine.workers=2", "data.batch=8")
 ONE = ("data.batch=8",)

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from workflows import meter
 from workflows.checkpoint import Progress
 from workflows.console import training_display
-from workflows.meter import Meter, duration, line, short
+from workflows.training import meter
+from workflows.training.meter import Meter, duration, line, short
 
 
 def test_speed_is_of_training_and_time_left_of_everything(monkeypatch):

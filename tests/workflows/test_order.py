@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from workflows.order import Order, make_buckets
+from workflows.training.order import Order, make_buckets
 
 GROUP = 16
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.workflows.clips import Shelves
-from workflows.order import Order, make_buckets
-from workflows.supply import Supply, prefetched
+from workflows.training.order import Order, make_buckets
+from workflows.training.supply import Supply, prefetched
 
 BATCH, SHUFFLE, GROUP, COUNT = 12, 8, 8, 384  # four windows per epoch
 WAIT = 20.0  # seconds until a test that hangs fails

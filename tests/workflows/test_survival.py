@@ -17,14 +17,14 @@ from tests.workflows.dataset import write_dataset
 from tests.workflows.processes import run_on
 from tests.workflows.test_checkpoint import PROGRESS, parts, writer
 from tests.workflows.test_train import EVERY_PART_AT_ONCE, SMALL, killed_at, run
-from workflows import notice, pulse, worker
 from workflows.checkpoint import complete, find_export, load_weights, read_json, restore
 from workflows.loop import Stopped
-from workflows.saving import SaveError
-from workflows.shelf import COMPLETE, Shelf
-from workflows.state import Snapshot
 from workflows.tracking import read_lines
 from workflows.train import train
+from workflows.training import notice, pulse, worker
+from workflows.training.saving import SaveError
+from workflows.training.shelf import COMPLETE, Shelf
+from workflows.training.state import Snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,8 +102,8 @@ def test_a_failed_save_is_raised_at_the_next_step_and_the_one_before_it_used(tmp
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from workflows.state import Snapshot
-from workflows import worker
+from workflows.training.state import Snapshot
+from workflows.training import worker
 from workflows.train import train
 write = Snapshot.write
 def dying(self, folder, name):

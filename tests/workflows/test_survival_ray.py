@@ -10,12 +10,12 @@ import torch
 from tests.workflows import driver
 from tests.workflows.dataset import write_dataset
 from tests.workflows.test_train import SMALL
-from workflows import worker
 from workflows.checkpoint import Progress, load_weights, read_json
 from workflows.config_io import load
-from workflows.shelf import Shelf
 from workflows.tracking import read_lines
 from workflows.train import train
+from workflows.training import worker
+from workflows.training.shelf import Shelf
 
 STEPS = 60
 TWO = ("engine.kind=deepspeed", "engine.workers=2", "data.batch=8", f"steps={STEPS}", "log_every=1", "eval_every=20")

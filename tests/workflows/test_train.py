@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.workflows.dataset import write_dataset
-from workflows import worker
 from workflows.checkpoint import complete, load_card, load_export, load_weights
-from workflows.samples import Made
 from workflows.train import train
+from workflows.training import worker
+from workflows.training.samples import Made
 
 SMALL = (
     "model.dim=32",

@@ -12,14 +12,14 @@ from mfcore.objectives.terms import Objective
 from mfcore.optim import OptimConfig
 from tests.workflows.test_checkpoint import CARD
 from tests.workflows.toy import LinearVelocity, SelfTaught, toy_batch
-from workflows import ranks
 from workflows.checkpoint import Progress, newest_whole, restore
 from workflows.data import Share
 from workflows.engine import EngineConfig, build_engine
 from workflows.loop import LoopConfig, Surroundings, run_loop
-from workflows.saving import CheckpointWriter
-from workflows.shelf import Shelf
 from workflows.tracking import Silent
+from workflows.training import ranks
+from workflows.training.saving import CheckpointWriter
+from workflows.training.shelf import Shelf
 
 OPTIM = OptimConfig(lr=1e-2, clip=0.3, warm_up=3)
 

@@ -16,10 +16,10 @@ from mfcore.objectives.mutual import Mutual, MutualConfig
 from mfcore.objectives.terms import Objective, StepInfo, Term, total
 from mfcore.optim import OptimConfig, adamw, learning_rate
 from mfcore.types import AVBatch
-from workflows import ranks
 from workflows.config import RunConfig
-from workflows.networks import fake_score
 from workflows.stages import initial_network, objective_of
+from workflows.training import ranks
+from workflows.training.networks import fake_score
 
 NEVER = 1 << 30
 

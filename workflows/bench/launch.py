@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from workflows.engine import EngineConfig
-from workflows.launch import ray_running, worker_environment
+from workflows.training.launch import ray_running, worker_environment
 
 A = TypeVar("A")
 R = TypeVar("R")

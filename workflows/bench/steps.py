@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from workflows import ranks
 from workflows.bench import limits
 from workflows.bench.bare import bare_loop
 from workflows.bench.turns import Turn, Turns, Variant, own_batches, place
 from workflows.config import RunConfig
 from workflows.stages import initial_network
-from workflows.worker import count_tokens
+from workflows.training import ranks
+from workflows.training.worker import count_tokens
 
 BARE = "bare"
 PROBE = 2  # steps before the first round: the second one sees the moments that the first one has made

@@ -8,7 +8,6 @@ from typing import Protocol
 
 from mfcore.objectives.terms import Term, report
 from mfcore.types import AVBatch
-from workflows import ranks
 from workflows.bench import data as noise
 from workflows.bench import limits
 from workflows.bench.bare import NEVER, BareLoop, bare_loop, dmd_loop
@@ -17,12 +16,13 @@ from workflows.config import RunConfig
 from workflows.data import Share, TrainingBatches
 from workflows.engine import EngineConfig
 from workflows.loop import Surroundings, over_all_ranks, run_loop
-from workflows.meter import NO_LOSS
-from workflows.networks import build_networks
 from workflows.stages import initial_network, objective_of
-from workflows.supply import prefetched
 from workflows.tracking import Silent
-from workflows.worker import count_tokens, loop_config
+from workflows.training import ranks
+from workflows.training.meter import NO_LOSS
+from workflows.training.networks import build_networks
+from workflows.training.supply import prefetched
+from workflows.training.worker import count_tokens, loop_config
 
 Batches = Iterable[list[AVBatch]]
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from workflows import environment, notice
+from workflows import environment
 from workflows.engine import EngineConfig
-from workflows.worker import Job
+from workflows.training import notice
+from workflows.training.worker import Job
 
 GROW_EVERY = 30.0  # seconds between looks for room for more workers, where their number may vary
 
@@ -47,7 +48,7 @@ def ray_running(workers: int) -> Iterator[None]:
 
 def worker_environment() -> dict[str, dict[str, str]]:
     """A runtime environment in which Ray's workers find our packages, and nothing phones home."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {"env_vars": {"PYTHONPATH": path, **environment.DEFAULTS}}
 
@@ -105,8 +106,8 @@ def _entrance() -> Callable[[dict[str, bytes]], None]:
 
         from ray.train.v2._internal.execution.context import get_train_context
 
-        from workflows.launch import share_cores
-        from workflows.worker import work
+        from workflows.training.launch import share_cores
+        from workflows.training.worker import work
 
         def leaving() -> str:
             # ray.train.get_preemption_info() is a barrier by way of an actor; the ranks agree by themselves
@@ -127,7 +128,7 @@ def _listening(backend: str) -> Any:
     from ray.train.torch import TorchConfig
 
     def listen() -> None:
-        from workflows import notice
+        from workflows.training import notice
 
         notice.listen()
 

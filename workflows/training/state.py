@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workflows import ranks
+from workflows.training import ranks
 
 
 @dataclass(frozen=True, kw_only=True)

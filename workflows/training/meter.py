@@ -33,8 +33,8 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from workflows import ranks
 from workflows.checkpoint import Progress
+from workflows.training import ranks
 
 GIB = float(1 << 30)
 NO_LOSS = ("grad_norm/", "lr/", "speed/", "memory/", "gpu/", "alarm/", "sample/")

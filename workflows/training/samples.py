@@ -17,8 +17,6 @@ from mfcore.ema import Ema, WholeWeights
 from mfcore.model.transformer import build_model
 from mfcore.steps import Mode
 from preprocessing.mp4 import write_mp4
-from workflows import ranks
-from workflows.alarms import Alarms, Liveliness, ScoreGap, compare, liveliness
 from workflows.checkpoint import OUTCOME, RECORD, ModelCard, Progress, load_export, read_json
 from workflows.config import RunConfig, Stage
 from workflows.generate import sampling
@@ -26,6 +24,8 @@ from workflows.heldout import HeldOut, Signals, frame_rate, real_signals, select
 from workflows.sampler import decode, generate
 from workflows.streamer import Sampling, Streamer
 from workflows.tracking import Tracker
+from workflows.training import ranks
+from workflows.training.alarms import Alarms, Liveliness, ScoreGap, compare, liveliness
 
 CLIPS = 2
 MULTI_STEPS = 8  # fewer than `mfctl generate` takes: this is a look, not a measurement

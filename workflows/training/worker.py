@@ -11,8 +11,7 @@ from mfcore.types import AVBatch
 from preprocessing.lease import LeaseLost, check_token
 from preprocessing.reader import ClipDataset, open_dataset
 from preprocessing.storage import Store
-from workflows import config_io, notice, ranks
-from workflows.alarms import Alarms
+from workflows import config_io
 from workflows.checkpoint import (
     OUTCOME,
     RECORD,
@@ -26,18 +25,20 @@ from workflows.checkpoint import (
 )
 from workflows.config import RunConfig, Stage
 from workflows.data import Assembly, Clips, Share, TrainingBatches, held_out_batches
-from workflows.delivery import open_training_tracker
 from workflows.engine import NonFiniteError
 from workflows.loop import LoopConfig, Stopped, Surroundings, evaluate_terms, run_loop
-from workflows.networks import build_networks
-from workflows.notice import Notices
-from workflows.pulse import BEATS, Pulse
-from workflows.samples import Looks, Sampler
-from workflows.saving import CheckpointWriter
-from workflows.shelf import Shelf
 from workflows.stages import STAGES, held_out_objective, initial_network, objective_of, schedule_position
-from workflows.supply import prefetched
 from workflows.tracking import PARAMS, Silent, Tracker
+from workflows.training import notice, ranks
+from workflows.training.alarms import Alarms
+from workflows.training.delivery import open_training_tracker
+from workflows.training.networks import build_networks
+from workflows.training.notice import Notices
+from workflows.training.pulse import BEATS, Pulse
+from workflows.training.samples import Looks, Sampler
+from workflows.training.saving import CheckpointWriter
+from workflows.training.shelf import Shelf
+from workflows.training.supply import prefetched
 
 LOG = "log.txt"
 

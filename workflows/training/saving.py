@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mfcore.ema import Ema
-from workflows import config_io, ranks
+from workflows import config_io
 from workflows.checkpoint import MODEL, ModelCard, Progress, write_json
 from workflows.engine import Engine
-from workflows.shelf import COMPLETE, Shelf, entry
-from workflows.state import Snapshot, copied, take_snapshot
+from workflows.training import ranks
+from workflows.training.shelf import COMPLETE, Shelf, entry
+from workflows.training.state import Snapshot, copied, take_snapshot
 
 PATIENCE = 60.0  # seconds that an error waits for the checkpoint being written
 PARTS = "parts"

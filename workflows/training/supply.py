@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from workflows.order import Numbers, Order, Window
+from workflows.training.order import Numbers, Order, Window
 
 C = TypeVar("C")
 T = TypeVar("T")
