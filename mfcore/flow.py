@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mfcore.types import AUDIO, Levels, Streams
+from mfcore.types import AUDIO, Levels, Stream, Streams
 
 
 def interpolate(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -94,6 +94,11 @@ def expand(level: Float[Tensor, "B K"], chunk: Tensor, like: Tensor) -> Tensor:
 def noise_streams(streams: Streams, eps: dict[str, Tensor], t: Levels) -> dict[str, Tensor]:
     """x_t of every modality."""
     return {m: interpolate(s.latents, eps[m], expand(t[m], s.chunk, s.latents)) for m, s in streams.items()}
+
+
+def noised(streams: Streams, eps: dict[str, Tensor], t: Levels) -> dict[str, Stream]:
+    """The streams at level t: the input of a network."""
+    return {m: streams[m].with_latents(x) for m, x in noise_streams(streams, eps, t).items()}
 
 
 def move_streams(x: Streams, u: dict[str, Tensor], t: Levels, r: Levels) -> Streams:

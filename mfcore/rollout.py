@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mfcore.flow import noise_streams
+from mfcore.flow import noised
 from mfcore.rng import normal_rows
 from mfcore.steps import Context, Mode, Schedule, levels, solver_step
 from mfcore.timeline import Timeline
@@ -20,7 +21,17 @@ class Chunk:
 
     clean: dict[str, Stream]
     stash: dict[str, Stream] | None  # the state at the exit step, before it was taken
-    context: Context  # remembers this chunk: continue, or snapshot, from here
+    before: Context  # what it was made from
+    trust: Float[Tensor, " B"] | None
+    forget: bool
+
+    @cached_property
+    def context(self) -> Context:
+        """Remembers this chunk: continue, or snapshot, from here. Written when first asked for: nobody reads the
+        keys and values of the last chunk of a clip."""
+        data = {m: s.with_latents(s.latents.detach()) for m, s in self.clean.items()}
+        after = self.before.remember(data, self.trust)
+        return after.advance(int(next(iter(data.values())).chunk[-1]) + 1) if self.forget else after
 
 
 def rollout(
@@ -31,22 +42,28 @@ def rollout(
     mode: Mode = "few",
     trust: Float[Tensor, " B"] | None = None,
     exit_step: int | None = None,
+    forget: bool = True,
 ) -> Iterator[Chunk]:
     """Generate one chunk per item of ``starts`` (its state at ``plan``'s first level), each seeing those before it.
 
-    ``exit_step`` j keeps the state at level t_j. ``trust`` labels the history that is written.
+    ``exit_step`` j keeps the state at level t_j. ``trust`` labels the history that is written, ``forget`` lets go of
+    what later chunks cannot see.
+
+    Gradient, where it is enabled: a chunk's runs through its own steps from ``exit_step`` on (without one: none),
+    which read memory as data; the memory's runs through the passes that write it, which read chunks as data.
     """
     context = context if context.memory is not None else context.opened()
-    steps = len(next(iter(plan.values()))) - 1
+    steps, chunk = len(next(iter(plan.values()))) - 1, None
     for start in starts:
-        x, stash = dict(start), None
+        context = chunk.context if chunk else context
+        x, stash, read = dict(start), None, context.detach()
         for j in range(steps):
             stash = x if j == exit_step else stash
             t, r = (levels(x, {m: line[i] for m, line in plan.items()}) for i in (j, j + 1))
-            x = dict(solver_step(context, x, t, r, mode))
-        following = int(next(iter(x.values())).chunk[-1]) + 1
-        context = context.remember(x, trust).advance(following)
-        yield Chunk(clean=x, stash=stash, context=context)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and exit_step is not None and j >= exit_step):
+                x = dict(solver_step(read, x, t, r, mode))
+        chunk = Chunk(clean=x, stash=stash, before=context, trust=trust, forget=forget)
+        yield chunk
 
 
 def noise_starts(
@@ -80,9 +97,9 @@ def coupled_starts(
     real: Streams, eps: dict[str, Tensor], strength: Mapping[str, Tensor], chunks: int
 ) -> Iterator[dict[str, Stream]]:
     """Each real chunk noised to t = s, so that finishing it stays with the clip (METHOD 6, coupled history)."""
-    noised = noise_streams(real, eps, levels(real, strength))
+    starts = noised(real, eps, levels(real, strength))
     for k in range(chunks):
-        yield {m: s.with_latents(noised[m]).chunks(k, k + 1) for m, s in real.items()}
+        yield {m: s.chunks(k, k + 1) for m, s in starts.items()}
 
 
 def join_chunks(chunks: Iterable[Mapping[str, Stream]]) -> dict[str, Stream]:

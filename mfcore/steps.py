@@ -3,16 +3,16 @@
 Shapes: B batch, K chunks of a pass, S steps. A schedule holds S + 1 levels per modality, from the start down to 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mfcore.flow import move_streams, shift_time
-from mfcore.types import Condition, Levels, Memory, Streams, VelocityModel
+from mfcore.types import Condition, Levels, Memory, Stream, Streams, VelocityModel
 
 Mode = Literal["few", "multi"]
 """few: average velocity over the whole step (r = next level). multi: instantaneous velocity (r = t), an Euler step."""
@@ -59,11 +59,16 @@ class Context:
     null_memory: Memory | None = None
 
     def opened(self) -> "Context":
-        """With the sink (first frame, voice) in memory."""
-        return self.remember({}, trust=None)
+        """With the sink (first frame, voice) in memory. It reads no text, so both branches of guidance share it."""
+        _, sink = self.model({}, {}, {}, self.cond, None, store=True)
+        return replace(self, memory=sink, null_memory=sink if self.guidance != 1.0 else None)
 
     def remember(self, clean: Streams, trust: Float[Tensor, " B"] | None) -> "Context":
         """With the clean chunks ``clean``, of history strength ``trust``, in memory."""
+        if self.memory is None:
+            return self.opened().remember(clean, trust)
+        if not clean:
+            return self
         zero = levels(clean, dict.fromkeys(clean, 0.0))
         _, memory = self.model(clean, zero, zero, self.cond, self.memory, store=True, trust=trust)
         null = None
@@ -103,9 +108,47 @@ class Context:
             null_memory=self.null_memory and self.null_memory.rows(index),
         )
 
+    @staticmethod
+    def stack(parts: Sequence["Context"]) -> "Context":
+        """The rows of all parts, one after the other, without guidance: one network, the same chunks remembered."""
+        memories = [part.memory for part in parts if part.memory is not None]
+        assert len(memories) == len(parts)
+        return Context(
+            model=parts[0].model,
+            cond=Condition.stack([part.cond for part in parts]),
+            memory=type(memories[0]).stack(memories),
+        )
+
     def plain(self) -> "Context":
         """Without guidance."""
         return replace(self, guidance=1.0, null_memory=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """States and levels at which some rows of a context are asked for their velocity."""
+
+    rows: Int64[Tensor, " B"]  # of the context; a row may be asked several times
+    x: Streams
+    t: Levels
+    r: Levels
+
+
+def ask(context: Context, queries: Sequence[Query]) -> list[dict[str, Tensor]]:
+    """The answer to each query, by one forward pass of all their rows."""
+    sizes = [len(q.rows) for q in queries]
+    x = {m: s.with_latents(torch.cat([q.x[m].latents for q in queries])) for m, s in queries[0].x.items()}
+    t, r = ({m: torch.cat([getattr(q, level)[m] for q in queries]) for m in x} for level in "tr")
+    u = context.rows(torch.cat([q.rows for q in queries])).velocity(x, t, r)
+    parts = zip(*(u[m].split(sizes) for m in x), strict=True)
+    return [dict(zip(x, part, strict=True)) for part in parts]
+
+
+def past(streams: Streams) -> dict[str, Stream]:
+    """The history that the chunks of a clip can see: all but its last chunk, which none of them comes after."""
+    some = next(iter(streams.values())).chunk
+    first, last = int(some[0]), int(some[-1])
+    return {m: s.chunks(first, last) for m, s in streams.items()} if last > first else {}
 
 
 def solver_step(context: Context, x: Streams, t: Levels, r: Levels, mode: Mode) -> Streams:

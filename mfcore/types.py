@@ -4,9 +4,9 @@ Letters: B batch, K chunks, n latents of one modality, C latent channels, h w la
 D text width. Audio is a stream whose latents have no height and width: ``(B, n, C)``; video is ``(B, n, C, h, w)``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -68,6 +68,13 @@ class Condition:
         parts: dict[str, Any] = {k: v if v is None else change(v) for k, v in vars(self).items()}
         return Condition(**parts)
 
+    @staticmethod
+    def stack(parts: Sequence["Condition"]) -> "Condition":
+        """The rows of all parts, one after the other."""
+        columns = {k: [vars(part)[k] for part in parts] for k in vars(parts[0])}
+        whole: dict[str, Any] = {k: None if v[0] is None else torch.cat(v) for k, v in columns.items()}
+        return Condition(**whole)
+
     def drop(self, *, caption: Bool[Tensor, " B"], words: Bool[Tensor, " B"]) -> "Condition":
         """Remove caption or transcript in the rows where the flag is True (classifier-free guidance)."""
         return replace(
@@ -127,6 +134,11 @@ class Memory(Protocol):
         """The memory of some rows of the batch."""
         ...
 
+    @classmethod
+    def stack(cls, parts: Sequence[Self]) -> Self:
+        """The rows of all parts, one after the other; all remember the same chunks."""
+        ...
+
     def advance(self, chunk: int) -> "Memory":
         """Forget what ``chunk`` and later ones can no longer see: keeps streaming at constant cost."""
         ...
@@ -137,7 +149,8 @@ class VelocityModel(Protocol):
 
     ``model(x, t, r, cond, memory)`` gives the average velocity of every chunk of ``x`` from t down to r (r = t: the
     instantaneous velocity), each chunk seeing the memory before it and itself. With ``store`` the chunks of ``x`` are
-    taken as clean history of strength ``trust``, and a memory that holds them too is returned beside the velocity.
+    taken as clean history of strength ``trust``, and a memory that holds them too is returned; velocities then need
+    not be. Without a memory the sink is written first, which depends on first frame and voice alone.
     """
 
     def __call__(

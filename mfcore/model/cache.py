@@ -1,10 +1,13 @@
 """What a network remembers: keys and values of the sink and of past chunks, layer by layer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
+
+from mfcore.types import MODALITIES
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class KeyValue:
 
     def join(self, other: "KeyValue") -> "KeyValue":
         return KeyValue(torch.cat([self.k, other.k], dim=2), torch.cat([self.v, other.v], dim=2))
+
+    @staticmethod
+    def stack(parts: Sequence["KeyValue"]) -> "KeyValue":
+        return KeyValue(torch.cat([p.k for p in parts]), torch.cat([p.v for p in parts]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,21 @@ class LayeredMemory:
             self, sink=tuple(kv.rows(index) for kv in self.sink), past=tuple(kv.rows(index) for kv in self.past)
         )
 
+    @classmethod
+    def stack(cls, parts: Sequence["LayeredMemory"]) -> "LayeredMemory":
+        """The rows of all parts, which remember the same chunks, one after the other."""
+        alike = [p.by_chunk() for p in parts]
+        sink = tuple(KeyValue.stack(layer) for layer in zip(*(p.sink for p in alike), strict=True))
+        past = tuple(KeyValue.stack(layer) for layer in zip(*(p.past for p in alike), strict=True))
+        return replace(alike[0], sink=sink, past=past)
+
+    def by_chunk(self) -> "LayeredMemory":
+        """Tokens by chunk, then by branch, as a roll-out writes them; a whole clip is written branch by branch."""
+        if self.past_at is None:
+            return self
+        order = (self.past_at.chunk * len(MODALITIES) + self.past_at.branch).argsort(stable=True)
+        return self if bool((order.diff() == 1).all()) else self._tokens(order)
+
     def append(self, layers: list[KeyValue], at: Positions) -> "LayeredMemory":
         """A memory that also holds the (rotated) keys and the values of the tokens ``at``."""
         if self.past_at is None:
@@ -77,11 +99,14 @@ class LayeredMemory:
         if self.past_at is None:
             return self
         keep = self.past_at.chunk >= chunk - self.window
-        if bool(keep.all()):
-            return self
-        index = keep.nonzero()[:, 0].to(self.past[0].k.device)
-        past = tuple(KeyValue(kv.k.index_select(2, index), kv.v.index_select(2, index)) for kv in self.past)
-        return replace(self, past=past, past_at=self.past_at.where(keep))
+        return self if bool(keep.all()) else self._tokens(keep.nonzero()[:, 0])
+
+    def _tokens(self, index: Tensor) -> "LayeredMemory":
+        """The past tokens of these numbers."""
+        assert self.past_at is not None
+        place = index.to(self.past[0].k.device)
+        past = tuple(KeyValue(kv.k.index_select(2, place), kv.v.index_select(2, place)) for kv in self.past)
+        return replace(self, past=past, past_at=self.past_at.where(index))
 
     @property
     def bytes(self) -> int:

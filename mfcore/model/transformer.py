@@ -61,14 +61,16 @@ class AVTransformer(nn.Module):
         levels = {m: self.branch(m).levels(t[m], r[m], trust if store else None) for m in x}
         step = self._prepare(x, at, {m: v[0] for m, v in levels.items()}, cond, memory, store=store)
         hidden = {m: self.branch(m).embed(self.branch(m).patches(s)) for m, s in x.items()}
-        hidden, layers = self._layers(hidden, step, memory)
+        if store:
+            return {}, memory.append(self._written(hidden, step, memory), at)
+        hidden, _ = self._layers(hidden, step, memory)
         velocities = {
             m: self.branch(m).velocity(
                 h, levels[m][1], step.local[m], x[m].latents, (t[m], r[m]), cond.first_frame if m == VIDEO else None
             )
             for m, h in hidden.items()
         }
-        return velocities, memory.append(layers, at) if store else memory
+        return velocities, memory
 
     def branch(self, modality: str) -> Branch:
         return cast(Branch, self.branches[modality])
@@ -84,7 +86,7 @@ class AVTransformer(nn.Module):
         empty = LayeredMemory(window=self.config.window_chunks, sink=(), sink_at=at.where(at.chunk != SINK))
         step = self._prepare(streams, at, shared, cond, empty, store=True)
         hidden = {m: self.branch(m).sink_tokens(s, present[m]) for m, s in streams.items()}
-        _, layers = self._layers(hidden, step, empty, rotated=False)
+        layers = self._written(hidden, step, empty, rotated=False)
         return LayeredMemory(window=self.config.window_chunks, sink=tuple(layers), sink_at=at)
 
     def _positions(self, x: Streams) -> Positions:
@@ -138,26 +140,40 @@ class AVTransformer(nn.Module):
         return dense_or_none(mask)
 
     def _layers(
-        self, hidden: dict[str, Tensor], step: _Pass, memory: LayeredMemory, *, rotated: bool = True
+        self, hidden: dict[str, Tensor], step: _Pass, memory: LayeredMemory, *, rotated: bool = True, last: int = 0
     ) -> tuple[dict[str, Tensor], list[KeyValue]]:
-        """Run all layers; also the keys and values of this pass, rotated unless they are to be the sink's."""
+        """Run all layers but the ``last`` ones; also the keys and values of this pass, rotated unless the sink's."""
         kept: list[KeyValue] = []
         sink_angle = self._sink_angles(step.at, memory)
-        for layer in range(self.config.layers):
+        for layer in range(self.config.layers - last):
             run = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
             hidden, own = run(layer, hidden, step, self._recall(memory, layer, sink_angle), rotated)
             kept.append(own)
         return hidden, kept
 
+    def _written(
+        self, hidden: dict[str, Tensor], step: _Pass, memory: LayeredMemory, *, rotated: bool = True
+    ) -> list[KeyValue]:
+        """Keys and values of every layer: what a memory holds. Of the last layer nothing else is computed."""
+        hidden, kept = self._layers(hidden, step, memory, rotated=rotated, last=1)
+        _, _, k, v = self._project(self.config.layers - 1, hidden, step)
+        return [*kept, KeyValue(rotate(k, step.angle) if rotated else k, v)]
+
+    def _project(
+        self, layer: int, hidden: dict[str, Tensor], step: _Pass
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """Modulation by branch; queries, keys and values of all tokens."""
+        blocks = {m: self.branch(m).block(layer) for m in hidden}
+        mods = {m: b.modulation(step.shared[m], step.local[m]) for m, b in blocks.items()}
+        parts = zip(*(b.project(hidden[m], mods[m]) for m, b in blocks.items()), strict=True)
+        q, k, v = (torch.cat(part, dim=2) for part in parts)
+        return mods, q, k, v
+
     def _layer(
         self, layer: int, hidden: dict[str, Tensor], step: _Pass, seen: KeyValue | None, rotated: bool
     ) -> tuple[dict[str, Tensor], KeyValue]:
         blocks = {m: self.branch(m).block(layer) for m in hidden}
-        mods = {m: b.modulation(step.shared[m], step.local[m]) for m, b in blocks.items()}
-        q, k, v = (
-            torch.cat(parts, dim=2)
-            for parts in zip(*(b.project(hidden[m], mods[m]) for m, b in blocks.items()), strict=True)
-        )
+        mods, q, k, v = self._project(layer, hidden, step)
         own = KeyValue(rotate(k, step.angle), v)
         keys = own if seen is None else seen.join(own)
         out = attend(rotate(q, step.angle), keys.k, keys.v, step.mask).split(step.sizes, dim=2)

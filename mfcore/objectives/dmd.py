@@ -1,32 +1,24 @@
 """Distribution matching: the difference of two scores moves the few-step samples (METHOD 6, steps 4 and 5)."""
 
-import itertools
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from mfcore.flow import noise_streams, velocity
+from mfcore.flow import noised, velocity
 from mfcore.objectives.terms import Term, chunk_means
 from mfcore.steps import Context, Schedule, levels, solver_step
 from mfcore.types import Levels, Stream, Streams
 
 
-def finish(
-    context: Context, stash: Streams, plan: Schedule, exit_step: int, *, jump: bool = False
-) -> dict[str, Stream]:
-    """From the stashed state at level t_j to t = 0 by the remaining few-step calls, with gradient.
+def jump_to_data(context: Context, stash: Streams, plan: Schedule, exit_step: int) -> dict[str, Stream]:
+    """From the stashed state at level t_j to t = 0 in one call, with gradient.
 
-    A flow map finishes its schedule; ``jump`` goes from t_j to 0 in one call (ablation: how re-noising samplers do it).
+    An ablation: samplers that re-noise x_0 predictions leave a roll-out so. A flow map finishes its schedule.
     """
-    steps = len(next(iter(plan.values()))) - 1
-    path = [exit_step, steps] if jump else list(range(exit_step, steps + 1))
-    x = dict(stash)
-    for j, following in itertools.pairwise(path):
-        t, r = (levels(x, {m: line[i] for m, line in plan.items()}) for i in (j, following))
-        x = dict(solver_step(context, x, t, r, "few"))
-    return x
+    t, r = (levels(stash, {m: line[j] for m, line in plan.items()}) for j in (exit_step, -1))
+    return dict(solver_step(context, stash, t, r, "few"))
 
 
 def normalised_gap(
@@ -58,8 +50,7 @@ def dmd_terms(
     belongs to the fake score alone.
     """
     still = {m: s.with_latents(s.latents.detach()) for m, s in y.items()}
-    noisy = noise_streams(still, eps, tau)
-    x = {m: s.with_latents(noisy[m]) for m, s in still.items()}
+    x = noised(still, eps, tau)
     with torch.no_grad():
         v_real = real.velocity(x, tau, tau)
     v_fake = fake.velocity(x, tau, tau)

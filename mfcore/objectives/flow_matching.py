@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mfcore.flow import TimeConfig, noise_streams, training_times, velocity
+from mfcore.flow import TimeConfig, noised, training_times, velocity
 from mfcore.objectives.terms import StepInfo, Term, chunk_means
 from mfcore.rng import normal_rows, uniform_rows
-from mfcore.steps import Context
+from mfcore.steps import Context, past
 from mfcore.types import AVBatch, Levels, Streams, VelocityModel
 
 
@@ -49,8 +49,20 @@ def flow_matching_terms(
     weight: float = 1.0,
 ) -> list[Term]:
     """mean (u(x_t, t, t) - (eps - x_0))^2 per sample, chunk and modality; ``context`` holds the history."""
-    noisy = noise_streams(clean, eps, t)
-    u = context.velocity({m: s.with_latents(noisy[m]) for m, s in clean.items()}, t, t)
+    u = context.velocity(noised(clean, eps, t), t, t)
+    return flow_matching_loss(u, clean, eps, t, name=name, weight=weight)
+
+
+def flow_matching_loss(
+    u: Mapping[str, Tensor],
+    clean: Streams,
+    eps: dict[str, Tensor],
+    t: Levels,
+    *,
+    name: str = "flow_matching",
+    weight: float = 1.0,
+) -> list[Term]:
+    """The same of velocities ``u`` that are known already."""
     return [
         Term(
             name=name,
@@ -72,7 +84,7 @@ class FlowMatching:
         self.config = config
 
     def __call__(self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo) -> dict[str, list[Term]]:
-        context = Context(model=models["student"], cond=batch.cond).remember(batch.streams, None)
+        context = Context(model=models["student"], cond=batch.cond).remember(past(batch.streams), None)
         eps = draw_noise(batch.streams, info.seed, "flow_matching", batch.samples)
         t = draw_levels(self.config.time, batch.streams, info.seed, "flow_matching/level", batch.samples)
         return {"student": flow_matching_terms(context, batch.streams, eps, t)}
@@ -87,7 +99,7 @@ def history_use(model: VelocityModel, batch: AVBatch, config: TimeConfig, seed: 
     t = draw_levels(config, batch.streams, seed, "history_use/level", batch.samples)
     shuffled = {m: s.with_latents(s.latents.roll(1, dims=0)) for m, s in batch.streams.items()}
     true, other = (
-        flow_matching_terms(Context(model=model, cond=batch.cond).remember(h, None), batch.streams, eps, t)
+        flow_matching_terms(Context(model=model, cond=batch.cond).remember(past(h), None), batch.streams, eps, t)
         for h in (batch.streams, shuffled)
     )
     return {a.modality: float(b.values.mean() / a.values.mean()) for a, b in zip(true, other, strict=True)}

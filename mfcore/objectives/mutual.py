@@ -15,21 +15,21 @@ literal   rolled out from noise (s = 1)               the clip's          flow m
 ``literal`` is the reading that makes history useless (the trap of METHOD 6); it exists to show so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mfcore.flow import TimeConfig
-from mfcore.objectives.dmd import DmdTerms, dmd_terms, finish
-from mfcore.objectives.flow_matching import draw_levels, draw_noise, flow_matching_terms
-from mfcore.objectives.shortcut import draw_depth, dyadic_intervals, shortcut_terms
+from mfcore.flow import TimeConfig, noised
+from mfcore.objectives.dmd import DmdTerms, dmd_terms, jump_to_data
+from mfcore.objectives.flow_matching import draw_levels, draw_noise, flow_matching_loss
+from mfcore.objectives.shortcut import draw_depth, dyadic_intervals, shortcut_loss, shortcut_target
 from mfcore.objectives.terms import StepInfo, Term
 from mfcore.rng import generator, uniform_rows
 from mfcore.rollout import coupled_starts, join_chunks, rollout
-from mfcore.steps import Context, Schedule, finishing_schedule, schedule
+from mfcore.steps import Context, Query, Schedule, ask, finishing_schedule, past, schedule
 from mfcore.types import AVBatch, Stream, Streams, VelocityModel
 
 LEAST_TAU = 0.02  # below it both scores see the sample itself, and their difference is network error
@@ -53,6 +53,7 @@ class MutualConfig:
     dmd_floor: float = 1e-3  # least normaliser of the DMD gradient
     trust_label: bool = True  # label history with its strength
     jump_exit: bool = False  # ablation: leave the roll-out by one call instead of finishing the schedule
+    share_history: bool = False  # the fake score reads the teacher's keys and values: sound for a low-rank one only
     real_until: int = 0  # ShortCut on real history only, before this step
     free_from: int = 0  # free history from this step on (before: such rows are coupled)
     fake_from: int = 0  # the fake score learns from this step on
@@ -84,33 +85,38 @@ class MutualConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """Row numbers by what they do."""
+class _Control:
+    """What is drawn once per step, alike on all ranks: it shapes control flow."""
 
-    coupled: Tensor
-    rolled: Tensor  # free or literal
-    anchored: Tensor  # clean chunk from the clip: flow matching
-    free: Tensor
+    strength: float  # of coupled history
+    finish: Schedule  # the one call that finishes it
+    plan: Schedule  # of free history
+    exit_step: int  # of ``plan``
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """Rows with their history H, and the student remembering all but its last chunk."""
+
+    rows: Tensor
+    strength: float
+    streams: dict[str, Stream]  # H; rolled out: with gradient from the exit step on
+    student: Context
+    stash: dict[str, Stream] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Histories:
-    """History of every row, its strength, and the stashed states of the rolled-out rows."""
+    """What step 1 leaves. H is data; the keys and values in ``student`` have a gradient, as in pretraining."""
 
     streams: dict[str, Stream]
     strength: Tensor  # (B,)
-    coupled_strength: float  # of this step
-    stash: dict[str, Stream] | None
-    plan: Schedule
-    exit_step: int
+    student: Context
+    samples: _Written | None  # the rolled-out rows
 
-    @property
-    def teacher_label(self) -> Tensor:
-        """Labels for the multi-step mode as teacher: no more than flow matching has trained it with.
 
-        Only the few-step losses would shape its answer to s = 1, and they take their targets from that answer.
-        """
-        return self.strength.clamp_max(self.coupled_strength)
+Asked = tuple[Query, Callable[[dict[str, Tensor]], list[Term]]]
+"""What the student is asked, and the loss of its answer."""
 
 
 class Mutual:
@@ -123,118 +129,141 @@ class Mutual:
 
     def __call__(self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo) -> dict[str, list[Term]]:
         config, step = self.config, info.stage_step
-        rows = self._rows(batch, step)
-        history = self._histories(models["student"], batch, rows, info)  # step 1
-        clean = _mix(batch.streams, history.streams, rows.free)  # step 2
-        trust = history.strength if config.trust_label else None
-        student = Context(model=models["student"], cond=batch.cond).remember(history.streams, trust)
-        with torch.no_grad():
-            guided = Context(model=models["ema"], cond=batch.cond, guidance=config.guidance)
-            teacher = guided.remember(history.streams, history.teacher_label if config.trust_label else None)
-        terms = self._flow_matching(student, batch, rows.anchored, info)  # step 3, rows A
-        terms += self._shortcut(student, teacher, clean, batch, info)  # steps 3 and 4
-        if not len(rows.free) or step < config.fake_from or not config.dmd_weight:
+        control, free = self._control(batch.streams, info), self._where(batch, step, "free")
+        scored = len(free) > 0 and step >= config.fake_from and config.dmd_weight > 0
+        scale = config.dmd_scale(step) if scored else 0.0
+        history = self._histories(models["student"], batch, control, info, moved=scale > 0)  # step 1
+        clean = _mix(batch.streams, history.streams, free)  # step 2
+        teacher = self._teacher(models["ema"], batch, history, control)
+        anchored = self._where(batch, step, "real", "coupled", "literal")
+        asked = [self._flow_matching(batch, anchored, info)] if len(anchored) else []  # step 3, rows A
+        asked += [self._shortcut(teacher, clean, batch, info)] if config.shortcut_weight else []  # steps 3 and 4
+        answers = ask(history.student, [query for query, _ in asked]) if asked else []
+        terms = [term for (_, loss), u in zip(asked, answers, strict=True) for term in loss(u)]
+        if not scored:
             return {"student": terms}
-        dmd = self._dmd(models["fake"], student, teacher, history, trust, batch, rows, info)  # steps 3 to 5
-        return {"student": terms + (dmd.student if config.dmd_scale(step) else []), "fake": dmd.fake}
+        dmd = self._dmd(models["fake"], teacher, history, control, batch, free, info, scale)  # steps 4 and 5
+        return {"student": terms + (dmd.student if scale else []), "fake": dmd.fake}
 
-    def _rows(self, batch: AVBatch, step: int) -> _Rows:
-        kinds = [self.config.kind(int(s), step) for s in batch.samples]
+    def _where(self, batch: AVBatch, step: int, *kinds: RowKind) -> Tensor:
+        """Numbers of the rows of these kinds."""
+        return torch.tensor([i for i, s in enumerate(batch.samples) if self.config.kind(int(s), step) in kinds]).long()
 
-        def where(*wanted: RowKind) -> Tensor:
-            return torch.tensor([i for i, kind in enumerate(kinds) if kind in wanted], dtype=torch.long)
-
-        return _Rows(
-            coupled=where("coupled"),
-            rolled=where("free", "literal"),
-            anchored=where("real", "coupled", "literal"),
-            free=where("free"),
-        )
-
-    @torch.no_grad()
-    def _histories(self, student: VelocityModel, batch: AVBatch, rows: _Rows, info: StepInfo) -> _Histories:
-        """Step 1: online weights, few-step mode. Draws that shape control flow depend on the step alone."""
+    def _control(self, streams: Streams, info: StepInfo) -> _Control:
         draw = generator(info.seed, "mutual/control", info.step)
-        shift = {m: self.config.time.shift[m] for m in batch.streams}
-        k = _choose(self.config.strengths, draw)
+        shift = {m: self.config.time.shift[m] for m in streams}
+        strength = 2.0 ** -_choose(self.config.strengths, draw)
         plan = schedule(_choose(self.config.rollout_steps, draw), shift)
         exit_step = int(torch.randint(len(next(iter(plan.values()))) - 1, (), generator=draw))
-        streams, stash = dict(batch.streams), None
-        strength = torch.zeros(len(batch.samples), device=batch.cond.caption.device)
-        if len(rows.coupled):
-            finished, _ = self._rolled(
-                student, batch.rows(rows.coupled), finishing_schedule(2.0**-k, shift), None, info, 2.0**-k
+        return _Control(strength=strength, finish=finishing_schedule(strength, shift), plan=plan, exit_step=exit_step)
+
+    def _histories(
+        self, model: VelocityModel, batch: AVBatch, control: _Control, info: StepInfo, *, moved: bool
+    ) -> _Histories:
+        """Step 1: online weights, few-step mode. What the roll-out wrote to go on is what step 3 reads."""
+        student = Context(model=model, cond=batch.cond).opened()
+        real, coupled = (self._where(batch, info.stage_step, kind) for kind in ("real", "coupled"))
+        rolled = self._where(batch, info.stage_step, "free", "literal")
+        written: list[_Written] = []
+        if len(real):
+            own = dict(batch.rows(real).streams)
+            written.append(
+                _Written(rows=real, strength=0.0, streams=own, student=student.rows(real).remember(past(own), None))
             )
-            streams = _put(streams, finished, rows.coupled)
-            strength[rows.coupled] = 2.0**-k
-        if len(rows.rolled):
-            rolled, stash = self._rolled(student, batch.rows(rows.rolled), plan, exit_step, info, 1.0)
-            streams = _put(streams, rolled, rows.rolled)
-            strength[rows.rolled] = 1.0
+        if len(coupled):
+            written.append(self._rolled(student, batch, coupled, control.finish, control.strength, None, info))
+        if len(rolled):
+            exit_step = control.exit_step if moved else None
+            written.append(self._rolled(student, batch, rolled, control.plan, 1.0, exit_step, info))
+        streams, strength = dict(batch.streams), torch.zeros(len(batch.samples), device=batch.cond.caption.device)
+        for part in written:
+            streams = _put(streams, part.streams, part.rows)
+            strength[part.rows] = part.strength
+        place = torch.cat([part.rows for part in written]).argsort()
         return _Histories(
-            streams=streams, strength=strength, coupled_strength=2.0**-k, stash=stash, plan=plan, exit_step=exit_step
+            streams=streams,
+            strength=strength,
+            student=Context.stack([part.student for part in written]).rows(place),
+            samples=written[-1] if len(rolled) else None,
         )
 
     def _rolled(
         self,
-        student: VelocityModel,
-        part: AVBatch,
+        student: Context,
+        batch: AVBatch,
+        rows: Tensor,
         plan: Schedule,
+        strength: float,
         exit_step: int | None,
         info: StepInfo,
-        strength: float,
-    ) -> tuple[dict[str, Stream], dict[str, Stream] | None]:
+    ) -> _Written:
         """Chunk after chunk from the real ones noised to the plan's first level (1: pure noise)."""
+        part = batch.rows(rows)
         eps = draw_noise(part.streams, info.seed, "mutual/history", part.samples)
         starts = coupled_starts(part.streams, eps, {m: line[0] for m, line in plan.items()}, part.chunks)
-        label = torch.full((len(part.samples),), strength) if self.config.trust_label else None
-        label = label if label is None else label.to(part.cond.caption.device)
-        chunks = list(rollout(Context(model=student, cond=part.cond), starts, plan, trust=label, exit_step=exit_step))
-        stash = None if exit_step is None else join_chunks(c.stash for c in chunks if c.stash is not None)
-        return join_chunks(c.clean for c in chunks), stash
+        label = self._label(torch.full((len(rows),), strength, device=part.cond.caption.device))
+        made = list(rollout(student.rows(rows), starts, plan, trust=label, exit_step=exit_step, forget=False))
+        return _Written(
+            rows=rows,
+            strength=strength,
+            streams=join_chunks(c.clean for c in made),
+            student=made[-1].before,
+            stash=None if exit_step is None else join_chunks(c.stash for c in made if c.stash is not None),
+        )
 
-    def _flow_matching(self, student: Context, batch: AVBatch, anchored: Tensor, info: StepInfo) -> list[Term]:
-        if not len(anchored):
-            return []
+    @torch.no_grad()
+    def _teacher(self, ema: VelocityModel, batch: AVBatch, history: _Histories, control: _Control) -> Context:
+        """The guided multi-step mode on the same history. Its label is no more than flow matching trains that mode
+        with: only the few-step losses would shape its answer to s = 1, and they take their targets from that answer.
+        """
+        guided = Context(model=ema, cond=batch.cond, guidance=self.config.guidance)
+        return guided.remember(past(history.streams), self._label(history.strength.clamp_max(control.strength)))
+
+    def _label(self, strength: Tensor) -> Tensor | None:
+        return strength if self.config.trust_label else None
+
+    def _flow_matching(self, batch: AVBatch, anchored: Tensor, info: StepInfo) -> Asked:
         part = batch.rows(anchored)
         eps = draw_noise(part.streams, info.seed, "mutual/flow_matching", part.samples)
         t = draw_levels(self.config.time, part.streams, info.seed, "mutual/level", part.samples)
-        return flow_matching_terms(student.rows(anchored), part.streams, eps, t)
+        query = Query(rows=anchored, x=noised(part.streams, eps, t), t=t, r=t)
+        return query, lambda u: flow_matching_loss(u, part.streams, eps, t)
 
-    def _shortcut(
-        self, student: Context, teacher: Context, clean: Streams, batch: AVBatch, info: StepInfo
-    ) -> list[Term]:
+    def _shortcut(self, teacher: Context, clean: Streams, batch: AVBatch, info: StepInfo) -> Asked:
         config = self.config
-        if not config.shortcut_weight:
-            return []
         is_finest = torch.tensor([config.finest_rows[int(s) % len(config.finest_rows)] for s in batch.samples])
         depth = draw_depth(config.finest, is_finest, info.seed, "mutual/depth", batch.samples)
         draws = uniform_rows(info.seed, "mutual/interval", batch.samples, batch.chunks)
         device = batch.cond.caption.device
         at = dyadic_intervals(depth.to(device), draws.to(device), {m: config.time.shift[m] for m in clean})
         eps = draw_noise(clean, info.seed, "mutual/shortcut", batch.samples)
-        return shortcut_terms(student, teacher, clean, eps, at, is_finest, weight=config.shortcut_weight)
+        query = Query(rows=torch.arange(len(batch.samples)), x=noised(clean, eps, at.t), t=at.t, r=at.r)
+        target = shortcut_target(teacher, query.x, at, is_finest)
+        return query, lambda u: shortcut_loss(u, target, clean, at, weight=config.shortcut_weight)
 
     def _dmd(
         self,
         fake: VelocityModel,
-        student: Context,
         teacher: Context,
         history: _Histories,
-        trust: Tensor | None,
+        control: _Control,
         batch: AVBatch,
-        rows: _Rows,
+        free: Tensor,
         info: StepInfo,
+        scale: float,
     ) -> DmdTerms:
-        config, free, part = self.config, rows.free, batch.rows(rows.free)
-        assert history.stash is not None
-        among = torch.isin(rows.rolled, free)
-        stash = {m: s.rows(among) for m, s in history.stash.items()}
-        scale = config.dmd_scale(info.stage_step)
-        with torch.set_grad_enabled(scale > 0):
-            y = finish(student.rows(free).detach(), stash, history.plan, history.exit_step, jump=config.jump_exit)
-        past = {m: s.rows(free) for m, s in history.streams.items()}
-        critic = Context(model=fake, cond=part.cond).remember(past, trust if trust is None else trust[free])
+        config, part, own = self.config, batch.rows(free), history.samples
+        assert own is not None
+        among = torch.isin(own.rows, free)
+        y = {m: s.rows(among) for m, s in own.streams.items()}
+        if config.jump_exit and own.stash is not None:
+            stash = {m: s.rows(among) for m, s in own.stash.items()}
+            y = jump_to_data(history.student.rows(free).detach(), stash, control.plan, control.exit_step)
+        if config.share_history:
+            critic = Context(model=fake, cond=part.cond, memory=teacher.rows(free).memory)
+        else:
+            seen = past({m: s.rows(free) for m, s in history.streams.items()})
+            critic = Context(model=fake, cond=part.cond).remember(seen, self._label(history.strength[free]))
         eps = draw_noise(part.streams, info.seed, "mutual/dmd", part.samples)
         tau = draw_levels(replace(config.time, uniform_share=1.0), part.streams, info.seed, "mutual/tau", part.samples)
         tau = {m: level.clamp_min(LEAST_TAU) for m, level in tau.items()}
@@ -248,11 +277,11 @@ def _choose(values: tuple[int, ...], draw: torch.Generator) -> int:
 
 
 def _put(streams: Mapping[str, Stream], part: Streams, rows: Tensor) -> dict[str, Stream]:
-    """``streams`` with some rows replaced."""
+    """``streams`` with some rows replaced, as data."""
     out: dict[str, Stream] = {}
     for m, s in streams.items():
         latents = s.latents.clone()
-        latents[rows] = part[m].latents.to(latents.dtype)
+        latents[rows] = part[m].latents.detach().to(latents.dtype)
         out[m] = s.with_latents(latents)
     return out
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mfcore.flow import expand, move_streams, noise_streams, shift_time
+from mfcore.flow import expand, move_streams, noised, shift_time
 from mfcore.objectives.terms import Term, chunk_means
 from mfcore.rng import uniform_rows
 from mfcore.steps import Context
@@ -89,10 +89,15 @@ def shortcut_terms(
     weight: float = 1.0,
 ) -> list[Term]:
     """mean (u(x_t, t, r) - target)^2 per sample, chunk and modality."""
-    noisy = noise_streams(clean, eps, at.t)
-    x = {m: s.with_latents(noisy[m]) for m, s in clean.items()}
+    x = noised(clean, eps, at.t)
     target = shortcut_target(teacher, x, at, is_finest)
-    u = student.velocity(x, at.t, at.r)
+    return shortcut_loss(student.velocity(x, at.t, at.r), target, clean, at, weight=weight)
+
+
+def shortcut_loss(
+    u: Mapping[str, Tensor], target: Mapping[str, Tensor], clean: Streams, at: Intervals, *, weight: float = 1.0
+) -> list[Term]:
+    """The same of velocities ``u`` and targets that are known already."""
     return [
         Term(
             name="shortcut",

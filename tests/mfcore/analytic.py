@@ -5,6 +5,7 @@ Letters: B batch, K chunks, n latents, C channels. Data N(mean, variance) under 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -66,6 +67,10 @@ class Nothing:
     def rows(self, index):
         return self
 
+    @classmethod
+    def stack(cls, parts):
+        return parts[0]
+
     def advance(self, chunk):
         return self
 
@@ -119,6 +124,11 @@ class Past:
     def rows(self, index: Tensor) -> "Past":
         return replace(self, latents={m: v[index] for m, v in self.latents.items()})
 
+    @classmethod
+    def stack(cls, parts: Sequence["Past"]) -> "Past":
+        joined = {m: torch.cat([p.latents[m] for p in parts]) for m in parts[0].latents}
+        return replace(parts[0], latents=joined)
+
     def advance(self, chunk: int) -> "Past":
         keep = self.last - (chunk - 1) + 1
         return replace(self, latents={m: v[:, -keep:] for m, v in self.latents.items()})
@@ -143,7 +153,7 @@ class LinearGaussian(nn.Module):
     def forward(self, x: Streams, t: Levels, r: Levels, cond: Condition, memory=None, *, store=False, trust=None):
         past = memory or Past(latents={AUDIO: cond.voice}, last=-1)
         if store:
-            return {m: torch.zeros_like(s.latents) for m, s in x.items()}, past.append(x)
+            return {}, past.append(x)
         return {m: self._velocity(s, t[m], r[m], past.before(m, s)) for m, s in x.items()}, past
 
     def _velocity(self, s: Stream, t: Tensor, r: Tensor, h: Tensor) -> Tensor:

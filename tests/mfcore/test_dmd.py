@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mfcore.flow import data_from_velocity, noise_streams, velocity
-from mfcore.objectives.dmd import dmd_terms, finish, normalised_gap
+from mfcore.objectives.dmd import dmd_terms, jump_to_data, normalised_gap
 from mfcore.objectives.terms import total
 from mfcore.rollout import join_chunks, noise_starts, rollout
-from mfcore.steps import Context, levels, schedule
+from mfcore.steps import Context, levels, schedule, solver_step
 from mfcore.types import AUDIO, VIDEO
 from tests.mfcore.analytic import GaussianModel, condition, spread, stream
 from tests.mfcore.tiny import SHAPES, TIMELINE, batch, network
@@ -135,23 +135,34 @@ def test_a_slow_fake_score_makes_the_student_overshoot(ratio, overshoot, toleran
 
 
 @pytest.mark.parametrize("exit_step", [0, 1, 3])
-def test_finishing_from_the_stash_is_what_the_roll_out_did(exit_step):
+def test_a_sample_has_the_gradient_of_its_last_steps_on_a_history_that_is_data(exit_step):
+    """As if these steps were run once more, all chunks at once, from the states at the exit level."""
     net, data = network(), batch(chunks=4)
-    context = Context(model=net, cond=data.cond)
-    starts = noise_starts(TIMELINE, SHAPES, range(4), 0, data.samples, data.cond.caption)
-    with torch.no_grad():
-        chunks = list(rollout(context, starts, PLAN, exit_step=exit_step))
-    history, stash = join_chunks(c.clean for c in chunks), join_chunks(c.stash for c in chunks)
-    y = finish(context.remember(history, None).detach(), stash, PLAN, exit_step)
+    starts = list(noise_starts(TIMELINE, SHAPES, range(4), 0, data.samples, data.cond.caption))
+    chunks = list(rollout(Context(model=net, cond=data.cond), starts, PLAN, exit_step=exit_step))
+    made, stash = join_chunks(c.clean for c in chunks), join_chunks(c.stash for c in chunks)
+    assert not any(s.latents.requires_grad for s in stash.values())
+    history = {m: s.with_latents(s.latents.detach()) for m, s in made.items()}
+    again, context = stash, Context(model=net, cond=data.cond).remember(history, None).detach()
+    for j in range(exit_step, 4):
+        t, r = (levels(again, {m: line[i] for m, line in PLAN.items()}) for i in (j, j + 1))
+        again = solver_step(context, again, t, r, "few")
     for m in SHAPES:
-        torch.testing.assert_close(y[m].latents, history[m].latents, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(made[m].latents, again[m].latents, atol=1e-5, rtol=1e-5)
+    sums = [torch.stack([s.latents.square().sum() for s in sample.values()]).sum() for sample in (made, again)]
+    mine, theirs = (torch.autograd.grad(x, list(net.parameters()), allow_unused=True) for x in sums)
+    assert any(g is not None for g in theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert float((one - other).norm()) < 1e-4 * float(other.norm())
 
 
 def test_no_gradient_reaches_history_or_stash():
     net, data = network(), batch()
     history = {m: s.with_latents(s.latents.clone().requires_grad_()) for m, s in data.streams.items()}
     context = Context(model=net, cond=data.cond).remember(history, None)
-    y = finish(context.detach(), data.streams, PLAN, 1)
+    y = jump_to_data(context.detach(), data.streams, PLAN, 1)
     torch.stack([s.latents.sum() for s in y.values()]).sum().backward()
     assert all(s.latents.grad is None for s in history.values())
     assert all(p.grad is not None for p in net.branches[VIDEO].levels.interval.parameters())
@@ -165,7 +176,11 @@ def test_a_jump_is_one_call_and_a_flow_map_lands_in_the_same_place():
         calls.append(float(r[AUDIO][0, 0]))
         return inner(x, t, r, cond, memory, store=store, trust=trust)
 
-    context, stash = Context(model=counting, cond=condition(2)), {AUDIO: stream(normal(2, 1, 3, seed=0))}
-    landed = [finish(context, stash, PLAN, 1, jump=jump)[AUDIO].latents for jump in (False, True)]
-    assert calls == [0.5, 0.25, 0.0, 0.0]
-    torch.testing.assert_close(*landed, atol=1e-5, rtol=0)
+    stash = {AUDIO: stream(normal(2, 1, 3, seed=0))}
+    landed = jump_to_data(Context(model=counting, cond=condition(2)), stash, PLAN, 1)
+    assert calls == [0.0]
+    x = stash
+    for j in (1, 2, 3):
+        t, r = (levels(x, {AUDIO: PLAN[AUDIO][i]}) for i in (j, j + 1))
+        x = solver_step(Context(model=inner, cond=condition(2)), x, t, r, "few")
+    torch.testing.assert_close(landed[AUDIO].latents, x[AUDIO].latents, atol=1e-5, rtol=0)

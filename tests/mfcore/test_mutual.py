@@ -42,24 +42,79 @@ def found(terms: list[Term]) -> dict[str, int]:
     return {t.name: t.values.shape[0] for t in terms}
 
 
+@dataclass(frozen=True)
+class Call:
+    """How a network was called. Without ``x`` it was asked for the sink."""
+
+    x: Streams
+    t: Levels
+    r: Levels
+    cond: Condition
+    store: bool
+    trust: torch.Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return self.cond.caption.shape[0]
+
+    @property
+    def chunks(self) -> int:
+        return len(self.x[AUDIO].chunk.unique()) if self.x else 0
+
+    def inputs(self) -> list[tuple]:
+        """What is asked, for every row and chunk, as numbers that compare."""
+        if not self.x:
+            return [("sink", as_numbers(self.cond.first_frame[i])) for i in range(self.rows)]
+        flags = as_numbers(self.cond.caption_mask, self.cond.words_mask)
+        return [
+            (self.store, flags, as_numbers(*(part for m in self.x for part in self._chunk(m, i, k))))
+            for i in range(self.rows)
+            for k in range(self.chunks)
+        ]
+
+    def _chunk(self, m: str, row: int, k: int) -> tuple[torch.Tensor, ...]:
+        stream = self.x[m]
+        here = stream.chunk == stream.chunk[0] + k
+        return stream.latents[row, here], self.t[m][row, k], self.r[m][row, k]
+
+
+def as_numbers(*tensors: torch.Tensor) -> tuple:
+    return tuple(float(v) for tensor in tensors for v in tensor.detach().flatten())
+
+
 @dataclass
 class Watched:
     """A network that notes how it is called; it answers as the network does."""
 
     inner: VelocityModel
-    calls: list[tuple] = field(default_factory=list)  # (writes history?, chunks, rows, level of row 0, next level)
-    history: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)  # latents, trust labels
+    calls: list[Call] = field(default_factory=list)
 
     def __call__(
         self, x: Streams, t: Levels, r: Levels, cond: Condition, memory=None, *, store=False, trust=None
     ) -> tuple:
-        if x:
-            level, following = (round(float(v[AUDIO][0, 0]), 5) for v in (t, r))
-            self.calls.append((store, t[AUDIO].shape[1], t[AUDIO].shape[0], level, following))
-        if store and x and len(x[AUDIO].chunk.unique()) > 1:  # the whole clip at once: the pass with gradient
-            assert not any(s.latents.requires_grad for s in x.values())
-            self.history.append((x[VIDEO].latents, trust))
+        assert not (store and any(s.latents.requires_grad for s in x.values()))  # history is data
+        self.calls.append(Call(x=x, t=t, r=r, cond=cond, store=store, trust=trust))
         return self.inner(x, t, r, cond, memory, store=store, trust=trust)
+
+    @property
+    def history(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """What was written, latents and labels, a clip at once (roll-outs write chunk by chunk)."""
+        return [(c.x[VIDEO].latents, c.trust) for c in self.calls if c.store and c.chunks > 1]
+
+    @property
+    def sinks(self) -> int:
+        """Rows whose sink was written."""
+        return sum(c.rows for c in self.calls if not c.x)
+
+    @property
+    def written(self) -> int:
+        """Rows x chunks whose keys and values were written."""
+        return sum(c.rows * c.chunks for c in self.calls if c.x and c.store)
+
+    @property
+    def asked(self) -> int:
+        """Rows x chunks whose velocity was asked for."""
+        return sum(c.rows * c.chunks for c in self.calls if c.x and not c.store)
 
 
 def test_every_term_is_there_finite_and_has_its_rows():
@@ -79,16 +134,16 @@ def test_every_term_is_there_finite_and_has_its_rows():
 
 
 def test_history_is_real_coupled_or_free_by_sample_number():
-    watched = Watched(network(layers=1))
+    watched = {name: Watched(model) for name, model in trio().items()}
     data = four()
-    run(CONFIG, trio() | {"student": watched}, data)
-    ((history, trust),) = watched.history
-    real = data.streams[VIDEO].latents
+    run(CONFIG, watched, data)
+    history, _ = watched["ema"].history[0]
+    real = data.streams[VIDEO].chunks(0, 2).latents  # nobody comes after the last chunk
     assert torch.equal(history[0], real[0])
     assert not any(torch.allclose(history[i], real[i], atol=1e-3) for i in (1, 2, 3))
-    assert trust is not None
-    assert trust[[0, 1, 3]].tolist() == [0, 1, 1]
-    assert trust[2] in (0.5, 0.25)
+    labels = [c.trust for c in watched["student"].calls if c.store and c.x]
+    assert labels[0] is None
+    assert [label.tolist() for label in labels[1:]] in ([[s], [s], [1, 1], [1, 1]] for s in (0.5, 0.25))
     turned = four(first=1)  # the cycle goes by sample number, not by place in the batch
     assert [CONFIG.kind(int(s), 0) for s in turned.samples] == ["free", "coupled", "free", "real"]
 
@@ -100,9 +155,9 @@ def test_coupled_history_stays_with_the_clip_and_free_history_does_not():
         return {m: torch.zeros_like(stream.latents) for m, stream in x.items()}, memory or Nothing()
 
     watched, data = Watched(still), four()
-    run(replace(CONFIG, strengths=(2,)), {"student": watched, "ema": still, "fake": still}, data)
-    ((history, _),) = watched.history
-    share = [float((history[i] * data.streams[VIDEO].latents[i]).mean()) for i in range(4)]
+    run(replace(CONFIG, strengths=(2,)), {"student": still, "ema": watched, "fake": still}, data)
+    history, real = watched.history[0][0], data.streams[VIDEO].chunks(0, 2).latents
+    share = [float((history[i] * real[i]).mean()) for i in range(4)]
     s = 2 * 0.25 / 1.25  # the video's shift of 2 takes 1/4 to 0.4
     assert share == pytest.approx([1, 0, 1 - s, 0], abs=0.15)
 
@@ -113,7 +168,7 @@ def test_the_literal_row_anchors_the_clip_on_free_history():
     terms = run(config, trio() | {"student": watched}, four())
     assert found(terms["student"]) == {"flow_matching": 4, "shortcut": 4}
     assert "fake" not in terms
-    assert watched.history[0][1].tolist() == [1, 1, 1, 1]
+    assert [c.trust.tolist() for c in watched.calls if c.store and c.x] == [[1, 1, 1, 1]] * 2
 
 
 def test_a_free_row_never_looks_at_the_clip():
@@ -129,15 +184,50 @@ def test_teacher_and_fake_score_stand_on_the_history_of_the_student():
     """The teacher's label stays within what flow matching trains the multi-step mode with."""
     watched = {name: Watched(model) for name, model in trio().items()}
     run(CONFIG, watched, four())
-    ((history, trust),) = watched["student"].history
+    wrote = [c for c in watched["student"].calls if c.store and c.x]
+    history = torch.empty_like(four().streams[VIDEO].chunks(0, 2).latents)
+    for rows, calls in (([0], wrote[:1]), ([2], wrote[1:3]), ([1, 3], wrote[3:])):
+        history[rows] = torch.cat([c.x[VIDEO].latents for c in calls], dim=1)
     teacher = watched["ema"].history
     assert len(teacher) == 2  # with its conditions, and the null branch of guidance
-    coupled = trust[trust < 1].max()
-    assert coupled > 0
-    assert all(torch.equal(h, history) and torch.equal(label, trust.clamp_max(coupled)) for h, label in teacher)
+    coupled = float(wrote[1].trust)
+    assert 0 < coupled < 1
+    assert all(torch.equal(h, history) and label.tolist() == [0, coupled, coupled, coupled] for h, label in teacher)
     ((seen, label),) = watched["fake"].history
     assert torch.equal(seen, history[[1, 3]])
     assert label.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+def test_a_step_evaluates_its_networks_as_often_as_derived_on_paper(step, shared):
+    """Rows x chunks of every network: 4 rows (real, free, coupled, free), K chunks, S calls per free chunk.
+
+    student   sink 4; keys and values 4 (K - 1); velocities: coupled K, free 2 S K, flow matching 2 K, ShortCut 4 K
+    ema       sink 4; keys and values of both branches of guidance 8 (K - 1); velocities: finest ShortCut target of
+              2 rows, two guided calls, 8 K; coarser ones of 2 rows, two plain calls, 4 K; DMD, 2 rows, guided, 4 K
+    fake      velocities 2 K; with a history of its own sink 2 and keys and values 2 (K - 1)
+    """
+    watched = {name: Watched(model) for name, model in trio().items()}
+    config, k = replace(CONFIG, rollout_steps=(4,), share_history=shared), 3
+    run(config, watched, four(), step)
+    student, ema, fake = (watched[name] for name in ("student", "ema", "fake"))
+    assert (student.sinks, student.written, student.asked) == (4, 4 * (k - 1), k + 2 * 4 * k + 2 * k + 4 * k)
+    assert (ema.sinks, ema.written, ema.asked) == (4, 8 * (k - 1), 8 * k + 4 * k + 4 * k)
+    assert (fake.sinks, fake.written, fake.asked) == ((0, 0, 2 * k) if shared else (2, 2 * (k - 1), 2 * k))
+    assert len([c for c in student.calls if c.chunks == k and not c.store]) == 1  # flow matching and ShortCut
+
+
+def test_no_network_is_evaluated_twice_on_the_same_input():
+    """Captions tell the two branches of guidance apart."""
+    watched = {name: Watched(model) for name, model in trio().items()}
+    data = four()
+    told = replace(data.cond, caption_mask=torch.ones_like(data.cond.caption_mask))
+    run(replace(CONFIG, rollout_steps=(4,)), watched, replace(data, cond=told))
+    for name, network_ in watched.items():
+        inputs = [entry for call in network_.calls for entry in call.inputs()]
+        assert len(inputs) > 4
+        assert len(set(inputs)) == len(inputs), name
 
 
 def test_guidance_is_in_the_targets_of_dmd():
@@ -231,9 +321,9 @@ def test_draws_that_shape_control_flow_depend_on_the_step_alone():
     def calls(step: int, first: int) -> list[tuple]:
         watched = Watched(network(layers=1))
         run(config, models | {"student": watched}, four(first), step)
-        shape = [c for c in watched.calls if c[1] == 1]  # roll-outs, chunk by chunk
-        counts = [c[:3] for c in watched.calls]
-        return [shape, counts]
+        rolled = [c for c in watched.calls if c.chunks == 1]  # chunk by chunk
+        levels = [(c.store, *(round(float(v[AUDIO][0, 0]), 5) for v in (c.t, c.r))) for c in rolled]
+        return [levels, [(c.store, c.chunks, c.rows) for c in watched.calls]]
 
     seen = [calls(step, first=0) for step in range(4)]
     assert [calls(step, first=40) for step in range(4)] == seen
@@ -243,7 +333,7 @@ def test_draws_that_shape_control_flow_depend_on_the_step_alone():
 def test_the_trust_label_can_be_left_out():
     watched = Watched(network(layers=1))
     run(replace(CONFIG, trust_label=False), trio() | {"student": watched}, four())
-    assert watched.history[0][1] is None
+    assert all(c.trust is None for c in watched.calls)
 
 
 def test_contradictions_are_refused():
