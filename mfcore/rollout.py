@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfcore.flow import noised
 from mfcore.rng import normal_rows
-from mfcore.steps import Context, Mode, Schedule, levels, solver_step
+from mfcore.steps import Context, Mode, Schedule, denoise, levels
 from mfcore.timeline import Timeline
 from mfcore.types import Stream, Streams
 
@@ -53,16 +53,11 @@ def rollout(
     which read memory as data; the memory's runs through the passes that write it, which read chunks as data.
     """
     context = context if context.memory is not None else context.opened()
-    steps, chunk = len(next(iter(plan.values()))) - 1, None
+    chunk = None
     for start in starts:
         context = chunk.context if chunk else context
-        x, stash, read = dict(start), None, context.detach()
-        for j in range(steps):
-            stash = x if j == exit_step else stash
-            t, r = (levels(x, {m: line[i] for m, line in plan.items()}) for i in (j, j + 1))
-            with torch.set_grad_enabled(torch.is_grad_enabled() and exit_step is not None and j >= exit_step):
-                x = dict(solver_step(read, x, t, r, mode))
-        chunk = Chunk(clean=x, stash=stash, before=context, trust=trust, forget=forget)
+        clean, stash = denoise(context, start, plan, mode=mode, exit_step=exit_step)
+        chunk = Chunk(clean=clean, stash=stash, before=context, trust=trust, forget=forget)
         yield chunk
 
 

@@ -157,6 +157,22 @@ def solver_step(context: Context, x: Streams, t: Levels, r: Levels, mode: Mode) 
     return move_streams(x, u, t, r)
 
 
+def denoise(
+    context: Context, x: Streams, plan: Schedule, *, mode: Mode = "few", exit_step: int | None = None
+) -> tuple[dict[str, Stream], dict[str, Stream] | None]:
+    """All steps of ``plan`` from its first level, at which ``x`` is; beside it the state at the exit step t_j.
+
+    Gradient, where it is enabled, runs from ``exit_step`` on (without one: nowhere) and reads memory as data.
+    """
+    now, stash, read = dict(x), None, context.detach()
+    for j in range(len(next(iter(plan.values()))) - 1):
+        stash = now if j == exit_step else stash
+        t, r = (levels(now, {m: line[i] for m, line in plan.items()}) for i in (j, j + 1))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and exit_step is not None and j >= exit_step):
+            now = dict(solver_step(read, now, t, r, mode))
+    return now, stash
+
+
 def evaluations(steps: int, guidance: float) -> int:
     """NFE of one chunk: denoising evaluations; guidance doubles them; the cache-writing pass is reported apart."""
     return steps * (1 if guidance == 1.0 else 2)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from workflows import cli_bench, cli_cluster, console, environment
+from workflows import cli_bench, cli_cluster, cli_study, console, environment
 from workflows.options import Checkpoint, Config, Dataset, DryRun, Json, Mp4, Out, Overwrite, Preset, Sets
 
 app = typer.Typer(
@@ -323,6 +323,7 @@ def mlflow(
     os.execv(sys.executable, command)
 
 
+app.command()(cli_study.study)
 app.add_typer(cli_bench.app)
 app.add_typer(cli_cluster.app)
 

@@ -10,9 +10,11 @@ real      the clip's own chunks (s = 0)               the clip's          flow m
 coupled   the clip noised to s, finished in one call  the clip's          flow matching, ShortCut
 free      rolled out from noise (s = 1)               the rolled-out one  ShortCut, DMD
 literal   rolled out from noise (s = 1)               the clip's          flow matching, ShortCut
+forced    the clip's own chunks (s = 0)               the clip's          all; DMD on single chunks
 ========  ==========================================  ==================  ==========================
 
-``literal`` is the reading that makes history useless (the trap of METHOD 6); it exists to show so.
+``literal`` is the reading that makes history useless (the trap of METHOD 6), ``forced`` the loop cut; they exist to
+show what the others are for (``baselines.py``).
 """
 
 from collections.abc import Callable, Mapping
@@ -29,12 +31,12 @@ from mfcore.objectives.shortcut import draw_depth, dyadic_intervals, shortcut_lo
 from mfcore.objectives.terms import StepInfo, Term
 from mfcore.rng import generator, uniform_rows
 from mfcore.rollout import coupled_starts, join_chunks, rollout
-from mfcore.steps import Context, Query, Schedule, ask, finishing_schedule, past, schedule
+from mfcore.steps import Context, Query, Schedule, ask, denoise, finishing_schedule, past, schedule
 from mfcore.types import AVBatch, Stream, Streams, VelocityModel
 
 LEAST_TAU = 0.02  # below it both scores see the sample itself, and their difference is network error
 
-RowKind = Literal["real", "coupled", "free", "literal"]
+RowKind = Literal["real", "coupled", "free", "literal", "forced"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,8 @@ class MutualConfig:
             raise ValueError(
                 f"rollout_steps {self.rollout_steps}: ShortCut trains powers of two up to {2**self.finest} steps"
             )
+        if "forced" in self.rows and {"free", "literal"} & set(self.rows):
+            raise ValueError(f"rows {self.rows}: forced ones cut the loop that free and literal ones close, choose one")
         if self.dmd_from < self.fake_from:
             raise ValueError("DMD needs a fake score that has learned: dmd_from must not come before fake_from")
 
@@ -95,14 +99,23 @@ class _Control:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Samples:
+    """Rows made by the few-step mode, with gradient from the exit step on where DMD moves them."""
+
+    rows: Tensor
+    streams: dict[str, Stream]
+    stash: dict[str, Stream] | None  # states at the exit step
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Written:
     """Rows with their history H, and the student remembering all but its last chunk."""
 
     rows: Tensor
     strength: float
-    streams: dict[str, Stream]  # H; rolled out: with gradient from the exit step on
+    streams: dict[str, Stream]
     student: Context
-    stash: dict[str, Stream] | None = None
+    samples: _Samples | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +125,7 @@ class _Histories:
     streams: dict[str, Stream]
     strength: Tensor  # (B,)
     student: Context
-    samples: _Written | None  # the rolled-out rows
+    samples: _Samples | None  # what DMD judges
 
 
 Asked = tuple[Query, Callable[[dict[str, Tensor]], list[Term]]]
@@ -130,19 +143,20 @@ class Mutual:
     def __call__(self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo) -> dict[str, list[Term]]:
         config, step = self.config, info.stage_step
         control, free = self._control(batch.streams, info), self._where(batch, step, "free")
-        scored = len(free) > 0 and step >= config.fake_from and config.dmd_weight > 0
+        judged = self._where(batch, step, "free", "forced")
+        scored = len(judged) > 0 and step >= config.fake_from and config.dmd_weight > 0
         scale = config.dmd_scale(step) if scored else 0.0
-        history = self._histories(models["student"], batch, control, info, moved=scale > 0)  # step 1
+        history = self._histories(models["student"], batch, control, info, scored=scored, moved=scale > 0)  # step 1
         clean = _mix(batch.streams, history.streams, free)  # step 2
         teacher = self._teacher(models["ema"], batch, history, control)
-        anchored = self._where(batch, step, "real", "coupled", "literal")
+        anchored = self._where(batch, step, "real", "coupled", "literal", "forced")
         asked = [self._flow_matching(batch, anchored, info)] if len(anchored) else []  # step 3, rows A
         asked += [self._shortcut(teacher, clean, batch, info)] if config.shortcut_weight else []  # steps 3 and 4
         answers = ask(history.student, [query for query, _ in asked]) if asked else []
         terms = [term for (_, loss), u in zip(asked, answers, strict=True) for term in loss(u)]
         if not scored:
             return {"student": terms}
-        dmd = self._dmd(models["fake"], teacher, history, control, batch, free, info, scale)  # steps 4 and 5
+        dmd = self._dmd(models["fake"], teacher, history, control, batch, judged, info, scale)  # steps 4 and 5
         return {"student": terms + (dmd.student if scale else []), "fake": dmd.fake}
 
     def _where(self, batch: AVBatch, step: int, *kinds: RowKind) -> Tensor:
@@ -158,23 +172,23 @@ class Mutual:
         return _Control(strength=strength, finish=finishing_schedule(strength, shift), plan=plan, exit_step=exit_step)
 
     def _histories(
-        self, model: VelocityModel, batch: AVBatch, control: _Control, info: StepInfo, *, moved: bool
+        self, model: VelocityModel, batch: AVBatch, control: _Control, info: StepInfo, *, scored: bool, moved: bool
     ) -> _Histories:
         """Step 1: online weights, few-step mode. What the roll-out wrote to go on is what step 3 reads."""
         student = Context(model=model, cond=batch.cond).opened()
-        real, coupled = (self._where(batch, info.stage_step, kind) for kind in ("real", "coupled"))
+        exit_step = control.exit_step if moved else None
+        real, coupled, forced = (self._where(batch, info.stage_step, k) for k in ("real", "coupled", "forced"))
         rolled = self._where(batch, info.stage_step, "free", "literal")
         written: list[_Written] = []
         if len(real):
-            own = dict(batch.rows(real).streams)
-            written.append(
-                _Written(rows=real, strength=0.0, streams=own, student=student.rows(real).remember(past(own), None))
-            )
+            written.append(self._given(student, batch, real))
         if len(coupled):
             written.append(self._rolled(student, batch, coupled, control.finish, control.strength, None, info))
         if len(rolled):
-            exit_step = control.exit_step if moved else None
             written.append(self._rolled(student, batch, rolled, control.plan, 1.0, exit_step, info))
+        if len(forced):
+            given = self._given(student, batch, forced)
+            written.append(self._forced(given, batch, control.plan, exit_step, info) if scored else given)
         streams, strength = dict(batch.streams), torch.zeros(len(batch.samples), device=batch.cond.caption.device)
         for part in written:
             streams = _put(streams, part.streams, part.rows)
@@ -184,8 +198,13 @@ class Mutual:
             streams=streams,
             strength=strength,
             student=Context.stack([part.student for part in written]).rows(place),
-            samples=written[-1] if len(rolled) else None,
+            samples=written[-1].samples,
         )
+
+    def _given(self, student: Context, batch: AVBatch, rows: Tensor) -> _Written:
+        """The clip's own chunks."""
+        own = dict(batch.rows(rows).streams)
+        return _Written(rows=rows, strength=0.0, streams=own, student=student.rows(rows).remember(past(own), None))
 
     def _rolled(
         self,
@@ -203,13 +222,25 @@ class Mutual:
         starts = coupled_starts(part.streams, eps, {m: line[0] for m, line in plan.items()}, part.chunks)
         label = self._label(torch.full((len(rows),), strength, device=part.cond.caption.device))
         made = list(rollout(student.rows(rows), starts, plan, trust=label, exit_step=exit_step, forget=False))
+        streams = join_chunks(c.clean for c in made)
+        stash = None if exit_step is None else join_chunks(c.stash for c in made if c.stash is not None)
         return _Written(
             rows=rows,
             strength=strength,
-            streams=join_chunks(c.clean for c in made),
+            streams=streams,
             student=made[-1].before,
-            stash=None if exit_step is None else join_chunks(c.stash for c in made if c.stash is not None),
+            samples=_Samples(rows=rows, streams=streams, stash=stash),
         )
+
+    def _forced(
+        self, given: _Written, batch: AVBatch, plan: Schedule, exit_step: int | None, info: StepInfo
+    ) -> _Written:
+        """All chunks at once from noise, each after the clip's own chunks: samples that no history is made of."""
+        part = batch.rows(given.rows)
+        eps = draw_noise(part.streams, info.seed, "mutual/history", part.samples)
+        start = {m: s.with_latents(eps[m]) for m, s in part.streams.items()}
+        made, stash = denoise(given.student, start, plan, exit_step=exit_step)
+        return replace(given, samples=_Samples(rows=given.rows, streams=made, stash=stash))
 
     @torch.no_grad()
     def _teacher(self, ema: VelocityModel, batch: AVBatch, history: _Histories, control: _Control) -> Context:
@@ -248,27 +279,27 @@ class Mutual:
         history: _Histories,
         control: _Control,
         batch: AVBatch,
-        free: Tensor,
+        judged: Tensor,
         info: StepInfo,
         scale: float,
     ) -> DmdTerms:
-        config, part, own = self.config, batch.rows(free), history.samples
+        config, part, own = self.config, batch.rows(judged), history.samples
         assert own is not None
-        among = torch.isin(own.rows, free)
+        among = torch.isin(own.rows, judged)
         y = {m: s.rows(among) for m, s in own.streams.items()}
         if config.jump_exit and own.stash is not None:
             stash = {m: s.rows(among) for m, s in own.stash.items()}
-            y = jump_to_data(history.student.rows(free).detach(), stash, control.plan, control.exit_step)
+            y = jump_to_data(history.student.rows(judged).detach(), stash, control.plan, control.exit_step)
         if config.share_history:
-            critic = Context(model=fake, cond=part.cond, memory=teacher.rows(free).memory)
+            critic = Context(model=fake, cond=part.cond, memory=teacher.rows(judged).memory)
         else:
-            seen = past({m: s.rows(free) for m, s in history.streams.items()})
-            critic = Context(model=fake, cond=part.cond).remember(seen, self._label(history.strength[free]))
+            seen = past({m: s.rows(judged) for m, s in history.streams.items()})
+            critic = Context(model=fake, cond=part.cond).remember(seen, self._label(history.strength[judged]))
         eps = draw_noise(part.streams, info.seed, "mutual/dmd", part.samples)
         tau = draw_levels(replace(config.time, uniform_share=1.0), part.streams, info.seed, "mutual/tau", part.samples)
         tau = {m: level.clamp_min(LEAST_TAU) for m, level in tau.items()}
         return dmd_terms(
-            y, teacher.rows(free), critic, eps, tau, weight=config.dmd_weight * scale, floor=config.dmd_floor
+            y, teacher.rows(judged), critic, eps, tau, weight=config.dmd_weight * scale, floor=config.dmd_floor
         )
 
 

@@ -1,0 +1,66 @@
+"""What Mutual Forcing is compared with (METHOD 7): each a setting of the same pieces, none a copy of them.
+
+Every function takes the settings of the full method and gives the objective of its baseline. Those that need a network
+of their own as teacher name "ema" in ``needs`` like all others: whoever trains them hands a frozen copy in.
+"""
+
+from dataclasses import replace
+
+from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+from mfcore.objectives.mutual import Mutual, MutualConfig, RowKind
+
+
+def teacher_forcing(config: MutualConfig) -> FlowMatching:
+    """Flow matching on real history, and nothing else."""
+    return FlowMatching(FlowMatchingConfig(time=config.time))
+
+
+def shortcut_forced(config: MutualConfig) -> Mutual:
+    """Flow matching and ShortCut, both on real history."""
+    return Mutual(replace(_rows(config, "real"), dmd_weight=0.0))
+
+
+def dmd_forced(config: MutualConfig) -> Mutual:
+    """Flow matching on real history; DMD on single chunks made after real history."""
+    return Mutual(_dmd_at_once(_rows(config, "forced")))
+
+
+def dmd_self_forcing(config: MutualConfig) -> Mutual:
+    """DMD alone on the model's own roll-outs, as Self-Forcing does it; its teacher is a frozen copy."""
+    return Mutual(_dmd_at_once(_rows(config, "free")))
+
+
+def hybrid_forced(config: MutualConfig) -> Mutual:
+    """All three terms of the full method, with the loop cut: every history is real."""
+    return Mutual(_rows(config, "forced"))
+
+
+def shortcut_only(config: MutualConfig) -> Mutual:
+    """The full method without DMD."""
+    return Mutual(replace(config, dmd_weight=0.0))
+
+
+def dmd_only(config: MutualConfig) -> Mutual:
+    """The full method without ShortCut."""
+    return Mutual(_dmd_at_once(config))
+
+
+def literal(config: MutualConfig) -> Mutual:
+    """The literal reading: flow matching regresses real chunks on histories that were rolled out from noise."""
+    rows: list[RowKind] = ["free" if kind == "free" else "literal" for kind in config.rows]
+    return Mutual(replace(config, rows=tuple(rows)))
+
+
+def mutual_forcing(config: MutualConfig) -> Mutual:
+    """The full method: coupled and free history."""
+    return Mutual(config)
+
+
+def _rows(config: MutualConfig, kind: RowKind) -> MutualConfig:
+    return replace(config, rows=(kind,) * len(config.rows))
+
+
+def _dmd_at_once(config: MutualConfig) -> MutualConfig:
+    """DMD in place of ShortCut, as soon as the fake score has had its steps alone."""
+    early = config.dmd_from - config.fake_from
+    return replace(config, shortcut_weight=0.0, dmd_weight=1.0, real_until=0, free_from=0, fake_from=0, dmd_from=early)

@@ -1,0 +1,263 @@
+"""The study: its world and readers, its bars, and a whole small one that is interrupted."""
+
+import json
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mfcore.metrics.windows import Window
+from mfcore.types import AUDIO, VIDEO
+from workflows.study import world
+from workflows.study.config import StudyConfig, study_preset
+from workflows.study.methods import METHODS
+from workflows.study.run import read_costs, read_rows, run_study, study_methods
+from workflows.study.scoring import reference, score
+from workflows.study.tables import Table, bars, markdown
+from workflows.study.units import OutOfTime, Unit, all_units, run_unit
+from workflows.study.world import draw_clips, read_factors
+
+WHOLE = Window(start=0.0, end=5.0)
+MANY = torch.arange(96) + 7000
+
+
+@pytest.fixture(scope="module")
+def ref():
+    return reference(0)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return draw_clips(0, MANY, 10)
+
+
+@pytest.fixture(scope="module")
+def real(ref, clips):
+    return score(clips.batch.streams, clips.script, WHOLE, ref)
+
+
+def change(clips, modality, how):
+    """The clips' streams with one modality's latents changed."""
+    streams = dict(clips.batch.streams)
+    return streams | {modality: streams[modality].with_latents(how(streams[modality].latents))}
+
+
+def moved(clips, modality, where, by):
+    """The clips' streams with a factor changed."""
+    turn = world.rotation(modality)
+
+    def how(latents):
+        factors = read_factors(modality, latents)
+        factors[..., where] = by(factors[..., where])
+        return (factors @ turn).reshape(latents.shape)
+
+    return change(clips, modality, how)
+
+
+class TestWorld:
+    def test_a_clip_depends_on_its_number_alone(self):
+        some = draw_clips(0, torch.tensor([5, 3]), 4)
+        one = draw_clips(0, torch.tensor([3]), 4)
+        for m in (VIDEO, AUDIO):
+            assert torch.allclose(some.batch.streams[m].latents[1:], one.batch.streams[m].latents, atol=1e-6)
+
+    def test_latents_stand_on_the_timeline_and_are_mixed_by_a_rotation(self, clips):
+        for m in (VIDEO, AUDIO):
+            assert clips.batch.streams[m].latents.shape[1] == world.TIMELINE.count(m, 10)
+            turn = world.rotation(m)
+            assert torch.allclose(turn @ turn.T, torch.eye(len(turn)), atol=1e-5)
+
+    def test_choices_are_separated_by_twenty_spreads(self, clips):
+        video = read_factors(VIDEO, clips.batch.streams[VIDEO].latents)
+        brow = video[..., world.BROW].flatten()
+        assert 2 / brow[brow > 0].std() == pytest.approx(20, rel=0.1)
+
+    def test_pose_goes_on_across_chunks_and_gestures_stay(self, real):
+        assert real["gesture_flips"] == pytest.approx(0.15, abs=0.04)
+        assert real["seam"] == pytest.approx(1, abs=0.1)
+
+
+class TestScores:
+    def test_real_clips_are_right(self, real):
+        assert real["valid"] > 0.99
+        assert real["syllable_error"] < 0.02
+        assert real["sync"] > 0.95
+        assert real["identity_error"] < 0.03
+        assert real["entropy"] > 0.99
+        assert real["motion"] == pytest.approx(1, abs=0.1)
+        assert real["failed"] == 0
+
+    def test_more_noise_is_worse(self, clips, ref, real):
+        before = real
+        for scale in (0.2, 0.6):
+            noisy = change(clips, VIDEO, lambda x, scale=scale: x + scale * torch.randn_like(x))
+            now = score(noisy, clips.script, WHOLE, ref)
+            assert now["frechet"] > before["frechet"]
+            assert now["valid"] < before["valid"]
+            assert now["sync"] < before["sync"]
+            before = now
+
+    def test_another_clips_sound_is_out_of_sync_and_says_the_wrong_thing(self, clips, ref):
+        now = score(change(clips, AUDIO, lambda x: x.roll(1, 0)), clips.script, WHOLE, ref)
+        assert abs(now["sync"]) < 0.15
+        assert now["syllable_error"] > 0.7
+
+    def test_late_sound_is_seen(self, clips, ref):
+        now = score(change(clips, AUDIO, lambda x: x.roll(2, 1)), clips.script, WHOLE, ref)
+        assert now["offset_ms"] == pytest.approx(250, abs=30)
+
+    def test_a_jump_at_every_border_is_seam_energy(self, clips, ref):
+        jump = 2.0 * (clips.batch.streams[VIDEO].chunk % 2)[:, None]
+        now = score(moved(clips, VIDEO, world.POSE, lambda x: x + jump), clips.script, WHOLE, ref)
+        assert now["seam"] > 10
+
+    def test_another_face_is_an_identity_error(self, clips, ref):
+        now = score(moved(clips, VIDEO, world.IDENTITY, lambda x: x + 0.5), clips.script, WHOLE, ref)
+        assert now["identity_error"] == pytest.approx(0.5 * 0.5**0.5, abs=0.02)
+
+    def test_one_choice_for_all_is_no_entropy(self, clips, ref):
+        now = score(moved(clips, VIDEO, world.BROW, lambda x: x.abs()), clips.script, WHOLE, ref)
+        assert now["entropy"] == pytest.approx(0.8, abs=0.02)
+
+    def test_numbers_that_are_not_finite_fail(self, clips, ref):
+        broken = change(clips, AUDIO, lambda x: torch.where(torch.arange(len(x))[:, None, None] < 24, torch.nan, x))
+        now = score(broken, clips.script, WHOLE, ref)
+        assert now["failed"] == 0.25
+        assert now["valid"] < 0.8
+
+
+def row(method, mode, steps, window, *, guidance=1.0, seed=0, **metrics):
+    usual = dict.fromkeys(
+        ("frechet", "valid", "syllable_error", "sync", "offset_ms", "identity_error", "entropy", "seam", "lag1"), 0.5
+    )
+    rest = dict.fromkeys(("motion", "loudness", "failed"), 0.5)
+    return {
+        "method": method,
+        "mode": mode,
+        "steps": steps,
+        "guidance": guidance,
+        "window": window,
+        "seed": seed,
+        "metrics": usual | rest | metrics,
+    }
+
+
+def made_up(**ours):
+    """Rows and costs of a study whose claims hold, with changes to what Mutual Forcing does early on at 4 steps."""
+    rows = [
+        row("joint", "multi", 4, "0-5", valid=0.7),
+        row("joint", "multi", 50, "0-5", valid=0.99),
+        row("teacher_forcing", "multi", 4, "0-5", valid=0.7),
+        row("teacher_forcing", "multi", 50, "0-5", valid=0.99),
+    ]
+    for window, worse in (("0-5", 0.0), ("15-25", 0.4)):
+        rows.append(row("teacher_forcing", "multi", 50, window, guidance=1.5, frechet=0.5 + worse, identity_error=0.6))
+        rows.append(row("hybrid_forced", "few", 4, window, frechet=0.5 + worse, identity_error=0.5 + worse))
+        early = ours if window == "0-5" else {}
+        rows.append(row("mutual", "few", 4, window, **({"valid": 0.97, "seam": 1.1} | early)))
+        rows.append(row("mutual", "few", 8, window, valid=0.97))
+    use = {"video": 6.0, "audio": 9.0}
+    costs = [
+        {"method": m, "history_use": use, "state_bytes": b, "cpu_seconds": b, "steps": 1, "seconds": 1.0}
+        for m, b in (("joint", 1), ("mutual", 2), ("dmd_self_forcing", 3))
+    ]
+    return Table(rows, costs)
+
+
+class TestBars:
+    def test_claims_that_hold(self):
+        found = bars(made_up(), 50)
+        assert len(found) == 18
+        assert all(bar.met for bar in found), [bar for bar in found if not bar.met]
+
+    @pytest.mark.parametrize(
+        ("change", "claim"),
+        [
+            ({"valid": 0.8}, "share of the gap"),
+            ({"sync": 0.2}, "sync, 0-5 s: Mutual Forcing"),
+            ({"frechet": 0.8}, "4 few steps not worse than 8"),
+            ({"frechet": 0.1}, "growth from"),
+        ],
+    )
+    def test_claims_that_fail(self, change, claim):
+        missed = [bar.claim for bar in bars(made_up(**change), 50) if not bar.met]
+        assert any(claim in text for text in missed)
+
+    def test_the_page_says_what_was_missed(self):
+        page = markdown(made_up(valid=0.8), 50)
+        assert "MISSED" in page
+        assert "h) Mutual Forcing" in page
+
+
+def small() -> StudyConfig:
+    whole, _ = study_preset("quick")
+    return replace(
+        whole,
+        model=replace(whole.model, dim=16, layers=1, heads=1),
+        batch=4,
+        chunks=(3,),
+        joint_steps=3,
+        steps=4,
+        method=replace(whole.method, real_until=1, free_from=2, fake_from=2, dmd_from=3, dmd_ramp=1),
+        counts=(1, 2),
+        clips=3,
+        seconds=3.0,
+        windows="0-1,1-3",
+    )
+
+
+def everything(out):
+    """Files that count, without what depends on the clock."""
+    rows = read_rows(out)
+    for one in rows:
+        one["metrics"].pop("clip_seconds_per_second")
+    return rows, [(c["method"], c["history_use"], c["state_bytes"]) for c in read_costs(out)]
+
+
+class TestRuns:
+    def test_an_interrupted_study_ends_as_one_that_was_not(self, tmp_path):
+        config, methods = small(), study_methods(["mutual"], 1)
+        for unit in all_units(config, methods):
+            run_unit(config, tmp_path / "whole", unit, "cpu", float("inf"))
+        stops = 0
+        for unit in all_units(config, methods):
+            while not unit.done(tmp_path / "cut"):
+                with suppress(OutOfTime):
+                    stops += 1
+                    run_unit(config, tmp_path / "cut", unit, "cpu", 0.0)  # the time is up after every step
+        assert stops >= config.joint_steps + config.steps
+        assert everything(tmp_path / "cut") == everything(tmp_path / "whole")
+
+    def test_every_method_trains(self, tmp_path):
+        config = small()
+        run_unit(config, tmp_path, Unit(kind="train", method="joint", seed=0), "cpu", float("inf"))
+        for name in METHODS:
+            unit = Unit(kind="train", method=name, seed=0)
+            run_unit(config, tmp_path, unit, "cpu", float("inf"))
+            last = json.loads((unit.result(tmp_path).parent / "log.jsonl").read_text().splitlines()[-1])
+            terms = {key.split("/")[0] for key in last if "/" in key} - {"gradient_norm"}
+            assert terms == TERMS[name], name
+
+    def test_other_settings_are_refused(self, tmp_path):
+        config = small()
+        assert not run_study(config, tmp_path, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9)
+        with pytest.raises(ValueError, match="steps"):
+            run_study(replace(config, steps=9), tmp_path, {}, workers=1, device="cpu", minutes=None)
+
+    def test_an_unknown_method_is_named(self):
+        with pytest.raises(ValueError, match="teacher_forcing"):
+            study_methods(["teacher"], 1)
+
+
+TERMS = {
+    "teacher_forcing": {"flow_matching"},
+    "shortcut_forced": {"flow_matching", "shortcut"},
+    "dmd_forced": {"flow_matching", "dmd", "fake_score"},
+    "dmd_self_forcing": {"dmd", "fake_score"},
+    "hybrid_forced": {"flow_matching", "shortcut", "dmd", "fake_score"},
+    "shortcut_only": {"flow_matching", "shortcut"},
+    "dmd_only": {"flow_matching", "dmd", "fake_score"},
+    "literal": {"flow_matching", "shortcut", "dmd", "fake_score"},
+    "mutual": {"flow_matching", "shortcut", "dmd", "fake_score"},
+}

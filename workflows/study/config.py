@@ -1,0 +1,92 @@
+"""Sizes of a study: one network, its clips, how long each phase trains, and what is measured."""
+
+from dataclasses import dataclass, field, replace
+
+from mfcore.ema import EmaConfig
+from mfcore.flow import TimeConfig
+from mfcore.model.adapter import FakeConfig
+from mfcore.model.config import BranchConfig, ModelConfig
+from mfcore.objectives.mutual import MutualConfig
+from mfcore.optim import OptimConfig
+from mfcore.types import AUDIO, VIDEO
+from workflows.study import world
+from workflows.study.methods import METHODS
+
+CORE = ("teacher_forcing", "dmd_self_forcing", "hybrid_forced", "literal", "mutual")  # rows of the table with all seeds
+
+
+def _settings() -> MutualConfig:
+    return MutualConfig(
+        time=TimeConfig(shift={VIDEO: 1.0, AUDIO: 1.0}),
+        finest=4,
+        strengths=(2, 3),
+        rollout_steps=(4, 8),
+        guidance=1.1,
+        real_until=100,
+        free_from=150,
+        fake_from=150,
+        dmd_from=200,
+        dmd_ramp=50,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Everything the numbers of a study are a function of, beside its seeds."""
+
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(
+            branches={m: BranchConfig(channels=c, data_std=0.5) for m, c in world.CHANNELS.items()},
+            dim=64,
+            layers=3,
+            heads=4,
+            mlp_ratio=2.0,
+            text_dim=world.WORD_DIM,
+            chunk_seconds=float(world.CHUNK_SECONDS),
+            window_chunks=4,
+            word_horizon_seconds=0.5,
+        )
+    )
+    batch: int = 16  # clips per step
+    chunks: tuple[int, ...] = (6, 10)  # of training clips, drawn per step
+    joint_steps: int = 3000  # shared by all methods of a seed
+    joint_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, warm_up=50, final=0.05, clip=1.0))
+    steps: int = 400  # of every method, from the joint network
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, warm_up=20, final=0.1, clip=1.0))
+    fake: FakeConfig = field(default_factory=FakeConfig)
+    fake_ratio: float = 4.0  # learning rate of the fake score over the student's; one update per step
+    ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.99))
+    method: MutualConfig = field(default_factory=_settings)
+    guidance: float = 1.1  # of the multi-step mode where it is asked with guidance
+    counts: tuple[int, ...] = (1, 2, 4, 8, 16, 50)  # steps per chunk
+    clips: int = 32  # generated per setting
+    seconds: float = 60.0  # of each
+    windows: str = "0-5,5-15,15-25,25-60"
+
+    @property
+    def shift(self) -> dict[str, float]:
+        return self.method.time.shift
+
+
+def _quick() -> StudyConfig:
+    """Directions only: a joint network and methods that have trained for minutes."""
+    whole = StudyConfig()
+    return replace(
+        whole,
+        joint_steps=700,
+        steps=120,
+        method=replace(whole.method, real_until=40, free_from=50, fake_from=50, dmd_from=80, dmd_ramp=20),
+        counts=(1, 4, 50),
+        clips=16,
+        seconds=25.0,
+        windows="0-5,15-25",
+    )
+
+
+def study_preset(name: str) -> tuple[StudyConfig, tuple[str, ...]]:
+    """Sizes, and the methods that ``all`` means. ValueError for an unknown name."""
+    if name == "toy-study":
+        return StudyConfig(), tuple(METHODS)
+    if name == "quick":
+        return _quick(), ("teacher_forcing", "literal", "mutual")
+    raise ValueError(f"no study preset {name!r}: choose toy-study or quick")

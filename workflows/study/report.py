@@ -1,0 +1,128 @@
+"""The whole of ``mfctl study``: settings, units, and what is made of their rows."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workflows import config_io
+from workflows.study.config import CORE, study_preset
+from workflows.study.run import read_costs, read_rows, run_study, study_methods
+from workflows.study.tables import Table, bars, markdown, title
+from workflows.tracking import open_tracker
+
+EXPERIMENT = "study"
+
+
+def study(
+    *,
+    out: str,
+    preset: str,
+    seeds: int,
+    methods: Sequence[str],
+    device: str,
+    workers: int,
+    minutes: float | None,
+    sets: Sequence[str],
+    dry_run: bool,
+    tracking: str,
+) -> dict[str, Any]:
+    """Do what is missing of a study in ``out``, then write its results, page and plots, and log them."""
+    config, own = study_preset(preset)
+    config = config_io.change(config, config_io.parse_sets(sets))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU here; leave the option out to run on CPU")
+    named = {"all": own, "core": tuple(m for m in CORE if m in own)}
+    wanted = study_methods([m for name in methods for m in named.get(name.strip(), (name.strip(),))], seeds)
+    if dry_run:
+        return {"config": config_io.dump(config), "methods": {m: list(s) for m, s in wanted.items()}}
+    folder = Path(out)
+    whole = run_study(
+        config,
+        folder,
+        wanted,
+        workers=workers,
+        device=device,
+        minutes=minutes,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    if not whole:
+        return {"results": None, "done": False, "next": "the time was up: the same command goes on"}
+    return _publish(folder, max(config.counts), tracking, config_io.dump(config), device)
+
+
+def _publish(folder: Path, most: int, tracking: str, config: dict[str, Any], device: str) -> dict[str, Any]:
+    rows, costs = read_rows(folder), read_costs(folder)
+    table = Table(rows, costs)
+    results = folder / "results.json"
+    results.write_text(json.dumps(rows, indent=1))
+    page = folder / "results.md"
+    page.write_text(_head(costs, device) + markdown(table, most))
+    pictures = _pictures(rows, folder)
+    claims = [vars(bar) for bar in bars(table, most)]
+    (folder / "bars.json").write_text(json.dumps(claims, indent=1))
+    parent = _log(folder, table, [results, page, *pictures], tracking, config)
+    return {
+        "results": str(results),
+        "mlflow_parent_run": parent,
+        "page": page.read_text(),
+        "bars": claims,
+        "plots": [str(path) for path in pictures],
+        "done": True,
+    }
+
+
+def _head(costs: Sequence[dict[str, Any]], device: str) -> str:
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    hours = sum(cost["seconds"] for cost in costs) / 3600
+    made = f"commit {commit}, " if commit else ""
+    return (
+        f"# Study\n\nMade by {made}torch {torch.__version__} on {device}; training took {hours:.1f} hours in all.\n\n"
+    )
+
+
+def _pictures(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    try:
+        from workflows.study import pictures
+    except ModuleNotFoundError as missing:  # a GPU machine may have torch alone: the same command draws elsewhere
+        print(f"no plots here: {missing.name} is not installed", file=sys.stderr)
+        return []
+    return pictures.draw(rows, folder)
+
+
+def _log(folder: Path, table: Table, files: Sequence[Path], uri: str, config: dict[str, Any]) -> str | None:
+    """A parent run with the page, and a run per method and mode whose step is the number of evaluations."""
+    note = folder / "mlflow.json"
+    known: dict[str, str | None] = json.loads(note.read_text()) if note.exists() else {}
+    opened = partial(open_tracker, uri=uri, experiment=EXPERIMENT)
+    parent = opened(folder=folder / "log", name=folder.name, run_id=known.get("parent"))
+    known["parent"] = parent.run_id
+    parent.params(config_io.flatten(config))
+    for path in files:
+        parent.artifact(path)
+    for method, mode, guided in dict.fromkeys((k[0], k[1], k[3]) for k in table.order if k[2]):
+        name = f"{method}-{mode}" + ("-guided" if guided else "")
+        if name in known:
+            continue
+        child = opened(folder=folder / "log" / name, name=name, parent=parent.run_id, tags={"method": title(method)})
+        for key in table.order:
+            if (key[0], key[1], key[3]) == (method, mode, guided) and key[2]:
+                _log_metrics(child, table, key)
+        child.finish()
+        known[name] = child.run_id
+    parent.finish()
+    note.write_text(json.dumps(known))
+    return parent.run_id
+
+
+def _log_metrics(child: Any, table: Table, key: tuple[Any, ...]) -> None:
+    method, mode, steps, guided, window = key
+    metrics = table.of(method, mode, steps, guided, window)
+    child.log(steps * (1 + guided), {f"{window}/{name}": value.mean for name, value in metrics.items()})

@@ -1,0 +1,101 @@
+"""``mfctl study``: all units of a study on so many processes, then the table."""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workflows.study.config import CORE, StudyConfig
+from workflows.study.methods import METHODS
+from workflows.study.units import OutOfTime, Unit, all_units, run_unit
+
+POLL_SECONDS = 1.0
+
+
+def study_methods(names: Sequence[str], seeds: int) -> dict[str, Sequence[int]]:
+    """Which seeds each method is run with: the core ones with all, the others with the first."""
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ValueError(f"no method {', '.join(unknown)}: choose from {', '.join(METHODS)}")
+    return {name: range(seeds if name in CORE else 1) for name in names}
+
+
+def check_folder(config: StudyConfig, out: Path) -> None:
+    """A study goes on only with the configuration that it began with."""
+    wanted = json.loads(json.dumps(asdict(config)))
+    path = out / "study.json"
+    if not path.exists():
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty and holds no study: choose a new folder")
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=1))
+        return
+    found = json.loads(path.read_text())
+    if found != wanted:
+        odd = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+        raise ValueError(f"{out} holds a study with other settings ({', '.join(odd)}): choose a new folder")
+
+
+def run_study(
+    config: StudyConfig,
+    out: Path,
+    methods: dict[str, Sequence[int]],
+    *,
+    workers: int,
+    device: str,
+    minutes: float | None,
+    say: Any = print,
+) -> bool:
+    """Do what is missing. False when the time was up before everything was done; the same call then goes on."""
+    check_folder(config, out)
+    deadline = time.time() + 60 * minutes if minutes else float("inf")
+    left = [unit for unit in all_units(config, methods) if not unit.done(out)]
+    total = len(left)
+    if not left:
+        return True
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread, initargs=(workers,)) as pool:
+        running: dict[Future[None], Unit] = {}
+        while left or running:
+            for unit in list(_ready(left, out)):
+                if len(running) >= workers or time.time() > deadline:
+                    break
+                left.remove(unit)
+                running[pool.submit(run_unit, config, out, unit, device, deadline)] = unit
+            if not running:
+                return False
+            done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                unit = running.pop(future)
+                try:
+                    future.result()
+                except OutOfTime as stop:
+                    say(str(stop))
+                    left.append(unit)
+                else:
+                    say(f"{total - len(left) - len(running)} of {total}: {unit.name}")
+    return True
+
+
+def _ready(left: Sequence[Unit], out: Path) -> Iterator[Unit]:
+    yield from (unit for unit in left if unit.needs is None or unit.needs.done(out))
+
+
+def _one_thread(workers: int) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """All scores on disk."""
+    return [row for path in sorted((out / "rows").glob("*.json")) for row in json.loads(path.read_text())]
+
+
+def read_costs(out: Path) -> list[dict[str, Any]]:
+    """What each finished training took."""
+    return [json.loads(path.read_text()) for path in sorted(out.glob("seed-*/*/train.json"))]

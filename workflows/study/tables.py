@@ -1,0 +1,224 @@
+"""Rows of a study to a table, to the bars it is measured by, and to a page of Markdown."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from workflows.study.methods import METHODS
+
+Rows = Sequence[Mapping[str, Any]]
+SHOWN = (
+    "frechet", "valid", "syllable_error", "sync", "offset_ms", "identity_error", "entropy", "seam", "lag1", "motion",
+    "loudness", "failed",
+)  # fmt: skip
+EARLY, LATE = "0-5", "15-25"
+HARD, GAP, SEAM, USE, DRIFT = 5.0, 0.8, 1.5, 0.8, 0.5  # bars, as numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A number over seeds."""
+
+    mean: float
+    spread: float  # standard deviation over seeds; 0 for one
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + (f" +- {self.spread:.3f}" if self.seeds > 1 else "")
+
+
+def over_seeds(values: Iterable[float]) -> Value:
+    some = list(values)
+    return Value(mean=mean(some), spread=stdev(some) if len(some) > 1 else 0.0, seeds=len(some))
+
+
+class Table:
+    """Metrics by (method, mode, steps, guided, window)."""
+
+    def __init__(self, rows: Rows, costs: Rows) -> None:
+        values: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            key = (row["method"], row["mode"], row["steps"], row["guidance"] != 1.0, row["window"])
+            for name, value in row["metrics"].items():
+                values[key][name].append(value)
+        self._values = {key: {n: over_seeds(v) for n, v in some.items()} for key, some in values.items()}
+        grouped: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        for cost in costs:
+            grouped[cost["method"]].append(cost)
+        self.costs = dict(grouped)
+
+    @property
+    def order(self) -> list[tuple[Any, ...]]:
+        """Keys, method after method as they stand in ``METHODS``."""
+        order = ["real", "joint", *METHODS]
+        return sorted(self._values, key=lambda k: (order.index(k[0]), k[1], k[3], k[2]))
+
+    def has(self, *key: Any) -> bool:
+        return key in self._values
+
+    def get(self, metric: str, method: str, mode: str, steps: int, window: str, *, guided: bool = False) -> Value:
+        return self._values[method, mode, steps, guided, window][metric]
+
+    def of(self, *key: Any) -> Mapping[str, Value]:
+        """All metrics of one key."""
+        return self._values[key]
+
+    def cost(self, method: str, of: Callable[[Mapping[str, Any]], float]) -> Value:
+        return over_seeds(of(c) for c in self.costs[method])
+
+    def history_use(self, method: str, modality: str) -> Value:
+        """Loss on another clip's history over loss on the clip's own, of the multi-step mode."""
+        return self.cost(method, lambda c: c["history_use"][modality])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One claim with what was measured."""
+
+    claim: str
+    measured: str
+    met: bool
+
+
+def bars(table: Table, most: int) -> list[Bar]:
+    """The study's claims, as far as the rows that they need are there. ``most``: steps of the quality mode."""
+    checks = (_hardness, _as_good, _gap, _late, _drift, _continuity, _four_as_eight, _cheaper)
+    out: list[Bar] = []
+    for check in checks:
+        try:
+            out += check(table, most)
+        except KeyError:  # a row that this comparison needs was not asked for
+            continue
+    return out
+
+
+def _hardness(table: Table, most: int) -> list[Bar]:
+    few, many = (1 - table.get("valid", "joint", "multi", n, EARLY).mean for n in (4, most))
+    ratio = few / max(many, 1e-9)
+    claim = (
+        f"the world is hard enough: invalid chunks of the joint network, 4 Euler steps over {most}, at least {HARD:g}"
+    )
+    return [Bar(claim=claim, measured=f"{few:.3f} / {many:.3f} = {ratio:.1f}", met=ratio >= HARD)]
+
+
+def _as_good(table: Table, most: int) -> list[Bar]:
+    out: list[Bar] = []
+    for metric, sign in (("sync", -1), ("syllable_error", 1), ("frechet", 1)):
+        ours = table.get(metric, "mutual", "few", 4, EARLY)
+        theirs = table.get(metric, "teacher_forcing", "multi", most, EARLY, guided=True)
+        worse = sign * (ours.mean - theirs.mean)
+        claim = f"{metric}, {EARLY} s: Mutual Forcing at 4 NFE not worse than teacher forcing at {2 * most}"
+        out.append(Bar(claim=claim, measured=f"{ours} against {theirs}", met=worse <= max(ours.spread, theirs.spread)))
+    return out
+
+
+def _gap(table: Table, most: int) -> list[Bar]:
+    ours = table.get("valid", "mutual", "few", 4, EARLY).mean
+    low, high = (table.get("valid", "teacher_forcing", "multi", n, EARLY).mean for n in (4, most))
+    closed = (ours - low) / max(high - low, 1e-9)
+    claim = f"valid chunks: share of the gap between 4 Euler steps and {most} that 4 few steps close, at least {GAP:g}"
+    return [Bar(claim=claim, measured=f"{low:.3f} -> {ours:.3f} of {high:.3f}: {closed:.2f}", met=closed >= GAP)]
+
+
+def _late(table: Table, most: int) -> list[Bar]:
+    out: list[Bar] = []
+    for metric in ("frechet", "identity_error"):
+        ours = table.get(metric, "mutual", "few", 4, LATE)
+        theirs = table.get(metric, "teacher_forcing", "multi", most, LATE, guided=True)
+        claim = f"{metric}, {LATE} s: Mutual Forcing at 4 NFE better than teacher forcing at {2 * most}"
+        out.append(Bar(claim=claim, measured=f"{ours} against {theirs}", met=ours.mean < theirs.mean))
+    return out
+
+
+def _growth(table: Table, metric: str, method: str) -> float:
+    return table.get(metric, method, "few", 4, LATE).mean - table.get(metric, method, "few", 4, EARLY).mean
+
+
+def _drift(table: Table, most: int) -> list[Bar]:
+    out: list[Bar] = []
+    for metric in ("frechet", "identity_error"):
+        ours = _growth(table, metric, "mutual")
+        for other in ("shortcut_forced", "dmd_forced", "hybrid_forced"):
+            if table.has(other, "few", 4, False, LATE):
+                theirs = _growth(table, metric, other)
+                claim = f"{metric}: growth from {EARLY} s to {LATE} s at most half of {METHODS[other].title}"
+                out.append(Bar(claim=claim, measured=f"{ours:.3f} against {theirs:.3f}", met=ours <= DRIFT * theirs))
+    return out
+
+
+def _continuity(table: Table, most: int) -> list[Bar]:
+    seam = table.get("seam", "mutual", "few", 4, LATE)
+    out = [
+        Bar(
+            claim=f"seam energy, {LATE} s, over the data's, at most {SEAM:g}", measured=str(seam), met=seam.mean <= SEAM
+        )
+    ]
+    for modality in ("video", "audio"):
+        ours, joint = (table.history_use(m, modality).mean for m in ("mutual", "joint"))
+        claim = f"history use of {modality} over the joint network's, at least {USE:g}"
+        measured = f"{ours:.2f} / {joint:.2f} = {ours / joint:.2f}"
+        out.append(Bar(claim=claim, measured=measured, met=ours / joint >= USE))
+    return out
+
+
+def _four_as_eight(table: Table, most: int) -> list[Bar]:
+    out: list[Bar] = []
+    for metric, sign in (("frechet", 1), ("valid", -1), ("sync", -1), ("syllable_error", 1)):
+        four, eight = (table.get(metric, "mutual", "few", n, EARLY) for n in (4, 8))
+        worse = sign * (four.mean - eight.mean)
+        claim = f"{metric}, {EARLY} s: 4 few steps not worse than 8 beyond the spread"
+        out.append(Bar(claim=claim, measured=f"{four} against {eight}", met=worse <= max(four.spread, eight.spread)))
+    return out
+
+
+def _cheaper(table: Table, most: int) -> list[Bar]:
+    out: list[Bar] = []
+    for what, of in (
+        ("bytes of model state", lambda c: c["state_bytes"]),
+        ("CPU seconds per step", lambda c: c["cpu_seconds"] / c["steps"]),
+    ):
+        ours, theirs = (table.cost(m, of).mean for m in ("mutual", "dmd_self_forcing"))
+        claim = f"{what} below DMD with self-forcing (one fake-score update per step on both sides)"
+        out.append(Bar(claim=claim, measured=f"{ours:.4g} against {theirs:.4g}", met=ours < theirs))
+    return out
+
+
+def markdown(table: Table, most: int) -> str:
+    """The results as a page: bars, then a table per window, then what each training took."""
+    lines = ["## Bars", "", "| claim | measured | |", "|-|-|-|"]
+    lines += [f"| {b.claim} | {b.measured} | {'met' if b.met else 'MISSED'} |" for b in bars(table, most)]
+    windows = list(dict.fromkeys(key[4] for key in table.order))
+    for window in windows:
+        lines += ["", f"## {window} s", "", f"| method | mode | steps | NFE | {' | '.join(SHOWN)} |"]
+        lines.append("|" + "-|" * (4 + len(SHOWN)))
+        for key in table.order:
+            if key[4] == window:
+                lines.append(_line(table, key))
+    lines += [
+        "",
+        "## Training",
+        "",
+        "| method | history use, video / audio | state, MB | CPU s per step |",
+        "|-|-|-|-|",
+    ]
+    for method in ("joint", *METHODS):
+        if method in table.costs:
+            use = " / ".join(f"{table.history_use(method, m).mean:.2f}" for m in ("video", "audio"))
+            state = table.cost(method, lambda c: c["state_bytes"] / 1e6).mean
+            step = table.cost(method, lambda c: c["cpu_seconds"] / c["steps"])
+            lines.append(f"| {title(method)} | {use} | {state:.1f} | {step} |")
+    return "\n".join(lines) + "\n"
+
+
+def title(method: str) -> str:
+    """A method's name in tables, with its letter."""
+    return f"{METHODS[method].key}) {METHODS[method].title}" if method in METHODS else method
+
+
+def _line(table: Table, key: tuple[Any, ...]) -> str:
+    method, mode, steps, guided, window = key
+    cells = [str(table.get(name, method, mode, steps, window, guided=guided)) for name in SHOWN]
+    shown_mode = {"multi": "Euler" + (", guided" if guided else ""), "few": "few-step"}[mode] if steps else "-"
+    return f"| {title(method)} | {shown_mode} | {steps or '-'} | {steps * (1 + guided) or '-'} | {' | '.join(cells)} |"

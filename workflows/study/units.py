@@ -1,0 +1,228 @@
+"""A study in units that end in a file: training of one method, or scores of one setting. What is on disk is done.
+
+```text
+OUT/study.json                         the configuration; another one is refused
+OUT/seed-S/METHOD/weights.safetensors  average weights at the end of training; beside it train.json: losses, costs
+OUT/seed-S/METHOD/step.json, state-*   where an unfinished training stands
+OUT/rows/seed-S-METHOD-MODE-STEPS.json scores by window
+```
+"""
+
+import json
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mfcore.metrics.windows import parse_windows
+from mfcore.model.transformer import build_model
+from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig, history_use
+from mfcore.rollout import join_chunks, noise_starts, rollout
+from mfcore.steps import Context, Mode, evaluations, schedule
+from workflows.study import world
+from workflows.study.config import StudyConfig
+from workflows.study.methods import METHODS
+from workflows.study.scoring import reference, score
+from workflows.study.training import Trainer
+
+JOINT = "joint"
+REAL = "real"  # real clips, scored like generated ones
+HELD_OUT = 1 << 41  # sample numbers from here on are in no training batch
+SAVE_SECONDS = 60.0
+LOG_STEPS = 50
+HISTORY_CLIPS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One piece of work; ``needs`` must be done before."""
+
+    kind: Literal["train", "score"]
+    method: str
+    seed: int
+    mode: Mode = "few"
+    steps: int = 0
+    guidance: float = 1.0
+
+    @property
+    def name(self) -> str:
+        asked = f"-{self.mode}-{self.steps}" + ("" if self.guidance == 1.0 else f"-w{self.guidance:g}")
+        return f"seed-{self.seed}-{self.method}" + (asked if self.kind == "score" else "")
+
+    @property
+    def needs(self) -> "Unit | None":
+        if self.kind == "score":
+            return None if self.method == REAL else Unit(kind="train", method=self.method, seed=self.seed)
+        return None if self.method == JOINT else Unit(kind="train", method=JOINT, seed=self.seed)
+
+    def result(self, out: Path) -> Path:
+        """The file that says it is done."""
+        if self.kind == "score":
+            return out / "rows" / f"{self.name}.json"
+        return out / f"seed-{self.seed}" / self.method / "train.json"
+
+    def done(self, out: Path) -> bool:
+        return self.result(out).exists()
+
+
+def all_units(config: StudyConfig, methods: dict[str, Sequence[int]]) -> list[Unit]:
+    """What a study of ``methods`` (name -> seeds) consists of, in an order that respects needs."""
+    seeds = sorted({s for some in methods.values() for s in some})
+    units = [Unit(kind="train", method=JOINT, seed=s) for s in seeds]
+    units += [Unit(kind="train", method=name, seed=s) for name, some in methods.items() for s in some]
+    for s in seeds:
+        units.append(Unit(kind="score", method=REAL, seed=s, mode="multi", steps=0))
+        units += [Unit(kind="score", method=JOINT, seed=s, mode="multi", steps=n) for n in (4, 50)]
+    for name, some in methods.items():
+        for s in some:
+            for mode in METHODS[name].modes:
+                units += _settings(config, name, s, mode)
+    return units
+
+
+def _settings(config: StudyConfig, name: str, seed: int, mode: Mode) -> list[Unit]:
+    """The few-step mode has its guidance built in; the multi-step mode is asked plainly, and at 50 steps with it."""
+    plain = [Unit(kind="score", method=name, seed=seed, mode=mode, steps=n) for n in config.counts]
+    if mode == "few":
+        return plain
+    most = max(config.counts)
+    return [*plain, Unit(kind="score", method=name, seed=seed, mode=mode, steps=most, guidance=config.guidance)]
+
+
+class OutOfTime(Exception):
+    """The deadline came; what was done so far is saved."""
+
+
+def run_unit(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: float) -> None:
+    """Do one unit, or as much of it as the time until ``deadline`` (seconds of ``time.time``) allows."""
+    if unit.kind == "train":
+        _train(config, out, unit, device, deadline)
+    else:
+        _score(config, out, unit, device)
+
+
+def _network(config: StudyConfig, out: Path, method: str, seed: int, device: str) -> nn.Module:
+    net = build_model(config.model, seed)
+    net.load_state_dict(load_file(out / f"seed-{seed}" / method / "weights.safetensors"))
+    return net.to(device)
+
+
+def _trainer(config: StudyConfig, out: Path, unit: Unit, device: str) -> Trainer:
+    if unit.method == JOINT:
+        objective = FlowMatching(FlowMatchingConfig(time=config.method.time))
+        student = build_model(config.model, unit.seed).to(device)
+        return Trainer(config, objective, student, seed=unit.seed, steps=config.joint_steps, optim=config.joint_optim)
+    method = METHODS[unit.method]
+    student = _network(config, out, JOINT, unit.seed, device)
+    frozen = None
+    if method.teacher == "frozen":
+        frozen = _network(config, out, JOINT, unit.seed, device).eval().requires_grad_(False)
+    return Trainer(
+        config,
+        method.objective(config.method),
+        student,
+        seed=unit.seed + 1000,  # other clips than those the joint network saw
+        steps=config.steps,
+        optim=config.optim,
+        teacher=frozen,
+    )
+
+
+def _train(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: float) -> None:
+    folder = unit.result(out).parent
+    trainer = _trainer(config, out, unit, device)
+    trainer.resume(folder)
+    log = folder / "log.jsonl"
+    cost = _read(folder / "cost.json") or {"seconds": 0.0, "cpu_seconds": 0.0}
+    wall, cpu, saved = time.monotonic(), time.process_time(), time.monotonic()
+
+    def keep() -> None:
+        trainer.save(folder)
+        spent = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
+        _write(folder / "cost.json", {k: cost[k] + spent[k] for k in spent})
+
+    while trainer.step < trainer.steps:
+        seen = trainer.train_step()
+        if trainer.step % LOG_STEPS == 0 or trainer.step == trainer.steps:
+            folder.mkdir(parents=True, exist_ok=True)
+            with log.open("a") as lines:
+                lines.write(json.dumps({"step": trainer.step, **seen}) + "\n")
+        if time.monotonic() - saved > SAVE_SECONDS or time.time() > deadline:
+            keep()
+            saved = time.monotonic()
+            if time.time() > deadline:
+                raise OutOfTime(f"{unit.name} stands at step {trainer.step} of {trainer.steps}")
+    keep()
+    _finish(trainer, folder, unit, device, config)
+
+
+def _finish(trainer: Trainer, folder: Path, unit: Unit, device: str, config: StudyConfig) -> None:
+    average = trainer.ema.module
+    batch = world.draw_clips(unit.seed, torch.arange(HISTORY_CLIPS) + HELD_OUT * 2, max(config.chunks)).batch.to(device)
+    use = history_use(trainer.ema.model, batch, config.method.time, unit.seed)
+    save_file({n: w.contiguous() for n, w in average.state_dict().items()}, folder / "weights.safetensors")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated()
+    result = {
+        "method": unit.method,
+        "seed": unit.seed,
+        "steps": trainer.steps,
+        "history_use": use,
+        "state_bytes": trainer.state_bytes(),
+        "peak_memory_bytes": peak,
+        **(_read(folder / "cost.json") or {}),
+    }
+    _write(folder / "train.json", result)
+
+
+def _score(config: StudyConfig, out: Path, unit: Unit, device: str) -> None:
+    chunks = int(config.seconds / float(world.CHUNK_SECONDS))
+    clips = world.draw_clips(unit.seed, torch.arange(config.clips) + HELD_OUT, chunks)
+    started = time.monotonic()
+    streams = clips.batch.streams
+    if unit.method != REAL:
+        net = _network(config, out, unit.method, unit.seed, device)
+        batch = clips.batch.to(device)
+        shapes = {m: tuple(s.latents.shape[2:]) for m, s in batch.streams.items()}
+        like = batch.streams["video"].latents
+        starts = noise_starts(world.TIMELINE, shapes, range(chunks), unit.seed, batch.samples, like)
+        context = Context(model=net, cond=batch.cond, guidance=unit.guidance)
+        with torch.no_grad():
+            plan = schedule(unit.steps, config.shift)
+            streams = join_chunks(c.clean for c in rollout(context, starts, plan, mode=unit.mode))
+    seconds = time.monotonic() - started
+    real, windows = reference(unit.seed), parse_windows(config.windows)
+    facts = {
+        "method": unit.method,
+        "mode": unit.mode,
+        "steps": unit.steps,
+        "nfe": evaluations(unit.steps, unit.guidance) if unit.steps else 0,
+        "guidance": unit.guidance,
+        "seed": unit.seed,
+    }
+    speed = {"clip_seconds_per_second": config.clips * config.seconds / seconds}
+    rows = [
+        {**facts, "window": w.name, "metrics": score(streams, clips.script, w, real) | speed}
+        for w in windows
+        if w.covered_by(config.seconds)
+    ]
+    _write(unit.result(out), rows)
+
+
+def _read(path: Path) -> dict[str, float] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1))
+    part.replace(path)

@@ -1,0 +1,202 @@
+"""Talking characters as latents with known truth: what the study trains on and reads back exactly.
+
+A clip is a few factors over time, mixed into latents by a fixed rotation per modality, so that a reader is the rotation
+back. Given transcript, first frame and history a chunk leaves open what no network can know:
+
+=========  ==========  ===========================================================================
+factor     modality    law
+=========  ==========  ===========================================================================
+identity   video (2)   one point per character, uniform; timbre (audio, 2) is a reflection of it
+pose       video (1)   Ornstein-Uhlenbeck, correlation 0.95 over half a second
+mouth      video (2)   shape of the syllable said, times envelope, times the syllable's free stress
+formants   audio (3)   formants of the syllable, likewise; loudness (1) is envelope times stress
+brow       video (1)   one of 2, drawn for every chunk; likewise hand, blink
+gesture    video (1)   one of 2, stays with probability 0.85 from chunk to chunk
+tone       audio (1)   one of 2, drawn for every chunk
+=========  ==========  ===========================================================================
+
+Choices have a separation over spread of 20: four Euler steps blur between them.
+Letters: B clips, K chunks, n latents, J syllables.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import pi
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from mfcore.rng import generator, normal_rows, uniform_rows
+from mfcore.timeline import LatentClock, Timeline, video_clock
+from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Stream
+
+CHUNK_SECONDS = Fraction(1, 2)
+TIMELINE = Timeline(
+    clocks={VIDEO: video_clock(Fraction(24), 6), AUDIO: LatentClock(rate=Fraction(8))}, chunk_seconds=CHUNK_SECONDS
+)
+IDENTITY, POSE, MOUTH = slice(0, 2), slice(2, 3), slice(3, 5)
+BROW, HAND, BLINK, GESTURE = slice(5, 6), slice(6, 7), slice(7, 8), slice(8, 9)
+TIMBRE, FORMANTS, LOUDNESS, TONE = slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 7)
+CHANNELS = {VIDEO: 9, AUDIO: 7}
+SYLLABLES = 8
+WORD_DIM = 16
+SHORTEST, LONGEST = 0.25, 0.5  # seconds of a syllable or a pause
+PAUSES = 0.2  # share of pauses
+MODE_SPREAD = 0.1  # about a choice of -1 or 1
+NOISE = 0.05  # about every other factor
+PERSISTENCE = 0.95  # of pose over a chunk
+STAY = 0.85  # of a gesture from chunk to chunk
+TWO_MODES = (BROW, HAND, BLINK, GESTURE)
+CHOICES = ("brow", "hand", "blink", "gesture", "tone")  # the last one is heard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """The truth of some clips, in the order of events."""
+
+    identity: Float[Tensor, "B 2"]
+    syllable: Int64[Tensor, "B J"]  # SYLLABLES: a pause
+    start: Float[Tensor, "B J"]  # seconds; the syllable lasts until ``end``
+    end: Float[Tensor, "B J"]
+    choices: Int64[Tensor, "B K+1 5"]  # as CHOICES, 0 or 1; the first row is the first frame's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips:
+    """Clips with their truth."""
+
+    batch: AVBatch
+    script: Script
+
+
+def rotation(modality: str) -> Float[Tensor, "C C"]:
+    """Factors to latents: ``latents = factors @ rotation``."""
+    size = CHANNELS[modality]
+    return torch.linalg.qr(torch.randn(size, size, generator=generator(0, f"study/mix/{modality}", 0)))[0]
+
+
+def read_factors(modality: str, latents: Tensor) -> Float[Tensor, "B n C"]:
+    """Latents ``(B, n, C)`` or ``(B, n, C, 1, 1)`` back to factors."""
+    flat = latents.reshape(*latents.shape[:2], -1).float()
+    return flat @ rotation(modality).T.to(flat.device)
+
+
+def _codes(name: str, width: int, length: float) -> Float[Tensor, "S width"]:
+    """A vector of ``length`` for every syllable, and zero for the pause; the same in every study."""
+    drawn = torch.randn(SYLLABLES, width, generator=generator(0, f"study/{name}", 0))
+    if width == 2:  # mouth shapes, spread around a circle
+        angle = torch.arange(SYLLABLES) * (2 * pi / SYLLABLES)
+        drawn = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    if width == 3:  # formants: far apart, the corners of a cube
+        drawn = torch.tensor([[(i >> b & 1) * 2.0 - 1 for b in range(3)] for i in range(SYLLABLES)])
+    return torch.cat([length * drawn / drawn.norm(dim=-1, keepdim=True), torch.zeros(1, width)])
+
+
+MOUTH_SHAPES = _codes("mouth", 2, 1.5)
+FORMANT_SHAPES = _codes("formants", 3, 2.0)
+WORDS = _codes("words", WORD_DIM, 4.0)
+
+
+def draw_clips(seed: int, samples: Int64[Tensor, " B"], chunks: int) -> Clips:
+    """Clips number ``samples`` of the world, ``chunks`` long. Each depends on (seed, its number, chunks) alone."""
+    script = _script(seed, samples, chunks)
+    video, audio = _video_factors(seed, samples, chunks, script), _audio_factors(seed, samples, chunks, script)
+    latents = {
+        VIDEO: (video @ rotation(VIDEO))[..., None, None],
+        AUDIO: audio @ rotation(AUDIO),
+    }
+    streams = {
+        m: Stream(
+            latents=latents[m][:, 1:] if m == VIDEO else latents[m],
+            times=TIMELINE.times(m, chunks),
+            chunk=TIMELINE.chunk_index(m, chunks),
+        )
+        for m in (VIDEO, AUDIO)
+    }
+    cond = _condition(script, latents[VIDEO][:, 0])
+    return Clips(batch=AVBatch(streams=streams, cond=cond, samples=samples), script=script)
+
+
+def _script(seed: int, samples: Tensor, chunks: int) -> Script:
+    seconds = chunks * float(CHUNK_SECONDS)
+    said = int(seconds / SHORTEST) + 1
+    draws = uniform_rows(seed, "study/speech", samples, said, 3)
+    lengths = SHORTEST + (LONGEST - SHORTEST) * draws[..., 0]
+    end = lengths.cumsum(1)
+    syllable = (draws[..., 1] * SYLLABLES).long()
+    syllable = torch.where(draws[..., 2] < PAUSES, SYLLABLES, syllable)
+    picks = uniform_rows(seed, "study/choices", samples, chunks + 1, 5)
+    choices = (picks * 2).long()
+    flips = (picks[:, 1:, 3] > STAY).long()
+    choices[:, :, 3] = (choices[:, :1, 3] + torch.nn.functional.pad(flips.cumsum(1), (1, 0))) % 2
+    identity = (uniform_rows(seed, "study/identity", samples, 2) * 2 - 1) * 3**0.5
+    return Script(identity=identity, syllable=syllable, start=end - lengths, end=end, choices=choices)
+
+
+def _speech(seed: int, samples: Tensor, script: Script, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Syllable (B, n) and its envelope times stress (B, n) at the seconds ``at``."""
+    now = torch.searchsorted(script.end, at.float().expand(len(samples), -1).contiguous(), right=True)
+    now = now.clamp_max(script.end.shape[1] - 1)
+    start, end = script.start.gather(1, now), script.end.gather(1, now)
+    stress = 0.6 + 0.8 * uniform_rows(seed, "study/stress", samples, script.end.shape[1]).gather(1, now)
+    envelope = torch.sin(pi * (at.float() - start) / (end - start)).clamp_min(0).sqrt()
+    syllable = script.syllable.gather(1, now)
+    return syllable, torch.where(syllable == SYLLABLES, 0.0, envelope * stress)
+
+
+def middles(modality: str, chunks: int) -> Tensor:
+    """Seconds at the middle of every latent of a clip."""
+    return TIMELINE.times(modality, chunks) + 0.5 / float(TIMELINE.clocks[modality].rate)
+
+
+def _video_factors(seed: int, samples: Tensor, chunks: int, script: Script) -> Float[Tensor, "B 1+n C"]:
+    count = TIMELINE.count(VIDEO, chunks)
+    noise = normal_rows(seed, "study/video", samples, torch.empty(len(samples), 1 + count, CHANNELS[VIDEO]))
+    syllable, loud = _speech(seed, samples, script, middles(VIDEO, chunks))
+    mouth = MOUTH_SHAPES[syllable] * loud[..., None]
+    factors = NOISE * noise
+    factors[..., IDENTITY] += script.identity[:, None]
+    factors[..., POSE] = _wander(noise[..., POSE], PERSISTENCE ** (1 / TIMELINE.count(VIDEO, 1)))
+    factors[:, 1:, MOUTH] += mouth
+    of_latent = torch.cat([torch.zeros(1, dtype=torch.long), TIMELINE.chunk_index(VIDEO, chunks) + 1])
+    picked = script.choices[:, of_latent]
+    for place, where in enumerate(TWO_MODES):
+        factors[..., where] = picked[..., place : place + 1] * 2.0 - 1 + MODE_SPREAD * noise[..., where]
+    return factors
+
+
+def _audio_factors(seed: int, samples: Tensor, chunks: int, script: Script) -> Float[Tensor, "B n C"]:
+    count = TIMELINE.count(AUDIO, chunks)
+    noise = normal_rows(seed, "study/audio", samples, torch.empty(len(samples), count, CHANNELS[AUDIO]))
+    syllable, loud = _speech(seed, samples, script, middles(AUDIO, chunks))
+    tone = script.choices[:, TIMELINE.chunk_index(AUDIO, chunks) + 1, 4:] * 2.0 - 1
+    factors = NOISE * noise
+    factors[..., TIMBRE] += script.identity[:, None].flip(-1)
+    factors[..., FORMANTS] += FORMANT_SHAPES[syllable] * loud[..., None]
+    factors[..., LOUDNESS] += 1.5 * loud[..., None]
+    factors[..., TONE] = tone + MODE_SPREAD * noise[..., TONE]
+    return factors
+
+
+def _wander(noise: Float[Tensor, "B n c"], keep: float) -> Tensor:
+    """A stationary walk of unit variance: x_i = keep x_{i-1} + sqrt(1 - keep^2) noise_i."""
+    steps = [noise[:, 0]]
+    for i in range(1, noise.shape[1]):
+        steps.append(keep * steps[-1] + (1 - keep**2) ** 0.5 * noise[:, i])
+    return torch.stack(steps, dim=1)
+
+
+def _condition(script: Script, first_frame: Float[Tensor, "B C 1 1"]) -> Condition:
+    batch = len(first_frame)
+    spoken: Bool[Tensor, "B J"] = script.syllable < SYLLABLES
+    return Condition(
+        caption=torch.zeros(batch, 1, WORD_DIM),
+        caption_mask=torch.zeros(batch, 1, dtype=torch.bool),
+        words=WORDS[script.syllable],
+        words_mask=spoken,
+        word_times=torch.stack([script.start, script.end], dim=-1).double(),
+        first_frame=first_frame,
+        voice=torch.zeros(batch, 1, CHANNELS[AUDIO]),
+        voice_mask=torch.zeros(batch, dtype=torch.bool),
+    )
