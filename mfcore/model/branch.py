@@ -4,6 +4,7 @@ Letters: B batch, n latents, C channels, h w latent size, N tokens, K chunks, d 
 """
 
 import math
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -22,6 +23,7 @@ Span = tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]
 """Levels t and r of a call."""
 NOISE_SCALE = 1000.0  # noise levels in [0, 1] are embedded like the integer steps 0..1000
 DURATION_SCALE = 100.0
+FEW_WORDS = 32  # of a transcript that is read whole by every pass
 
 
 def fourier(x: Float[Tensor, "*batch"], scale: float) -> Float[Tensor, "*batch f"]:
@@ -135,6 +137,7 @@ class Branch(nn.Module):
 
     def text_tokens(self, cond: Condition, at: Positions, *, silent: bool) -> TextTokens:
         """Embedded conditions for tokens at ``at``. ``silent``: the sink reads none, it outlives their change."""
+        cond = self._heard(cond, at)
         caption, words = self.text(cond)
         device, scale = caption.device, self.model.rope_seconds_scale
         one = torch.ones(caption.shape[0], 1, dtype=torch.bool, device=device)
@@ -148,6 +151,21 @@ class Branch(nn.Module):
             words_mask=torch.cat([one[:, None].expand(-1, len(at), -1), near], dim=2)[:, None],
             words_angle=time_angles(middle, self.model.head_dim, scale)[:, None],
             token_angle=time_angles(at.times, self.model.head_dim, scale).to(device),
+        )
+
+    def _heard(self, cond: Condition, at: Positions) -> Condition:
+        """Without the words of a long transcript that no token at ``at`` can reach: the cost of a chunk does not grow
+        with what is said before and after it."""
+        if cond.words.shape[1] <= FEW_WORDS:
+            return cond
+        middle, reach = cond.word_times.mean(-1), self.model.word_horizon_seconds
+        first, last = float(at.times.min()) - reach, float(at.times.max()) + reach
+        keep = ((middle >= first) & (middle <= last) & cond.words_mask).any(0).nonzero()[:, 0]
+        return replace(
+            cond,
+            words=cond.words[:, keep],
+            words_mask=cond.words_mask[:, keep],
+            word_times=cond.word_times[:, keep],
         )
 
     def velocity(

@@ -1,5 +1,7 @@
 """Truths about the network: causality, cached = parallel, branches, gates (TRUTHS, exact properties 6 and 7)."""
 
+from dataclasses import replace
+
 import torch
 
 from mfcore.flow import noise_streams
@@ -196,3 +198,31 @@ def test_rows_do_not_mix():
     alone = parallel(model, data.rows(one), {m: s.rows(one) for m, s in noisy.items()}, 0.6, 0.2)
     for m in whole:
         torch.testing.assert_close(whole[m][one], alone[m], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_words_out_of_reach_cost_nothing_and_change_nothing(monkeypatch):
+    """A transcript of minutes: a pass embeds what its tokens can read, and its answer stays the same."""
+    model, data = network(), batch()
+    count, near = 200, data.cond.words.shape[1]
+    draw = torch.Generator().manual_seed(3)
+    starts = torch.cat([data.cond.word_times[..., 0], 60 + torch.arange(count - near).expand(2, -1) * 0.3], dim=1)
+    cond = replace(
+        data.cond,
+        words=torch.cat([data.cond.words, torch.randn(2, count - near, 8, generator=draw)], dim=1),
+        words_mask=torch.ones(2, count, dtype=torch.bool),
+        word_times=torch.stack([starts, starts + 0.2], dim=-1),
+    )
+    long, short = replace(data, cond=cond), data
+    noisy = noisy_version(data, 0.6)
+    embedded: list[int] = []
+    for branch in model.branches.values():
+        branch.text.words.register_forward_pre_hook(lambda _, given: embedded.append(given[0].shape[1]))
+    trimmed, alone = (parallel(model, some, noisy, 0.6, 0.3) for some in (long, short))
+    assert max(embedded) <= near
+    monkeypatch.setattr("mfcore.model.branch.FEW_WORDS", count)
+    whole = parallel(model, long, noisy, 0.6, 0.3)
+    assert max(embedded) == count
+    for m in (VIDEO, AUDIO):
+        assert torch.allclose(trimmed[m], whole[m], atol=1e-6)
+        assert torch.allclose(trimmed[m], alone[m], atol=1e-6)
