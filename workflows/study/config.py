@@ -18,14 +18,15 @@ CORE = ("teacher_forcing", "dmd_self_forcing", "hybrid_forced", "literal", "mutu
 def _settings() -> MutualConfig:
     return MutualConfig(
         time=TimeConfig(shift={VIDEO: 1.0, AUDIO: 1.0}),
-        finest=4,
+        finest=3,
         strengths=(2, 3),
         rollout_steps=(4, 8),
         guidance=1.1,
-        real_until=100,
-        free_from=150,
-        fake_from=150,
-        dmd_from=200,
+        shortcut_weight=2.0,
+        real_until=180,
+        free_from=210,
+        fake_from=210,
+        dmd_from=260,
         dmd_ramp=50,
     )
 
@@ -51,8 +52,8 @@ class StudyConfig:
     chunks: tuple[int, ...] = (6, 10)  # of training clips, drawn per step
     joint_steps: int = 3000  # shared by all methods of a seed
     joint_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, warm_up=50, final=0.05, clip=1.0))
-    steps: int = 400  # of every method, from the joint network
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, warm_up=20, final=0.1, clip=1.0))
+    steps: int = 500  # of every method, from the joint network
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warm_up=20, final=0.1, clip=1.0))
     fake: FakeConfig = field(default_factory=FakeConfig)
     fake_ratio: float = 4.0  # learning rate of the fake score over the student's; one update per step
     ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.99))

@@ -72,26 +72,29 @@ class Unit:
 
 
 def all_units(config: StudyConfig, methods: dict[str, Sequence[int]]) -> list[Unit]:
-    """What a study of ``methods`` (name -> seeds) consists of, in an order that respects needs."""
-    seeds = sorted({s for some in methods.values() for s in some})
-    units = [Unit(kind="train", method=JOINT, seed=s) for s in seeds]
-    units += [Unit(kind="train", method=name, seed=s) for name, some in methods.items() for s in some]
-    for s in seeds:
+    """What a study of ``methods`` (name -> seeds) consists of, seed after seed, in an order that respects needs."""
+    units: list[Unit] = []
+    for s in sorted({s for some in methods.values() for s in some}):
+        names = [name for name, some in methods.items() if s in some]
+        units.append(Unit(kind="train", method=JOINT, seed=s))
+        units += [Unit(kind="train", method=name, seed=s) for name in names]
         units.append(Unit(kind="score", method=REAL, seed=s, mode="multi", steps=0))
-        units += [Unit(kind="score", method=JOINT, seed=s, mode="multi", steps=n) for n in (4, 50)]
-    for name, some in methods.items():
-        for s in some:
-            for mode in METHODS[name].modes:
-                units += _settings(config, name, s, mode)
+        units += [Unit(kind="score", method=JOINT, seed=s, mode="multi", steps=n) for n in (4, max(config.counts))]
+        units += [unit for name in names for mode in METHODS[name].modes for unit in _settings(config, name, s, mode)]
     return units
 
 
 def _settings(config: StudyConfig, name: str, seed: int, mode: Mode) -> list[Unit]:
-    """The few-step mode has its guidance built in; the multi-step mode is asked plainly, and at 50 steps with it."""
+    """The few-step mode has its guidance built in; the multi-step mode is asked plainly, and at 50 steps with it.
+
+    Beside a few-step mode the multi-step one is asked once: is it still what it was?
+    """
+    most = max(config.counts)
     plain = [Unit(kind="score", method=name, seed=seed, mode=mode, steps=n) for n in config.counts]
     if mode == "few":
         return plain
-    most = max(config.counts)
+    if "few" in METHODS[name].modes:
+        return plain[-1:]
     return [*plain, Unit(kind="score", method=name, seed=seed, mode=mode, steps=most, guidance=config.guidance)]
 
 
