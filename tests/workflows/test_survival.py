@@ -234,6 +234,71 @@ def test_a_silent_or_slow_rank_is_named(tmp_path):
     assert len(said) == 3, "a rank that is done is not silent"
 
 
+def _hangs(folder: Path) -> None:
+    """Rank 1 does not reach the sum that rank 0 waits in, until it has been named; both compute step 5."""
+    beat = pulse.Pulse(folder, torch.distributed.get_rank(), interval=0.1)
+    beat(5, "computing")
+    deadline = time.monotonic() + 60
+    while torch.distributed.get_rank() == 1 and not (folder / "named").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    torch.distributed.all_reduce(torch.zeros(1))
+    beat.close()
+
+
+def test_a_rank_that_hangs_before_a_collective_is_named(tmp_path):
+    said: list[str] = []
+    watch = pulse.Watch(tmp_path, said.append, silent=20, slow=1.5)
+    processes = threading.Thread(target=run_on, args=(2, _hangs, tmp_path))
+    processes.start()
+    while processes.is_alive():
+        watch.look(time.monotonic())
+        if said:
+            (tmp_path / "named").touch()
+        time.sleep(0.1)
+    assert len(said) == 1
+    assert said[0].startswith("rank 1 (process ")
+    assert "it is still computing step 5 (at test_survival.py:" in said[0] and "_hangs)" in said[0]
+
+
+def test_ranks_in_collectives_that_do_not_match_are_all_named(tmp_path):
+    said: list[str] = []
+    watch = pulse.Watch(tmp_path, said.append, silent=100, slow=30)
+    for rank, collective in enumerate(("all_reduce", "barrier")):
+        facts = {"rank": rank, "host": "node", "pid": 70 + rank, "step": 3, "doing": "computing"}
+        text = json.dumps({**facts, "beat": 1, "line": "c.py:1, f", "stack": 5, "collective": collective})
+        (tmp_path / f"{rank:05d}.json").write_text(text)
+    for now in range(60):
+        watch.look(now)
+    (line,) = said
+    assert "rank 0 (process 70 on node) in all_reduce, step 3; rank 1 (process 71 on node) in barrier" in line
+
+
+NATIVE = """
+import ctypes, os, signal, threading, time
+from pathlib import Path
+from workflows.training import notice
+
+def send():
+    os.kill(os.getpid(), signal.SIGTERM)
+    heard = notice.Notices(Path("nowhere"), "")
+    while not heard():
+        time.sleep(0.01)
+    print(heard(), flush=True)
+    os._exit(0)
+
+notice.listen()
+threading.Timer(0.2, send).start()
+lock = ctypes.create_string_buffer(64)
+for _ in range(2):
+    ctypes.CDLL(None).pthread_mutex_lock(lock)  # the second one never returns
+"""
+
+
+def test_a_notice_is_heard_while_the_main_thread_is_in_native_code():
+    done = subprocess.run([sys.executable, "-c", NATIVE], capture_output=True, text=True, timeout=60, check=True)
+    assert "received SIGTERM" in done.stdout
+
+
 def test_a_rank_beats_while_it_lives(tmp_path):
     beat = pulse.Pulse(tmp_path, 3, interval=0.01)
     beat(7, "computing")

@@ -18,6 +18,7 @@ STOP = "_stop"
 POLL = 1.0  # seconds between looks at what takes a file system or a call
 
 _received: list[str] = []
+_ears: list[socket.socket] = []  # both ends of the pair that signals come in by
 
 
 def listen() -> None:
@@ -26,6 +27,34 @@ def listen() -> None:
         return
     _received.clear()
     _on_sigterm(_received.append)
+    _hear_at_once(_received.append)
+
+
+def _hear_at_once(tell: Callable[[str], object]) -> None:
+    """Tell of a SIGTERM from a thread as well.
+
+    Python's handlers wait until the main thread runs Python. That of a Ray worker is in native code between calls, and
+    on a busy machine a run may end before the next one. What the process itself writes to a socket is there at once.
+    """
+    if _ears:
+        return
+    inner, outer = socket.socketpair()
+    outer.setblocking(False)
+    if (taken := signal.set_wakeup_fd(outer.fileno(), warn_on_full_buffer=False)) != -1:
+        signal.set_wakeup_fd(taken)  # an event loop's, which then runs Python often enough
+        return
+    _ears.extend((inner, outer))
+
+    def read() -> None:
+        while numbers := inner.recv(16):
+            if signal.SIGTERM in numbers:
+                tell(_word())
+
+    threading.Thread(target=read, name="notice", daemon=True).start()
+
+
+def _word() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()} received SIGTERM"
 
 
 def _on_sigterm(tell: Callable[[str], object]) -> Callable[[], object]:
@@ -37,7 +66,7 @@ def _on_sigterm(tell: Callable[[str], object]) -> Callable[[], object]:
 
     def receive(number: int, frame: FrameType | None) -> None:
         del number, frame
-        tell(f"process {os.getpid()} on {socket.gethostname()} received SIGTERM")
+        tell(_word())
         back()
 
     signal.signal(signal.SIGTERM, receive)

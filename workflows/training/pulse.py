@@ -1,13 +1,16 @@
 """Signs of life: every rank says every two seconds where it is; the driver names those that fall silent or behind.
 
 The beat comes from a thread of the rank, so a stopped or dead process falls silent, while one that computes for too
-long beats on and is seen to keep the others waiting. Times are taken by the watcher's clock alone.
+long beats on and is seen to keep the others waiting. It also says where in the code the rank is: those that hang in a
+collective operation, whatever they were doing, wait for the one that has not reached it. Times are taken by the
+watcher's clock alone.
 """
 
 import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -20,6 +23,7 @@ INTERVAL = 2.0  # seconds between two beats
 SILENT = 20.0  # seconds without a beat that are reported
 SLOW = 30.0  # seconds that a rank may keep the others waiting
 WAITING = "waiting for the others"
+COLLECTIVES = ("torch.distributed", "deepspeed.comm")  # packages whose functions wait for other ranks
 
 
 class Pulse:
@@ -30,6 +34,7 @@ class Pulse:
         self._path, self._interval = folder / f"{rank:05d}.json", interval
         self._who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
         self._at: tuple[int, str] = (0, "starting")
+        self._trains = threading.get_ident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
@@ -49,7 +54,8 @@ class Pulse:
         while True:
             step, doing = self._at
             count += 1
-            text = json.dumps({**self._who, "beat": count, "step": step, "doing": doing})
+            facts = {**self._who, "beat": count, "step": step, "doing": doing, **vars(place_of(self._trains))}
+            text = json.dumps(facts)
             temporary = self._path.with_name(f".tmp-{secrets.token_hex(4)}")
             try:
                 temporary.write_text(text)
@@ -60,6 +66,31 @@ class Pulse:
                 return
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in the code a thread is."""
+
+    line: str = ""  # innermost
+    stack: int = 0  # a number that stays the same while nothing moves
+    collective: str = ""  # what it waits for other ranks in
+
+
+def place_of(thread: int) -> Place:
+    """Of a thread of this process, at this moment."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return Place()
+    line = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}, {frame.f_code.co_name}"
+    stack: list[tuple[str, int]] = []
+    collective = ""
+    while frame is not None:
+        stack.append((frame.f_code.co_filename, frame.f_lineno))
+        if not collective and str(frame.f_globals.get("__name__")).startswith(COLLECTIVES):
+            collective = frame.f_code.co_name
+        frame = frame.f_back
+    return Place(line=line, stack=hash(tuple(stack)), collective=collective)
+
+
 @dataclass(kw_only=True)
 class _Seen:
     """What the watcher knows of one rank; times by its own clock."""
@@ -67,10 +98,15 @@ class _Seen:
     beat: object
     beat_since: float
     at: tuple[int, str]
-    at_since: float
+    place: Place
+    at_since: float  # nothing has moved since
     name: str
     silent: bool = False  # reported
     slow: int | None = None  # step for which it was reported
+
+    @property
+    def waits(self) -> bool:
+        return self.at[1] == WAITING or bool(self.place.collective)
 
 
 class Watch:
@@ -97,12 +133,14 @@ class Watch:
             return
         who = f"rank {facts['rank']} (process {facts['pid']} on {facts['host']})"
         beat, at = (facts["pid"], facts["beat"]), (facts["step"], facts["doing"])
-        seen = self._ranks.setdefault(name, _Seen(beat=beat, beat_since=now, at=at, at_since=now, name=who))
+        place = Place(**{key: facts[key] for key in vars(Place()) if key in facts})
+        new = _Seen(beat=beat, beat_since=now, at=at, place=place, at_since=now, name=who)
+        seen = self._ranks.setdefault(name, new)
         seen.name = who
         if seen.beat != beat:
             seen.beat, seen.beat_since = beat, now
-        if seen.at != at:
-            seen.at, seen.at_since = at, now
+        if (seen.at, seen.place) != (at, place):
+            seen.at, seen.place, seen.at_since = at, place, now
 
     def _judge_silence(self, seen: _Seen, now: float) -> None:
         quiet = now - seen.beat_since
@@ -117,16 +155,33 @@ class Watch:
             self._say(f"{seen.name} is back, at step {seen.at[0]}")
 
     def _judge_pace(self, now: float) -> None:
-        waiting = [seen for seen in self._ranks.values() if seen.at[1] == WAITING]
+        waiting = [seen for seen in self._ranks.values() if seen.waits]
         for seen in self._ranks.values():
             step, doing = seen.at
             kept = [other for other in waiting if other.at[0] >= step]
-            if doing == WAITING or not kept or seen.silent or seen.slow == step:
+            if seen.waits or not kept or seen.silent or seen.slow == step:
                 continue
             patience = min(now - other.at_since for other in kept)
             if patience >= self._slow:
                 seen.slow = step
-                self._say(f"{seen.name} has kept others waiting for {patience:.0f} s: it is still {doing} step {step}")
+                self._say(
+                    f"{seen.name} has kept others waiting for {patience:.0f} s: it is still {doing} step {step}"
+                    + (f" (at {seen.place.line})" if seen.place.line else "")
+                )
+        if len(waiting) == len(self._ranks) > 1:
+            self._judge_mismatch(waiting, now)
+
+    def _judge_mismatch(self, ranks: list[_Seen], now: float) -> None:
+        """All wait, each for the others: they are in different operations, or a message was lost."""
+        patience = min(now - seen.at_since for seen in ranks)
+        if patience >= self._slow and any(seen.slow != seen.at[0] for seen in ranks):
+            where = "; ".join(
+                f"{s.name} in {s.place.collective or s.at[1]}, step {s.at[0]}"
+                for s in sorted(ranks, key=lambda s: s.name)
+            )
+            self._say(f"all ranks have waited for each other for {patience:.0f} s: {where}")
+            for seen in ranks:
+                seen.slow = seen.at[0]
 
 
 @contextmanager
