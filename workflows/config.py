@@ -59,6 +59,11 @@ class RunConfig:
             raise ValueError(f"stage {self.stage} does not train with {type(self.objective).__name__}")
         if mutual and self.fake_optim is None:
             raise ValueError("stage mutual needs fake_optim, the optimizer of the fake-score network")
+        if isinstance(self.objective, MutualConfig) and self.objective.share_history and self.fake.rank is None:
+            raise ValueError(
+                "objective.share_history gives the fake score the teacher's keys and values, which a full copy drifts "
+                "away from: set fake.rank, or objective.share_history=false"
+            )
         if self.data.batch < self.engine.most * self.unit:
             raise ValueError(
                 f"data.batch {self.data.batch} is too small for engine.workers {self.engine.most}: each of them needs "

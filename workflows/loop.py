@@ -90,59 +90,119 @@ def run_loop(
     ``batches``: this rank's micro-batches of every step from ``start.step`` on. NonFiniteError, Stopped and the
     saver's own error are raised on all ranks together, between two steps.
     """
-    models: dict[str, VelocityModel] = {"ema": ema.model} | {name: e.module for name, e in engines.items()}
-    progress = start
-    if start.step == 0:
-        first = evaluate(models)
-        progress = replace(start, first=first, last=first)
-        tracker.log(0, {STEP: 0, **held_out(first)})
-        around.say(line(config.name, config.steps, progress, {}))
-    meter = Meter()
+    run = _Run(
+        config=config,
+        engines=engines,
+        optims=optims,
+        ema=ema,
+        objective=objective,
+        models={"ema": ema.model} | {name: e.module for name, e in engines.items()},
+        evaluate=evaluate,
+        count_tokens=count_tokens,
+        tracker=tracker,
+        saver=saver,
+        around=around,
+        meter=Meter(),
+    )
+    progress = run.begin(start) if start.step == 0 else start
     for micros in batches:
-        meter.got_batch()
-        step = progress.step
-        around.beat(step, "computing")
-        info = StepInfo(seed=config.seed, step=step, stage_step=step)
-        passes = [backward(objective, models, engines, micro, info, config.batch) for micro in micros]
-        meter.add(sum(len(micro.samples) for micro, _ in passes), sum(count_tokens(micro) for micro, _ in passes))
-        around.beat(step, "waiting for the others")
-        bad, noticed, unsaved = agreed(passes, engines, around.notice(), saver.failed)
-        around.beat(step, "updating")
-        if unsaved:
-            saver.wait()  # raises
-        seen, log = [] if bad else [term for _, terms in passes for own in terms.values() for term in own], {}
-        if bad:
-            leave_out(config, progress, passes, engines, around)
-            progress = replace(progress, skipped=progress.skipped + 1)
-        else:
-            rates = {name: learning_rate(optims[name], step, config.steps) for name in passes[0][1]}
-            log = update(engines, rates, ema, step)
-        done = step + 1
-        progress = replace(progress, step=done, samples_seen=done * config.batch)
-        last = done == config.steps
-        if done % config.log_every == 0 or last:
-            log = report(over_all_ranks(seen)) | log | meter.read((config.steps - done) * config.batch)
-        else:
-            log = {}
-        if done % config.eval_every == 0 or last:
-            with meter.apart():
-                progress = replace(progress, last=evaluate(models))
-            log |= held_out(progress.last)
-        if log:
-            around.say(line(config.name, config.steps, progress, log))
-        with meter.apart():
-            log |= around.look(progress, log)
-        if log:
-            tracker.log(done, {STEP: progress.samples_seen, **log})
-        if last or noticed or crosses(progress.samples_seen, config.batch, config.save_every):
-            with meter.saving():
-                saver.save(progress)
-        if noticed and not last:
-            stop(config, progress, saver, around)
+        run.meter.got_batch()
+        passes = run.compute(micros, progress.step)
+        bad, noticed = run.agree(passes, progress.step)
+        log = run.update(progress, passes, bad=bad)
+        progress = run.count(progress, bad=bad)
+        progress = run.report(progress, [] if bad else passes, log)
+        run.save(progress, noticed=noticed)
         around.beat(progress.step, "fetching the batch of")
-        meter.pause()
+        run.meter.pause()
     saver.wait()
     return progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """The parts of one step, in the order in which the loop takes them."""
+
+    config: LoopConfig
+    engines: Mapping[str, Engine]
+    optims: Mapping[str, OptimConfig]
+    ema: Ema
+    objective: Objective
+    models: Models
+    evaluate: Callable[[Models], dict[str, float]]
+    count_tokens: Callable[[AVBatch], int]
+    tracker: Tracker
+    saver: Saver
+    around: Surroundings
+    meter: Meter
+
+    def begin(self, start: Progress) -> Progress:
+        """Judge the untrained network."""
+        first = self.evaluate(self.models)
+        progress = replace(start, first=first, last=first)
+        self.tracker.log(0, {STEP: 0, **held_out(first)})
+        self.around.say(line(self.config.name, self.config.steps, progress, {}))
+        return progress
+
+    def compute(self, micros: Sequence[AVBatch], step: int) -> list[Pass]:
+        """Losses and gradients."""
+        self.around.beat(step, "computing")
+        info = StepInfo(seed=self.config.seed, step=step, stage_step=step)
+        batch = self.config.batch
+        passes = [backward(self.objective, self.models, self.engines, micro, info, batch) for micro in micros]
+        self.meter.add(sum(len(m.samples) for m, _ in passes), sum(self.count_tokens(m) for m, _ in passes))
+        return passes
+
+    def agree(self, passes: Sequence[Pass], step: int) -> tuple[bool, bool]:
+        """On all ranks: whether a number of the step is not finite, and whether a rank was told to stop."""
+        self.around.beat(step, "waiting for the others")
+        bad, noticed, unsaved = agreed(passes, self.engines, self.around.notice(), self.saver.failed)
+        self.around.beat(step, "updating")
+        if unsaved:
+            self.saver.wait()  # raises
+        return bad, noticed
+
+    def update(self, progress: Progress, passes: Sequence[Pass], *, bad: bool) -> dict[str, float]:
+        """Move the weights, or leave the step out; rates and gradient norms for the log."""
+        if bad:
+            leave_out(self.config, progress, passes, self.engines, self.around)
+            return {}
+        steps = self.config.steps
+        rates = {name: learning_rate(self.optims[name], progress.step, steps) for name in passes[0][1]}
+        return update(self.engines, rates, self.ema, progress.step)
+
+    def count(self, progress: Progress, *, bad: bool) -> Progress:
+        """One step more."""
+        done = progress.step + 1
+        return replace(progress, step=done, samples_seen=done * self.config.batch, skipped=progress.skipped + int(bad))
+
+    def report(self, progress: Progress, passes: Sequence[Pass], rates: Mapping[str, float]) -> Progress:
+        """Log, evaluate and look at samples where they are due."""
+        config, done = self.config, progress.step
+        last, log = done == config.steps, dict[str, float]()
+        if done % config.log_every == 0 or last:
+            seen = over_all_ranks(term for _, terms in passes for own in terms.values() for term in own)
+            log = report(seen) | dict(rates) | self.meter.read((config.steps - done) * config.batch)
+        if done % config.eval_every == 0 or last:
+            with self.meter.apart():
+                progress = replace(progress, last=self.evaluate(self.models))
+            log |= held_out(progress.last)
+        if log:
+            self.around.say(line(config.name, config.steps, progress, log))
+        with self.meter.apart():
+            log |= self.around.look(progress, log)
+        if log:
+            self.tracker.log(done, {STEP: progress.samples_seen, **log})
+        return progress
+
+    def save(self, progress: Progress, *, noticed: bool) -> None:
+        """A checkpoint where one is due; ends the run on a notice."""
+        config, last = self.config, progress.step == self.config.steps
+        if last or noticed or crosses(progress.samples_seen, config.batch, config.save_every):
+            with self.meter.saving():
+                self.saver.save(progress)
+        if noticed and not last:
+            stop(config, progress, self.saver, self.around)
 
 
 def backward(
