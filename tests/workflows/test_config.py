@@ -69,6 +69,7 @@ def test_settings_change_nested_fields_and_nothing_else():
         ("data.batch=4", "data.batch 4 is too small for engine.workers 2: each of them needs at least 4"),
         ("data.batch=10", "whole cycles of the 4 row kinds"),
         ("engine.workers=[3,2]", r"engine.workers is a number or \[fewest, most\]"),
+        ("objective.share_history=true", "set fake.rank, or objective.share_history=false"),
         ("ema.decay=1.5", r"EMA decay must be in \[0, 1\), got 1.5"),
         ("steps", "not of the form a.b=value"),
         ("data.chunks=[3,", "its value is no YAML"),
