@@ -7,7 +7,7 @@ from mfcore.ema import EmaConfig
 from mfcore.model.adapter import FakeConfig
 from mfcore.model.config import ModelConfig
 from mfcore.objectives.flow_matching import FlowMatchingConfig
-from mfcore.objectives.mutual import MutualConfig
+from mfcore.objectives.recipe import MutualConfig
 from mfcore.optim import OptimConfig
 from workflows.data import DataConfig
 from workflows.engine import EngineConfig

@@ -9,7 +9,7 @@ from mfcore.flow import TimeConfig
 from mfcore.model.adapter import FakeConfig
 from mfcore.model.config import BranchConfig, ModelConfig
 from mfcore.objectives.flow_matching import FlowMatchingConfig
-from mfcore.objectives.mutual import MutualConfig
+from mfcore.objectives.recipe import MutualConfig
 from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO
 from workflows.config import CheckpointConfig, RunConfig, Stage

@@ -12,7 +12,8 @@ from mfcore.ema import decay_at
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import build_model
 from mfcore.objectives.flow_matching import FlowMatching
-from mfcore.objectives.mutual import Mutual, MutualConfig
+from mfcore.objectives.mutual import Mutual
+from mfcore.objectives.recipe import MutualConfig
 from mfcore.objectives.terms import Objective
 from mfcore.optim import learning_rate
 from mfcore.types import AUDIO, VIDEO

@@ -7,7 +7,8 @@ of their own as teacher name "ema" in ``needs`` like all others: whoever trains 
 from dataclasses import replace
 
 from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
-from mfcore.objectives.mutual import Mutual, MutualConfig, RowKind
+from mfcore.objectives.mutual import Mutual
+from mfcore.objectives.recipe import MutualConfig, RowKind
 
 
 def teacher_forcing(config: MutualConfig) -> FlowMatching:

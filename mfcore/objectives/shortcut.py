@@ -7,6 +7,7 @@ calls of the unguided few-step mode, so that guidance enters once.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,8 +16,11 @@ from torch import Tensor
 from mfcore.flow import expand, move_streams, noised, shift_time
 from mfcore.objectives.terms import Term, chunk_means
 from mfcore.rng import uniform_rows
-from mfcore.steps import Context
+from mfcore.steps import Context, Mode
 from mfcore.types import Levels, Streams
+
+BaseRule = Literal["midpoint", "euler"]
+"""How the multi-step mode gives the average velocity over an interval of the deepest level."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +55,18 @@ def midpoint_target(multi: Context, x: Streams, at: Intervals) -> dict[str, Tens
     return multi.velocity(middle, at.m, at.m)
 
 
-def halves_target(few: Context, x: Streams, at: Intervals) -> dict[str, Tensor]:
+def euler_target(multi: Context, x: Streams, at: Intervals) -> dict[str, Tensor]:
+    """Two Euler halves of the multi-step mode, of first order: an ablation of the midpoint rule at equal cost."""
+    return halves_target(multi, x, at, mode="multi")
+
+
+def halves_target(context: Context, x: Streams, at: Intervals, *, mode: Mode = "few") -> dict[str, Tensor]:
     """[(t - m) u(x_t, t, m) + (m - r) u(x_m, m, r)] / (t - r).
 
     The halves are weighted by their lengths: under a time shift they differ, and a plain mean would be wrong.
     """
-    upper = few.velocity(x, at.t, at.m)
-    lower = few.velocity(move_streams(x, upper, at.t, at.m), at.m, at.r)
+    upper = context.velocity(x, at.t, at.m if mode == "few" else at.t)
+    lower = context.velocity(move_streams(x, upper, at.t, at.m), at.m, at.r if mode == "few" else at.m)
     out: dict[str, Tensor] = {}
     for m, s in x.items():
         t, mid, r = (expand(level[m], s.chunk, s.latents) for level in (at.t, at.m, at.r))
@@ -66,10 +75,13 @@ def halves_target(few: Context, x: Streams, at: Intervals) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def shortcut_target(teacher: Context, x: Streams, at: Intervals, is_finest: Tensor) -> dict[str, Tensor]:
-    """Targets of mixed rows: the guided midpoint rule where ``is_finest``, elsewhere two unguided halves."""
+def shortcut_target(
+    teacher: Context, x: Streams, at: Intervals, is_finest: Tensor, base: BaseRule = "midpoint"
+) -> dict[str, Tensor]:
+    """Targets of mixed rows: the guided ``base`` rule where ``is_finest``, elsewhere two unguided halves."""
     out = {m: torch.empty_like(s.latents, dtype=torch.float32) for m, s in x.items()}
-    for rows, rule, context in ((is_finest, midpoint_target, teacher), (~is_finest, halves_target, teacher.plain())):
+    base_target = {"midpoint": midpoint_target, "euler": euler_target}[base]
+    for rows, rule, context in ((is_finest, base_target, teacher), (~is_finest, halves_target, teacher.plain())):
         index = rows.nonzero()[:, 0]
         if len(index):
             part = rule(context.rows(index), {m: s.rows(index) for m, s in x.items()}, at.rows(index))

@@ -8,7 +8,8 @@ import torch
 
 from mfcore.flow import TimeConfig
 from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig, history_use
-from mfcore.objectives.mutual import Mutual, MutualConfig
+from mfcore.objectives.mutual import Mutual
+from mfcore.objectives.recipe import MutualConfig
 from mfcore.objectives.terms import Objective, StepInfo, total
 from mfcore.rollout import join_chunks, rollout
 from mfcore.steps import Context, schedule

@@ -7,7 +7,8 @@ import torch
 
 from mfcore.flow import TimeConfig
 from mfcore.model.transformer import AVTransformer
-from mfcore.objectives.mutual import Mutual, MutualConfig
+from mfcore.objectives.mutual import Mutual
+from mfcore.objectives.recipe import MutualConfig
 from mfcore.objectives.terms import StepInfo, Term, total
 from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Levels, Streams, VelocityModel
 from tests.mfcore.analytic import Nothing

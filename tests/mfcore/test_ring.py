@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mfcore.flow import TimeConfig
 from mfcore.objectives import baselines
-from mfcore.objectives.mutual import MutualConfig
+from mfcore.objectives.recipe import MutualConfig
 from mfcore.objectives.terms import Objective, StepInfo, total
 from mfcore.rng import generator
 from mfcore.rollout import join_chunks, rollout
@@ -63,7 +63,9 @@ class Plane(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.few = nn.Sequential(nn.Linear(4 + 2 + 8, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
+        self.few = nn.Sequential(
+            nn.Linear(4 + 2 + 8, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2)
+        )
         nn.init.zeros_(self.few[-1].weight)
         nn.init.zeros_(self.few[-1].bias)
 
@@ -71,7 +73,10 @@ class Plane(nn.Module):
         if not x:
             return {}, Nothing()
         at, level, gap = x[AUDIO].latents, t[AUDIO][..., None], (t[AUDIO] - r[AUDIO])[..., None]
-        waves = torch.cat([(k * math.pi * gap).sin() for k in (0.5, 1, 2, 4)] + [(k * math.pi * level).sin() for k in (0.5, 1, 2, 4)], -1)
+        waves = torch.cat(
+            [(k * math.pi * gap).sin() for k in (0.5, 1, 2, 4)] + [(k * math.pi * level).sin() for k in (0.5, 1, 2, 4)],
+            -1,
+        )
         fixed = self.score(at, level)
         return {AUDIO: fixed + (gap > 0) * self.few(torch.cat([at, fixed, level, gap, waves], dim=-1))}, Nothing()
 
@@ -102,7 +107,10 @@ def clips(step: int) -> AVBatch:
 def train(objective: Objective, steps: int, lr: float = 2e-3) -> Plane:
     student, fake = Plane(), Fake()
     average = copy.deepcopy(student).requires_grad_(False)
-    optimizers = {"student": torch.optim.Adam(student.parameters(), lr), "fake": torch.optim.Adam(fake.parameters(), 4 * lr)}
+    optimizers = {
+        "student": torch.optim.Adam(student.parameters(), lr),
+        "fake": torch.optim.Adam(fake.parameters(), 4 * lr),
+    }
     nets = {"student": student, "fake": fake}
     for step in range(steps):
         terms = objective({**nets, "ema": average}, clips(step), StepInfo(seed=0, step=step, stage_step=step))
@@ -129,18 +137,28 @@ def off_mode(model, steps: int, mode: Mode = "few") -> float:
     return float((torch.cdist(points, MODES).min(1).values > 3 * SPREAD).float().mean())
 
 
-if __name__ == "__main__":
-    import sys
-    import time
+EULER = {2: 0.93, 4: 0.28, 8: 0.074, 50: 0.013}
+"""Off-mode shares of the exact velocity."""
 
-    print([off_mode(Exact(), s, "multi") for s in (2, 4, 8, 50)])
-    n = int(sys.argv[1])
-    for name, o in {
-        "shortcut": baselines.shortcut_forced(CONFIG),
-        "dmd": baselines.dmd_self_forcing(replace(CONFIG, dmd_from=50)),
-        "dmd jump": baselines.dmd_self_forcing(replace(CONFIG, dmd_from=50, jump_exit=True)),
-        "both": baselines.hybrid_forced(replace(CONFIG, dmd_from=50)),
-    }.items():
-        t = time.time()
-        m = train(o, n)
-        print(name, [round(off_mode(m, s), 3) for s in (1, 2, 4, 8)], time.time() - t, flush=True)
+
+@pytest.mark.parametrize(("steps", "share"), EULER.items())
+def test_euler_steps_blur_between_modes(steps, share):
+    assert off_mode(Exact(), steps, "multi") == pytest.approx(share, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_shortcut_learns_what_four_euler_steps_cannot():
+    few = train(baselines.shortcut_forced(CONFIG), 600)
+    assert off_mode(few, 4) < 0.8 * EULER[4]
+    assert off_mode(few, 2) < 0.6 * EULER[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_dmd_sharpens_and_finishing_the_schedule_beats_the_jump():
+    config = replace(CONFIG, fake_from=0, dmd_from=50)
+    finish, jump = (train(baselines.dmd_self_forcing(replace(config, jump_exit=j)), 600) for j in (False, True))
+    for steps in (4, 8):
+        assert off_mode(finish, steps) < 0.9 * EULER[steps]
+        assert off_mode(finish, steps) < off_mode(jump, steps)

@@ -9,6 +9,7 @@ from mfcore.objectives.shortcut import (
     Intervals,
     draw_depth,
     dyadic_intervals,
+    euler_target,
     halves_target,
     midpoint_target,
     shortcut_target,
@@ -69,6 +70,7 @@ def test_the_midpoint_rule_is_of_second_order_and_euler_halves_of_first():
     instant = exact(flow_map=False)  # the multi-step mode alone: each half is then an Euler step
     assert order(midpoint_target, instant) >= 1.9
     assert order(halves_target, instant) == pytest.approx(1, abs=0.15)
+    assert order(euler_target, exact()) == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize(("rule", "share"), [(halves_target, 0.76), (midpoint_target, 0.97)])

@@ -9,7 +9,8 @@ from mfcore.ema import Ema, EmaConfig
 from mfcore.flow import TimeConfig
 from mfcore.model.adapter import FakeConfig, LowRankCopy
 from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
-from mfcore.objectives.mutual import Mutual, MutualConfig
+from mfcore.objectives.mutual import Mutual
+from mfcore.objectives.recipe import MutualConfig
 from mfcore.objectives.terms import StepInfo, total
 from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO, AVBatch

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mfcore.ema import Ema, decay_at
-from mfcore.objectives.mutual import Mutual, MutualConfig
+from mfcore.objectives.mutual import Mutual
+from mfcore.objectives.recipe import MutualConfig
 from mfcore.objectives.terms import Objective, StepInfo, Term, total
 from mfcore.optim import OptimConfig, adamw, learning_rate
 from mfcore.types import AVBatch

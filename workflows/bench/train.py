@@ -20,7 +20,7 @@ from math import ceil
 from statistics import median
 from typing import Any, Literal, cast
 
-from mfcore.objectives.mutual import MutualConfig
+from mfcore.objectives.recipe import MutualConfig
 from workflows import config_io, presets
 from workflows.bench import data as noise
 from workflows.bench.launch import launch

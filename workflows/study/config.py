@@ -6,7 +6,7 @@ from mfcore.ema import EmaConfig
 from mfcore.flow import TimeConfig
 from mfcore.model.adapter import FakeConfig
 from mfcore.model.config import BranchConfig, ModelConfig
-from mfcore.objectives.mutual import MutualConfig
+from mfcore.objectives.recipe import MutualConfig
 from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO
 from workflows.study import world

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mfcore.objectives import baselines
-from mfcore.objectives.mutual import MutualConfig
+from mfcore.objectives.recipe import MutualConfig
 from mfcore.objectives.terms import Objective
 from mfcore.steps import Mode
 

@@ -1,0 +1,168 @@
+"""Step 1 of the mutual step (METHOD 6): the history of every row, and the samples that DMD judges."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mfcore.objectives.flow_matching import draw_noise
+from mfcore.objectives.recipe import MutualConfig, RowKind
+from mfcore.objectives.terms import StepInfo
+from mfcore.rng import generator
+from mfcore.rollout import coupled_starts, join_chunks, rollout
+from mfcore.steps import Context, Schedule, denoise, finishing_schedule, past, schedule
+from mfcore.types import AVBatch, Stream, Streams, VelocityModel
+
+Use = Literal["unseen", "judged", "moved"]
+"""Samples that nobody looks at, that the fake score learns from, that DMD moves with gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """What is drawn once per step, alike on all ranks: it shapes control flow."""
+
+    strength: float  # of coupled history
+    finish: Schedule  # the one call that finishes it
+    plan: Schedule  # of free history
+    exit_step: int  # of ``plan``
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Rows made by the few-step mode, with gradient from the exit step on where DMD moves them."""
+
+    rows: Tensor
+    streams: dict[str, Stream]
+    stash: dict[str, Stream] | None  # states at the exit step
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """Rows with their history H, and the student remembering all but its last chunk."""
+
+    rows: Tensor
+    strength: float
+    streams: dict[str, Stream]
+    student: Context
+    samples: Samples | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histories:
+    """What step 1 leaves. H is data; the keys and values in ``student`` have a gradient, as in pretraining."""
+
+    streams: dict[str, Stream]
+    strength: Tensor  # (B,)
+    student: Context
+    samples: Samples | None  # what DMD judges
+
+
+def where(config: MutualConfig, batch: AVBatch, step: int, *kinds: RowKind) -> Tensor:
+    """Numbers of the rows of these kinds."""
+    return torch.tensor([i for i, s in enumerate(batch.samples) if config.kind(int(s), step) in kinds]).long()
+
+
+def label_of(config: MutualConfig, strength: Tensor) -> Tensor | None:
+    """The trust label of history of this strength, where there are labels."""
+    return strength if config.trust_label else None
+
+
+def draw_control(config: MutualConfig, streams: Streams, info: StepInfo) -> Control:
+    draw = generator(info.seed, "mutual/control", info.step)
+    shift = {m: config.time.shift[m] for m in streams}
+    strength = 2.0 ** -_choose(config.strengths, draw)
+    plan = schedule(_choose(config.rollout_steps, draw), shift)
+    exit_step = int(torch.randint(len(next(iter(plan.values()))) - 1, (), generator=draw))
+    return Control(strength=strength, finish=finishing_schedule(strength, shift), plan=plan, exit_step=exit_step)
+
+
+def write_histories(
+    config: MutualConfig, model: VelocityModel, batch: AVBatch, control: Control, info: StepInfo, samples: Use
+) -> Histories:
+    """Step 1: online weights, few-step mode. What the roll-out wrote to go on is what step 3 reads.
+
+    ``samples``: what DMD does with those of this step.
+    """
+    student = Context(model=model, cond=batch.cond).opened()
+    exit_step = control.exit_step if samples == "moved" else None
+    real, coupled, forced = (where(config, batch, info.stage_step, k) for k in ("real", "coupled", "forced"))
+    rolled = where(config, batch, info.stage_step, "free", "literal")
+    written: list[_Written] = []
+    if len(real):
+        written.append(_given(student, batch, real))
+    if len(coupled):
+        written.append(_rolled(config, student, batch, coupled, control.finish, control.strength, None, info))
+    if len(rolled):
+        written.append(_rolled(config, student, batch, rolled, control.plan, 1.0, exit_step, info))
+    if len(forced):
+        given = _given(student, batch, forced)
+        written.append(_forced(given, batch, control.plan, exit_step, info) if samples != "unseen" else given)
+    streams, strength = dict(batch.streams), torch.zeros(len(batch.samples), device=batch.cond.caption.device)
+    for part in written:
+        streams = replaced(streams, part.streams, part.rows)
+        strength[part.rows] = part.strength
+    place = torch.cat([part.rows for part in written]).argsort()
+    return Histories(
+        streams=streams,
+        strength=strength,
+        student=Context.stack([part.student for part in written]).rows(place),
+        samples=written[-1].samples,
+    )
+
+
+def _given(student: Context, batch: AVBatch, rows: Tensor) -> _Written:
+    """The clip's own chunks."""
+    own = dict(batch.rows(rows).streams)
+    return _Written(rows=rows, strength=0.0, streams=own, student=student.rows(rows).remember(past(own), None))
+
+
+def _rolled(
+    config: MutualConfig,
+    student: Context,
+    batch: AVBatch,
+    rows: Tensor,
+    plan: Schedule,
+    strength: float,
+    exit_step: int | None,
+    info: StepInfo,
+) -> _Written:
+    """Chunk after chunk from the real ones noised to the plan's first level (1: pure noise)."""
+    part = batch.rows(rows)
+    eps = draw_noise(part.streams, info.seed, "mutual/history", part.samples)
+    starts = coupled_starts(part.streams, eps, {m: line[0] for m, line in plan.items()}, part.chunks)
+    label = label_of(config, torch.full((len(rows),), strength, device=part.cond.caption.device))
+    made = list(rollout(student.rows(rows), starts, plan, trust=label, exit_step=exit_step, forget=False))
+    streams = join_chunks(c.clean for c in made)
+    stash = None if exit_step is None else join_chunks(c.stash for c in made if c.stash is not None)
+    return _Written(
+        rows=rows,
+        strength=strength,
+        streams=streams,
+        student=made[-1].before,
+        samples=Samples(rows=rows, streams=streams, stash=stash),
+    )
+
+
+def _forced(given: _Written, batch: AVBatch, plan: Schedule, exit_step: int | None, info: StepInfo) -> _Written:
+    """All chunks at once from noise, each after the clip's own chunks: samples that no history is made of."""
+    part = batch.rows(given.rows)
+    eps = draw_noise(part.streams, info.seed, "mutual/history", part.samples)
+    start = {m: s.with_latents(eps[m]) for m, s in part.streams.items()}
+    made, stash = denoise(given.student, start, plan, exit_step=exit_step)
+    return replace(given, samples=Samples(rows=given.rows, streams=made, stash=stash))
+
+
+def _choose(values: tuple[int, ...], draw: torch.Generator) -> int:
+    return values[int(torch.randint(len(values), (), generator=draw))]
+
+
+def replaced(streams: Mapping[str, Stream], part: Streams, rows: Tensor) -> dict[str, Stream]:
+    """``streams`` with some rows replaced, as data."""
+    out: dict[str, Stream] = {}
+    for m, s in streams.items():
+        latents = s.latents.clone()
+        latents[rows] = part[m].latents.detach().to(latents.dtype)
+        out[m] = s.with_latents(latents)
+    return out
