@@ -18,7 +18,7 @@ def study(
     ] = "toy-study",
     quick: Annotated[bool, typer.Option("--quick", help="Preset quick: 3 methods, 1 seed, under ten minutes.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the core methods; the others have one.")] = 3,
-    methods: Annotated[str, typer.Option(metavar="A,B", help="Which rows; core, all, or names.")] = "all",
+    methods: Annotated[str, typer.Option(metavar="A,B", help="Which rows: all, core, ablations, or names.")] = "all",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
     minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
@@ -31,12 +31,11 @@ def study(
     def work() -> Any:
         from workflows.study.report import study as run
 
-        name = "quick" if quick else preset
         return run(
             out=out,
-            preset=name,
+            preset="quick" if quick else preset,
             seeds=1 if quick else seeds,
-            methods=methods.split(","),
+            methods=["quick"] if quick else methods.split(","),
             device=device,
             workers=workers,
             minutes=minutes,

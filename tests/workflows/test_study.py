@@ -11,7 +11,7 @@ from mfcore.metrics.windows import Window
 from mfcore.types import AUDIO, VIDEO
 from workflows.study import world
 from workflows.study.config import StudyConfig, study_preset
-from workflows.study.methods import METHODS
+from workflows.study.methods import ABLATIONS, BASELINES, GROUPS, METHODS
 from workflows.study.run import read_costs, read_rows, run_study, study_methods
 from workflows.study.scoring import reference, score
 from workflows.study.tables import Table, bars, markdown
@@ -191,7 +191,7 @@ class TestBars:
 
 
 def small() -> StudyConfig:
-    whole, _ = study_preset("quick")
+    whole = study_preset("quick")
     return replace(
         whole,
         model=replace(whole.model, dim=16, layers=1, heads=1),
@@ -232,12 +232,32 @@ class TestRuns:
     def test_every_method_trains(self, tmp_path):
         config = small()
         run_unit(config, tmp_path, Unit(kind="train", method="joint", seed=0), "cpu", float("inf"))
-        for name in METHODS:
+        for name in BASELINES:
             unit = Unit(kind="train", method=name, seed=0)
             run_unit(config, tmp_path, unit, "cpu", float("inf"))
             last = json.loads((unit.result(tmp_path).parent / "log.jsonl").read_text().splitlines()[-1])
             terms = {key.split("/")[0] for key in last if "/" in key} - {"gradient_norm"}
             assert terms == TERMS[name], name
+
+    def test_an_ablation_is_one_change_that_holds(self):
+        """Each is another configuration than the method's, valid for both presets."""
+        for preset in ("toy-study", "quick"):
+            whole = study_preset(preset)
+            changed = [METHODS[name].change(whole) for name in ABLATIONS]
+            assert whole not in changed
+            assert len({repr(c) for c in changed}) == len(ABLATIONS)
+            assert all(METHODS[name].change(whole) == whole for name in BASELINES)
+
+    def test_an_ablation_trains(self, tmp_path):
+        run_unit(small(), tmp_path, Unit(kind="train", method="joint", seed=0), "cpu", float("inf"))
+        for name in ("low_rank", "online_targets"):
+            unit = Unit(kind="train", method=name, seed=0)
+            run_unit(small(), tmp_path, unit, "cpu", float("inf"))
+            assert unit.done(tmp_path)
+
+    def test_groups_name_methods(self):
+        assert study_methods(["core"], 3) == dict.fromkeys(GROUPS["core"], range(3))
+        assert study_methods(["jump_exit"], 3) == {"jump_exit": range(1)}
 
     def test_other_settings_are_refused(self, tmp_path):
         config = small()

@@ -10,9 +10,6 @@ from mfcore.objectives.recipe import MutualConfig
 from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO
 from workflows.study import world
-from workflows.study.methods import METHODS
-
-CORE = ("teacher_forcing", "dmd_self_forcing", "hybrid_forced", "literal", "mutual")  # rows of the table with all seeds
 
 
 def _settings() -> MutualConfig:
@@ -84,10 +81,10 @@ def _quick() -> StudyConfig:
     )
 
 
-def study_preset(name: str) -> tuple[StudyConfig, tuple[str, ...]]:
-    """Sizes, and the methods that ``all`` means. ValueError for an unknown name."""
+def study_preset(name: str) -> StudyConfig:
+    """Sizes by name. ValueError for an unknown one."""
     if name == "toy-study":
-        return StudyConfig(), tuple(METHODS)
+        return StudyConfig()
     if name == "quick":
-        return _quick(), ("teacher_forcing", "literal", "mutual")
+        return _quick()
     raise ValueError(f"no study preset {name!r}: choose toy-study or quick")

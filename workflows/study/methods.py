@@ -1,13 +1,16 @@
-"""The rows of the table: the method and its baselines (METHOD 7)."""
+"""The rows of the table: the method, its baselines (METHOD 7), and its ablations, one change each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
+from mfcore.model.adapter import FakeConfig
 from mfcore.objectives import baselines
 from mfcore.objectives.recipe import MutualConfig
 from mfcore.objectives.terms import Objective
 from mfcore.steps import Mode
+from workflows.study.config import StudyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +22,26 @@ class Method:
     objective: Callable[[MutualConfig], Objective]
     modes: tuple[Mode, ...] = ("few",)  # how it is asked
     teacher: Literal["average", "frozen"] = "average"  # frozen: a copy of the joint network, as Self-Forcing has it
+    change: Callable[[StudyConfig], StudyConfig] = lambda config: config  # what an ablation does to the settings
 
 
-METHODS: dict[str, Method] = {
+def _changed(config: StudyConfig, **method: Any) -> StudyConfig:
+    return replace(config, method=replace(config.method, **method))
+
+
+def _ablation(number: int, title: str, change: Callable[[StudyConfig], StudyConfig]) -> Method:
+    return Method(key=f"h{number}", title=title, objective=baselines.mutual_forcing, change=change)
+
+
+def _at_once(config: StudyConfig) -> StudyConfig:
+    return _changed(config, real_until=0, free_from=0, fake_from=0, dmd_from=0)
+
+
+def _independent_levels(config: StudyConfig) -> StudyConfig:
+    return _changed(config, time=replace(config.method.time, independent=True))
+
+
+BASELINES: dict[str, Method] = {
     "teacher_forcing": Method(key="a", title="teacher forcing", objective=baselines.teacher_forcing, modes=("multi",)),
     "shortcut_forced": Method(key="b", title="ShortCut, real history", objective=baselines.shortcut_forced),
     "dmd_forced": Method(key="c", title="DMD, real history", objective=baselines.dmd_forced),
@@ -33,4 +53,39 @@ METHODS: dict[str, Method] = {
     "dmd_only": Method(key="f2", title="the loop with DMD only", objective=baselines.dmd_only),
     "literal": Method(key="g", title="literal reading, s = 1", objective=baselines.literal),
     "mutual": Method(key="h", title="Mutual Forcing", objective=baselines.mutual_forcing, modes=("few", "multi")),
+}
+
+ABLATIONS: dict[str, Method] = {
+    name: _ablation(number, title, change)
+    for number, (name, title, change) in enumerate(
+        [
+            ("no_label", "no trust label", partial(_changed, trust_label=False)),
+            ("weak_history", "coupled history at s = 1/8 only", partial(_changed, strengths=(3,))),
+            ("strong_history", "coupled history at s = 1/2 only", partial(_changed, strengths=(1,))),
+            ("jump_exit", "roll-outs left by a jump", partial(_changed, jump_exit=True)),
+            ("at_once", "everything from the first step", _at_once),
+            ("shallow", "ShortCut ladder of depth 2", partial(_changed, finest=2, strengths=(2,), rollout_steps=(4,))),
+            ("euler_base", "Euler halves instead of the midpoint", partial(_changed, base="euler")),
+            ("online_targets", "targets from the student itself", partial(_changed, online_targets=True)),
+            ("unguided", "no guidance in the targets", partial(_changed, guidance=1.0)),
+            ("guided_more", "guidance 1.5 in the targets", partial(_changed, guidance=1.5)),
+            ("more_dmd", "DMD weighed as ShortCut", partial(_changed, dmd_weight=2.0)),
+            ("slow_fake", "fake score at the student's rate", lambda c: replace(c, fake_ratio=1.0)),
+            ("low_rank", "fake score of rank 4", lambda c: replace(c, fake=FakeConfig(rank=4))),
+            ("independent_levels", "a noise level per modality", _independent_levels),
+            ("less_free", "a quarter of free rows", partial(_changed, rows=("real", "free", "coupled", "real"))),
+            ("short_clips", "clips of 3 to 6 chunks", lambda c: replace(c, chunks=(3, 6))),
+        ],
+        start=1,
+    )
+}  # fmt: skip
+
+METHODS: dict[str, Method] = BASELINES | ABLATIONS
+"""By the name that ``--methods`` takes."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "core": ("teacher_forcing", "dmd_self_forcing", "hybrid_forced", "literal", "mutual"),  # with all seeds
+    "all": tuple(BASELINES),
+    "ablations": ("mutual", *ABLATIONS),
+    "quick": ("teacher_forcing", "literal", "mutual"),
 }

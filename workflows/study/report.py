@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from workflows import config_io
-from workflows.study.config import CORE, study_preset
+from workflows.study.config import study_preset
 from workflows.study.run import read_costs, read_rows, run_study, study_methods
 from workflows.study.tables import Table, bars, markdown, title
 from workflows.tracking import open_tracker
@@ -33,12 +33,10 @@ def study(
     tracking: str,
 ) -> dict[str, Any]:
     """Do what is missing of a study in ``out``, then write its results, page and plots, and log them."""
-    config, own = study_preset(preset)
-    config = config_io.change(config, config_io.parse_sets(sets))
+    config = config_io.change(study_preset(preset), config_io.parse_sets(sets))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU here; leave the option out to run on CPU")
-    named = {"all": own, "core": tuple(m for m in CORE if m in own)}
-    wanted = study_methods([m for name in methods for m in named.get(name.strip(), (name.strip(),))], seeds)
+    wanted = study_methods([name.strip() for name in methods], seeds)
     if dry_run:
         return {"config": config_io.dump(config), "methods": {m: list(s) for m, s in wanted.items()}}
     folder = Path(out)

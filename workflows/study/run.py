@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 
-from workflows.study.config import CORE, StudyConfig
-from workflows.study.methods import METHODS
+from workflows.study.config import StudyConfig
+from workflows.study.methods import GROUPS, METHODS
 from workflows.study.units import OutOfTime, Unit, all_units, run_unit
 
 POLL_SECONDS = 1.0
 
 
 def study_methods(names: Sequence[str], seeds: int) -> dict[str, Sequence[int]]:
-    """Which seeds each method is run with: the core ones with all, the others with the first."""
-    unknown = [name for name in names if name not in METHODS]
+    """Which seeds each method is run with: the core ones with all, the others with the first. Groups count as names."""
+    wanted = [method for name in names for method in GROUPS.get(name, (name,))]
+    unknown = [name for name in wanted if name not in METHODS]
     if unknown:
-        raise ValueError(f"no method {', '.join(unknown)}: choose from {', '.join(METHODS)}")
-    return {name: range(seeds if name in CORE else 1) for name in names}
+        raise ValueError(f"no method {', '.join(unknown)}: choose from {', '.join([*GROUPS, *METHODS])}")
+    return {name: range(seeds if name in GROUPS["core"] else 1) for name in wanted}
 
 
 def check_folder(config: StudyConfig, out: Path) -> None:

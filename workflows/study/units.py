@@ -122,6 +122,7 @@ def _trainer(config: StudyConfig, out: Path, unit: Unit, device: str) -> Trainer
         student = build_model(config.model, unit.seed).to(device)
         return Trainer(config, objective, student, seed=unit.seed, steps=config.joint_steps, optim=config.joint_optim)
     method = METHODS[unit.method]
+    config = method.change(config)
     student = _network(config, out, JOINT, unit.seed, device)
     frozen = None
     if method.teacher == "frozen":
