@@ -90,16 +90,25 @@ class FlowMatching:
         return {"student": flow_matching_terms(context, batch.streams, eps, t)}
 
 
-@torch.no_grad()
 def history_use(model: VelocityModel, batch: AVBatch, config: TimeConfig, seed: int) -> dict[str, float]:
     """Loss on another clip's history over loss on the true one, per modality: 1 means that history is ignored."""
+    losses = history_losses(model, batch, config, seed)
+    return {m: some["other"] / some["own"] for m, some in losses.items()}
+
+
+@torch.no_grad()
+def history_losses(model: VelocityModel, batch: AVBatch, config: TimeConfig, seed: int) -> dict[str, dict[str, float]]:
+    """Mean flow-matching loss by modality, of every clip after its "own" history and after that of an "other" clip."""
     if len(batch.samples) < 2:
         raise ValueError("history use compares a clip with another one: give a batch of at least two clips")
     eps = draw_noise(batch.streams, seed, "history_use", batch.samples)
     t = draw_levels(config, batch.streams, seed, "history_use/level", batch.samples)
     shuffled = {m: s.with_latents(s.latents.roll(1, dims=0)) for m, s in batch.streams.items()}
-    true, other = (
+    own, other = (
         flow_matching_terms(Context(model=model, cond=batch.cond).remember(past(h), None), batch.streams, eps, t)
         for h in (batch.streams, shuffled)
     )
-    return {a.modality: float(b.values.mean() / a.values.mean()) for a, b in zip(true, other, strict=True)}
+    return {
+        a.modality: {"own": float(a.values.mean()), "other": float(b.values.mean())}
+        for a, b in zip(own, other, strict=True)
+    }

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from mfcore.ema import Ema, EmaConfig, WholeWeights
+from mfcore.flow import TimeConfig
 from mfcore.model.transformer import build_model
+from mfcore.types import AUDIO
 from preprocessing.pipeline import PreprocessConfig
 from preprocessing.reader import open_dataset
 from preprocessing.toyworld import write_toyworld
+from tests.mfcore.analytic import LinearGaussian, linear_clips
 from tests.workflows.dataset import write_dataset
 from tests.workflows.exports import random_card
 from tests.workflows.test_train import SMALL, killed_at
@@ -21,7 +24,7 @@ from workflows.heldout import HeldOut, Signals, real_signals, select
 from workflows.preprocess import preprocess
 from workflows.train import train
 from workflows.training import worker
-from workflows.training.alarms import Alarms, ScoreGap, compare, liveliness, raised, score_gap
+from workflows.training.alarms import Alarms, HistoryWatch, ScoreGap, compare, liveliness, raised, score_gap
 from workflows.training.samples import training_samples, whole_network
 
 
@@ -54,6 +57,51 @@ def louder(clip: Signals, gain: float) -> Signals:
     return replace(clip, sound=clip.sound * gain)
 
 
+def test_jumps_between_chunks_and_lost_variety_are_said(held, real):
+    timeline = held.meta.timeline()
+
+    def jumping(clip: Signals) -> Signals:
+        odd = timeline.chunk_index("video", 4)[: len(clip.latents["video"])] % 2
+        jump = 3 * clip.latents["video"].std() * odd.reshape(-1, 1, 1, 1)
+        return replace(clip, latents={**clip.latents, "video": clip.latents["video"] + jump})
+
+    def same(clip: Signals) -> Signals:
+        return replace(clip, latents={m: 0.5 * x for m, x in clip.latents.items()})
+
+    before = liveliness(real, timeline)
+    assert before.seam.keys() == before.variance.keys() == {"video", "audio"}
+    assert not compare("few", before, before)[1]
+    numbers, wrong = compare("few", liveliness([jumping(c) for c in real], timeline), before)
+    assert numbers["alarm/seam/few/video"] > 2
+    assert "seam/few/video" in wrong
+    numbers, wrong = compare("few", liveliness([same(c) for c in real], timeline), before)
+    assert numbers["alarm/variance/few/audio"] == pytest.approx(0.25)
+    assert {"variance/few/video", "variance/few/audio"} <= wrong.keys()
+
+
+class TestHistoryWatch:
+    TIME = TimeConfig(shift={AUDIO: 1.0}, uniform_share=1.0)
+
+    def test_a_network_that_forgets_its_history_is_said(self, tmp_path):
+        """The linear-Gaussian world: teacher forcing has a loss ratio of 10, the literal reading of 1.1."""
+        watch = HistoryWatch(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0)
+        numbers, wrong = watch.read(LinearGaussian(0.95, 0.0, 0.1))
+        assert numbers["alarm/history_use/audio"] == pytest.approx(10, rel=0.15)
+        assert not wrong
+        numbers, wrong = watch.read(LinearGaussian(0.07, 0.0, 1.0))
+        assert numbers["alarm/history_use/audio"] < 1.5
+        assert "of what it was" in wrong["history_use/audio"]
+
+    def test_the_first_value_outlives_the_process(self, tmp_path):
+        HistoryWatch(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0).read(LinearGaussian(0.95, 0.0, 0.1))
+        again = HistoryWatch(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0)
+        assert again.read(LinearGaussian(0.07, 0.0, 1.0))[1]
+
+    def test_one_clip_alone_says_nothing(self, tmp_path):
+        watch = HistoryWatch(tmp_path, [linear_clips(1, 16, 0)], self.TIME, 0)
+        assert watch.read(LinearGaussian(0.95, 0.0, 0.1)) == ({}, {})
+
+
 @pytest.mark.parametrize(
     ("plant", "said"),
     [
@@ -76,11 +124,13 @@ def test_real_clips_raise_none(held, real):
     for clips in (real, [louder(clip, 0.8) for clip in real], others):
         numbers, wrong = compare("few", liveliness(clips), liveliness(real))
         assert wrong == {}
-        assert numbers.keys() == {"alarm/motion/few", "alarm/loudness/few"}
+        variances = {f"alarm/variance/few/{m}" for m in ("video", "audio")}
+        assert numbers.keys() == {"alarm/motion/few", "alarm/loudness/few"} | variances
 
 
 def test_data_that_is_still_or_silent_itself_raises_none(real):
-    dead = liveliness([frozen(louder(clip, 0.0)) for clip in real])
+    flat = {m: torch.zeros_like(x) for m, x in real[0].latents.items()}
+    dead = liveliness([replace(frozen(louder(clip, 0.0)), latents=flat) for clip in real])
     assert compare("multi", dead, dead) == ({}, {})
 
 

@@ -79,7 +79,9 @@ def all_units(config: StudyConfig, methods: dict[str, Sequence[int]]) -> list[Un
         units.append(Unit(kind="train", method=JOINT, seed=s))
         units += [Unit(kind="train", method=name, seed=s) for name in names]
         units.append(Unit(kind="score", method=REAL, seed=s, mode="multi", steps=0))
-        units += [Unit(kind="score", method=JOINT, seed=s, mode="multi", steps=n) for n in (4, max(config.counts))]
+        units += [
+            Unit(kind="score", method=JOINT, seed=s, mode="multi", steps=n) for n in {4: None, max(config.counts): None}
+        ]
         units += [unit for name in names for mode in METHODS[name].modes for unit in _settings(config, name, s, mode)]
     return units
 

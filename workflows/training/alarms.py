@@ -1,4 +1,5 @@
-"""Whether a run collapses: samples with less motion or sound than the data, a fake score that finds them too easy.
+"""Whether a run collapses: samples with less motion, sound or variety than the data, or with jumps between chunks; a
+fake score that finds them too easy; history that is no longer used.
 
 Distillation is known to end in still, quiet pictures without a word from the losses. An alarm warns; it stops nothing.
 What is on stands in ``alarms.json`` of the run, and in ``outcome.json`` at its end.
@@ -7,19 +8,30 @@ What is on stands in ``alarms.json`` of the run, and in ``outcome.json`` at its 
 import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
+from mfcore.flow import TimeConfig
+from mfcore.metrics.continuity import seam_energy
 from mfcore.metrics.sync import motion_energy
+from mfcore.objectives.flow_matching import history_losses
+from mfcore.timeline import Timeline
+from mfcore.types import MODALITIES, AVBatch, VelocityModel
 from workflows.heldout import Signals
 from workflows.readings import decibel
+from workflows.training import ranks
 
 ALARMS = "alarms.json"
+FIRST_USE = "history_use.json"
 LEAST = 0.5  # of the data's motion, of its power of sound
 LEAST_FAKE = 0.25  # of the real loss: trained toy runs are at 0.5 to 3, one that makes mere hum at 0.05 to 0.15
 READINGS = 10  # over which the fake score's loss is averaged: one batch says little
+MOST_SEAM = 2.0  # of the data's seam energy
+LEAST_HISTORY = 0.8  # of the history use that the run began with (METHOD 9)
 STILL = 0.01  # grey levels per frame: data with less motion cannot lose any
 SILENT = 1e-6  # power of full scale, -60 dB: nor data with less sound
 
@@ -31,6 +43,8 @@ class Liveliness:
     motion: float | None  # mean absolute change of grey levels (0 to 255) from frame to frame
     power: float | None  # mean square of the sound, full scale = 1
     finite: bool
+    variance: Mapping[str, float] = field(default_factory=dict[str, float])  # of latents over clips and time
+    seam: Mapping[str, float] = field(default_factory=dict[str, float])  # of latents across and inside chunks
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -38,15 +52,29 @@ class Liveliness:
         return out if self.power is None else out | {"loudness_db": float(decibel(np.sqrt(self.power)))}
 
 
-def liveliness(clips: Sequence[Signals]) -> Liveliness:
-    """Means over the clips."""
+def liveliness(clips: Sequence[Signals], timeline: Timeline | None = None) -> Liveliness:
+    """Means over the clips. ``timeline``: of their latents, to know where chunks end."""
     motions = [float(motion_energy(c.frames.numpy()).mean()) for c in clips if c.frames is not None]
     powers = [float(c.sound.double().square().mean()) for c in clips if c.sound is not None and len(c.sound)]
+    modalities = clips[0].latents if clips else ()
+    seams = {m: _seam([c.latents[m].numpy() for c in clips], m, timeline) for m in modalities if timeline}
     return Liveliness(
         motion=float(np.mean(motions)) if motions else None,
         power=float(np.mean(powers)) if powers else None,
         finite=all(c.finite for c in clips),
+        variance={m: float(torch.cat([c.latents[m] for c in clips]).double().var(0).mean()) for m in modalities},
+        seam={m: value for m, value in seams.items() if value is not None},
     )
+
+
+def _seam(clips: Sequence[NDArray[np.float32]], modality: str, timeline: Timeline) -> float | None:
+    """Mean seam energy; None where chunks are too few or too short to have one."""
+    chunks = len(clips[0]) // timeline.max_count(modality)
+    numbers = timeline.chunk_index(modality, chunks).numpy() if chunks > 1 else np.zeros(0, np.int64)
+    if len(np.unique(numbers)) < 2 or len(numbers) < 2 * chunks:
+        return None
+    values = [seam_energy(latents[: len(numbers)], numbers) for latents in clips if len(latents) >= len(numbers)]
+    return float(np.mean(values)) if np.isfinite(values).all() else None
 
 
 Wrong = Mapping[str, str]
@@ -64,7 +92,53 @@ def compare(mode: str, ours: Liveliness, real: Liveliness) -> tuple[dict[str, fl
         numbers[f"alarm/loudness/{mode}"] = ratio = ours.power / real.power
         words = f"{mode}: loudness is {ratio:.2f} of the data's (power)"
         wrong |= {} if ratio >= LEAST else {f"loudness/{mode}": words}
+    for m in ours.variance.keys() & real.variance.keys():
+        if real.variance[m] > 0:
+            numbers[f"alarm/variance/{mode}/{m}"] = ratio = ours.variance[m] / real.variance[m]
+            words = f"{mode}: the variance of {m} latents is {ratio:.2f} of the data's"
+            wrong |= {} if ratio >= LEAST else {f"variance/{mode}/{m}": words}
+    for m in ours.seam.keys() & real.seam.keys():
+        if real.seam[m] > 0:
+            numbers[f"alarm/seam/{mode}/{m}"] = ratio = ours.seam[m] / real.seam[m]
+            words = f"{mode}: jumps between chunks of {m} have {ratio:.1f} times the data's energy"
+            wrong |= {} if ratio <= MOST_SEAM else {f"seam/{mode}/{m}": words}
     return numbers, wrong
+
+
+class HistoryWatch:
+    """How much the multi-step mode of the average gains from history, against what it gained when the run began.
+
+    Drift metrics reward a network that forgets its history; losses on its own history do not show it either.
+    """
+
+    def __init__(self, run_dir: Path, batches: Sequence[AVBatch], time: TimeConfig, seed: int) -> None:
+        self._place, self._time, self._seed = run_dir / FIRST_USE, time, seed
+        self._batches = [b for b in batches if len(b.samples) > 1 and b.chunks > 1]
+
+    def read(self, model: VelocityModel) -> tuple[dict[str, float], dict[str, str]]:
+        """Numbers to log, over all ranks, and what is wrong. Called by all ranks together; none without clips."""
+        sums: dict[str, float] = {}
+        for batch in self._batches:
+            for m, losses in history_losses(model, batch, self._time, self._seed).items():
+                for name, value in losses.items():
+                    sums[f"{name}/{m}"] = sums.get(f"{name}/{m}", 0.0) + value
+        means = ranks.mean_numbers(sums, len(self._batches))
+        use = {m: means[f"other/{m}"] / means[f"own/{m}"] for m in MODALITIES if means.get(f"own/{m}")}
+        first = self._first(use)
+        return {f"alarm/history_use/{m}": value for m, value in use.items()}, {
+            f"history_use/{m}": f"history use of {m} is {value / first[m]:.2f} of what it was when the run began"
+            for m, value in use.items()
+            if value < LEAST_HISTORY * first[m]
+        }
+
+    def _first(self, use: dict[str, float]) -> dict[str, float]:
+        if ranks.rank() != 0:
+            return use
+        if not self._place.exists():
+            temporary = self._place.with_name(f".tmp-{FIRST_USE}")
+            temporary.write_text(json.dumps(use) + "\n")
+            temporary.replace(self._place)
+        return json.loads(self._place.read_text())
 
 
 class ScoreGap:

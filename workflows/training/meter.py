@@ -21,6 +21,9 @@ alarm/fake_over_real/MODALITY               +  the fake score's loss over flow m
 sample/motion/MODE, sample/loudness_db/MODE #  of samples; MODE is few, multi, or real: the clips they are judged by
 sample/seconds                              #  that making them took
 alarm/motion/MODE, alarm/loudness/MODE      #  over the real clips' (loudness as power)
+alarm/variance/MODE/MODALITY                #  of latents over clips and time, over the real clips'
+alarm/seam/MODE/MODALITY                    #  energy of jumps between chunks of latents, over the real clips'
+alarm/history_use/MODALITY                  *  loss on another clip's history over loss on the own (mutual stage)
 alarm/raised                                #  how many of the alarms are on
 =============================================  ====================================================================
 """

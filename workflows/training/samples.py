@@ -25,7 +25,7 @@ from workflows.sampler import decode, generate
 from workflows.streamer import Sampling, Streamer
 from workflows.tracking import Tracker
 from workflows.training import ranks
-from workflows.training.alarms import Alarms, Liveliness, ScoreGap, compare, liveliness
+from workflows.training.alarms import Alarms, HistoryWatch, Liveliness, ScoreGap, compare, liveliness
 
 CLIPS = 2
 MULTI_STEPS = 8  # fewer than `mfctl generate` takes: this is a look, not a measurement
@@ -58,7 +58,8 @@ class Sampler:
     @cached_property
     def _real(self) -> Liveliness:
         """Of what the codecs keep of the real clips."""
-        return liveliness(real_signals(self._held, [prompt.clip for prompt in self._held.prompts]))
+        clips = [prompt.clip for prompt in self._held.prompts]
+        return liveliness(real_signals(self._held, clips), self._held.meta.timeline())
 
     def paths(self, stage: Stage, step: int) -> list[Path]:
         return [self._path(step, self._how(stage, m), p.number) for m in modes(stage) for p in self._held.prompts]
@@ -72,7 +73,7 @@ class Sampler:
         wrong: dict[str, str] = {}
         kinds: set[str] = set()
         for mode in modes(card.stage):
-            found = liveliness(self._write(streamer, self._how(card.stage, mode), step))
+            found = liveliness(self._write(streamer, self._how(card.stage, mode), step), self._held.meta.timeline())
             ratios, bad = compare(mode, found, self._real)
             numbers |= ratios | {f"sample/{name}/{mode}": value for name, value in found.numbers.items()}
             kinds |= found.numbers.keys()
@@ -110,18 +111,27 @@ class Looks:
 
     def __init__(
         self, config: RunConfig, card: ModelCard, ema: Ema, sampler: Sampler, tracker: Tracker, alarms: Alarms,
-        beat: Callable[[int, str], object], say: Callable[[str], None],
+        beat: Callable[[int, str], object], say: Callable[[str], None], watch: HistoryWatch | None = None,
     ) -> None:  # fmt: skip
         self._config, self._card, self._ema, self._sampler = config, card, ema, sampler
         self._tracker, self._alarms, self._beat, self._say = tracker, alarms, beat, say
-        self._gap = ScoreGap()
+        self._gap, self._watch = ScoreGap(), watch
 
     def __call__(self, progress: Progress, log: Mapping[str, float]) -> dict[str, float]:
         """Numbers to log besides ``log``."""
         numbers, wrong = self._gap.read(log)
         if ranks.rank() == 0 and numbers:
             self._alarms.update("fake score", wrong, progress.step)
+        numbers |= self._history(progress.step)
         return numbers | (self._samples(progress.step) if self.due(progress) else {})
+
+    def _history(self, step: int) -> dict[str, float]:
+        if self._watch is None or (step % self._config.eval_every and step != self._config.steps):
+            return {}
+        numbers, wrong = self._watch.read(self._ema.model)
+        if ranks.rank() == 0:
+            self._alarms.update("history", wrong, step)
+        return numbers
 
     def due(self, progress: Progress) -> bool:
         every, seen = self._config.sample_every, progress.samples_seen

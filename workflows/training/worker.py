@@ -30,7 +30,7 @@ from workflows.loop import LoopConfig, Stopped, Surroundings, evaluate_terms, ru
 from workflows.stages import STAGES, held_out_objective, initial_network, objective_of, schedule_position
 from workflows.tracking import PARAMS, Silent, Tracker
 from workflows.training import notice, ranks
-from workflows.training.alarms import Alarms
+from workflows.training.alarms import Alarms, HistoryWatch
 from workflows.training.delivery import open_training_tracker
 from workflows.training.networks import build_networks
 from workflows.training.notice import Notices
@@ -124,15 +124,19 @@ def _train(job: Job, tracker: Tracker, pulse: Pulse, notices: Notices) -> Progre
                 beat=pulse,
                 name_clips=batches.clip_ids,
                 say=lambda text: _say(job, text),
-                look=_looks(job, ema, tracker, pulse),
+                look=_looks(job, ema, tracker, pulse, judged),
             ),
         )
 
 
-def _looks(job: Job, ema: Ema, tracker: Tracker, pulse: Pulse) -> Looks:
+def _looks(job: Job, ema: Ema, tracker: Tracker, pulse: Pulse, judged: list[AVBatch]) -> Looks:
     say: Callable[[str], None] = lambda text: _say(job, text)
     sampler = Sampler(job.run_dir, job.data, job.config.data.held_out)
-    return Looks(job.config, job.card, ema, sampler, tracker, Alarms(job.run_dir, say), pulse, say)
+    watch = HistoryWatch(job.run_dir, judged, job.config.objective.time, job.config.seed)
+    looped = job.config.stage == "mutual"  # the others train on real history alone
+    return Looks(
+        job.config, job.card, ema, sampler, tracker, Alarms(job.run_dir, say), pulse, say, watch if looped else None
+    )
 
 
 def loop_config(config: RunConfig) -> LoopConfig:
