@@ -200,9 +200,11 @@ def _score(config: StudyConfig, out: Path, unit: Unit, device: str) -> None:
         like = batch.streams["video"].latents
         starts = noise_starts(world.TIMELINE, shapes, range(chunks), unit.seed, batch.samples, like)
         context = Context(model=net, cond=batch.cond, guidance=unit.guidance)
+        # as when streaming: what the few-step mode writes is labelled as its own, the multi-step mode takes it for real
+        trust = torch.ones(config.clips, device=device) if unit.mode == "few" and config.method.trust_label else None
         with torch.no_grad():
             plan = schedule(unit.steps, config.shift)
-            streams = join_chunks(c.clean for c in rollout(context, starts, plan, mode=unit.mode))
+            streams = join_chunks(c.clean for c in rollout(context, starts, plan, mode=unit.mode, trust=trust))
     seconds = time.monotonic() - started
     real, windows = reference(unit.seed), parse_windows(config.windows)
     facts = {
