@@ -22,7 +22,7 @@ from typing import Any
 
 from preprocessing.lease import Lease
 from preprocessing.storage import Store
-from workflows import config_io, environment
+from workflows import config_io, environment, plan
 from workflows.checkpoint import (
     OUTCOME,
     RECORD,
@@ -73,10 +73,19 @@ def train(
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}")
     runs = Path(environment.absolute(str(runs_dir)))
-    request = resolve(stage, data, init_from, preset, sets, config_file, run, runs)
+    try:
+        request = resolve(stage, data, init_from, preset, sets, config_file, run, runs)
+    except ValueError as missing:
+        if dry_run and not data and not init_from:
+            return plan.on_paper(stage, preset, sets, config_file) | {"missing": str(missing)}
+        raise
     card = make_card(request.config, request.dataset.meta, request.parents)
     if dry_run:
-        return {**request.record(), "run_dir": str(request.run_dir)}
+        return {
+            **request.record(),
+            "run_dir": str(request.run_dir),
+            "costs": plan.costs(request.config, card.timeline),
+        }
     _check_record(request)
     with _lease(request.run_dir) as lease, _checkpoint_lease(request):
         if finished(request.run_dir) is None:

@@ -134,9 +134,23 @@ def test_the_latest_dataset_is_found_or_asked_for(tmp_path):
     write_dataset(tmp_path / "old")
     new = write_dataset(tmp_path / "demo" / "new")
     plan = train("video", runs_dir=tmp_path, sets=SMALL, dry_run=True)
+    assert plan["costs"]["parameters"]["total"] > 0
     assert plan["data"] == new
     assert plan["config"]["data"]["batch"] == 4
     assert not Path(plan["run_dir"]).exists()
+
+
+@pytest.mark.parametrize(("preset", "billions"), [("small", 0.1), ("base", 1.3), ("full", 13.9)])
+def test_a_dry_run_without_data_counts_a_preset_on_paper(tmp_path, preset, billions):
+    result = train("joint", preset=preset, runs_dir=tmp_path, dry_run=True)
+    counted = result["costs"]["parameters"]
+    assert counted["total"] / 1e9 == pytest.approx(billions, rel=0.05)
+    assert counted["video"] == pytest.approx(counted["audio"], rel=0.01)
+    states = list(result["costs"]["state_bytes_per_rank"].values())
+    assert states == sorted(states, reverse=True)
+    assert states[0] == 20 * counted["total"]
+    assert "mfctl preprocess" in result["missing"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_missing_is_said(tmp_path, data):
