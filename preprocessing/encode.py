@@ -30,7 +30,7 @@ class Encoders:
 def encode(clip: Clip, encoders: Encoders) -> Clip:
     """The clip with the latents of its whole chunks (after each codec's head) and the embeddings of its text."""
     signals: dict[str, Any] = {VIDEO: clip.frames, AUDIO: clip.waveform}
-    latents = {m: codec.encode(torch.from_numpy(signals[m].copy())) for m, codec in encoders.codecs.items()}
+    latents = {m: codec.encode(torch.from_numpy(signals[m])) for m, codec in encoders.codecs.items()}
     heads = {m: encoders.timeline.clocks[m].head for m in latents}
     chunks = encoders.timeline.whole_chunks({m: len(x) - heads[m] for m, x in latents.items()})
     kept = {m: x[: heads[m] + encoders.timeline.count(m, chunks)] for m, x in latents.items()}

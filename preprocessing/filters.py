@@ -22,6 +22,7 @@ class FilterConfig:
     """Thresholds; None switches a filter off."""
 
     min_side: int | None = 32  # pixels, the shorter side of the source's picture
+    min_fps: float | None = 5.0  # of the source, where it says
     max_pixels: int | None = 8192 * 4608  # of the source's picture: bounds the memory of one decoder
     black_level: float | None = 12.0  # brightest tolerated 99th percentile of grey (0..255) of a black clip
     frozen_change: float | None = (
@@ -31,12 +32,15 @@ class FilterConfig:
     clipped_share: float | None = 0.05  # share of samples within 1% of full scale
 
 
-def check_size(info: VideoInfo, config: FilterConfig) -> None:
-    """Reject a source whose picture is too small to show a face, or too large to decode in bounded memory."""
+def check_source(info: VideoInfo, config: FilterConfig) -> None:
+    """Reject a source whose picture is too small to show a face, too large to decode in bounded memory, or too slow."""
     if config.min_side is not None and min(info.width, info.height) < config.min_side:
         raise Rejected("filter", "too_small", f"{info.width}x{info.height}, at least {config.min_side} a side")
     if config.max_pixels is not None and info.width * info.height > config.max_pixels:
         raise Rejected("filter", "too_large", f"{info.width}x{info.height}, at most {config.max_pixels} pixels")
+
+    if config.min_fps is not None and 0 < info.fps < config.min_fps:
+        raise Rejected("filter", "low_fps", f"{info.fps:g} frames per second, at least {config.min_fps:g}")
 
 
 def check_duration(clip: Clip, least: int, fps: float, sample_rate: int) -> Clip:
@@ -71,7 +75,7 @@ def check_picture(clip: Clip, config: FilterConfig) -> Clip:
 
 
 def check_sound(clip: Clip, config: FilterConfig) -> Clip:
-    """Reject silent or clipped sound."""
+    """Reject silent or clipped sound; record its level."""
     if clip.waveform is None:
         return clip
     level = 20 * np.log10(np.sqrt(np.mean(np.square(clip.waveform, dtype=np.float64))) + 1e-10)
@@ -80,7 +84,7 @@ def check_sound(clip: Clip, config: FilterConfig) -> Clip:
     clipped = float(np.mean(np.abs(clip.waveform) >= 0.99))
     if config.clipped_share is not None and clipped > config.clipped_share:
         raise Rejected("filter", "clipped", f"{100 * clipped:.1f}% of samples at full scale")
-    return clip
+    return replace(clip, loudness_db=round(float(level), 2))
 
 
 def estimate_sync(clip: Clip, fps: float, sample_rate: int) -> Clip:

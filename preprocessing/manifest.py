@@ -9,7 +9,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from preprocessing.record import Source, Word
 from preprocessing.schema import SOURCES
+from preprocessing.source import same_bytes
 from preprocessing.storage import Store
 
 SOURCES_FILE = "_sources.parquet"
@@ -52,6 +53,7 @@ def _source(row: Mapping[str, Any]) -> Source:
         fingerprint=row["fingerprint"],
         caption=row["caption"],
         transcript=None if words is None else tuple(Word(**word) for word in words),
+        duplicate_of=row.get("duplicate_of"),
     )
 
 
@@ -80,10 +82,14 @@ def read_units(store: Store) -> list[Unit]:
     return [Unit(name=name, sources=tuple(sources)) for name, sources in grouped.items()]
 
 
-def plan_units(known: Sequence[Unit], sources: Iterable[Source], per_unit: int, fingerprint: str) -> list[Unit]:
+def plan_units(
+    known: Sequence[Unit], sources: Iterable[Source], per_unit: int, fingerprint: str, *, keep_duplicates: bool = False
+) -> list[Unit]:
     """The known units and, for sources that none of them holds, new units behind them.
 
-    ValueError when a known source has other content now: its clips would no longer be a function of it.
+    A new source with the bytes of an earlier one is marked: which one is kept thus depends on all sources and not on
+    the unit that processes them. ValueError when a known source has other content now: its clips would no longer be a
+    function of it.
     """
     seen = {source.uri: source for unit in known for source in unit.sources}
     fresh: list[Source] = []
@@ -94,12 +100,29 @@ def plan_units(known: Sequence[Unit], sources: Iterable[Source], per_unit: int, 
             raise ValueError(
                 f"{source.uri} changed since this dataset was begun: write to a new dataset, or put the old file back"
             )
+    if not keep_duplicates:
+        fresh = _marked(list(seen.values()), fresh)
     units = list(known)
     for at in range(0, len(fresh), per_unit):
         group = tuple(fresh[at : at + per_unit])
         name = f"{len(units):06d}-{digest([fingerprint, [asdict(s) for s in group]], 8)}"
         units.append(Unit(name=name, sources=group))
     return units
+
+
+def _marked(known: Sequence[Source], fresh: Sequence[Source]) -> list[Source]:
+    """The fresh sources; those with the bytes (and the part) of an earlier one name it. Files are read only where size
+    and fingerprint are those of another."""
+    kept: dict[tuple[int, str, str], list[Source]] = {}
+    marked: list[Source] = []
+    for number, source in enumerate([*known, *fresh]):
+        group = kept.setdefault((source.size, source.fingerprint, source.uri.partition("#t=")[2]), [])
+        same = next((other for other in group if number >= len(known) and same_bytes(other, source)), None)
+        if number >= len(known):
+            marked.append(source if same is None else replace(source, duplicate_of=same.uri))
+        if same is None and source.duplicate_of is None:
+            group.append(source)
+    return marked
 
 
 def write_units(store: Store, units: Sequence[Unit]) -> None:

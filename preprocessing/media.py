@@ -1,22 +1,23 @@
-"""Decode media with ffmpeg on one clock. (probe.py looks first, mp4.py writes; the three are all that talks to ffmpeg.)
+"""Decode media with ffmpeg on one clock. (probe.py looks first, mp4.py writes; filtergraph.py says how.)
 
 The clock. A file's streams are placed by the presentation timestamps of their *decoded* frames and samples; headers
 are only hints (edit lists, codec priming and broken muxers make them lie). ``MediaInfo.start`` is the timestamp of the
 first decoded video frame (or audio sample where there is no picture). Decoding puts instant ``start`` at frame 0 and
 sample 0 of its output; output frame j shows the source frame whose timestamp is nearest to ``start + j / fps``, so it
 is at most half a source frame off, also at variable rates. Sound that begins later is preceded by silence, earlier
-sound is cut, gaps of more than 5 ms are filled with silence.
+sound is cut, gaps of more than 5 ms are filled with silence, and sound that drifts against its timestamps is stretched.
 
 Every child process runs without a shell, reads no terminal, and is killed when it produces nothing for
 ``stall_seconds``.
 """
 
+import fcntl
 import os
 import selectors
 import subprocess
-from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
-from functools import cache
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -24,65 +25,48 @@ import ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
+from preprocessing.filtergraph import audio_filters, scene_filters, video_filters
 from preprocessing.mp4 import Frames, Waveform, file_url
-from preprocessing.probe import STALL_SECONDS, MediaError, MediaInfo, VideoInfo, probe
+from preprocessing.probe import STALL_SECONDS, MediaError, MediaInfo, probe
 
-HDR_TRANSFERS = ("smpte2084", "arib-std-b67")
 SEEK_MARGIN = 10.0  # seconds decoded and dropped before a span, so that a coarse seek cannot land behind its start
 _PIPE_BYTES = 1 << 20
 _INPUT = "@input"  # stands for the file in a command being built: ffmpeg-python cannot hash names that are no UTF-8
 
 
-@cache
-def has_filter(name: str) -> bool:
-    """Whether the installed ffmpeg was built with a filter."""
-    listed = subprocess.run(["ffmpeg", "-hide_banner", "-filters"], capture_output=True, text=True, check=False)
-    return any(line.split()[1:2] == [name] for line in listed.stdout.splitlines())
+class _Inbox:
+    """Bytes of one pipe, read straight to where they stay: what ``take`` gave out is never written over."""
 
+    def __init__(self) -> None:
+        self._data = np.empty(_PIPE_BYTES, np.uint8)
+        self._first = self._last = 0
+        self.received = 0
 
-def _video_filters(info: VideoInfo, fps: Fraction, size: tuple[int, int], fit: str, start: float) -> str:
-    """Nearest source frame per output instant, upright, square pixels, 8 bits, exactly ``size`` = (height, width)."""
-    height, width = size
-    within = "max" if fit == "crop" else "min"
-    matrix = ":in_color_matrix=bt709" if not info.matrix and info.height >= 720 else ""
-    scale = f"scale=w='round({within}({width},{height}*dar))':h='round({within}({height},{width}/dar))'{matrix}"
-    fill = f"crop={width}:{height}" if fit == "crop" else f"pad={width}:{height}:-1:-1"
-    return ",".join(
-        [
-            *(["yadif=deint=interlaced"] if info.interlaced else []),
-            # A frame takes over half way between its predecessor's timestamp and its own; round=up then holds it.
-            "settb=1/1000000",
-            f"setpts='if(isnan(PREV_INPTS),PTS,(PTS+PREV_INPTS)/2)-{start:.6f}/TB'",
-            f"fps=fps={fps}:start_time=0:round=up",
-            f"{scale}:flags=area" if info.width > 2 * width else f"{scale}:flags=bicubic",
-            *(_tone_map(info) if info.transfer in HDR_TRANSFERS else []),
-            fill,
-            "setsar=1",
-            "format=rgb24",
-        ]
-    )
+    def __len__(self) -> int:
+        return self._last - self._first
 
+    def reserve(self, size: int) -> None:
+        """Room for ``size`` unread bytes in one piece."""
+        if self._first + size > len(self._data):
+            data = np.empty(max(size + _PIPE_BYTES, _PIPE_BYTES), np.uint8)
+            data[: len(self)] = self._data[self._first : self._last]
+            self._data, self._first, self._last = data, 0, len(self)
 
-def _tone_map(info: VideoInfo) -> list[str]:
-    """High dynamic range to bt709, white at 203 nits (ITU-R BT.2408)."""
-    if not has_filter("zscale"):
-        raise MediaError("hdr", "this ffmpeg has no zscale filter (libzimg) to turn HDR into SDR")
-    source = f"tin={info.transfer}:min=bt2020nc:pin=bt2020:rin=limited"
-    return [
-        f"zscale={source}:t=linear:npl=203",
-        "format=gbrpf32le",
-        "zscale=p=bt709",
-        "tonemap=hable:desat=0",
-        "zscale=t=bt709:m=bt709:r=limited",
-        "format=yuv420p",
-    ]
+    def receive(self, file: int) -> int:
+        """Read what is there; 0 at the end."""
+        if self._last == len(self._data):
+            self.reserve(len(self) + _PIPE_BYTES)
+        count = os.readv(file, [self._data[self._last : self._last + _PIPE_BYTES].data])
+        self._last += count
+        self.received += count
+        return count
 
+    def look(self, size: int) -> NDArray[np.uint8]:
+        """Up to ``size`` unread bytes, which stay unread."""
+        return self._data[self._first : min(self._last, self._first + size)]
 
-def _audio_filters(sample_rate: int, start: float) -> str:
-    return (
-        f"asetpts='PTS-{start:.6f}/TB',aresample=async=1:first_pts=0:min_comp=0.0001:min_hard_comp=0.005,"
-        f"aformat=sample_fmts=flt:sample_rates={sample_rate}:channel_layouts=mono"
-    )
+    def drop(self, size: int) -> None:
+        self._first = min(self._last, self._first + size)
 
 
 class Decoder:
@@ -90,7 +74,7 @@ class Decoder:
 
     ``read(n)`` gives n frames and exactly the sound of those n frames; fewer at the end. Sample boundaries are those of
     the frame grid, ``round(j sample_rate / fps)``, so portions join without gap or overlap. Without a picture the frame
-    grid is still the ruler, and frames are None.
+    grid is still the ruler, and frames are None. ``peek`` does the same and leaves everything to be read again.
     """
 
     def __init__(
@@ -105,53 +89,58 @@ class Decoder:
         fit: str = "crop",
         start: float | None = None,
         stall_seconds: float = STALL_SECONDS,
+        cut_score: float | None = None,
     ) -> None:
-        """``streams``: (picture, sound) wanted. ``start``: timestamp of output instant 0, else the first frame's."""
+        """``streams``: (picture, sound) wanted. ``start``: timestamp of output instant 0, not before the first frame;
+        None: the first frame's. ``cut_score``: look for ``cuts`` with a higher score, of 100."""
         self.fps, self.size, self.sample_rate = fps, size, sample_rate
         self.video = info.video if streams[0] else None
         self.audio = info.audio if streams[1] else None
         if self.video is None and self.audio is None:
             raise MediaError("no_stream", "neither picture nor sound to decode")
         first = self.video.start if self.video else self.audio.start if self.audio else 0.0
-        self.start = first if start is None else start
+        self.start = first if start is None else max(first, start)
         self._stall = stall_seconds
         self._frame = 0  # frames handed out so far
-        self._buffers: dict[str, bytearray] = {"video": bytearray(), "audio": bytearray(), "error": bytearray()}
-        self._received = Counter[str]()  # bytes per pipe so far
-        self._spawn(path, info, fit)
+        self._inboxes = {name: _Inbox() for name in ("video", "audio", "error", "scene")}
+        self._cuts: list[int] = []
+        self._spawn(path, info, fit, cut_score)
 
-    def _spawn(self, path: str | os.PathLike[str], info: MediaInfo, fit: str) -> None:
-        read_end, write_end = os.pipe()
+    def _spawn(self, path: str | os.PathLike[str], info: MediaInfo, fit: str, cut_score: float | None) -> None:
+        (audio_read, audio_write), (scene_read, scene_write) = os.pipe(), os.pipe()
         seek = self.start - info.origin - SEEK_MARGIN
         coarse = {"ss": f"{seek:.3f}", "noaccurate_seek": None} if seek > 0 else {}
         source = ffmpeg.input(_INPUT, copyts=None, reinit_filter=0, threads=1, **coarse)
         outputs: list[Any] = []
         if self.video:
-            chain = _video_filters(self.video, self.fps, self.size, fit, self.start)
+            chain = video_filters(self.video, self.fps, self.size, fit, self.start)
+            if cut_score is not None:
+                chain += "," + scene_filters(rf"pipe\:{scene_write}", cut_score)
             outputs.append(source[str(self.video.index)].output("pipe:1", format="rawvideo", vf=chain, threads=1))
         if self.audio:
-            chain = _audio_filters(self.sample_rate, self.start)
-            outputs.append(source[str(self.audio.index)].output(f"pipe:{write_end}", format="f32le", af=chain))
-        command = ffmpeg.merge_outputs(*outputs).global_args("-hide_banner", "-nostdin", "-loglevel", "error").compile()
+            chain = audio_filters(self.sample_rate, self.start)
+            outputs.append(source[str(self.audio.index)].output(f"pipe:{audio_write}", format="f32le", af=chain))
+        flags = ("-hide_banner", "-nostdin", "-loglevel", "error", "-filter_threads", "1")
+        command = ffmpeg.merge_outputs(*outputs).global_args(*flags).compile()
         self._process = subprocess.Popen(
             [file_url(path) if word == _INPUT else word for word in command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=(write_end,),
+            pass_fds=(audio_write, scene_write),
             bufsize=0,
         )
-        os.close(write_end)
+        for ours in (audio_write, scene_write):
+            os.close(ours)
         assert self._process.stdout is not None
         assert self._process.stderr is not None
-        self._audio_pipe: IO[bytes] = os.fdopen(read_end, "rb", buffering=0)
+        own = [os.fdopen(end, "rb", buffering=0) for end in (audio_read, scene_read)]
+        self._pipes: list[IO[bytes]] = [self._process.stdout, own[0], self._process.stderr, own[1]]
         self._selector = selectors.DefaultSelector()
-        for name, pipe in (
-            ("video", self._process.stdout),
-            ("audio", self._audio_pipe),
-            ("error", self._process.stderr),
-        ):
+        for name, pipe in zip(self._inboxes, self._pipes, strict=True):
             self._selector.register(pipe, selectors.EVENT_READ, name)
+        with suppress(OSError):  # a user over the limit of the system keeps the small pipe
+            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def __enter__(self) -> Self:
         return self
@@ -165,9 +154,8 @@ class Decoder:
             self._process.kill()
         self._process.wait()
         self._selector.close()
-        for pipe in (self._process.stdout, self._process.stderr, self._audio_pipe):
-            if pipe is not None:
-                pipe.close()
+        for pipe in self._pipes:
+            pipe.close()
 
     def error(self) -> str | None:
         """Read to the end of the file: what ffmpeg said if it failed on the way, else None."""
@@ -182,25 +170,35 @@ class Decoder:
         """Read to the end of the file: every line that ffmpeg said, whether it failed or went on."""
         while self._selector.get_map():
             self._pump()
-            self._buffers["video"].clear()
-            self._buffers["audio"].clear()
-        return self._buffers["error"].decode("utf-8", "replace").strip().splitlines()
+            for name in ("video", "audio", "scene"):
+                self._inboxes[name].drop(len(self._inboxes[name]))
+        return _lines(self._inboxes["error"])
 
     @property
     def end(self) -> float:
         """Seconds from output instant 0 to where the longer stream is decoded so far."""
         height, width = self.size
-        seen = self._received["video"] // (3 * height * width) / self.fps
-        return max(float(seen), self._received["audio"] // 4 / self.sample_rate)
+        seen = self._inboxes["video"].received // (3 * height * width) / self.fps
+        return max(float(seen), self._inboxes["audio"].received // 4 / self.sample_rate)
+
+    def cuts(self) -> Sequence[int]:
+        """Numbers of the frames, from 0 on, that differ much from the one before; all among those peeked at so far."""
+        while any(key.data == "scene" for key, _ in self._selector.select(0)):
+            self._pump()
+        said = self._inboxes["scene"].look(len(self._inboxes["scene"])).tobytes()
+        whole = said[: said.rfind(b"\n") + 1]
+        self._inboxes["scene"].drop(len(whole))
+        self._cuts += [int(line[6:].split()[0]) for line in whole.splitlines() if line.startswith(b"frame:")]
+        return self._cuts
 
     def ahead(self, samples: int) -> Waveform:
         """The next ``samples`` of sound, which stay to be read; fewer at the end of the sound."""
         self._fill({"audio": 4 * samples})
-        size = min(samples, len(self._buffers["audio"]) // 4) * 4
-        return np.frombuffer(bytes(memoryview(self._buffers["audio"])[:size]), dtype=np.float32)
+        sound = self._inboxes["audio"].look(4 * samples)
+        return sound[: len(sound) // 4 * 4].view(np.float32)
 
-    def read(self, frames: int) -> tuple[Frames | None, Waveform | None]:
-        """The next frames and their sound; fewer at the end of the file. MediaError(timeout) on a stall."""
+    def peek(self, frames: int) -> tuple[Frames | None, Waveform | None]:
+        """What ``read`` would give: views of memory that stays as it is. MediaError(timeout) on a stall."""
         height, width = self.size
         frame_bytes = 3 * height * width
         first, last = self._sample(self._frame), self._sample(self._frame + frames)
@@ -208,56 +206,66 @@ class Decoder:
             {"video": frames * frame_bytes if self.video else 0, "audio": 4 * (last - first) if self.audio else 0}
         )
         if self.video:
-            frames = min(frames, len(self._buffers["video"]) // frame_bytes)
+            frames = min(frames, len(self._inboxes["video"]) // frame_bytes)
         else:
             frames = min(frames, self._frames_heard(first))
-        self._frame += frames
         picture, sound = None, None
         if self.video:
-            picture = self._take("video", frames * frame_bytes, np.uint8).reshape(frames, height, width, 3)
+            picture = self._inboxes["video"].look(frames * frame_bytes).reshape(frames, height, width, 3)
         if self.audio:
-            samples = self._sample(self._frame) - first
-            sound = self._take("audio", 4 * samples, np.float32)
+            samples = self._sample(self._frame + frames) - first
+            sound = self.ahead(samples)
             sound = np.pad(sound, (0, samples - len(sound)))  # sound that ends before the picture
+        return picture, sound
+
+    def skip(self, frames: int) -> None:
+        """Count the next frames and their sound as read."""
+        height, width = self.size
+        samples = self._sample(self._frame + frames) - self._sample(self._frame)
+        self.peek(frames)
+        self._inboxes["video"].drop(frames * 3 * height * width)
+        self._inboxes["audio"].drop(4 * samples)
+        self._frame += frames
+
+    def read(self, frames: int) -> tuple[Frames | None, Waveform | None]:
+        """The next frames and their sound; fewer at the end of the file. MediaError(timeout) on a stall."""
+        picture, sound = self.peek(frames)
+        if picture is not None:
+            self.skip(len(picture))
+        elif sound is not None:
+            self.skip(min(frames, int((len(sound) + 1) * self.fps / self.sample_rate)))
         return picture, sound
 
     def _sample(self, frame: int) -> int:
         return round(frame * self.sample_rate / self.fps)
 
     def _frames_heard(self, first: int) -> int:
-        available = first + len(self._buffers["audio"]) // 4
+        available = first + len(self._inboxes["audio"]) // 4
         return int(available * self.fps / self.sample_rate) - self._frame
 
-    def _take(self, name: str, size: int, dtype: Any) -> NDArray[Any]:
-        """Remove up to ``size`` bytes from a buffer, whole items only."""
-        buffer = self._buffers[name]
-        size = min(size, len(buffer)) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize
-        taken = np.frombuffer(bytes(memoryview(buffer)[:size]), dtype=dtype)
-        del buffer[:size]
-        return taken
-
     def _fill(self, wanted: dict[str, int]) -> None:
-        """Read pipes until the buffers hold what is wanted or the streams have ended."""
-        while self._selector.get_map() and any(
-            len(self._buffers[name]) < size and name in self._open() for name, size in wanted.items()
-        ):
+        """Read pipes until the inboxes hold what is wanted or the streams have ended."""
+        for name, size in wanted.items():
+            self._inboxes[name].reserve(size)
+        while any(len(self._inboxes[name]) < size and name in self._open() for name, size in wanted.items()):
             self._pump()
 
     def _pump(self) -> None:
-        """Move what is in the pipes into the buffers; waits for at most ``stall_seconds``."""
+        """Move what is in the pipes into the inboxes; waits for at most ``stall_seconds``."""
         ready = self._selector.select(self._stall)
         if not ready:
             self.close()
             raise MediaError("timeout", f"ffmpeg gave nothing for {self._stall:.0f} s")
         for key, _ in ready:
-            data = os.read(key.fd, _PIPE_BYTES)
-            self._buffers[key.data] += data
-            self._received[key.data] += len(data)
-            if not data:
+            if self._inboxes[key.data].receive(key.fd) == 0:
                 self._selector.unregister(key.fileobj)
 
     def _open(self) -> set[str]:
         return {key.data for key in self._selector.get_map().values()}
+
+
+def _lines(inbox: _Inbox) -> list[str]:
+    return inbox.look(len(inbox)).tobytes().decode("utf-8", "replace").strip().splitlines()
 
 
 def decode(

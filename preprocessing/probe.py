@@ -25,11 +25,19 @@ class VideoInfo:
     index: int  # stream number in the file
     width: int  # coded pixels, before rotation and pixel aspect
     height: int
+    pixel_aspect: float = 1.0  # width of a pixel over its height, before rotation
+    rotation: int = 0  # quarter turns in degrees, as the file says; ffmpeg applies it when it decodes
     fps: float  # average rate as the header claims it; 0 when unknown
     start: float  # timestamp of the first decoded frame, seconds
     transfer: str  # colour transfer, e.g. bt709 or smpte2084
     matrix: str  # colour matrix; "" when the file does not say
     interlaced: bool
+
+    @property
+    def shown(self) -> tuple[float, float]:
+        """(height, width) as a viewer sees it, in pixels of the coded height: upright and with square pixels."""
+        height, width = float(self.height), self.width * self.pixel_aspect
+        return (width, height) if self.rotation % 180 else (height, width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +69,9 @@ class MediaInfo:
 def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float) -> dict[str, Any]:
     wanted = (
         "format=start_time,duration:stream=index,codec_type,codec_name,width,height,avg_frame_rate,sample_rate,channels,"
-        "color_transfer,color_space,field_order:stream_disposition=default,attached_pic:"
-        "frame=stream_index,best_effort_timestamp_time,pts_time"
+        "color_transfer,color_space,field_order,sample_aspect_ratio:stream_disposition=default,attached_pic:"
+        "stream_side_data=rotation:stream_tags=rotate:"
+        "frame=stream_index,best_effort_timestamp_time,pts_time,interlaced_frame"
     )
     command = ["ffprobe", "-v", "error", "-of", "json", "-show_entries", wanted, "-show_frames"]
     command += ["-read_intervals", packets, "-i", file_url(path)]
@@ -91,8 +100,13 @@ def _first_times(facts: dict[str, Any]) -> dict[int, float]:
     return first
 
 
-def _choose(streams: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
-    """The stream marked as default, else the first; cover pictures and streams without a known codec do not count."""
+def _choose(streams: list[dict[str, Any]], kind: str, track: int | None = None) -> dict[str, Any] | None:
+    """The stream marked as default, else the first; cover pictures and streams without a known codec do not count.
+
+    ``track``: the stream of this number among those of its kind (0: the first), if it is usable.
+    """
+    if track is not None:
+        streams = [s for s in streams if s.get("codec_type") == kind][track : track + 1]
     usable = [
         s
         for s in streams
@@ -110,8 +124,9 @@ def _rate(text: str) -> float:
     return float(up) / float(down) if float(down or 1) else 0.0
 
 
-def probe(path: str | os.PathLike[str], *, timeout: float = STALL_SECONDS) -> MediaInfo:
-    """What is in a file, from its header and its first decoded frames.
+def probe(path: str | os.PathLike[str], *, timeout: float = STALL_SECONDS, audio_track: int | None = None) -> MediaInfo:
+    """What is in a file, from its header and its first decoded frames. ``audio_track``: 0 is the first one; None: the
+    one that the file marks as default.
 
     Raises MediaError: ``unreadable`` (not media, truncated, empty), ``corrupt`` (its start decodes to noise: damaged or
     encrypted), ``timeout``.
@@ -120,32 +135,41 @@ def probe(path: str | os.PathLike[str], *, timeout: float = STALL_SECONDS) -> Me
         raise MediaError("unreadable", "no such file")
     facts = _ffprobe(path, "%+#64", timeout)
     first = _first_times(facts)
-    video, audio = _choose(facts["streams"], "video"), _choose(facts["streams"], "audio")
+    video, audio = _choose(facts["streams"], "video"), _choose(facts["streams"], "audio", audio_track)
     if any(s is not None and s["index"] not in first for s in (video, audio)):
         # A stream that begins late, or a picture hidden behind packets that an edit list discards.
         first = _first_times(_ffprobe(path, "%+30", timeout)) | first
     start = float(facts.get("format", {}).get("start_time", 0.0))
     return MediaInfo(
-        video=_video_info(video, first),
+        video=_video_info(video, first, any(frame.get("interlaced_frame") for frame in facts.get("frames", []))),
         audio=_audio_info(audio, first),
         origin=max(0.0, start),
         duration=float(facts.get("format", {}).get("duration", 0.0)),
     )
 
 
-def _video_info(stream: dict[str, Any] | None, first: dict[int, float]) -> VideoInfo | None:
+def _video_info(stream: dict[str, Any] | None, first: dict[int, float], fields: bool) -> VideoInfo | None:
+    """``fields``: a decoded frame was flagged as two fields, which headers often keep to themselves."""
     if stream is None or stream["index"] not in first:
         return None
     return VideoInfo(
         index=stream["index"],
         width=int(stream["width"]),
         height=int(stream["height"]),
+        pixel_aspect=_rate(stream.get("sample_aspect_ratio", "1:1").replace(":", "/")) or 1.0,
+        rotation=_rotation(stream),
         fps=_rate(stream.get("avg_frame_rate", "0/1")),
         start=first[stream["index"]],
         transfer=stream.get("color_transfer", ""),
         matrix=stream.get("color_space", "").replace("unknown", ""),
-        interlaced=stream.get("field_order", "progressive") in ("tt", "bb", "tb", "bt"),
+        interlaced=fields or stream.get("field_order", "progressive") in ("tt", "bb", "tb", "bt"),
     )
+
+
+def _rotation(stream: dict[str, Any]) -> int:
+    """Degrees; newer ffprobe says it as side data, older ones as a tag."""
+    said = [data["rotation"] for data in stream.get("side_data_list", []) if "rotation" in data]
+    return round(float((said or [stream.get("tags", {}).get("rotate", 0)])[0]))
 
 
 def _audio_info(stream: dict[str, Any] | None, first: dict[int, float]) -> AudioInfo | None:

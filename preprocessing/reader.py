@@ -84,6 +84,7 @@ class _Place:
 
     id: str
     source_uri: str
+    content: str  # what the split goes by: a hash of the source's content, its URI in sets that have none
     file: str
     group: int  # row group of the file
     row: int  # within the row group
@@ -175,18 +176,18 @@ class ClipDataset:
             return pq.ParquetFile(handle).read_row_group(group, columns=names, use_threads=False)
 
     def held_out(self, fraction: float) -> tuple["ClipDataset", "ClipDataset"]:
-        """(training clips, held-out clips), split by a hash of the source's URI.
+        """(training clips, held-out clips), split by a hash of the source's content (of its URI in older sets).
 
-        Clips of one source stay together, and growth of the dataset moves none across. (In a set so small that one side
-        would be empty, the source with the smallest or the largest hash goes there.)
+        Clips of one source stay together, wherever the source lies, and growth of the dataset moves none across. (In a
+        set so small that one side would be empty, the source with the smallest or the largest hash goes there.)
         """
-        order = sorted({place.source_uri for place in self._places}, key=_share)
+        order = sorted({place.content for place in self._places}, key=_share)
         if not 0 < fraction < 1 or len(order) < 2:
             raise ValueError(
                 f"cannot hold out {fraction} of {len(order)} sources: need a share in (0, 1) and two sources"
             )
-        held = {uri for uri in order[:-1] if _share(uri) < fraction} or {order[0]}
-        return self._view(lambda p: p.source_uri not in held), self._view(lambda p: p.source_uri in held)
+        held = {content for content in order[:-1] if _share(content) < fraction} or {order[0]}
+        return self._view(lambda p: p.content not in held), self._view(lambda p: p.content in held)
 
     def _view(self, keep: Any) -> "ClipDataset":
         view = ClipDataset(self._store, self.meta, [p for p in self._places if keep(p)], self.modalities)
@@ -194,9 +195,9 @@ class ClipDataset:
         return view
 
 
-def _share(uri: str) -> float:
-    """A number in [0, 1) that depends on the URI alone."""
-    return int.from_bytes(hashlib.sha256(uri.encode()).digest()[:8], "big") / 2**64
+def _share(content: str) -> float:
+    """A number in [0, 1) that depends on the content alone."""
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2**64
 
 
 def open_dataset(uri: str, modalities: Sequence[str] | None = None) -> ClipDataset:
@@ -229,12 +230,14 @@ def _places(store: Store, name: str, timeline: Timeline) -> list[_Place]:
     with store.open(name) as handle:
         file = pq.ParquetFile(handle)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        table = file.read(["id", "source_uri", "vae_latent_shape", "audio_latent_shape"], use_threads=False)
+        names = ["id", "source_uri", "source_content", "vae_latent_shape", "audio_latent_shape"]
+        table = file.read([n for n in names if n in file.schema_arrow.names], use_threads=False)
     where = ((group, row) for group, size in enumerate(sizes) for row in range(size))
     return [
         _Place(
             id=row["id"],
             source_uri=row["source_uri"],
+            content=row.get("source_content") or row["source_uri"],
             file=name,
             group=group,
             row=number,

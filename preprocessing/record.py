@@ -26,6 +26,7 @@ class Source:
     fingerprint: str  # of the size and the first and last 64 KiB
     caption: str | None = None  # from a manifest; a sidecar fills in where this is None
     transcript: tuple[Word, ...] | None = None
+    duplicate_of: str | None = None  # URI of an earlier source with the same bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,9 @@ class Clip:
     span: tuple[float, float]  # seconds since the source's origin
     frames: NDArray[np.uint8] | None  # (n, height, width, 3); None in a set without picture
     waveform: NDArray[np.float32] | None  # (samples,); None in a set without sound
+    content: str = ""  # hash that tells the source's file from others, wherever it lies
+    source_fps: float | None = None  # average frames per second as the source claims them
+    loudness_db: float | None = None  # dBFS, rms
     caption: str = ""
     transcript: tuple[Word, ...] = ()
     sync: tuple[float, float] | None = None  # offset in seconds (positive: sound late), confidence

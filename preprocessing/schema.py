@@ -64,6 +64,10 @@ CLIPS = pa.schema(
         pa.field("sync_confidence", pa.float64()),
         pa.field("video_latent_times", pa.list_(pa.float64())),
         pa.field("audio_latent_times", pa.list_(pa.float64())),
+        # added later: a dataset may lack them
+        pa.field("source_content", pa.string()),
+        pa.field("source_fps", pa.float64()),
+        pa.field("loudness_db", pa.float64()),
     ],
     metadata={"mfctl_schema_version": str(SCHEMA_VERSION)},
 )
@@ -87,6 +91,7 @@ SOURCES = pa.schema(
         pa.field("unit", pa.string()),
         pa.field("caption", pa.string()),
         pa.field("transcript", CLIPS.field("transcript").type),
+        pa.field("duplicate_of", pa.string()),  # added later: a dataset may lack it
     ]
 )
 
@@ -174,6 +179,9 @@ def to_row(
         "sync_confidence": clip.sync[1] if clip.sync else None,
         "video_latent_times": times.get(VIDEO),
         "audio_latent_times": times.get(AUDIO),
+        "source_content": clip.content,
+        "source_fps": clip.source_fps,
+        "loudness_db": clip.loudness_db,
     }
 
 

@@ -1,20 +1,25 @@
 """What the user named -> a sorted list of sources: files, folders, globs, s3:// prefixes, manifests.
 
 A manifest (csv, jsonl or parquet) has a column ``uri`` (relative paths count from the manifest's folder) and optionally
-``caption``, ``transcript`` (list of {word, start, end}, or that as JSON), ``start`` and ``end`` in seconds. A part of a
-file is its own source; its URI ends in the media fragment ``#t=start,end``.
+``caption``, ``transcript`` (list of {word, start, end}, or that as JSON), ``start`` and ``end`` in seconds since the
+file's origin (one of them may be missing). A part of a file is its own source; its URI ends in the media fragment
+``#t=start,end``.
 """
 
 import csv
+import filecmp
 import glob
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import inf
 from typing import Any
 from urllib.parse import quote, unquote
 
+import fsspec
 import pyarrow.parquet as pq
 
 from preprocessing.record import Source, Word
@@ -30,13 +35,13 @@ MANIFESTS = frozenset([".csv", ".jsonl", ".parquet"])
 _EDGE = 1 << 16  # bytes hashed at each end of a file
 
 
-def split_fragment(uri: str) -> tuple[str, tuple[float, float] | None]:
-    """The URI of the file, and the span in seconds that a ``#t=start,end`` fragment names."""
+def split_fragment(uri: str) -> tuple[str, tuple[float, float | None] | None]:
+    """The URI of the file, and the span in seconds that a ``#t=start,end`` fragment names (end None: to the end)."""
     base, mark, span = uri.partition("#t=")
     if not mark:
         return uri, None
     start, _, end = span.partition(",")
-    return base, (float(start), float(end))
+    return base, (float(start), float(end) if end else None)
 
 
 def find_sources(arguments: Iterable[str]) -> list[Source]:
@@ -56,7 +61,7 @@ def find_sources(arguments: Iterable[str]) -> list[Source]:
 def _named(argument: str) -> Iterator[Source]:
     suffix = os.path.splitext(argument)[1].lower()
     if is_remote(argument):
-        yield from _remote(argument)
+        yield from _manifest(argument, suffix) if suffix in MANIFESTS else _remote(argument)
         return
     path = local_path(argument) if argument.startswith("file://") else argument
     if os.path.isdir(path):
@@ -75,46 +80,69 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (os.path.join(root, n) for n in sorted(names) if os.path.splitext(n)[1].lower() in MEDIA)
 
 
-def _local(path: str) -> Source:
+def edges(path: str) -> str:
+    """A hash of a file's size and of its first and last 64 KiB: the same for the same file anywhere."""
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
         digest.update(file.read(_EDGE))
         file.seek(max(0, size - _EDGE))
         digest.update(file.read(_EDGE))
-    return Source(uri=local_uri(path), size=size, fingerprint=digest.hexdigest()[:16])
+    return digest.hexdigest()[:16]
+
+
+def _local(path: str) -> Source:
+    return Source(uri=local_uri(path), size=os.path.getsize(path), fingerprint=edges(path))
+
+
+def same_bytes(one: Source, other: Source) -> bool:
+    """Whether two sources of one size and fingerprint are the same file content, all of it. (In object storage the
+    fingerprint is the ETag, which is of all content.) False where one of them cannot be read."""
+    places = [split_fragment(source.uri)[0] for source in (one, other)]
+    if any(is_remote(place) for place in places):
+        return all(is_remote(place) for place in places)
+    try:
+        return filecmp.cmp(*(local_path(place) for place in places), shallow=False)
+    except OSError:
+        return False
 
 
 def _remote(prefix: str) -> Iterator[Source]:
     fs, root = file_system(prefix)
     scheme = prefix.split("://", 1)[0]
-    listed = fs.find(root, detail=True) or ({root: fs.info(root)} if fs.exists(root) else {})
+    if glob.has_magic(root) and not fs.exists(root):
+        listed = fs.glob(root, detail=True)
+    else:
+        listed = fs.find(root, detail=True) or ({root: fs.info(root)} if fs.exists(root) else {})
     for path, facts in sorted(listed.items()):
-        if os.path.splitext(path)[1].lower() in MEDIA:
+        if facts.get("type") == "file" and os.path.splitext(path)[1].lower() in MEDIA:
             tag = str(facts.get("ETag", facts.get("size"))).strip('"')
             yield Source(uri=f"{scheme}://{quote(path)}", size=int(facts["size"]), fingerprint=tag)
 
 
 def _manifest(path: str, suffix: str) -> Iterator[Source]:
-    for number, row in enumerate(_rows(path, suffix), start=1):
-        uri = row.get("uri") or row.get("path")
-        if not uri:
-            raise ValueError(f"{path}, row {number}: no `uri`; a manifest needs a column of that name")
-        yield _manifest_source(row, str(uri), os.path.dirname(os.path.abspath(path)), f"{path}, row {number}")
+    folder = os.path.dirname(path if is_remote(path) else os.path.abspath(path))
+    with fsspec.open(path if is_remote(path) else os.path.abspath(path), "rb") as file:
+        for number, row in enumerate(_rows(file, suffix), start=1):
+            where = f"{path}, row {number}"
+            uri = row.get("uri") or row.get("path")
+            if not uri:
+                raise ValueError(f"{where}: no `uri`; a manifest needs a column of that name")
+            yield _manifest_source(row, str(uri), folder, where)
 
 
-def _rows(path: str, suffix: str) -> Iterator[Mapping[str, Any]]:
+def _rows(file: Any, suffix: str) -> Iterator[Mapping[str, Any]]:
     if suffix == ".parquet":
-        yield from pq.read_table(path).to_pylist()
+        yield from pq.read_table(file).to_pylist()
         return
-    with open(path, newline="", encoding="utf-8") as file:
-        yield from csv.DictReader(file) if suffix == ".csv" else (json.loads(line) for line in file if line.strip())
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")  # names of any bytes
+    yield from csv.DictReader(text) if suffix == ".csv" else (json.loads(line) for line in text if line.strip())
 
 
 def _manifest_source(row: Mapping[str, Any], uri: str, folder: str, where: str) -> Source:
     caption, words = row.get("caption") or None, parse_words(row.get("transcript"), where)
-    if is_remote(uri):
-        source = next(_remote(uri), None)
+    if is_remote(uri) or is_remote(folder):
+        source = next(_remote(uri if is_remote(uri) else f"{folder}/{uri}"), None)
         if source is None:
             raise ValueError(f"{where}: no such object: {uri}")
     else:
@@ -122,9 +150,26 @@ def _manifest_source(row: Mapping[str, Any], uri: str, folder: str, where: str) 
         if not os.path.isfile(path):
             raise ValueError(f"{where}: no such file: {uri}")
         source = _local(path)
-    start, end = row.get("start"), row.get("end")
-    part = "" if start in (None, "") or end in (None, "") else f"#t={float(start):g},{float(end):g}"
-    return replace(source, uri=source.uri + part, caption=caption, transcript=words)
+    return replace(source, uri=source.uri + _fragment(row, where), caption=caption, transcript=words)
+
+
+def _fragment(row: Mapping[str, Any], where: str) -> str:
+    """``#t=start,end``, in milliseconds where that is exact enough, of a row that names a part of a file."""
+    given = [row.get("start"), row.get("end")]
+    if all(value in (None, "") for value in given):
+        return ""
+    try:
+        start, end = (None if value in (None, "") else float(value) for value in given)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: start and end are seconds, got {given[0]!r} and {given[1]!r}") from None
+    start = start or 0.0
+    if not 0 <= start < (inf if end is None else end) <= inf:
+        raise ValueError(f"{where}: start={start} and end={end} name no part of a file: 0 <= start < end")
+    return f"#t={_seconds(start)},{'' if end is None else _seconds(end)}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
 def parse_words(value: Any, where: str) -> tuple[Word, ...] | None:

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 import torch
 
-from preprocessing.pipeline import PreprocessConfig
+from preprocessing.config import PreprocessConfig
 from preprocessing.reader import open_dataset
 from preprocessing.toyworld import write_toyworld
 from tests.workflows.test_train import SMALL, killed_at

@@ -103,7 +103,7 @@ def preprocess(
     """Cut media files into clips and encode them: a Parquet dataset of latents. The same command again resumes."""
 
     def work() -> Any:
-        from preprocessing.pipeline import PreprocessConfig
+        from preprocessing.config import PreprocessConfig
         from workflows.config_io import change, parse_sets, read_file
         from workflows.preprocess import preprocess as run_preprocess
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from preprocessing.config import PreprocessConfig
 from preprocessing.mp4 import write_mp4
-from preprocessing.pipeline import PreprocessConfig
 from preprocessing.reader import open_dataset
 from preprocessing.toyworld import ToyConfig, draw_truth, render_frames, write_toyworld
 from workflows import environment

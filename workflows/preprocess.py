@@ -6,9 +6,11 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from mfcore.codecs.known import build_codec
 from mfcore.types import AUDIO, VIDEO
+from preprocessing.config import PreprocessConfig
 from preprocessing.encode import merge_sums
 from preprocessing.lease import LOCK, Lease
 from preprocessing.manifest import (
@@ -33,12 +36,13 @@ from preprocessing.manifest import (
 )
 from preprocessing.manifest import verify as verify_files
 from preprocessing.mp4 import write_mp4
-from preprocessing.pipeline import PreprocessConfig, build_encoders, run_units
+from preprocessing.pipeline import build_encoders
 from preprocessing.probe import MediaError, probe
 from preprocessing.reader import ClipDataset, open_dataset, read_facts
 from preprocessing.schema import SCHEMA_VERSION
 from preprocessing.source import MANIFESTS, find_sources
 from preprocessing.storage import TEMPORARY, Store
+from preprocessing.units import run_units
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called as ``progress(units done, units in all, counts so far)``."""
@@ -63,7 +67,14 @@ def preprocess(
     _check_named_files(sources)
     store = Store(out)
     facts = _existing_facts(store, config)
-    units = plan_units(read_units(store), found, config.sources_per_unit, config.fingerprint)
+    plan = partial(
+        plan_units,
+        sources=found,
+        per_unit=config.sources_per_unit,
+        fingerprint=config.fingerprint,
+        keep_duplicates=config.keep_duplicates,
+    )
+    units = plan(read_units(store))
     if dry_run:
         return {
             "sources": len(found),
@@ -75,7 +86,7 @@ def preprocess(
         store.sweep()
         # planned again: what another driver finished between the check above and the lease counts
         known = read_units(store)
-        units = plan_units(known, found, config.sources_per_unit, config.fingerprint)
+        units = plan(known)
         missing = [unit for unit in units if unit.name not in finished(store)]
         if missing or not facts.get("complete"):
             _write_facts(store, config, {"complete": False})
@@ -141,9 +152,11 @@ def _run(
     progress: Progress | None,
 ) -> None:
     markers: list[dict[str, Any]] = []
+    seconds = Counter[str]()
     with _shown(progress) as show:
 
-        def on_done(marker: dict[str, Any]) -> None:
+        def on_done(marker: dict[str, Any], spent: Mapping[str, float]) -> None:
+            seconds.update(spent)
             markers.append(marker)
             sources = sum(m["sources"] for m in markers)
             show(len(units) - len(missing) + len(markers), len(units), total(markers, sources))

@@ -1,12 +1,13 @@
-"""Files with a known clock, made by ffmpeg: every frame carries its number, every two thirds of a second there is a
-beep.
+"""Files with a known clock, made by ffmpeg: every frame carries its number, a patch flashes whenever there is a beep.
 
-The picture is a still texture with 16 squares that spell the frame number in binary, and a patch that flashes with the
-beeps; the sound is a quiet tone with bursts of 1 kHz.
+The picture is a still texture with 16 squares that spell the frame number in binary, and the patch; the sound is a
+quiet tone with bursts of 1 kHz.
 """
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +16,40 @@ SIDE, SQUARE = 128, 16
 RATE = 44100
 BEEPS = np.array([0.5, 1.1, 1.75, 2.3])  # seconds on the sound's own clock
 BURST = 0.04  # seconds
+PATCH = slice(72, 120)  # rows and columns of the patch that flashes
 
 
-def numbered_frames(count: int) -> np.ndarray:
-    """uint8 (count, SIDE, SIDE, 3); frame i spells i in its two upper rows of squares."""
+def numbered_frames(count: int, flashes: np.ndarray | None = None) -> np.ndarray:
+    """uint8 (count, SIDE, SIDE, 3); frame i spells i in its two upper rows of squares. The patch is bright in the
+    frames of ``flashes`` and the two after each."""
     texture = np.random.default_rng(0).integers(60, 130, (SIDE // 8, SIDE // 8, 3))
     frames = np.repeat(np.kron(texture, np.ones((8, 8, 1)))[None], count, 0).astype(np.uint8)
     for i in range(count):
         for bit in range(16):
             y, x = bit // 8 * SQUARE, bit % 8 * SQUARE
             frames[i, y : y + SQUARE, x : x + SQUARE] = 235 if i >> bit & 1 else 20
+    for first in [] if flashes is None else flashes:
+        frames[first : first + 3, PATCH, PATCH] = 235
     return frames
 
 
 def read_numbers(frames: np.ndarray) -> np.ndarray:
     """The number that each decoded frame spells, whatever its size."""
-    edge = frames.shape[1] * SQUARE // SIDE
+    high, wide = (edge * SQUARE // SIDE for edge in frames.shape[1:3])
     grey = frames.astype(float).mean(3)
     numbers = np.zeros(len(frames), int)
     for bit in range(16):
-        y, x = bit // 8 * edge, bit % 8 * edge
-        middle = grey[:, y + edge // 4 : y + edge - edge // 4, x + edge // 4 : x + edge - edge // 4].mean((1, 2))
+        y, x = bit // 8 * high, bit % 8 * wide
+        middle = grey[:, y + high // 4 : y + high - high // 4, x + wide // 4 : x + wide - wide // 4].mean((1, 2))
         numbers |= (middle > 127).astype(int) << bit
     return numbers
+
+
+def find_flashes(frames: np.ndarray) -> np.ndarray:
+    """Numbers of the frames in which the patch lights up."""
+    rows, columns = (slice(PATCH.start * n // SIDE, PATCH.stop * n // SIDE) for n in frames.shape[1:3])
+    bright = frames[:, rows, columns].mean((1, 2, 3)) > 165
+    return np.flatnonzero(bright[1:] & ~bright[:-1]) + 1
 
 
 def burst(rate: int) -> np.ndarray:
@@ -64,8 +76,9 @@ def find_beeps(wave: np.ndarray, rate: int) -> np.ndarray:
         np.correlate(wave, window * wave_, "valid") for wave_ in (np.sin(2000 * np.pi * t), np.cos(2000 * np.pi * t))
     ]
     energy = np.hypot(*pair)
+    least = 0.4 * energy.max()
     found = []
-    while energy.max() > 0.5 * 0.6 * (window**2).sum() / 2:
+    while energy.max() > max(least, 0.02 * (window**2).sum()):
         peak = int(energy.argmax())
         found.append(peak / rate)
         energy[max(0, peak - rate // 10) : peak + rate // 10] = 0
@@ -77,45 +90,67 @@ class Fixture:
     """A way to make a file, and what is true of it."""
 
     name: str
-    fps: tuple[int, int] = (25, 1)
+    fps: tuple[int, int] = (25, 1)  # of the numbered frames; in an interlaced file of its fields
     suffix: str = "mp4"
     audio_late: float = 0.0  # seconds that the sound is shifted against its container clock
     video_late: float = 0.0
-    keep: str = "1"  # ffmpeg expression of the frames that are kept; others are dropped without replacement
-    options: tuple[str, ...] = ("-c:a", "aac")
+    early: float = 0.0  # seconds that ffmpeg's writer puts the sound too early: that of matroska (version 5.1 at least)
+    # does not add the codec's delay to the timestamps of Opus, and every reader takes it off
+    keep: Callable[[int], bool] = lambda n: True  # the frames that are kept; others go without replacement
+    every: int = 1  # 2: two numbered frames become the fields of one
+    picture: str = "null"  # ffmpeg filter
+    codec: tuple[str, ...] = ("-c:v", "libx264", "-preset", "ultrafast", "-crf", "10", "-pix_fmt", "yuv420p")
+    sound: tuple[str, ...] = ("-c:a", "aac")
+    sound_seconds: float = 3.0
+    copy: tuple[str, ...] = ()  # options for the input of the copy into the container
+    muxer: tuple[str, ...] = ()  # options for its output
+    direct: bool = False  # encoded straight into its container: copying would lose the priming of some codecs
+    turn: int = 0  # quarter turns that undo the file's rotation
+    size: tuple[int, int] = (64, 64)  # to decode to
 
     def kept(self, frames: int) -> list[int]:
-        expression = self.keep.replace("mod(n,7)", "(n%7)").replace("mod(n,5)", "(n%5)")
-        return [n for n in range(frames) if eval(expression, {"lt": lambda a, b: a < b}, {"n": n})]
+        return [n for n in range(0, frames, self.every) if self.keep(n)]
+
+    @property
+    def step(self) -> float:
+        """Seconds from one numbered frame to the next."""
+        return self.fps[1] / self.fps[0]
+
+    @property
+    def beeps(self) -> np.ndarray:
+        """Each at the time of a frame that is kept."""
+        kept = np.array(self.kept(round(3 / self.step))) * self.step
+        return np.array([kept[np.abs(kept - beep).argmin()] for beep in BEEPS])
 
 
 def make(fixture: Fixture, folder: Path, seconds: float = 3.0) -> Path:
     """Write the fixture's file: encode at offset 0 into matroska, then copy into its container with the offsets."""
     up, down = fixture.fps
-    raw, wav, encoded = folder / "raw.rgb", folder / "raw.f32", folder / "encoded.mkv"
-    numbered_frames(round(seconds * up / down)).tofile(raw)
-    sound(seconds).tofile(wav)
-    command = [
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        f"{SIDE}x{SIDE}",
-        "-framerate",
-        f"{up}/{down}",
-        "-i",
-        str(raw),
-    ]
-    command += ["-f", "f32le", "-ar", str(RATE), "-ac", "1", "-i", str(wav), "-vf", f"select='{fixture.keep}'"]
-    command += ["-c:v", "libx264", "-preset", "ultrafast", "-crf", "10", "-pix_fmt", "yuv420p", *fixture.options]
-    _ffmpeg(*command, "-avoid_negative_ts", "disabled", str(encoded))
+    raw, wav = folder / "raw.rgb", folder / "raw.f32"
+    flashes = np.round(fixture.beeps / fixture.step).astype(int)
+    numbered_frames(round(seconds * up / down), flashes).tofile(raw)
+    beeps = fixture.beeps[fixture.beeps < fixture.sound_seconds - BURST]
+    sound(fixture.sound_seconds if seconds == 3.0 else seconds, beeps=beeps).tofile(wav)
+    picture = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{SIDE}x{SIDE}", "-framerate", f"{up}/{down}", "-i", raw]
+    heard = ["-f", "f32le", "-ar", RATE, "-ac", "1", "-i", wav]
+    runs = groupby(enumerate(n for n in range(round(seconds / fixture.step)) if fixture.keep(n)), lambda p: p[1] - p[0])
+    ends = [[n for _, n in run] for _, run in runs]
+    chosen = "+".join(f"between(n,{run[0]},{run[-1]})" for run in ends)
+    encoding = ["-vf", f"select='{chosen}',{fixture.picture}", *fixture.codec, *fixture.sound]
+    encoding += ["-fps_mode", "passthrough"]
+    shift = [["-itsoffset", late] for late in (fixture.video_late, fixture.audio_late)]
     out = folder / f"{fixture.name}.{fixture.suffix}"
-    late = ["-itsoffset", str(fixture.video_late), "-i", str(encoded), "-itsoffset", str(fixture.audio_late)]
-    late += ["-i", str(encoded), "-map", "0:v", "-map", "1:a", "-c", "copy"]
-    _ffmpeg(*late, *(["-avoid_negative_ts", "disabled"] if fixture.suffix == "mkv" else []), str(out))
+    if fixture.direct:
+        negative = ["-avoid_negative_ts", "disabled"] if fixture.suffix in ("mkv", "webm") else []
+        _ffmpeg(*shift[0], *picture, *shift[1], *heard, *encoding, *fixture.muxer, *negative, out)
+        return out
+    encoded = folder / "encoded.mkv"
+    _ffmpeg(*picture, *heard, *encoding, "-avoid_negative_ts", "disabled", encoded)
+    both = [part for s in shift for part in (*s, *fixture.copy, "-i", encoded)]
+    disabled = ["-avoid_negative_ts", "disabled"] if fixture.suffix == "mkv" else []
+    _ffmpeg(*both, "-map", "0:v", "-map", "1:a", "-c", "copy", *disabled, *fixture.muxer, out)
     return out
 
 
-def _ffmpeg(*arguments: str) -> None:
-    subprocess.run(["ffmpeg", "-y", "-loglevel", "error", *arguments], check=True)
+def _ffmpeg(*arguments: object) -> None:
+    subprocess.run(["ffmpeg", "-y", "-loglevel", "error", *map(str, arguments)], check=True)

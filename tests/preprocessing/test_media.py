@@ -1,8 +1,7 @@
-"""The clock: frames show the instant they should, sound is where it should be, before anything is encoded."""
+"""Decoding: any name, any picture, in portions and in part; a decoder that hangs. (What it shows when: test_clock.)"""
 
 import os
 import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,51 +14,6 @@ from preprocessing.probe import MediaError, probe
 from tests.preprocessing.flashbeep import BEEPS, Fixture, find_beeps, make, numbered_frames, read_numbers, sound
 
 FPS, RATE = Fraction(24), 16000
-FIXTURES = [
-    Fixture(name="constant_25"),
-    Fixture(name="ntsc_29_97", fps=(30000, 1001)),
-    Fixture(name="film_23_976", fps=(24000, 1001)),
-    Fixture(name="fast_60", fps=(60, 1)),
-    Fixture(name="slow_10", fps=(10, 1)),
-    Fixture(name="variable_mkv", fps=(30, 1), suffix="mkv", keep="lt(mod(n,7)*mod(n,5),9)"),
-    Fixture(name="variable_mp4", fps=(30, 1), keep="lt(mod(n,7)*mod(n,5),9)"),
-    Fixture(name="late_sound_mp4", audio_late=0.08),
-    Fixture(name="late_sound_mkv", audio_late=0.08, suffix="mkv"),
-    Fixture(name="early_sound_mp4", video_late=0.3),
-    Fixture(name="early_sound_mkv", video_late=0.3, suffix="mkv"),
-    Fixture(name="negative_start_mkv", suffix="mkv"),
-    Fixture(name="transport_stream", suffix="ts", options=("-c:a", "mp2")),
-    Fixture(name="late_transport_stream", suffix="ts", audio_late=0.08, options=("-c:a", "mp2")),
-    Fixture(
-        name="pcm_8k_avi",
-        suffix="avi",
-        options=("-c:v", "mjpeg", "-q:v", "2", "-pix_fmt", "yuvj420p", "-c:a", "pcm_s16le", "-ar", "8000"),
-    ),
-    Fixture(name="surround_96k_mov", suffix="mov", options=("-c:a", "pcm_s16le", "-ar", "96000", "-ac", "6")),
-    Fixture(name="sound_gap", suffix="mkv", options=("-c:a", "pcm_s16le", "-af", "aselect='not(between(t,0.8,0.95))'")),
-    Fixture(name="b_frames_edit_list", options=("-c:a", "aac", "-preset", "medium", "-bf", "3")),
-]
-
-
-def measure(fixture: Fixture, folder: Path) -> tuple[float, float, float]:
-    """(worst frame error in source frames, worst beep error in seconds, seconds per source frame)."""
-    path = make(fixture, folder)
-    frames, wave = decode_all(path)
-    step = fixture.fps[1] / fixture.fps[0]
-    kept = np.array(fixture.kept(round(3 / step)))
-    shown = read_numbers(frames)
-    instants = np.arange(len(frames)) / float(FPS)
-    inside = instants <= (kept[-1] - kept[0]) * step
-    # the nearest kept frame is the best that can be shown; half a (local) source frame is the bound
-    error = np.abs((shown - kept[0]) * step - instants)[inside]
-    bound = np.array([np.diff(kept)[max(0, np.searchsorted(kept, n) - 1) :][:2].max() * step / 2 for n in shown])[
-        inside
-    ]
-    first = fixture.video_late + kept[0] * step - fixture.audio_late
-    expected = [b - first for b in BEEPS if 0 <= b - first < len(wave) / RATE - 0.05]
-    found = find_beeps(wave, RATE)
-    assert len(found) == len(expected), (found, expected)
-    return float((error / bound).max() / 2), float(np.abs(found - expected).max()), step
 
 
 def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -70,15 +24,6 @@ def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
     assert frames is not None
     assert wave is not None
     return frames, wave
-
-
-@pytest.mark.parametrize("fixture", FIXTURES, ids=lambda f: f.name)
-def test_every_frame_within_half_a_source_frame_and_sound_within_a_millisecond(fixture, tmp_path, record_property):
-    frame_error, beep_error, _ = measure(fixture, tmp_path)
-    record_property("frame_error_in_source_frames", frame_error)
-    record_property("beep_error_ms", beep_error * 1000)
-    assert frame_error <= 0.5 + 0.02  # matroska rounds timestamps to milliseconds
-    assert beep_error < 0.001
 
 
 @pytest.mark.parametrize(
@@ -139,7 +84,7 @@ def test_portions_are_the_whole(tmp_path):
 
 
 def test_a_span_in_the_middle_is_that_part_of_the_whole(tmp_path):
-    path = make(Fixture(name="middle", fps=(24, 1), suffix="mkv"), tmp_path, seconds=14.0)
+    path = make(Fixture(name="middle", fps=(24, 1)), tmp_path, seconds=14.0)
     info = probe(path)
     first = info.start - info.origin
     frames, wave = decode(path, first + 12.5, first + 13.5, fps=FPS, size=(64, 64), sample_rate=RATE)
@@ -194,12 +139,3 @@ def test_a_decoder_that_gives_nothing_is_stopped(tmp_path, monkeypatch):
     with pytest.raises(MediaError) as caught:
         decoder.read(10)
     assert caught.value.reason == "timeout"
-
-
-if __name__ == "__main__":  # the table of docs/lab-log.md
-    import tempfile
-
-    for one in FIXTURES:
-        with tempfile.TemporaryDirectory() as name:
-            frame, beep, _ = measure(one, Path(name))
-        sys.stdout.write(f"| {one.name} | {frame:.3f} | {1000 * beep:.3f} |\n")

@@ -11,19 +11,21 @@ import pytest
 import torch
 
 from preprocessing import pipeline
+from preprocessing.config import PreprocessConfig
 from preprocessing.encode import ChannelSums
 from preprocessing.filters import FilterConfig, check_sound
 from preprocessing.lease import LOCK, Lease, LeaseLost, check_token
 from preprocessing.manifest import plan_units
 from preprocessing.media import Decoder
 from preprocessing.mp4 import write_mp4
-from preprocessing.pipeline import PreprocessConfig, build_encoders, process_source, run_unit, span_plan
+from preprocessing.pipeline import build_encoders, process_source, span_plan
 from preprocessing.probe import probe
 from preprocessing.record import Clip, Rejected, Source, Word
 from preprocessing.sidecar import attach_text
 from preprocessing.source import find_sources
 from preprocessing.storage import Store
 from preprocessing.toyworld import write_toyworld
+from preprocessing.units import run_unit
 from tests.preprocessing.flashbeep import numbered_frames, read_numbers, sound
 from tests.preprocessing.mediafolder import FPS, RATE, make_folder, silent_black, write_clip
 
@@ -132,7 +134,7 @@ def test_every_bad_clip_has_its_reason(tmp_path):
 def test_clipped_sound_is_rejected_and_loud_sound_is_not():
     wave = sound(2.5, RATE)
     clip = Clip(source=Source(uri="", size=0, fingerprint=""), span=(0, 2.5), frames=None, waveform=wave / wave.max())
-    assert check_sound(clip, FilterConfig()) is clip
+    assert check_sound(clip, FilterConfig()).loudness_db == pytest.approx(-19.27, abs=0.01)
     with pytest.raises(Rejected, match="clipped"):
         check_sound(replace(clip, waveform=np.clip(150 * wave, -1, 1)), FilterConfig())
 
@@ -280,7 +282,7 @@ def test_statistics_of_parts_are_those_of_the_whole():
 
 
 def test_contradictions_are_refused():
-    for wrong in ({"size": (60, 64)}, {"min_chunks": 30}, {"sources_per_unit": 0}):
+    for wrong in ({"sizes": ((60, 64),)}, {"min_chunks": 30}, {"sources_per_unit": 0}):
         with pytest.raises(ValueError):
             PreprocessConfig(**wrong)
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from preprocessing import reader
-from preprocessing.pipeline import PreprocessConfig, build_encoders, process_source
+from preprocessing.config import PreprocessConfig
+from preprocessing.pipeline import build_encoders, process_source
 from preprocessing.reader import open_dataset
-from preprocessing.source import find_sources
+from preprocessing.source import edges, find_sources
 from tests.preprocessing.mediafolder import make_folder, write_clip
 from tests.workflows.dataset import write_dataset
 from workflows.preprocess import preprocess
@@ -119,15 +120,18 @@ def test_a_view_numbers_its_row_groups_from_zero(tmp_path):
 
 
 def test_split_is_by_source_and_survives_growth(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "_share", lambda uri: "abcde".index(uri[-5]) / 5)
+    order: list[str] = []
+    monkeypatch.setattr(reader, "_share", lambda content: order.index(content) / 5)
     for name in ("a", "b", "c", "d"):
-        write_clip(tmp_path / f"{name}.mp4", 1.2)
+        write_clip(tmp_path / f"{name}.mp4", 1.2 + 0.1 * ord(name) % 1)
+    order += [edges(str(tmp_path / f"{name}.mp4")) for name in "abcd"]
     out = str(tmp_path / "out")
     preprocess([str(tmp_path)], out, CONFIG, progress=quiet)
     train, held = open_dataset(out).held_out(0.5)
     assert len(train) + len(held) == 4
     assert not set(train.ids) & set(held.ids)
-    write_clip(tmp_path / "e.mp4", 1.2)
+    write_clip(tmp_path / "e.mp4", 1.9)
+    order.append(edges(str(tmp_path / "e.mp4")))
     preprocess([str(tmp_path)], out, CONFIG, progress=quiet)
     grown_train, grown_held = open_dataset(out).held_out(0.5)
     assert set(train.ids) <= set(grown_train.ids)
@@ -135,8 +139,8 @@ def test_split_is_by_source_and_survives_growth(tmp_path, monkeypatch):
 
 
 def test_marked_duplicates_are_left_out(tmp_path):
-    for name in ("a", "b"):
-        write_clip(tmp_path / f"{name}.mp4", 1.2)
+    for name, seconds in (("a", 1.2), ("b", 1.3)):
+        write_clip(tmp_path / f"{name}.mp4", seconds)
     preprocess([str(tmp_path)], str(tmp_path / "out"), CONFIG, progress=quiet)
     first = open_dataset(str(tmp_path / "out")).ids[0]
     pq.write_table(pa.table({"id": [first]}), tmp_path / "out" / "_duplicates.parquet")

@@ -12,7 +12,7 @@ from mfcore.ema import Ema, EmaConfig, WholeWeights
 from mfcore.flow import TimeConfig
 from mfcore.model.transformer import build_model
 from mfcore.types import AUDIO
-from preprocessing.pipeline import PreprocessConfig
+from preprocessing.config import PreprocessConfig
 from preprocessing.reader import open_dataset
 from preprocessing.toyworld import write_toyworld
 from tests.mfcore.analytic import LinearGaussian, linear_clips

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mfcore.model.transformer import build_model
-from preprocessing.pipeline import PreprocessConfig
+from preprocessing.config import PreprocessConfig
 from preprocessing.reader import open_dataset
 from preprocessing.toyworld import write_toyworld
 from workflows import config_io, presets

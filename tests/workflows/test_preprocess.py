@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from mfcore.metrics.speech import error_rate
+from preprocessing.config import PreprocessConfig
 from preprocessing.media import Decoder
-from preprocessing.pipeline import PreprocessConfig
 from preprocessing.probe import probe
 from preprocessing.reader import open_dataset
 from preprocessing.toyhearing import read_sound
@@ -133,7 +133,7 @@ def test_a_killed_driver_leaves_nothing_that_counts(made, tmp_path):
     out = tmp_path / "out"
     script = (
         "import sys; from fractions import Fraction; from workflows.preprocess import preprocess;"
-        "from preprocessing.pipeline import PreprocessConfig;"
+        "from preprocessing.config import PreprocessConfig;"
         "preprocess([sys.argv[1]], sys.argv[2],"
         " PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2))"
     )
@@ -159,7 +159,7 @@ def test_new_sources_extend_the_dataset(tmp_path):
     write_clip(folder / "a.mp4", 1.2)
     preprocess([str(folder)], str(tmp_path / "out"), CONFIG, progress=quiet)
     before = content(tmp_path / "out" / "clips")
-    write_clip(folder / "b.mp4", 1.2)
+    write_clip(folder / "b.mp4", 1.3)
     counts = preprocess([str(folder)], str(tmp_path / "out"), CONFIG, progress=quiet)
     assert (counts["sources"], counts["accepted"]) == (2, 2)
     assert before.items() <= content(tmp_path / "out" / "clips").items()
@@ -236,6 +236,6 @@ def test_real_clips_become_rows_or_rejects_with_a_reason(tmp_path):
     listed = "uri\n" + "\n".join(str((REAL / name).resolve()) for name in names) + "\n"
     (tmp_path / "list.csv").write_text(listed)
     counts = preprocess([str(tmp_path / "list.csv")], str(tmp_path / "out"), CONFIG, progress=quiet)
-    assert (counts["sources"], counts["accepted"]) == (8, 2)
-    assert counts["rejects_by_reason"] == {"corrupt": 1, "no_audio": 2, "no_video": 1, "too_short": 1, "unreadable": 1}
+    assert (counts["sources"], counts["accepted"]) == (8, 4)
+    assert counts["rejects_by_reason"] == {"corrupt": 1, "no_audio": 2, "no_video": 1, "unreadable": 1}
     assert inspect(str(tmp_path / "out"), verify=True)["verified"]

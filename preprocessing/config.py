@@ -1,0 +1,91 @@
+"""Everything a dataset is a function of, beside its sources."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from math import log
+from typing import Any, Literal
+
+from mfcore.codecs.dct import DctConfig
+from mfcore.codecs.mel import MelConfig
+from mfcore.types import AUDIO, VIDEO
+from preprocessing.filters import FilterConfig
+from preprocessing.manifest import canonical, digest
+from preprocessing.scenes import SceneConfig
+
+MODALITIES = {"paired": (VIDEO, AUDIO), "video": (VIDEO,), "audio": (AUDIO,)}
+_SAME_SHAPE = 0.01  # relative difference of aspect ratios that makes none
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """What a dataset is a function of, beside its sources (``workers`` aside, which changes nothing in it)."""
+
+    modality: Literal["paired", "video", "audio"] = "paired"  # paired: reject a source that lacks a stream
+    sizes: tuple[tuple[int, int], ...] = ((64, 64),)  # height, width of encoded pictures, pixels; nearest shape chosen
+    fit: Literal["crop", "pad"] = "crop"  # how another aspect ratio becomes this one
+    audio_track: int | None = None  # which of a file's sounds, 0 the first; None: the one that it marks as default
+    chunk_seconds: Fraction = Fraction(1, 2)  # of the model that will be trained
+    window_seconds: Fraction = Fraction(10)  # longest clip, its first frame not counted
+    min_chunks: int = 2  # whole chunks of the shortest clip
+    video: DctConfig = field(default_factory=DctConfig)  # its fps is the frame rate of the dataset
+    audio: MelConfig = field(default_factory=MelConfig)  # its sample_rate is the sample rate of the dataset
+    text_width: int = 64  # width of the hashed embeddings of caption and transcript
+    scenes: SceneConfig = field(default_factory=SceneConfig)
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    keep_duplicates: bool = False  # also sources whose bytes are those of another one
+    latent_dtype: Literal["float32", "float16"] = "float32"
+    sources_per_unit: int = 16  # sources that are processed and published together
+    stall_seconds: float = 60.0  # a decoder that gives nothing for so long is stopped
+    workers: int | None = None  # processes through Ray; None: one per CPU; 0: in this process, without Ray
+
+    def __post_init__(self) -> None:
+        if not self.sizes:
+            raise ValueError("sizes must name at least one height and width, such as 64x64")
+        for height, width in self.sizes:
+            if height % self.video.block or width % self.video.block or height % 2 or width % 2 or not height * width:
+                raise ValueError(
+                    f"size {height}x{width}: both must be even and multiples of video.block={self.video.block}"
+                )
+        if self.min_chunks < 1 or self.min_chunks * self.chunk_seconds > self.window_seconds:
+            raise ValueError(
+                f"min_chunks={self.min_chunks} of {float(self.chunk_seconds)} s do not fit into window_seconds="
+                f"{float(self.window_seconds)}: choose fewer, or a longer window"
+            )
+        if self.audio_track is not None and self.audio_track < 0:
+            raise ValueError(f"audio_track={self.audio_track}: the first one is 0")
+        if self.sources_per_unit < 1 or (self.workers is not None and self.workers < 0) or self.text_width < 1:
+            raise ValueError("sources_per_unit and text_width must be at least 1, workers at least 0")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return MODALITIES[self.modality]
+
+    @property
+    def fps(self) -> Fraction:
+        return Fraction(self.video.fps)
+
+    @property
+    def sample_rate(self) -> int:
+        return self.audio.sample_rate
+
+    def size_for(self, shown: tuple[float, float]) -> tuple[int, int]:
+        """The size for a picture seen as (height, width): the nearest shape, of that the largest that enlarges
+        nothing, else the smallest."""
+
+        def distance(size: tuple[int, int]) -> tuple[int, bool, float]:
+            shape = abs(log(size[1] * shown[0] / (size[0] * shown[1])))
+            enlarges = size[0] > shown[0] and size[1] > shown[1]
+            return round(shape / _SAME_SHAPE), enlarges, size[0] * size[1] * (1 if enlarges else -1)
+
+        return min(self.sizes, key=distance)
+
+    def resolved(self) -> dict[str, Any]:
+        """The configuration as plain JSON values, without what changes nothing in the dataset."""
+        values: dict[str, Any] = json.loads(canonical(asdict(self)))
+        del values["workers"]
+        return values
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.resolved())
