@@ -95,6 +95,12 @@ def preprocess(
     out: Dataset,
     *,
     modality: Annotated[Literal["paired", "video", "audio"] | None, typer.Option(help="What a clip must have.")] = None,
+    sizes: Annotated[
+        str | None, typer.Option(metavar="HxW,HxW", help="Sizes of pictures; each source gets the nearest shape.")
+    ] = None,
+    audio_track: Annotated[
+        int | None, typer.Option(min=0, help="Which sound of a file, 0 the first; default: the one it marks.")
+    ] = None,
     sets: Sets,
     config: Config = None,
     dry_run: DryRun = False,
@@ -108,8 +114,9 @@ def preprocess(
         from workflows.preprocess import preprocess as run_preprocess
 
         written = change(PreprocessConfig(), read_file(config) if config else {})
-        chosen = change(written, parse_sets(sets + ([f"modality={modality}"] if modality else [])))
-        return run_preprocess(sources, out, chosen, dry_run=dry_run)
+        named = {"modality": modality, "sizes": sizes and pairs(sizes, "--sizes"), "audio_track": audio_track}
+        values = parse_sets(sets) | {name: value for name, value in named.items() if value is not None}
+        return run_preprocess(sources, out, change(written, values), dry_run=dry_run)
 
     console.run(work, as_json=json)
 
@@ -334,6 +341,15 @@ def numbers(text: str, option: str, *, least: int) -> list[int]:
         if not part.strip().isdecimal() or int(part) < least:
             raise ValueError(f"{option} takes whole numbers from {least} up separated by commas, got {part!r}")
     return [int(part) for part in text.split(",")]
+
+
+def pairs(text: str, option: str) -> list[list[int]]:
+    """``192x336,336x192`` as [[192, 336], [336, 192]], or ValueError naming the option and the part that is none."""
+    parts = [part.strip().lower().split("x") for part in text.split(",")]
+    for part in parts:
+        if len(part) != 2 or not all(edge.isdecimal() for edge in part):
+            raise ValueError(f"{option} takes height x width pairs such as 192x336,336x192, got {'x'.join(part)!r}")
+    return [[int(edge) for edge in part] for part in parts]
 
 
 def main() -> None:
