@@ -112,14 +112,19 @@ class Decoder:
         coarse = {"ss": f"{seek:.3f}", "noaccurate_seek": None} if seek > 0 else {}
         source = ffmpeg.input(_INPUT, copyts=None, reinit_filter=0, threads=1, **coarse)
         outputs: list[Any] = []
+        large = {"flush_packets": 0, "blocksize": _PIPE_BYTES}  # a write, and a read of ours, per 32 KiB costs time
         if self.video:
             chain = video_filters(self.video, self.fps, self.size, fit, self.start)
             if cut_score is not None:
                 chain += "," + scene_filters(rf"pipe\:{scene_write}", cut_score)
-            outputs.append(source[str(self.video.index)].output("pipe:1", format="rawvideo", vf=chain, threads=1))
+            outputs.append(
+                source[str(self.video.index)].output("pipe:1", format="rawvideo", vf=chain, threads=1, **large)
+            )
         if self.audio:
             chain = audio_filters(self.sample_rate, self.start)
-            outputs.append(source[str(self.audio.index)].output(f"pipe:{audio_write}", format="f32le", af=chain))
+            outputs.append(
+                source[str(self.audio.index)].output(f"pipe:{audio_write}", format="f32le", af=chain, **large)
+            )
         flags = ("-hide_banner", "-nostdin", "-loglevel", "error", "-filter_threads", "1")
         command = ffmpeg.merge_outputs(*outputs).global_args(*flags).compile()
         self._process = subprocess.Popen(
@@ -136,7 +141,7 @@ class Decoder:
         assert self._process.stderr is not None
         own = [os.fdopen(end, "rb", buffering=0) for end in (audio_read, scene_read)]
         self._pipes: list[IO[bytes]] = [self._process.stdout, own[0], self._process.stderr, own[1]]
-        self._selector = selectors.DefaultSelector()
+        self._selector, self._open = selectors.DefaultSelector(), set(self._inboxes)
         for name, pipe in zip(self._inboxes, self._pipes, strict=True):
             self._selector.register(pipe, selectors.EVENT_READ, name)
         with suppress(OSError):  # a user over the limit of the system keeps the small pipe
@@ -168,7 +173,7 @@ class Decoder:
 
     def complaints(self) -> list[str]:
         """Read to the end of the file: every line that ffmpeg said, whether it failed or went on."""
-        while self._selector.get_map():
+        while self._open:
             self._pump()
             for name in ("video", "audio", "scene"):
                 self._inboxes[name].drop(len(self._inboxes[name]))
@@ -247,7 +252,7 @@ class Decoder:
         """Read pipes until the inboxes hold what is wanted or the streams have ended."""
         for name, size in wanted.items():
             self._inboxes[name].reserve(size)
-        while any(len(self._inboxes[name]) < size and name in self._open() for name, size in wanted.items()):
+        while any(len(self._inboxes[name]) < size and name in self._open for name, size in wanted.items()):
             self._pump()
 
     def _pump(self) -> None:
@@ -259,9 +264,7 @@ class Decoder:
         for key, _ in ready:
             if self._inboxes[key.data].receive(key.fd) == 0:
                 self._selector.unregister(key.fileobj)
-
-    def _open(self) -> set[str]:
-        return {key.data for key in self._selector.get_map().values()}
+                self._open.discard(key.data)
 
 
 def _lines(inbox: _Inbox) -> list[str]:

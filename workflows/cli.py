@@ -14,7 +14,20 @@ from typing import Annotated, Any, Literal
 import typer
 
 from workflows import cli_bench, cli_cluster, cli_study, console, environment
-from workflows.options import Checkpoint, Config, Dataset, DryRun, Json, Mp4, Out, Overwrite, Preset, Sets
+from workflows.options import (
+    Checkpoint,
+    Config,
+    Dataset,
+    DryRun,
+    Json,
+    Mp4,
+    Out,
+    Overwrite,
+    Preset,
+    Sets,
+    numbers,
+    pairs,
+)
 
 app = typer.Typer(
     name="mfctl",
@@ -333,23 +346,6 @@ def mlflow(
 app.command()(cli_study.study)
 app.add_typer(cli_bench.app)
 app.add_typer(cli_cluster.app)
-
-
-def numbers(text: str, option: str, *, least: int) -> list[int]:
-    """Whole numbers separated by commas, or ValueError naming the option and the part that is none."""
-    for part in text.split(","):
-        if not part.strip().isdecimal() or int(part) < least:
-            raise ValueError(f"{option} takes whole numbers from {least} up separated by commas, got {part!r}")
-    return [int(part) for part in text.split(",")]
-
-
-def pairs(text: str, option: str) -> list[list[int]]:
-    """``192x336,336x192`` as [[192, 336], [336, 192]], or ValueError naming the option and the part that is none."""
-    parts = [part.strip().lower().split("x") for part in text.split(",")]
-    for part in parts:
-        if len(part) != 2 or not all(edge.isdecimal() for edge in part):
-            raise ValueError(f"{option} takes height x width pairs such as 192x336,336x192, got {'x'.join(part)!r}")
-    return [[int(edge) for edge in part] for part in parts]
 
 
 def main() -> None:

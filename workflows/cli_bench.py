@@ -1,11 +1,12 @@
 """The verbs of ``mfctl bench``: speed on this hardware, against the limits. Part of the command line in ``cli.py``."""
 
+import os
 from typing import Annotated, Any, Literal
 
 import typer
 
-from workflows import console
-from workflows.options import Json, Preset, Sets
+from workflows import console, environment
+from workflows.options import Json, Preset, Sets, numbers, pairs
 
 app = typer.Typer(name="bench", help="Speed on this hardware, against the limits.", no_args_is_help=True)
 
@@ -47,5 +48,47 @@ def train(
         from workflows.bench.train import render as table
 
         return table(result)
+
+    console.run(work, as_json=json, render=render)
+
+
+@app.command("preprocess")
+def preprocess(
+    folder: Annotated[
+        str, typer.Argument(parser=environment.absolute, metavar="DIR", help="Media files; a minute or more each.")
+    ] = "",
+    *,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every way has its turn.")] = 3,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per CPU.")] = None,
+    size: Annotated[str, typer.Option(metavar="HxW", help="Size of the encoded picture.")] = "144x256",
+    plain: Annotated[bool, typer.Option(help="Also a plain Ray Data pipeline.")] = True,
+    memory: Annotated[
+        str | None, typer.Option(metavar="FEW,MANY", help="Instead: memory for so many made-up clips, e.g. 500,10000.")
+    ] = None,
+    sets: Sets,
+    json: Json = False,
+) -> None:
+    """Speed of preprocessing against ffmpeg alone and a plain Ray Data pipeline, interleaved in one run."""
+
+    def work() -> Any:
+        from preprocessing.config import PreprocessConfig
+        from workflows.bench import memory as growth
+        from workflows.bench.preprocess import bench_preprocess
+        from workflows.config_io import change, parse_sets
+
+        processes = workers or os.cpu_count() or 1
+        if memory is not None:
+            few, many = sorted(numbers(memory, "--memory", least=1))
+            return growth.bench_memory(few=few, many=many, workers=processes)
+        if not folder:
+            raise ValueError("name a folder of media files, or --memory FEW,MANY")
+        config = change(PreprocessConfig(), {"sizes": pairs(size, "--size")} | parse_sets(sets))
+        return bench_preprocess(folder, config=config, workers=processes, rounds=rounds, with_plain=plain)
+
+    def render(result: Any) -> str:
+        from workflows.bench import memory as growth
+        from workflows.bench.preprocess import render as table
+
+        return growth.render(result) if memory is not None else table(result)
 
     console.run(work, as_json=json, render=render)

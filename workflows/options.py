@@ -30,3 +30,20 @@ Sets = Annotated[
 Config = Annotated[
     str | None, typer.Option("--config", metavar="FILE", parser=environment.absolute, help="Values from a YAML file.")
 ]
+
+
+def numbers(text: str, option: str, *, least: int) -> list[int]:
+    """Whole numbers separated by commas, or ValueError naming the option and the part that is none."""
+    for part in text.split(","):
+        if not part.strip().isdecimal() or int(part) < least:
+            raise ValueError(f"{option} takes whole numbers from {least} up separated by commas, got {part!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def pairs(text: str, option: str) -> list[list[int]]:
+    """``192x336,336x192`` as [[192, 336], [336, 192]], or ValueError naming the option and the part that is none."""
+    parts = [part.strip().lower().split("x") for part in text.split(",")]
+    for part in parts:
+        if len(part) != 2 or not all(edge.isdecimal() for edge in part):
+            raise ValueError(f"{option} takes height x width pairs such as 192x336,336x192, got {'x'.join(part)!r}")
+    return [[int(edge) for edge in part] for part in parts]

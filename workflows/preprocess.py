@@ -6,7 +6,6 @@ import os
 import sys
 import textwrap
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -57,9 +56,11 @@ def preprocess(
     *,
     dry_run: bool = False,
     progress: Progress | None = None,
+    spent: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Make, resume or extend the dataset ``out``; the counts of the command line's contract.
 
+    ``spent``: filled with the seconds that each step took, over all workers.
     ValueError, with nothing written, when an argument names no readable media, when ``out`` is something else or was
     made with another configuration, or when another driver is writing it.
     """
@@ -92,7 +93,7 @@ def preprocess(
             _write_facts(store, config, {"complete": False})
             if len(units) > len(known):
                 write_units(store, units)
-            _run(missing, units, store, lease.token, config, progress)
+            _run(missing, units, store, lease.token, config, progress, spent if spent is not None else {})
             _finish(store, config, units)
     return _summary(read_facts(store))
 
@@ -150,13 +151,14 @@ def _run(
     token: str,
     config: PreprocessConfig,
     progress: Progress | None,
+    spent: dict[str, float],
 ) -> None:
     markers: list[dict[str, Any]] = []
-    seconds = Counter[str]()
     with _shown(progress) as show:
 
-        def on_done(marker: dict[str, Any], spent: Mapping[str, float]) -> None:
-            seconds.update(spent)
+        def on_done(marker: dict[str, Any], seconds: Mapping[str, float]) -> None:
+            for name, value in seconds.items():
+                spent[name] = spent.get(name, 0.0) + value
             markers.append(marker)
             sources = sum(m["sources"] for m in markers)
             show(len(units) - len(missing) + len(markers), len(units), total(markers, sources))

@@ -1,0 +1,174 @@
+"""``mfctl bench preprocess``: our pipeline beside ffmpeg alone and beside a plain Ray Data pipeline, in turns.
+
+The limit is ffmpeg decoding and scaling the same files to nothing, one process per worker. Turns follow each other in
+every round, and ratios are those of one round: on a machine that others use too, only such ratios mean something. CPU
+seconds stand beside wall time, because they do not count what others do.
+"""
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from preprocessing.config import PreprocessConfig
+from preprocessing.mp4 import file_url
+from preprocessing.source import find_sources
+from preprocessing.storage import local_path
+from workflows.bench.memory import Watch
+from workflows.bench.plain import plain_pipeline
+from workflows.preprocess import preprocess
+from workflows.training.launch import ray_running
+
+BAR = 0.75  # of the limit, with sources of a minute and more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What one way of going through the files took."""
+
+    wall_s: float
+    cpu_s: float  # of all processes that worked for it
+    counts: Mapping[str, Any]
+    spent: Mapping[str, float]  # seconds by step
+    peak_rss_bytes: int
+
+
+def bench_preprocess(
+    folder: str, *, config: PreprocessConfig, workers: int, rounds: int, with_plain: bool = True
+) -> dict[str, Any]:
+    """Medians over the rounds; the keys that ``--json`` promises and more. ValueError when there is no media."""
+    paths = [local_path(source.uri) for source in find_sources([folder])]
+    config = replace(config, workers=workers, sources_per_unit=1, keep_duplicates=True)
+    ways: dict[str, Callable[[], Turn]] = {
+        "limit": lambda: _limit(paths, config),
+        "ours": lambda: _ours(folder, config),
+    }
+    if with_plain:
+        ways["plain"] = lambda: _plain(paths, config)
+    turns: dict[str, list[Turn]] = {name: [] for name in ways}
+    with ray_running(workers):
+        _ours(folder, replace(config, window_seconds=config.chunk_seconds, min_chunks=1))  # starts workers, warms files
+        for _ in range(rounds):
+            for name, way in ways.items():
+                turns[name].append(way())
+    return _summary(turns, workers, rounds)
+
+
+def _limit(paths: Sequence[str], config: PreprocessConfig) -> Turn:
+    height, width = config.sizes[0]
+
+    def one(path: str) -> None:
+        command = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1", "-i", file_url(path)]
+        subprocess.run(
+            [*command, "-vf", f"scale={width}:{height}", "-f", "null", "-"], check=False, capture_output=True
+        )
+
+    def all_of_them() -> dict[str, Any]:
+        with ThreadPoolExecutor(config.workers) as pool:
+            list(pool.map(one, paths))
+        return {}
+
+    return _timed(all_of_them, {})
+
+
+def _ours(folder: str, config: PreprocessConfig) -> Turn:
+    spent: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="mfctl-bench-") as out:
+        return _timed(lambda: preprocess([folder], f"{out}/set", config, progress=lambda *_: None, spent=spent), spent)
+
+
+def _plain(paths: Sequence[str], config: PreprocessConfig) -> Turn:
+    with tempfile.TemporaryDirectory(prefix="mfctl-bench-") as out:
+        return _timed(lambda: {"rows": plain_pipeline(paths, f"{out}/rows", config)}, {})
+
+
+def _timed(work: Callable[[], Mapping[str, Any]], spent: Mapping[str, float]) -> Turn:
+    with Watch() as watch:
+        began, used = time.perf_counter(), cpu_seconds()
+        counts = work()
+        took, used = time.perf_counter() - began, cpu_seconds() - used
+    return Turn(wall_s=took, cpu_s=used, counts=counts, spent=spent, peak_rss_bytes=max(watch.rss, default=0))
+
+
+def cpu_seconds() -> float:
+    """Of this process, of all that it or its children started, and of those among them that have ended."""
+    total = 0.0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            times: Any = process.cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def _summary(turns: Mapping[str, Sequence[Turn]], workers: int, rounds: int) -> dict[str, Any]:
+    ours = turns["ours"]
+    wall = median(turn.wall_s for turn in ours)
+    spent = {name: sum(turn.spent.get(name, 0.0) for turn in ours) for name in ours[0].spent}
+    seconds = ours[-1].counts["hours"] * 3600
+
+    def ratios(other: str, what: str) -> list[float]:
+        """How many times as long the other way takes as ours, round by round."""
+        pairs = zip(turns.get(other, ()), ours, strict=False)
+        return [getattr(theirs, what) / getattr(own, what) for theirs, own in pairs]
+
+    limit, plain = ratios("limit", "wall_s"), ratios("plain", "wall_s")
+    return {
+        "workers": workers,
+        "rounds": rounds,
+        "clips": ours[-1].counts["accepted"],
+        "clips_per_s": ours[-1].counts["accepted"] / wall,
+        "source_seconds_per_s": seconds / wall,
+        "ratio_to_limit": median(limit),
+        "ratio_to_limit_spread": [min(limit), max(limit)],
+        "ratio_to_limit_cpu": median(ratios("limit", "cpu_s")),
+        "ratio_to_plain_ray_data": median(plain) if plain else None,
+        "ratio_to_plain_ray_data_cpu": median(ratios("plain", "cpu_s")) if plain else None,
+        "bar": BAR,
+        "wall_s": {name: median(turn.wall_s for turn in own) for name, own in turns.items()},
+        "cpu_s": {name: median(turn.cpu_s for turn in own) for name, own in turns.items()},
+        "peak_rss_bytes": max(turn.peak_rss_bytes for turn in ours),
+        "share_by_step": {name: value / sum(spent.values()) for name, value in spent.items()},
+    }
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The table for people."""
+    low, high = result["ratio_to_limit_spread"]
+    lines = [
+        f"{result['clips']} clips, {result['workers']} worker(s), {result['rounds']} round(s): "
+        f"{result['clips_per_s']:.2f} clips/s, {result['source_seconds_per_s']:.1f} seconds of source a second",
+        f"of the limit (ffmpeg alone): {result['ratio_to_limit']:.2f} ({low:.2f}..{high:.2f}), "
+        f"in CPU seconds {result['ratio_to_limit_cpu']:.2f}; bar {result['bar']}",
+    ]
+    if result["ratio_to_plain_ray_data"] is not None:
+        lines.append(
+            f"faster than a plain Ray Data pipeline by {result['ratio_to_plain_ray_data']:.2f}, "
+            f"in CPU seconds {result['ratio_to_plain_ray_data_cpu']:.2f}"
+        )
+    lines += [f"{name:8} {result['wall_s'][name]:8.2f} s  CPU {cpu:8.2f} s" for name, cpu in result["cpu_s"].items()]
+    lines.append(f"peak memory of all processes {result['peak_rss_bytes'] / 1e6:.0f} MB, object store apart")
+    shares = sorted(result["share_by_step"].items(), key=lambda item: -item[1])
+    return "\n".join([*lines, "time by step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares)])
+
+
+def memory_files(folder: Path, clips: int, seconds: int = 100) -> int:
+    """Write sources that together give about ``clips`` clips of a second, and return how many there are."""
+    first = folder / "000000.mp4"
+    picture = f"testsrc2=s=64x64:r=24:d={seconds + 1}"
+    sound = f"sine=f=300:d={seconds + 1}:r=16000"
+    command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", picture, "-f", "lavfi", "-i", sound]
+    subprocess.run([*command, "-c:v", "libx264", "-preset", "ultrafast", "-threads", "1", str(first)], check=True)
+    count = -(-clips // seconds)
+    for number in range(1, count):
+        (folder / f"{number:06d}.mp4").hardlink_to(first)
+    return count
