@@ -16,7 +16,8 @@ from preprocessing.reader import open_dataset
 from preprocessing.toyworld import write_toyworld
 from tests.workflows.test_train import SMALL, killed_at
 from workflows.checkpoint import load_weights
-from workflows.preprocess import inspect, preprocess
+from workflows.inspection import inspect
+from workflows.preprocess import preprocess
 from workflows.train import train
 from workflows.training import worker
 

@@ -129,7 +129,13 @@ def preprocess(
         written = change(PreprocessConfig(), read_file(config) if config else {})
         named = {"modality": modality, "sizes": sizes and pairs(sizes, "--sizes"), "audio_track": audio_track}
         values = parse_sets(sets) | {name: value for name, value in named.items() if value is not None}
-        return run_preprocess(sources, out, change(written, values), dry_run=dry_run)
+        spent: dict[str, float] = {}
+        counts = run_preprocess(sources, out, change(written, values), dry_run=dry_run, spent=spent)
+        if spent:  # something was done
+            from workflows.inspection import record
+
+            counts["mlflow_run"] = record(out, spent, environment.absolute("runs"))
+        return counts
 
     console.run(work, as_json=json)
 
@@ -147,11 +153,16 @@ def inspect(
     """Counts, rejects by reason and statistics of a dataset."""
 
     def work() -> Any:
-        from workflows.preprocess import inspect as run_inspect
+        from workflows.inspection import inspect as run_inspect
 
         return run_inspect(dataset, verify=verify, sheet=sheet)
 
-    console.run(work, as_json=json)
+    def render(summary: Any) -> str:
+        from workflows.inspection import render as table
+
+        return table(summary)
+
+    console.run(work, as_json=json, render=render)
 
 
 @app.command()

@@ -25,7 +25,8 @@ from workflows.config import Stage
 from workflows.console import progress
 from workflows.evaluate import evaluate
 from workflows.generate import generate
-from workflows.preprocess import inspect, preprocess
+from workflows.inspection import inspect
+from workflows.preprocess import preprocess
 from workflows.train import train
 from workflows.training.samples import training_samples
 

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: the frontier, metrics over the length of a clip, and a sheet to compare samples by eye."""
+"""Pictures: a sweep's frontier, metrics over the length of a clip, a sheet of clips to look at, histograms."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,12 +35,14 @@ _DPI = 130
 
 @dataclass(frozen=True, kw_only=True)
 class Strip:
-    """One sample on the comparison sheet."""
+    """One clip on a sheet."""
 
     label: str
     frames: NDArray[np.uint8] | None  # (n, H, W, 3)
     sound: NDArray[np.float32] | None
     seconds: float
+    words: str = ""  # under the waveform
+    alarming: bool = False  # drawn in red
 
     def frame(self, at: float) -> NDArray[np.uint8] | None:
         """What is seen ``at`` seconds; None after the end."""
@@ -191,14 +193,27 @@ def _draw_strip(axes: Sequence[Axes | None], strip: Strip, columns: int, longest
     assert below is not None
     if strip.sound is not None:
         times = np.arange(len(strip.sound)) / max(len(strip.sound), 1) * strip.seconds
-        below.plot(times, strip.sound, lw=0.4, color="#333333")
+        below.plot(times, strip.sound, lw=0.4, color=_COLOURS["few"] if strip.alarming else "#333333")
     below.set_xlim(0, longest)
     below.set_ylim(-0.6, 0.6)
     below.set_yticks([])
     below.tick_params(labelbottom=False, length=2)
     below.spines[["top", "right", "left"]].set_visible(False)
-    target = above or below
-    target.text(-0.008, 0.5, strip.label, transform=target.transAxes, ha="right", va="center", fontsize=8)
+    target, colour = above or below, _COLOURS["few"] if strip.alarming else "black"
+    target.text(-0.008, 0.5, strip.label, transform=target.transAxes, ha="right", va="center", fontsize=8, color=colour)
+    if strip.words:
+        shown = strip.words.encode("ascii", "replace").decode()[:150].replace("$", r"\$")
+        below.text(0, -0.05, shown, transform=below.transAxes, ha="left", va="top", fontsize=6, color=colour)
+
+
+def histograms(values: Mapping[str, Sequence[float]], path: Path, title: str) -> Path:
+    """One panel for each name."""
+    figure, axes = _grid(len(values))
+    for axis, (name, numbers) in zip(axes, values.items(), strict=False):
+        axis.hist(numbers, bins=30, color=_COLOURS["multi"])
+        axis.set_title(name, fontsize=9)
+    _finish(figure, axes, title, len(values))
+    return _save(figure, path)
 
 
 def _grid(panels: int) -> tuple[Figure, list[Axes]]:

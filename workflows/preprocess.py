@@ -1,10 +1,8 @@
-"""The verbs around a dataset: make it (``preprocess``), look at it (``inspect``), play a clip (``reconstruct``)."""
+"""Make a dataset (``preprocess``), play one of its clips (``reconstruct``). To look at all of it: ``inspection.py``."""
 
-import io
 import json
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from mfcore.codecs.known import build_codec
@@ -24,7 +21,6 @@ from preprocessing.lease import LOCK, Lease
 from preprocessing.manifest import (
     DATASET_FILE,
     Unit,
-    canonical,
     difference,
     finished,
     plan_units,
@@ -33,7 +29,6 @@ from preprocessing.manifest import (
     total,
     write_units,
 )
-from preprocessing.manifest import verify as verify_files
 from preprocessing.mp4 import write_mp4
 from preprocessing.pipeline import build_encoders
 from preprocessing.probe import MediaError, probe
@@ -45,8 +40,6 @@ from preprocessing.units import run_units
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called as ``progress(units done, units in all, counts so far)``."""
-
-SHEET_CLIPS, SHEET_COLUMNS, TILE = 48, 8, 160
 
 
 def preprocess(
@@ -95,7 +88,7 @@ def preprocess(
                 write_units(store, units)
             _run(missing, units, store, lease.token, config, progress, spent if spent is not None else {})
             _finish(store, config, units)
-    return _summary(read_facts(store))
+    return summary_of(read_facts(store))
 
 
 def _check_named_files(arguments: Sequence[str]) -> None:
@@ -175,7 +168,8 @@ def _finish(store: Store, config: PreprocessConfig, units: Sequence[Unit]) -> No
     _write_facts(store, config, facts)
 
 
-def _summary(facts: dict[str, Any]) -> dict[str, Any]:
+def summary_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The counts of a finished dataset and its fingerprint."""
     return {**facts["counts"], "fingerprint": facts["fingerprint"]}
 
 
@@ -210,79 +204,13 @@ def _plain_lines(every: float = 5.0) -> Progress:
     return show
 
 
-# ------------------------------------------------------------------------------------------------- inspect, reconstruct
-
-
-def inspect(dataset: str, *, verify: bool = False, sheet: str | None = None) -> dict[str, Any]:
-    """Counts, codecs and clocks of a dataset; with ``verify`` checksums and accounting are recomputed from its files
-    (ValueError says what is wrong); with ``sheet`` a PNG of first frames and captions is written."""
-    if sheet is not None and (Path(sheet).exists() or not Path(sheet).absolute().parent.is_dir()):
-        raise ValueError(f"--sheet {sheet}: name a file that does not exist yet, in a folder that does")
-    store = Store(dataset)
-    facts = read_facts(store)
-    if not facts["complete"]:
-        raise ValueError(f"{dataset} is unfinished: run the same `mfctl preprocess` command again")
-    summary = _summary(facts)
-    summary |= {"modality": facts["config"]["modality"], "codecs": facts["codecs"], "clocks": facts["clocks"]}
-    if verify:
-        _verify(store, facts)
-        summary["verified"] = True
-    if sheet is not None:
-        contact_sheet(open_dataset(dataset)).save(sheet)
-        summary["sheet"] = str(sheet)
-    return summary
-
-
-def _verify(store: Store, facts: dict[str, Any]) -> None:
-    problems = verify_files(store)
-    units = read_units(store)
-    if not problems:
-        markers = read_markers(store, units)
-        again = total(markers, sum(len(unit.sources) for unit in units))
-        if canonical(again) != canonical(facts["counts"]):
-            problems = difference(facts["counts"], again, "counts.")
-    if problems:
-        lines = "\n  ".join(problems[:20])
-        raise ValueError(f"{store.uri} does not add up:\n  {lines}\nremove it and preprocess its sources again")
-
-
-def contact_sheet(dataset: ClipDataset, limit: int = SHEET_CLIPS) -> Image.Image:
-    """First frames of up to ``limit`` clips, spread evenly over the dataset, each over its id, length and caption."""
-    count = min(limit, len(dataset))
-    chosen = [dataset.clip(i * len(dataset) // count) for i in range(count)]
-    rows = -(-max(1, count) // SHEET_COLUMNS)
-    sheet = Image.new("RGB", (SHEET_COLUMNS * TILE, rows * (TILE + 44)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for n, clip in enumerate(chosen):
-        x, y = n % SHEET_COLUMNS * TILE, n // SHEET_COLUMNS * (TILE + 44)
-        sheet.paste(_tile(clip.first_frame_png), (x, y))
-        said = clip.caption or " ".join(word.word for word in clip.transcript) or "(no caption)"
-        seconds = clip.chunks * float(dataset.meta.chunk_seconds)
-        lines = [f"{clip.id} {seconds:g} s", *textwrap.wrap(said.encode("ascii", "replace").decode(), 26)[:2]]
-        draw.multiline_text((x + 3, y + TILE + 1), "\n".join(lines), fill="black", spacing=1)
-    return sheet
-
-
-def _tile(png: bytes | None) -> Image.Image:
-    """A first frame fitted into a square, grey where there is none."""
-    tile = Image.new("RGB", (TILE - 4, TILE - 4), "lightgrey")
-    if png is not None:
-        frame = Image.open(io.BytesIO(png))
-        scale = min(tile.width / frame.width, tile.height / frame.height)
-        size = (round(frame.width * scale), round(frame.height * scale))
-        tile.paste(
-            frame.resize(size, Image.Resampling.LANCZOS), ((tile.width - size[0]) // 2, (tile.height - size[1]) // 2)
-        )
-    return tile
-
-
 def reconstruct(dataset: str, clip_id: str, out: str, overwrite: bool = False) -> dict[str, Any]:
     """Decode one row back to an mp4: what the model's own output can look and sound like at best."""
     if os.path.exists(out) and not overwrite:
         raise ValueError(f"{out} exists: choose another name, or add --overwrite")
     clips = open_dataset(dataset)
     clip = clips.clip(clips.index(clip_id))
-    frames, sound = _decoded(clips, clip.video, VIDEO), _decoded(clips, clip.audio, AUDIO)
+    frames, sound = decoded(clips, clip.video, VIDEO), decoded(clips, clip.audio, AUDIO)
     fps, rate = Fraction(clips.meta.config["video"]["fps"]), int(clips.meta.config["audio"]["sample_rate"])
     seconds = len(frames) / fps if frames is not None else Fraction(0 if sound is None else len(sound), rate)
     sound = None if sound is None else sound[: round(seconds * rate)]
@@ -291,7 +219,8 @@ def reconstruct(dataset: str, clip_id: str, out: str, overwrite: bool = False) -
     return {"path": out, "seconds": float(seconds), "frames": 0 if frames is None else len(frames), "fps": float(fps)}
 
 
-def _decoded(clips: ClipDataset, latents: Tensor | None, modality: str) -> Any:
+def decoded(clips: ClipDataset, latents: Tensor | None, modality: str) -> Any:
+    """Frames or sound of latents of a dataset."""
     if latents is None:
         return None
     return build_codec(clips.meta.codecs[modality], clips.meta.clocks[modality]).decode(latents).numpy()
