@@ -139,3 +139,65 @@ def test_a_decoder_that_gives_nothing_is_stopped(tmp_path, monkeypatch):
     with pytest.raises(MediaError) as caught:
         decoder.read(10)
     assert caught.value.reason == "timeout"
+
+
+def _pq(nits: float) -> float:
+    """Signal of a luminance (SMPTE ST 2084)."""
+    y = (nits / 10000) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+
+
+def _hlg(nits: float) -> float:
+    """Signal of a grey on a display of 1000 nits (ITU-R BT.2100: light of the scene to the power of 1.2)."""
+    light = (nits / 1000) ** (1 / 1.2)
+    return (3 * light) ** 0.5 if light <= 1 / 12 else 0.17883277 * np.log(12 * light - 0.28466892) + 0.55991073
+
+
+@pytest.mark.parametrize(("transfer", "signal"), [("smpte2084", _pq), ("arib-std-b67", _hlg)])
+def test_hdr_keeps_the_luminance_of_what_sdr_can_show(transfer, signal, tmp_path):
+    levels = [2, 10, 40, 100, 150, 203, 1000]
+    grey = np.repeat([round(64 + 876 * signal(n)) for n in levels], 32).astype("<u2")
+    picture = np.concatenate([np.tile(grey, 64), np.full(2 * 32 * len(grey) // 2, 512, "<u2")])
+    tags = ["-color_primaries", "bt2020", "-color_trc", transfer, "-colorspace", "bt2020nc", "-color_range", "tv"]
+    raw = ["-f", "rawvideo", "-pix_fmt", "yuv420p10le", "-s", f"{len(grey)}x64", "-r", "24", "-i", "-"]
+    encode = ["-c:v", "libx264", "-crf", "4", "-pix_fmt", "yuv420p10le", *tags, str(tmp_path / "hdr.mkv")]
+    subprocess.run(["ffmpeg", "-v", "error", *raw, *encode], input=np.tile(picture, 6).tobytes(), check=True)
+    size = (64, len(grey))
+    frames, _ = decode(tmp_path / "hdr.mkv", 0, 0.2, fps=FPS, size=size, sample_rate=RATE)
+    assert frames is not None
+    shown = frames[2].mean(2)[32, 16::32]
+    wanted = 255 * (np.array(levels) / 203) ** (1 / 2.4)  # a display's exponent (ITU-R BT.1886), white at 203 nits
+    assert np.abs(shown - wanted)[:4].max() < 6
+    assert (np.diff(shown) > 0).all()
+    assert 235 < shown[5] < 255
+
+
+def test_shape_as_seen(tmp_path):
+    def shown(*options: str) -> tuple[float, float]:
+        path = tmp_path / "shape.mp4"
+        made = ["-f", "lavfi", "-i", "testsrc2=s=128x64:r=24:d=0.2", *options, str(path)]
+        subprocess.run(["ffmpeg", "-y", "-v", "error", *made], check=True)
+        info = probe(path).video
+        assert info is not None
+        return info.shown
+
+    assert shown() == (64, 128)
+    assert shown("-vf", "setsar=2") == (64, 256)
+    assert shown("-metadata:s:v", "rotate=90") in ((128, 64), (64, 128))  # newer ffmpeg ignores the tag when writing
+
+
+def test_a_track_is_chosen_by_default_flag_or_by_number(tmp_path):
+    path = tmp_path / "tracks.mkv"
+    tones = [part for f in (300, 600, 900) for part in ("-f", "lavfi", "-i", f"sine=f={f}:d=1")]
+    chosen = ["-map", "0", "-map", "1", "-map", "2", "-disposition:a:0", "0", "-disposition:a:1", "default"]
+    subprocess.run(["ffmpeg", "-v", "error", *tones, *chosen, str(path)], check=True)
+
+    def heard(track: int | None) -> int:
+        info = probe(path, audio_track=track)
+        with Decoder(path, info, fps=FPS, size=(16, 16), sample_rate=RATE) as decoder:
+            _, wave = decoder.read(24)
+        assert wave is not None
+        return int(np.abs(np.fft.rfft(wave)).argmax() * RATE / len(wave) + 0.5)
+
+    assert [round(heard(track), -1) for track in (None, 0, 1, 2)] == [600, 300, 600, 900]
+    assert probe(path, audio_track=3).audio is None
