@@ -1,6 +1,6 @@
 """Frames and sound -> raw latents, words -> embeddings; and the per-channel sums from which statistics come."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,11 +101,8 @@ def _moments(sums: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(std.clamp(min=least).tolist())
 
 
-def merge_sums(parts: Sequence[Mapping[str, Any]]) -> dict[str, ChannelSums]:
-    """The sums of many units, added in the order given."""
-    merged: dict[str, ChannelSums] = {}
-    for part in parts:
-        for modality, facts in part.items():
-            sums = ChannelSums.from_json(facts)
-            merged[modality] = merged[modality] + sums if modality in merged else sums
-    return merged
+def merge_sums(merged: dict[str, ChannelSums], part: Mapping[str, Any]) -> None:
+    """Add a unit's sums, as its marker has them, to those of the units before it."""
+    for modality, facts in part.items():
+        sums = ChannelSums.from_json(facts)
+        merged[modality] = merged[modality] + sums if modality in merged else sums

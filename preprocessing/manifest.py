@@ -8,8 +8,8 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -138,31 +138,52 @@ def finished(store: Store) -> set[str]:
     return {name.removeprefix("_done/").removesuffix(".json") for name in store.names("_done")}
 
 
-def read_markers(store: Store, units: Iterable[Unit]) -> list[dict[str, Any]]:
-    """The markers of these units; they must be finished."""
-    return [json.loads(store.read(unit.marker)) for unit in units]
+def read_markers(store: Store, units: Iterable[Unit]) -> Iterator[dict[str, Any]]:
+    """The markers of these units, one at a time; they must be finished."""
+    return (json.loads(store.read(unit.marker)) for unit in units)
 
 
 # --------------------------------------------------------------------------------------------------------- accounting
 
 
-def total(markers: Sequence[Mapping[str, Any]], sources: int) -> dict[str, Any]:
-    """The counts of the command line's contract. ``spans = accepted + rejected``: a source that gave no span at all is
-    one reject row, counted as one span of unknown extent (``rejected_sources`` says how many of those there are)."""
-    accepted = sum(m["accepted"] for m in markers)
-    reasons: Counter[str] = Counter()
+@dataclass
+class Totals:
+    """What markers add up to."""
+
+    accepted: int = 0
+    rejected_sources: int = 0
+    seconds: float = 0.0
+    sources: int = 0
+    reasons: Counter[str] = field(default_factory=Counter[str])
+
+    def add(self, marker: Mapping[str, Any]) -> None:
+        self.accepted += marker["accepted"]
+        self.rejected_sources += marker["rejected_sources"]
+        self.seconds += marker["seconds"]
+        self.sources += marker["sources"]
+        self.reasons.update(marker["rejects_by_reason"])
+
+    def counts(self) -> dict[str, Any]:
+        """The counts of the command line's contract. ``spans = accepted + rejected``: a source that gave no span at all
+        is one reject row, counted as one span of unknown extent (``rejected_sources``: how many of those there are)."""
+        rejected = sum(self.reasons.values())
+        return {
+            "sources": self.sources,
+            "spans": self.accepted + rejected,
+            "accepted": self.accepted,
+            "rejected": rejected,
+            "rejected_sources": self.rejected_sources,
+            "rejects_by_reason": dict(sorted(self.reasons.items())),
+            "hours": self.seconds / 3600,
+        }
+
+
+def total(markers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The counts of all these markers."""
+    totals = Totals()
     for marker in markers:
-        reasons.update(marker["rejects_by_reason"])
-    rejected = sum(reasons.values())
-    return {
-        "sources": sources,
-        "spans": accepted + rejected,
-        "accepted": accepted,
-        "rejected": rejected,
-        "rejected_sources": sum(m["rejected_sources"] for m in markers),
-        "rejects_by_reason": dict(sorted(reasons.items())),
-        "hours": sum(m["seconds"] for m in markers) / 3600,
-    }
+        totals.add(marker)
+    return totals.counts()
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,7 @@ def _verify(store: Store, facts: dict[str, Any]) -> None:
     problems = verify_files(store)
     units = read_units(store)
     if not problems:
-        markers = read_markers(store, units)
-        again = total(markers, sum(len(unit.sources) for unit in units))
+        again = total(read_markers(store, units))
         if canonical(again) != canonical(facts["counts"]):
             problems = difference(facts["counts"], again, "counts.")
     if problems:
@@ -199,7 +199,7 @@ def _look(uri: str, start: float, seconds: float, config: Mapping[str, Any]) -> 
             info = probe(path, timeout=10.0)
             rate, at = int(config["audio"]["sample_rate"]), info.origin + start
             with Decoder(
-                path, info, fps=12, size=size, sample_rate=rate, fit="pad", start=at, stall_seconds=10.0
+                path, info, fps=Fraction(12), size=size, sample_rate=rate, fit="pad", start=at, stall_seconds=10.0
             ) as one:
                 return one.read(max(1, round(12 * seconds)))
     except (MediaError, OSError, KeyError):

@@ -16,17 +16,17 @@ from torch import Tensor
 from mfcore.codecs.known import build_codec
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.config import PreprocessConfig
-from preprocessing.encode import merge_sums
+from preprocessing.encode import ChannelSums, merge_sums
 from preprocessing.lease import LOCK, Lease
 from preprocessing.manifest import (
     DATASET_FILE,
+    Totals,
     Unit,
     difference,
     finished,
     plan_units,
     read_markers,
     read_units,
-    total,
     write_units,
 )
 from preprocessing.mp4 import write_mp4
@@ -146,25 +146,32 @@ def _run(
     progress: Progress | None,
     spent: dict[str, float],
 ) -> None:
-    markers: list[dict[str, Any]] = []
+    done, totals = len(units) - len(missing), Totals()
     with _shown(progress) as show:
 
         def on_done(marker: dict[str, Any], seconds: Mapping[str, float]) -> None:
+            nonlocal done
+            done += 1
             for name, value in seconds.items():
                 spent[name] = spent.get(name, 0.0) + value
-            markers.append(marker)
-            sources = sum(m["sources"] for m in markers)
-            show(len(units) - len(missing) + len(markers), len(units), total(markers, sources))
+            totals.add(marker)
+            show(done, len(units), totals.counts())
 
         run_units(missing, store, token, config, on_done)
 
 
 def _finish(store: Store, config: PreprocessConfig, units: Sequence[Unit]) -> None:
     """Statistics and counts from the markers of all units, in their order: a function of the units alone."""
-    markers = read_markers(store, units)
-    stats = {m: s.stats() for m, s in merge_sums([marker["sums"] for marker in markers]).items()}
-    counts = total(markers, sum(len(unit.sources) for unit in units))
-    facts = {"complete": True, "counts": counts, "stats": {m: vars(s) for m, s in stats.items() if s is not None}}
+    totals, sums = Totals(), dict[str, ChannelSums]()
+    for marker in read_markers(store, units):
+        totals.add(marker)
+        merge_sums(sums, marker["sums"])
+    stats = {m: s.stats() for m, s in sums.items()}
+    facts = {
+        "complete": True,
+        "counts": totals.counts(),
+        "stats": {m: vars(s) for m, s in stats.items() if s is not None},
+    }
     _write_facts(store, config, facts)
 
 
