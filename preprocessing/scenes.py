@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from preprocessing.mp4 import Frames
 
 _STEP = 4  # every so many pixels are compared
+_CHANGED = 12.0  # grey levels by which a pixel must differ to count as changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class SceneConfig:
     threshold: float | None = 5.0  # ffmpeg's scene score of a frame that is looked at; None: never cut
     likeness: float = 0.25  # correlation of gradients from which on two pictures are one scene ...
     certain: float = 20.0  # ... unless they differ by this much
+    spread: float = 0.3  # share of the picture that a cut changes at least; less is a title or a thing in the scene
     flash_seconds: float = 0.3  # a scene that comes back within so long was interrupted by a flash
 
     def __post_init__(self) -> None:
@@ -65,8 +67,9 @@ class Cuts:
         """Whether two pictures show one scene."""
         assert self._config.threshold is not None
         a, b = (picture[::_STEP, ::_STEP].astype(np.float64).mean(2) for picture in (one, other))
-        change = float(np.abs(a - b).mean()) * 100 / 255
-        if change < self._config.threshold / 2:
+        difference = np.abs(a - b)
+        change = float(difference.mean()) * 100 / 255
+        if change < self._config.threshold / 2 or (difference > _CHANGED).mean() < self._config.spread:
             return True
         return change < self._config.certain and _correlation(_gradients(a), _gradients(b)) >= self._config.likeness
 
