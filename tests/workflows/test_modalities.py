@@ -37,11 +37,11 @@ def write_sources(folder: Path, count: int, *, seen: bool = True, heard: bool = 
 @pytest.mark.parametrize("modality", ["video", "audio"])
 def test_a_stage_of_one_modality_trains_on_a_set_of_that_modality(modality, tmp_path):
     media = write_sources(tmp_path / "media", 6, seen=modality == "video", heard=modality == "audio")
-    counts = preprocess([media], str(tmp_path / "set"), replace(CONFIG, modality=modality), progress=quiet)
+    counts = preprocess([media], str(tmp_path / "set"), replace(CONFIG, modality=modality, fit="pad"), progress=quiet)
     assert (counts["accepted"], counts["rejected"]) == (12, 0)
     sets = (*SMALL, "steps=2", "data.chunks=[2,2]", "data.batch=2", "eval_every=2")
     done = train(modality, data=str(tmp_path / "set"), sets=sets, runs_dir=tmp_path / "runs", launch=worker.work)
-    assert np.isfinite(list(done["losses"]["last"].values())).all()
+    assert np.isfinite(done["losses"]["last"])
 
 
 def test_every_source_gets_the_nearest_shape_and_every_batch_has_one(tmp_path):
