@@ -6,6 +6,7 @@ from typing import Protocol
 from jaxtyping import Float
 from torch import Tensor
 
+from mfcore.codecs.stats import LatentStats
 from mfcore.timeline import LatentClock
 
 
@@ -43,8 +44,17 @@ class Codec(Protocol):
     @property
     def clock(self) -> LatentClock: ...
 
+    @property
+    def published(self) -> LatentStats | None:
+        """Whitening statistics that come with the codec; None: they are measured on the data."""
+        ...
+
     def encode(self, signal: Tensor) -> Float[Tensor, "n C *space"]:
         """Latents, float32; for video the first one is the first frame alone (``clock.head == 1``)."""
+        ...
+
+    def encode_batch(self, signals: Tensor) -> Float[Tensor, "b n C *space"]:
+        """The same of several signals of one length, ``(b, ...)``."""
         ...
 
     def decoder(self) -> StreamDecoder: ...

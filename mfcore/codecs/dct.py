@@ -64,6 +64,8 @@ class DctCodec:
     the first that do not fill a group are dropped.
     """
 
+    published = None
+
     def __init__(self, config: DctConfig | None = None) -> None:
         self.config = config or DctConfig()
         self._frame = _Basis(self.config, frames=1)
@@ -98,6 +100,10 @@ class DctCodec:
         groups = (len(signal) - 1) // self.config.group
         first, rest = signal[:1], signal[1 : 1 + groups * self.config.group]
         return torch.cat([self._frame.analyse(first), self._group.analyse(rest)])
+
+    def encode_batch(self, signals: UInt8[Tensor, "b f H W 3"]) -> Float[Tensor, "b n C h w"]:
+        """The same of clips of one length."""
+        return torch.stack([self.encode(signal) for signal in signals])
 
     def decode(self, latents: Float[Tensor, "n C h w"]) -> UInt8[Tensor, "f H W 3"]:
         """RGB frames of the first-frame latent and any number of group latents."""

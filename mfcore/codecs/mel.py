@@ -74,6 +74,8 @@ class MelCodec:
     magnitudes, not phases: the sound is heard as the same, its waveform is another one.
     """
 
+    published = None
+
     def __init__(self, config: MelConfig | None = None) -> None:
         self.config = c = config or MelConfig()
         self._frames = Frames(window=c.window, hop=c.hop)
@@ -113,6 +115,10 @@ class MelCodec:
         # The mean of logarithms falls as detail is cut: give every frame its energy back.
         lost = torch.log(self._loudness(power) / self._loudness(self._to_power(latents)))
         return latents + self._project(lost[..., None].expand_as(power))
+
+    def encode_batch(self, signals: Float[Tensor, "b samples"]) -> Float[Tensor, "b n C"]:
+        """The same of clips of one length."""
+        return torch.stack([self.encode(signal) for signal in signals])
 
     def decode(self, latents: Float[Tensor, "n C"]) -> Float[Tensor, " samples"]:
         """``n * group * hop`` samples in [-1, 1]; equal to pushing portions."""

@@ -1,0 +1,127 @@
+"""Pretrained text encoder: UMT5 or T5 through transformers, from a local folder.
+
+Letters: L tokens of a caption or words of a transcript, D width, s subwords.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mfcore.codecs.pretrained import (
+    compute_device,
+    compute_dtype,
+    kind_of,
+    located,
+    model_folder,
+    read_config,
+    weights_digest,
+)
+
+_KINDS = ("umt5", "t5")
+_LONGEST = 512  # tokens of a caption, as Wan takes; the rest is cut off
+_WORDS = 64  # of a transcript, encoded at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """Which weights. :func:`read_t5` fills it from a folder."""
+
+    width: int
+    weights: str  # digest of configuration, tensors and tokenizer
+    folder: str = ""  # where the weights were last seen; changes nothing
+
+
+def read_t5(folder: str) -> T5Config:
+    """The configuration of the encoder in ``folder``: model and tokenizer together, or in ``text_encoder/`` and
+    ``tokenizer/``. ValueError when there is none."""
+    place = model_folder(folder, "text_encoder", _KINDS, "UMT5 or T5 encoder")
+    files = [p for p in _tokenizer_folder(folder).iterdir() if p.suffix in (".json", ".model") and p.is_file()]
+    width = int(read_config(place / "config.json")["d_model"])
+    return T5Config(width=width, weights=weights_digest(place, [p for p in files if "token" in p.name]), folder=folder)
+
+
+def _tokenizer_folder(folder: str) -> Path:
+    inside = Path(folder, "tokenizer")
+    return inside if inside.is_dir() else Path(folder)
+
+
+class T5Words:
+    """A :class:`mfcore.codecs.base.TextCodec` of pretrained vectors, as the encoder gives them (not normalised).
+
+    A caption is one vector per token, in context. A word of a transcript is encoded by itself, the mean over its
+    subwords: it has one vector wherever it stands, so words may be added while a model streams.
+    """
+
+    def __init__(self, config: T5Config, device: torch.device | str | None = None) -> None:
+        self.config = config
+        self.width = config.width
+        self.device = compute_device(device)
+
+    @property
+    def id(self) -> str:
+        return f"t5-v1/d{self.width}/{self.config.weights}"
+
+    @cached_property
+    def _folder(self) -> str:
+        return located(self.config.weights, self.config.folder, lambda f: read_t5(f).weights, self.id)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(_tokenizer_folder(self._folder)), local_files_only=True)
+
+    @cached_property
+    def model(self) -> Any:
+        from transformers import T5EncoderModel, UMT5EncoderModel
+
+        place = model_folder(self._folder, "text_encoder", _KINDS, "UMT5 or T5 encoder")
+        kind: Any = UMT5EncoderModel if kind_of(read_config(place / "config.json")) == "umt5" else T5EncoderModel
+        model: Any = kind.from_pretrained(
+            str(place), dtype=compute_dtype(self.device), local_files_only=True, use_safetensors=True
+        )
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def tokenize(self, text: str) -> list[str]:
+        """The subwords of a text."""
+        return list(self.tokenizer.tokenize(text))
+
+    def encode(self, words: Sequence[str]) -> Float[Tensor, "L D"]:
+        """One float32 vector per word, whatever its place; no word gives an empty tensor. ValueError for an empty word.
+
+        For transcripts, whose words carry times.
+        """
+        if any(not word.strip() for word in words):
+            raise ValueError("a transcript or caption has an empty word: remove it")
+        different = list(dict.fromkeys(words))
+        parts = [different[i : i + _WORDS] for i in range(0, len(different), _WORDS)]
+        vectors = [vector for part in parts for vector in self._means(part)]
+        known = dict(zip(different, vectors, strict=True))
+        return torch.stack([known[word] for word in words]) if words else torch.zeros(0, self.width)
+
+    def encode_caption(self, caption: str) -> Float[Tensor, "L D"]:
+        """One float32 vector per token of a caption, the end mark included; none of an empty caption."""
+        if not caption.strip():
+            return torch.zeros(0, self.width)
+        batch = self.tokenizer([caption], truncation=True, max_length=_LONGEST, return_tensors="pt")
+        return self._states(batch)[0].cpu()
+
+    def _means(self, words: Sequence[str]) -> Float[Tensor, "L D"]:
+        """Mean over the subwords of each word, its end mark left out."""
+        batch = self.tokenizer(list(words), padding=True, return_tensors="pt")
+        states = self._states(batch)
+        kept = batch["attention_mask"].bool() & (batch["input_ids"] != self.tokenizer.eos_token_id)
+        weight = kept.to(states.device, torch.float32)[..., None]
+        return ((states * weight).sum(1) / weight.sum(1).clamp(min=1)).cpu()
+
+    @torch.inference_mode()
+    def _states(self, batch: Any) -> Float[Tensor, "b s D"]:
+        ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+        states: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states.float().clone()

@@ -1,0 +1,63 @@
+"""Folders of the real pretrained classes at a tiny size with random weights, saved as their publishers save them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def save_wan(folder: Path, version: str = "2.2", seed: int = 0) -> Path:
+    """Wan's autoencoder: 2.1 with its published statistics, 2.2 patched and residual with made-up ones."""
+    kl = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan", reason="needs diffusers")
+    torch.manual_seed(seed)
+    if version == "2.1":
+        model = kl.AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1)
+    else:
+        model = kl.AutoencoderKLWan(
+            base_dim=4,
+            decoder_base_dim=4,
+            z_dim=48,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.01 * i for i in range(48)],
+            latents_std=[1 + 0.02 * i for i in range(48)],
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            scale_factor_spatial=16,
+        )
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_oobleck(folder: Path, seed: int = 0, ratios: tuple[int, ...] = (2, 4, 4, 8, 8), rate: int = 44100) -> Path:
+    """Stable Audio's autoencoder with its published strides, clock and channels."""
+    kl = pytest.importorskip("diffusers.models.autoencoders.autoencoder_oobleck", reason="needs diffusers")
+    torch.manual_seed(seed)
+    model = kl.AutoencoderOobleck(
+        encoder_hidden_size=128,  # twice the latent channels, mean and spread: the publisher's number
+        downsampling_ratios=list(ratios),
+        channel_multiples=[1] * len(ratios),
+        decoder_channels=2,
+        decoder_input_channels=64,
+        sampling_rate=rate,
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_t5(folder: Path, kind: str = "umt5", seed: int = 0) -> Path:
+    """An encoder of width 16 in ``text_encoder/`` and its tokenizer in ``tokenizer/``."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch.manual_seed(seed)
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(f"{mark}{c}" for mark in ("", "\u2581") for c in "abdeghilnorstuw")]
+    vocabulary = [(piece, 0.0 if piece.startswith("<") else -2.0 - 0.01 * i) for i, piece in enumerate(pieces)]
+    tokenizer = transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    names = {"umt5": ("UMT5Config", "UMT5EncoderModel"), "t5": ("T5Config", "T5EncoderModel")}[kind]
+    config = getattr(transformers, names[0])(
+        vocab_size=len(pieces), d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4
+    )
+    getattr(transformers, names[1])(config).save_pretrained(folder / "text_encoder")
+    return folder
