@@ -7,8 +7,11 @@ from math import log
 from typing import Any, Literal
 
 from mfcore.codecs.dct import DctConfig
+from mfcore.codecs.known import AudioConfig, VideoConfig
 from mfcore.codecs.mel import MelConfig
+from mfcore.codecs.text import T5Config
 from mfcore.types import AUDIO, VIDEO
+from preprocessing.encode import EncoderConfig
 from preprocessing.filters import FilterConfig
 from preprocessing.manifest import canonical, digest
 from preprocessing.scenes import SceneConfig
@@ -28,9 +31,11 @@ class PreprocessConfig:
     chunk_seconds: Fraction = Fraction(1, 2)  # of the model that will be trained
     window_seconds: Fraction = Fraction(10)  # longest clip, its first frame not counted
     min_chunks: int = 2  # whole chunks of the shortest clip
-    video: DctConfig = field(default_factory=DctConfig)  # its fps is the frame rate of the dataset
-    audio: MelConfig = field(default_factory=MelConfig)  # its sample_rate is the sample rate of the dataset
+    video: VideoConfig = field(default_factory=DctConfig)  # its fps is the frame rate of the dataset
+    audio: AudioConfig = field(default_factory=MelConfig)  # its sample_rate is the sample rate of the dataset
     text_width: int = 64  # width of the hashed embeddings of caption and transcript
+    text: T5Config | None = None  # a pretrained encoder of captions and transcripts instead
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
     scenes: SceneConfig = field(default_factory=SceneConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
     keep_duplicates: bool = False  # also sources whose bytes are those of another one
@@ -80,10 +85,19 @@ class PreprocessConfig:
 
         return min(self.sizes, key=distance)
 
+    @property
+    def folders(self) -> dict[str, str]:
+        """Where pretrained weights are, by modality (and ``text``)."""
+        used = {**{m: {VIDEO: self.video, AUDIO: self.audio}[m] for m in self.modalities}, "text": self.text}
+        return {name: folder for name, part in used.items() if (folder := getattr(part, "folder", ""))}
+
     def resolved(self) -> dict[str, Any]:
         """The configuration as plain JSON values, without what changes nothing in the dataset."""
         values: dict[str, Any] = json.loads(canonical(asdict(self)))
         del values["workers"]
+        for part in ("video", "audio", "text"):
+            (values[part] or {}).pop("folder", None)  # the digest of the weights stays
+        values["encoder"] = {"batch": self.encoder.batch, "bfloat16": self.encoder.gpus > 0}
         return values
 
     @property

@@ -1,18 +1,20 @@
 """Frames and sound -> raw latents, words -> embeddings; and the per-channel sums from which statistics come."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mfcore.codecs.base import Codec
+from mfcore.codecs.base import Codec, TextCodec
 from mfcore.codecs.stats import LatentStats
-from mfcore.codecs.words import HashedWords
 from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO
-from preprocessing.record import Clip
+from preprocessing.ahead import ahead, runs
+from preprocessing.record import Clip, Rejected, Source
 
 # A channel that never varies (the colour of a grey corpus) has no scale of its own: it gets this share of the largest.
 _LEAST_STD = 1e-3
@@ -23,14 +25,94 @@ class Encoders:
     """What one worker keeps loaded: the codec of each modality present, and the text encoder."""
 
     codecs: Mapping[str, Codec]
-    words: HashedWords
+    words: TextCodec
     timeline: Timeline
+
+    def load(self) -> None:
+        """Fetch all weights now: where some are missing the run ends, not each of its clips."""
+        for codec in (*self.codecs.values(), self.words):
+            codec.load()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """How pretrained codecs run; embedded ones take clip after clip."""
+
+    batch: int = 4  # clips of one shape encoded together
+    gpus: float = 0.0  # share of a GPU that each worker has, e.g. 0.25; 0: all on the CPU, in float32
+    ahead_bytes: int = 1 << 30  # of decoded clips that wait while others are encoded, per worker
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.gpus < 0 or self.ahead_bytes < 1:
+            raise ValueError(f"encoder.batch and ahead_bytes must be at least 1, gpus not negative; got {self}")
 
 
 def encode(clip: Clip, encoders: Encoders) -> Clip:
     """The clip with the latents of its whole chunks (after each codec's head) and the embeddings of its text."""
     signals: dict[str, Any] = {VIDEO: clip.frames, AUDIO: clip.waveform}
     latents = {m: codec.encode(torch.from_numpy(signals[m])) for m, codec in encoders.codecs.items()}
+    return _encoded(clip, latents, encoders)
+
+
+def encode_together(clips: Sequence[Clip], encoders: Encoders) -> list[Clip]:
+    """The same of several clips of one shape at once."""
+    latents = {m: codec.encode_batch(_signals(clips, m)) for m, codec in encoders.codecs.items()}
+    return [_encoded(clip, {m: x[i] for m, x in latents.items()}, encoders) for i, clip in enumerate(clips)]
+
+
+def encode_ahead(
+    prepared: Generator[tuple[Source, Clip | Rejected]],
+    one: Callable[[Clip], Clip | Rejected],
+    encoders: Encoders,
+    config: EncoderConfig,
+) -> Generator[tuple[Source, Clip | Rejected]]:
+    """All that ``prepared`` gives, its clips encoded: those of one shape that follow each other together, while a
+    thread prepares the next ones. ``one`` encodes a clip of a group that failed, so that a bad one goes alone."""
+
+    def waiting_bytes(item: tuple[Source, Clip | Rejected]) -> int:
+        return _bytes(item[1]) if isinstance(item[1], Clip) else 0
+
+    def kind(item: tuple[Source, Clip | Rejected]) -> tuple[int, ...] | None:
+        return _shape(item[1]) if isinstance(item[1], Clip) else None
+
+    with closing(ahead(prepared, waiting_bytes, config.ahead_bytes)) as waiting:
+        for run in runs(waiting, kind, config.batch):
+            clips = [found for _, found in run if isinstance(found, Clip)]
+            done = _encode_run(clips, one, encoders) if clips else [found for _, found in run]
+            yield from zip((source for source, _ in run), done, strict=True)
+
+
+def _encode_run(
+    clips: list[Clip], one: Callable[[Clip], Clip | Rejected], encoders: Encoders
+) -> Sequence[Clip | Rejected]:
+    try:
+        return encode_together(clips, encoders)
+    except torch.OutOfMemoryError as error:  # the machine's fault, not the clips'
+        raise RuntimeError(
+            f"{len(clips)} clips together do not fit on the GPU: lower encoder.batch, or raise encoder.gpus so that "
+            "fewer workers share it"
+        ) from error
+    except Exception:  # whatever it is, the clip that has it will say it alone
+        return [one(clip) for clip in clips]
+
+
+def _signals(clips: Sequence[Clip], modality: str) -> Tensor:
+    arrays: list[Any] = [clip.frames if modality == VIDEO else clip.waveform for clip in clips]
+    return torch.from_numpy(np.stack(arrays))
+
+
+def _shape(clip: Clip) -> tuple[int, ...]:
+    """Clips that agree in it can be encoded together."""
+    frames, sound = clip.frames, clip.waveform
+    return (*(frames.shape if frames is not None else ()), -1 if sound is None else len(sound))
+
+
+def _bytes(clip: Clip) -> int:
+    """Bytes of its frames and sound."""
+    return sum(array.nbytes for array in (clip.frames, clip.waveform) if array is not None)
+
+
+def _encoded(clip: Clip, latents: Mapping[str, Tensor], encoders: Encoders) -> Clip:
     heads = {m: encoders.timeline.clocks[m].head for m in latents}
     chunks = encoders.timeline.whole_chunks({m: len(x) - heads[m] for m, x in latents.items()})
     kept = {m: x[: heads[m] + encoders.timeline.count(m, chunks)] for m, x in latents.items()}

@@ -7,15 +7,14 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
-from mfcore.codecs.base import Codec
-from mfcore.codecs.dct import DctCodec
-from mfcore.codecs.mel import MelCodec
+from mfcore.codecs.known import make_codec
+from mfcore.codecs.text import T5Words
 from mfcore.codecs.words import HashedWords
 from mfcore.timeline import Timeline, whole_frames
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.clips import SpanPlan, cut
 from preprocessing.config import PreprocessConfig
-from preprocessing.encode import Encoders, encode
+from preprocessing.encode import Encoders, encode, encode_ahead
 from preprocessing.filters import check_duration, check_picture, check_sound, check_source, estimate_sync
 from preprocessing.media import Decoder
 from preprocessing.probe import MediaError, MediaInfo, probe
@@ -42,10 +41,11 @@ class Spent:
 
 def build_encoders(config: PreprocessConfig) -> Encoders:
     """The codecs of the modalities present, their clocks, and the text encoder."""
-    both: dict[str, Codec] = {VIDEO: DctCodec(config.video), AUDIO: MelCodec(config.audio)}
-    codecs = {m: both[m] for m in config.modalities}
+    device = "cuda" if config.encoder.gpus else "cpu"
+    codecs = {m: make_codec({VIDEO: config.video, AUDIO: config.audio}[m], device) for m in config.modalities}
+    words = T5Words(config.text, device) if config.text else HashedWords(width=config.text_width)
     timeline = Timeline(clocks={m: c.clock for m, c in codecs.items()}, chunk_seconds=config.chunk_seconds)
-    return Encoders(codecs=codecs, words=HashedWords(width=config.text_width), timeline=timeline)
+    return Encoders(codecs=codecs, words=words, timeline=timeline)
 
 
 def span_plan(config: PreprocessConfig, timeline: Timeline) -> SpanPlan:
@@ -76,7 +76,7 @@ def span_plan(config: PreprocessConfig, timeline: Timeline) -> SpanPlan:
 
 
 def clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[tuple[str, Callable[[Clip], Clip]]]:
-    """What every clip goes through after it was cut, in order."""
+    """What every clip goes through after it was cut and before it is encoded, in order."""
     least = span_plan(config, encoders.timeline).frames[config.min_chunks]
     fps, rate = float(config.fps), config.sample_rate
     return [
@@ -85,7 +85,6 @@ def clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[tuple[str, 
         ("sound", partial(check_sound, config=config.filters)),
         ("sync", partial(estimate_sync, fps=fps, sample_rate=rate)),
         ("text", attach_text),
-        ("encode", partial(encode, encoders=encoders)),
     ]
 
 
@@ -131,7 +130,31 @@ def process_source(
     source: Source, config: PreprocessConfig, encoders: Encoders, spent: Spent | None = None
 ) -> Iterator[Clip | Rejected]:
     """Every span of a source, finished or rejected. No failure of a source or a step leaves this function."""
+    return (found for _, found in process_sources([source], config, encoders, spent))
+
+
+def process_sources(
+    sources: Sequence[Source], config: PreprocessConfig, encoders: Encoders, spent: Spent | None = None
+) -> Generator[tuple[Source, Clip | Rejected]]:
+    """Every span of the sources, in order. With pretrained codecs clips of one shape that follow each other are encoded
+    together, while the next ones are decoded."""
     spent = spent or Spent()
+
+    def one(clip: Clip) -> Clip | Rejected:
+        return _through(clip, [("encode", partial(encode, encoders=encoders))], spent)
+
+    prepared = ((source, found) for source in sources for found in prepare_source(source, config, encoders, spent))
+    if config.folders:
+        yield from encode_ahead(prepared, one, encoders, config.encoder)
+        return
+    for source, found in prepared:
+        yield source, found if isinstance(found, Rejected) else one(found)
+
+
+def prepare_source(
+    source: Source, config: PreprocessConfig, encoders: Encoders, spent: Spent
+) -> Iterator[Clip | Rejected]:
+    """Every span of a source, ready to be encoded or rejected."""
     plan, steps = span_plan(config, encoders.timeline), clip_steps(config, encoders)
     clips = cut_source(source, config, plan, spent)
     try:

@@ -5,7 +5,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from itertools import groupby
@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mfcore.codecs.base import Codec
+from mfcore.codecs.known import build_codec
 from mfcore.codecs.stats import LatentStats
 from mfcore.timeline import LatentClock, Timeline
 from mfcore.types import VIDEO
@@ -36,10 +38,15 @@ class DatasetMeta:
     stats: Mapping[str, LatentStats]
     chunk_seconds: Fraction
     counts: Mapping[str, Any]
+    folders: Mapping[str, str] = field(default_factory=dict)  # modality or "text" -> where pretrained weights were
 
     @property
     def modalities(self) -> tuple[str, ...]:
         return tuple(self.clocks)
+
+    def codec(self, modality: str) -> Codec:
+        """The codec that made the latents of a modality."""
+        return build_codec(self.codecs[modality], self.clocks[modality], self.folders.get(modality, ""))
 
     def timeline(self, modalities: Sequence[str] | None = None) -> Timeline:
         """The clocks of these modalities (default: all), cut into the chunks the clips were cut for."""
@@ -61,6 +68,7 @@ def parse_meta(facts: Mapping[str, Any]) -> DatasetMeta:
         stats={m: LatentStats(**{k: tuple(v) for k, v in s.items()}) for m, s in facts.get("stats", {}).items()},
         chunk_seconds=Fraction(facts["chunk_seconds"]),
         counts=facts.get("counts", {}),
+        folders=facts.get("codec_folders", {}),
     )
 
 

@@ -13,7 +13,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from preprocessing.config import PreprocessConfig
 from preprocessing.encode import ChannelSums, Encoders, latent_times
 from preprocessing.lease import check_token
 from preprocessing.manifest import Unit, canonical, digest
-from preprocessing.pipeline import Spent, build_encoders, process_source
+from preprocessing.pipeline import Spent, build_encoders, process_sources
 from preprocessing.record import Clip, Rejected, Source
 from preprocessing.schema import REJECTS, RowWriter, to_row
 from preprocessing.source import file_name
@@ -50,9 +49,8 @@ def run_unit(
     spent = spent or Spent()
     with tempfile.TemporaryDirectory(prefix="mfctl-") as folder:
         with _Files(Path(folder), config, encoders, spent) as files:
-            for source in unit.sources:
-                for clip in process_source(source, config, encoders, spent):
-                    files.add(source, clip)
+            for source, clip in process_sources(unit.sources, config, encoders, spent):
+                files.add(source, clip)
         check_token(store, token)
         published = [
             _publish(store, file.path, kind, f"{kind}/{unit.name}{suffix}.parquet", file.rows)
@@ -158,24 +156,26 @@ def _publish(store: Store, local: Path, kind: str, name: str, rows: int) -> dict
 # ----------------------------------------------------------------------------------------------------------- all units
 
 
-@cache
-def _kept_encoders(config: PreprocessConfig) -> Encoders:
-    """The encoders of a worker process: built once, used for all its units."""
-    torch.set_num_threads(1)  # one worker per CPU
-    return build_encoders(config)
+class _Worker:
+    """A Ray actor: one unit in, its marker out. Its codecs stay loaded, on its share of a GPU if it has one."""
 
+    def __init__(self, store_uri: str, token: str, config: PreprocessConfig) -> None:
+        torch.set_num_threads(1)  # one worker per CPU
+        self._store, self._token, self._config = Store(store_uri), token, config
+        self._encoders = build_encoders(config)
+        self._encoders.load()
 
-def _work(row: dict[str, Any], store_uri: str, token: str, config: PreprocessConfig) -> dict[str, Any]:
-    """A Ray task: one unit in, its marker out."""
-    unit, spent = Unit.from_json(row["unit"]), Spent()
-    marker = run_unit(unit, Store(store_uri), token, config, _kept_encoders(config), spent)
-    return {"marker": canonical(marker), "spent": canonical(spent.seconds)}
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        unit, spent = Unit.from_json(row["unit"]), Spent()
+        marker = run_unit(unit, self._store, self._token, self._config, self._encoders, spent)
+        return {"marker": canonical(marker), "spent": canonical(spent.seconds)}
 
 
 def run_units(units: Sequence[Unit], store: Store, token: str, config: PreprocessConfig, on_done: Done) -> None:
     """Process all units through Ray Data, or in this process for ``workers=0``."""
     if config.workers == 0:
         encoders = build_encoders(config)
+        encoders.load()
         for unit in units:
             spent = Spent()
             on_done(run_unit(unit, store, token, config, encoders, spent), spent.seconds)
@@ -189,11 +189,22 @@ def _run_on_ray(units: Sequence[Unit], store: Store, token: str, config: Preproc
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its narration is no news to our users
-    workers = min(len(units), config.workers or int(ray.cluster_resources().get("CPU", 1)))
+    gpus = config.encoder.gpus
+    fit = int(ray.cluster_resources().get("GPU", 0) / gpus) if gpus else len(units)
+    if not fit:
+        raise ValueError(f"encoder.gpus={gpus}: Ray sees no such share of a GPU here; set encoder.gpus=0 for the CPU")
+    workers = min(len(units), fit, config.workers or int(ray.cluster_resources().get("CPU", 1)))
     # One block per unit as far as Ray's bookkeeping allows: a block is what a task takes and what is retried.
     data = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=min(len(units), 4096))
-    work = partial(_work, store_uri=store.uri, token=token, config=config)
-    for row in data.map(work, num_cpus=1, concurrency=workers).iter_rows():
+    worker: Any = _Worker  # Ray makes one per actor
+    made = data.map(
+        worker,
+        fn_constructor_args=(store.uri, token, config),
+        num_cpus=1,
+        num_gpus=gpus or None,
+        concurrency=workers,
+    )
+    for row in made.iter_rows():
         on_done(json.loads(row["marker"]), json.loads(row["spent"]))
 
 

@@ -9,7 +9,7 @@
 import json
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -51,6 +51,7 @@ class ModelCard:
     text_codec: str  # id of the text encoder
     shift: dict[str, float]  # time shift per modality that the noise levels of training and sampling go through
     dataset: str  # fingerprint of the preprocessing configuration that made the latents
+    folders: dict[str, str] = field(default_factory=dict)  # modality or "text" -> where pretrained codecs' weights were
 
     @property
     def timeline(self) -> Timeline:

@@ -114,6 +114,13 @@ def preprocess(
     audio_track: Annotated[
         int | None, typer.Option(min=0, help="Which sound of a file, 0 the first; default: the one it marks.")
     ] = None,
+    codec_video: Annotated[str | None, typer.Option(metavar="dct|wan:DIR", help="Video codec; default: dct.")] = None,
+    codec_audio: Annotated[
+        str | None, typer.Option(metavar="mel|oobleck:DIR", help="Audio codec; default: mel.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="words|t5:DIR", help="Encoder of captions and transcripts; default: words.")
+    ] = None,
     sets: Sets,
     config: Config = None,
     dry_run: DryRun = False,
@@ -125,8 +132,10 @@ def preprocess(
         from preprocessing.config import PreprocessConfig
         from workflows.config_io import change, parse_sets, read_file
         from workflows.preprocess import preprocess as run_preprocess
+        from workflows.preprocess import with_codecs
 
-        written = change(PreprocessConfig(), read_file(config) if config else {})
+        plain = with_codecs(PreprocessConfig(), codec_video, codec_audio, text)
+        written = change(plain, read_file(config) if config else {})
         named = {"modality": modality, "sizes": sizes and pairs(sizes, "--sizes"), "audio_track": audio_track}
         values = parse_sets(sets) | {name: value for name, value in named.items() if value is not None}
         spent: dict[str, float] = {}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mfcore.codecs.base import Codec
-from mfcore.codecs.known import build_codec
 from mfcore.codecs.mel import MelCodec
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.reader import DatasetMeta, open_dataset
@@ -59,7 +58,7 @@ class HeldOut:
 
     @property
     def codecs(self) -> dict[str, Codec]:
-        return {m: build_codec(i, self.meta.clocks[m]) for m, i in self.meta.codecs.items()}
+        return {m: self.meta.codec(m) for m in self.meta.codecs}
 
     def digest(self) -> str:
         """Of everything that a sample's conditions depend on."""
@@ -122,7 +121,7 @@ def frame_rate(meta: DatasetMeta) -> Fraction:
     """Frames per second; 24 for a dataset without a picture."""
     if VIDEO not in meta.clocks:
         return Fraction(24)
-    codec: Any = build_codec(meta.codecs[VIDEO], meta.clocks[VIDEO])
+    codec: Any = meta.codec(VIDEO)
     return Fraction(codec.config.fps)
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mfcore.codecs.known import build_codec
+from mfcore.codecs.oobleck import read_oobleck
+from mfcore.codecs.text import read_t5
+from mfcore.codecs.wan import read_wan
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.config import PreprocessConfig
 from preprocessing.encode import ChannelSums, merge_sums
@@ -37,6 +40,7 @@ from preprocessing.schema import SCHEMA_VERSION
 from preprocessing.source import MANIFESTS, find_sources
 from preprocessing.storage import TEMPORARY, Store
 from preprocessing.units import run_units
+from workflows.environment import absolute
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called as ``progress(units done, units in all, counts so far)``."""
@@ -91,6 +95,25 @@ def preprocess(
     return summary_of(read_facts(store))
 
 
+def with_codecs(
+    config: PreprocessConfig, video: str | None = None, audio: str | None = None, text: str | None = None
+) -> PreprocessConfig:
+    """The configuration with codecs named as on the command line, such as ``wan:DIR``. ValueError for other names."""
+    parts: dict[str, Any] = {}
+    for option, name, embedded, readers in (
+        ("video", video, "dct", {"wan": read_wan}),
+        ("audio", audio, "mel", {"oobleck": read_oobleck}),
+        ("text", text, "words", {"t5": read_t5, "umt5": read_t5}),
+    ):
+        kind, _, folder = (name or embedded).partition(":")
+        if kind in readers and folder:
+            parts[option] = readers[kind](absolute(folder))
+        elif name not in (None, embedded):
+            known = ", ".join([embedded, *(f"{kind}:DIR" for kind in readers)])
+            raise ValueError(f"--{'text' if option == 'text' else f'codec-{option}'} {name}: choose one of {known}")
+    return replace(config, **parts)
+
+
 def _check_named_files(arguments: Sequence[str]) -> None:
     """A file that the user named, not one found in a folder, must be media."""
     for argument in arguments:
@@ -127,6 +150,7 @@ def _write_facts(store: Store, config: PreprocessConfig, more: dict[str, Any]) -
         "config": config.resolved(),
         "codecs": {m: codec.id for m, codec in encoders.codecs.items()},
         "text_codec": encoders.words.id,
+        "codec_folders": config.folders,
         "clocks": {
             m: {"rate": str(c.rate), "offset": str(c.offset), "head": c.head}
             for m, c in encoders.timeline.clocks.items()
@@ -167,6 +191,8 @@ def _finish(store: Store, config: PreprocessConfig, units: Sequence[Unit]) -> No
         totals.add(marker)
         merge_sums(sums, marker["sums"])
     stats = {m: s.stats() for m, s in sums.items()}
+    published = {m: codec.published for m, codec in build_encoders(config).codecs.items()}
+    stats |= {m: s for m, s in published.items() if s is not None}
     facts = {
         "complete": True,
         "counts": totals.counts(),
@@ -230,4 +256,4 @@ def decoded(clips: ClipDataset, latents: Tensor | None, modality: str) -> Any:
     """Frames or sound of latents of a dataset."""
     if latents is None:
         return None
-    return build_codec(clips.meta.codecs[modality], clips.meta.clocks[modality]).decode(latents).numpy()
+    return clips.meta.codec(modality).decode(latents).numpy()

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from mfcore.codecs.known import build_codec
 from mfcore.ema import decay_at
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import build_model
@@ -103,7 +102,7 @@ def latent_shapes(dataset: ClipDataset) -> LatentShapes:
     return LatentShapes(
         channels={m: x.shape[1] for m, x in latents.items() if x is not None},
         size={m: (size[0], size[1]) for m, size in sizes.items()},
-        still={m: build_codec(meta.codecs[m], meta.clocks[m]).still for m in sizes},
+        still={m: meta.codec(m).still for m in sizes},
         text_dim=clip.caption_embedding.shape[-1],
         chunk_seconds=float(meta.chunk_seconds),
         chunks=clip.chunks,
@@ -129,6 +128,7 @@ def make_card(config: RunConfig, meta: DatasetMeta, parents: Mapping[Stage, Path
         clocks={m: meta.clocks[m] for m in plan.modalities},
         chunk_seconds=meta.chunk_seconds,
         text_codec=meta.text_codec,
+        folders={name: meta.folders[name] for name in (*plan.modalities, "text") if name in meta.folders},
         shift=dict(config.objective.time.shift),
         dataset=meta.fingerprint,
     )

@@ -51,8 +51,10 @@ class Streamer:
 
     def __init__(self, model: nn.Module, card: ModelCard) -> None:
         self.model, self.card, self.timeline = model.eval(), card, card.timeline
-        self.codecs: dict[str, Codec] = {m: build_codec(i, card.clocks[m]) for m, i in card.codecs.items()}
-        self.text = build_text_codec(card.text_codec)
+        self.codecs: dict[str, Codec] = {
+            m: build_codec(i, card.clocks[m], card.folders.get(m, "")) for m, i in card.codecs.items()
+        }
+        self.text = build_text_codec(card.text_codec, card.folders.get("text", ""))
         self._device = next(model.parameters()).device
 
     @classmethod

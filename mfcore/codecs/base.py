@@ -49,6 +49,10 @@ class Codec(Protocol):
         """Whitening statistics that come with the codec; None: they are measured on the data."""
         ...
 
+    def load(self) -> None:
+        """Fetch the weights now rather than at first use. ValueError when they are not found."""
+        ...
+
     def encode(self, signal: Tensor) -> Float[Tensor, "n C *space"]:
         """Latents, float32; for video the first one is the first frame alone (``clock.head == 1``)."""
         ...
@@ -74,6 +78,10 @@ class TextCodec(Protocol):
 
     @property
     def width(self) -> int: ...
+
+    def load(self) -> None:
+        """Fetch the weights now rather than at first use. ValueError when they are not found."""
+        ...
 
     def tokenize(self, text: str) -> list[str]:
         """The words of a caption; a transcript brings its own."""

@@ -90,6 +90,9 @@ class DctCodec:
     def clock(self) -> LatentClock:
         return video_clock(Fraction(self.config.fps), self.config.group)
 
+    def load(self) -> None:
+        """Nothing: there are no weights."""
+
     def frames(self, latents: int) -> int:
         """Frames that ``latents`` latents decode to."""
         return 0 if latents == 0 else 1 + (latents - 1) * self.config.group

@@ -104,6 +104,9 @@ class MelCodec:
     def clock(self) -> LatentClock:
         return audio_clock(self.config.sample_rate, self.config.samples)
 
+    def load(self) -> None:
+        """Nothing: there are no weights."""
+
     def encode(self, signal: Float[Tensor, " samples"]) -> Float[Tensor, "n C"]:
         """``ceil(samples / (group * hop))`` latents of a waveform. ValueError for a wrong type or no sample."""
         if signal.ndim != 1 or not signal.is_floating_point() or len(signal) == 0:

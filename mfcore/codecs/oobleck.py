@@ -8,6 +8,7 @@ behind it (:func:`reach`), so decoding by portions runs late by that many and st
 kept in float32: eight bits of bfloat16 are a noise at -50 dB in a waveform.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,13 +104,19 @@ class OobleckCodec:
         from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
 
         folder = located(self.config.weights, self.config.folder, lambda f: read_oobleck(f).weights, self.id)
-        model: Any = AutoencoderOobleck.from_pretrained(
-            model_folder(folder, "vae", (_CLASS,), "Stable Audio autoencoder"),
-            local_files_only=True,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch has another weight_norm now; diffusers uses this one
+            model: Any = AutoencoderOobleck.from_pretrained(
+                model_folder(folder, "vae", (_CLASS,), "Stable Audio autoencoder"),
+                local_files_only=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+            )
         return model.to(self.device).eval().requires_grad_(False)
+
+    def load(self) -> None:
+        """Read the weights. ValueError when they are not found."""
+        assert self.model
 
     def encode(self, signal: Float[Tensor, " samples"]) -> Float[Tensor, "n C"]:
         """``ceil(samples / hop)`` latents of a waveform. ValueError for a wrong type or no sample."""

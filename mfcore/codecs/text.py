@@ -80,6 +80,9 @@ class T5Words:
     @cached_property
     def model(self) -> Any:
         from transformers import T5EncoderModel, UMT5EncoderModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
         place = model_folder(self._folder, "text_encoder", _KINDS, "UMT5 or T5 encoder")
         kind: Any = UMT5EncoderModel if kind_of(read_config(place / "config.json")) == "umt5" else T5EncoderModel
@@ -87,6 +90,11 @@ class T5Words:
             str(place), dtype=compute_dtype(self.device), local_files_only=True, use_safetensors=True
         )
         return model.to(self.device).eval().requires_grad_(False)
+
+    def load(self) -> None:
+        """Read the weights. ValueError when they are not found."""
+        assert self.tokenizer
+        assert self.model
 
     def tokenize(self, text: str) -> list[str]:
         """The subwords of a text."""

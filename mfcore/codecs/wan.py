@@ -119,6 +119,10 @@ class WanCodec:
         )
         return model.to(self.device).eval().requires_grad_(False)
 
+    def load(self) -> None:
+        """Read the weights. ValueError when they are not found."""
+        assert self.model
+
     def encode(self, signal: UInt8[Tensor, "f H W 3"]) -> Float[Tensor, "n C h w"]:
         """Latents of RGB frames. ValueError for a wrong type, no frame, or an edge that the block does not divide."""
         return self.encode_batch(signal[None])[0]

@@ -37,6 +37,9 @@ class HashedWords:
     def id(self) -> str:
         return f"words-v1/d{self.width}"
 
+    def load(self) -> None:
+        """Nothing: there are no weights."""
+
     def tokenize(self, text: str) -> list[str]:
         """Lower-case words in order of appearance; punctuation separates and is dropped."""
         return _WORD.findall(_normal(text))
