@@ -13,6 +13,7 @@ from mfcore.codecs.text import T5Config
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.encode import EncoderConfig
 from preprocessing.filters import FilterConfig
+from preprocessing.lipsync import SyncConfig
 from preprocessing.manifest import canonical, digest
 from preprocessing.scenes import SceneConfig
 
@@ -38,6 +39,7 @@ class PreprocessConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     scenes: SceneConfig = field(default_factory=SceneConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
     keep_duplicates: bool = False  # also sources whose bytes are those of another one
     latent_dtype: Literal["float32", "float16"] = "float32"
     sources_per_unit: int = 16  # sources that are processed and published together
@@ -97,6 +99,7 @@ class PreprocessConfig:
         del values["workers"]
         for part in ("video", "audio", "text"):
             (values[part] or {}).pop("folder", None)  # the digest of the weights stays
+        del values["sync"]["file"]
         values["encoder"] = {"batch": self.encoder.batch, "bfloat16": self.encoder.gpus > 0}
         return values
 

@@ -9,12 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mfcore.metrics.sync import motion_energy, sound_envelope, sync_offset
+from mfcore.metrics.sync import motion_energy
 from preprocessing.probe import VideoInfo
 from preprocessing.record import Clip, Rejected
-
-ENVELOPE_RATE = 100  # Hz, of the sound envelope that motion is compared with
-MAX_LAG = 0.5  # seconds, of the sync estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +87,3 @@ def check_sound(clip: Clip, config: FilterConfig) -> Clip:
     if config.clipped_share is not None and clipped > config.clipped_share:
         raise Rejected("filter", "clipped", f"{100 * clipped:.1f}% of samples at full scale")
     return replace(clip, loudness_db=round(float(level), 2))
-
-
-def estimate_sync(clip: Clip, fps: float, sample_rate: int) -> Clip:
-    """Record how much later than the picture's motion the sound's changes come, and how well they then correlate."""
-    if clip.frames is None or clip.waveform is None:
-        return clip
-    envelope = sound_envelope(clip.waveform, sample_rate, ENVELOPE_RATE)
-    if len(envelope) < 2:
-        return clip
-    found = sync_offset(
-        motion_energy(_thumbnails(clip.frames)), fps, np.abs(np.gradient(envelope)), ENVELOPE_RATE, MAX_LAG
-    )
-    return replace(clip, sync=(found.offset_sec, found.correlation))

@@ -15,7 +15,8 @@ from mfcore.types import AUDIO, VIDEO
 from preprocessing.clips import SpanPlan, cut
 from preprocessing.config import PreprocessConfig
 from preprocessing.encode import Encoders, encode, encode_ahead
-from preprocessing.filters import check_duration, check_picture, check_sound, check_source, estimate_sync
+from preprocessing.filters import check_duration, check_picture, check_sound, check_source
+from preprocessing.lipsync import build_estimator, check_sync
 from preprocessing.media import Decoder
 from preprocessing.probe import MediaError, MediaInfo, probe
 from preprocessing.record import Clip, Rejected, Source
@@ -41,6 +42,7 @@ class Spent:
 
 def build_encoders(config: PreprocessConfig) -> Encoders:
     """The codecs of the modalities present, their clocks, and the text encoder."""
+    build_estimator(config.sync)  # says now, and not of every clip, that weights are missing
     device = "cuda" if config.encoder.gpus else "cpu"
     codecs = {m: make_codec({VIDEO: config.video, AUDIO: config.audio}[m], device) for m in config.modalities}
     words = T5Words(config.text, device) if config.text else HashedWords(width=config.text_width)
@@ -77,13 +79,14 @@ def span_plan(config: PreprocessConfig, timeline: Timeline) -> SpanPlan:
 
 def clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[tuple[str, Callable[[Clip], Clip]]]:
     """What every clip goes through after it was cut and before it is encoded, in order."""
-    least = span_plan(config, encoders.timeline).frames[config.min_chunks]
+    plan = span_plan(config, encoders.timeline)
+    least = plan.frames[config.min_chunks]
     fps, rate = float(config.fps), config.sample_rate
     return [
         ("duration", partial(check_duration, least=least, fps=fps, sample_rate=rate)),
         ("picture", partial(check_picture, config=config.filters)),
         ("sound", partial(check_sound, config=config.filters)),
-        ("sync", partial(estimate_sync, fps=fps, sample_rate=rate)),
+        ("sync", partial(check_sync, config=config.sync, plan=plan, fps=config.fps, sample_rate=rate)),
         ("text", attach_text),
     ]
 

@@ -43,6 +43,7 @@ class Clip:
     caption: str = ""
     transcript: tuple[Word, ...] = ()
     sync: tuple[float, float] | None = None  # offset in seconds (positive: sound late), confidence
+    moved: float = 0.0  # seconds by which the sound was moved to be earlier, its transcript with it
     latents: Mapping[str, Tensor] | None = None  # raw: video (1 + n, C, h, w), audio (n, C); set by the last step
     caption_embedding: Tensor | None = None  # (L, D)
     words_embedding: Tensor | None = None  # (W, D)

@@ -60,7 +60,7 @@ def _json_beside(uri: str) -> dict[str, Any]:
 
 def attach_text(clip: Clip) -> Clip:
     """Caption, and the words whose middle lies in the span, their times shifted to the span and kept inside."""
-    start, end = clip.span
+    start, end = clip.span[0] + clip.moved, clip.span[1] + clip.moved  # where in the source's sound
     words = tuple(
         Word(word=w.word, start=max(0.0, w.start - start), end=min(end - start, w.end - start))
         for w in clip.source.transcript or ()

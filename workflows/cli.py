@@ -121,6 +121,9 @@ def preprocess(
     text: Annotated[
         str | None, typer.Option(metavar="words|t5:DIR", help="Encoder of captions and transcripts; default: words.")
     ] = None,
+    sync: Annotated[
+        str | None, typer.Option(metavar="motion|syncnet:FILE|off", help="Sync filter; default: motion, recorded only.")
+    ] = None,
     sets: Sets,
     config: Config = None,
     dry_run: DryRun = False,
@@ -132,9 +135,9 @@ def preprocess(
         from preprocessing.config import PreprocessConfig
         from workflows.config_io import change, parse_sets, read_file
         from workflows.preprocess import preprocess as run_preprocess
-        from workflows.preprocess import with_codecs
+        from workflows.preprocess import with_codecs, with_sync
 
-        plain = with_codecs(PreprocessConfig(), codec_video, codec_audio, text)
+        plain = with_sync(with_codecs(PreprocessConfig(), codec_video, codec_audio, text), sync)
         written = change(plain, read_file(config) if config else {})
         named = {"modality": modality, "sizes": sizes and pairs(sizes, "--sizes"), "audio_track": audio_track}
         values = parse_sets(sets) | {name: value for name, value in named.items() if value is not None}

@@ -21,6 +21,7 @@ from mfcore.types import AUDIO, VIDEO
 from preprocessing.config import PreprocessConfig
 from preprocessing.encode import ChannelSums, merge_sums
 from preprocessing.lease import LOCK, Lease
+from preprocessing.lipsync import syncnet_config
 from preprocessing.manifest import (
     DATASET_FILE,
     Totals,
@@ -112,6 +113,16 @@ def with_codecs(
             known = ", ".join([embedded, *(f"{kind}:DIR" for kind in readers)])
             raise ValueError(f"--{'text' if option == 'text' else f'codec-{option}'} {name}: choose one of {known}")
     return replace(config, **parts)
+
+
+def with_sync(config: PreprocessConfig, sync: str | None) -> PreprocessConfig:
+    """The configuration with a sync filter named as on the command line. ValueError for other names."""
+    kind, _, file = (sync or "motion").partition(":")
+    if kind == "syncnet" and file:
+        return replace(config, sync=syncnet_config(absolute(file)))
+    if sync not in (None, "motion", "off"):
+        raise ValueError(f"--sync {sync}: choose motion, syncnet:FILE or off")
+    return replace(config, sync=replace(config.sync, estimator=None)) if sync == "off" else config
 
 
 def _check_named_files(arguments: Sequence[str]) -> None:

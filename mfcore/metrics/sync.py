@@ -139,8 +139,8 @@ class MotionSync:
     of the mean squared correlation of the two, in the three blocks where it is highest; so what else moves in the
     picture does not hide the mouth. ``confidence`` is the best score over the highest that chance gives: the same
     score of the sound reversed in time and of the sound shifted by more than two lags, at all rotations. About 1 and
-    less: no evidence. Measured on 6 s of drawn talking heads: 1.36 to 2.3; with another clip's sound: 1.10 at most in 95 of 100, 1.36 in
-    the worst of 240.
+    less: no evidence. Measured on 6 s of drawn talking heads: 1.36 to 2.3; with another clip's sound: at most 1.10 in
+    95 of 100, 1.36 in the worst of 240.
     """
 
     def __init__(self, max_lag: float = 0.5) -> None:

@@ -23,11 +23,11 @@ from preprocessing.source import find_sources
 from preprocessing.toyworld import write_toyworld
 from tests.mfcore.tinymodels import save_oobleck, save_t5, save_wan
 from tests.workflows.test_train import SMALL
-from workflows import worker
 from workflows.checkpoint import load_card
 from workflows.generate import generate
 from workflows.preprocess import inspect, preprocess, reconstruct, with_codecs
 from workflows.train import train
+from workflows.training import worker
 
 pytestmark = pytest.mark.slow  # importing diffusers and transformers alone takes seconds
 STEPS = ("steps=2", "data.batch=2", "data.chunks=[2,2]", "data.held_out=0.3", "eval_every=2", "optim.warm_up=0")
