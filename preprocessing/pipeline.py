@@ -16,6 +16,7 @@ from preprocessing.clips import SpanPlan, cut
 from preprocessing.config import PreprocessConfig
 from preprocessing.encode import Encoders, encode, encode_ahead
 from preprocessing.filters import check_duration, check_picture, check_sound, check_source
+from preprocessing.likeness import fingerprint
 from preprocessing.lipsync import build_estimator, check_sync
 from preprocessing.media import Decoder
 from preprocessing.probe import MediaError, MediaInfo, probe
@@ -87,6 +88,7 @@ def clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[tuple[str, 
         ("picture", partial(check_picture, config=config.filters)),
         ("sound", partial(check_sound, config=config.filters)),
         ("sync", partial(check_sync, config=config.sync, plan=plan, fps=config.fps, sample_rate=rate)),
+        ("fingerprint", partial(fingerprint, sample_rate=rate)),
         ("text", attach_text),
     ]
 

@@ -221,7 +221,7 @@ def open_dataset(uri: str, modalities: Sequence[str] | None = None) -> ClipDatas
         raise ValueError(f"{uri} has no {missing[0]}: it was made with --modality {facts['config']['modality']}")
     if not facts["complete"]:
         raise ValueError(f"{uri} is unfinished: run the same `mfctl preprocess` command again")
-    dropped = _duplicates(store)
+    dropped = duplicates(store)
     with ThreadPoolExecutor(OPENED) as pool:
         files = list(pool.map(partial(_places, store, timeline=meta.timeline(wanted)), _clip_files(store)))
     places = [place for file in files for place in file if place.id not in dropped]
@@ -258,7 +258,7 @@ def _places(store: Store, name: str, timeline: Timeline) -> list[_Place]:
     ]
 
 
-def _duplicates(store: Store) -> set[str]:
+def duplicates(store: Store) -> set[str]:
     """Ids that a duplicate pass marked for removal."""
     if not store.exists("_duplicates.parquet"):
         return set()

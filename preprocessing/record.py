@@ -40,6 +40,7 @@ class Clip:
     content: str = ""  # hash that tells the source's file from others, wherever it lies
     source_fps: float | None = None  # average frames per second as the source claims them
     loudness_db: float | None = None  # dBFS, rms
+    fingerprint: bytes | None = None  # of how it looks, moves and sounds
     caption: str = ""
     transcript: tuple[Word, ...] = ()
     sync: tuple[float, float] | None = None  # offset in seconds (positive: sound late), confidence

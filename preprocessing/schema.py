@@ -68,6 +68,7 @@ CLIPS = pa.schema(
         pa.field("source_content", pa.string()),
         pa.field("source_fps", pa.float64()),
         pa.field("loudness_db", pa.float64()),
+        pa.field("fingerprint", pa.binary()),  # what near-duplicates are found by
     ],
     metadata={"mfctl_schema_version": str(SCHEMA_VERSION)},
 )
@@ -177,6 +178,7 @@ def to_row(
         "first_frame_png": None if clip.frames is None else _png(clip.frames[0]),
         "sync_offset_sec": clip.sync[0] if clip.sync else None,
         "sync_confidence": clip.sync[1] if clip.sync else None,
+        "fingerprint": clip.fingerprint,
         "video_latent_times": times.get(VIDEO),
         "audio_latent_times": times.get(AUDIO),
         "source_content": clip.content,

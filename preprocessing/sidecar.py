@@ -1,7 +1,7 @@
 """Caption and transcript of a clip: from the manifest, else from the file beside the source, else recorded as missing.
 
 ``NAME.json`` = {"caption": text, "transcript": [{"word", "start", "end"}]}, times in seconds since the source's origin;
-``NAME.txt`` = the caption. Nothing is ever invented.
+``NAME.srt`` or ``NAME.vtt`` = the transcript where there is none yet; ``NAME.txt`` = the caption. Nothing is ever invented.
 """
 
 import json
@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from preprocessing.record import Clip, Rejected, Source, Word
 from preprocessing.source import parse_words, split_fragment
 from preprocessing.storage import file_system, is_remote, local_path
+from preprocessing.subtitles import parse_subtitles
 
 
 def _beside(uri: str, suffix: str) -> bytes | None:
@@ -40,6 +41,9 @@ def read_sidecar(source: Source) -> Source:
             caption = str(facts["caption"])
         if words is None:
             words = parse_words(facts.get("transcript"), "sidecar")
+        for suffix in (".vtt", ".srt"):
+            if words is None and (data := _beside(uri, suffix)) is not None:
+                words = parse_subtitles(data)
     except ValueError as error:
         raise Rejected("transcript", "bad_sidecar", str(error)) from error
     if caption is None and (text := _beside(uri, ".txt")) is not None:

@@ -160,6 +160,9 @@ def inspect(
     sheet: Annotated[
         str | None, typer.Option(parser=environment.absolute, metavar="PNG", help="Write a contact sheet.")
     ] = None,
+    near_duplicates: Annotated[
+        bool, typer.Option("--near-duplicates", help="Find clips that are alike; training leaves them out.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Counts, rejects by reason and statistics of a dataset."""
@@ -167,7 +170,7 @@ def inspect(
     def work() -> Any:
         from workflows.inspection import inspect as run_inspect
 
-        return run_inspect(dataset, verify=verify, sheet=sheet)
+        return run_inspect(dataset, verify=verify, sheet=sheet, near_duplicates=near_duplicates)
 
     def render(summary: Any) -> str:
         from workflows.inspection import render as table

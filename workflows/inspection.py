@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from mfcore.types import AUDIO, VIDEO
+from preprocessing.likeness import find_duplicates
 from preprocessing.manifest import canonical, difference, read_markers, read_units, total
 from preprocessing.manifest import verify as verify_files
 from preprocessing.media import Decoder
 from preprocessing.probe import MediaError, probe
-from preprocessing.reader import ClipDataset, open_dataset, read_facts
+from preprocessing.reader import ClipDataset, duplicates, open_dataset, read_facts
 from preprocessing.source import split_fragment
 from preprocessing.storage import Store, fetched
 from workflows import plots
@@ -41,10 +42,13 @@ class Rejects:
     examples: list[dict[str, Any]] = field(default_factory=list)
 
 
-def inspect(dataset: str, *, verify: bool = False, sheet: str | None = None) -> dict[str, Any]:
+def inspect(
+    dataset: str, *, verify: bool = False, sheet: str | None = None, near_duplicates: bool = False
+) -> dict[str, Any]:
     """Counts, rejects, histograms, codecs and clocks of a dataset; with ``verify`` checksums and accounting are
     recomputed from its files (ValueError says what is wrong); with ``sheet`` a PNG of accepted and rejected clips is
-    written: frames over waveform and transcript."""
+    written: frames over waveform and transcript; with ``near_duplicates`` clips that look, move and sound like another
+    are looked for and written down, and are left out from then on."""
     if sheet is not None and (Path(sheet).exists() or not Path(sheet).absolute().parent.is_dir()):
         raise ValueError(f"--sheet {sheet}: name a file that does not exist yet, in a folder that does")
     store = Store(dataset)
@@ -56,6 +60,9 @@ def inspect(dataset: str, *, verify: bool = False, sheet: str | None = None) -> 
     if verify:
         _verify(store, facts)
         summary["verified"] = True
+    if near_duplicates:
+        find_duplicates(store)
+    summary["near_duplicates"] = len(duplicates(store))
     rejects = read_rejects(store)
     summary["rejects"] = {
         name: {"count": found.count, "examples": [_example(row) for row in found.examples]}

@@ -25,7 +25,8 @@ from tests.mfcore.tinymodels import save_oobleck, save_t5, save_wan
 from tests.workflows.test_train import SMALL
 from workflows.checkpoint import load_card
 from workflows.generate import generate
-from workflows.preprocess import inspect, preprocess, reconstruct, with_codecs
+from workflows.inspection import inspect
+from workflows.preprocess import preprocess, reconstruct, with_codecs
 from workflows.train import train
 from workflows.training import worker
 
@@ -52,7 +53,7 @@ def config(models) -> PreprocessConfig:
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
-    write_toyworld(folder, clips=4, seconds=1.2, size=32, jobs=1)
+    write_toyworld(folder, clips=4, seconds=1.0, size=32, jobs=1)
     (folder / "no media.mp4").write_text("a pointer")
     return folder
 
