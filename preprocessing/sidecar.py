@@ -1,7 +1,8 @@
 """Caption and transcript of a clip: from the manifest, else from the file beside the source, else recorded as missing.
 
 ``NAME.json`` = {"caption": text, "transcript": [{"word", "start", "end"}]}, times in seconds since the source's origin;
-``NAME.srt`` or ``NAME.vtt`` = the transcript where there is none yet; ``NAME.txt`` = the caption. Nothing is ever invented.
+``NAME.srt`` or ``NAME.vtt`` = the transcript where there is none yet; ``NAME.txt`` = the caption. Nothing is ever
+invented.
 """
 
 import json

@@ -51,16 +51,21 @@ def _seconds(parts: tuple[str | None, ...]) -> float:
 
 
 def _words(said: str, start: float, end: float) -> list[Word]:
-    """Between two marks words share the time by their letters."""
+    """Between two marks words share the time."""
     words: list[Word] = []
     at = [start, *(_seconds(mark.groups()) for mark in _MARK.finditer(said)), end]
     parts = _MARK.sub("\0", said).split("\0")
     for part, begin, stop in zip(parts, at, at[1:], strict=False):
-        names = html.unescape(_TAG.sub(" ", part)).split()
-        letters = sum(len(name) for name in names)
-        for name in names:
-            length = max(0.0, stop - begin) * len(name) / letters
-            letters -= len(name)
-            words.append(Word(word=name, start=round(begin, 6), end=round(begin + length, 6)))
-            begin += length
+        words += shared_out(html.unescape(_TAG.sub(" ", part)), begin, stop)
+    return words
+
+
+def shared_out(text: str, start: float, end: float) -> list[Word]:
+    """The words of a text, each with the share of the time that its letters are of all."""
+    names = text.split()
+    letters, words, at = sum(len(name) for name in names), list[Word](), start
+    for name in names:
+        length = max(0.0, end - start) * len(name) / letters
+        words.append(Word(word=name, start=round(at, 6), end=round(min(end, at + length), 6)))
+        at += length
     return words

@@ -181,6 +181,23 @@ def inspect(
 
 
 @app.command()
+def manifest(
+    layout: Annotated[str, typer.Argument(help="emilia, panda70m, speakervid or seamless.")],
+    folder: Annotated[str, typer.Argument(parser=environment.absolute, metavar="FOLDER")],
+    out: Annotated[str, typer.Argument(parser=environment.absolute, metavar="OUT.jsonl")],
+    json: Json = False,
+) -> None:
+    """Make the manifest of a known corpus, for `mfctl preprocess OUT.jsonl DATASET`."""
+
+    def work() -> Any:
+        from preprocessing.corpora import write_manifest
+
+        return {"path": out, "rows": write_manifest(layout, folder, out)}
+
+    console.run(work, as_json=json)
+
+
+@app.command()
 def reconstruct(
     dataset: Dataset,
     clip_id: Annotated[str, typer.Argument(metavar="CLIP_ID", help="A clip's id, as `mfctl inspect` lists it.")],
