@@ -126,7 +126,7 @@ def test_the_reach_of_an_oobleck_decoder_is_exact(oobleck):
     latents = noise(2 * (before + behind))
     changed = latents.clone()
     middle = before + behind
-    changed[middle] += 1
+    changed[middle] += 100  # the outermost taps say little: let them be heard above rounding
     moved = (oobleck.decode(latents) - oobleck.decode(changed)).abs().reshape(-1, 2048).amax(1).nonzero().flatten()
     assert (int(moved[0]), int(moved[-1])) == (middle - behind, middle + before)
 
