@@ -107,7 +107,15 @@ def test_text_is_plain_ascii_and_names_no_machine() -> None:
         assert path == own or not private.search(text), f"{path}: {private.search(text)}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "cluster/README.md"])
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "cluster/onprem.md",
+    *(str(p.relative_to(ROOT)) for p in ROOT.glob("cluster/**/README.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_pages_name_commands_options_and_files_that_exist(page: str) -> None:
     from typer.main import get_command
 

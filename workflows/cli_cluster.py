@@ -14,11 +14,17 @@ JobId = Annotated[str | None, typer.Argument(metavar="JOB", help="As `mfctl subm
 
 @app.command()
 def submit(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="cluster/local.yaml, http://host:8265 or ray://...")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A cluster file, an address, or a RayJob's file.")],
     argv: Annotated[list[str], typer.Argument(metavar="-- VERB...", help="The mfctl command to run there.")],
     *,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait; see `mfctl logs --follow JOB`.")] = False,
     python: Annotated[str | None, typer.Option(metavar="PATH", help="The interpreter on the cluster.")] = None,
+    shared: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="Mounted on all machines of the cluster: runs and relative paths are there."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Run an mfctl command as a Ray job, follow its logs and end with its exit code."""
@@ -26,7 +32,7 @@ def submit(
     def work() -> Any:
         from workflows.cluster import submit as run_submit
 
-        return run_submit(target, argv, detach=detach, python=python)
+        return run_submit(target, argv, detach=detach, python=python, shared=shared)
 
     console.run(work, as_json=json, code=lambda done: done["exit_code"] or 0)
 

@@ -1,7 +1,7 @@
 """Commands as Ray jobs: the working tree is packed, the command runs there, its logs and its exit code come back.
 
-``TARGET`` is a Ray cluster file whose head is this machine, or the address of a cluster that runs: ``http://host:8265``
-(its job server) or ``ray://host:10001``.
+``TARGET`` is a Ray cluster file, the address of a cluster that runs (``http://host:8265``, its job server, or
+``ray://host:10001``), or the file of a KubeRay RayJob. What cannot work is refused before anything is submitted.
 """
 
 import asyncio
@@ -11,17 +11,22 @@ import logging
 import os
 import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from workflows import head as heads
 from workflows.environment import BASE, DEFAULTS, base_directory, tracking_uri
+from workflows.fleet import placement, rayjob
+from workflows.fleet.parcel import pack
+from workflows.fleet.target import Cluster, Target, ask, check_versions, connected, read_target
+from workflows.fleet.words import REFERENCES, check_places, check_secrets, understand
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_PACKED = ["/.git", "/.venv", "/runs", "/data", "/build", "**/__pycache__", "*.egg-info", "*.mp4"]
 AGENT_LIMIT_S = 90
 UNKNOWN_EXIT = 1
 
@@ -31,9 +36,10 @@ class Job:
     """A submitted job, as recorded under ``runs/cluster/jobs``."""
 
     id: str
-    address: str  # of the job server
+    address: str  # of the job server; for a RayJob the file
     command: list[str]
     submitted: float  # seconds since the epoch
+    target: str = ""  # as the user wrote it: a cluster file is connected to anew; "": by the address
 
 
 def state_folder() -> Path:
@@ -41,12 +47,15 @@ def state_folder() -> Path:
     return base_directory() / "runs" / "cluster"
 
 
-def submit(target: str, argv: list[str], *, detach: bool = False, python: str | None = None) -> dict:
+def submit(
+    target: str, argv: list[str], *, detach: bool = False, python: str | None = None, shared: str | None = None
+) -> dict:
     """Run ``mfctl argv`` as a job on the target and follow its logs to the end, or with ``detach`` only start it.
 
-    Relative paths of the command mean what they mean here. ``python`` is the interpreter on the cluster; by default
-    this one for a head on this machine, else ``python``. Returns job, address, status and exit_code (None while it
-    runs).
+    Relative paths of the command mean what they mean here, or with ``shared``, a folder that all machines of the target
+    have mounted, what they mean there. ``python`` is the interpreter on the cluster; by default this one for a head on
+    this machine, else ``python``. Returns job, address, status and exit_code (None while it runs). ValueError, before
+    anything starts, for what the target could never run.
     """
     if not argv:
         raise ValueError(
@@ -54,24 +63,112 @@ def submit(target: str, argv: list[str], *, detach: bool = False, python: str | 
         )
     if not (ROOT / "pyproject.toml").exists():
         raise ValueError(f"submit packs a checkout, and {ROOT} is none: run it from a clone (`make venv` there)")
-    address, interpreter = _resolve(target)
-    command = [python or interpreter, "-m", "workflows.cli", *argv]
-    with _no_other_address():
+    place = read_target(target)
+    shared = os.path.normpath(shared) if shared else None
+    if place.kind in ("elsewhere", "rayjob"):
+        _check_elsewhere(place, argv, shared, place.machines)
+    if place.kind == "rayjob":
+        return _submit_rayjob(place, argv, shared, detach=detach)
+    understand(argv, shared)
+    with _no_other_address(), connected(place, state_folder()) as address:
         client = _client(address)
-        job = Job(id=_submit_when_ready(client, command), address=address, command=argv, submitted=time.time())
-        _record(job)
-        print(f"job {job.id} on {address}", file=sys.stderr)
-        if detach:
-            return _summary(client, job)
-        return _follow(client, job)
+        cluster = ask(client)
+        variables = _variables(place, cluster, argv, shared, python)
+        interpreter = python or (sys.executable if place.kind == "here" else "python")
+        job = _start(client, [interpreter, "-m", "workflows.cli", *argv], variables, target)
+        print(f"job {job.id} on {job.address}", file=sys.stderr)
+        return _summary(client, job) if detach else _follow(client, job)
+
+
+def _check_elsewhere(place: Target, argv: Sequence[str], shared: str | None, machines: Any) -> None:
+    command = understand(argv, shared)
+    check_places(command, place.name, shared)
+    if machines:
+        placement.check(placement.needs(command), machines, place.name)
+
+
+def _variables(
+    place: Target, cluster: Cluster, argv: Sequence[str], shared: str | None, python: str | None
+) -> dict[str, str]:
+    """Check the command against the running cluster; the environment of the job."""
+    if place.kind != "here":
+        check_versions(cluster, place.name, python)
+    if place.kind == "server" and not cluster.all_here:
+        _check_elsewhere(place, argv, shared, [])
+    if not place.machines and cluster.fixed:
+        placement.check(placement.needs(understand(argv, shared)), cluster.machines, place.name)
+    elsewhere = place.kind == "elsewhere" or not cluster.all_here
+    variables = _environment(shared, elsewhere=elsewhere)
+    check_secrets(argv, variables)
+    return variables
+
+
+def _environment(shared: str | None, *, elsewhere: bool) -> dict[str, str]:
+    """What a job is told: switches, where relative paths start, where MLflow is, and where credentials are found."""
+    variables = {name: os.environ.get(name, value) for name, value in DEFAULTS.items()}
+    variables |= {name: os.environ[name] for name in REFERENCES if name in os.environ}
+    base = shared or (None if elsewhere else str(base_directory()))
+    if base:
+        variables[BASE] = base
+    if not elsewhere or "MLFLOW_TRACKING_URI" in os.environ:
+        variables["MLFLOW_TRACKING_URI"] = tracking_uri()
+    return variables
+
+
+def _start(client: Any, command: list[str], variables: dict[str, str], target: str) -> Job:
+    with tempfile.TemporaryDirectory(prefix="mfctl-") as folder:
+        archive = pack(ROOT, Path(folder))
+        name = _submit_when_ready(client, command, {"working_dir": str(archive), "env_vars": variables})
+    job = Job(id=name, address=client.get_address(), command=command[3:], submitted=time.time(), target=target)
+    _record(job)
+    return job
+
+
+def _submit_rayjob(place: Target, argv: list[str], shared: str | None, *, detach: bool) -> dict:
+    """The code is the image's: what travels is the command and the environment."""
+    version = place.config["spec"]["rayClusterSpec"].get("rayVersion")
+    import ray
+
+    if version and version != ray.__version__:
+        raise ValueError(
+            f"{place.name} has rayVersion {version}, here is {ray.__version__}: build the image again, write the same"
+        )
+    variables = _environment(shared, elsewhere=True)
+    check_secrets(argv, variables)
+    name = rayjob.create(rayjob.render(place.config, argv, variables))
+    job = Job(id=name, address=place.name, command=argv, submitted=time.time(), target=place.name)
+    _record(job)
+    print(f"RayJob {name} from {place.name}; its code is that of the image", file=sys.stderr)
+    if not detach:
+        rayjob.follow(name)
+    return _rayjob_summary(job)
+
+
+def _rayjob_summary(job: Job) -> dict:
+    return {"job": job.id, "address": job.address, "command": job.command, **rayjob.summary(job.id)}
+
+
+def _is_rayjob(job: Job) -> bool:
+    return "://" not in job.address
+
+
+@contextmanager
+def _reached(job: Job) -> Iterator[Any]:
+    """A client of the job's server; for a cluster file elsewhere through a tunnel of its own."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_no_other_address())
+        address = job.address
+        if job.target and "://" not in job.target and Path(job.target).is_file():
+            place = read_target(job.target)
+            if place.kind == "elsewhere":
+                address = stack.enter_context(connected(place, state_folder()))
+        yield _client(address)
 
 
 def status(job_id: str | None = None) -> dict:
     """One job, or every recorded job with the heads on this machine."""
     if job_id is not None:
-        job = _job(job_id)
-        with _no_other_address():
-            return _summary(_client(job.address), job)
+        return _now(_job(job_id))
     running = [head for path in sorted(state_folder().glob("*.json")) if (head := heads.read_record(path))]
     return {
         "heads": [{"address": head.address, "answers": head.answers()} for head in running],
@@ -82,8 +179,10 @@ def status(job_id: str | None = None) -> dict:
 def logs(job_id: str, *, follow: bool = False) -> dict:
     """Print what the job has written so far; with ``follow`` go on until it ends."""
     job = _job(job_id)
-    with _no_other_address():
-        client = _client(job.address)
+    if _is_rayjob(job):
+        rayjob.follow(job.id) if follow else print(rayjob.logs(job.id), end="")
+        return _rayjob_summary(job)
+    with _reached(job) as client:
         if follow:
             return _follow(client, job)
         print(client.get_job_logs(job.id), end="")
@@ -93,8 +192,10 @@ def logs(job_id: str, *, follow: bool = False) -> dict:
 def stop(job_id: str) -> dict:
     """Ask the job to stop, and wait until it has."""
     job = _job(job_id)
-    with _no_other_address():
-        client = _client(job.address)
+    if _is_rayjob(job):
+        rayjob.stop(job.id)
+        return _rayjob_summary(job)
+    with _reached(job) as client:
         client.stop_job(job.id)
         _wait_until_ended(client, job)
         return _summary(client, job)
@@ -105,27 +206,8 @@ def stop_head() -> dict:
     return {"stopped": heads.stop_heads(state_folder())}
 
 
-def _resolve(target: str) -> tuple[str, str]:
-    """Address of the job server, starting a head where the target is this machine; and the interpreter to use there."""
-    if "://" in target:
-        if not target.startswith(("http://", "https://", "ray://")):
-            raise ValueError(
-                f"{target} is no cluster address: write http://host:8265, ray://host:10001 or a cluster file"
-            )
-        return target, "python"
-    if not Path(target).is_file():
-        raise ValueError(f"{target} does not exist: the target is a cluster file (cluster/local.yaml) or an address")
-    config = heads.load_cluster(target)
-    if not heads.runs_here(config):
-        raise ValueError(
-            f"{target} describes machines elsewhere (provider {config['provider']['type']}): start them with "
-            f"`ray up {target}`, open the job server with `ray dashboard {target}`, then submit to http://127.0.0.1:8265"
-        )
-    return heads.ensure_head(config, state_folder()).address, sys.executable
-
-
 def _client(address: str) -> Any:
-    os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")  # NOT_PACKED holds them: no warning needed
+    os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")  # no warning: the archive is ours
     from ray.job_submission import JobSubmissionClient
 
     logging.disable(logging.INFO)  # Ray lists every file it leaves out
@@ -135,23 +217,16 @@ def _client(address: str) -> Any:
         raise RuntimeError(f"no Ray job server answers at {address}: is the cluster up? (mfctl status)") from error
 
 
-def _submit_when_ready(client: Any, command: list[str]) -> str:
+def _submit_when_ready(client: Any, command: list[str], runtime_env: dict) -> str:
     """A head accepts jobs a few seconds after it answers: until its agent has registered, submission is refused."""
     deadline = time.monotonic() + AGENT_LIMIT_S
     while True:
         try:
-            return client.submit_job(entrypoint=shlex.join(command), runtime_env=_runtime_environment())
+            return client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env)
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(1)
-
-
-def _runtime_environment() -> dict:
-    """The working tree, and what a copy of it would lose: the user's directory and the place of the runs."""
-    variables = {name: os.environ.get(name, value) for name, value in DEFAULTS.items()}
-    variables |= {BASE: str(base_directory()), "MLFLOW_TRACKING_URI": tracking_uri()}
-    return {"working_dir": str(ROOT), "excludes": NOT_PACKED, "env_vars": variables}
 
 
 def _follow(client: Any, job: Job) -> dict:
@@ -190,11 +265,17 @@ def _summary(client: Any, job: Job) -> dict:
     }
 
 
+def _now(job: Job) -> dict:
+    if _is_rayjob(job):
+        return _rayjob_summary(job)
+    with _reached(job) as client:
+        return _summary(client, job)
+
+
 def _last_known(job: Job) -> dict:
     """The job's summary, or the fact that its cluster is gone."""
     try:
-        with _no_other_address():
-            return _summary(_client(job.address), job)
+        return _now(job)
     except RuntimeError:
         return {"job": job.id, "address": job.address, "command": job.command, "status": "cluster does not answer"}
 

@@ -42,6 +42,9 @@ class EngineConfig:
     workers: int | tuple[int, int] = 2  # processes: one per GPU, or CPU processes that share the cores. (fewest, most):
     # as many as the cluster has room for at the time
     use_gpu: bool = False
+    resource: str | None = (
+        None  # a custom Ray resource of which every process takes one: the machines meant for training
+    )
     max_failures: int = 2  # restarts from the latest checkpoint before the run is given up
 
     def __post_init__(self) -> None:

@@ -47,12 +47,6 @@ def test_a_key_that_ray_does_not_know_is_refused_by_name(here: Path) -> None:
         head.load_cluster(path)
 
 
-def test_a_cluster_elsewhere_is_refused_with_the_commands_to_type(here: Path) -> None:
-    path = write_yaml(here, "cluster_name: a\nprovider: {type: aws, region: us-east-1}\n")
-    with pytest.raises(ValueError, match="ray up .*ray dashboard"):
-        cluster.submit(path, ["doctor"])
-
-
 @pytest.mark.parametrize(
     ("target", "argv", "message"),
     [
@@ -75,7 +69,7 @@ def test_an_unknown_job_is_named_with_the_known_ones(here: Path) -> None:
 
 
 def test_the_job_keeps_the_users_folder_and_store(here: Path) -> None:
-    variables = cluster._runtime_environment()["env_vars"]
+    variables = cluster._environment(None, elsewhere=False)
     assert variables["MFCTL_CWD"] == str(here)
     assert variables["MLFLOW_TRACKING_URI"] == f"sqlite:///{here}/runs/mlflow.db"
     assert variables["RAY_AUTH_MODE"] == "disabled"
@@ -103,9 +97,13 @@ def test_a_job_runs_on_a_head_of_its_own_and_its_exit_code_comes_back(folder: Pa
     assert (result["status"], result["exit_code"]) == ("SUCCEEDED", 0)
     assert f"sqlite:///{folder}/runs/mlflow.db" in done.stderr  # the followed log; the job itself runs in a copy
 
-    wrong = mfctl("submit", str(LOCAL), "--", "doctor", "--jsno", cwd=folder)
+    wrong = mfctl("submit", str(LOCAL), "--", "inspect", "nothing", cwd=folder)
     assert wrong.returncode == 2, wrong.stderr
-    assert "No such option: --jsno" in wrong.stdout
+    assert f"{folder}/nothing" in wrong.stdout
+
+    typo = mfctl("submit", str(LOCAL), "--", "doctor", "--jsno", cwd=folder)
+    assert typo.returncode == 2, typo.stderr
+    assert "No such option: --jsno" in typo.stderr, "said here, before anything is submitted"
 
     detached = json.loads(mfctl("submit", "--json", "--detach", str(LOCAL), "--", "doctor", cwd=folder).stdout)
     assert detached["address"] == result["address"], "the second command finds the first one's head"

@@ -84,7 +84,9 @@ def _scaling(engine: EngineConfig) -> Any:
     return ScalingConfig(
         num_workers=engine.most if fixed else (engine.fewest, engine.most),
         use_gpu=engine.use_gpu,
-        resources_per_worker=resources | ({"GPU": 1.0} if engine.use_gpu else {}),
+        resources_per_worker=resources
+        | ({"GPU": 1.0} if engine.use_gpu else {})
+        | ({engine.resource: 1.0} if engine.resource else {}),
         elastic_resize_monitor_interval_s=GROW_EVERY,
     )
 

@@ -1,0 +1,352 @@
+"""Every file under cluster/ against its reader: Ray's schema and loader, Amazon's API, KubeRay's CRDs, linters."""
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from workflows.fleet import placement
+from workflows.fleet.target import read_target
+from workflows.fleet.words import understand
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "cluster"
+RAY_FILES = ("local.yaml", "onprem.yaml", "aws.yaml", "gcp.yaml")
+CLOUDS = ("aws.yaml", "gcp.yaml")
+RAY_JOBS = sorted(path.name for path in (CLUSTER / "kuberay").glob("rayjob-*.yaml"))
+CRDS = ROOT.parent / "shared" / "data" / "kuberay"
+ELSEWHERE = (
+    "../shared/data/kuberay is not here: KubeRay files were checked by what Ray and Kubernetes fields we know alone"
+)
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def prepared(name: str) -> dict[str, Any]:
+    """As `ray up` reads a file before it asks the provider: defaults filled in, old forms translated."""
+    from ray.autoscaler._private.util import prepare_config
+
+    return prepare_config(load(name))
+
+
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_rays_own_loader_takes_the_file(name: str) -> None:
+    from ray.autoscaler._private.util import validate_config
+
+    jsonschema.validate(load(name), ray_schema())
+    config = prepared(name)
+    validate_config(config)
+    assert config["head_node_type"] in config["available_node_types"]
+    commands = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+    starts = [c for c in config["head_start_ray_commands"] if "ray start" in c]
+    assert len(starts) == 1 and "--dashboard-host=127.0.0.1" in starts[0], "the job server is the head's own"
+    if name != "local.yaml":
+        assert "--autoscaling-config" in starts[0]
+        assert all("RAY_AUTH_MODE=" in c and "--disable-usage-stats" in c for c in commands if "ray start" in c)
+
+
+def ray_schema() -> dict[str, Any]:
+    import ray.autoscaler
+
+    return json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in RAY_FILES if name != "local.yaml"])
+def test_every_command_is_a_whole_shell_command(name: str) -> None:
+    """Ray puts each into parentheses of its own, so that a comment in it would swallow the closing one."""
+    config = load(name)
+    kinds = ("setup_commands", "head_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+    for command in [c for kind in kinds for c in config.get(kind, [])]:
+        done = subprocess.run(["bash", "-n", "-c", f"({command})"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{name}: {command}: {done.stderr}"
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_clouds_start_from_zero_with_a_head_that_is_not_spot(name: str) -> None:
+    config = load(name)
+    kinds = config["available_node_types"]
+    assert config["provider"]["use_internal_ips"] is True
+    assert kinds["head"]["resources"] == {"CPU": 0}
+    assert "SPOT" not in str(kinds["head"]["node_config"]).upper()
+    for kind in ("preprocess", "train"):
+        assert kinds[kind]["min_workers"] == 0 < kinds[kind]["max_workers"] <= config["max_workers"]
+        assert "SPOT" in str(kinds[kind]["node_config"]).upper()
+    assert "GPU" in kinds["train"]["resources"] and "GPU" not in kinds["preprocess"]["resources"]
+
+
+def test_amazons_machines_are_private_encrypted_and_need_a_token_for_metadata() -> None:
+    for kind in load("aws.yaml")["available_node_types"].values():
+        node = kind["node_config"]
+        assert node["MetadataOptions"]["HttpTokens"] == "required"
+        assert node["BlockDeviceMappings"][0]["Ebs"]["Encrypted"] is True
+        assert node["SubnetIds"] and "NetworkInterfaces" not in node
+
+
+def test_googles_machines_have_no_address_outside() -> None:
+    for kind in load("gcp.yaml")["available_node_types"].values():
+        assert [list(interface) for interface in kind["node_config"]["networkInterfaces"]] == [["subnetwork"]]
+
+
+@pytest.mark.slow
+def test_ray_starts_every_kind_of_machine_on_a_simulated_amazon(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray's provider with boto's own checks of every parameter; moto answers in Amazon's place, without a network."""
+    moto = pytest.importorskip("moto")
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps the key pair it makes there
+    with moto.mock_aws():
+        import boto3
+        from ray.autoscaler._private.aws import config as amazon
+        from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+        from ray.autoscaler._private.util import validate_config
+
+        for profile in ("mutual-forcing-head", "mutual-forcing-worker"):
+            boto3.client("iam").create_instance_profile(InstanceProfileName=profile)
+        ec2 = boto3.client("ec2")
+        vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
+        subnet = ec2.create_subnet(VpcId=vpc, CidrBlock="10.0.1.0/24", AvailabilityZone="us-east-1a")["Subnet"][
+            "SubnetId"
+        ]
+        config = with_subnet(prepared("aws.yaml"), subnet)
+        validate_config(config)
+        resolved = amazon.bootstrap_aws(config)
+        provider = AWSNodeProvider(resolved["provider"], "mutual-forcing")
+        for name, kind in resolved["available_node_types"].items():
+            node = copy.deepcopy(kind["node_config"]) | {"ImageId": "ami-12c6146b"}  # moto knows no `resolve:ssm:`
+            made = provider.create_node(node, {"ray-user-node-type": name, "ray-cluster-name": "mutual-forcing"}, 1)
+            assert len(made) == 1, name
+        machines = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
+    assert len(machines) == 3
+    assert all("PublicIpAddress" not in machine for machine in machines)
+    assert sorted(m.get("InstanceLifecycle", "on demand") for m in machines) == ["on demand", "spot", "spot"]
+
+
+def with_subnet(config: dict[str, Any], subnet: str) -> dict[str, Any]:
+    for kind in config["available_node_types"].values():
+        kind["node_config"]["SubnetIds"] = [subnet]
+    return config
+
+
+def test_googles_api_knows_every_field() -> None:
+    """Against the description of the Compute API that Google's own client ships, where that is installed."""
+    client = pytest.importorskip("googleapiclient", reason="google-api-python-client is not installed")
+    place = Path(client.__file__).parent / "discovery_cache" / "documents" / "compute.v1.json"
+    schemas = json.loads(place.read_text())["schemas"]
+    for kind in load("gcp.yaml")["available_node_types"].values():
+        known_to(schemas, "Instance", kind["node_config"])
+
+
+def known_to(schemas: dict[str, Any], name: str, value: dict[str, Any]) -> None:
+    properties = schemas[name]["properties"]
+    assert set(value) <= set(properties), f"{name} has no {set(value) - set(properties)}"
+    for key, part in value.items():
+        kind = properties[key].get("items", properties[key])
+        for one in part if isinstance(part, list) else [part]:
+            if "$ref" in kind and isinstance(one, dict):
+                known_to(schemas, kind["$ref"], one)
+            assert "enum" not in kind or one in kind["enum"], f"{name}.{key} is none of {kind['enum']}"
+
+
+# ------------------------------------------------------------------------------------------------------------- KubeRay
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", *RAY_JOBS])
+def test_kuberays_crds_take_the_file(name: str) -> None:
+    if not CRDS.is_dir():
+        pytest.skip(ELSEWHERE)
+    manifest = load(f"kuberay/{name}")
+    crd = "ray.io_rayclusters.yaml" if manifest["kind"] == "RayCluster" else "ray.io_rayjobs.yaml"
+    schema = crd_schema(crd, manifest["apiVersion"].split("/")[1])
+    jsonschema.Draft7Validator(schema).validate(manifest)
+    wrong = copy.deepcopy(manifest)
+    wrong["spec"]["headGroupSpce"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="headGroupSpce"):
+        jsonschema.Draft7Validator(schema).validate(wrong)
+
+
+@cache
+def crd_schema(name: str, version: str) -> dict[str, Any]:
+    definition = yaml.load((CRDS / name).read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return strict({v["name"]: v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"]}[version])
+
+
+def strict(schema: Any) -> Any:
+    """Kubernetes drops unknown fields silently; here they are errors."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: strict(value) for key, value in schema.items()}
+    free = made.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in made
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not free:
+        made["additionalProperties"] = False
+    return made
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", *RAY_JOBS])
+def test_kuberay_pods_are_unprivileged_and_share_one_folder(name: str) -> None:
+    import ray
+
+    spec = load(f"kuberay/{name}")["spec"]
+    spec = spec.get("rayClusterSpec", spec)
+    assert spec["rayVersion"] == ray.__version__ == pins()["ray"]
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        container = pod["containers"][0]
+        assert {"name": "shared", "mountPath": "/shared"} in container["volumeMounts"]
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+        assert {"name": "RAY_AUTH_MODE", "value": "disabled"} in container["env"]
+        assert group.get("minReplicas", 0) == 0
+    claim = load("kuberay/storage.yaml")
+    assert (
+        claim["metadata"]["name"]
+        == spec["headGroupSpec"]["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
+    )
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+@pytest.mark.parametrize("name", RAY_JOBS)
+def test_the_entrypoints_are_commands_that_their_pods_can_run(name: str) -> None:
+    target = read_target(str(CLUSTER / "kuberay" / name))
+    python, module, package, *argv = target.config["spec"]["entrypoint"].split()
+    assert (python, module, package) == ("python", "-m", "workflows.cli")
+    placement.check(placement.needs(understand(argv, "/shared")), target.machines, name)
+
+
+# ----------------------------------------------------------------------------------------------------------- placement
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "preprocess s3://b/clips s3://b/data",
+        *(
+            f"train --stage {s} --preset {p}"
+            for s in ("video", "joint", "mutual")
+            for p in ("tiny", "small", "base", "full")
+        ),
+    ],
+)
+def test_every_stage_fits_on_some_machines_of_the_clouds(name: str, words: str) -> None:
+    target = read_target(str(CLUSTER / name))
+    need = placement.needs(understand(words.split(), "/shared"))
+    assert need is not None
+    placement.check(need, target.machines, name)
+
+
+# ------------------------------------------------------------------------------------------------- images, MLflow, all
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    """A Dockerfile as (instruction, rest), continued lines joined."""
+    text = re.sub(r"\\\n", " ", "\n".join(line for line in path.read_text().splitlines() if not line.startswith("#")))
+    return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "mlflow/Dockerfile"])
+def test_images_are_pinned_and_unprivileged(name: str) -> None:
+    found = instructions(CLUSTER / name)
+    rest = [text for word, text in found if word == "FROM"]
+    assert all(re.search(r":[\w${}.-]+$", text) and ":latest" not in text for text in rest)
+    assert [text for word, text in found if word == "USER"] == ["1000"]
+    assert [word for word, _ in found].index("USER") > max(i for i, (word, _) in enumerate(found) if word == "RUN")
+    for text in (text for word, text in found if word == "COPY"):
+        assert all((ROOT / source).exists() for source in text.split()[:-1]), text
+    installs = [text for word, text in found if word == "RUN" and "pip install" in text]
+    assert installs and all(re.search(r"(-r|-c) constraints.txt|--no-deps", text) for text in installs)
+
+
+def test_the_image_has_all_packages_and_no_more_reaches_the_builder() -> None:
+    packages = {
+        name.split(".")[0]
+        for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    }
+    copied = {
+        word
+        for instruction, text in instructions(CLUSTER / "Dockerfile")
+        if instruction == "COPY"
+        for word in text.split()[:-1]
+    }
+    let_in = {
+        line[1:] for line in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")
+    }
+    assert packages <= copied == let_in
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "mlflow/Dockerfile"])
+def test_hadolint_finds_nothing(name: str) -> None:
+    linter = shutil.which("hadolint")
+    if linter is None:
+        pytest.skip("hadolint is not installed; the file was parsed and checked above")
+    done = subprocess.run([linter, str(CLUSTER / name)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_mlflow_server_listens_on_loopback_and_reads_its_passwords_from_files() -> None:
+    compose = load("mlflow/compose.yaml")
+    for name, service in compose["services"].items():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        assert set(service.get("secrets", [])) <= set(compose["secrets"])
+        assert set(service.get("depends_on", {})) <= set(compose["services"])
+        assert "build" in service or re.search(r":\w", service["image"]), f"{name} has no fixed version"
+    assert all(secret["file"].startswith("./secrets/") for secret in compose["secrets"].values())
+    ignored = (CLUSTER / "mlflow" / ".gitignore").read_text().split()
+    assert "secrets/" in ignored
+    script = (CLUSTER / "mlflow" / "serve.sh").read_text()
+    assert all(f"/run/secrets/{name}" in script for name in compose["secrets"])
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_the_kubernetes_server_names_what_it_mounts() -> None:
+    documents = list(yaml.safe_load_all((CLUSTER / "mlflow" / "kubernetes.yaml").read_text()))
+    assert [d["kind"] for d in documents] == ["Namespace", "Deployment", "Service"]
+    pod = documents[1]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    assert documents[1]["spec"]["selector"]["matchLabels"] == documents[2]["spec"]["selector"]
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    read = set(re.findall(r"\$\{?([A-Z_]+)", (CLUSTER / "mlflow" / "serve.sh").read_text()))
+    assert {"ARTIFACTS"} <= read & {variable["name"] for variable in container["env"]}
+
+
+def test_no_file_holds_a_secret() -> None:
+    assigned = r"""(?:password|secret_access_key|token)["']?\s*[:=]\s*["']?(?!disabled)[a-z0-9/+]{8,}["']?\s*[,}\n]"""
+    secret = re.compile(rf"AKIA[0-9A-Z]{{16}}|-----BEGIN|(?i:{assigned})")
+    files = [path for path in CLUSTER.rglob("*") if path.is_file() and path.suffix != ".md"]
+    assert len(files) > 12
+    for path in files:
+        assert (found := secret.search(path.read_text())) is None, f"{path}: {found}"
+
+
+@pytest.mark.parametrize("name", ["bucket-policy.json", "head-policy.json"])
+def test_policies_allow_named_actions_on_named_things(name: str) -> None:
+    for statement in json.loads((CLUSTER / "aws" / name).read_text())["Statement"]:
+        assert statement["Effect"] == "Allow"
+        assert not [action for action in statement["Action"] if "*" in action]
+        reads = all(action.split(":")[1].startswith("Describe") for action in statement["Action"])
+        assert statement["Resource"] != "*" or reads, "listing machines knows no resources; everything else does"

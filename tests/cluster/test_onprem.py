@@ -1,0 +1,46 @@
+"""cluster/onprem.md followed on three machines that are namespaces of this one: own network, processes, home, sshd."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from preprocessing.toyworld import write_toyworld
+from workflows.checkpoint import OUTCOME, read_json
+from workflows.inspection import inspect
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMESPACES = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1800)
+def test_a_cluster_over_ssh_runs_jobs_and_outlives_a_machine(tmp_path: Path) -> None:
+    missing = [name for name in ("unshare", "ip", "rsync", "ssh-keygen") if not shutil.which(name)]
+    if os.geteuid() != 0 or missing or not Path("/usr/sbin/sshd").exists():
+        pytest.skip("needs root, util-linux, iproute2, rsync and openssh-server")
+    if subprocess.run([*NAMESPACES, "ip", "link", "add", "br0", "type", "bridge"], capture_output=True).returncode:
+        pytest.skip("this machine allows no namespaces with bridges")
+    write_toyworld(tmp_path / "shared" / "clips", clips=12, seconds=3, jobs=1)
+    done = subprocess.run(
+        [*NAMESPACES, sys.executable, "-m", "tests.cluster.machines", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    logs = "\n".join(f"== {path.name}\n{path.read_text()[-2500:]}" for path in sorted(tmp_path.glob("*.log")))
+    assert done.returncode == 0, done.stderr[-3000:] + logs
+    facts = json.loads(done.stdout.splitlines()[-1])
+    print(facts)
+    codes = {name: facts[name] for name in ("up", "refused", "preprocess", "train")}
+    assert codes == {"up": 0, "refused": 2, "preprocess": 0, "train": 0}, logs
+    found = inspect(str(tmp_path / "shared" / "data"), verify=True)
+    assert (found["sources"], found["accepted"]) == (12, 12)
+    assert read_json(tmp_path / "shared/runs/a" / OUTCOME)["progress"]["step"] == 4
+    assert facts["left_in_the_folder"] == ["runs"], "the record of the jobs, and nothing else, is where they were typed"

@@ -1,0 +1,292 @@
+"""What `mfctl submit` refuses before anything starts, what travels with a job, and RayJobs through kubectl."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from workflows import cluster
+from workflows.fleet import placement, rayjob
+from workflows.fleet.parcel import pack
+from workflows.fleet.placement import Machines, Need
+from workflows.fleet.target import Cluster, check_versions, read_target
+from workflows.fleet.words import check_places, check_secrets, understand
+
+ROOT = Path(__file__).resolve().parents[2]
+AWS, ONPREM = str(ROOT / "cluster" / "aws.yaml"), str(ROOT / "cluster" / "onprem.yaml")
+TRAIN_JOB = str(ROOT / "cluster" / "kuberay" / "rayjob-train.yaml")
+SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLE"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MFCTL_TRACKER", "MFCTL_CWD"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------ refused before submission
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("preprocess clips s3://b/data", "clips is a path of this machine.*s3://.*--shared"),
+        ("preprocess s3://b/clips data", "data is a path of this machine"),
+        ("train --stage video --data s3://b/data", "train keeps its runs.*--shared /shared"),
+        ("train --stage vidio --data s3://b/data", "vidio"),
+        ("tarin --stage video", "is no command"),
+        ("train --stage video --set checkpoint.to=/here/runs", "checkpoint.to=/here/runs is a path"),
+    ],
+)
+@pytest.mark.parametrize("target", [AWS, ONPREM, TRAIN_JOB])
+def test_what_other_machines_could_not_do_is_refused(here: Path, target: str, words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cluster.submit(target, words.split())
+    assert not list(here.iterdir())
+
+
+def test_a_shared_folder_makes_paths_under_it_good(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    words = ["train", "--stage", "video", "--data", "toy", "--from", "runs/v"]
+    command = understand(words, "/shared/me")
+    assert set(command.places.values()) == {"/shared/me/toy", "runs/v"} or "/shared/me/toy" in command.places.values()
+    check_places(understand(words[:5], "/shared/me"), AWS, "/shared/me")
+    with pytest.raises(ValueError, match="/elsewhere/toy is a path of this machine"):
+        check_places(understand([*words[:4], "/elsewhere/toy"], "/shared"), AWS, "/shared")
+
+
+@pytest.mark.parametrize("uri", [None, "sqlite:////shared/mlflow.db", "file:///shared/mlruns", "runs"])
+def test_a_store_that_one_machine_writes_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, uri: str | None
+) -> None:
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ValueError, match=r"MLFLOW_TRACKING_URI=.*cluster/mlflow"):
+        cluster.submit(AWS, ["train", "--stage", "video", "--data", "s3://b/d"], shared="/shared")
+
+
+@pytest.mark.parametrize(
+    ("target", "sets", "message"),
+    [
+        (AWS, "engine.workers=64", "64 processes with CPU 1, GPU 1 each, and .*aws.yaml has room for 32"),
+        (TRAIN_JOB, "engine.workers=9", "9 processes .* has room for 8"),
+        (AWS, "engine.resource=tpu", "tpu 1.* has room for 0"),
+    ],
+)
+def test_more_than_the_file_can_ever_give_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, target: str, sets: str, message: str
+) -> None:
+    monkeypatch.setenv("MFCTL_TRACKER", "json")
+    words = ["train", "--stage", "joint", "--preset", "base", "--data", "s3://b/d", "--set", sets]
+    with pytest.raises(ValueError, match=message):
+        cluster.submit(target, words, shared="/shared")
+
+
+def test_room_is_counted_by_whole_processes() -> None:
+    machines = [
+        Machines(name="a", resources={"CPU": 4, "GPU": 2}, most=3),
+        Machines(name="b", resources={"CPU": 64}, most=9),
+    ]
+    assert placement.room(machines, {"CPU": 1, "GPU": 1}) == 6
+    assert placement.room(machines, {"CPU": 3}) == 3 + 9 * 21
+    assert placement.room(machines, {"CPU": 1 / 3}) == 3 * 12 + 9 * 192
+    placement.check(Need(what="x", bundle={"GPU": 1}, count=6), machines, "t")
+    with pytest.raises(ValueError, match=r"x needs room for 7 .* room for 6 .*a: up to 3 with CPU 4, GPU 2"):
+        placement.check(Need(what="x", bundle={"GPU": 1}, count=7), machines, "t")
+
+
+@pytest.mark.parametrize(
+    ("ray", "python", "message"),
+    [("2.9.3", None, "runs Ray 2.9.3, here is"), (None, "3.9.18", "runs Python 3.9.18, here is .*--python")],
+)
+def test_other_versions_are_named_with_both_numbers(ray: str | None, python: str | None, message: str) -> None:
+    import platform
+
+    import ray as here
+
+    found = Cluster(ray=ray or here.__version__, python=python or platform.python_version(), nodes=[])
+    with pytest.raises(ValueError, match=message):
+        check_versions(found, "http://host:8265", None)
+    if python:
+        check_versions(found, "http://host:8265", "/opt/python")
+
+
+def test_a_job_server_that_does_not_answer_is_one_message(here: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"no Ray job server answers at http://127.0.0.1:9"):
+        cluster.submit("http://127.0.0.1:9", ["doctor"])
+
+
+def test_other_kubernetes_files_are_refused_by_what_they_hold() -> None:
+    with pytest.raises(ValueError, match=r"holds a RayCluster.*port-forward"):
+        read_target(str(ROOT / "cluster" / "kuberay" / "raycluster.yaml"))
+
+
+# -------------------------------------------------------------------------------------------------------- what travels
+
+
+def tree(folder: Path) -> Path:
+    """A small checkout in which somebody keeps secrets."""
+    files = {
+        "workflows/a.py": "print()",
+        "runs/x/log": "r",
+        "data/y": "d",
+        ".env": SECRET,
+        "deep/.env.local": SECRET,
+        "deep/id_rsa": SECRET,
+        "deep/my.pem": SECRET,
+        "aws_credentials.json": SECRET,
+        "cluster/mlflow/secrets/s3": SECRET,
+        "ignored.txt": "i",
+        ".gitignore": "ignored.txt\n",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_runs_data_and_keys_stay_here(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with zipfile.ZipFile(pack(tree(tmp_path / "tree"), tmp_path / "out")) as packed:
+        names = {info.filename for info in packed.infolist() if not info.is_dir()}
+        assert names == {"workflows/a.py", ".gitignore"}
+        assert all(SECRET.encode() not in packed.read(name) for name in names)
+
+
+def test_this_tree_packs_small_and_whole(tmp_path: Path) -> None:
+    archive = pack(ROOT, tmp_path)
+    assert archive.stat().st_size < 5 * 2**20
+    with zipfile.ZipFile(archive) as packed:
+        names = set(packed.namelist())
+    assert {"workflows/cli.py", "mfcore/flow.py", "pyproject.toml"} <= names
+    assert not [name for name in names if name.startswith((".git/", "runs/", ".venv"))]
+
+
+def test_a_large_tree_and_a_secret_in_a_file_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tree(tmp_path / "tree")
+    (place / "weights.bin").write_bytes(os.urandom(2**20))
+    with pytest.raises(ValueError, match=r"1.0 MB, over the limit .* weights.bin"):
+        pack(place, tmp_path, most=2**19)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    (tmp_path / "again").mkdir()
+    (place / "notebook.py").write_text(f"key = '{SECRET}'")
+    with pytest.raises(ValueError, match="notebook.py holds the value of AWS_SECRET_ACCESS_KEY") as caught:
+        pack(place, place.parent / "again")
+    assert SECRET not in str(caught.value)
+
+
+def test_credentials_travel_by_reference_only(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", SECRET)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    monkeypatch.setenv("AWS_PROFILE", "training")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
+    variables = cluster._environment("/shared", elsewhere=True)
+    assert SECRET not in str(variables)
+    assert variables["AWS_PROFILE"] == "training"
+    assert variables["AWS_ENDPOINT_URL"] == "http://minio:9000"
+    assert variables["MFCTL_CWD"] == "/shared"
+    assert "MLFLOW_TRACKING_URI" not in variables, "a store of this machine is none of theirs"
+    job = rayjob.render(read_target(TRAIN_JOB).config, ["doctor"], variables)
+    assert SECRET not in json.dumps(job)
+
+
+def test_a_password_in_an_address_or_a_word_is_refused_without_being_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    for words, variables in (
+        (["preprocess", f"s3://user:{SECRET}@bucket/x"], {}),
+        (["train", "--set", f"x={SECRET}"], {}),
+        ([], {"MLFLOW_TRACKING_URI": f"postgresql://mlflow:{SECRET}@host/mlflow"}),
+    ):
+        with pytest.raises(ValueError, match="password|holds the value of AWS_SECRET_ACCESS_KEY") as caught:
+            check_secrets(words, variables)
+        assert SECRET not in str(caught.value)
+    check_secrets(["preprocess", "s3://b/x"], {"MLFLOW_TRACKING_URI": "http://mlflow:5000"})
+
+
+# ------------------------------------------------------------------------------------------------------------- RayJobs
+
+KUBECTL = """#!{python}
+# Stands where kubectl would: keeps what it is given, answers as KubeRay does.
+import json, pathlib, sys
+folder = pathlib.Path({folder!r})
+with (folder / "calls").open("a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+verb = sys.argv[1]
+if verb == "create":
+    given = json.load(sys.stdin)
+    (folder / "given.json").write_text(json.dumps(given))
+    print(json.dumps({{"metadata": {{"name": given["metadata"]["generateName"] + "x7k2p"}}}}))
+elif verb == "get":
+    message = "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars): ..."
+    print(json.dumps({{"status": {{"jobStatus": "FAILED", "jobDeploymentStatus": "Failed", "message": message}}}}))
+elif verb == "logs":
+    print("what the job said")
+elif verb == "patch":
+    print("patched")
+"""
+
+
+@pytest.fixture
+def kubectl(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = here / "kubernetes"
+    folder.mkdir()
+    program = folder / "kubectl"
+    program.write_text(KUBECTL.format(python=sys.executable, folder=str(folder)))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def test_a_rayjob_carries_our_command_and_gives_back_its_exit_code(
+    kubectl: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.mlflow.svc:5000")
+    words = ["train", "--stage", "joint", "--data", "s3://b/d"]
+    result = cluster.submit(TRAIN_JOB, words, shared="/shared")
+    assert (result["job"], result["status"], result["exit_code"]) == ("mutual-forcing-train-x7k2p", "FAILED", 2)
+    assert "what the job said" in capfd.readouterr().out
+    given = json.loads((kubectl / "given.json").read_text())
+    assert given["spec"]["entrypoint"] == "python -m workflows.cli train --stage joint --data s3://b/d"
+    environment = yaml.safe_load(given["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert environment["MLFLOW_TRACKING_URI"] == "http://mlflow.mlflow.svc:5000"
+    assert given["spec"]["rayClusterSpec"] == read_target(TRAIN_JOB).config["spec"]["rayClusterSpec"]
+
+    assert cluster.status(result["job"])["exit_code"] == 2
+    cluster.logs(result["job"])
+    cluster.stop(result["job"])
+    calls = [json.loads(line) for line in (kubectl / "calls").read_text().splitlines()]
+    assert ["patch", "rayjob", result["job"], "--type", "merge", "-p", '{"spec": {"suspend": true}}'] in calls
+
+
+def test_a_cluster_that_kubectl_cannot_reach_is_one_message(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "kubectl").write_text("#!/bin/sh\necho 'The connection to the server was refused' >&2\nexit 1\n")
+    (here / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(
+        RuntimeError, match="kubectl create failed: The connection .* was refused .*get-contexts|current-context"
+    ):
+        cluster.submit(TRAIN_JOB, ["preprocess", "s3://b/c", "s3://b/d", "--set", "workers=0"], shared="/shared")
+
+
+@pytest.mark.slow
+def test_an_unreachable_head_is_one_message_with_the_command_that_starts_it(here: Path) -> None:
+    file = here / "mine.yaml"
+    text = (
+        Path(ONPREM).read_text().replace("10.0.0.10", "127.0.0.9").replace("file_mounts:", "file_mounts: {}\nmetadata:")
+    )
+    file.write_text(text)
+    command = [sys.executable, "-m", "workflows.cli", "submit", str(file), "--", "doctor"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "no head of" in done.stderr and "ray up -y" in done.stderr

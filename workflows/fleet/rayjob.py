@@ -1,0 +1,85 @@
+"""A command as a RayJob of Kubernetes, through kubectl: the manifest is the user's, the entrypoint ours."""
+
+import json
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import yaml
+
+ENDED = {"SUCCEEDED": "SUCCEEDED", "FAILED": "FAILED", "STOPPED": "STOPPED"}
+POLL_S = 2.0
+UNKNOWN_EXIT = 1
+
+
+def render(manifest: Mapping[str, Any], argv: Sequence[str], variables: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest with our command and the variables in it; secrets stay references in the manifest's own pods."""
+    job = deepcopy(dict(manifest))
+    job["spec"]["entrypoint"] = shlex.join(["python", "-m", "workflows.cli", *argv])
+    environment = yaml.safe_load(job["spec"].get("runtimeEnvYAML") or "{}")
+    environment["env_vars"] = environment.get("env_vars", {}) | dict(variables)
+    job["spec"]["runtimeEnvYAML"] = yaml.safe_dump(environment)
+    name = job["metadata"].pop("name", None)
+    if name:  # a name can be used once; the same command again must be another job
+        job["metadata"]["generateName"] = f"{name}-"
+    return job
+
+
+def create(manifest: Mapping[str, Any]) -> str:
+    """Hand the job to the cluster that kubectl talks to; the job's name."""
+    return json.loads(_kubectl("create", "-f", "-", "-o", "json", given=json.dumps(manifest)))["metadata"]["name"]
+
+
+def summary(name: str) -> dict[str, Any]:
+    """Status and exit code; the code is None while the job runs."""
+    status = json.loads(_kubectl("get", "rayjob", name, "-o", "json")).get("status", {})
+    word = status.get("jobStatus") or ""
+    failed = status.get("jobDeploymentStatus") == "Failed"
+    message = status.get("message") or ""
+    ended = ENDED.get(word) or ("FAILED" if failed else None)
+    code = None
+    if ended:
+        found = re.search(r"exit code (\d+)", message)
+        code = 0 if ended == "SUCCEEDED" else int(found.group(1)) if found else UNKNOWN_EXIT
+    said = message.split(", last available logs")[0]
+    return {
+        "status": ended or word or status.get("jobDeploymentStatus") or "PENDING",
+        "exit_code": code,
+        "message": said,
+    }
+
+
+def follow(name: str) -> None:
+    """Print the job's logs until it has ended."""
+    while summary(name)["status"] in ("PENDING", "Initializing", "Waiting"):
+        time.sleep(POLL_S)
+    subprocess.run(["kubectl", "logs", "--follow", f"job/{name}"], check=False)
+    while summary(name)["exit_code"] is None:
+        time.sleep(POLL_S)
+
+
+def logs(name: str) -> str:
+    return _kubectl("logs", f"job/{name}")
+
+
+def stop(name: str) -> None:
+    """Suspend it: its machines go, its record stays."""
+    _kubectl("patch", "rayjob", name, "--type", "merge", "-p", json.dumps({"spec": {"suspend": True}}))
+
+
+def _kubectl(*words: str, given: str | None = None) -> str:
+    try:
+        done = subprocess.run(["kubectl", *words], input=given, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise RuntimeError("kubectl is not installed: a RayJob is submitted through it") from error
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"kubectl {words[0]} failed: {done.stderr.strip()} (is the context right? kubectl config current-context; "
+            f"is KubeRay "
+            "installed? see cluster/kuberay/README.md)"
+        )
+    return done.stdout
