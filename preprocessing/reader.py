@@ -123,6 +123,11 @@ class ClipDataset:
         return [place.id for place in self._places]
 
     @property
+    def sources(self) -> set[str]:
+        """URIs of the sources that the clips were cut from."""
+        return {place.source_uri for place in self._places}
+
+    @property
     def lengths(self) -> list[int]:
         """Whole chunks of every clip, known without reading it."""
         return [place.chunks for place in self._places]

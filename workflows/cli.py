@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from workflows import cli_bench, cli_cluster, cli_study, console, environment
+from workflows import cli_bench, cli_cluster, cli_evaluate, cli_study, console, environment
 from workflows.options import (
     Checkpoint,
     Config,
@@ -25,7 +25,6 @@ from workflows.options import (
     Overwrite,
     Preset,
     Sets,
-    numbers,
     pairs,
 )
 
@@ -39,7 +38,6 @@ app = typer.Typer(
 )
 
 DEMO = "runs/demo"
-WINDOWS = "0-5,5-15,15-25,25-60,60-120"
 SOURCES = "Media files, folders, globs, s3:// prefixes, or manifests (csv, jsonl, parquet)."
 
 
@@ -316,55 +314,6 @@ def generate(
 
 
 @app.command()
-def evaluate(
-    checkpoints: Annotated[
-        list[str], typer.Argument(parser=environment.absolute, metavar="CHECKPOINT...", help="Runs or checkpoints.")
-    ],
-    *,
-    data: Annotated[
-        str | None, typer.Option(parser=environment.absolute, metavar="DATASET", help="Whose held-out clips to use.")
-    ] = None,
-    steps: Annotated[str, typer.Option(metavar="1,2,4", help="Solver steps to sweep.")] = "1,2,4,8,16,50",
-    modes: Annotated[str, typer.Option(metavar="few,multi", help="Modes to sweep.")] = "few,multi",
-    guidance: Annotated[float | None, typer.Option(help="Guidance weight of the multi-step mode.")] = None,
-    clips: Annotated[int, typer.Option(min=1, help="Held-out clips for each row of the sweep.")] = 16,
-    seconds: Annotated[
-        float | None, typer.Option(help="Length of each generated clip; default: the real one's.")
-    ] = None,
-    seeds: Annotated[str, typer.Option(metavar="0,1", help="Each setting once per seed of the noise.")] = "0",
-    windows: Annotated[
-        str, typer.Option(metavar="0-5,5-15", help="Parts of the clips, in seconds, scored apart.")
-    ] = WINDOWS,
-    out: Annotated[
-        str | None, typer.Option(parser=environment.absolute, metavar="FOLDER", help="Results, plots, samples.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Sweep quality against network evaluations: one MLflow run per step count and mode under one parent."""
-
-    def work() -> Any:
-        counts, draws = numbers(steps, "--steps", least=1), numbers(seeds, "--seeds", least=0)
-        from workflows.evaluate import evaluate as run_evaluate
-
-        with console.progress("evaluate") as show:
-            return run_evaluate(
-                checkpoints,
-                data=data,
-                steps=counts,
-                modes=modes.split(","),
-                guidance=guidance,
-                clips=clips,
-                seconds=seconds,
-                out=out,
-                seeds=draws,
-                windows=windows,
-                progress=show,
-            )
-
-    console.run(work, as_json=json)
-
-
-@app.command()
 def mlflow(
     *,
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
@@ -386,6 +335,7 @@ def mlflow(
     os.execv(sys.executable, command)
 
 
+app.command()(cli_evaluate.evaluate)
 app.command()(cli_study.study)
 app.add_typer(cli_bench.app)
 app.add_typer(cli_cluster.app)

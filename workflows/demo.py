@@ -104,7 +104,7 @@ def tell(story: Story) -> dict[str, Any]:
             data=str(story.dataset),
             steps=[4],
             modes=["multi"],
-            guidance=1.0,  # four Euler steps are then four evaluations, as four few steps are
+            guidance=[1.0],  # four Euler steps are then four evaluations, as four few steps are
             clips=story.sweep_clips,
             out=str(story.out / "sweep_joint"),
         )

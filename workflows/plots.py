@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -62,6 +63,61 @@ def frontier(rows: Rows, path: Path, title: str) -> Path:
         axis.set_xlabel("network evaluations per chunk", fontsize=8)
     _finish(figure, axes, title, len(shown))
     return _save(figure, path)
+
+
+def seconds(rows: Rows, path: Path, title: str) -> Path | None:
+    """Quality against the seconds that one second of clip takes to make, one stream alone; None where none is timed."""
+    timed = [row for row in rows if row["window"] == "all" and "real_time_factor" in row["metrics"]]
+    shown = [panel for panel in PANELS[:-1] if any(panel[0] in row["metrics"] for row in timed)]
+    if not shown:
+        return None
+    figure, axes = _grid(len(shown))
+    for axis, (metric, name, better, log) in zip(axes, shown, strict=False):
+        for label, colour, mark, curve in _curves(timed):
+            points = _means([(row["nfe"], row["metrics"].get(metric)) for row in curve])
+            times = _means([(row["nfe"], row["metrics"]["real_time_factor"]) for row in curve])
+            cost = dict(times)
+            line = sorted((cost[nfe], value) for nfe, value in points)
+            if line:
+                axis.plot(*zip(*line, strict=True), color=colour, marker=mark, ms=5, lw=1.6, label=label)
+        _real_line(axis, rows, metric)
+        if log:
+            _log_where_wide(axis)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+        axis.set_title(f"{name}  ({better})", fontsize=10, loc="left")
+        axis.set_xlabel("seconds of computation per second of clip", fontsize=8)
+    _finish(figure, axes, title, len(shown))
+    return _save(figure, path)
+
+
+def offsets(rows: Rows, path: Path, title: str) -> Path | None:
+    """How the offsets of sound and picture are spread, a row of points per setting; None without any."""
+    known = [row for row in rows if any(x is not None for x in row.get("offsets", ()))]
+    if not known:
+        return None
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.26 * len(known)), layout="constrained")
+    for place, row in enumerate(known):
+        values = [1000 * x for x in row["offsets"] if x is not None]
+        colour = _COLOURS.get(row["mode"], _REAL)
+        axis.plot(values, [place] * len(values), "|", ms=11, color=colour, alpha=0.6)
+        axis.plot(float(np.median(values)), place, "o", ms=5, color=colour)
+    names = [_setting(row) + f"  ({sum(x is None for x in row['offsets'])} failed)" for row in known]
+    axis.set_yticks(range(len(known)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.axvspan(-80, 80, color="#eeeeee", zorder=0)
+    axis.set_xlabel("milliseconds by which the sound is late (grey: two frames at 25 per second); point: median")
+    axis.set_title(title, fontsize=11, loc="left")
+    return _save(figure, path)
+
+
+def _setting(row: Mapping[str, Any]) -> str:
+    if row["mode"] == "real":
+        return "real, coded"
+    guided = f", w = {row['guidance']:g}" if row["guidance"] != 1 else ""
+    return f"{row['label']} {row['mode']}, {row['steps']}{guided}" + (f", seed {row['seed']}" if row["seed"] else "")
 
 
 def _frontier_panel(axis: Axes, rows: Rows, metric: str, *, log: bool) -> None:

@@ -4,13 +4,19 @@ Letters: n frames, K half seconds, d features.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mfcore.metrics.continuity import step_energy
+from mfcore.metrics.extractors import SEGMENT
+from mfcore.metrics.loudness import QUIET, decibel, rms
+from mfcore.metrics.lse import FPS as LIPS
+from mfcore.metrics.picture import sharpness
+from mfcore.metrics.speech import plain_words
 from mfcore.metrics.sync import motion_energy, sound_envelope
 from mfcore.metrics.windows import Window
 from mfcore.types import AUDIO, VIDEO
@@ -19,12 +25,13 @@ from preprocessing.toyhearing import read_sound
 from preprocessing.toymatch import ChoiceReading
 from preprocessing.toyreaders import read_frames
 from workflows.heldout import HeldOut, Signals, frame_rate
+from workflows.instruments import Instruments
 
 Array = NDArray[np.float64]
 
 ENVELOPE = 100.0  # values of a sound envelope per second
 HALF = 0.5  # seconds of one observation of the toy readers
-_SILENT = 1e-3  # root mean square below which nothing can be heard
+PIECE = 5.0  # seconds of speech that a recogniser hears at once, about: windows of time need pieces of their own
 _EDGES = (60.0, 400.0, 1200.0, 3000.0, 8000.0)  # Hz, bands of the sound's features
 _FAR = 2.0  # residuals of a reading are cut here: what is read nowhere is not infinitely far
 
@@ -78,6 +85,27 @@ class ToySpeech:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Track:
+    """What a network made of a clip; row i belongs to the times from i / rate seconds on."""
+
+    values: NDArray[np.floating[Any]]  # [n, d]
+    rate: float
+    reference: NDArray[np.floating[Any]] | None = None  # [d] of the first frame
+
+    def cut(self, window: Window) -> "Track":
+        return replace(self, values=self.values[window.slice(self.rate, len(self.values))])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utterance:
+    """Some seconds of speech, cut where nobody speaks."""
+
+    at: float  # their middle
+    said: tuple[str, ...]  # what was to be said, words
+    heard: Mapping[str, tuple[str, ...]]  # recogniser -> words
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reading:
     """One clip, or a window of it."""
 
@@ -85,27 +113,34 @@ class Reading:
     fps: float
     sample_rate: int
     motion: Array | None  # [n] change of grey levels per frame
+    sharpness: Array | None  # [n]
     sound: NDArray[np.float32] | None
     seams: Mapping[str, Seam]
     features: Mapping[str, Array]  # modality -> [K, d]; the toy world only
     picture: ToyPicture | None
     speech: ToySpeech | None
+    words: bool = False  # there is something to say, in words
+    tracks: Mapping[str, Track] = field(default_factory=dict[str, Track])
+    utterances: tuple[Utterance, ...] = ()
 
     @property
     def silent(self) -> bool:
-        return self.sound is not None and (not len(self.sound) or rms(self.sound) < _SILENT)
+        return self.sound is not None and (not len(self.sound) or rms(self.sound) < QUIET)
 
     def cut(self, window: Window) -> "Reading":
         """The part of a window."""
-        motion, sound = self.motion, self.sound
+        motion, sharp, sound = self.motion, self.sharpness, self.sound
         return replace(
             self,
             motion=None if motion is None else motion[window.slice(self.fps, len(motion))],
+            sharpness=None if sharp is None else sharp[window.slice(self.fps, len(sharp))],
             sound=None if sound is None else sound[window.slice(self.sample_rate, len(sound))],
             seams={name: seam.cut(window) for name, seam in self.seams.items()},
             features={m: x[window.slice(1 / HALF, len(x))] for m, x in self.features.items()},
             picture=self.picture and self.picture.cut(window, self.fps),
             speech=self.speech and self.speech.cut(window),
+            tracks={name: track.cut(window) for name, track in self.tracks.items()},
+            utterances=tuple(u for u in self.utterances if window.start <= u.at < window.end),
         )
 
 
@@ -113,15 +148,12 @@ def cut_choice(choice: ChoiceReading, halves: slice) -> ChoiceReading:
     return ChoiceReading(**{name: values[halves] for name, values in vars(choice).items()})
 
 
-def rms(sound: NDArray[np.floating[Any]]) -> float:
-    return float(np.sqrt(np.square(sound, dtype=np.float64).mean()))
-
-
 class Reader:
     """Reads clips of one dataset."""
 
-    def __init__(self, held: HeldOut) -> None:
+    def __init__(self, held: HeldOut, instruments: Instruments | None = None) -> None:
         self._held, self._toy = held, held.toy
+        self._instruments = instruments or Instruments()
         self._fps = float(frame_rate(held.meta))
         codec: Any = held.codecs.get(AUDIO)
         self.sample_rate = codec.config.sample_rate if codec else 16000
@@ -141,12 +173,49 @@ class Reader:
             fps=self._fps,
             sample_rate=self.sample_rate,
             motion=motion,
+            sharpness=None if frames is None else sharpness(frames),
             sound=sound,
             seams=self._seams(signals, frames, sound),
             features=features,
             picture=picture,
             speech=self._speech(sound, signals.words) if sound is not None and self._toy else None,
+            words=self._toy is None and bool(signals.words),
+            tracks=self._tracks(frames, sound),
+            utterances=self._utterances(sound, signals.words) if sound is not None and not self._toy else (),
         )
+
+    def _tracks(self, frames: NDArray[np.uint8] | None, sound: NDArray[np.float32] | None) -> dict[str, Track]:
+        """What the networks at hand see and hear."""
+        made: dict[str, Track] = {}
+        if frames is not None:
+            for name, extract in self._instruments.pictures.items():
+                rows = extract(frames, self._fps)
+                first = rows[0] if name == "faces" else None
+                made[name] = Track(values=rows if first is None else rows[1:], rate=1 / SEGMENT, reference=first)
+        if sound is not None:
+            for name, extract in self._instruments.sounds.items():
+                made[name] = Track(values=extract(sound, self.sample_rate), rate=1 / SEGMENT)
+        if frames is not None and sound is not None and self._instruments.lips is not None:
+            lips, voice = self._instruments.lips(frames, self._fps, sound, self.sample_rate)
+            made |= {"lips": Track(values=lips, rate=LIPS), "voice": Track(values=voice, rate=LIPS)}
+        return made
+
+    def _utterances(self, sound: NDArray[np.float32], words: Sequence[Word]) -> tuple[Utterance, ...]:
+        if not self._instruments.recognisers or not words:
+            return ()
+        rate, made = self.sample_rate, list[Utterance]()
+        for start, end in speech_pieces(words, len(sound) / rate):
+            part = sound[round(start * rate) : round(end * rate)]
+            made.append(
+                Utterance(
+                    at=(start + end) / 2,
+                    said=tuple(x for w in words if start <= (w.start + w.end) / 2 < end for x in plain_words(w.word)),
+                    heard={
+                        n: tuple(plain_words(hear(part, rate))) for n, hear in self._instruments.recognisers.items()
+                    },
+                )
+            )
+        return tuple(made)
 
     def _picture(self, frames: NDArray[np.uint8]) -> ToyPicture:
         assert self._toy is not None
@@ -237,6 +306,9 @@ def _sound_features(sound: NDArray[np.float32], sample_rate: int) -> Array:
     return np.array(rows)
 
 
-def decibel(level: Any) -> Any:
-    """Of full scale, not below -60."""
-    return 20 * np.log10(np.maximum(level, 1e-3))
+def speech_pieces(words: Sequence[Word], seconds: float) -> list[tuple[float, float]]:
+    """Start and end of pieces of about ``PIECE`` seconds, cut between words, that cover a clip."""
+    gaps = [(a.end + b.start) / 2 for a, b in pairwise(words)]
+    wanted = np.arange(PIECE, seconds - PIECE / 2, PIECE)
+    cuts = sorted({min(gaps, key=lambda gap: abs(gap - at)) for at in wanted}) if gaps else []
+    return list(pairwise([0.0, *cuts, seconds]))

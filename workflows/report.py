@@ -22,10 +22,12 @@ def draw(parts: Sequence[Part], folder: Path, fps: Fraction, sample_rate: int, t
     rows = [row for part in parts for row in part["rows"]]
     clips = max(row["clips"] for row in rows)
     made = [plots.frontier(rows, folder / "frontier.png", f"{title}: quality against evaluations, {clips} clips")]
+    made += [x for x in [plots.seconds(rows, folder / "seconds.png", f"{title}: quality against time")] if x]
     over_time = plots.over_time(rows, folder / "over_time.png", f"{title}: over the length of a clip")
     many = len({part["digest"] for part in parts} - {"real"}) > 1
     strips = [_strip(folder / part["samples"][0], part, fps, sample_rate, many) for part in _for_the_eye(parts)]
-    made += [over_time] if over_time else []
+    apart = plots.offsets(rows, folder / "offsets.png", f"{title}: offsets of sound and picture")
+    made += [path for path in (over_time, apart) if path]
     return [*made, plots.sheet(strips, folder / "sheet.png", f"{title}: the same prompt in every row")]
 
 
@@ -47,8 +49,10 @@ def _strip(path: Path, part: Part, fps: Fraction, sample_rate: int, named: bool)
     seconds = float(info.duration or 0)
     frames, sound = decode(path, 0.0, seconds, fps=fps, size=size, sample_rate=sample_rate)
     nfe = (
-        f"{row['label']}\n" if named else ""
-    ) + f"{row['mode']}-step mode\n{row['steps']} step{'s' * (row['steps'] > 1)}, {row['nfe']} NFE"
+        (f"{row['label']}\n" if named else "")
+        + f"{row['mode']}-step mode\n{row['steps']} step{'s' * (row['steps'] > 1)}, {row['nfe']} NFE"
+        + (f", w = {row['guidance']:g}" if row["guidance"] != 1 else "")
+    )
     label = "real, coded" if row["mode"] == "real" else nfe
     return plots.Strip(label=label, frames=frames, sound=sound, seconds=seconds)
 
@@ -118,7 +122,8 @@ def _log_point(parent: Tracker, part: Part, parts: Sequence[Part]) -> None:
     many = len({p["digest"] for p in parts} - {"real"}) > 1
     real = next((p["rows"][0]["metrics"] for p in parts if p["digest"] == "real"), {})
     row = part["rows"][0]
-    prefix = f"{row['label']}/{row['mode']}" if many else row["mode"]
+    weights = {p["rows"][0]["guidance"] for p in parts if p["rows"][0]["mode"] == row["mode"]}
+    prefix = (f"{row['label']}/" if many else "") + row["mode"] + (f"-w{row['guidance']:g}" * (len(weights) > 1))
     shown = {f"{prefix}/{k}": v for k, v in row["metrics"].items()}
     parent.log(row["nfe"], shown | {f"real/{k}": v for k, v in real.items() if k in row["metrics"]})
 

@@ -1,5 +1,7 @@
 """Samples of one setting of a sweep, many rows at once, and how fast one row alone would stream."""
 
+import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +12,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from mfcore.flow import TimeConfig
+from mfcore.metrics.history import mode_history_use
 from mfcore.rollout import join_chunks
-from mfcore.types import VIDEO, Condition
+from mfcore.types import VIDEO, AVBatch, Condition
 from workflows.data import HELD_OUT_FIRST, Assembly
 from workflows.heldout import Prompt, Signals, decode_rows
 from workflows.streamer import Sampling, Streamer
@@ -19,6 +23,8 @@ from workflows.streamer import Sampling, Streamer
 ROWS = 16  # clips generated at once
 _TIMED = 24  # evaluations of a single stream, at least two chunks, from which its speed is measured
 _MOST_TIMED = 4  # chunks
+_HISTORIES = 16  # clips on which history use is measured
+_HISTORY = 8  # chunks of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +40,44 @@ class Batch:
 
 def condition(streamer: Streamer, prompts: Sequence[Prompt]) -> Condition:
     """First frame, caption, transcript and voice of the prompts, assembled as in training."""
-    assembly = Assembly(timeline=streamer.timeline, stats=streamer.card.stats)
     shortest = min(min(p.clip.chunks for p in prompts), prompts[0].chunks)
+    return _real(streamer, prompts, shortest).cond
+
+
+def _real(streamer: Streamer, prompts: Sequence[Prompt], chunks: int) -> AVBatch:
+    assembly = Assembly(timeline=streamer.timeline, stats=streamer.card.stats)
     numbers = torch.tensor([HELD_OUT_FIRST + p.number for p in prompts])
-    return assembly.batch([p.clip for p in prompts], shortest, numbers, 0).cond
+    return assembly.batch([p.clip for p in prompts], chunks, numbers, 0)
+
+
+def history_use(streamer: Streamer, prompts: Sequence[Prompt], how: Sampling) -> dict[str, float]:
+    """``history_use_<modality>`` of the mode, on the real clips behind the prompts; nothing where they are too few."""
+    usable = [p for p in prompts if p.clip.chunks > 1][:_HISTORIES]
+    if len(usable) < 2:
+        return {}
+    batch = _real(streamer, usable, min(_HISTORY, *(p.clip.chunks for p in usable)))
+    time = TimeConfig(shift=streamer.card.shift)
+    found = mode_history_use(streamer.model, batch, time, mode=how.mode, trust=how.label)
+    return {f"history_use_{m}": value for m, value in found.items()}
+
+
+def batches(prompts: Sequence[Prompt]) -> list[tuple[Prompt, ...]]:
+    """Prompts of one length together, at most ``ROWS``."""
+    out: list[tuple[Prompt, ...]] = []
+    for _, group in groupby(sorted(prompts, key=lambda p: p.chunks), key=lambda p: p.chunks):
+        same = tuple(group)
+        out += [same[at : at + ROWS] for at in range(0, len(same), ROWS)]
+    return out
 
 
 def generate(streamer: Streamer, prompts: Sequence[Prompt], how: Sampling) -> Iterator[Batch]:
     """All prompts, those of one length together. A row's noise depends on the seed and its prompt alone."""
-    for chunks, group in groupby(sorted(prompts, key=lambda p: p.chunks), key=lambda p: p.chunks):
-        same = list(group)
-        for at in range(0, len(same), ROWS):
-            yield _batch(streamer, same[at : at + ROWS], chunks, how)
+    return (sample(streamer, same, how) for same in batches(prompts))
 
 
-def _batch(streamer: Streamer, prompts: Sequence[Prompt], chunks: int, how: Sampling) -> Batch:
+def sample(streamer: Streamer, prompts: Sequence[Prompt], how: Sampling) -> Batch:
+    """Prompts of one length."""
+    chunks = prompts[0].chunks
     cond = condition(streamer, prompts)
     numbers = torch.tensor([HELD_OUT_FIRST + p.number for p in prompts])
     began = time.perf_counter()
@@ -80,16 +109,17 @@ def stream_speed(streamer: Streamer, prompt: Prompt, how: Sampling) -> dict[str,
         now = time.perf_counter()
         times.append(now - began)
         began = now
+    rate = float(streamer.card.chunk_seconds) / median(times[1:])
     return {
-        "seconds_per_second": float(streamer.card.chunk_seconds) / median(times[1:]),
+        "seconds_per_second": rate,
+        "real_time_factor": 1 / rate,
         "first_chunk_s": times[0],
-    }
+        "peak_memory_bytes": float(_peak_memory()),
+    } | ({"frames_per_second": rate * float(streamer.fps)} if VIDEO in streamer.codecs else {})
 
 
-def batch_speed(batches: Sequence[Batch]) -> dict[str, float]:
-    """The same of many streams at once, added up."""
-    made = sum(float(b.length) * len(b.prompts) for b in batches)
-    return {
-        "batch_seconds_per_second": made / sum(b.seconds for b in batches),
-        "batch_rows": float(max(len(b.prompts) for b in batches)),
-    }
+def _peak_memory() -> int:
+    """Of the device where there is one, else of this process so far, bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -5,13 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workflows import measures
-from workflows.measures import FAILURES, Numbers, Part, Real
+from workflows import measures, netmeasures, toymeasures
+from workflows.instruments import needs
+from workflows.measures import FAILURES, Found, Numbers, Part, Real, Score
 
 _TOY = "a toy world dataset"
 _PICTURE = "a checkpoint that makes pictures"
 _SOUND = "a checkpoint that makes sound"
 _SPEECH = "clips with a transcript"
+_WORDS = "a transcript in words (toy syllables are none)"
+_LIPS = needs("syncnet")
+_NETWORKS = ("videomae", "clap", "faces", "sounds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,36 +24,40 @@ class Metric:
 
     names: tuple[str, ...]
     needs: tuple[str, ...]
-    measure: Callable[[Part, Real], Numbers]
+    measure: Callable[[Part, Real], Found]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """What a set of clips scores in one window."""
 
-    metrics: Numbers
+    found: Found
     not_measured: dict[str, str]  # metric -> "not measured: needs ..."
     failures: dict[str, int]  # kind of failure -> clips
+
+    @property
+    def metrics(self) -> Numbers:
+        return {name: score.value for name, score in self.found.items()}
 
 
 def score(part: Part, real: Real) -> Scores:
     """All metrics. A number that has no value for these clips counts as not measured."""
     present = _present(part)
-    metrics: Numbers = {}
+    found: Found = {}
     missing: dict[str, str] = {}
     for metric in METRICS:
         lacking = [need for need in metric.needs if need not in present]
-        numbers = {} if lacking else metric.measure(part, real)
-        needs = ", ".join(lacking) or "longer clips, or some in which it varies"
+        scores = {} if lacking else metric.measure(part, real)
+        wanted = ", ".join(lacking) or "longer clips, more of them, or some in which it varies"
         for name in metric.names:
-            value = numbers.get(name, float("nan"))
-            if np.isfinite(value):
-                metrics[name] = float(value)
+            if name in scores and np.isfinite(scores[name].value):
+                found[name] = scores[name]
             else:
-                missing[name] = f"not measured: needs {needs}"
+                missing[name] = f"not measured: needs {wanted}"
     failures = {kind: sum(map(failed, part)) for kind, failed in FAILURES.items()}
-    metrics["failed"] = float(sum(any(failed(r) for failed in FAILURES.values()) for r in part))
-    return Scores(metrics=metrics, not_measured=missing, failures=failures)
+    failed = sum(any(failed(r) for failed in FAILURES.values()) for r in part)
+    found["failed"] = Score(value=float(failed), count=len(part), failed=failed)
+    return Scores(found=found, not_measured=missing, failures=failures)
 
 
 def _present(part: Part) -> set[str]:
@@ -57,28 +65,53 @@ def _present(part: Part) -> set[str]:
     found = {_TOY} if first.features else set[str]()
     found |= {_PICTURE} if first.motion is not None else set()
     found |= {_SOUND} if first.sound is not None else set()
+    found |= {needs(name) for name in _NETWORKS if name in first.tracks} | (
+        {_LIPS} if "lips" in first.tracks else set()
+    )
+    found |= {needs(name) for r in part for u in r.utterances for name in u.heard}
+    found |= {_WORDS} if any(r.words for r in part) else set()
     return found | ({_SPEECH} if any(r.speech and r.speech.said for r in part) else set())
 
 
 _OF_PICTURE = ("seam_pixels", "seam_pixels_raw", "seam_video_latents", "seam_video_latents_raw")
 _OF_SOUND = ("seam_sound", "seam_sound_raw", "seam_audio_latents", "seam_audio_latents_raw")
 
+
+def _distance(name: str) -> tuple[str, ...]:
+    return (name, *(f"{name}_{part}" for part in ("bias", "n", "n_real", "shrinkage")))
+
+
 METRICS = (
-    Metric(names=("sync", "sync_offset_s"), needs=(_TOY, _PICTURE, _SOUND), measure=measures.mouth_sync),
+    Metric(names=("sync", "sync_offset_s"), needs=(_TOY, _PICTURE, _SOUND), measure=toymeasures.mouth_sync),
     Metric(names=("motion_sync", "motion_sync_offset_s"), needs=(_PICTURE, _SOUND), measure=measures.motion_sync),
-    Metric(names=("syllable_error",), needs=(_TOY, _SOUND, _SPEECH), measure=measures.syllables),
-    Metric(names=("identity_error",), needs=(_TOY, _PICTURE), measure=measures.identity),
-    Metric(names=("valid",), needs=(_TOY,), measure=measures.valid),
-    Metric(names=("entropy", "entropy_within"), needs=(_TOY,), measure=measures.entropy),
     Metric(
-        names=("lag1", "lag1_hand", "lag1_light", "lag1_pose"), needs=(_TOY, _PICTURE), measure=measures.persistence
+        names=("sync_offset_median_s", "sync_offset_spread_s", "sync_within_80ms"),
+        needs=(_PICTURE, _SOUND),
+        measure=measures.offset_law,
+    ),
+    Metric(names=("lse_c", "lse_d", "lse_offset_s"), needs=(_PICTURE, _SOUND, _LIPS), measure=netmeasures.lips),
+    Metric(names=("syllable_error",), needs=(_TOY, _SOUND, _SPEECH), measure=toymeasures.syllables),
+    Metric(names=("identity_error",), needs=(_TOY, _PICTURE), measure=toymeasures.identity),
+    Metric(names=("valid",), needs=(_TOY,), measure=toymeasures.valid),
+    Metric(names=("entropy", "entropy_within", "choice_kl"), needs=(_TOY,), measure=toymeasures.entropy),
+    Metric(
+        names=("lag1", "lag1_hand", "lag1_light", "lag1_pose"), needs=(_TOY, _PICTURE), measure=toymeasures.persistence
     ),
     Metric(names=("seam",), needs=(), measure=measures.seams),
     Metric(names=_OF_PICTURE, needs=(_PICTURE,), measure=measures.seams),
     Metric(names=_OF_SOUND, needs=(_SOUND,), measure=measures.seams),
+    Metric(names=_distance("frechet"), needs=(_TOY,), measure=toymeasures.distance),
+    Metric(names=_distance("frechet_videomae"), needs=(_PICTURE, needs("videomae")), measure=netmeasures.videomae),
+    Metric(names=_distance("frechet_clap"), needs=(_SOUND, needs("clap")), measure=netmeasures.clap),
+    Metric(names=("sound_kl",), needs=(_SOUND, needs("sounds")), measure=netmeasures.sound_kl),
+    Metric(names=("face_similarity",), needs=(_PICTURE, needs("faces")), measure=netmeasures.faces),
+    Metric(names=("wer", "cer"), needs=(_SOUND, _WORDS, needs("whisper")), measure=netmeasures.whisper_errors),
     Metric(
-        names=("frechet", "frechet_n", "frechet_n_real", "frechet_shrinkage"), needs=(_TOY,), measure=measures.distance
+        names=("wer_pocketsphinx", "cer_pocketsphinx"),
+        needs=(_SOUND, _WORDS, needs("pocketsphinx")),
+        measure=netmeasures.sphinx_errors,
     ),
-    Metric(names=("motion",), needs=(_PICTURE,), measure=measures.motion),
-    Metric(names=("loudness_db", "silence"), needs=(_SOUND,), measure=measures.loudness),
+    Metric(names=("motion", "sharpness"), needs=(_PICTURE,), measure=measures.picture),
+    Metric(names=("motion_over_real", "sharpness_over_real"), needs=(_PICTURE,), measure=measures.picture_ratio),
+    Metric(names=("loudness_db", "clipping", "silence"), needs=(_SOUND,), measure=measures.loudness),
 )

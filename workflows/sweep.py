@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -13,7 +16,7 @@ from workflows.config import Stage
 from workflows.generate import sampling
 from workflows.streamer import Sampling
 
-SCORER = 1  # raise when a metric changes its meaning: older rows are then measured again
+SCORER = 2  # raise when a metric changes its meaning: older rows are then measured again
 
 Row = dict[str, Any]
 
@@ -93,16 +96,19 @@ def plan(
     subjects: Sequence[Subject],
     modes: Sequence[str],
     steps: Sequence[int],
-    guidance: float | None,
+    guidance: Sequence[float],
     seeds: Sequence[int],
 ) -> tuple[list[Setting], list[str]]:
     """The settings that make sense, cheapest first, and a line for each combination that is left out.
 
-    ``guidance`` is the multi-step mode's; the few-step mode has it built in. ValueError when nothing is left.
+    ``guidance`` holds the multi-step mode's weights, none: the default; the few-step mode has it built in. ValueError
+    when nothing is left.
     """
     known = get_args(Mode)
     if wrong := [m for m in modes if m not in known]:
         raise ValueError(f"unknown mode {wrong[0]!r}: --modes takes {', '.join(known)}")
+    if any(not isfinite(w) for w in guidance):
+        raise ValueError(f"--guidance {list(guidance)}: give finite weights; 1 is none")
     if not steps or min(steps) < 1:
         raise ValueError(f"--steps {list(steps)}: give whole numbers above 0")
     settings, skipped = [], []
@@ -111,13 +117,12 @@ def plan(
             if mode == "few" and subject.stage != "mutual":
                 skipped.append(f"few-step mode of {subject.label}: stage {subject.stage} has not trained it")
                 continue
-            weight = 1.0 if mode == "few" else guidance
-            for count in sorted(set(steps)):
-                for seed in seeds:
-                    how = sampling(
-                        subject.stage, mode=cast(Mode, mode), steps=count, guidance=weight, trust=None, seed=seed
-                    )
-                    settings.append(Setting(subject=subject, how=how))
+            weights = [1.0] if mode == "few" else list(dict.fromkeys(guidance)) or [None]
+            for count, weight, seed in product(sorted(set(steps)), weights, seeds):
+                how = sampling(
+                    subject.stage, mode=cast(Mode, mode), steps=count, guidance=weight, trust=None, seed=seed
+                )
+                settings.append(Setting(subject=subject, how=how))
     if not settings:
         raise ValueError(
             f"nothing to evaluate: {'; '.join(skipped)}. Add multi to --modes, or name a mutual checkpoint"
@@ -126,11 +131,11 @@ def plan(
 
 
 class Results:
-    """The rows of a sweep's folder."""
+    """The rows of a sweep's folder, and below them the batches of settings that are not finished."""
 
     def __init__(self, folder: Path, scope: str) -> None:
         self.folder, self.scope = folder, scope
-        self._parts = folder / "rows"
+        self._parts, self._begun = folder / "rows", folder / "unfinished"
 
     @property
     def path(self) -> Path:
@@ -142,8 +147,23 @@ class Results:
         return read_json(path) if path.exists() else None
 
     def store(self, key: str, part: Mapping[str, Any]) -> None:
+        """A setting's rows; its batches are needed no more."""
         self._parts.mkdir(parents=True, exist_ok=True)
         write_json(self._parts / f"{key}.json", {"scope": self.scope, "key": key, **part})
+        for path in self._begun.glob(f"{key}-*.pickle"):
+            path.unlink()
+
+    def keep(self, key: str, batch: int, outcome: Any) -> None:
+        """What one batch of a setting gave. Whole or not at all."""
+        self._begun.mkdir(parents=True, exist_ok=True)
+        temporary = self._begun / f".tmp-{key}-{batch}"
+        temporary.write_bytes(pickle.dumps(outcome))
+        temporary.replace(self._begun / f"{key}-{batch}.pickle")
+
+    def kept(self, key: str, batch: int) -> Any | None:
+        """The same, from an earlier run of this command in this folder."""
+        path = self._begun / f"{key}-{batch}.pickle"
+        return pickle.loads(path.read_bytes()) if path.exists() else None
 
     def parts(self, digests: Iterable[str]) -> list[dict[str, Any]]:
         """All that was measured in this folder, of these checkpoints, on these clips; cheapest first."""

@@ -3,22 +3,15 @@
 Letters: n samples, d features.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mfcore.metrics.bootstrap import LEVEL, Interval
+
 Features = NDArray[np.floating[Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A value with the bounds of its bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def frechet_distance(a: Features, b: Features, shrinkage: float = 0.0) -> float:
@@ -41,21 +34,49 @@ def frechet_distance(a: Features, b: Features, shrinkage: float = 0.0) -> float:
 
 
 def frechet_interval(
-    a: Features, b: Features, *, seed: int = 0, draws: int = 200, level: float = 0.9, shrinkage: float = 0.0
+    a: Sequence[Features],
+    b: Sequence[Features],
+    *,
+    seed: int = 0,
+    draws: int = 200,
+    level: float = LEVEL,
+    shrinkage: float = 0.0,
 ) -> Interval:
-    """:func:`frechet_distance` with a percentile bootstrap interval: the rows of both sets are drawn anew.
+    """:func:`frechet_distance` of all rows, with a percentile bootstrap interval: clips of both sets are drawn anew.
 
-    Rows must be independent (one per clip, not per frame). Resampling repeats rows, which adds the estimator's bias a
-    second time, so the draws are moved down by the difference of their median and the value.
+    ``a`` and ``b`` hold the rows ``(n, d)`` of each clip: rows of one clip are not independent, so clips are drawn.
+    Resampling repeats rows, which adds the estimator's bias a second time, so the draws are moved down by the
+    difference of their median and the value.
     """
     rng = np.random.default_rng(seed)
-    value = frechet_distance(a, b, shrinkage)
-    values = [
-        frechet_distance(a[rng.integers(len(a), size=len(a))], b[rng.integers(len(b), size=len(b))], shrinkage)
-        for _ in range(draws)
-    ]
+    value = frechet_distance(np.concatenate(a), np.concatenate(b), shrinkage)
+    values = [frechet_distance(_drawn(a, rng), _drawn(b, rng), shrinkage) for _ in range(draws)]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - (np.median(values) - value)
     return Interval(value=value, low=max(0.0, float(low)), high=float(high))
+
+
+def frechet_bias(
+    a: Sequence[Features], b: Sequence[Features], *, seed: int = 0, draws: int = 20, shrinkage: float = 0.0
+) -> float:
+    """How much of :func:`frechet_distance` is due to the number of clips, in its units; about 0 for very many.
+
+    The bias falls as 1 / n (Chong and Forsyth 2020), so halves of both sets have twice of it: the mean distance of
+    random halves less that of the whole is the whole's bias. nan below four clips on either side.
+    """
+    if min(len(a), len(b)) < 4:
+        return float("nan")
+    rng = np.random.default_rng(seed)
+    whole = frechet_distance(np.concatenate(a), np.concatenate(b), shrinkage)
+    halves = [frechet_distance(_half(a, rng), _half(b, rng), shrinkage) for _ in range(draws)]
+    return float(np.mean(halves)) - whole
+
+
+def _drawn(clips: Sequence[Features], rng: np.random.Generator) -> Features:
+    return np.concatenate([clips[i] for i in rng.integers(len(clips), size=len(clips))])
+
+
+def _half(clips: Sequence[Features], rng: np.random.Generator) -> Features:
+    return np.concatenate([clips[i] for i in rng.permutation(len(clips))[: len(clips) // 2]])
 
 
 def _gaussian(features: Features, shrinkage: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,8 +1,24 @@
-"""Errors of recognised speech, whoever recognised it."""
+"""Errors of recognised speech, whoever recognised it; and recognisers: Whisper from a local folder, PocketSphinx."""
 
+import importlib.util
+import re
 from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.signal import resample_poly
+
+RATE = 16000  # samples a second that recognisers hear
 Units = Sequence[Hashable]
+Sound = NDArray[np.floating[Any]]
+
+
+class Recogniser(Protocol):
+    """What is said in mono ``sound``, as plain text; empty where nothing is heard."""
+
+    def __call__(self, sound: Sound, sample_rate: int) -> str: ...
 
 
 def edit_distance(heard: Units, said: Units) -> int:
@@ -26,3 +42,66 @@ def error_rate(heard: Sequence[Units], said: Sequence[Units]) -> float:
     if total == 0:
         raise ValueError("an error rate is a share of what is said, and nothing is: leave out clips without speech")
     return sum(edit_distance(h, s) for h, s in zip(heard, said, strict=True)) / total
+
+
+def plain_words(text: str) -> list[str]:
+    """Words in lower case without punctuation; apostrophes inside a word stay. Numerals are not spelled out."""
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower().replace("\u2019", "'"))
+
+
+def at_rate(sound: Sound, sample_rate: int, rate: int = RATE) -> NDArray[np.float32]:
+    """Resampled, band-limited."""
+    if sample_rate == rate or not len(sound):
+        return sound.astype(np.float32)
+    return np.asarray(resample_poly(sound.astype(np.float64), rate, sample_rate), np.float32)
+
+
+class Whisper:
+    """Whisper in the layout of transformers, from a local folder; greedy, in pieces of 30 s.
+
+    ValueError when the folder does not hold it, or transformers is not installed.
+    """
+
+    def __init__(self, folder: str, device: str = "cpu") -> None:
+        if importlib.util.find_spec("transformers") is None:
+            raise ValueError("Whisper needs transformers: pip install 'mutual-forcing[pretrained]'")
+        from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+        try:
+            self._processor: Any = WhisperProcessor.from_pretrained(folder, local_files_only=True)
+            model: Any = WhisperForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{folder} holds no Whisper: {str(error).splitlines()[0]}") from None
+        self._model, self._device = model.to(device).eval(), device
+
+    @torch.inference_mode()
+    def __call__(self, sound: Sound, sample_rate: int) -> str:
+        wave, extractor = at_rate(sound, sample_rate), self._processor.feature_extractor
+        pieces = [wave[i : i + extractor.n_samples] for i in range(0, len(wave), extractor.n_samples)]
+        return " ".join(self._piece(piece) for piece in pieces).strip()
+
+    def _piece(self, wave: NDArray[np.float32]) -> str:
+        features = self._processor(wave, sampling_rate=RATE, return_tensors="pt").input_features
+        tokens = self._model.generate(features.to(self._device), do_sample=False, num_beams=1)
+        return str(self._processor.batch_decode(tokens, skip_special_tokens=True)[0])
+
+
+class PocketSphinx:
+    """The embedded recogniser of English: its package ships the model, nothing is fetched. ValueError without it."""
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("pocketsphinx") is None:
+            raise ValueError("the embedded recogniser is not installed: pip install pocketsphinx")
+        from pocketsphinx import Decoder  # pyright: ignore
+
+        self._decoder: Any = Decoder(samprate=RATE, loglevel="FATAL")
+
+    def __call__(self, sound: Sound, sample_rate: int) -> str:
+        wave = np.clip(at_rate(sound, sample_rate) * 32767, -32768, 32767).astype(np.int16)
+        if not len(wave):
+            return ""
+        self._decoder.start_utt()
+        self._decoder.process_raw(wave.tobytes(), no_search=False, full_utt=True)
+        self._decoder.end_utt()
+        found = self._decoder.hyp()
+        return str(found.hypstr) if found is not None else ""

@@ -109,13 +109,20 @@ class SyncNetSync:
         self, frames: NDArray[np.uint8], fps: float, sound: NDArray[np.floating[Any]], sample_rate: int
     ) -> SyncReading:
         """``frames`` (f, H, W, 3) of a face at any size and rate, mono ``sound`` at any rate."""
+        lips, heard = self.vectors(frames, fps, sound, sample_rate)
+        return offset_of(torch.from_numpy(lips), torch.from_numpy(heard)) if len(lips) > 1 else SyncReading(0.0, 0.0)
+
+    def vectors(
+        self, frames: NDArray[np.uint8], fps: float, sound: NDArray[np.floating[Any]], sample_rate: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Vectors ``(n, 1024)`` of lips and of sound, ``FPS`` a second: a :class:`mfcore.metrics.lse.LipVectors`."""
         faces, cepstra = face_windows(frames, fps), mfcc(_at_rate(sound, sample_rate))
         count = min(len(faces), (len(cepstra) // 4) - _WINDOW + 1)
-        if count < 2:
-            return SyncReading(0.0, 0.0)
+        if count < 1:
+            return np.zeros((0, 1024), np.float32), np.zeros((0, 1024), np.float32)
         windows = torch.from_numpy(cepstra).float().unfold(0, 4 * _WINDOW, 4)[:count, None]
         lips, heard = self._vectors(faces[:count], self.network.lips), self._vectors(windows, self.network.sound)
-        return offset_of(lips, heard)
+        return lips.numpy(), heard.numpy()
 
     @torch.inference_mode()
     def _vectors(self, windows: Tensor, tower: Any) -> Float[Tensor, "b 1024"]:

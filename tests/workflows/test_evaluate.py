@@ -1,12 +1,17 @@
 """A sweep over random networks of tiny size, from a dataset of toy clips to plots and MLflow."""
 
+import csv
 import json
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from mfcore.model.transformer import build_model
@@ -16,7 +21,11 @@ from preprocessing.toyworld import write_toyworld
 from workflows import config_io, presets
 from workflows.checkpoint import write_json
 from workflows.evaluate import evaluate
+from workflows.examiner import Examiner
+from workflows.heldout import select
+from workflows.overlap import find_overlap, warnings
 from workflows.preprocess import preprocess
+from workflows.scores import METRICS
 from workflows.stages import latent_shapes, make_card
 from workflows.sweep import examine, plan
 
@@ -77,9 +86,12 @@ def test_a_sweep_has_a_row_per_setting_and_window(swept, mutual):
     for row in made:
         assert row["checkpoint"] == mutual
         assert row["seed"] == 0
-        assert {"sync", "syllable_error", "seam", "valid", "frechet", "failed"} <= row["metrics"].keys()
+        assert {"sync", "syllable_error", "seam", "valid", "frechet", "failed", "clipping", "sharpness"} <= row[
+            "metrics"
+        ].keys()
     whole = [row["metrics"] for row in made if row["window"] == "all"]
     assert all(m["seconds_per_second"] > 0 and m["first_chunk_s"] > 0 for m in whole)
+    assert all(m["history_use_video"] > 0 and m["history_use_audio"] > 0 for m in whole)
 
 
 def test_the_real_row_is_the_ceiling(swept):
@@ -93,9 +105,102 @@ def test_the_real_row_is_the_ceiling(swept):
 
 def test_plots_and_samples_are_files(swept):
     result, _ = swept
-    assert [Path(p).name for p in result["plots"]] == ["frontier.png", "over_time.png", "sheet.png"]
+    assert [Path(p).name for p in result["plots"]] == [
+        *("frontier.png", "seconds.png", "over_time.png", "offsets.png", "sheet.png")
+    ]
     assert len(result["samples"]) == 10
     assert all(Path(p).stat().st_size > 1000 for p in [*result["plots"], *result["samples"]])
+
+
+def test_the_page_and_the_table_hold_every_number_or_what_it_needs(swept):
+    result, _ = swept
+    page = Path(result["report"]).read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:video/mp4;base64,") == 10
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # needs no other file
+    lines = list(csv.DictReader(Path(result["table"]).read_text().splitlines()))
+    named = {name for metric in METRICS for name in metric.names}
+    settings = {(x["mode"], x["steps"], x["window"]) for x in lines}
+    for setting in settings:
+        mine = {x["metric"]: x for x in lines if (x["mode"], x["steps"], x["window"]) == setting}
+        assert named <= mine.keys()
+        assert all((x["value"] == "") == x["note"].startswith("not measured: needs ") for x in mine.values())
+    some = next(x for x in lines if (x["mode"], x["steps"], x["window"], x["metric"]) == ("few", "2", "all", "sync"))
+    assert (some["clips"], some["seeds"]) == ("2", "1")
+    assert float(some["low"]) <= float(some["value"]) <= float(some["high"])
+    wer = next(x for x in lines if x["metric"] == "wer")
+    assert "--weights whisper=" in wer["note"] and "toy syllables are none" in wer["note"]
+    assert "--weights syncnet=" in result["not_measured"]["lse_c"]
+
+
+def test_clips_of_the_training_set_are_reported(swept, mutual):
+    result, _ = swept
+    trained_on = json.loads((Path(mutual).parent / "run.json").read_text())["data"]
+    held = select(trained_on, clips=2, seconds=None, fraction=0.99)
+    assert result["overlap"]["mutual"] == {"clips": [], "sources": {}}
+    found = find_overlap(held, trained_on, trained_on, 0.01)  # nearly everything was trained on
+    assert set(found.clips) <= {p.clip.id for p in held.prompts} and found.clips
+    assert all(len(content) > 8 for content in found.sources.values())
+    assert "scores are no test" in warnings({"mutual": found})[0]
+    gone = find_overlap(held, trained_on, "/nowhere/at/all", 0.1)
+    assert "cannot be read" in (gone.unknown or "")
+
+
+def test_a_killed_sweep_goes_on_where_it_was(mutual, tmp_path, no_mlflow, monkeypatch):
+    """Batches of one clip; killed in the third of four: the first two are not made again."""
+    monkeypatch.setattr("workflows.sampler.ROWS", 1)
+    made = []
+    sample = Examiner.sample
+
+    def killed(self, task):
+        made.append((task.setting.how.steps, task.batch))
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return sample(self, task)
+
+    again = {"steps": [1, 2], "modes": ["few"], "out": str(tmp_path / "x"), **QUIET}
+    monkeypatch.setattr(Examiner, "sample", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([mutual], **again)
+    finished = sorted(path.name for path in (tmp_path / "x" / "rows").iterdir())
+    assert len(finished) == 2  # the real clips, and the first setting
+    first = made[:2]
+    evaluate([mutual], **again)
+    assert made[4:] == [task for task in ((1, 0), (1, 1), (2, 0), (2, 1)) if task not in first][-len(made[4:]) :]
+    assert not [task for task in made[4:] if task in first]
+    assert not list((tmp_path / "x" / "unfinished").iterdir())
+
+
+@pytest.mark.slow
+def test_workers_of_ray_give_the_same_rows(swept, mutual, tmp_path, no_mlflow):
+    result, _ = swept
+    out = {"out": str(tmp_path / "x"), "windows": "0-1,1-2", **QUIET}
+    other = evaluate([mutual], steps=[1, 2], workers=2, **out)
+    ours, theirs = (
+        {(r["mode"], r["steps"], r["window"]): r["metrics"] for r in json.loads(Path(x["results"]).read_text())}
+        for x in (result, other)
+    )
+    assert ours.keys() == theirs.keys()
+    for key, metrics in ours.items():
+        for name in ("sync", "seam", "frechet", "identity_error", "motion", "loudness_db"):
+            if name in metrics:
+                assert metrics[name] == pytest.approx(theirs[key][name], rel=1e-3), (key, name)
+
+
+@pytest.mark.slow
+def test_the_page_opens_in_a_browser(swept, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    result, _ = swept
+    picture = tmp_path / "report.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,3600", f"--screenshot={picture}"]
+    subprocess.run([chromium, *flags, Path(result["report"]).as_uri()], check=True, capture_output=True)
+    with Image.open(picture) as image:
+        assert image.size == (1280, 3600)
+        assert (
+            len(image.convert("RGB").resize((320, 900)).getcolors(1 << 20)) > 500
+        )  # plots and pictures, no blank page
 
 
 def test_mlflow_draws_the_frontier(swept):
@@ -118,12 +223,10 @@ def test_mlflow_draws_the_frontier(swept):
 
 
 def test_the_same_command_again_generates_only_what_is_missing(swept, mutual, monkeypatch):
-    import workflows.evaluate as module
-
     result, uri = swept
     made = []
-    generate = module.generate
-    monkeypatch.setattr(module, "generate", lambda *a: made.append(a[2].steps) or generate(*a))
+    sample = Examiner.sample
+    monkeypatch.setattr(Examiner, "sample", lambda *a: made.append(a[1].setting.how.steps) or sample(*a))
     again = {"out": str(Path(result["results"]).parent), "windows": "0-1,1-2", "mlflow_uri": uri, **QUIET}
     before = {path: Path(path).stat().st_mtime_ns for path in result["samples"]}
     repeated = evaluate([mutual], steps=[1, 2], **again)
@@ -185,9 +288,9 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, data, mutual)
 
 
 def test_the_plan_leaves_guidance_to_the_multi_step_mode(mutual):
-    settings, skipped = plan([examine(mutual)], ["few", "multi"], [4, 1, 4], 5.0, (0, 1))
+    settings, skipped = plan([examine(mutual)], ["few", "multi"], [4, 1, 4], [5.0, 1.0], (0, 1))
     found = [(s.how.mode, s.how.steps, s.how.guidance, s.how.seed) for s in settings]
     few = [("few", steps, 1.0, seed) for steps in (1, 4) for seed in (0, 1)]
-    assert found == few + [("multi", steps, 5.0, seed) for steps in (1, 4) for seed in (0, 1)]
+    assert found == few + [("multi", steps, w, seed) for steps in (1, 4) for w in (5.0, 1.0) for seed in (0, 1)]
     assert skipped == []
-    assert len({s.key("scope") for s in settings}) == 8
+    assert len({s.key("scope") for s in settings}) == 12

@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from mfcore.codecs.dct import DctCodec
 from mfcore.codecs.mel import MelCodec
@@ -16,8 +17,9 @@ from preprocessing.reader import DatasetMeta
 from preprocessing.record import Word
 from preprocessing.toyworld import ToyConfig, draw_truth, render_frames, render_sound
 from workflows.heldout import HeldOut, Signals
+from workflows.instruments import Instruments
 from workflows.measures import Real
-from workflows.readings import Reader
+from workflows.readings import Reader, speech_pieces
 from workflows.scores import score
 
 WORLD = ToyConfig(seconds=4.0)
@@ -117,6 +119,90 @@ def test_noise_of_growing_strength_only_makes_things_worse(clips, real, perfect)
         assert worse["identity_error"] > better["identity_error"]
         assert worse["motion"] > better["motion"]
     assert steps[2]["valid"] < 0.7
+
+
+def rising(values, by=0.0):
+    return all(b > a + by for a, b in zip(values, values[1:], strict=False))
+
+
+def test_blur_of_growing_strength_only_makes_things_worse(clips, real, perfect):
+    steps = [perfect]
+    for width in (1.0, 3.0):
+        blurred = [gaussian_filter(c.frames.numpy().astype(np.float32), (0, width, width, 0)) for c in clips]
+        seen = [replace(c, frames=torch.from_numpy(b).byte()) for c, b in zip(clips, blurred, strict=True)]
+        steps.append(score(read(seen), real).metrics)
+    assert rising([s["frechet"] for s in steps])
+    assert rising([-s["sharpness"] for s in steps]) and steps[-1]["sharpness_over_real"] < 0.5
+    assert rising([-s["valid"] for s in steps[1:]])
+
+
+def test_desync_of_growing_strength_only_makes_things_worse(clips, real, perfect):
+    steps = [perfect]
+    for delay in (0.04, 0.08, 0.16):
+        n = int(delay * WORLD.sample_rate)
+        late = [replace(c, sound=torch.cat([torch.zeros(n), c.sound[:-n]])) for c in clips]
+        steps.append(score(read(late), real).metrics)
+        # found within one audio frame: 512 samples, 0.032 s
+        assert abs(steps[-1]["sync_offset_median_s"] - delay) < AUDIO_CODEC.config.hop / WORLD.sample_rate
+    assert rising([-s["sync"] for s in steps])
+    assert rising([s["sync_offset_s"] for s in steps], by=0.02)
+    assert perfect["sync_within_80ms"] == 1 and steps[-1]["sync_within_80ms"] == 0
+
+
+def test_drift_of_growing_strength_only_makes_things_worse(clips, real, perfect):
+    """The colours of the picture walk away from the first frame's."""
+    steps = [perfect]
+    for strength in (20, 60):
+        walk = strength * torch.linspace(0, 1, 97)[:, None, None, None] * torch.tensor([1.0, -1.0, 0.0])
+        drifted = [replace(c, frames=(c.frames + walk).clamp(0, 255).byte()) for c in clips]
+        steps.append(score(read(drifted), real).metrics)
+    for name in ("identity_error", "frechet"):
+        assert rising([s[name] for s in steps])
+    late, early = (Window(start=a, end=a + 1) for a in (3, 0))
+    part = read(drifted)
+    ends = [score([r.cut(w) for r in part], real).metrics["identity_error"] for w in (early, late)]
+    assert ends[1] > 2 * ends[0]
+
+
+def test_shuffled_sound_is_in_sync_by_chance_only(clips, real):
+    """Every clip with the sound of every other one: what is left is the correlation of two strangers."""
+    orders = [[replace(c, sound=clips[i - k].sound) for i, c in enumerate(clips)] for k in range(1, len(clips))]
+    found = [score(read(order), real) for order in orders]
+    assert abs(np.mean([f.metrics["sync"] for f in found])) < 0.2
+    assert np.mean([f.metrics["sync_within_80ms"] for f in found]) < 0.55  # 0.16 of 0.8 s, and peaks at the middle
+
+
+def test_every_number_has_its_clips_and_its_failures(clips, real):
+    silent = replace(clips[0], sound=torch.zeros_like(clips[0].sound))
+    found = score(read([silent, *clips[1:]]), real).found
+    assert (found["sync"].count, found["sync"].failed) == (len(clips), 1)
+    assert (found["syllable_error"].count, found["syllable_error"].failed) == (len(clips), 1)
+    assert (found["identity_error"].failed, found["failed"].value) == (0, 1)
+    for name in ("sync", "syllable_error", "identity_error", "frechet", "loudness_db"):
+        one = found[name]
+        assert one.low is not None and one.high is not None
+        assert one.low <= one.value <= one.high
+    assert found["frechet_bias"].value > 0
+
+
+def test_speech_is_heard_in_pieces_that_belong_to_windows(clips):
+    """A recogniser that hears loudness: pieces are cut between words, and cover the clip."""
+    words = tuple(Word(word=f"w{i}", start=i + 0.1, end=i + 0.8) for i in range(12))
+    pieces = speech_pieces(words, 12.0)
+    assert pieces[0][0] == 0 and pieces[-1][1] == 12.0
+    assert all(not any(w.start < end < w.end for w in words) for _, end in pieces)
+
+    class Deaf(Instruments):
+        recognisers = {"whisper": lambda sound, rate: "" if abs(sound).max() < 0.01 else "w0 w1 w2 w3 w4"}  # noqa: RUF012
+
+    reader = Reader(held(toy=None), Deaf())
+    sound = torch.cat([0.1 * torch.ones(5 * 16000), torch.zeros(7 * 16000)])
+    part = [reader.read(replace(clips[0], sound=sound, words=words, frames=clips[0].frames))]
+    whole = score(part, Real(prompts=part, reference=part))
+    assert whole.metrics["wer"] == pytest.approx(7 / 12)
+    assert whole.not_measured["wer_pocketsphinx"].startswith("not measured: needs --weights pocketsphinx=")
+    first = score([r.cut(Window(start=0, end=5)) for r in part], Real(prompts=part, reference=part))
+    assert first.metrics["wer"] == 0
 
 
 def test_chunks_of_other_clips_break_continuity(clips, real, perfect):

@@ -176,7 +176,7 @@ def ask(client: Any) -> Cluster:
 
 
 def _fixed(status: Mapping[str, Any]) -> bool:
-    """Where Ray was given no cluster file, its autoscaler only watches, and names the kind of each node after the node."""
+    """Given no cluster file, Ray's autoscaler only watches, and names the kind of each node after the node."""
     kinds = (status.get("autoscalerReport") or {}).get("nodeTypeMapping") or {}
     return bool(kinds) and all(kind == f"node_{node}" for node, kind in kinds.items())
 
