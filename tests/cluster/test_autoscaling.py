@@ -71,8 +71,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[heads.Head]:
     made = heads.Head(cluster="fake", address=address, temp=temp)
     words = ["ray", "start", "--head", "--num-cpus=0", f"--autoscaling-config={config}", f"--temp-dir={temp}", *flags]
     try:
-        heads._run_start_command(" ".join(words), environment)
-        heads._wait_until_answering(made)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(heads, "START_LIMIT_S", 600)  # a loaded machine starts slowly
+            heads._run_start_command(" ".join(words), environment)
+            heads._wait_until_answering(made)
         yield made
     finally:
         heads.stop_processes(made)  # a command that follows a job of it ends with it
