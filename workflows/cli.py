@@ -113,12 +113,8 @@ def preprocess(
         int | None, typer.Option(min=0, help="Which sound of a file, 0 the first; default: the one it marks.")
     ] = None,
     codec_video: Annotated[str | None, typer.Option(metavar="dct|wan:DIR", help="Video codec; default: dct.")] = None,
-    codec_audio: Annotated[
-        str | None, typer.Option(metavar="mel|oobleck:DIR", help="Audio codec; default: mel.")
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(metavar="words|t5:DIR", help="Encoder of captions and transcripts; default: words.")
-    ] = None,
+    codec_audio: Annotated[str | None, typer.Option(metavar="mel|oobleck:DIR", help="Audio codec.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="words|t5:DIR", help="Encoder of captions and words.")] = None,
     sync: Annotated[
         str | None, typer.Option(metavar="motion|syncnet:FILE|off", help="Sync filter; default: motion, recorded only.")
     ] = None,
