@@ -97,15 +97,15 @@ def test_one_by_one_together_and_while_decoding_are_the_same(clips, config):
 
 def test_a_clip_that_cannot_be_encoded_is_rejected_alone(clips, config, monkeypatch):
     config = replace(config, sizes=((32, 32),))
-    encoders, real = build_encoders(config), encode_step.encode_together
+    encoders, real = build_encoders(config), encode_step._encoded
     sources = [s for s in find_sources([str(clips)]) if "no%20media" not in s.uri]
 
-    def broken(group, encoders):
-        if any(clip.source.uri == sources[1].uri for clip in group):
+    def broken(clip, latents, encoders):
+        if clip.source.uri == sources[1].uri:
             raise ZeroDivisionError("a bad clip")
-        return real(group, encoders)
+        return real(clip, latents, encoders)
 
-    monkeypatch.setattr(encode_step, "encode_together", broken)
+    monkeypatch.setattr(encode_step, "_encoded", broken)
     found = [clip for _, clip in process_sources(sources, config, encoders)]
     assert [isinstance(clip, Clip) for clip in found] == [True, False, True, True]
     assert (found[1].step, found[1].reason) == ("encode", "error")
