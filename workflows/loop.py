@@ -1,6 +1,6 @@
 """The training loop. It knows engines, objective, tracker and batches by what they do, and no stage by name."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,6 +17,8 @@ from workflows.engine import Engine, NonFiniteError
 from workflows.tracking import STEP, Tracker
 from workflows.training import ranks
 from workflows.training.meter import Meter, line
+
+STUDENT = "student"  # the network that is trained; others are there for its sake
 
 Models = Mapping[str, VelocityModel]
 
@@ -66,8 +68,13 @@ class Surroundings:
     look: Callable[[Progress, Mapping[str, float]], dict[str, float]] = lambda progress, log: {}
 
 
-Pass = tuple[AVBatch, dict[str, list[Term]]]
-"""A micro-batch and its terms, without gradient, by the network they train."""
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One round of a micro-batch."""
+
+    micro: AVBatch
+    terms: dict[str, list[Term]]  # without gradient, by the network they train
+    rest: Iterator[dict[str, list[Term]]]  # further rounds
 
 
 def run_loop(
@@ -109,7 +116,7 @@ def run_loop(
         run.meter.got_batch()
         passes = run.compute(micros, progress.step)
         bad, noticed = run.agree(passes, progress.step)
-        log = run.update(progress, passes, bad=bad)
+        bad, log = run.update(progress, passes, bad=bad)
         progress = run.count(progress, bad=bad)
         progress = run.report(progress, [] if bad else passes, log)
         run.save(progress, noticed=noticed)
@@ -148,10 +155,23 @@ class _Run:
         """Losses and gradients."""
         self.around.beat(step, "computing")
         info = StepInfo(seed=self.config.seed, step=step, stage_step=step)
-        batch = self.config.batch
-        passes = [backward(self.objective, self.models, self.engines, micro, info, batch) for micro in micros]
-        self.meter.add(sum(len(m.samples) for m, _ in passes), sum(self.count_tokens(m) for m, _ in passes))
-        return passes
+        passes = [self.backward(micro, self.objective.rounds(self.models, micro, info)) for micro in micros]
+        self.meter.add(sum(len(m.samples) for m in micros), sum(self.count_tokens(m) for m in micros))
+        return [p for p in passes if p]
+
+    def backward(self, micro: AVBatch, rounds: Iterator[dict[str, list[Term]]]) -> Pass | None:
+        """The next round of a micro-batch, if there is one: its losses and gradients.
+
+        Engines average gradients over the ranks, whose shares may differ: a micro-batch counts by its part of the
+        global batch, as if the ranks had equal ones. (Where rows differ in kind, each micro-batch holds them in equal
+        parts.)
+        """
+        if (terms := next(rounds, None)) is None:
+            return None
+        for name, own in terms.items():
+            self.engines[name].backward(total(own) * (len(micro.samples) * ranks.world() / self.config.batch))
+        seen = {name: [replace(t, values=t.values.detach()) for t in own] for name, own in terms.items()}
+        return Pass(micro=micro, terms=seen, rest=rounds)
 
     def agree(self, passes: Sequence[Pass], step: int) -> tuple[bool, bool]:
         """On all ranks: whether a number of the step is not finite, and whether a rank was told to stop."""
@@ -162,14 +182,28 @@ class _Run:
             self.saver.wait()  # raises
         return bad, noticed
 
-    def update(self, progress: Progress, passes: Sequence[Pass], *, bad: bool) -> dict[str, float]:
-        """Move the weights, or leave the step out; rates and gradient norms for the log."""
-        if bad:
-            leave_out(self.config, progress, passes, self.engines, self.around)
-            return {}
-        steps = self.config.steps
-        rates = {name: learning_rate(self.optims[name], progress.step, steps) for name in passes[0][1]}
-        return update(self.engines, rates, self.ema, progress.step)
+    def update(self, progress: Progress, first: Sequence[Pass], *, bad: bool) -> tuple[bool, dict[str, float]]:
+        """Move the weights, or leave the step out: whether it was; rates and gradient norms for the log.
+
+        The fake score moves first, and once more with every further round; the student moves once, its average last.
+        """
+        passes, log = first, dict[str, float]()
+        while not bad:
+            log |= self.move(progress.step, [name for name in passes[0].terms if name != STUDENT])
+            again = [p for p in (self.backward(own.micro, own.rest) for own in passes) if p]
+            if not again:
+                log |= self.move(progress.step, [STUDENT])
+                self.ema.update(self.engines[STUDENT].weights(), progress.step)
+                return False, log
+            passes, (bad, _) = again, self.agree(again, progress.step)
+        leave_out(self.config, progress, passes, {n: self.engines[n] for n in first[0].terms}, self.around)
+        return True, {}
+
+    def move(self, step: int, names: Sequence[str]) -> dict[str, float]:
+        """One optimizer step of each of these networks."""
+        rates = {name: learning_rate(self.optims[name], step, self.config.steps) for name in names}
+        norms = {name: self.engines[name].step(rate) for name, rate in rates.items()}
+        return {f"grad_norm/{n}": v for n, v in norms.items()} | {f"lr/{n}": v for n, v in rates.items()}
 
     def count(self, progress: Progress, *, bad: bool) -> Progress:
         """One step more."""
@@ -181,7 +215,7 @@ class _Run:
         config, done = self.config, progress.step
         last, log = done == config.steps, dict[str, float]()
         if done % config.log_every == 0 or last:
-            seen = over_all_ranks(term for _, terms in passes for own in terms.values() for term in own)
+            seen = over_all_ranks(term for p in passes for own in p.terms.values() for term in own)
             log = report(seen) | dict(rates) | self.meter.read((config.steps - done) * config.batch)
         if done % config.eval_every == 0 or last:
             with self.meter.apart():
@@ -205,30 +239,9 @@ class _Run:
             stop(config, progress, self.saver, self.around)
 
 
-def backward(
-    objective: Objective, models: Models, engines: Mapping[str, Engine], micro: AVBatch, info: StepInfo, batch: int
-) -> Pass:
-    """Loss and gradient of one micro-batch.
-
-    Engines average gradients over the ranks, whose shares may differ: a micro-batch counts by its part of the global
-    ``batch``, as if the ranks had equal ones. (Where rows differ in kind, each micro-batch holds them in equal parts.)
-    """
-    terms = objective(models, micro, info)
-    for name, own in terms.items():
-        engines[name].backward(total(own) * (len(micro.samples) * ranks.world() / batch))
-    return micro, {name: [replace(t, values=t.values.detach()) for t in own] for name, own in terms.items()}
-
-
-def update(engines: Mapping[str, Engine], rates: Mapping[str, float], ema: Ema, step: int) -> dict[str, float]:
-    """One optimizer step of every network in ``rates``, and of the average; rates and gradient norms for the log."""
-    norms = {name: engines[name].step(rate) for name, rate in rates.items()}
-    ema.update(engines["student"].weights(), step)
-    return {f"grad_norm/{n}": v for n, v in norms.items()} | {f"lr/{n}": v for n, v in rates.items()}
-
-
 def agreed(passes: Sequence[Pass], engines: Mapping[str, Engine], notice: str, failed: bool) -> list[bool]:
     """What any rank knows, on all ranks: a loss or gradient that is not finite, a notice, a checkpoint that failed."""
-    losses = [t.values for _, terms in passes for own in terms.values() for t in own if t.values.numel()]
+    losses = [t.values for p in passes for own in p.terms.values() for t in own if t.values.numel()]
     bad = torch.stack([~torch.isfinite(values).all() for values in losses]).any()
     for engine in engines.values():
         bad = bad | engine.bad_gradient
@@ -240,28 +253,29 @@ def leave_out(
     config: LoopConfig, progress: Progress, passes: Sequence[Pass], engines: Mapping[str, Engine], around: Surroundings
 ) -> None:
     """Forget the gradients of a step that is not finite; NonFiniteError when no more may be left out."""
-    mine = [blame(terms, micro, around.name_clips) for micro, terms in passes if not _finite(terms)]
+    mine = [blame(p, around.name_clips) for p in passes if not _finite(p.terms)]
     if not mine and (names := [f"the gradient of {name}" for name, e in engines.items() if bool(e.bad_gradient)]):
-        clips = [clip for micro, _ in passes for clip in around.name_clips(micro.samples)]
+        clips = [clip for p in passes for clip in around.name_clips(p.micro.samples)]
         mine = [f"{', '.join(names)} on clips {', '.join(clips)}"]
     found = "; ".join(f"rank {r}: {text}" for r, texts in enumerate(ranks.gather(mine)) for text in texts)
     text = f"stage {config.name}, step {progress.step}: not finite: {found}"
     if progress.skipped >= config.skip_nonfinite:
         raise NonFiniteError(
-            f"{text}. No weight was changed; {progress.skipped} such steps were left out before. Lower optim.lr, raise "
-            "optim.warm_up, look at those clips, or allow some with --set skip_nonfinite=N; then run the same command "
-            "to go on from the last checkpoint"
+            f"{text}. No weight was moved by it; {progress.skipped} such steps were left out before. Lower optim.lr, "
+            "raise optim.warm_up, look at those clips, or allow some with --set skip_nonfinite=N; then run the same "
+            "command to go on from the last checkpoint"
         )
     around.say(f"{text}. Step left out ({progress.skipped + 1} of {config.skip_nonfinite})")
-    for name in passes[0][1]:
-        engines[name].discard()
+    for engine in engines.values():
+        engine.discard()
 
 
-def blame(terms: Mapping[str, list[Term]], micro: AVBatch, name_clips: Callable[[Tensor], list[str]]) -> str:
+def blame(found: Pass, name_clips: Callable[[Tensor], list[str]]) -> str:
     """The losses that are not finite and the clips of their micro-batch."""
-    keys = [t.key for own in terms.values() for t in own if not torch.isfinite(t.values).all()]
-    clips = ", ".join(name_clips(micro.samples))
-    return f"the loss {', '.join(keys)} on clips {clips} (samples {int(micro.samples[0])}..{int(micro.samples[-1])})"
+    keys = [t.key for own in found.terms.values() for t in own if not torch.isfinite(t.values).all()]
+    samples = found.micro.samples
+    clips = ", ".join(name_clips(samples))
+    return f"the loss {', '.join(keys)} on clips {clips} (samples {int(samples[0])}..{int(samples[-1])})"
 
 
 def _finite(terms: Mapping[str, list[Term]]) -> bool:

@@ -7,6 +7,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from mfcore.flow import noised, velocity
+from mfcore.objectives.flow_matching import flow_matching_loss
 from mfcore.objectives.terms import Term, chunk_means
 from mfcore.steps import Context, Schedule, levels, solver_step
 from mfcore.types import Levels, Stream, Streams
@@ -55,13 +56,10 @@ def dmd_terms(
         v_real = real.velocity(x, tau, tau)
     v_fake = fake.velocity(x, tau, tau)
     student: list[Term] = []
-    own: list[Term] = []
     for m, s in y.items():
         v_sample = velocity(still[m].latents, eps[m])
         g = normalised_gap(v_real[m].float(), v_fake[m].detach().float(), v_sample, s.chunk, floor)
         goal = (s.latents - g).detach()
         pull = chunk_means(0.5 * (s.latents - goal) ** 2, s.chunk)
         student.append(Term(name="dmd", modality=m, values=pull, weight=weight, level=tau[m]))
-        miss = chunk_means((v_fake[m].float() - v_sample) ** 2, s.chunk)
-        own.append(Term(name="fake_score", modality=m, values=miss, level=tau[m]))
-    return DmdTerms(student=student, fake=own)
+    return DmdTerms(student=student, fake=flow_matching_loss(v_fake, still, eps, tau, name="fake_score"))

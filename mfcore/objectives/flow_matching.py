@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mfcore.flow import TimeConfig, noised, training_times, velocity
-from mfcore.objectives.terms import StepInfo, Term, chunk_means
+from mfcore.objectives.terms import OneRound, StepInfo, Term, chunk_means
 from mfcore.rng import normal_rows, uniform_rows
 from mfcore.steps import Context, past
 from mfcore.types import AVBatch, Levels, Streams, VelocityModel
@@ -75,7 +75,7 @@ def flow_matching_loss(
     ]
 
 
-class FlowMatching:
+class FlowMatching(OneRound):
     """The objective of the stages video, audio and joint."""
 
     needs = ("student",)

@@ -17,15 +17,16 @@ forced    the clip's own chunks (s = 0)               the clip's          all; D
 show what the others are for (``baselines.py``).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mfcore.flow import noised
-from mfcore.objectives.dmd import DmdTerms, dmd_terms, jump_to_data
-from mfcore.objectives.flow_matching import draw_levels, draw_noise, flow_matching_loss
+from mfcore.objectives.dmd import dmd_terms, jump_to_data
+from mfcore.objectives.flow_matching import draw_levels, draw_noise, flow_matching_loss, flow_matching_terms
 from mfcore.objectives.histories import (
     Control,
     Histories,
@@ -57,6 +58,20 @@ class Mutual:
         self.config = config
 
     def __call__(self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo) -> dict[str, list[Term]]:
+        return next(self.rounds(models, batch, info))
+
+    def rounds(
+        self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
+    ) -> Iterator[dict[str, list[Term]]]:
+        """The terms of the step, then ``fake_updates - 1`` times those of the fake score at new noise levels."""
+        terms, further = self._step(models, batch, info)
+        yield terms  # what the step remembered is free by now, but for what ``further`` needs
+        for score in further:
+            yield {"fake": score()}
+
+    def _step(
+        self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
+    ) -> tuple[dict[str, list[Term]], list[Callable[[], list[Term]]]]:
         config, step = self.config, info.stage_step
         control, free = draw_control(config, batch.streams, info), where(config, batch, step, "free")
         judged = where(config, batch, step, "free", "forced")
@@ -72,9 +87,17 @@ class Mutual:
         answers = ask(history.student, [query for query, _ in asked]) if asked else []
         terms = [term for (_, loss), u in zip(asked, answers, strict=True) for term in loss(u)]
         if not scored:
-            return {"student": terms}
-        dmd = self._dmd(models["fake"], teacher, history, control, batch, judged, info, scale)  # steps 4 and 5
-        return {"student": terms + (dmd.student if scale else []), "fake": dmd.fake}
+            return {"student": terms}, []
+        part, critic = batch.rows(judged), self._critic(models["fake"], teacher, history, batch, judged)
+        y, (eps, tau) = self._judged(history, control, judged), self._judging(part, info, 0)
+        weight, floor = config.dmd_weight * scale, config.dmd_floor
+        dmd = dmd_terms(y, teacher.rows(judged), critic(), eps, tau, weight=weight, floor=floor)  # steps 4 and 5
+        still = {m: s.with_latents(s.latents.detach()) for m, s in y.items()}
+        further: Callable[[int], list[Term]] = lambda turn: flow_matching_terms(
+            critic(), still, *self._judging(part, info, turn), name="fake_score"
+        )
+        first = {"student": terms + (dmd.student if scale else []), "fake": dmd.fake}
+        return first, [partial(further, turn) for turn in range(1, config.fake_updates)]
 
     @torch.no_grad()
     def _teacher(self, model: VelocityModel, batch: AVBatch, history: Histories, control: Control) -> Context:
@@ -104,35 +127,33 @@ class Mutual:
         target = shortcut_target(teacher, query.x, at, is_finest, config.base)
         return query, lambda u: shortcut_loss(u, target, clean, at, weight=config.shortcut_weight)
 
-    def _dmd(
-        self,
-        fake: VelocityModel,
-        teacher: Context,
-        history: Histories,
-        control: Control,
-        batch: AVBatch,
-        judged: Tensor,
-        info: StepInfo,
-        scale: float,
-    ) -> DmdTerms:
-        config, part, own = self.config, batch.rows(judged), history.samples
+    def _critic(
+        self, fake: VelocityModel, teacher: Context, history: Histories, batch: AVBatch, judged: Tensor
+    ) -> Callable[[], Context]:
+        """The fake score after the same history, which it reads anew after each of its updates."""
+        context = Context(model=fake, cond=batch.cond.rows(judged))
+        if self.config.share_history:
+            return lambda: replace(context, memory=teacher.rows(judged).memory)
+        seen = past({m: s.rows(judged) for m, s in history.streams.items()})
+        label = label_of(self.config, history.strength[judged])
+        return lambda: context.remember(seen, label)
+
+    def _judged(self, history: Histories, control: Control, judged: Tensor) -> dict[str, Stream]:
+        own = history.samples
         assert own is not None
         among = torch.isin(own.rows, judged)
-        y = {m: s.rows(among) for m, s in own.streams.items()}
-        if config.jump_exit and own.stash is not None:
+        if self.config.jump_exit and own.stash is not None:
             stash = {m: s.rows(among) for m, s in own.stash.items()}
-            y = jump_to_data(history.student.rows(judged).detach(), stash, control.plan, control.exit_step)
-        if config.share_history:
-            critic = Context(model=fake, cond=part.cond, memory=teacher.rows(judged).memory)
-        else:
-            seen = past({m: s.rows(judged) for m, s in history.streams.items()})
-            critic = Context(model=fake, cond=part.cond).remember(seen, label_of(self.config, history.strength[judged]))
-        eps = draw_noise(part.streams, info.seed, "mutual/dmd", part.samples)
-        tau = draw_levels(replace(config.time, uniform_share=1.0), part.streams, info.seed, "mutual/tau", part.samples)
-        tau = {m: level.clamp_min(LEAST_TAU) for m, level in tau.items()}
-        return dmd_terms(
-            y, teacher.rows(judged), critic, eps, tau, weight=config.dmd_weight * scale, floor=config.dmd_floor
-        )
+            return jump_to_data(history.student.rows(judged).detach(), stash, control.plan, control.exit_step)
+        return {m: s.rows(among) for m, s in own.streams.items()}
+
+    def _judging(self, part: AVBatch, info: StepInfo, turn: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Noise and levels at which both scores look at the samples."""
+        again = f"/{turn}" if turn else ""
+        time = replace(self.config.time, uniform_share=1.0)
+        eps = draw_noise(part.streams, info.seed, f"mutual/dmd{again}", part.samples)
+        tau = draw_levels(time, part.streams, info.seed, f"mutual/tau{again}", part.samples)
+        return eps, {m: level.clamp_min(LEAST_TAU) for m, level in tau.items()}
 
 
 def _mix(real: Streams, history: Streams, free: Tensor) -> dict[str, Stream]:

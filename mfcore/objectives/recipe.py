@@ -28,6 +28,7 @@ class MutualConfig:
     base: BaseRule = "midpoint"  # how ShortCut asks the multi-step mode at the deepest level; "euler": ablation
     online_targets: bool = False  # ablation: the student teaches itself, instead of its average
     jump_exit: bool = False  # ablation: leave the roll-out by one call instead of finishing the schedule
+    fake_updates: int = 1  # of the fake score, for one of the student; all on the same roll-outs, at new noise levels
     share_history: bool = False  # the fake score reads the teacher's keys and values: sound for a low-rank one only
     real_until: int = 0  # ShortCut on real history only, before this step
     free_from: int = 0  # free history from this step on (before: such rows are coupled)
@@ -46,6 +47,8 @@ class MutualConfig:
             )
         if "forced" in self.rows and {"free", "literal"} & set(self.rows):
             raise ValueError(f"rows {self.rows}: forced ones cut the loop that free and literal ones close, choose one")
+        if self.fake_updates < 1:
+            raise ValueError(f"fake_updates {self.fake_updates}: the fake score needs at least one update per step")
         if self.dmd_from < self.fake_from:
             raise ValueError("DMD needs a fake score that has learned: dmd_from must not come before fake_from")
 

@@ -1,7 +1,7 @@
 """Named per-sample loss terms, and the one place where they are weighed and averaged."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +51,24 @@ class Objective(Protocol):
     def __call__(
         self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
     ) -> dict[str, list[Term]]: ...
+
+    def rounds(
+        self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
+    ) -> Iterator[dict[str, list[Term]]]:
+        """The terms of the call, then, one round each, those of networks that take further updates in the same step.
+
+        A round is computed when it is asked for: after the networks that it names have taken the update before.
+        """
+        ...
+
+
+class OneRound:
+    """The rounds of an objective whose networks take one update each."""
+
+    def rounds(
+        self: Objective, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
+    ) -> Iterator[dict[str, list[Term]]]:
+        yield self(models, batch, info)
 
 
 def chunk_means(squares: Tensor, chunk: Int64[Tensor, " n"]) -> Float[Tensor, "B K"]:

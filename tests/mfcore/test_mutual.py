@@ -1,5 +1,6 @@
 """Truths about the mutual step: rows, phases, ownership of gradients, and draws that do not depend on the batch."""
 
+import itertools
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -288,6 +289,39 @@ def test_each_term_trains_the_mode_it_is_for():
         total(run(config, models, four())["student"]).backward()
         grad = models["student"].branches[AUDIO].levels.interval[2].weight.grad
         assert (grad is not None and float(grad.abs().max()) > 0) is wanted
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_further_updates_of_the_fake_score_ask_for_it_alone(shared):
+    config = replace(CONFIG, fake_updates=3, share_history=shared)
+    watched = {name: Watched(net) for name, net in trio().items()}
+    rounds = Mutual(config).rounds(watched, four(), at_step(0))
+    first = next(rounds)
+    assert {name: found(terms) for name, terms in first.items()} == {
+        name: found(terms) for name, terms in run(CONFIG, trio(), four()).items()
+    }
+    before = {name: len(net.calls) for name, net in watched.items()}
+    further = list(rounds)
+    assert [{name: found(terms) for name, terms in more.items()} for more in further] == [
+        {"fake": {"fake_score": 2}}
+    ] * 2
+    assert {name: len(net.calls) - before[name] for name, net in watched.items() if name != "fake"} == {
+        "student": 0,
+        "ema": 0,
+    }
+    values = [terms["fake"][0].values for terms in (first, *further)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(values, 2))  # at other noise, each
+
+
+def test_a_further_update_sees_what_the_one_before_has_changed():
+    models = trio()
+    rounds = Mutual(replace(CONFIG, fake_updates=2)).rounds(models, four(), at_step(0))
+    untouched = list(Mutual(replace(CONFIG, fake_updates=2)).rounds(models, four(), at_step(0)))[1]
+    next(rounds)
+    with torch.no_grad():
+        for p in models["fake"].parameters():
+            p.add_(0.01)
+    assert not torch.equal(next(rounds)["fake"][0].values, untouched["fake"][0].values)
 
 
 def test_phases_come_in_one_after_the_other():

@@ -69,12 +69,16 @@ class Running:
         models = {"ema": self.ema.model} | {name: e.module for name, e in self.engines.items()}
         info = StepInfo(seed=0, step=step, stage_step=step)
         losses = dict.fromkeys(self.engines, torch.zeros(()))
-        for micro in rows_of_step(self.duet, step):
-            terms = self.objective(models, micro, info)
-            for name, engine in self.engines.items():
-                loss = total(terms[name]) / self.duet.micros
-                engine.backward(loss)
-                losses[name] = losses[name] + loss.detach()
+        micros = rows_of_step(self.duet, step)
+        rounds = [self.objective.rounds(models, micro, info) for micro in micros]
+        for turn in range(self.duet.objective.fake_updates):
+            if turn:
+                self.engines["fake"].step(self.duet.optim.lr)
+            for mine in rounds:
+                for name, terms in next(mine).items():
+                    loss = total(terms) / self.duet.micros
+                    self.engines[name].backward(loss)
+                    losses[name] = losses[name] + loss.detach()
         numbers = [float(ranks.mean(loss.double())) for loss in losses.values()]
         numbers += [engine.step(self.duet.optim.lr) for engine in self.engines.values()]
         self.ema.update(self.engines["student"].weights(), step)

@@ -55,8 +55,11 @@ def test_state_bytes_are_weights_gradients_two_moments_and_the_average(joint):
     assert exact <= joint["model_state_bytes"]["torch"] < 1.03 * exact
 
 
-def test_the_mutual_stage_is_measured_with_all_its_parts_and_against_dmd():
-    result = bench_train(stage="mutual", tokens=1, rounds=1, turn=1, sets=SMALL, variants=["ray_torch", "dmd1"])
+def test_the_mutual_stage_is_measured_with_all_its_parts_and_against_dmd_and_a_full_copy():
+    low = [*SMALL, "fake.rank=1", "objective.fake_updates=2", "objective.share_history=true"]
+    result = bench_train(
+        stage="mutual", tokens=1, rounds=1, turn=1, sets=low, variants=["ray_torch", "dmd1", "full_copy"]
+    )
     assert result["batch"] == 4 and result["loss_gap"]["torch"] < 1e-5
     config = resolve("mutual", "tiny", 1, 1, SMALL)
     assert [config.objective.kind(i, 0) for i in range(4)] == list(config.objective.rows)
@@ -64,6 +67,10 @@ def test_the_mutual_stage_is_measured_with_all_its_parts_and_against_dmd():
     # student and fake score with gradients and moments, average, and the teacher that the mutual stage does without
     whole = (4 + 4 + 1 + 1) * 4 * result["parameters"]
     assert 0.9 * whole < result["model_state_bytes"]["dmd1"] < 1.03 * whole  # weights it never touches have no moments
+    without_teacher = 0.9 * whole
+    full = result["model_state_bytes"]["full_copy"]
+    assert 0.9 * without_teacher < full < 1.1 * without_teacher  # samples stay for the fake score's second update
+    assert result["model_state_bytes"]["torch"] < 0.75 * full
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -12,7 +12,7 @@ from mfcore.objectives.terms import StepInfo, Term
 from mfcore.types import AVBatch
 from tests.workflows.processes import run_on
 from tests.workflows.toy import SelfTaught
-from tests.workflows.toyrun import Toy, largest_error, toy_run
+from tests.workflows.toyrun import Toy, TwoRounds, largest_error, toy_run
 from workflows.engine import NonFiniteError
 from workflows.loop import Stopped
 
@@ -35,6 +35,7 @@ class KindsOfRows(SelfTaught):
 ROWS = Toy(root="", kind="torch", steps=5, batch=24, unit=4, objective=KindsOfRows)
 UNEVEN = Toy(root="", kind="torch", steps=5, batch=11)
 MICRO = replace(UNEVEN, micro=2)
+TWICE = replace(MICRO, objective=TwoRounds)
 
 
 def _at(toy: Toy, folder: Path, name: str, **changes) -> Toy:
@@ -65,7 +66,7 @@ def _on_two(folder: str, kinds: Sequence[str], uneven: list[Toy]):
 
 def _everywhere(folder: Path, kinds: Sequence[str]) -> list[Toy]:
     """Uneven runs under several engines."""
-    return [_at(toy, folder, f"{i}-{k}", kind=k) for i, toy in enumerate((UNEVEN, MICRO, ROWS)) for k in kinds]
+    return [_at(toy, folder, f"{i}-{k}", kind=k) for i, toy in enumerate((UNEVEN, MICRO, ROWS, TWICE)) for k in kinds]
 
 
 @pytest.fixture(scope="module", params=[SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
@@ -113,6 +114,27 @@ def test_a_step_left_out_moves_no_weight(tmp_path):
         assert all(torch.equal(value, before.weights[name][key]) for key, value in weights.items())
 
 
+def test_further_updates_of_the_fake_score_come_before_the_student_moves(tmp_path):
+    """Each is an update like any other: its moments tell how often it moved."""
+    once = toy_run(Toy(root=str(tmp_path / "once"), kind="torch", steps=1, batch=4))
+    twice = toy_run(Toy(root=str(tmp_path / "twice"), kind="torch", steps=1, batch=4, objective=TwoRounds))
+    assert twice.losses[1].pop("grad_norm/fake") != once.losses[1].pop("grad_norm/fake")
+    assert twice.losses == once.losses
+    for name in ("student", "ema"):
+        assert all(torch.equal(w, twice.weights[name][key]) for key, w in once.weights[name].items())
+    assert any(not torch.equal(w, twice.weights["fake"][key]) for key, w in once.weights["fake"].items())
+
+
+def test_a_bad_number_in_a_further_round_leaves_the_student_alone(tmp_path):
+    toy = Toy(root=str(tmp_path / "a"), kind="torch", steps=1, batch=4, objective=TwoRounds, bad={2: "second round"})
+    result = toy_run(replace(toy, skip=1))
+    stopped = toy_run(replace(toy, root=str(tmp_path / "b")))
+    assert result.progress is not None and result.progress.skipped == 1
+    assert isinstance(stopped.error, NonFiniteError) and "the loss fake/audio on clips clip-0" in str(stopped.error)
+    start = toy_run(replace(toy, root=str(tmp_path / "c"), bad={0: "loss"}))
+    assert all(torch.equal(w, start.weights["student"][key]) for key, w in result.weights["student"].items())
+
+
 def test_in_process_a_run_in_two_parts_is_bit_equal(tmp_path):
     whole = toy_run(Toy(root=str(tmp_path / "whole"), kind="torch"))
     part = Toy(root=str(tmp_path / "part"), kind="torch", until=7)
@@ -129,12 +151,12 @@ def test_in_process_a_run_in_two_parts_is_bit_equal(tmp_path):
 def one(tmp_path_factory):
     """The same runs on one process."""
     folder = tmp_path_factory.mktemp("one")
-    return [toy_run(_at(toy, folder, str(i))) for i, toy in enumerate((UNEVEN, MICRO, ROWS))]
+    return [toy_run(_at(toy, folder, str(i))) for i, toy in enumerate((UNEVEN, MICRO, ROWS, TWICE))]
 
 
 def _check_uneven(kinds, on_ranks, one) -> None:
     for results in on_ranks:
-        assert len(results) == 3 * len(kinds)
+        assert len(results) == 4 * len(kinds)
         for i, result in enumerate(results):
             assert result.error is None
             assert largest_error(result, one[i // len(kinds)]) < 1e-5, (i // len(kinds), kinds[i % len(kinds)])

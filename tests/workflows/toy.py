@@ -4,7 +4,7 @@ a call without gradient between them, a parameter that no loss touches."""
 import torch
 from torch import Tensor, nn
 
-from mfcore.objectives.terms import StepInfo, Term, chunk_means
+from mfcore.objectives.terms import OneRound, StepInfo, Term, chunk_means
 from mfcore.rng import generator, normal_rows
 from mfcore.types import AVBatch, Condition, Levels, Stream, Streams
 
@@ -40,7 +40,7 @@ class LinearVelocity(nn.Module):
         return self.out(torch.tanh(self.hidden(torch.cat([s.latents, times], -1))))
 
 
-class SelfTaught:
+class SelfTaught(OneRound):
     """Regression with a call under no_grad and two calls with gradient before one backward; "fake" has its own loss."""
 
     needs = ("fake", "ema")
@@ -67,7 +67,7 @@ class SelfTaught:
         }
 
 
-class FlowOnly:
+class FlowOnly(OneRound):
     """Plain regression of the velocity."""
 
     needs = ()

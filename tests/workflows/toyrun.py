@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -123,6 +123,14 @@ def _batches(toy: Toy, first: int):
         yield [toy_batch(step * toy.batch + part.start, part.stop - part.start) for part in parts]
 
 
+class TwoRounds(SelfTaught):
+    """Another update of the fake score in every step, by other noise."""
+
+    def rounds(self, models, batch, info):
+        yield self(models, batch, info)
+        yield {"fake": self(models, batch, replace(info, seed=info.seed + 1))["fake"]}
+
+
 class _Poisoned:
     """The objective, with numbers that are not finite at some samples."""
 
@@ -131,13 +139,21 @@ class _Poisoned:
         self.needs = self._objective.needs
 
     def __call__(self, models, batch, info):
-        terms = self._objective(models, batch, info)
-        for row, sample in enumerate(batch.samples.tolist()):
-            if self._toy.bad.get(sample) == "loss":
-                terms["student"][0].values[row] *= math.nan
-            if self._toy.bad.get(sample) == "gradient":
-                terms["student"][0].values.register_hook(lambda g: g * math.inf)
-        return terms
+        return next(self.rounds(models, batch, info))
+
+    def rounds(self, models, batch, info):
+        for terms in self._objective.rounds(models, batch, info):
+            for row, sample in enumerate(batch.samples.tolist()):
+                self._spoil(terms, row, self._toy.bad.get(sample, ""))
+            yield terms
+
+    def _spoil(self, terms, row, how):
+        if how == "second round" and "student" not in terms:
+            terms["fake"][0].values[row] *= math.nan
+        if how == "loss" and "student" in terms:
+            terms["student"][0].values[row] *= math.nan
+        if how == "gradient" and "student" in terms:
+            terms["student"][0].values.register_hook(lambda g: g * math.inf)
 
 
 def largest_error(one: Result, other: Result, first: int = 1) -> float:

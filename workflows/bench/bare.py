@@ -4,7 +4,7 @@ No engine, no checkpoint, no log, no check for numbers that are not finite, no d
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,8 @@ from workflows.training import ranks
 from workflows.training.networks import fake_score
 
 NEVER = 1 << 30
+
+Rounds = Iterator[dict[str, list[Term]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,23 +63,29 @@ class BareLoop:
         for step, micros in enumerate(batches, first):
             for again in range(self._critic.updates if self._critic else 0):
                 assert self._critic is not None
-                self._backward(self._critic.objective, micros, step, 1 + again, only="fake")
+                self._backward(micros, self._open(self._critic.objective, micros, step, 1 + again), only="fake")
                 self._update("fake", step, steps)
-            seen = self._backward(self._objective, micros, step, 0)
-            for name in self._nets:
-                self._update(name, step, steps)
+            rounds = self._open(self._objective, micros, step, 0)
+            seen = more = self._backward(micros, rounds)
+            while more:  # the fake score moves with every round
+                for name in self._nets.keys() - {"student"}:
+                    self._update(name, step, steps)
+                more = self._backward(micros, rounds)
+            self._update("student", step, steps)
             self._average(step)
         return seen
 
-    def _backward(
-        self, objective: Objective, micros: list[AVBatch], step: int, draw: int, only: str | None = None
-    ) -> list[Term]:
-        seen: list[Term] = []
+    def _open(self, objective: Objective, micros: Sequence[AVBatch], step: int, draw: int) -> list[Rounds]:
         info = StepInfo(seed=self._config.seed + draw, step=step, stage_step=step)
+        return [objective.rounds(self._models, micro, info) for micro in micros]
+
+    def _backward(self, micros: Sequence[AVBatch], rounds: Sequence[Rounds], only: str | None = None) -> list[Term]:
+        """The next round's gradients and terms; none at the end."""
+        seen: list[Term] = []
         rows, dtype = sum(len(micro.samples) for micro in micros), self._config.engine.autocast
-        for micro in micros:
+        for micro, mine in zip(micros, rounds, strict=True):
             with torch.autocast(ranks.device().type, dtype, enabled=dtype is not None):
-                terms = objective(self._models, micro, info)
+                terms = next(mine, dict[str, list[Term]]())
             for name, own in terms.items():
                 if only in (None, name):
                     (total(own) * (len(micro.samples) / rows)).backward()
@@ -125,15 +133,24 @@ def bare_loop(config: RunConfig) -> BareLoop:
     return BareLoop(config, objective_of(config), nets=nets, ema=ema)
 
 
+def with_full_copy(config: RunConfig) -> RunConfig:
+    """The mutual stage with a full copy of the student as fake score."""
+    assert isinstance(config.objective, MutualConfig)
+    return replace(
+        config, fake=replace(config.fake, rank=None), objective=replace(config.objective, share_history=False)
+    )
+
+
 def dmd_loop(config: RunConfig, updates: int) -> BareLoop:
     """What the mutual stage replaces: DMD with self-forcing and a separate frozen teacher.
 
     Every row rolls out its own history; the teacher is a third network beside student and fake score, which is a full
     copy and takes ``updates`` steps for one of the student (Self-Forcing: five). No ShortCut, no flow matching.
     """
+    config = with_full_copy(config)
     assert isinstance(config.objective, MutualConfig)
     rows = ("free",) * len(config.objective.rows)
-    dmd = replace(config.objective, rows=rows, shortcut_weight=0.0, dmd_weight=1.0)
+    dmd = replace(config.objective, rows=rows, shortcut_weight=0.0, dmd_weight=1.0, fake_updates=1)
     student = initial_network(config, {}).to(ranks.device())
     return BareLoop(
         config,

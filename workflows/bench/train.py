@@ -7,6 +7,7 @@ ray_torch       the training loop with TorchEngine under Ray Train
 ray_zero0 .. 3  the training loop with DeepSpeedEngine at that ZeRO stage under Ray Train
 dmd5, dmd1      stage mutual, on request: a bare loop of DMD with self-forcing and a separate frozen teacher, five or
                 one updates of the fake score per step (as Self-Forcing; as the mutual stage)
+full_copy       stage mutual with fake.rank, on request: the bare loop with a full copy as fake score
 
 Batches are noise of the embedded codecs' shapes; no dataset is needed. Where ray or deepspeed are not installed, the
 variants that need them are listed as not measured; without ray ``torch`` takes the place of ``ray_torch``.
@@ -32,7 +33,7 @@ BAR = 1.05  # of ray_zero1 over bare
 LEAST_STEP_S = 0.5  # shorter steps are reported, but the bar is not for them
 LEAST_TOKENS = 3000  # per rank
 VARIANTS = (BARE, "ray_torch", "ray_zero0", "ray_zero1", "ray_zero2", "ray_zero3")
-DMD = {"dmd5": 5, "dmd1": 1}  # updates of the fake score per step
+OTHERS = {"dmd5": Variant(dmd=5), "dmd1": Variant(dmd=1), "full_copy": Variant(full_copy=True)}  # of stage mutual
 
 
 def bench_train(
@@ -104,13 +105,13 @@ def _gpu() -> bool:
 
 def available(config: RunConfig, names: Sequence[str]) -> tuple[dict[str, Variant], dict[str, str]]:
     """The variants that this machine can run, the bare loop first, and what the others need."""
-    known = (*VARIANTS, *(DMD if config.stage == "mutual" else ()))
+    known = (*VARIANTS, *(OTHERS if config.stage == "mutual" else ()))
     if odd := [name for name in names if name not in known]:
         raise ValueError(f"unknown variant {odd[0]!r} of stage {config.stage}: choose from {', '.join(known)}")
     chosen, missing = {BARE: Variant()}, dict[str, str]()
     for name in (name for name in known if name in names and name != BARE):
-        if name in DMD:
-            chosen[name] = Variant(dmd=DMD[name])
+        if name in OTHERS:
+            chosen[name] = OTHERS[name]
             continue
         kind = name.removeprefix("ray_")
         needs = [n for n in ("ray", *(["deepspeed"] if kind != "torch" else [])) if not _installed(n)]
@@ -162,7 +163,7 @@ def summary(plan: Plan, measured: Measured, missing: Mapping[str, str]) -> dict[
         "mfu_by_variant": {name: limit_s / s for name, s in step_s.items()},
         "model_state_bytes": measured.state_bytes,
         "peak_memory_bytes": measured.peak_memory_bytes,
-        "loss_gap": {name: _gap(measured, name) for name in overhead if name not in DMD},
+        "loss_gap": {name: _gap(measured, name) for name in overhead if name not in OTHERS},
         "not_measured": dict(missing),
         "profiles": measured.profiles,
     }

@@ -10,7 +10,7 @@ from mfcore.objectives.terms import Term, report
 from mfcore.types import AVBatch
 from workflows.bench import data as noise
 from workflows.bench import limits
-from workflows.bench.bare import NEVER, BareLoop, bare_loop, dmd_loop
+from workflows.bench.bare import NEVER, BareLoop, bare_loop, dmd_loop, with_full_copy
 from workflows.checkpoint import Progress
 from workflows.config import RunConfig
 from workflows.data import Share, TrainingBatches
@@ -33,6 +33,7 @@ class Variant:
 
     engine: EngineConfig | None = None
     dmd: int | None = None  # bare loop of DMD with a separate teacher: updates of the fake score per step
+    full_copy: bool = False  # bare loop whose fake score is no low-rank one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,8 @@ class BareRunner:
     """A bare loop."""
 
     def __init__(self, config: RunConfig, variant: Variant) -> None:
+        if variant.full_copy:
+            config = with_full_copy(config)
         self._loop: BareLoop = dmd_loop(config, variant.dmd) if variant.dmd else bare_loop(config)
         self._step = 0
         self._terms: list[Term] = []

@@ -70,21 +70,28 @@ class Trainer:
         """One step of every network: means of the terms, and the norm of each network's gradient before clipping."""
         batch = training_batch(self.config, self.seed, self.step).to(self.device)
         info = StepInfo(seed=self.seed, step=self.step, stage_step=self.step)
-        terms = self.objective(self.models, batch, info)
-        seen: dict[str, float] = {}
-        for name, own in terms.items():
-            if not own:  # the fake score learns alone at first
-                continue
-            loss = total(own)
-            if not torch.isfinite(loss):
-                raise NonFiniteError(f"step {self.step}: the loss of the network {name!r} is {float(loss)}")
-            self.engines[name].backward(loss)
-            lr = learning_rate(self.optims[name], self.step, self.steps)
-            seen[f"gradient_norm/{name}"] = self.engines[name].step(lr)
-            seen |= {key: value for key, value in report(own).items() if key.count("/") == 1}
+        seen, taught = dict[str, float](), False
+        for terms in self.objective.rounds(self.models, batch, info):
+            for name, own in terms.items():
+                if not own:  # the fake score learns alone at first
+                    continue
+                loss = total(own)
+                if not torch.isfinite(loss):
+                    raise NonFiniteError(f"step {self.step}: the loss of the network {name!r} is {float(loss)}")
+                self.engines[name].backward(loss)
+                seen |= {key: value for key, value in report(own).items() if key.count("/") == 1}
+            taught = taught or bool(terms.get("student"))
+            if terms.get("fake"):
+                seen |= self._move("fake")
+        if taught:
+            seen |= self._move("student")
         self.ema.update(self.engines["student"].weights(), self.step)
         self.step += 1
         return seen
+
+    def _move(self, name: str) -> dict[str, float]:
+        lr = learning_rate(self.optims[name], self.step, self.steps)
+        return {f"gradient_norm/{name}": self.engines[name].step(lr)}
 
     def state_bytes(self) -> int:
         """Bytes that training holds: weights, gradients and two moments of what it trains, the average, the teacher.
