@@ -47,11 +47,16 @@ class RunConfig:
     log_every: int = 10  # steps between log lines
     eval_every: int = 100  # steps between held-out evaluations (also made before the first and after the last step)
     sample_every: int = 0  # samples seen between looks at generated clips (and one at the end); 0: only after the end
+    sample_clips: int = 2  # held-out clips of each look
+    sample_weights: tuple[str, ...] = ()  # networks that measure them, as KIND=PLACE; see `mfctl evaluate --weights`
     skip_nonfinite: int = 0  # steps that may be left out because a loss or gradient is not finite, before the run stops
 
     def __post_init__(self) -> None:
-        if self.sample_every < 0:
-            raise ValueError(f"sample_every must be at least 0, got {self.sample_every}")
+        if self.sample_every < 0 or self.sample_clips < 1:
+            raise ValueError(
+                f"sample_every must be at least 0 and sample_clips at least 1, got {self.sample_every}, "
+                f"{self.sample_clips}"
+            )
         if self.steps < 1 or self.log_every < 1 or self.eval_every < 1 or self.skip_nonfinite < 0:
             raise ValueError("steps, log_every and eval_every must be at least 1, skip_nonfinite at least 0")
         mutual = isinstance(self.objective, MutualConfig)

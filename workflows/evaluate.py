@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mfcore.metrics.windows import Window, parse_windows
+from mfcore.metrics.windows import PUBLISHED, Window, parse_windows
 from workflows import console, environment, page, report, table
 from workflows.checkpoint import find_export, load_card, read_json
 from workflows.examiner import SAMPLES, Examiner, Outcome, Task
@@ -31,10 +31,9 @@ from workflows.overlap import find_overlap, warnings
 from workflows.readings import Reading
 from workflows.sampler import batches
 from workflows.scorers import in_line, on_ray
-from workflows.scores import score
+from workflows.scores import score_windows
 from workflows.sweep import SCORER, Results, Row, Setting, Subject, examine, plan
 
-_SHORTEST = 1.0  # seconds of a clip that must lie in a window
 _HELD_OUT = 0.1  # share of the sources, where the checkpoint does not say what it was trained with
 
 
@@ -49,7 +48,7 @@ def evaluate(
     seconds: float | None = None,
     out: str | None = None,
     seeds: Sequence[int] = (0,),
-    windows: str = "0-5,5-15,15-25,25-60,60-120",
+    windows: str = PUBLISHED,
     workers: int = 1,
     weights: Sequence[str] = (),
     mlflow_uri: str | None = None,
@@ -57,7 +56,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample, score, plot and log; the same call again does only what is missing.
 
-    ``data``: default the dataset of the first checkpoint's training. ``guidance``: weights of the multi-step mode.
+    ``data``: default the dataset of the first checkpoint's training, of which the share that it kept away is used; of
+    another one all clips are. ``guidance``: weights of the multi-step mode.
     ``seconds``: length of the samples, default that of each clip; a longer sample repeats its clip's transcript.
     ``workers``: of Ray's, each with a network of its own; 1 works in this process. ``weights``: networks that measure,
     as kind=place. ValueError, with nothing written, when a checkpoint or the dataset is missing, they do not fit, or no
@@ -68,7 +68,7 @@ def evaluate(
     cut, instruments = parse_windows(windows), parse_weights(weights)
     instruments.check()
     uri = data or _trained_on(subjects[0])
-    held = select(uri, clips=clips, seconds=seconds, fraction=min(map(_held_out, subjects)))
+    held = select(uri, clips=clips, seconds=seconds, fraction=_kept_away(subjects, uri))
     for subject in subjects:
         check_match(load_card(subject.path), held.meta, subject.path, uri)
     overlaps = {s.label: find_overlap(held, uri, _record(s).get("data"), _held_out(s)) for s in subjects}
@@ -86,6 +86,7 @@ def evaluate(
         "scope": scope,
         "skipped": skipped,
         "repeated": held.repeated,
+        "reference": f"{len(held.reference)} {'of the same' if held.own_reference else 'other'} clips",
         "overlap": {label: overlap.summary for label, overlap in overlaps.items()},
         "weights": list(weights),
     }
@@ -108,6 +109,11 @@ def _trained_on(subject: Subject) -> str:
 def _held_out(subject: Subject) -> float:
     """The share that the training kept away; a smaller share of the same sources lies inside it."""
     return float(_record(subject).get("config", {}).get("data", {}).get("held_out", _HELD_OUT))
+
+
+def _kept_away(subjects: Sequence[Subject], uri: str) -> float | None:
+    """The share of a dataset that every training on it kept away; None: none of them was on it, all may be used."""
+    return min((_held_out(s) for s in subjects if _record(s).get("data") == uri), default=None)
 
 
 @dataclass(kw_only=True)
@@ -202,26 +208,19 @@ class _Sweep:
 
     def _rows(self, facts: Row, readings: Sequence[Reading], lengths: Sequence[float]) -> list[Row]:
         """A row for the whole clips, then one for each window that they reach into."""
-        rows: list[Row] = []
-        for name, window in [("all", Window(start=0.0)), *((w.name, w) for w in self.windows)]:
-            least = window.start + _SHORTEST if name != "all" else 0.0
-            part = [r.cut(window) for r, length in zip(readings, lengths, strict=True) if length >= least]
-            if not part:
-                continue
-            scores = score(part, self.real)
-            rows.append(
-                {
-                    **facts,
-                    "window": name,
-                    "clips": len(part),
-                    "metrics": scores.metrics,
-                    "detail": {name: _detail(one) for name, one in scores.found.items()},
-                    "failures": scores.failures,
-                    "not_measured": scores.not_measured,
-                    **({"offsets": offsets(part)} if name == "all" else {}),
-                }
-            )
-        return rows
+        return [
+            {
+                **facts,
+                "window": one.window,
+                "clips": len(one.part),
+                "metrics": one.scores.metrics,
+                "detail": {name: _detail(score) for name, score in one.scores.found.items()},
+                "failures": one.scores.failures,
+                "not_measured": one.scores.not_measured,
+                **({"offsets": offsets(one.part)} if one.window == "all" else {}),
+            }
+            for one in score_windows(readings, lengths, self.windows, self.real)
+        ]
 
     def _files(self, name: str, clips: Mapping[int, bytes]) -> list[str]:
         """Kept samples, in the order of prompts; paths below the sweep's folder."""

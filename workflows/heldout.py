@@ -51,40 +51,51 @@ class HeldOut:
     """What a sweep generates from and compares with."""
 
     prompts: tuple[Prompt, ...]
-    reference: tuple[ClipTensors, ...]  # other real clips
+    reference: tuple[ClipTensors, ...]  # real clips, others than the prompts' where there are any
     meta: DatasetMeta
     toy: ToyConfig | None  # what the toy readers need; None: not the toy world
     repeated: bool  # transcripts repeat: samples are longer than their clips
+    own_reference: bool = False  # `reference` is the prompts' clips: there were no others
 
     @property
     def codecs(self) -> dict[str, Codec]:
         return {m: self.meta.codec(m) for m in self.meta.codecs}
 
     def digest(self) -> str:
-        """Of everything that a sample's conditions depend on."""
+        """Of everything that a sample's conditions and its distances depend on."""
         parts = [self.meta.fingerprint, *(f"{p.clip.id}/{p.clip.source_uri}/{p.chunks}" for p in self.prompts)]
+        parts += [f"{c.id}/{c.source_uri}" for c in self.reference]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def select(uri: str, *, clips: int, seconds: float | None, fraction: float) -> HeldOut:
-    """The first ``clips`` held-out clips of a dataset. ValueError when there is none, or ``seconds`` is no length."""
+def select(
+    uri: str, *, clips: int, seconds: float | None, fraction: float | None, reference: int = REFERENCE_CLIPS
+) -> HeldOut:
+    """The first ``clips`` held-out clips of a dataset. ValueError when there is none, or ``seconds`` is no length.
+
+    ``fraction``: share of its sources that training kept away; None: all of it was kept away. ``reference``: at most so
+    many other clips to measure distances against; the prompts' own where no others are left.
+    """
     if seconds is not None and seconds <= 0:
         raise ValueError(f"--seconds {seconds}: a clip needs a positive length")
     dataset = open_dataset(uri)
-    training, held = dataset.held_out(fraction)
+    training, held = (None, dataset) if fraction is None else dataset.held_out(fraction)
     usable = [i for i, length in enumerate(held.lengths) if length > 0]
     if not usable:
         raise ValueError(f"{uri} has no held-out clip of a whole chunk: preprocess more or longer clips")
     chosen = [held.clip(i) for i in usable[:clips]]
     wanted = None if seconds is None else ceil(Fraction(seconds).limit_denominator(1000) / dataset.meta.chunk_seconds)
-    spare = [held.clip(i) for i in usable[clips : clips + REFERENCE_CLIPS]]
-    others = spare + [training.clip(i) for i in range(min(len(training), REFERENCE_CLIPS - len(spare)))]
+    others = [held.clip(i) for i in usable[clips : clips + reference]]
+    if training is not None:
+        others += [training.clip(i) for i in range(min(len(training), reference - len(others)))]
+    others = [clip for clip in others if clip.chunks > 0]
     return HeldOut(
         prompts=tuple(_prompt(clip, wanted or clip.chunks, i, dataset.meta) for i, clip in enumerate(chosen)),
-        reference=tuple(clip for clip in others if clip.chunks > 0),
+        reference=tuple(others or chosen),
         meta=dataset.meta,
         toy=_toy_config(chosen + others, dataset.meta),
         repeated=wanted is not None and any(wanted > clip.chunks for clip in chosen),
+        own_reference=not others,
     )
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+from mfcore.codecs.pretrained import compute_device
 from mfcore.metrics.extractors import Clap, Faces, PictureFeatures, SoundClasses, SoundFeatures, VideoMae
 from mfcore.metrics.lse import LipVectors
 from mfcore.metrics.speech import PocketSphinx, Recogniser, Whisper
@@ -43,7 +44,7 @@ class Instruments:
     def recognisers(self) -> dict[str, Recogniser]:
         made: dict[str, Recogniser] = {}
         if "whisper" in self.places:
-            made["whisper"] = Whisper(self.places["whisper"])
+            made["whisper"] = Whisper(self.places["whisper"], _device())
         if "pocketsphinx" in self.places:
             made["pocketsphinx"] = PocketSphinx()
         return made
@@ -75,8 +76,12 @@ class Instruments:
 T = TypeVar("T")
 
 
-def _made(places: Mapping[str, str], makers: Mapping[str, Callable[[str], T]]) -> dict[str, T]:
-    return {kind: make(places[kind]) for kind, make in makers.items() if kind in places}
+def _made(places: Mapping[str, str], makers: Mapping[str, Callable[[str, str], T]]) -> dict[str, T]:
+    return {kind: make(places[kind], _device()) for kind, make in makers.items() if kind in places}
+
+
+def _device() -> str:
+    return str(compute_device(None))
 
 
 def parse_weights(texts: Sequence[str]) -> Instruments:

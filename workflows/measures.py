@@ -6,7 +6,6 @@ it finds comes with its count, the clips that failed, and a bootstrap interval w
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,12 @@ from numpy.typing import NDArray
 from mfcore.metrics.bootstrap import mean_interval
 from mfcore.metrics.frechet import frechet_bias, frechet_interval
 from mfcore.metrics.loudness import clipping, decibel, rms, silence
-from mfcore.metrics.sync import sound_envelope, sync_offset
-from workflows.readings import ENVELOPE, Reading
+from mfcore.metrics.sync import SyncReading
+from workflows.readings import REACH, Reading
 
 Part = Sequence[Reading]
 Numbers = dict[str, float]
 
-REACH = 0.4  # seconds either way in which the sound is searched; the offset of a clip that failed
 _DRAWS = 100  # of a Frechet distance's bootstrap; fewer where features are many
 _WIDE = 100  # features from which each draw takes long
 _STILL_MOUTH = 0.05  # a mouth that opens by less than this does not speak
@@ -93,16 +91,20 @@ def mean(values: Sequence[float]) -> float:
 
 
 def motion_sync(part: Part, real: Real) -> Found:
-    """The same for any video: motion of the whole picture against loudness, at the best offset."""
+    """The same for any video: confidence of ``MotionSync`` (worst 0; 1 is chance), and how far its offset is from 0."""
     del real
 
-    def estimate(r: Reading, item: int) -> float:
-        assert r.motion is not None
-        return offset(r, r.motion)[item]
+    def confidence(r: Reading) -> float:
+        assert r.motion_sync is not None
+        return r.motion_sync.confidence
+
+    def distance(r: Reading) -> float:
+        assert r.motion_sync is not None
+        return abs(r.motion_sync.offset_sec) if r.motion_sync.confidence else float("nan")
 
     return {
-        "motion_sync": each(part, partial(estimate, item=1), -1.0, "silent"),
-        "motion_sync_offset_s": each(part, partial(estimate, item=0), REACH, "silent"),
+        "motion_sync": each(part, confidence, 0.0, "silent"),
+        "motion_sync_offset_s": each(part, distance, REACH, "silent"),
     }
 
 
@@ -113,11 +115,10 @@ def offsets(part: Part) -> list[float | None]:
     """
 
     def signed(reading: Reading) -> float | None:
-        movement = reading.picture.opening if reading.picture is not None else reading.motion
-        if movement is None or reading.sound is None or any(f(reading) for f in FAILURES.values()):
+        found = reading.mouth_sync or reading.motion_sync
+        if found is None or any(f(reading) for f in FAILURES.values()):
             return None
-        envelope = sound_envelope(reading.sound, reading.sample_rate, ENVELOPE)
-        return sync_offset(movement, reading.fps, envelope, ENVELOPE, REACH).offset_sec
+        return None if isinstance(found, SyncReading) and not found.confidence else found.offset_sec
 
     return [signed(reading) for reading in part]
 
@@ -137,14 +138,6 @@ def offset_law(part: Part, real: Real) -> Found:
         "sync_offset_spread_s": made(float(np.quantile(np.abs(known - middle), 0.9))),
         "sync_within_80ms": made(float((np.abs(known) <= 0.08).sum()) / len(found)),
     }
-
-
-def offset(reading: Reading, movement: NDArray[np.floating[Any]]) -> tuple[float, float]:
-    """Distance from 0 of the best offset in seconds, correlation there."""
-    assert reading.sound is not None
-    envelope = sound_envelope(reading.sound, reading.sample_rate, ENVELOPE)
-    found = sync_offset(movement, reading.fps, envelope, ENVELOPE, REACH)
-    return abs(found.offset_sec), found.correlation
 
 
 def seams(part: Part, real: Real) -> Found:

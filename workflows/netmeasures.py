@@ -13,7 +13,7 @@ from mfcore.metrics.lse import lip_sync
 from mfcore.metrics.speech import edit_distance
 from workflows import measures
 from workflows.measures import Found, Part, Real, Score, each
-from workflows.readings import Reading
+from workflows.readings import REACH, Reading
 
 SHRINKAGE = 0.3  # as for the toy features: segments are fewer than features
 _FAR_LIPS = 20.0  # LSE-D of a clip that failed: twice what unrelated lips and sound have
@@ -32,7 +32,7 @@ def lips(part: Part, real: Real) -> Found:
     return {
         "lse_c": item("confidence", 0.0),
         "lse_d": item("distance", _FAR_LIPS),
-        "lse_offset_s": item("offset_sec", measures.REACH),
+        "lse_offset_s": item("offset_sec", REACH),
     }
 
 

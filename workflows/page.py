@@ -71,7 +71,10 @@ def write(
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    lines = [f'<p class="quiet">{facts["clips"]} held-out clips of {escape(str(facts["dataset"]))}</p>']
+    lines = [
+        f'<p class="quiet">{facts["clips"]} held-out clips of {escape(str(facts["dataset"]))}; '
+        f"distances are measured against {escape(facts['reference'])}</p>"
+    ]
     for label, overlap in facts["overlap"].items():
         if overlap.get("clips"):
             text = f"{label} was trained on {len(overlap['clips'])} of these clips: its scores are no test."

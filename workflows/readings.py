@@ -5,7 +5,9 @@ Letters: n frames, K half seconds, d features.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,16 @@ from mfcore.metrics.loudness import QUIET, decibel, rms
 from mfcore.metrics.lse import FPS as LIPS
 from mfcore.metrics.picture import sharpness
 from mfcore.metrics.speech import plain_words
-from mfcore.metrics.sync import motion_energy, sound_envelope
+from mfcore.metrics.sync import (
+    Blocks,
+    MotionSync,
+    SyncEstimate,
+    SyncReading,
+    blocks_of,
+    motion_energy,
+    sound_envelope,
+    sync_offset,
+)
 from mfcore.metrics.windows import Window
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.record import Word
@@ -30,6 +41,7 @@ from workflows.instruments import Instruments
 Array = NDArray[np.float64]
 
 ENVELOPE = 100.0  # values of a sound envelope per second
+REACH = 0.4  # seconds either way in which the sound is searched; the offset of a clip that failed
 HALF = 0.5  # seconds of one observation of the toy readers
 PIECE = 5.0  # seconds of speech that a recogniser hears at once, about: windows of time need pieces of their own
 _EDGES = (60.0, 400.0, 1200.0, 3000.0, 8000.0)  # Hz, bands of the sound's features
@@ -105,7 +117,7 @@ class Utterance:
     heard: Mapping[str, tuple[str, ...]]  # recogniser -> words
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Reading:
     """One clip, or a window of it."""
 
@@ -114,6 +126,7 @@ class Reading:
     sample_rate: int
     motion: Array | None  # [n] change of grey levels per frame
     sharpness: Array | None  # [n]
+    blocks: Blocks | None  # [n, 64] each: a coarse picture, to find what moves with the sound
     sound: NDArray[np.float32] | None
     seams: Mapping[str, Seam]
     features: Mapping[str, Array]  # modality -> [K, d]; the toy world only
@@ -127,13 +140,31 @@ class Reading:
     def silent(self) -> bool:
         return self.sound is not None and (not len(self.sound) or rms(self.sound) < QUIET)
 
+    @cached_property
+    def mouth_sync(self) -> SyncEstimate | None:
+        """Opening of the mouth against loudness; None where no toy reader sees one, or nothing is heard."""
+        if self.picture is None or self.sound is None:
+            return None
+        envelope = sound_envelope(self.sound, self.sample_rate, ENVELOPE)
+        return sync_offset(self.picture.opening, self.fps, envelope, ENVELOPE, REACH)
+
+    @cached_property
+    def motion_sync(self) -> SyncReading | None:
+        """What moves in the picture against loudness, for any video."""
+        if self.blocks is None or self.sound is None:
+            return None
+        return MotionSync(REACH).read(self.blocks, self.fps, self.sound, self.sample_rate)
+
     def cut(self, window: Window) -> "Reading":
         """The part of a window."""
-        motion, sharp, sound = self.motion, self.sharpness, self.sound
+        if window.start == 0 and window.end == inf:
+            return self
+        motion, sharp, sound, blocks = self.motion, self.sharpness, self.sound, self.blocks
         return replace(
             self,
             motion=None if motion is None else motion[window.slice(self.fps, len(motion))],
             sharpness=None if sharp is None else sharp[window.slice(self.fps, len(sharp))],
+            blocks=None if blocks is None else Blocks(*(x[window.slice(self.fps, len(x))] for x in blocks)),
             sound=None if sound is None else sound[window.slice(self.sample_rate, len(sound))],
             seams={name: seam.cut(window) for name, seam in self.seams.items()},
             features={m: x[window.slice(1 / HALF, len(x))] for m, x in self.features.items()},
@@ -168,12 +199,13 @@ class Reader:
             features[VIDEO] = _picture_features(picture, motion, frames, self._fps)
         if sound is not None and self._toy:
             features[AUDIO] = _sound_features(sound, self.sample_rate)
-        return Reading(
+        reading = Reading(
             finite=signals.finite,
             fps=self._fps,
             sample_rate=self.sample_rate,
             motion=motion,
             sharpness=None if frames is None else sharpness(frames),
+            blocks=None if frames is None else blocks_of(frames),
             sound=sound,
             seams=self._seams(signals, frames, sound),
             features=features,
@@ -183,6 +215,8 @@ class Reader:
             tracks=self._tracks(frames, sound),
             utterances=self._utterances(sound, signals.words) if sound is not None and not self._toy else (),
         )
+        _ = reading.mouth_sync, reading.motion_sync  # here, where workers share the work
+        return reading
 
     def _tracks(self, frames: NDArray[np.uint8] | None, sound: NDArray[np.float32] | None) -> dict[str, Track]:
         """What the networks at hand see and hear."""

@@ -16,6 +16,7 @@ from mfcore.flow import TimeConfig
 from mfcore.metrics.history import mode_history_use
 from mfcore.rollout import join_chunks
 from mfcore.types import VIDEO, AVBatch, Condition
+from workflows.bench.limits import synchronize
 from workflows.data import HELD_OUT_FIRST, Assembly
 from workflows.heldout import Prompt, Signals, decode_rows
 from workflows.streamer import Sampling, Streamer
@@ -41,7 +42,7 @@ class Batch:
 def condition(streamer: Streamer, prompts: Sequence[Prompt]) -> Condition:
     """First frame, caption, transcript and voice of the prompts, assembled as in training."""
     shortest = min(min(p.clip.chunks for p in prompts), prompts[0].chunks)
-    return _real(streamer, prompts, shortest).cond
+    return _real(streamer, prompts, shortest).cond.to(streamer.device)
 
 
 def _real(streamer: Streamer, prompts: Sequence[Prompt], chunks: int) -> AVBatch:
@@ -57,7 +58,7 @@ def history_use(streamer: Streamer, prompts: Sequence[Prompt], how: Sampling) ->
         return {}
     batch = _real(streamer, usable, min(_HISTORY, *(p.clip.chunks for p in usable)))
     time = TimeConfig(shift=streamer.card.shift)
-    found = mode_history_use(streamer.model, batch, time, mode=how.mode, trust=how.label)
+    found = mode_history_use(streamer.model, batch.to(streamer.device), time, mode=how.mode, trust=how.label)
     return {f"history_use_{m}": value for m, value in found.items()}
 
 
@@ -82,6 +83,7 @@ def sample(streamer: Streamer, prompts: Sequence[Prompt], how: Sampling) -> Batc
     numbers = torch.tensor([HELD_OUT_FIRST + p.number for p in prompts])
     began = time.perf_counter()
     streams = join_chunks(streamer.stream(cond, chunks, how, samples=numbers))
+    synchronize()
     seconds = time.perf_counter() - began
     rows: list[dict[str, Tensor]] = []
     for i in range(len(prompts)):
@@ -106,6 +108,7 @@ def stream_speed(streamer: Streamer, prompt: Prompt, how: Sampling) -> dict[str,
     cond = condition(streamer, [prompt])
     began, times = time.perf_counter(), []
     for _ in streamer.stream(cond, max(2, min(_MOST_TIMED, _TIMED // how.nfe)), how):
+        synchronize()
         now = time.perf_counter()
         times.append(now - began)
         began = now

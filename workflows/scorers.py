@@ -1,6 +1,7 @@
 """Who does the tasks of a sweep: this process, or workers of Ray's that each hold a network."""
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -57,19 +58,25 @@ def on_ray(held: HeldOut, instruments: Instruments, tasks: Sequence[Task], worke
     with ray_running(workers):
         import ray
 
-        share = min(1.0, ray.cluster_resources().get("CPU", 1.0) / workers)
+        here = ray.cluster_resources()
+        share, gpus = (min(1.0, here.get(kind, 0.0) / workers) for kind in ("CPU", "GPU"))
         shared = ray.put(held)
         actor: Any = ray.remote(Examiner)
-        make = actor.options(num_cpus=share, runtime_env=worker_environment())
-        idle = [make.remote(shared, instruments) for _ in range(min(workers, len(tasks)))]
+        make = actor.options(num_cpus=share, num_gpus=gpus, runtime_env=worker_environment())
+        staff = [make.remote(shared, instruments) for _ in range(min(workers, len(tasks)))]
         threads = max(1, (os.cpu_count() or 1) // workers)
-        ray.get([worker.use_threads.remote(threads) for worker in idle])
-        waiting, running = list(tasks), {}
-        while waiting or running:
-            while waiting and idle:
-                worker, task = idle.pop(), waiting.pop(0)
+        ray.get([worker.use_threads.remote(threads) for worker in staff])
+        waiting, running = deque(tasks), dict[Any, tuple[Any, Task]]()
+
+        def start(worker: Any) -> None:
+            if waiting:
+                task = waiting.popleft()
                 running[worker.work.remote(task)] = worker, task
+
+        for worker in staff:
+            start(worker)
+        while running:
             (ready,), _ = ray.wait(list(running))
             worker, task = running.pop(ready)
-            idle.append(worker)
+            start(worker)  # before the outcome is scored: nobody waits for that
             yield task, ray.get(ready)

@@ -1,14 +1,16 @@
 """Scores of a set of clips: every metric says what it needs, and without it is reported as not measured, never as 0."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from mfcore.metrics.windows import Window
 from workflows import measures, netmeasures, toymeasures
 from workflows.instruments import needs
 from workflows.measures import FAILURES, Found, Numbers, Part, Real, Score
 
+SHORTEST = 1.0  # seconds of a clip that must lie in a window
 _TOY = "a toy world dataset"
 _PICTURE = "a checkpoint that makes pictures"
 _SOUND = "a checkpoint that makes sound"
@@ -38,6 +40,26 @@ class Scores:
     @property
     def metrics(self) -> Numbers:
         return {name: score.value for name, score in self.found.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windowed:
+    """Some clips in one window of time."""
+
+    window: str  # its name; "all": whole clips
+    part: Part
+    scores: Scores
+
+
+def score_windows(part: Part, lengths: Sequence[float], windows: Sequence[Window], real: Real) -> list[Windowed]:
+    """Whole clips, then each window, over those whose ``lengths`` reach a second or more into it."""
+    made: list[Windowed] = []
+    for name, window in [("all", Window(start=0.0)), *((w.name, w) for w in windows)]:
+        least = window.start + SHORTEST if name != "all" else 0.0
+        inside = [r.cut(window) for r, length in zip(part, lengths, strict=True) if length >= least]
+        if inside:
+            made.append(Windowed(window=name, part=inside, scores=score(inside, real)))
+    return made
 
 
 def score(part: Part, real: Real) -> Scores:

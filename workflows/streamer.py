@@ -17,6 +17,7 @@ from mfcore.steps import Context, Mode, evaluations, schedule
 from mfcore.types import AUDIO, VIDEO, Condition, Stream
 from preprocessing.record import Word
 from workflows.checkpoint import ModelCard, Weights, load_export
+from workflows.training import ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +56,13 @@ class Streamer:
             m: build_codec(i, card.clocks[m], card.folders.get(m, "")) for m, i in card.codecs.items()
         }
         self.text = build_text_codec(card.text_codec, card.folders.get("text", ""))
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
 
     @classmethod
     def load(cls, path: str | Path, weights: Weights = "ema") -> "Streamer":
-        """From a run, a checkpoint or an export."""
-        return cls(*load_export(path, weights))
+        """From a run, a checkpoint or an export; on the GPU where there is one."""
+        model, card = load_export(path, weights)
+        return cls(model.to(ranks.device()), card)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -113,7 +115,7 @@ class Streamer:
             first_frame=self._first_latent(first_frame),
             voice=self._voice_latents(voice),
             voice_mask=torch.tensor([voice is not None]) if AUDIO in self.codecs else None,
-        ).to(self._device)
+        ).to(self.device)
 
     def _first_latent(self, frame: Tensor | None) -> Tensor | None:
         if VIDEO not in self.codecs:
@@ -148,7 +150,7 @@ class Streamer:
         like = cond.caption.float()
         starts = noise_starts(self.timeline, self.shapes(), range(chunks), how.seed, samples, like)
         context = Context(model=self.model, cond=cond, guidance=how.guidance)
-        trust = None if how.label is None else torch.full((rows,), how.label, device=self._device)
+        trust = None if how.label is None else torch.full((rows,), how.label, device=self.device)
         for chunk in rollout(context, starts, schedule(how.steps, self.card.shift), mode=how.mode, trust=trust):
             yield chunk.clean
 

@@ -17,8 +17,8 @@ from preprocessing.toyhearing import mouth_correlation
 from preprocessing.toymatch import ChoiceReading, valid_share
 from preprocessing.toyworld import CHOICES, PERSISTENT
 from workflows import measures
-from workflows.measures import REACH, Found, Part, Real, Score, each, mean, of_all, offset
-from workflows.readings import HALF, Reading, cut_choice
+from workflows.measures import Found, Part, Real, Score, each, mean, of_all
+from workflows.readings import HALF, REACH, Reading, cut_choice
 
 SHRINKAGE = 0.3  # of the covariances of the Frechet distance: there are few half seconds
 _FAR = 30.0  # real spreads at which features are cut, and what cannot be read is
@@ -35,8 +35,8 @@ def mouth_sync(part: Part, real: Real) -> Found:
         return mouth_correlation(r.picture.opening, r.fps, r.sound, r.sample_rate)
 
     def distance(r: Reading) -> float:
-        assert r.picture is not None
-        return offset(r, r.picture.opening)[0]
+        assert r.mouth_sync is not None
+        return abs(r.mouth_sync.offset_sec)
 
     return {
         "sync": mean_of(correlation, -1.0, "silent", "no_mouth"),

@@ -19,6 +19,7 @@ from workflows.environment import absolute
 
 PARENT = "mlflow.parentRunId"  # tag of a run that belongs to another one
 STEP = "samples_seen"  # logged with every entry: tells a resumed run where the log ends
+LATE = "late"  # mark of an entry that may be about a step which the log has gone past
 ONCE = "mfctl.once"  # tag of a run whose making may be asked for again: the value belongs to this run alone
 MOST_METRICS = 1000  # in one batch
 MAX_VALUE = 500  # longest parameter value that every MLflow store accepts
@@ -26,6 +27,8 @@ METRICS, PARAMS, ARTIFACTS = "metrics.jsonl", "params.json", "artifacts.jsonl"
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Tag by which MLflow's UI tells a training's experiment from one about language models. (3.17 asks the browser's
 own switch, "Model training", instead, or ``?workflowType=machine_learning`` in the address.)"""
+
+_MARKS = ("step", "time", LATE)  # of an entry, and no metrics
 
 Entry = Mapping[str, Any]
 """What ``log`` wrote: step, time in seconds, and the metrics by name."""
@@ -39,10 +42,11 @@ class Tracker(Protocol):
         """Of MLflow, or None."""
         ...
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
         """What is known of one step; ``STEP`` is among it. Nothing happens for a step that was logged before.
 
-        Without ``STEP``: something more about the latest step; what that has already is left out.
+        Without ``STEP``: something more about the latest step; what that has already is left out. ``late``: about any
+        step; whoever calls knows what was said before.
         """
         ...
 
@@ -58,7 +62,7 @@ class Silent:
 
     run_id = None
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
         pass
 
     def params(self, values: Mapping[str, Any]) -> None:
@@ -83,10 +87,13 @@ class JsonLines:
             drop_cut_line(folder / name)
         self._last, self._names = -1, set[str]()
         for entry, _ in read_places(folder / METRICS):
-            self._remember(entry["step"], entry)
+            if LATE not in entry:
+                self._remember(entry["step"], entry)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._ordered:
+    def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
+        if late:
+            metrics = {**metrics, LATE: True}
+        elif self._ordered:
             if step < self._last or (step == self._last and STEP in metrics):
                 return
             self._remember(step, ())
@@ -205,7 +212,8 @@ class Mlflow:
         """Of the latest entry that MLflow has; -1 when it has none."""
         return self._client.get_run(self._run).data.metrics.get(STEP, -1.0)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
+        del late  # MLflow takes any step at any time
         self.send([{"step": step, "time": time.time(), **metrics}])
 
     def send(self, entries: Sequence[Entry]) -> None:
@@ -215,7 +223,7 @@ class Mlflow:
         batch: list[Metric] = []
         for entry in entries:
             at, step = int(entry["time"] * 1000), entry["step"]
-            metrics = [Metric(k, float(v), at, step) for k, v in entry.items() if k not in ("step", "time")]
+            metrics = [Metric(k, float(v), at, step) for k, v in entry.items() if k not in _MARKS]
             if len(batch) + len(metrics) > MOST_METRICS:
                 self._client.log_batch(self._run, metrics=batch)
                 batch = []
@@ -274,8 +282,3 @@ def open_tracker(
         return JsonLines(folder, ordered=False)
     belongs = {PARENT: parent} if parent else {}
     return Mlflow(uri, experiment, name, run_id, {**(tags or {}), **belongs})
-
-
-def log_all(tracker: Tracker, paths: Iterable[Path], folder: str) -> None:
-    for path in paths:
-        tracker.artifact(path, folder)

@@ -4,7 +4,7 @@ Nothing is written before everything was checked. A run is a folder:
 
     run.json      what was asked for: stage, resolved configuration, dataset, parents, versions
     metrics.jsonl, params.json, artifacts.jsonl, mlflow.json   see ``workflows.training.delivery``
-    samples/, alarms.json   generated clips, and what is wrong with them
+    samples/, looks/, alarms.json   generated clips, what they score, and what is wrong with them
     checkpoints/  see ``workflows.checkpoint``; elsewhere with the setting checkpoint.to
     ranks/        signs of life of the workers
     log.txt       what people are shown while it trains
@@ -35,20 +35,21 @@ from workflows.config import Stage
 from workflows.console import training_display
 from workflows.loop import Stopped
 from workflows.stages import STAGES, headline, make_card
-from workflows.tracking import log_all, tracking_uri
-from workflows.training.alarms import raised
+from workflows.tracking import tracking_uri
+from workflows.training.alarms import Alarms, raised
 from workflows.training.delivery import unsent
 from workflows.training.launch import launch_on_ray
+from workflows.training.looks import Published
 from workflows.training.pulse import BEATS, watched
 from workflows.training.request import Request, finished, identity, resolve
-from workflows.training.samples import Made
 from workflows.training.shelf import Shelf, join
+from workflows.training.validation import look_at_the_rest
 from workflows.training.worker import LOG, Job, training_tracker
 
 Launch = Callable[[Job], None]
 """Runs ``workflows.training.worker.work`` on all ranks of a job and returns when they are done."""
-Sample = Callable[[Path], Made]
-"""Makes sample files from a finished run's folder."""
+Sample = Callable[[Path], list[Path]]
+"""Makes sample files from a finished run's folder, unless they are there."""
 
 
 def train(
@@ -67,8 +68,8 @@ def train(
 ) -> dict[str, Any]:
     """Train one stage; the same call again resumes, or says that the run is finished.
 
-    ``launch``: default Ray Train. ``sample``: called with the run's folder when training has ended; the files it makes
-    become artifacts of the MLflow run. ValueError, before anything is written, when the request cannot be met.
+    ``launch``: default Ray Train. ``sample``: called with the run's folder when training has ended. ValueError, before
+    anything is written, when the request cannot be met.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}")
@@ -211,23 +212,22 @@ def _add_line(log: Path, text: str) -> None:
 
 
 def _conclude(request: Request, sample: Sample | None, uri: str) -> None:
-    """Once per run: its samples. At every call: what MLflow has not got yet is sent, what alarms are on is said."""
-    place = request.run_dir / OUTCOME
+    """Once per run: its samples. At every call: what the log or MLflow has not got yet, and what alarms are on."""
+    run_dir, place = request.run_dir, request.run_dir / OUTCOME
     outcome = read_json(place)
-    if (sample is not None and "samples" not in outcome) or unsent(request.run_dir, uri):
-        tracker = training_tracker(request.config, request.data, request.run_dir, uri, _say)
-        if sample is not None and "samples" not in outcome:
-            made = sample(request.run_dir)
-            if made.numbers:  # else the run has logged them itself
-                log_all(tracker, made.paths, "samples")
-                tracker.log(outcome["progress"]["step"], made.numbers)
-            outcome["samples"] = [str(path) for path in made.paths]
+    look_at_the_rest(run_dir)
+    if sample is not None and "samples" not in outcome:
+        outcome["samples"] = [str(path) for path in sample(run_dir)]
+    published = Published(run_dir, Alarms(run_dir, _say), _say)
+    if (looks := published.waiting()) or unsent(run_dir, uri):
+        tracker = training_tracker(request.config, request.data, run_dir, uri, _say)
+        published.publish(looks, tracker)
         tracker.finish()
         outcome["mlflow_run"] = tracker.run_id
-    outcome["alarms"] = raised(request.run_dir)
+    outcome["alarms"] = raised(run_dir)
     write_json(place, outcome)
     if outcome["alarms"]:
-        _say(f"ALARM still on at the end of {request.run_dir}: {'; '.join(outcome['alarms'])}. Look at its samples")
+        _say(f"ALARM still on at the end of {run_dir}: {'; '.join(outcome['alarms'])}. Look at its samples")
 
 
 def _say(text: str) -> None:

@@ -10,6 +10,7 @@ Letters: b batch, k frames at work, F frequency bins, N window length, H hop, M 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from einops import rearrange
@@ -42,7 +43,7 @@ class Frames:
         return self.window - self.hop
 
     def taper(self, device: torch.device) -> Float[Tensor, " N"]:
-        return torch.hann_window(self.window, dtype=torch.float32, device=device)
+        return _hann(self.window, device)
 
     def analyse(self, signal: Float[Tensor, "b samples"]) -> Complex[Tensor, "b k F"]:
         """Spectra of the windows that fit into ``signal``; the first one begins at its first sample."""
@@ -63,6 +64,11 @@ class Frames:
     def weight(self, k: int, device: torch.device) -> Float[Tensor, " samples"]:
         """Sum of the squared tapers of k windows."""
         return self.overlap_add(self.taper(device).square().expand(1, k, -1))[0]
+
+
+@lru_cache(maxsize=8)
+def _hann(window: int, device: torch.device) -> Float[Tensor, " N"]:
+    return torch.hann_window(window, dtype=torch.float32, device=device)
 
 
 class PhaseDecoder:
@@ -161,7 +167,7 @@ def _begin(
     middle = frames.window / 2
     delay = middle + (_WIDTH * frames.window**2 * rise / (2 * frames.hop)).clamp(-middle, middle)
     pulse = torch.polar(magnitudes, -2 * torch.pi / frames.window * (delay.cumsum(-1) - delay))
-    size = goes_on.abs()
+    size = _size(goes_on)
     start = torch.where(size > _NO_PHASE, goes_on, _noise(magnitudes))
     return torch.where((rise.abs() > _RISE) & (size < _ONSET * magnitudes), pulse, start)
 
@@ -177,4 +183,9 @@ def _divide(sound: Float[Tensor, "b samples"], weight: Float[Tensor, " samples"]
 
 
 def _with_phase_of(spectra: Complex[Tensor, "b k F"], magnitudes: Float[Tensor, "b k F"]) -> Complex[Tensor, "b k F"]:
-    return spectra * (magnitudes / spectra.abs().clamp(min=_NO_PHASE))
+    return spectra * (magnitudes / _size(spectra).clamp(min=_NO_PHASE))
+
+
+def _size(spectra: Complex[Tensor, "b k F"]) -> Float[Tensor, "b k F"]:
+    """Absolute values; torch's own guard against overflow at five times the time."""
+    return torch.sqrt(spectra.real.square() + spectra.imag.square())

@@ -85,16 +85,13 @@ class Clap:
 
     def __init__(self, folder: str, device: str = "cpu") -> None:
         self._model = _load("ClapModel", folder).to(device)
-        self._prepare = _load("ClapFeatureExtractor", folder)
-        self._device = device
+        self._segments = SoundSegments("ClapFeatureExtractor", folder, device)
 
     @torch.inference_mode()
     def __call__(self, sound: Sound, sample_rate: int) -> Features:
-        rate = self._prepare.sampling_rate
-        parts = _segments(at_rate(sound, sample_rate, rate), rate)
-        if not parts:
+        inputs = self._segments(sound, sample_rate)
+        if inputs is None:
             return np.zeros((0, self._model.config.projection_dim))
-        inputs = self._prepare(parts, sampling_rate=rate, return_tensors="pt").to(self._device)
         out = self._model.get_audio_features(**inputs)
         found = out if isinstance(out, Tensor) else out.pooler_output  # transformers before 5 gives the tensor
         return found.float().cpu().numpy()
@@ -105,17 +102,27 @@ class SoundClasses:
 
     def __init__(self, folder: str, device: str = "cpu") -> None:
         self._model = _load("AutoModelForAudioClassification", folder).to(device)
-        self._prepare = _load("AutoFeatureExtractor", folder)
-        self._device = device
+        self._segments = SoundSegments("AutoFeatureExtractor", folder, device)
 
     @torch.inference_mode()
     def __call__(self, sound: Sound, sample_rate: int) -> Features:
+        inputs = self._segments(sound, sample_rate)
+        if inputs is None:
+            return np.zeros((0, self._model.config.num_labels))
+        return self._model(**inputs).logits.softmax(-1).float().cpu().numpy()
+
+
+class SoundSegments:
+    """Segments of a sound as a published network takes them."""
+
+    def __init__(self, extractor: str, folder: str, device: str) -> None:
+        self._prepare, self._device = _load(extractor, folder), device
+
+    def __call__(self, sound: Sound, sample_rate: int) -> Any | None:
+        """The network's keyword arguments; None where there is no sound."""
         rate = self._prepare.sampling_rate
         parts = _segments(at_rate(sound, sample_rate, rate), rate)
-        if not parts:
-            return np.zeros((0, self._model.config.num_labels))
-        inputs = self._prepare(parts, sampling_rate=rate, return_tensors="pt").to(self._device)
-        return self._model(**inputs).logits.softmax(-1).float().cpu().numpy()
+        return self._prepare(parts, sampling_rate=rate, return_tensors="pt").to(self._device) if parts else None
 
 
 def _load(name: str, folder: str) -> Any:

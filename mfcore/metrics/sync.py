@@ -7,6 +7,7 @@ to the time i / R seconds.
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter1d
 
@@ -36,8 +37,9 @@ def sync_offset(a: Envelope, rate_a: float, b: Envelope, rate_b: float, max_lag:
     shorter = min(len(x), len(y))
     if shorter < 4:
         return SyncEstimate(offset_sec=0.0, correlation=0.0)
-    lags = np.arange(-_limit(max_lag, rate, shorter), _limit(max_lag, rate, shorter) + 1)
-    scores = np.array([_correlation_at(x, y, int(lag)) for lag in lags])
+    reach = min(round(max_lag * rate), shorter // 2)
+    lags = np.arange(-reach, reach + 1)
+    scores = _correlations(x, y, reach)
     best = int(scores.argmax())
     if scores[best] == 0 and not scores.any():
         return SyncEstimate(offset_sec=0.0, correlation=0.0)
@@ -53,9 +55,17 @@ def motion_energy(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
     """
     if len(frames) < 2:
         return np.zeros(len(frames))
-    grey = frames.astype(np.float32).mean(-1)
-    change = np.abs(np.diff(grey, axis=0)).mean((1, 2)).astype(np.float64)
+    change = np.abs(np.diff(grey_levels(frames), axis=0)).mean((1, 2)).astype(np.float64)
     return (np.concatenate([change[:1], change]) + np.concatenate([change, change[-1:]])) / 2
+
+
+def grey_levels(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Mean of the three colours, ``(f, H, W, 3)`` to ``(f, H, W)``, 0 to 255."""
+    grey = frames[..., 0].astype(np.float32)
+    grey += frames[..., 1]
+    grey += frames[..., 2]
+    grey /= 3
+    return grey
 
 
 def sound_envelope(
@@ -81,17 +91,19 @@ def _resample(values: Envelope, rate: float, grid: float) -> NDArray[np.float64]
     return np.interp(times, np.arange(len(values)) / rate, np.asarray(values, np.float64))
 
 
-def _limit(max_lag: float, rate: float, shorter: int) -> int:
-    return min(round(max_lag * rate), shorter // 2)
+def _correlations(x: NDArray[np.float64], y: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+    """Pearson correlation of x[t] and y[t + lag] where both are, lags -reach .. reach; 0 where one is constant."""
+    x, y = x - x.mean(), y - y.mean()  # of the whole: what is left of the means at a lag is small
+    after = reach + max(0, len(x) - len(y))
 
+    def lagged(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return sliding_window_view(np.pad(values, (reach, after)), len(x))[: 2 * reach + 1]
 
-def _correlation_at(x: NDArray[np.float64], y: NDArray[np.float64], lag: int) -> float:
-    """Pearson correlation of x[t] and y[t + lag]; 0 where one is constant."""
-    n = min(len(x) - max(0, -lag), len(y) - max(0, lag))
-    u, v = x[max(0, -lag) :][:n], y[max(0, lag) :][:n]
-    u, v = u - u.mean(), v - v.mean()
-    norm = np.sqrt((u @ u) * (v @ v))
-    return float(u @ v / norm) if norm > 1e-12 * n else 0.0
+    there = lagged(np.ones(len(y)))
+    n, sum_x, sum_y = there.sum(1), there @ x, lagged(y).sum(1)
+    var_x, var_y = there @ (x * x) - sum_x**2 / n, lagged(y * y).sum(1) - sum_y**2 / n
+    flat = (var_x <= 1e-12 * (x @ x)) | (var_y <= 1e-12 * (y @ y))
+    return np.where(flat, 0.0, (lagged(y) @ x - sum_x * sum_y / n) / np.sqrt(np.where(flat, 1.0, var_x * var_y)))
 
 
 def _parabola(scores: NDArray[np.float64], best: int) -> tuple[float, float]:
@@ -149,17 +161,18 @@ class MotionSync:
     def __call__(
         self, frames: NDArray[np.uint8], fps: float, sound: NDArray[np.floating[Any]], sample_rate: int
     ) -> SyncReading:
+        return self.read(blocks_of(frames), fps, sound, sample_rate)
+
+    def read(self, seen: "Blocks", fps: float, sound: NDArray[np.floating[Any]], sample_rate: int) -> SyncReading:
+        """The same from what ``blocks_of`` keeps of a picture."""
         rate = fps * _STEPS
         pressure = sound_envelope(sound, sample_rate, rate, box=1 / fps)
-        if min(len(frames), len(pressure) // _STEPS) < max(_LEAST_FRAMES, 2 * self.max_lag * fps):
+        if min(len(seen.level), len(pressure) // _STEPS) < max(_LEAST_FRAMES, 2 * self.max_lag * fps):
             return SyncReading(0.0, 0.0)
         slow = round(_SLOW * fps)
-        grey = frames[..., 0].astype(np.float32)
-        grey += frames[..., 1]
-        grey += frames[..., 2]
         pairs = [
-            (_fast(_block_levels(grey), slow), _fast(pressure, slow * _STEPS)),
-            (_fast(_block_motion(grey), slow), _fast(np.abs(np.gradient(pressure)), slow * _STEPS)),
+            (_fast(seen.level, slow), _fast(pressure, slow * _STEPS)),
+            (_fast(seen.motion, slow), _fast(np.abs(np.gradient(pressure)), slow * _STEPS)),
         ]
         reach = round(self.max_lag * rate)
         lags = np.arange(-reach, reach + 1)
@@ -170,6 +183,18 @@ class MotionSync:
             return SyncReading(0.0, 0.0)
         step, height = _parabola(scores, best)
         return SyncReading(float((lags[best] + step) / rate), height / float(chance))
+
+
+class Blocks(NamedTuple):
+    """What ``MotionSync`` needs of a picture: 8 x 8 blocks of every frame, ``(f, 64)`` each."""
+
+    level: NDArray[np.float64]
+    motion: NDArray[np.float64]
+
+
+def blocks_of(frames: NDArray[np.uint8]) -> Blocks:
+    grey = grey_levels(frames)
+    return Blocks(_block_levels(grey), _block_motion(grey))
 
 
 def _block_levels(levels: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -188,7 +213,7 @@ def _blocks(grey: NDArray[np.float32]) -> NDArray[np.float64]:
     h, w = max(1, height // _BLOCKS), max(1, width // _BLOCKS)
     grey = grey[:, : h * _BLOCKS, : w * _BLOCKS]
     rows, columns = grey.shape[1] // h, grey.shape[2] // w
-    return grey.reshape(count, rows, h, columns, w).mean((2, 4)).reshape(count, -1).astype(np.float64)
+    return grey.reshape(count, rows, h, columns, w).mean((2, 4)).reshape(count, rows * columns).astype(np.float64)
 
 
 def _fast(values: NDArray[np.float64], slow: int) -> NDArray[np.float64]:

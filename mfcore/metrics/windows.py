@@ -4,6 +4,9 @@ import re
 from dataclasses import dataclass
 from math import ceil, inf
 
+PUBLISHED = "0-5,5-15,15-25,25-60,60-120"
+"""The windows of METHOD 9: papers test 25 s, drift shows beyond."""
+
 _FORM = re.compile(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)?")
 
 

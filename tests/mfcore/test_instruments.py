@@ -185,3 +185,24 @@ def test_clap_is_loaded_from_a_folder(tmp_path):
     features = Clap(str(tmp_path))(0.1 * draw(4 * 16000), 16000)
     assert features.shape == (2, 12)
     assert np.linalg.norm(features, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_sound_classifier_is_loaded_from_a_folder(tmp_path):
+    """Loud and quiet noise differ in classes, two seconds of the same noise hardly."""
+    transformers = pytest.importorskip("transformers")
+    from mfcore.metrics.extractors import SoundClasses
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    config = transformers.ASTConfig(max_length=220, num_mel_bins=32, num_labels=5, **small)
+    transformers.ASTForAudioClassification(config).save_pretrained(tmp_path)
+    transformers.ASTFeatureExtractor(max_length=220, num_mel_bins=32).save_pretrained(tmp_path)
+    heard = SoundClasses(str(tmp_path))
+    loud, quiet = (heard(gain * draw(4 * 22050), 22050) for gain in (0.3, 0.001))
+    assert loud.shape == quiet.shape == (2, 5)
+    assert loud.sum(1) == pytest.approx(1, abs=1e-5)
+    assert heard(np.zeros(0), 22050).shape == (0, 5)
+    assert kl_divergence(loud.mean(0), quiet.mean(0)) > 10 * kl_divergence(loud[0], loud[1])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no AutoModelForAudioClassification"):
+        SoundClasses(str(tmp_path / "empty"))

@@ -16,7 +16,7 @@ import pytest
 
 from tests.workflows.dataset import write_dataset
 from tests.workflows.test_train import SMALL
-from workflows.tracking import STEP, JsonLines, Mlflow, read_lines
+from workflows.tracking import LATE, STEP, JsonLines, Mlflow, read_lines
 from workflows.train import train
 from workflows.training import delivery, worker
 from workflows.training.delivery import Delivered, in_order, open_training_tracker, read_note, unsent
@@ -149,6 +149,7 @@ def test_a_worker_that_outlives_its_driver_adds_no_step_twice():
     assert [e["step"] for e in in_order(entries, -1)] == [0, 2, 4, 6, 8]
     assert [e["step"] for e in in_order(entries, 4)] == [6, 8]
     assert in_order([{"step": 8, "alarm/on": 1.0}], 8), "an addition to the last step"
+    assert in_order([{"step": 3, LATE: True, "alarm/on": 1.0}], 8), "said late, of any step"
 
 
 def test_a_run_of_an_older_version_goes_on_in_its_mlflow_run(tmp_path, store):

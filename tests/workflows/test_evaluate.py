@@ -15,30 +15,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mfcore.model.transformer import build_model
-from preprocessing.config import PreprocessConfig
 from preprocessing.reader import open_dataset
-from preprocessing.toyworld import write_toyworld
 from workflows import config_io, presets
 from workflows.checkpoint import write_json
 from workflows.evaluate import evaluate
 from workflows.examiner import Examiner
 from workflows.heldout import select
 from workflows.overlap import find_overlap, warnings
-from workflows.preprocess import preprocess
 from workflows.scores import METRICS
 from workflows.stages import latent_shapes, make_card
 from workflows.sweep import examine, plan
 
 QUIET = {"progress": lambda done, of: None, "clips": 2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("toy")
-    write_toyworld(folder / "clips", clips=6, seconds=2.6, jobs=1)
-    config = PreprocessConfig(workers=0, window_seconds=Fraction(5, 2))
-    preprocess([str(folder / "clips")], str(folder / "data"), config, progress=lambda *_: None)
-    return str(folder / "data")
 
 
 def export(folder: Path, data: str, stage, **card_changes) -> str:
@@ -59,8 +47,8 @@ def export(folder: Path, data: str, stage, **card_changes) -> str:
 
 
 @pytest.fixture(scope="module")
-def mutual(tmp_path_factory, data) -> str:
-    return export(tmp_path_factory.mktemp("runs"), data, "mutual")
+def mutual(tmp_path_factory, toy_data) -> str:
+    return export(tmp_path_factory.mktemp("runs"), toy_data, "mutual")
 
 
 @pytest.fixture(scope="module")
@@ -256,8 +244,8 @@ def test_a_longer_sample_repeats_its_transcript_and_says_so(mutual, tmp_path, no
     assert {row["window"] for row in rows} == {"all", "0-5"}
 
 
-def test_a_checkpoint_of_one_modality_reports_what_it_cannot_do(tmp_path, data, no_mlflow):
-    video = export(tmp_path, data, "video")
+def test_a_checkpoint_of_one_modality_reports_what_it_cannot_do(tmp_path, toy_data, no_mlflow):
+    video = export(tmp_path, toy_data, "video")
     result = evaluate([video], steps=[1], out=str(tmp_path / "x"), **QUIET)
     assert result["not_measured"]["sync"] == "not measured: needs a checkpoint that makes sound"
     assert result["skipped"] == ["few-step mode of video: stage video has not trained it"]
@@ -266,7 +254,7 @@ def test_a_checkpoint_of_one_modality_reports_what_it_cannot_do(tmp_path, data, 
     assert "sync" not in metrics
 
 
-def test_bad_input_is_refused_before_anything_is_written(tmp_path, data, mutual):
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, toy_data, mutual):
     out = {"out": str(tmp_path / "x")}
     with pytest.raises(ValueError, match="does not exist"):
         evaluate([str(tmp_path / "none")], **out, **QUIET)
@@ -278,10 +266,10 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, data, mutual)
         evaluate([mutual], seconds=-1, **out, **QUIET)
     with pytest.raises(ValueError, match="is no dataset"):
         evaluate([mutual], data=str(tmp_path), **out, **QUIET)
-    joint = export(tmp_path, data, "joint")
+    joint = export(tmp_path, toy_data, "joint")
     with pytest.raises(ValueError, match="stage joint has not trained it"):
         evaluate([joint], modes=["few"], **out, **QUIET)
-    odd = export(tmp_path / "odd", data, "mutual", chunk_seconds=Fraction(1))
+    odd = export(tmp_path / "odd", toy_data, "mutual", chunk_seconds=Fraction(1))
     with pytest.raises(ValueError, match="do not fit: chunk 1 there, 1/2 here"):
         evaluate([odd], **out, **QUIET)
     assert not (tmp_path / "x").exists()

@@ -162,8 +162,8 @@ class LastLog(Silent):
     def __init__(self) -> None:
         self.metrics: Mapping[str, float] = {}
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        del step
+    def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
+        del step, late
         self.metrics = metrics
 
 

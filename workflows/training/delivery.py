@@ -20,6 +20,7 @@ from typing import Any
 
 from workflows.tracking import (
     ARTIFACTS,
+    LATE,
     METRICS,
     ONCE,
     PARAMS,
@@ -95,8 +96,8 @@ class Delivered:
         """None until MLflow has answered for the first time."""
         return self._sender.sent.run
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._lines.log(step, metrics)
+    def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
+        self._lines.log(step, metrics, late=late)
         self._sender.wake()
 
     def params(self, values: Mapping[str, Any]) -> None:
@@ -208,7 +209,7 @@ class Sender(threading.Thread):
         for entries, end in batches(self._folder / METRICS, self.sent.metrics):
             new = in_order(entries, self.sent.last_step)
             client.send([e for e in new if e.get(STEP, self._seen + 1) > self._seen])
-            self._keep(metrics=end, last_step=new[-1]["step"] if new else self.sent.last_step)
+            self._keep(metrics=end, last_step=max([self.sent.last_step, *(e["step"] for e in new if LATE not in e)]))
         for entry, end in read_places(self._folder / ARTIFACTS, self.sent.artifacts):
             self._upload(client, Path(entry["path"]), entry["folder"])
             self._keep(artifacts=end)
@@ -254,11 +255,13 @@ def batches(path: Path, start: int) -> Iterator[tuple[list[Entry], int]]:
 def in_order(entries: Sequence[Entry], last: int) -> list[Entry]:
     """Without steps that came before: a driver that died may have left a worker that still wrote.
 
-    What carries ``STEP`` begins a step; what does not adds to it.
+    What carries ``STEP`` begins a step; what does not adds to it, what is late to any step that has begun.
     """
     out: list[Entry] = []
     for entry in entries:
-        if entry["step"] > last or (entry["step"] == last and STEP not in entry):
+        if LATE in entry:
+            out.append(entry)
+        elif entry["step"] > last or (entry["step"] == last and STEP not in entry):
             out.append(entry)
             last = entry["step"]
     return out

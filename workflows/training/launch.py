@@ -3,14 +3,16 @@
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from workflows import environment
+from workflows.checkpoint import ModelCard
 from workflows.engine import EngineConfig
-from workflows.training import notice
+from workflows.training import notice, ranks
+from workflows.training.validation import Snapshots, room_for_looks
 from workflows.training.worker import Job
 
 GROW_EVERY = 30.0  # seconds between looks for room for more workers, where their number may vary
@@ -54,15 +56,20 @@ def worker_environment() -> dict[str, dict[str, str]]:
 
 
 def _fit(job: Job) -> None:
+    import ray
     from ray.train import FailureConfig, LoggingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchTrainer
 
+    scaling = _scaling(job.config.engine)
+    room = room_for_looks(job.config.engine, scaling.resources_per_worker, ray.available_resources())
+    aside = bool(room) and job.config.sample_every > 0
     TorchTrainer(
         _entrance(),
-        train_loop_config={"job": pickle.dumps(job)},
+        train_loop_config={"job": pickle.dumps(job), "aside": aside},
+        validation_config=_validation(job.run_dir, room) if aside else None,
         torch_config=_listening("nccl" if job.config.engine.use_gpu else "gloo"),
-        scaling_config=_scaling(job.config.engine),
+        scaling_config=scaling,
         run_config=RayRunConfig(
             name=f"{job.run_dir.name}-{job.token}",
             storage_path=str(job.run_dir / "ray"),
@@ -71,6 +78,35 @@ def _fit(job: Job) -> None:
             worker_runtime_env=worker_environment(),
         ),
     ).fit()
+
+
+def _validation(run_dir: Path, room: Mapping[str, float]) -> Any:
+    """Ray Train's asynchronous validation: looks, one at a time, each in a process of its own."""
+    from ray.train import ValidationConfig
+
+    place = str(run_dir)
+
+    def validate(checkpoint: Any, **_: Any) -> dict[str, float]:  # made here, so that it is pickled by value
+        from pathlib import Path
+
+        from workflows.training.validation import look_at
+
+        return look_at(Path(checkpoint.path), Path(place))
+
+    resources = {"num_cpus": room["CPU"], "num_gpus": room.get("GPU", 0)}
+    return ValidationConfig(validate, ray_remote_kwargs={**resources, "runtime_env": worker_environment()})
+
+
+def snapshots(card: ModelCard) -> Snapshots:
+    """Weights for looks, reported to Ray Train from below the folder where it wants its checkpoints."""
+    from ray.train import Checkpoint, CheckpointUploadMode, get_context, report
+
+    def hand_over(folder: Path) -> None:
+        mine = Checkpoint.from_directory(str(folder)) if ranks.rank() == 0 else None
+        report({}, mine, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD, validation=mine is not None)
+
+    storage: Any = get_context().get_storage()
+    return Snapshots(Path(storage.experiment_fs_path), card, hand_over)
 
 
 def _scaling(engine: EngineConfig) -> Any:
@@ -99,16 +135,16 @@ def share_cores() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // get_context().get_local_world_size()))
 
 
-def _entrance() -> Callable[[dict[str, bytes]], None]:
+def _entrance() -> Callable[[dict[str, Any]], None]:
     """The function of every worker. Made here, so that it is pickled by value: Ray's own processes, which hand it on,
     need not find our packages."""
 
-    def enter(settings: dict[str, bytes]) -> None:
+    def enter(settings: dict[str, Any]) -> None:
         import pickle
 
         from ray.train.v2._internal.execution.context import get_train_context
 
-        from workflows.training.launch import share_cores
+        from workflows.training.launch import share_cores, snapshots
         from workflows.training.worker import work
 
         def leaving() -> str:
@@ -117,7 +153,8 @@ def _entrance() -> Callable[[dict[str, bytes]], None]:
             return f"a machine of ranks {info.preempted_ranks} is about to go" if info else ""
 
         share_cores()
-        work(pickle.loads(settings["job"]), leaving)
+        job = pickle.loads(settings["job"])
+        work(job, leaving, snapshots(job.card) if settings["aside"] else None)
 
     return enter
 

@@ -18,7 +18,10 @@ memory/gpu_allocated_gib, gpu_reserved_gib,
 memory/gpu_peak_gib                         +  of the fullest GPU
 gpu/utilisation_percent                     +  of the least busy GPU; where NVIDIA's library for it is installed
 alarm/fake_over_real/MODALITY               +  the fake score's loss over flow matching's, at equal noise levels
-sample/motion/MODE, sample/loudness_db/MODE #  of samples; MODE is few, multi, or real: the clips they are judged by
+sample/METRIC/MODE                          #  every metric of `mfctl evaluate` that can be measured, of a few samples;
+                                               MODE is few, multi, or real: the clips they are judged by
+sample/METRIC/MODE/WINDOW                   #  what may drift, by window of time, e.g. sample/identity_error/few/5-15
+sample/failed                               #  1 where samples could not be made; log.txt says why
 sample/seconds                              #  that making them took
 alarm/motion/MODE, alarm/loudness/MODE      #  over the real clips' (loudness as power)
 alarm/variance/MODE/MODALITY                #  of latents over clips and time, over the real clips'

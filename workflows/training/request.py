@@ -12,9 +12,13 @@ from preprocessing.storage import is_remote
 from workflows import config_io, environment, presets
 from workflows.checkpoint import OUTCOME, RECORD, Progress, find_export, load_card, read_json
 from workflows.config import RunConfig, Stage
+from workflows.instruments import parse_weights
 from workflows.stages import STAGES, check_parents, latent_shapes
 
-FREE = ("engine", "checkpoint", "log_every", "sample_every", "skip_nonfinite", "data.micro", "data.prefetch")
+FREE = (
+    *("engine", "checkpoint", "log_every", "sample_every", "sample_clips", "sample_weights", "skip_nonfinite"),
+    *("data.micro", "data.prefetch"),
+)
 """Settings that a run may change when it goes on: they move no number by more than rounding."""
 FIXED = ("engine.precision",)
 """Those below FREE that it may not."""
@@ -72,6 +76,7 @@ def resolve(
     config = config_io.change(config, config_io.parse_sets(sets))
     if config.checkpoint.to is not None:
         config = replace(config, checkpoint=replace(config.checkpoint, to=environment.absolute(config.checkpoint.to)))
+    parse_weights(config.sample_weights)  # refuses what is not there
     if config.stage != stage:
         raise ValueError(f"--stage {stage} contradicts the setting stage={config.stage}")
     request = Request(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / (run or ""))

@@ -1,35 +1,41 @@
-"""Samples of a training: held-out conditions continued by its EMA weights, in every mode that the stage trains.
+"""Samples of a training: held-out conditions continued by its EMA weights, in every mode that the stage trains, and
+their scores by the readers and metrics of ``mfctl evaluate``.
 
-They are made while it trains, every ``sample_every`` samples, and from its checkpoint at its end. The first rank makes
-them and the others wait: nothing that training draws from is touched, so its numbers are the same with and without.
+    samples/step-<step>-<mode>-<steps>-steps-clip-<number>.mp4
+    looks/step-<step>.json      what they show: numbers, alarms, what is not measured and why; put last
 """
 
-import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from mfcore.ema import Ema, WholeWeights
-from mfcore.model.transformer import build_model
+from mfcore.metrics.windows import PUBLISHED, parse_windows
 from mfcore.steps import Mode
 from preprocessing.mp4 import write_mp4
-from workflows.checkpoint import OUTCOME, RECORD, ModelCard, Progress, load_export, read_json
+from workflows import config_io
+from workflows.checkpoint import OUTCOME, RECORD, ModelCard, load_export, read_json, write_json
 from workflows.config import RunConfig, Stage
 from workflows.generate import sampling
 from workflows.heldout import HeldOut, Signals, frame_rate, real_signals, select
+from workflows.instruments import Instruments, parse_weights
+from workflows.measures import Real
+from workflows.readings import Reader, Reading
 from workflows.sampler import decode, generate
+from workflows.scores import score_windows
 from workflows.streamer import Sampling, Streamer
-from workflows.tracking import Tracker
 from workflows.training import ranks
-from workflows.training.alarms import Alarms, HistoryWatch, Liveliness, ScoreGap, compare, liveliness
+from workflows.training.alarms import Liveliness, compare, liveliness
 
-CLIPS = 2
 MULTI_STEPS = 8  # fewer than `mfctl generate` takes: this is a look, not a measurement
-FOLDER = "samples"
+REFERENCE = 8  # real clips that distances are measured against
+FOLDER, LOOKS = "samples", "looks"
+DRIFT = ("identity_error", "face_similarity", "frechet", "sync", "syllable_error", "valid")
+"""Metrics that are logged by window of time too, where clips are long enough for two windows."""
 
 
 def modes(stage: Stage) -> tuple[Mode, ...]:
@@ -38,56 +44,104 @@ def modes(stage: Stage) -> tuple[Mode, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """Samples of a run's last step."""
+class Look:
+    """What the samples of one step show."""
 
-    paths: list[Path]
-    numbers: dict[str, float]  # to log; none where the run has logged them itself
+    step: int
+    numbers: dict[str, float] = field(default_factory=dict[str, float])  # to log
+    wrong: dict[str, str] = field(default_factory=dict[str, str])  # alarms that are on, in words
+    not_measured: dict[str, str] = field(default_factory=dict[str, str])  # metric -> what it needs
+    files: list[str] = field(default_factory=list[str])
+    error: str = ""  # why there are no samples
+
+    def write(self, run_dir: Path) -> None:
+        (run_dir / LOOKS).mkdir(exist_ok=True)
+        write_json(look_path(run_dir, self.step), asdict(self))
+
+
+def look_path(run_dir: Path, step: int) -> Path:
+    return run_dir / LOOKS / f"step-{step:08d}.json"
+
+
+def read_look(path: Path) -> Look:
+    return Look(**read_json(path))
 
 
 class Sampler:
-    """Makes samples of one run and compares them with the clips whose conditions they continue."""
+    """Makes and scores samples of one run, beside the clips whose conditions they continue."""
 
-    def __init__(self, run_dir: Path, data: str, held_out: float) -> None:
-        self._folder, self._data, self._fraction = run_dir / FOLDER, data, held_out
+    def __init__(self, run_dir: Path, data: str, config: RunConfig) -> None:
+        self._run_dir, self._data = run_dir, data
+        self._fraction, self._clips, self._weights = config.data.held_out, config.sample_clips, config.sample_weights
 
     @cached_property
     def _held(self) -> HeldOut:
-        return select(self._data, clips=CLIPS, seconds=None, fraction=self._fraction)
+        return select(self._data, clips=self._clips, seconds=None, fraction=self._fraction, reference=REFERENCE)
 
     @cached_property
-    def _real(self) -> Liveliness:
-        """Of what the codecs keep of the real clips."""
-        clips = [prompt.clip for prompt in self._held.prompts]
-        return liveliness(real_signals(self._held, clips), self._held.meta.timeline())
+    def _reader(self) -> Reader:
+        instruments: Instruments = parse_weights(self._weights)
+        return Reader(self._held, instruments)
+
+    @cached_property
+    def _real(self) -> tuple[Liveliness, Real]:
+        """What the codecs keep of the real clips."""
+        clips = real_signals(self._held, [prompt.clip for prompt in self._held.prompts])
+        others = real_signals(self._held, self._held.reference)
+        read = self._reader.read
+        real = Real(prompts=[read(s) for s in clips], reference=[read(s) for s in others])
+        return liveliness(clips, self._held.meta.timeline()), real
 
     def paths(self, stage: Stage, step: int) -> list[Path]:
         return [self._path(step, self._how(stage, m), p.number) for m in modes(stage) for p in self._held.prompts]
 
-    def make(self, model: nn.Module, card: ModelCard, step: int) -> tuple[dict[str, float], dict[str, str]]:
-        """Write the files of ``step``; numbers to log, and what is wrong with the samples."""
-        began = time.perf_counter()
-        streamer = Streamer(model, card)
-        self._folder.mkdir(exist_ok=True)
+    def look(self, model: nn.Module, card: ModelCard, step: int) -> Look:
+        """Make, read and score the samples of ``step``, and write all of it down. What fails is said, not raised."""
+        try:
+            look = self._look(Streamer(model, card), step)
+        except (OSError, ValueError, RuntimeError) as error:  # no file, no codec, no memory: training goes on
+            look = Look(step=step, error=str(error) or type(error).__name__)
+        look.write(self._run_dir)
+        return look
+
+    def _look(self, streamer: Streamer, step: int) -> Look:
+        began, stage = time.perf_counter(), streamer.card.stage
+        alive, real = self._real
         numbers: dict[str, float] = {}
         wrong: dict[str, str] = {}
-        kinds: set[str] = set()
-        for mode in modes(card.stage):
-            found = liveliness(self._write(streamer, self._how(card.stage, mode), step), self._held.meta.timeline())
-            ratios, bad = compare(mode, found, self._real)
-            numbers |= ratios | {f"sample/{name}/{mode}": value for name, value in found.numbers.items()}
-            kinds |= found.numbers.keys()
+        missing: dict[str, str] = {}
+        for mode in modes(stage):
+            signals = self._write(streamer, self._how(stage, mode), step)
+            ratios, bad = compare(mode, liveliness(signals, self._held.meta.timeline()), alive)
+            scores, lacking = self._scores(mode, [self._reader.read(s) for s in signals], real)
+            numbers |= ratios | scores
             wrong |= bad
-        numbers |= {f"sample/{name}/real": value for name, value in self._real.numbers.items() if name in kinds}
-        return numbers | {"alarm/raised": float(len(wrong)), "sample/seconds": time.perf_counter() - began}, wrong
+            missing |= lacking
+        measured = {name.split("/")[1] for name in numbers if name.startswith("sample/")}
+        theirs, _ = self._scores("real", real.prompts, real)
+        numbers |= {name: value for name, value in theirs.items() if name.split("/")[1] in measured}
+        numbers |= {"alarm/raised": float(len(wrong)), "sample/seconds": time.perf_counter() - began}
+        files = [str(path) for path in self.paths(stage, step)]
+        return Look(step=step, numbers=numbers, wrong=wrong, not_measured=missing, files=files)
+
+    def _scores(self, name: str, part: Sequence[Reading], real: Real) -> tuple[dict[str, float], dict[str, str]]:
+        """``sample/METRIC/name``, and ``sample/METRIC/name/WINDOW`` of what may drift; what is not measured."""
+        lengths = [float(p.chunks * self._held.meta.chunk_seconds) for p in self._held.prompts]
+        whole, *windows = score_windows(part, lengths, parse_windows(PUBLISHED), real)
+        numbers = {f"sample/{metric}/{name}": value for metric, value in whole.scores.metrics.items()}
+        for one in windows if len(windows) > 1 else ():
+            values = one.scores.metrics
+            numbers |= {f"sample/{m}/{name}/{one.window}": values[m] for m in DRIFT if m in values}
+        return numbers, whole.scores.not_measured
 
     def _how(self, stage: Stage, mode: Mode) -> Sampling:
         steps = MULTI_STEPS if mode == "multi" else None
         return sampling(stage, mode=mode, steps=steps, guidance=None, trust=None, seed=0)
 
     def _write(self, streamer: Streamer, how: Sampling, step: int) -> list[Signals]:
-        """One file for each prompt; what they show."""
-        out: list[Signals] = []
+        """One file for each prompt; what they show, in the order of prompts."""
+        out: dict[int, Signals] = {}
+        (self._run_dir / FOLDER).mkdir(exist_ok=True)
         for batch in generate(streamer, self._held.prompts, how):
             for prompt, signals in zip(batch.prompts, decode(streamer, batch), strict=True):
                 frames = None if signals.frames is None else signals.frames.numpy()
@@ -99,84 +153,23 @@ class Sampler:
                     sound,
                     None if sound is None else streamer.sample_rate,
                 )
-                out.append(signals)
-        return out
+                out[prompt.number] = signals
+        return [out[number] for number in sorted(out)]
 
     def _path(self, step: int, how: Sampling, number: int) -> Path:
-        return self._folder / f"step-{step:08d}-{how.mode}-{how.steps}-steps-clip-{number}.mp4"
+        return self._run_dir / FOLDER / f"step-{step:08d}-{how.mode}-{how.steps}-steps-clip-{number}.mp4"
 
 
-class Looks:
-    """What a run sees of itself: samples when they are due, and the alarms. Called by all ranks at every step's end."""
-
-    def __init__(
-        self, config: RunConfig, card: ModelCard, ema: Ema, sampler: Sampler, tracker: Tracker, alarms: Alarms,
-        beat: Callable[[int, str], object], say: Callable[[str], None], watch: HistoryWatch | None = None,
-    ) -> None:  # fmt: skip
-        self._config, self._card, self._ema, self._sampler = config, card, ema, sampler
-        self._tracker, self._alarms, self._beat, self._say = tracker, alarms, beat, say
-        self._gap, self._watch = ScoreGap(), watch
-
-    def __call__(self, progress: Progress, log: Mapping[str, float]) -> dict[str, float]:
-        """Numbers to log besides ``log``."""
-        numbers, wrong = self._gap.read(log)
-        if ranks.rank() == 0 and numbers:
-            self._alarms.update("fake score", wrong, progress.step)
-        numbers |= self._history(progress.step)
-        return numbers | (self._samples(progress.step) if self.due(progress) else {})
-
-    def _history(self, step: int) -> dict[str, float]:
-        if self._watch is None or (step % self._config.eval_every and step != self._config.steps):
-            return {}
-        numbers, wrong = self._watch.read(self._ema.model)
-        if ranks.rank() == 0:
-            self._alarms.update("history", wrong, step)
-        return numbers
-
-    def due(self, progress: Progress) -> bool:
-        every, seen = self._config.sample_every, progress.samples_seen
-        if not every:
-            return False
-        return progress.step == self._config.steps or seen // every > (seen - self._config.data.batch) // every
-
-    def _samples(self, step: int) -> dict[str, float]:
-        model = whole_network(self._ema, self._card)
-        if ranks.rank() == 0:
-            self._beat(step - 1, "making samples after")  # the others have beaten for this step that they wait
-        numbers = self._make(model, step) if ranks.rank() == 0 else {}
-        ranks.barrier()
-        return numbers
-
-    def _make(self, model: nn.Module, step: int) -> dict[str, float]:
-        try:
-            numbers, wrong = self._sampler.make(model, self._card, step)
-        except (OSError, ValueError, RuntimeError) as error:  # no file, no codec, no memory: training goes on
-            self._say(f"no samples at step {step}: {error}")
-            return {}
-        for path in self._sampler.paths(self._card.stage, step):
-            self._tracker.artifact(path, FOLDER)
-        self._say(f"samples of step {step} made in {numbers['sample/seconds']:.1f} s, {FOLDER}/step-{step:08d}-*")
-        self._alarms.update("samples", wrong, step)
-        return numbers
+def sampler_of(run_dir: Path) -> Sampler:
+    """From the run's own record."""
+    record: dict[str, Any] = read_json(run_dir / RECORD)
+    return Sampler(run_dir, record["data"], config_io.load(RunConfig, record["config"]))
 
 
-def whole_network(ema: Ema, card: ModelCard) -> nn.Module:
-    """The average as a network that one rank can run alone. Called by all ranks."""
-    if type(ema.storage) is WholeWeights:
-        return ema.module
-    weights = ema.state_dict()
-    model = build_model(card.model, 0)
-    model.load_state_dict(weights)
-    return model.to(next(iter(weights.values())).device).eval().requires_grad_(False)
-
-
-def training_samples(run_dir: Path) -> Made:
-    """The samples of a finished run's last step, made from its checkpoint unless they were made while it trained."""
-    record, step = read_json(run_dir / RECORD), read_json(run_dir / OUTCOME)["progress"]["step"]
-    sampler = Sampler(run_dir, record["data"], record["config"]["data"]["held_out"])
-    paths = sampler.paths(record["stage"], step)
-    if all(path.exists() for path in paths):
-        return Made(paths=paths, numbers={})
-    numbers, wrong = sampler.make(*load_export(run_dir), step)
-    Alarms(run_dir, lambda text: print(text, file=sys.stderr, flush=True)).update("samples", wrong, step)
-    return Made(paths=paths, numbers=numbers)
+def training_samples(run_dir: Path) -> list[Path]:
+    """Sample files of a finished run's last step, made from its checkpoint unless they were made while it trained."""
+    step = read_json(run_dir / OUTCOME)["progress"]["step"]
+    if not look_path(run_dir, step).exists():
+        model, card = load_export(run_dir)
+        sampler_of(run_dir).look(model.to(ranks.device()), card, step)
+    return [Path(path) for path in read_look(look_path(run_dir, step)).files]

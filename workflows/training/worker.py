@@ -30,15 +30,17 @@ from workflows.loop import LoopConfig, Stopped, Surroundings, evaluate_terms, ru
 from workflows.stages import STAGES, held_out_objective, initial_network, objective_of, schedule_position
 from workflows.tracking import PARAMS, Silent, Tracker
 from workflows.training import notice, ranks
-from workflows.training.alarms import Alarms, HistoryWatch
+from workflows.training.alarms import HistoryWatch
 from workflows.training.delivery import open_training_tracker
+from workflows.training.looks import Looks
 from workflows.training.networks import build_networks
 from workflows.training.notice import Notices
 from workflows.training.pulse import BEATS, Pulse
-from workflows.training.samples import Looks, Sampler
+from workflows.training.samples import Sampler
 from workflows.training.saving import CheckpointWriter
 from workflows.training.shelf import Shelf
 from workflows.training.supply import prefetched
+from workflows.training.validation import Snapshots
 
 LOG = "log.txt"
 
@@ -56,18 +58,19 @@ class Job:
     token: str  # of the run's lease: a rank of a dead driver finds another one and writes nothing
 
 
-def work(job: Job, leaving: Callable[[], str] = lambda: "") -> None:
+def work(job: Job, leaving: Callable[[], str] = lambda: "", aside: Snapshots | None = None) -> None:
     """Train to the end of the stage, from the latest complete checkpoint if there is one.
 
     Rank 0 leaves ``outcome.json``. A loss that is not finite is an outcome too: trying again would give it again. So is
     a notice to end. ``leaving``: the launcher's word that a machine is about to go; such a run is saved, and Stopped
-    is raised to the launcher, which starts it again elsewhere.
+    is raised to the launcher, which starts it again elsewhere. ``aside``: takes the weights of looks that the launcher
+    has made while training goes on; None: rank 0 makes them.
     """
     notice.listen()
     tracker = _tracker(job)
     pulse = Pulse(job.run_dir / BEATS, ranks.rank())
     try:
-        progress = _train(job, tracker, pulse, Notices(job.run_dir, job.token, leaving))
+        progress = _train(job, tracker, pulse, Notices(job.run_dir, job.token, leaving), aside)
     except NonFiniteError as error:
         _finish(job, tracker, {"error": str(error)})
     except Stopped as error:
@@ -78,9 +81,11 @@ def work(job: Job, leaving: Callable[[], str] = lambda: "") -> None:
         _finish(job, tracker, {"progress": config_io.dump(progress)})
     finally:
         pulse.close()
+        if aside is not None:
+            aside.close()
 
 
-def _train(job: Job, tracker: Tracker, pulse: Pulse, notices: Notices) -> Progress:
+def _train(job: Job, tracker: Tracker, pulse: Pulse, notices: Notices, aside: Snapshots | None) -> Progress:
     config, device = job.config, ranks.device()
     nets = build_networks(config, initial_network(config, job.parents).to(device))
     engines, ema = nets.engines, nets.ema
@@ -124,19 +129,24 @@ def _train(job: Job, tracker: Tracker, pulse: Pulse, notices: Notices) -> Progre
                 beat=pulse,
                 name_clips=batches.clip_ids,
                 say=lambda text: _say(job, text),
-                look=_looks(job, ema, tracker, pulse, judged),
+                look=_looks(job, ema, tracker, pulse, judged, aside),
             ),
         )
 
 
-def _looks(job: Job, ema: Ema, tracker: Tracker, pulse: Pulse, judged: list[AVBatch]) -> Looks:
+def _looks(job: Job, ema: Ema, tracker: Tracker, pulse: Pulse, judged: list[AVBatch], aside: Snapshots | None) -> Looks:
     say: Callable[[str], None] = lambda text: _say(job, text)
-    sampler = Sampler(job.run_dir, job.data, job.config.data.held_out)
+    if job.config.sample_every:
+        kind = "GPU" if job.config.engine.use_gpu else "CPU"
+        say(
+            "samples are made beside the training, on resources that it leaves free"
+            if aside
+            else f"samples are made in line, by rank 0 while the others wait: no spare {kind} to make them on"
+        )
+    sampler = Sampler(job.run_dir, job.data, job.config)
     watch = HistoryWatch(job.run_dir, judged, job.config.objective.time, job.config.seed)
     looped = job.config.stage == "mutual"  # the others train on real history alone
-    return Looks(
-        job.config, job.card, ema, sampler, tracker, Alarms(job.run_dir, say), pulse, say, watch if looped else None
-    )
+    return Looks(job.run_dir, job.config, job.card, ema, sampler, tracker, pulse, say, watch if looped else None, aside)
 
 
 def loop_config(config: RunConfig) -> LoopConfig:

@@ -1,0 +1,19 @@
+"""What several tests read and none changes."""
+
+from fractions import Fraction
+
+import pytest
+
+from preprocessing.config import PreprocessConfig
+from preprocessing.toyworld import write_toyworld
+from workflows.preprocess import preprocess
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory) -> str:
+    """A dataset of six toy clips of five chunks."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_toyworld(folder / "clips", clips=6, seconds=2.6, jobs=1)
+    config = PreprocessConfig(workers=0, window_seconds=Fraction(5, 2))
+    preprocess([str(folder / "clips")], str(folder / "data"), config, progress=lambda *_: None)
+    return str(folder / "data")

@@ -1,0 +1,129 @@
+"""Looks at a training's samples: the same in line and aside, scored as by ``mfctl evaluate``, logged at their step."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.workflows.test_train import SMALL
+from workflows.checkpoint import load_weights
+from workflows.engine import EngineConfig
+from workflows.tracking import LATE, STEP, read_lines
+from workflows.train import train
+from workflows.training import worker
+from workflows.training.samples import look_path, read_look
+from workflows.training.validation import Snapshots, look_at, room_for_looks
+
+SETS = (*SMALL, "data.held_out=0.5", "steps=4", "log_every=1", "checkpoint.every=8", "sample_every=8")
+
+
+@pytest.fixture(autouse=True)
+def no_mlflow(monkeypatch):
+    monkeypatch.setenv("MFCTL_TRACKER", "json")
+    torch.set_num_threads(1)
+
+
+def looks_of(result) -> dict[int, dict[str, float]]:
+    """Step -> what was logged of its look, without how long it took."""
+    entries = [e for e in read_lines(Path(result["run_dir"], "metrics.jsonl")) if LATE in e]
+    return {e["step"]: {k: v for k, v in e.items() if k not in ("time", "sample/seconds")} for e in entries}
+
+
+def test_looks_aside_are_those_in_line(tmp_path, toy_data):
+    """The first by somebody who comes when training has gone on, the last left over for the end."""
+    plain = train("video", data=toy_data, sets=SETS, runs_dir=tmp_path / "line", run="v", launch=worker.work)
+    given: list[Path] = []
+
+    def launch(job):
+        worker.work(job, aside=Snapshots(job.run_dir / "ray" / "it", job.card, given.append))
+        look_at(given[0], job.run_dir)
+
+    result = train("video", data=toy_data, sets=SETS, runs_dir=tmp_path / "aside", run="v", launch=launch)
+    ours, theirs = looks_of(result), looks_of(plain)
+    assert list(ours) == list(theirs) == [2, 4]
+    for step, numbers in theirs.items():
+        assert ours[step] == pytest.approx(numbers, rel=1e-6, nan_ok=True)
+    order = [(e["step"], LATE in e) for e in read_lines(Path(result["run_dir"], "metrics.jsonl"))]
+    assert order.index((2, True)) > order.index((4, False)), "training had gone on"
+    assert not any(folder.exists() for folder in given)
+    assert "beside the training" in Path(result["run_dir"], "log.txt").read_text()
+    assert "no spare CPU" in Path(plain["run_dir"], "log.txt").read_text()
+    before, after = load_weights(plain["run_dir"]), load_weights(result["run_dir"])
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_look_holds_the_figures_of_a_sweep(tmp_path, toy_data):
+    """Of both modes, by window where clips are long enough; what cannot be measured says what it needs."""
+    sets = (*SMALL, "data.held_out=0.5", "steps=1")
+    parents = [
+        train(stage, data=toy_data, sets=sets, runs_dir=tmp_path, run=stage, launch=worker.work)["run_dir"]
+        for stage in ("video", "audio")
+    ]
+    joint = train("joint", data=toy_data, sets=sets, init_from=parents, runs_dir=tmp_path, run="j", launch=worker.work)
+    looked = (*sets, "sample_every=4")
+    result = train(
+        "mutual", data=toy_data, sets=looked, init_from=[joint["run_dir"]], runs_dir=tmp_path, run="m",
+        launch=worker.work,
+    )  # fmt: skip
+    ((step, numbers),) = looks_of(result).items()
+    assert step == 1
+    for metric in ("sync", "syllable_error", "valid", "identity_error", "motion", "frechet", "seam", "loudness_db"):
+        for mode in ("few", "multi", "real"):
+            assert f"sample/{metric}/{mode}" in numbers
+    assert numbers["sample/sync/real"] > 0.9
+    assert numbers["sample/syllable_error/real"] < 0.2 < numbers["sample/syllable_error/few"]
+    look = read_look(look_path(Path(result["run_dir"]), step))
+    assert look.not_measured["lse_c"].startswith("not measured: needs --weights syncnet=")
+    assert all(Path(path).stat().st_size > 1000 for path in look.files) and len(look.files) == 4
+
+
+def test_looks_need_room_that_the_workers_leave():
+    cpu = EngineConfig(workers=2)
+    assert room_for_looks(cpu, {"CPU": 1.0}, {"CPU": 3.0}) == {"CPU": 1.0}
+    assert room_for_looks(cpu, {"CPU": 1.0}, {"CPU": 2.0}) == {}
+    assert room_for_looks(EngineConfig(workers=(1, 4)), {"CPU": 1.0}, {"CPU": 4.0}) == {}, "it may grow"
+    gpu = EngineConfig(workers=1, use_gpu=True)
+    assert room_for_looks(gpu, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 9.0, "GPU": 1.0}) == {}
+    assert room_for_looks(gpu, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 9.0, "GPU": 2.0}) == {"CPU": 1.0, "GPU": 1.0}
+
+
+def test_weights_that_never_came_are_said(tmp_path, toy_data):
+    """The writer was killed between the weights and their last file."""
+
+    def launch(job):
+        worker.work(job, aside=Snapshots(job.run_dir / "ray" / "it", job.card, lambda folder: None))
+        for file in job.run_dir.glob("ray/it/*/model.json"):
+            file.unlink()
+
+    result = train("video", data=toy_data, sets=SETS, runs_dir=tmp_path, run="v", launch=launch)
+    assert [numbers["sample/failed"] for numbers in looks_of(result).values()] == [1, 1]
+    assert not list(Path(result["run_dir"], "ray", "it").iterdir())
+
+
+def test_networks_that_measure_are_refused_before_the_run(tmp_path, toy_data):
+    with pytest.raises(ValueError, match="does not exist; give a folder of CLAP"):
+        train("video", data=toy_data, sets=(*SETS, "sample_weights=[clap=/nowhere]"), runs_dir=tmp_path, run="v")
+    assert not (tmp_path / "v").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ray_train_validates_while_training_goes_on(tmp_path, toy_data, monkeypatch):
+    """One worker, so that a CPU is left. MLflow has each look at the step of its weights."""
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("needs two CPU cores")
+    client = pytest.importorskip("mlflow").MlflowClient
+    monkeypatch.delenv("MFCTL_TRACKER")
+    sets = (*SETS, "steps=200", "sample_every=200", "eval_every=100", "checkpoint.every=400")
+    result = train("video", data=toy_data, sets=sets, runs_dir=tmp_path, run="v")
+    entries = read_lines(tmp_path / "v" / "metrics.jsonl")
+    assert sorted(looks_of(result)) == [50, 100, 150, 200]
+    order = [(e["step"], LATE in e) for e in entries]
+    assert order.index((50, True)) > order.index((51, False)), "it did not wait"
+    assert [e[STEP] for e in entries if STEP in e and e["step"] > 0] == [4.0 * step for step in range(1, 201)]
+    history = client(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history(result["mlflow_run"], "sample/valid/multi")
+    assert sorted(point.step for point in history) == [50, 100, 150, 200]
+    assert not list(tmp_path.glob("v/ray/*/look-*"))
+    assert len(json.loads((tmp_path / "v" / "outcome.json").read_text())["alarms"]) > 0, "a network of 200 steps"
