@@ -29,7 +29,8 @@ PANELS = (  # metric, title, which way is better, logarithmic
 OVER_TIME = ("frechet", "syllable_error", "sync", "valid", "seam", "identity_error")
 _SHARES = ("syllable_error", "valid")
 _COLOURS = {"few": "#d1495b", "multi": "#30638e"}
-_MARKS = "osD^vP"
+_MARKS = "osD^vP"  # by checkpoint
+_LINES = ("-", "--", ":", "-.")  # by guidance
 _REAL = "#4f4f4f"
 _DPI = 130
 
@@ -73,13 +74,13 @@ def seconds(rows: Rows, path: Path, title: str) -> Path | None:
         return None
     figure, axes = _grid(len(shown))
     for axis, (metric, name, better, log) in zip(axes, shown, strict=False):
-        for label, colour, mark, curve in _curves(timed):
+        for label, style, curve in _curves(timed):
             points = _means([(row["nfe"], row["metrics"].get(metric)) for row in curve])
             times = _means([(row["nfe"], row["metrics"]["real_time_factor"]) for row in curve])
             cost = dict(times)
             line = sorted((cost[nfe], value) for nfe, value in points)
             if line:
-                axis.plot(*zip(*line, strict=True), color=colour, marker=mark, ms=5, lw=1.6, label=label)
+                axis.plot(*zip(*line, strict=True), ms=5, lw=1.6, label=label, **style)
         _real_line(axis, rows, metric)
         if log:
             _log_where_wide(axis)
@@ -121,10 +122,10 @@ def _setting(row: Mapping[str, Any]) -> str:
 
 
 def _frontier_panel(axis: Axes, rows: Rows, metric: str, *, log: bool) -> None:
-    for label, colour, mark, curve in _curves(rows):
+    for label, style, curve in _curves(rows):
         points = _means([(row["nfe"], row["metrics"].get(metric)) for row in curve])
         if points:
-            axis.plot(*zip(*points, strict=True), color=colour, marker=mark, ms=5, lw=1.6, label=label)
+            axis.plot(*zip(*points, strict=True), ms=5, lw=1.6, label=label, **style)
     _real_line(axis, rows, metric)
     if log:
         _log_where_wide(axis)
@@ -149,17 +150,22 @@ def _real_line(axis: Axes, rows: Rows, metric: str) -> None:
         axis.set_ylim(-0.05, 1.05)
 
 
-def _curves(rows: Rows) -> list[tuple[str, str, str, Rows]]:
-    """Label, colour, mark and rows of every (checkpoint, mode, guidance)."""
+def _curves(rows: Rows) -> list[tuple[str, dict[str, str], Rows]]:
+    """Label, look and rows of every (checkpoint, mode, guidance)."""
     made = [row for row in rows if row["mode"] != "real"]
     subjects = list(dict.fromkeys(row["label"] for row in made))
+    weights = sorted({(row["mode"], row["guidance"]) for row in made})
     keys = dict.fromkeys((row["label"], row["mode"], row["guidance"]) for row in made)
-    out: list[tuple[str, str, str, Rows]] = []
+    out: list[tuple[str, dict[str, str], Rows]] = []
     for label, mode, weight in keys:
         name = f"{mode}-step" + (f", guidance {weight:g}" if weight != 1 else "")
         curve = [r for r in made if (r["label"], r["mode"], r["guidance"]) == (label, mode, weight)]
-        mark = _MARKS[subjects.index(label) % len(_MARKS)]
-        out.append((f"{label}: {name}" if len(subjects) > 1 else name, _COLOURS[mode], mark, curve))
+        style = {
+            "color": _COLOURS[mode],
+            "marker": _MARKS[subjects.index(label) % len(_MARKS)],
+            "linestyle": _LINES[[w for m, w in weights if m == mode].index(weight) % len(_LINES)],
+        }
+        out.append((f"{label}: {name}" if len(subjects) > 1 else name, style, curve))
     return out
 
 
@@ -202,7 +208,7 @@ def over_time(rows: Rows, path: Path, title: str) -> Path | None:
 
 def _window_panel(axis: Axes, rows: Rows, windows: Sequence[str], metric: str) -> None:
     """One line per setting, darker with more evaluations."""
-    for label, colour, mark, curve in _curves(rows):
+    for label, style, curve in _curves(rows):
         counts = sorted({row["nfe"] for row in curve})
         for nfe in counts:
             line = [(windows.index(r["window"]), r["metrics"].get(metric)) for r in curve if r["nfe"] == nfe]
@@ -210,7 +216,7 @@ def _window_panel(axis: Axes, rows: Rows, windows: Sequence[str], metric: str) -
             strength = 0.3 + 0.7 * (counts.index(nfe) + 1) / len(counts)
             if points:
                 x, y = zip(*points, strict=True)
-                axis.plot(x, y, color=colour, alpha=strength, marker=mark, ms=4, lw=1.4, label=f"{label}, {nfe} NFE")
+                axis.plot(x, y, alpha=strength, ms=4, lw=1.4, label=f"{label}, {nfe} NFE", **style)
     axis.set_xticks(range(len(windows)), windows)
 
 
