@@ -56,13 +56,17 @@ class Streamer:
             m: build_codec(i, card.clocks[m], card.folders.get(m, "")) for m, i in card.codecs.items()
         }
         self.text = build_text_codec(card.text_codec, card.folders.get("text", ""))
-        self.device = next(model.parameters()).device
+        self._device = next(model.parameters()).device
 
     @classmethod
     def load(cls, path: str | Path, weights: Weights = "ema") -> "Streamer":
         """From a run, a checkpoint or an export; on the GPU where there is one."""
         model, card = load_export(path, weights)
         return cls(model.to(ranks.device()), card)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -115,7 +119,7 @@ class Streamer:
             first_frame=self._first_latent(first_frame),
             voice=self._voice_latents(voice),
             voice_mask=torch.tensor([voice is not None]) if AUDIO in self.codecs else None,
-        ).to(self.device)
+        ).to(self._device)
 
     def _first_latent(self, frame: Tensor | None) -> Tensor | None:
         if VIDEO not in self.codecs:
@@ -150,7 +154,7 @@ class Streamer:
         like = cond.caption.float()
         starts = noise_starts(self.timeline, self.shapes(), range(chunks), how.seed, samples, like)
         context = Context(model=self.model, cond=cond, guidance=how.guidance)
-        trust = None if how.label is None else torch.full((rows,), how.label, device=self.device)
+        trust = None if how.label is None else torch.full((rows,), how.label, device=self._device)
         for chunk in rollout(context, starts, schedule(how.steps, self.card.shift), mode=how.mode, trust=trust):
             yield chunk.clean
 

@@ -61,8 +61,10 @@ def swept(tmp_path_factory, mutual):
 
 
 @pytest.fixture
-def no_mlflow(monkeypatch):
+def numbers_only(monkeypatch):
+    """Neither MLflow nor plots: ``swept`` has them."""
     monkeypatch.setattr("workflows.tracking.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("workflows.report.draw", lambda *_: [])
 
 
 def test_a_sweep_has_a_row_per_setting_and_window(swept, mutual):
@@ -134,7 +136,23 @@ def test_clips_of_the_training_set_are_reported(swept, mutual):
     assert "cannot be read" in (gone.unknown or "")
 
 
-def test_a_killed_sweep_goes_on_where_it_was(mutual, tmp_path, no_mlflow, monkeypatch):
+def test_of_a_dataset_that_nothing_was_trained_on_every_clip_is_used(tmp_path, toy_data, mutual, numbers_only):
+    """And where no other clips are left, distances are measured against the prompts' own, and that is said."""
+    half = select(toy_data, clips=3, seconds=None, fraction=None)
+    assert len(half.prompts) == 3 and not half.own_reference
+    assert not {p.clip.id for p in half.prompts} & {clip.id for clip in half.reference}
+    whole = select(toy_data, clips=99, seconds=None, fraction=None)
+    assert len(whole.prompts) == len(open_dataset(toy_data)) and whole.own_reference
+    assert whole.digest() != half.digest()
+    elsewhere = shutil.copytree(toy_data, tmp_path / "elsewhere")
+    again = {"steps": [1], "modes": ["few"], "out": str(tmp_path / "x"), **QUIET, "clips": 99}
+    result = evaluate([mutual], data=str(elsewhere), **again)
+    assert json.loads(Path(result["results"]).read_text())[-1]["clips"] == len(whole.prompts)
+    assert "against 6 of the same clips" in Path(result["report"]).read_text()
+    assert result["overlap"]["mutual"]["clips"], "another place, the same content"
+
+
+def test_a_killed_sweep_goes_on_where_it_was(mutual, tmp_path, numbers_only, monkeypatch):
     """Batches of one clip; killed in the third of four: the first two are not made again."""
     monkeypatch.setattr("workflows.sampler.ROWS", 1)
     made = []
@@ -160,7 +178,8 @@ def test_a_killed_sweep_goes_on_where_it_was(mutual, tmp_path, no_mlflow, monkey
 
 
 @pytest.mark.slow
-def test_workers_of_ray_give_the_same_rows(swept, mutual, tmp_path, no_mlflow):
+@pytest.mark.timeout(600)
+def test_workers_of_ray_give_the_same_rows(swept, mutual, tmp_path, numbers_only):
     result, _ = swept
     out = {"out": str(tmp_path / "x"), "windows": "0-1,1-2", **QUIET}
     other = evaluate([mutual], steps=[1, 2], workers=2, **out)
@@ -212,6 +231,7 @@ def test_mlflow_draws_the_frontier(swept):
 
 def test_the_same_command_again_generates_only_what_is_missing(swept, mutual, monkeypatch):
     result, uri = swept
+    monkeypatch.setattr("workflows.report.draw", lambda *_: [])
     made = []
     sample = Examiner.sample
     monkeypatch.setattr(Examiner, "sample", lambda *a: made.append(a[1].setting.how.steps) or sample(*a))
@@ -227,7 +247,7 @@ def test_the_same_command_again_generates_only_what_is_missing(swept, mutual, mo
     assert {path: Path(path).stat().st_mtime_ns for path in result["samples"]} == before
 
 
-def test_equal_settings_give_equal_scores(swept, mutual, tmp_path, no_mlflow):
+def test_equal_settings_give_equal_scores(swept, mutual, tmp_path, numbers_only):
     result, _ = swept
     other = evaluate([mutual], steps=[2], modes=["few"], out=str(tmp_path / "x"), windows="0-1,1-2", **QUIET)
     assert other["mlflow_parent_run"] is None
@@ -237,14 +257,14 @@ def test_equal_settings_give_equal_scores(swept, mutual, tmp_path, no_mlflow):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
-def test_a_longer_sample_repeats_its_transcript_and_says_so(mutual, tmp_path, no_mlflow):
+def test_a_longer_sample_repeats_its_transcript_and_says_so(mutual, tmp_path, numbers_only):
     result = evaluate([mutual], steps=[1], modes=["few"], seconds=3.4, out=str(tmp_path / "x"), **QUIET)
     assert "transcripts repeat" in result["note"]
     rows = json.loads(Path(result["results"]).read_text())
     assert {row["window"] for row in rows} == {"all", "0-5"}
 
 
-def test_a_checkpoint_of_one_modality_reports_what_it_cannot_do(tmp_path, toy_data, no_mlflow):
+def test_a_checkpoint_of_one_modality_reports_what_it_cannot_do(tmp_path, toy_data, numbers_only):
     video = export(tmp_path, toy_data, "video")
     result = evaluate([video], steps=[1], out=str(tmp_path / "x"), **QUIET)
     assert result["not_measured"]["sync"] == "not measured: needs a checkpoint that makes sound"

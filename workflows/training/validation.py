@@ -8,6 +8,7 @@ file, makes the look, and removes the folder.
 """
 
 import contextlib
+import secrets
 import shutil
 import threading
 import time
@@ -21,7 +22,7 @@ from workflows import config_io
 from workflows.checkpoint import MODEL, ModelCard, load_export, write_json
 from workflows.engine import EngineConfig
 from workflows.training import ranks
-from workflows.training.samples import Look, look_path, sampler_of
+from workflows.training.samples import Look, look_path, read_look, sampler_of
 from workflows.training.state import copied
 
 PATIENCE = 900.0  # seconds that a look waits for its weights
@@ -37,7 +38,8 @@ class Snapshots:
 
     def give(self, model: nn.Module, step: int) -> None:
         """Copy the weights, which takes the time of the copy, and hand their place over."""
-        folder = self._root / f"{_NAME}{step:08d}"
+        # a name of its own: after a restart the step comes again, while its first copy may be being read
+        folder = self._root / f"{_NAME}{step:08d}-{secrets.token_hex(4)}"
         if ranks.rank() == 0:
             self.close()
             folder.mkdir(parents=True, exist_ok=True)
@@ -65,23 +67,26 @@ def look_at(folder: Path, run_dir: Path, patience: float = PATIENCE) -> dict[str
         if time.monotonic() > end:
             raise RuntimeError(f"the weights of {folder} were not written within {patience:.0f} s")
         time.sleep(0.1)
-    step = int(folder.name.removeprefix(_NAME))
-    model, card = load_export(folder)
-    look = sampler_of(run_dir).look(model.to(ranks.device()), card, step)
+    step = _step(folder)
+    if not look_path(run_dir, step).exists():
+        model, card = load_export(folder)
+        sampler_of(run_dir).look(model.to(ranks.device()), card, step)
     shutil.rmtree(folder, ignore_errors=True)
-    return look.numbers
+    return read_look(look_path(run_dir, step)).numbers
 
 
 def look_at_the_rest(run_dir: Path) -> None:
     """What was set aside and never looked at, because its run or its validation was killed."""
     for folder in sorted((run_dir / "ray").glob(f"*/{_NAME}*")):
-        step = int(folder.name.removeprefix(_NAME))
-        if not look_path(run_dir, step).exists():
-            if (folder / MODEL).exists():
-                look_at(folder, run_dir)
-            else:
-                Look(step=step, error="its weights were never written").write(run_dir)
+        if (folder / MODEL).exists():
+            look_at(folder, run_dir)
+        elif not look_path(run_dir, _step(folder)).exists():
+            Look(step=_step(folder), error="its weights were never written").write(run_dir)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(_NAME).split("-")[0])
 
 
 def room_for_looks(engine: EngineConfig, worker: Mapping[str, float], free: Mapping[str, float]) -> dict[str, float]:
