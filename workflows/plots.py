@@ -150,13 +150,13 @@ def _real_line(axis: Axes, rows: Rows, metric: str) -> None:
         axis.set_ylim(-0.05, 1.05)
 
 
-def _curves(rows: Rows) -> list[tuple[str, dict[str, str], Rows]]:
+def _curves(rows: Rows) -> list[tuple[str, dict[str, Any], Rows]]:
     """Label, look and rows of every (checkpoint, mode, guidance)."""
     made = [row for row in rows if row["mode"] != "real"]
     subjects = list(dict.fromkeys(row["label"] for row in made))
     weights = sorted({(row["mode"], row["guidance"]) for row in made})
     keys = dict.fromkeys((row["label"], row["mode"], row["guidance"]) for row in made)
-    out: list[tuple[str, dict[str, str], Rows]] = []
+    out: list[tuple[str, dict[str, Any], Rows]] = []
     for label, mode, weight in keys:
         name = f"{mode}-step" + (f", guidance {weight:g}" if weight != 1 else "")
         curve = [r for r in made if (r["label"], r["mode"], r["guidance"]) == (label, mode, weight)]
