@@ -1,8 +1,9 @@
 """The only chunk-by-chunk loop: training makes its histories with it, generation streams with it (METHOD 6, 8)."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from mfcore.flow import noised
 from mfcore.rng import normal_rows
 from mfcore.steps import Context, Mode, Schedule, denoise, levels
 from mfcore.timeline import Timeline
-from mfcore.types import Stream, Streams
+from mfcore.types import Condition, Stream, Streams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +44,24 @@ def rollout(
     trust: Float[Tensor, " B"] | None = None,
     exit_step: int | None = None,
     forget: bool = True,
+    conds: Iterable[Condition] | None = None,
 ) -> Iterator[Chunk]:
     """Generate one chunk per item of ``starts`` (its state at ``plan``'s first level), each seeing those before it.
 
     ``exit_step`` j keeps the state at level t_j. ``trust`` labels the history that is written, ``forget`` lets go of
-    what later chunks cannot see.
+    what later chunks cannot see. ``conds``: the condition of each chunk, where it changes on the way; the sink stays
+    that of the first one, and what was said before stays in memory as it was said.
+
+    Streams for ever at constant cost where ``context`` remembers in a ring (``mfcore.model.ring``); then a chunk's
+    ``context`` is good until the next chunk, and what is to last longer is its ``snapshot()``.
 
     Gradient, where it is enabled: a chunk's runs through its own steps from ``exit_step`` on (without one: none),
     which read memory as data; the memory's runs through the passes that write it, which read chunks as data.
     """
     context = context if context.memory is not None else context.opened()
     chunk = None
-    for start in starts:
-        context = chunk.context if chunk else context
+    for start, cond in zip(starts, repeat(context.cond) if conds is None else conds, strict=False):
+        context = replace(chunk.context if chunk else context, cond=cond)
         clean, stash = denoise(context, start, plan, mode=mode, exit_step=exit_step)
         chunk = Chunk(clean=clean, stash=stash, before=context, trust=trust, forget=forget)
         yield chunk

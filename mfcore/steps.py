@@ -3,8 +3,9 @@
 Shapes: B batch, K chunks of a pass, S steps. A schedule holds S + 1 levels per modality, from the start down to 0.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -58,6 +59,11 @@ class Context:
     memory: Memory | None = None
     null_memory: Memory | None = None
 
+    @cached_property
+    def without(self) -> Condition:
+        """The condition of the null branch."""
+        return self.cond.null()
+
     def opened(self) -> "Context":
         """With the sink (first frame, voice) in memory. It reads no text, so both branches of guidance share it."""
         _, sink = self.model({}, {}, {}, self.cond, None, store=True)
@@ -73,7 +79,7 @@ class Context:
         _, memory = self.model(clean, zero, zero, self.cond, self.memory, store=True, trust=trust)
         null = None
         if self.guidance != 1.0:
-            _, null = self.model(clean, zero, zero, self.cond.null(), self.null_memory, store=True, trust=trust)
+            _, null = self.model(clean, zero, zero, self.without, self.null_memory, store=True, trust=trust)
         return replace(self, memory=memory, null_memory=null)
 
     def velocity(self, x: Streams, t: Levels, r: Levels) -> dict[str, Tensor]:
@@ -81,32 +87,31 @@ class Context:
         u, _ = self.model(x, t, r, self.cond, self.memory)
         if self.guidance == 1.0:
             return u
-        null, _ = self.model(x, t, r, self.cond.null(), self.null_memory)
+        null, _ = self.model(x, t, r, self.without, self.null_memory)
         return {m: null[m] + self.guidance * (u[m] - null[m]) for m in u}
+
+    def with_memories(self, change: Callable[[Memory], Memory]) -> "Context":
+        """With each of its memories changed."""
+        return replace(
+            self,
+            memory=self.memory and change(self.memory),
+            null_memory=self.null_memory and change(self.null_memory),
+        )
 
     def advance(self, chunk: int) -> "Context":
         """Forget what ``chunk`` and later ones cannot see."""
-        return replace(
-            self,
-            memory=self.memory and self.memory.advance(chunk),
-            null_memory=self.null_memory and self.null_memory.advance(chunk),
-        )
+        return self.with_memories(lambda memory: memory.advance(chunk))
 
     def detach(self) -> "Context":
-        return replace(
-            self,
-            memory=self.memory and self.memory.detach(),
-            null_memory=self.null_memory and self.null_memory.detach(),
-        )
+        return self.with_memories(lambda memory: memory.detach())
+
+    def snapshot(self) -> "Context":
+        """To continue from here, more than once if need be: what is remembered is not changed by later passes."""
+        return self.with_memories(lambda memory: memory.snapshot())
 
     def rows(self, index: Tensor) -> "Context":
         """The same for some rows of the batch."""
-        return replace(
-            self,
-            cond=self.cond.rows(index),
-            memory=self.memory and self.memory.rows(index),
-            null_memory=self.null_memory and self.null_memory.rows(index),
-        )
+        return replace(self.with_memories(lambda memory: memory.rows(index)), cond=self.cond.rows(index))
 
     @staticmethod
     def stack(parts: Sequence["Context"]) -> "Context":

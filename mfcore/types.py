@@ -143,6 +143,10 @@ class Memory(Protocol):
         """Forget what ``chunk`` and later ones can no longer see: keeps streaming at constant cost."""
         ...
 
+    def snapshot(self) -> "Memory":
+        """What is remembered, as a value that later passes do not change."""
+        ...
+
 
 class VelocityModel(Protocol):
     """What objectives and the rollout know of a network.

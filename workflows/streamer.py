@@ -1,6 +1,6 @@
 """A trained network with its codecs: conditions in, chunks of picture and sound out, one after the other."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mfcore.codecs.base import Codec, StreamDecoder
 from mfcore.codecs.known import build_codec, build_text_codec
+from mfcore.model.ring import ring_of
 from mfcore.rollout import noise_starts, rollout
 from mfcore.steps import Context, Mode, evaluations, schedule
 from mfcore.types import AUDIO, VIDEO, Condition, Stream
@@ -146,16 +147,27 @@ class Streamer:
 
     @torch.no_grad()
     def stream(
-        self, cond: Condition, chunks: int, how: Sampling, samples: Tensor | None = None
+        self,
+        cond: Condition,
+        chunks: int,
+        how: Sampling,
+        samples: Tensor | None = None,
+        conds: Iterable[Condition] | None = None,
     ) -> Iterator[dict[str, Stream]]:
-        """Whitened clean chunks, for all rows of ``cond``, as they are finished; row i draws from ``samples[i]``."""
+        """Whitened clean chunks, for all rows of ``cond``, as they are finished; row i draws from ``samples[i]``.
+
+        ``conds``: the condition of each chunk where caption or transcript change on the way; asked for one by one.
+        """
         rows = cond.caption.shape[0]
         samples = torch.arange(rows) if samples is None else samples
         like = cond.caption.float()
         starts = noise_starts(self.timeline, self.shapes(), range(chunks), how.seed, samples, like)
-        context = Context(model=self.model, cond=cond, guidance=how.guidance)
+        most = sum(self.timeline.max_count(m) * b.tokens for m, b in self.card.model.branches.items())
+        context = Context(model=self.model, cond=cond, guidance=how.guidance).opened()
+        context = context.with_memories(lambda memory: ring_of(memory, most))
         trust = None if how.label is None else torch.full((rows,), how.label, device=self._device)
-        for chunk in rollout(context, starts, schedule(how.steps, self.card.shift), mode=how.mode, trust=trust):
+        plan = schedule(how.steps, self.card.shift)
+        for chunk in rollout(context, starts, plan, mode=how.mode, trust=trust, conds=conds):
             yield chunk.clean
 
     def raw(self, modality: str, whitened: Float[Tensor, "..."], *, head: bool = False) -> Tensor:

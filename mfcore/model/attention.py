@@ -1,40 +1,81 @@
-"""Who may attend to whom, and the attention itself (reference backend: SDPA with a dense mask).
+"""Who may attend to whom, and the attention itself: one function, three ways to compute it.
 
-Chunk q sees the sink, the chunks of its window before it, and itself. The sink stands at a constant offset, the
-window's edge, so each query chunk has its own rotated copy of the sink's keys (METHOD 4).
+Chunk q sees the sink, the chunks of its window before it, and itself. Seen from a key: it is visible to a run of
+chunks, from ``first`` to ``last``. The sink stands at a constant offset, the window's edge, so each query chunk has its
+own rotated copy of the sink's keys, which it alone sees (METHOD 4).
+
+========  ==================  =========================================================================
+mask      computed by         for
+========  ==================  =========================================================================
+a Tensor  SDPA, dense         the reference; any device
+BlockMask FlexAttention       training on CUDA: blocks that nobody sees are skipped. No gradient on a CPU
+None      SDPA without mask   streaming: the cache holds nothing but what the chunk sees
+========  ==================  =========================================================================
 """
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+Backend = Literal["sdpa", "flex"]
+Mask = Bool[Tensor, "*#B q k"] | BlockMask | None
 
 
-def history_mask(
-    query_chunk: Int64[Tensor, " q"], key_chunk: Int64[Tensor, " k"], window: int, *, inclusive: bool
-) -> Bool[Tensor, "q k"]:
-    """Keys of the ``window`` chunks before the query's chunk, with ``inclusive`` also those of its own chunk."""
-    age = query_chunk[:, None] - key_chunk[None, :]
-    return (age <= window) & (age >= (0 if inclusive else 1))
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """Which keys each query sees: those of its own track whose run of chunks holds the query's chunk."""
 
+    chunk: Int64[Tensor, " q"]
+    first: Int64[Tensor, " k"]
+    last: Int64[Tensor, " k"]
+    track: Int64[Tensor, " q"]  # all alike in a coupled network, else the branch
+    key_track: Int64[Tensor, " k"]
 
-def same_mask(query: Int64[Tensor, " q"], key: Int64[Tensor, " k"]) -> Bool[Tensor, "q k"]:
-    """Keys that carry the query's own number (chunk, copy of the sink, or modality)."""
-    return query[:, None] == key[None, :]
+    def dense(self) -> Bool[Tensor, "q k"]:
+        chunk, track = self.chunk[:, None], self.track[:, None]
+        return (self.first <= chunk) & (chunk <= self.last) & (track == self.key_track)
+
+    def blocks(self, device: torch.device) -> BlockMask:
+        """The same for FlexAttention."""
+        chunk, first, last, track, key_track = (
+            part.to(device) for part in (self.chunk, self.first, self.last, self.track, self.key_track)
+        )
+
+        def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            del batch, head
+            return (first[k] <= chunk[q]) & (chunk[q] <= last[k]) & (track[q] == key_track[k])
+
+        return create_block_mask(visible, None, None, len(chunk), len(first), device, _compile=device.type == "cuda")
+
+    def mask(self, backend: Backend, device: torch.device) -> Mask:
+        """For ``attend``. One that forbids nothing is dropped."""
+        if backend == "flex":
+            return self.blocks(device)
+        dense = self.dense()
+        return None if bool(dense.all()) else dense.to(device)
 
 
 def attend(
-    q: Float[Tensor, "B H q d"],
-    k: Float[Tensor, "B H k d"],
-    v: Float[Tensor, "B H k d"],
-    mask: Bool[Tensor, "*#B q k"] | None,
-) -> Float[Tensor, "B H q d"]:
-    """softmax(q k^T / sqrt(d)) v over the keys where ``mask`` is True (None: all of them)."""
-    if mask is not None:
-        mask = mask.to(q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    q: Float[Tensor, "B H q e"], k: Float[Tensor, "B G k e"], v: Float[Tensor, "B G k e"], mask: Mask
+) -> Float[Tensor, "B H q e"]:
+    """softmax(q k^T / sqrt(e)) v over the keys that ``mask`` allows; heads share the G groups of keys and values.
+
+    The statistics of the softmax are float32, whatever the inputs are.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        flex = _compiled() if q.is_cuda else flex_attention
+        return cast(Tensor, flex(q, k, v, block_mask=mask, enable_gqa=grouped))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
-def dense_or_none(mask: Bool[Tensor, "q k"]) -> Bool[Tensor, "q k"] | None:
-    """Drop a mask that forbids nothing: streaming attention then runs without one."""
-    return None if bool(torch.all(mask)) else mask
+@cache
+def _compiled() -> Any:
+    """FlexAttention as one kernel; uncompiled it multiplies everything."""
+    return torch.compile(flex_attention)

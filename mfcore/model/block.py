@@ -1,6 +1,6 @@
 """One branch's part of one layer. Coupling happens between ``project`` and ``update``, in the transformer.
 
-Letters: B batch, K chunks, N tokens of the branch, d width, H heads, e head width.
+Letters: B batch, K chunks, N tokens of the branch, d width, H heads, G heads of keys and values, e head width.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mfcore.model.attention import attend
-from mfcore.model.rope import rotate
+from mfcore.model.cache import KeyValue
+from mfcore.model.config import ModelConfig
+from mfcore.model.rope import Turn, rotate
+
+EPS = 1e-6  # of all norms
 
 
 class HeadNorm(nn.Module):
@@ -28,8 +32,25 @@ class HeadNorm(nn.Module):
         self.offset = nn.Parameter(torch.empty(head_dim)) if offset else None
 
     def forward(self, x: Float[Tensor, "*batch e"]) -> Tensor:
-        y = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-6)
+        y = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=EPS).to(x.dtype)  # autocast widens it
         return y if self.offset is None else y + self.offset.to(x.dtype)
+
+
+class WidthNorm(nn.Module):
+    """RMS norm over all heads together, with a learned scale (Wan's layout)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Float[Tensor, "B H N e"]) -> Tensor:
+        flat = rearrange(x, "b h n e -> b n (h e)")
+        y = F.rms_norm(flat, flat.shape[-1:], self.weight.to(x.dtype), eps=EPS).to(x.dtype)
+        return rearrange(y, "b n (h e) -> b h n e", h=x.shape[1])
+
+
+def query_key_norm(config: ModelConfig, heads: int) -> nn.Module:
+    return WidthNorm(heads * config.head_dim) if config.layout == "wan" else HeadNorm(config.head_dim)
 
 
 class Table(nn.Module):
@@ -52,68 +73,100 @@ class TextTokens:
     caption_mask: Bool[Tensor, "B 1 1 1+L"]
     words: Float[Tensor, "B 1+W d"]
     words_mask: Bool[Tensor, "B 1 N 1+W"]  # words near each token's time
-    words_angle: Float[Tensor, "B 1 W half"]
-    token_angle: Float[Tensor, "N half"]
+    words_turn: Turn  # of W words
+    token_turn: Turn  # of N tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """Keys and values of the conditions in one block: they do not depend on the noise level."""
+
+    caption: KeyValue
+    words: KeyValue
 
 
 class TextAttention(nn.Module):
     """Cross-attention to the caption (no positions) and to the timestamped transcript."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(dim, 2 * dim)
+        dim, self.head_dim = config.dim, config.head_dim
+        reading = config.reading_heads * config.head_dim
+        self.widths = [dim, reading]
+        self.query = nn.Linear(dim, dim + reading)
         self.caption = nn.Linear(dim, 2 * dim)
-        self.words = nn.Linear(dim, 2 * dim)
-        self.norm_caption_q, self.norm_caption_k = HeadNorm(dim // heads), HeadNorm(dim // heads)
-        self.norm_words_q, self.norm_words_k = (HeadNorm(dim // heads, offset=True) for _ in range(2))
-        self.out = nn.Linear(2 * dim, dim)
+        self.words = nn.Linear(dim, 2 * reading)
+        self.norm_caption_q, self.norm_caption_k = (query_key_norm(config, config.heads) for _ in range(2))
+        self.norm_words_q, self.norm_words_k = (HeadNorm(config.head_dim, offset=True) for _ in range(2))
+        self.out = nn.Linear(dim + reading, dim)
 
-    def forward(self, x: Float[Tensor, "B N d"], text: TextTokens) -> Float[Tensor, "B N d"]:
+    def hear(self, text: TextTokens) -> Heard:
         split = "b n (two h e) -> two b h n e"
-        q_caption, q_words = rearrange(self.query(x), split, two=2, h=self.heads)
-        k, v = rearrange(self.caption(text.caption), split, two=2, h=self.heads)
-        about = attend(self.norm_caption_q(q_caption), self.norm_caption_k(k), v, text.caption_mask)
-        k, v = rearrange(self.words(text.words), split, two=2, h=self.heads)
+        k, v = rearrange(self.caption(text.caption), split, two=2, e=self.head_dim)
+        caption = KeyValue(self.norm_caption_k(k), v)
+        k, v = rearrange(self.words(text.words), split, two=2, e=self.head_dim)
         # "nothing said" stands at no time: a zero key gives the same logit wherever the token stands
-        k = F.pad(rotate(self.norm_words_k(k[:, :, 1:]), text.words_angle), (0, 0, 1, 0))
-        said = attend(rotate(self.norm_words_q(q_words), text.token_angle), k, v, text.words_mask)
-        return self.out(rearrange([about, said], "two b h n e -> b n (two h e)"))
+        k = F.pad(rotate(self.norm_words_k(k[:, :, 1:]), text.words_turn), (0, 0, 1, 0))
+        return Heard(caption=caption, words=KeyValue(k, v))
+
+    def forward(self, x: Float[Tensor, "B N d"], text: TextTokens, heard: Heard) -> Float[Tensor, "B N d"]:
+        about, said = (
+            rearrange(q, "b n (h e) -> b h n e", e=self.head_dim) for q in self.query(x).split(self.widths, dim=-1)
+        )
+        about = attend(self.norm_caption_q(about), heard.caption.k, heard.caption.v, text.caption_mask)
+        said = rotate(self.norm_words_q(said), text.token_turn)
+        said = attend(said, heard.words.k, heard.words.v, text.words_mask)
+        return self.out(torch.cat([rearrange(part, "b h n e -> b n (h e)") for part in (about, said)], dim=-1))
 
 
 def modulate(x: Float[Tensor, "B N d"], shift: Tensor, scale: Tensor) -> Float[Tensor, "B N d"]:
     """Layer norm without weights, then the affine map that the noise level asks for."""
-    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
 class Block(nn.Module):
     """Self-attention projections, text attention and feed-forward of one branch in one layer."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = heads
-        hidden = int(dim * mlp_ratio)
+        dim, self.head_dim = config.dim, config.head_dim
+        keys = config.key_heads * config.head_dim
+        self.widths = [dim, keys, keys]
         self.table = Table(6, dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.norm_q, self.norm_k = HeadNorm(dim // heads), HeadNorm(dim // heads)
+        self.qkv = nn.Linear(dim, dim + 2 * keys)
+        self.norm_q, self.norm_k = query_key_norm(config, config.heads), query_key_norm(config, config.key_heads)
         self.out = nn.Linear(dim, dim)
-        self.norm_text = nn.LayerNorm(dim)
-        self.text = TextAttention(dim, heads)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+        self.norm_text = nn.LayerNorm(dim, eps=EPS)
+        self.text = TextAttention(config)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, config.hidden), nn.GELU(approximate="tanh"), nn.Linear(config.hidden, dim)
+        )
 
     def modulation(self, shared: Float[Tensor, "B K pd"], chunk: Tensor) -> Float[Tensor, "6 B N d"]:
-        """Shift, scale and gate for attention and feed-forward, for each token by its chunk's noise level."""
-        return self.table(shared)[:, :, chunk]
+        """Shift, scale and gate for attention and feed-forward, for each token by its chunk's noise level.
+
+        Of a single chunk they are the same for all tokens: (6, B, 1, d).
+        """
+        mod = self.table(shared)
+        return mod if shared.shape[1] == 1 else mod[:, :, chunk]
 
     def project(self, x: Float[Tensor, "B N d"], mod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys (normed, not rotated) and values, each (B, H, N, e)."""
-        q, k, v = rearrange(self.qkv(modulate(x, mod[0], mod[1])), "b n (c h e) -> c b h n e", c=3, h=self.heads)
+        """Queries (B, H, N, e), keys (normed, not rotated) and values, both (B, G, N, e)."""
+        q, k, v = (
+            rearrange(part, "b n (h e) -> b h n e", e=self.head_dim)
+            for part in self.qkv(modulate(x, mod[0], mod[1])).split(self.widths, dim=-1)
+        )
         return self.norm_q(q), self.norm_k(k), v
 
     def update(
-        self, x: Float[Tensor, "B N d"], attended: Float[Tensor, "B H N e"], mod: Tensor, text: TextTokens
+        self,
+        x: Float[Tensor, "B N d"],
+        attended: Float[Tensor, "B H N e"],
+        mod: Tensor,
+        text: TextTokens,
+        heard: Heard | None,
     ) -> Tensor:
-        """Residual updates: attention output, text attention, feed-forward."""
+        """Residual updates: attention output, text attention, feed-forward. ``heard``, if already known, of ``text``."""
         x = x + mod[2] * self.out(rearrange(attended, "b h n e -> b n (h e)"))
-        x = x + self.text(self.norm_text(x), text)
+        x = x + self.text(self.norm_text(x), text, heard or self.text.hear(text))
         return x + mod[5] * self.mlp(modulate(x, mod[3], mod[4]))

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from mfcore.model.block import Block, TextTokens, modulate
 from mfcore.model.cache import Positions
 from mfcore.model.config import BranchConfig, ModelConfig
-from mfcore.model.rope import time_angles
+from mfcore.model.rope import time_angles, turn
 from mfcore.types import Condition, Stream
 
-FOURIER_WIDTH = 128
+DURATION_FEATURES = 128  # of the length of a word
 Span = tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]
 """Levels t and r of a call."""
 NOISE_SCALE = 1000.0  # noise levels in [0, 1] are embedded like the integer steps 0..1000
@@ -26,9 +26,9 @@ DURATION_SCALE = 100.0
 FEW_WORDS = 32  # of a transcript that is read whole by every pass
 
 
-def fourier(x: Float[Tensor, "*batch"], scale: float) -> Float[Tensor, "*batch f"]:
+def fourier(x: Float[Tensor, "*batch"], scale: float, features: int) -> Float[Tensor, "*batch f"]:
     """Cosines and sines of x * scale at log-spaced frequencies, always float32: bf16 would blur t - r (METHOD 2)."""
-    half = FOURIER_WIDTH // 2
+    half = features // 2
     freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
     phase = x.float()[..., None] * scale * freqs
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
@@ -38,48 +38,66 @@ def _mlp(width: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
-class LevelEmbedding(nn.Module):
-    """Noise level t, interval t - r (gated: r = t is the multi-step network exactly and for ever), and trust label."""
+class OutputTable(nn.Module):
+    """Shift and scale of the output: the embedded level plus a learned row for each (Wan's layout)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.level = _mlp(FOURIER_WIDTH, dim)
-        self.interval = _mlp(FOURIER_WIDTH, dim)
-        self.trust = _mlp(FOURIER_WIDTH, dim)
+        self.weight = nn.Parameter(torch.empty(2, dim))
+
+    def forward(self, e: Float[Tensor, "B K d"]) -> Float[Tensor, "B K 2d"]:
+        return torch.cat([e + self.weight[0], e + self.weight[1]], dim=-1)
+
+
+class LevelEmbedding(nn.Module):
+    """Noise level t, interval t - r (gated: r = t is the multi-step network exactly and for ever), and trust label."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim, self.features, self.wan = config.dim, config.level_features, config.layout == "wan"
+        self.level = _mlp(self.features, dim)
+        self.interval = _mlp(self.features, dim)
+        self.trust = _mlp(self.features, dim)
         self.shared = nn.Linear(dim, 6 * dim)
-        self.final = nn.Linear(dim, 2 * dim)
+        self.final = OutputTable(dim) if self.wan else nn.Linear(dim, 2 * dim)
 
     def forward(
         self, t: Float[Tensor, "B K"], r: Float[Tensor, "B K"], trust: Float[Tensor, " B"] | None
     ) -> tuple[Tensor, Tensor]:
         """Modulation shared by all blocks (B, K, 6 d), and that of the output (B, K, 2 d)."""
         # METHOD 2: e = 1[t > r] MLP(feat(t - r)), last layer zero at the start
-        e = self.level(fourier(t, NOISE_SCALE))
-        e = e + (t > r)[..., None] * self.interval(fourier(t - r, NOISE_SCALE))
+        e = self.level(self._features(t))
+        e = e + (t > r)[..., None] * self.interval(self._features(t - r))
         if trust is not None:
             # s = 0 is real history and must change nothing, whatever was learned
-            e = e + ((trust > 0)[:, None] * self.trust(fourier(trust, NOISE_SCALE)))[:, None]
-        e = torch.nn.functional.silu(e)
-        return self.shared(e), self.final(e)
+            e = e + ((trust > 0)[:, None] * self.trust(self._features(trust)))[:, None]
+        active = torch.nn.functional.silu(e)
+        return self.shared(active), self.final(e if self.wan else active)
+
+    def _features(self, level: Tensor) -> Tensor:
+        return fourier(level, NOISE_SCALE, self.features)
 
 
 class TextInput(nn.Module):
     """Caption and transcript embeddings to the branch's width, each preceded by a learned "nothing here" token."""
 
-    def __init__(self, text_dim: int, dim: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.caption = nn.Linear(text_dim, dim)
-        self.words = nn.Linear(text_dim + FOURIER_WIDTH, dim)
+        dim, wan = config.dim, config.layout == "wan"
+        self.caption = nn.Linear(config.text_dim, dim)
+        self.refine = nn.Sequential(nn.GELU(approximate="tanh"), nn.Linear(dim, dim)) if wan else nn.Identity()
+        self.words = nn.Linear(config.text_dim + DURATION_FEATURES, dim)
         self.nothing = nn.Embedding(2, dim)
 
     def forward(self, cond: Condition) -> tuple[Float[Tensor, "B 1+L d"], Float[Tensor, "B 1+W d"]]:
         batch = cond.caption.shape[0]
         nothing = self.nothing(torch.arange(2, device=cond.caption.device))
         seconds = (cond.word_times[..., 1] - cond.word_times[..., 0]).float()
-        words = torch.cat([cond.words, fourier(seconds, DURATION_SCALE).to(cond.words.dtype)], dim=-1)
+        lengths = fourier(seconds, DURATION_SCALE, DURATION_FEATURES).to(cond.words.dtype)
+        words = self.words(torch.cat([cond.words, lengths], dim=-1))
         return (
-            torch.cat([nothing[0].expand(batch, 1, -1), self.caption(cond.caption)], dim=1),
-            torch.cat([nothing[1].expand(batch, 1, -1), self.words(words)], dim=1),
+            torch.cat([nothing[0].expand(batch, 1, -1), self.refine(self.caption(cond.caption))], dim=1),
+            torch.cat([nothing[1].expand(batch, 1, -1), words], dim=1),
         )
 
 
@@ -93,9 +111,9 @@ class Branch(nn.Module):
         self.embed = nn.Linear(width, model.dim)
         self.embed_sink = nn.Linear(width, model.dim)  # first frame or voice: coded apart from the latents that follow
         self.absent = nn.Embedding(1, model.dim)  # stands for a reference voice that is not given
-        self.levels = LevelEmbedding(model.dim)
-        self.text = TextInput(model.text_dim, model.dim)
-        self.blocks = nn.ModuleList(Block(model.dim, model.heads, model.mlp_ratio) for _ in range(model.layers))
+        self.levels = LevelEmbedding(model)
+        self.text = TextInput(model)
+        self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
         self.head = nn.Linear(model.dim, width)
         if config.anchor:
             self.anchor = nn.Embedding(1, config.anchor)  # share of the first frame that stays, per channel
@@ -139,18 +157,21 @@ class Branch(nn.Module):
         """Embedded conditions for tokens at ``at``. ``silent``: the sink reads none, it outlives their change."""
         cond = self._heard(cond, at)
         caption, words = self.text(cond)
-        device, scale = caption.device, self.model.rope_seconds_scale
+        device = caption.device
         one = torch.ones(caption.shape[0], 1, dtype=torch.bool, device=device)
+        seen = cond.caption_mask & (not silent)
+        # Wan's weights know no such token beside a caption
+        alone = ~seen.any(1, keepdim=True) if self.model.layout == "wan" else one
         middle = cond.word_times.mean(-1)
         gap = (middle[:, None, :] - at.times.to(device)[None, :, None]).abs()
         near = (gap <= self.model.word_horizon_seconds) & cond.words_mask[:, None, :] & (not silent)
         return TextTokens(
             caption=caption,
-            caption_mask=torch.cat([one, cond.caption_mask & (not silent)], dim=1)[:, None, None],
+            caption_mask=torch.cat([alone, seen], dim=1)[:, None, None],
             words=words,
             words_mask=torch.cat([one[:, None].expand(-1, len(at), -1), near], dim=2)[:, None],
-            words_angle=time_angles(middle, self.model.head_dim, scale)[:, None],
-            token_angle=time_angles(at.times, self.model.head_dim, scale).to(device),
+            words_turn=turn(time_angles(middle, self.model)[:, None], words),
+            token_turn=turn(time_angles(at.times, self.model), words),
         )
 
     def _heard(self, cond: Condition, at: Positions) -> Condition:
@@ -185,6 +206,8 @@ class Branch(nn.Module):
         shift, scale = final[:, chunk].float().chunk(2, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
             correction = self.unpatch(self.head(modulate(x.float(), shift, scale)), noisy)
+        if self.config.data_std is None:
+            return correction
         per_latent = chunk[:: self.config.tokens]
         t, r = (level.float()[:, per_latent].reshape(-1, len(per_latent), *(1,) * (noisy.ndim - 2)) for level in span)
         mean, std = self.mean(first), self.config.data_std

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from mfcore.model.rope import Turn, rotate
 from mfcore.types import MODALITIES
 
 
@@ -108,8 +109,28 @@ class LayeredMemory:
         past = tuple(KeyValue(kv.k.index_select(2, place), kv.v.index_select(2, place)) for kv in self.past)
         return replace(self, past=past, past_at=self.past_at.where(index))
 
+    def snapshot(self) -> "LayeredMemory":
+        return self
+
     @property
     def bytes(self) -> int:
         """Bytes held by keys and values."""
         tensors = [t for kv in (*self.sink, *self.past) for t in (kv.k, kv.v)]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall:
+    """A memory as the chunks of one pass see it: a copy of the sink for each of them, then the past."""
+
+    memory: LayeredMemory
+    copies: int
+    turn: Turn  # of the copies, to the edges of the chunks' windows
+
+    def join(self, layer: int, own: KeyValue) -> KeyValue:
+        """What the pass attends to in a layer; its own keys and values come last."""
+        if not self.memory.sink:
+            return own
+        sink = self.memory.sink[layer]
+        seen = KeyValue(rotate(sink.k.repeat(1, 1, self.copies, 1), self.turn), sink.v.repeat(1, 1, self.copies, 1))
+        return (seen.join(self.memory.past[layer]) if self.memory.past else seen).join(own)

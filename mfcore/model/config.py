@@ -1,6 +1,7 @@
 """What defines a network: it travels in ``model.json`` and rebuilds the network without any other file."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,12 +11,15 @@ class BranchConfig:
     channels: int  # latent channels
     size: tuple[int, int] = (1, 1)  # latent height and width; (1, 1) for audio
     patch: tuple[int, int] = (1, 1)  # latent positions merged into one token, height and width
-    data_std: float = 0.5  # spread of a whitened latent about what is known of it; preconditions the output
+    data_std: float | None = 0.5  # spread of a whitened latent about what is known of it; preconditions the output.
+    # None: the network's output is the velocity, as in weights trained elsewhere
     anchor: int = 0  # leading channels whose first-frame value is what is known at the start; video only
 
     def __post_init__(self) -> None:
         if not 0 <= self.anchor <= self.channels:
             raise ValueError(f"anchor={self.anchor}: latents have {self.channels} channels")
+        if self.anchor and self.data_std is None:
+            raise ValueError("anchor tells the mean of a preconditioned output: it needs a data_std")
         if self.size[0] % self.patch[0] or self.size[1] % self.patch[1]:
             raise ValueError(f"latent size {self.size} is not a multiple of the patch {self.patch}")
 
@@ -38,6 +42,8 @@ class ModelConfig:
     dim: int  # width of a branch
     layers: int
     heads: int
+    kv_heads: int | None = None  # heads of keys and values, shared by groups of query heads; None: one for each
+    word_heads: int | None = None  # heads that read the transcript; None: all
     mlp_ratio: float = 4.0  # feed-forward width over dim
     text_dim: int  # width of caption and transcript embeddings
     chunk_seconds: float  # length of a chunk
@@ -45,6 +51,8 @@ class ModelConfig:
     rope_seconds_scale: float = 8.0  # rotary time units per second
     word_horizon_seconds: float = 1.0  # transcript further away than this is not attended to
     coupled: bool = True  # False: branches attend to themselves only (ablation)
+    attention: Literal["sdpa", "flex"] = "sdpa"  # of passes with a mask; flex has a gradient on CUDA only
+    layout: Literal["own", "wan"] = "own"  # wan: norms, rotations and embeddings as in Wan 2.1, to load its weights
 
     def __post_init__(self) -> None:
         if not self.branches:
@@ -53,9 +61,34 @@ class ModelConfig:
             raise ValueError(
                 f"dim {self.dim} / heads {self.heads} must be a multiple of 8 (rotary: half time, quarters space)"
             )
+        if self.heads % self.key_heads or not 1 <= self.reading_heads <= self.heads:
+            raise ValueError(
+                f"kv_heads {self.kv_heads} must divide heads {self.heads}, word_heads {self.word_heads} lie between 1 "
+                "and heads"
+            )
         if self.window_chunks < 1:
             raise ValueError("the attention window must hold at least one chunk of history")
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def reading_heads(self) -> int:
+        """Heads of the attention to the transcript."""
+        return self.heads if self.word_heads is None else self.word_heads
+
+    @property
+    def hidden(self) -> int:
+        """Width inside the feed-forward part."""
+        return round(self.dim * self.mlp_ratio)
+
+    @property
+    def level_features(self) -> int:
+        """Cosines and sines that a noise level is embedded by."""
+        return 256 if self.layout == "wan" else 128

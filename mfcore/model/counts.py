@@ -1,6 +1,7 @@
 """What a network costs, counted from its configuration: parameters, operations of a chunk, bytes.
 
-Letters: d width of a branch, h feed-forward width, n tokens of a chunk, S keys that a token sees.
+Letters: d width of a branch, g width of its keys, w width of its transcript attention, h feed-forward width,
+n tokens of a chunk, S keys that a token sees.
 A multiplication and its addition are two operations (FLOPs); norms, activations and rotations are not counted.
 """
 
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mfcore.model.branch import FOURIER_WIDTH
+from mfcore.model.branch import DURATION_FEATURES
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import AVTransformer
 from mfcore.timeline import Timeline
@@ -44,33 +45,39 @@ def chunk_load(config: ModelConfig, timeline: Timeline, *, caption: int, words: 
     return Load(tokens=each, seen=seen, caption=caption, words=words)
 
 
-def forward_flops(config: ModelConfig, load: Load) -> int:
+def forward_flops(config: ModelConfig, load: Load, *, text_known: bool = False) -> int:
     """Operations of one evaluation of one chunk: matrix products and attention.
 
-    Multiplications per token and layer: 3 d^2 queries, keys, values; d^2 out; 4 d^2 text queries and out; 2 d h
-    feed-forward; 2 d S attention; 2 d (caption + 1 + words + 1) text attention. Per text token and layer 2 d^2 keys and
-    values. Per chunk the embeddings of level and interval and the modulation made of them.
+    Multiplications per token and layer: d^2 + 2 d g queries, keys, values; d^2 out; 2 d^2 + 2 d w text queries and out;
+    2 d h feed-forward; 2 d S attention; 2 d (caption + 1) + 2 w (words + 1) text attention. Per text token and layer its
+    keys and values (``text_known``: they lie ready from an earlier evaluation of the chunk). Per chunk the embeddings of
+    level and interval and the modulation made of them.
     """
-    d, hidden = config.dim, int(config.dim * config.mlp_ratio)
-    linear = 8 * d * d + 2 * d * hidden
+    d, features = config.dim, config.level_features
+    keys, reading = config.key_heads * config.head_dim, config.reading_heads * config.head_dim
+    linear = d * (d + 2 * keys) + d * d + 2 * d * (d + reading) + 2 * d * config.hidden
+    attention = 2 * d * (load.seen + load.caption + 1) + 2 * reading * (load.words + 1)
     # a token "nothing here" stands before caption and transcript
-    text_keys = 2 * d * d * (load.caption + 1 + load.words + 1)
+    text = 2 * d * d * (load.caption + 1) + 2 * d * reading * (load.words + 1)
+    wan = config.layout == "wan"
+    final, refined = (0, load.caption * d * d) if wan else (2 * d * d, 0)
     total = 0
     for modality, n in load.tokens.items():
         branch = config.branches[modality]
         width = branch.channels * branch.patch[0] * branch.patch[1]
-        attention = 2 * d * (load.seen + load.caption + 1 + load.words + 1)
-        total += config.layers * (n * (linear + attention) + text_keys)
+        total += config.layers * n * (linear + attention)
         total += 2 * n * width * d  # into tokens and out again
-        total += 2 * (FOURIER_WIDTH * d + d * d) + 8 * d * d  # level, interval; modulation of blocks and output
-        total += load.caption * config.text_dim * d + load.words * (config.text_dim + FOURIER_WIDTH) * d
+        total += 2 * (features * d + d * d) + 6 * d * d + final  # level, interval; modulation of blocks and output
+        if not text_known:
+            total += config.layers * text + refined
+            total += load.caption * config.text_dim * d + load.words * (config.text_dim + DURATION_FEATURES) * d
     return 2 * total
 
 
 def cache_bytes_per_second(config: ModelConfig, timeline: Timeline, element: int = 2) -> int:
     """Bytes of keys and values for a second of history; ``element``: bytes of a number."""
     per_second = sum(float(timeline.clocks[m].rate) * b.tokens for m, b in config.branches.items())
-    return round(2 * config.layers * config.dim * element * per_second)
+    return round(2 * config.layers * config.key_heads * config.head_dim * element * per_second)
 
 
 def state_bytes(weights: int, ranks: int, stage: int) -> int:

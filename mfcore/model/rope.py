@@ -1,45 +1,64 @@
 """Rotary positions over (time, height, width); time in seconds, angles in float64.
 
-Half of a head's channel pairs turn with time, a quarter each with height and width (METHOD 4). Text keys turn with time
-alone, with the same constants, so that a word and the sound at its time meet.
+Half of a head's channel pairs turn with time, a quarter each with height and width (METHOD 4); in Wan's layout a third
+each, time taking what is left over. Text keys turn with time alone, with constants of their own, so that a word and the
+sound at its time meet.
 """
+
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-TIME_BASE = 100.0
-SPACE_BASE = 100.0
+from mfcore.model.config import ModelConfig
+
+BASE = 100.0
+WAN_BASE = 10000.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """By how much each channel pair of each token is turned."""
+
+    cos: Float[Tensor, "*N half"]
+    sin: Float[Tensor, "*N half"]
+
+
+def turn(angle: Float[Tensor, "*N half"], like: Tensor) -> Turn:
+    """From angles in float64. Never narrower than float32; on the device of ``like``."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return Turn(angle.cos().to(like.device, dtype), angle.sin().to(like.device, dtype))
+
+
+def rotate(x: Float[Tensor, "*batch N dim"], by: Turn) -> Tensor:
+    """Turn channel pairs (i, i + dim/2) of ``x``."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * by.cos - b * by.sin, a * by.sin + b * by.cos], dim=-1).to(x.dtype)
 
 
 def _frequencies(pairs: int, base: float) -> Tensor:
     return base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
 
 
-def angles(times: Tensor, ys: Tensor, xs: Tensor, head_dim: int, seconds_scale: float) -> Float[Tensor, "*N half"]:
-    """Angles of every channel pair, float64: ``head_dim / 2`` per token.
+def angles(times: Tensor, ys: Tensor, xs: Tensor, config: ModelConfig) -> Float[Tensor, "*N half"]:
+    """Angles of every channel pair, float64: half a head's width per token.
 
     ``times`` in seconds, ``ys`` and ``xs`` in tokens, all of one shape.
     """
-    time_pairs, space_pairs = head_dim // 4, head_dim // 8
-    space = _frequencies(space_pairs, SPACE_BASE)
+    pairs = config.head_dim // 2
+    space = pairs // 3 if config.layout == "wan" else pairs // 4
+    base = WAN_BASE if config.layout == "wan" else BASE
     return torch.cat(
         [
-            times[..., None].double() * seconds_scale * _frequencies(time_pairs, TIME_BASE),
-            ys[..., None].double() * space,
-            xs[..., None].double() * space,
+            times[..., None].double() * config.rope_seconds_scale * _frequencies(pairs - 2 * space, base),
+            ys[..., None].double() * _frequencies(space, base),
+            xs[..., None].double() * _frequencies(space, base),
         ],
         dim=-1,
     )
 
 
-def time_angles(times: Tensor, head_dim: int, seconds_scale: float) -> Float[Tensor, "*N half"]:
+def time_angles(times: Tensor, config: ModelConfig) -> Float[Tensor, "*N half"]:
     """Angles that turn every channel pair with time alone (text positions)."""
-    return times[..., None].double() * seconds_scale * _frequencies(head_dim // 2, TIME_BASE)
-
-
-def rotate(x: Float[Tensor, "*batch N dim"], angle: Float[Tensor, "*N half"]) -> Tensor:
-    """Turn channel pairs (i, i + dim/2) of ``x`` by ``angle``; the angle is reduced in float64 and then cast."""
-    cos, sin = angle.cos().to(x), angle.sin().to(x)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return times[..., None].double() * config.rope_seconds_scale * _frequencies(config.head_dim // 2, BASE)

@@ -8,33 +8,53 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from mfcore.model.attention import attend, dense_or_none, history_mask, same_mask
-from mfcore.model.block import TextTokens
+from mfcore.model.attention import Mask, Sight, attend
+from mfcore.model.block import Block, Heard, TextTokens
 from mfcore.model.branch import Branch
-from mfcore.model.cache import KeyValue, LayeredMemory, Positions
+from mfcore.model.cache import KeyValue, LayeredMemory, Positions, Recall
 from mfcore.model.config import ModelConfig
 from mfcore.model.init import initialise
-from mfcore.model.rope import angles, rotate
+from mfcore.model.ring import RingMemory
+from mfcore.model.rope import Turn, angles, rotate, turn
 from mfcore.types import AUDIO, MODALITIES, VIDEO, Condition, Levels, Stream, Streams
 
 SINK = -1  # chunk number of the sink
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """What every layer of one pass needs besides the tokens."""
+class _Scene:
+    """What passes over the same chunks have in common, whatever the noise level."""
 
+    cond: Condition
+    times: dict[str, Tensor]
     at: Positions
     sizes: list[int]  # tokens per branch
     local: dict[str, Tensor]  # chunk of each token, counted from the first chunk of the pass
-    shared: dict[str, Tensor]
     text: dict[str, TextTokens]
-    angle: Tensor
-    mask: Tensor | None
+    heard: dict[str, list[Heard]] | None  # by layer, where several passes will ask for it
+    turn: Turn
+    mask: Mask
+
+    def fits(self, x: Streams, cond: Condition) -> bool:
+        """Whether it is that of another pass too."""
+        same = self.cond is cond and self.times.keys() == x.keys()
+        return same and all(torch.equal(s.times, self.times[m]) for m, s in x.items())
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What every layer of one pass needs besides the tokens."""
+
+    scene: _Scene
+    shared: dict[str, Tensor]  # modulation by branch
+    seen: Recall | RingMemory
 
 
 class AVTransformer(nn.Module):
-    """A causal velocity model of paired audio and video; see ``mfcore.types.VelocityModel`` for what a call means."""
+    """A causal velocity model of paired audio and video; see ``mfcore.types.VelocityModel`` for what a call means.
+
+    Memory is a ``LayeredMemory``, or a ``RingMemory`` of it (``mfcore.model.ring``) for streaming.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -49,24 +69,28 @@ class AVTransformer(nn.Module):
         t: Levels,
         r: Levels,
         cond: Condition,
-        memory: LayeredMemory | None = None,
+        memory: LayeredMemory | RingMemory | None = None,
         *,
         store: bool = False,
         trust: Float[Tensor, " B"] | None = None,
-    ) -> tuple[dict[str, Tensor], LayeredMemory | None]:
+    ) -> tuple[dict[str, Tensor], LayeredMemory | RingMemory | None]:
         memory = memory if memory is not None else self._sink(cond)
         if not x:
             return {}, memory
-        at = self._positions(x)
         levels = {m: self.branch(m).levels(t[m], r[m], trust if store else None) for m in x}
-        step = self._prepare(x, at, {m: v[0] for m, v in levels.items()}, cond, memory, store=store)
+        step = self._prepare(x, {m: v[0] for m, v in levels.items()}, cond, memory, store=store)
         hidden = {m: self.branch(m).embed(self.branch(m).patches(s)) for m, s in x.items()}
         if store:
-            return {}, memory.append(self._written(hidden, step, memory), at)
-        hidden, _ = self._layers(hidden, step, memory)
+            return {}, memory.append(self._written(hidden, step), step.scene.at)
+        hidden, _ = self._layers(hidden, step)
         velocities = {
             m: self.branch(m).velocity(
-                h, levels[m][1], step.local[m], x[m].latents, (t[m], r[m]), cond.first_frame if m == VIDEO else None
+                h,
+                levels[m][1],
+                step.scene.local[m],
+                x[m].latents,
+                (t[m], r[m]),
+                cond.first_frame if m == VIDEO else None,
             )
             for m, h in hidden.items()
         }
@@ -84,9 +108,9 @@ class AVTransformer(nn.Module):
         zero = some.new_zeros(some.shape[0], 1, dtype=torch.float32)
         shared = {m: self.branch(m).levels(zero, zero, None)[0] for m in streams}
         empty = LayeredMemory(window=self.config.window_chunks, sink=(), sink_at=at.where(at.chunk != SINK))
-        step = self._prepare(streams, at, shared, cond, empty, store=True)
+        step = self._prepare(streams, shared, cond, empty, store=True)
         hidden = {m: self.branch(m).sink_tokens(s, present[m]) for m, s in streams.items()}
-        layers = self._written(hidden, step, empty, rotated=False)
+        layers = self._written(hidden, step, rotated=False)
         return LayeredMemory(window=self.config.window_chunks, sink=tuple(layers), sink_at=at)
 
     def _positions(self, x: Streams) -> Positions:
@@ -100,85 +124,109 @@ class AVTransformer(nn.Module):
     def _prepare(
         self,
         x: Streams,
-        at: Positions,
         shared: dict[str, Tensor],
         cond: Condition,
-        memory: LayeredMemory,
+        memory: LayeredMemory | RingMemory,
         *,
         store: bool,
     ) -> _Pass:
-        device = next(iter(shared.values())).device
+        some = next(iter(shared.values()))
+        if isinstance(memory, RingMemory):
+            return _Pass(self._streamed(x, some, cond, memory), shared, memory)
+        at = self._positions(x)
+        mask = self._sight(at, memory, store=store).mask(self.config.attention, some.device)
+        seen = Recall(memory=memory, copies=len(at.chunk.unique()), turn=self._sink_turn(at, memory.sink_at, some))
+        return _Pass(self._scene(x, at, some, cond, mask), shared, seen)
+
+    def _streamed(self, x: Streams, like: Tensor, cond: Condition, ring: RingMemory) -> _Scene:
+        """All evaluations of a chunk share a scene; all that the ring holds is visible to that chunk."""
+        scene = cast(_Scene | None, ring.scene)
+        if scene is None or not scene.fits(x, cond):
+            at = self._positions(x)
+            if scene is None or ring.chunk != int(at.chunk[0]):
+                ring.begin(at, self._sink_turn(at, ring.sink_at, like))
+            mask = None if self.config.coupled else ring.sight(at).mask("sdpa", like.device)
+            ring.scene = scene = self._scene(x, at, like, cond, mask, heard=True)
+        return scene
+
+    def _scene(
+        self, x: Streams, at: Positions, like: Tensor, cond: Condition, mask: Mask, *, heard: bool = False
+    ) -> _Scene:
         own = {m: self.branch(m).positions(s, 0) for m, s in x.items()}
         is_sink = bool((at.chunk == SINK).all())
-        return _Pass(
+        text = {m: self.branch(m).text_tokens(cond, p, silent=is_sink) for m, p in own.items()}
+        return _Scene(
+            cond=cond,
+            times={m: s.times for m, s in x.items()},
             at=at,
             sizes=[len(p) for p in own.values()],
-            local={m: (p.chunk - p.chunk[0]).to(device) for m, p in own.items()},
-            shared=shared,
-            text={m: self.branch(m).text_tokens(cond, p, silent=is_sink) for m, p in own.items()},
-            angle=self._angles(at).to(device),
-            mask=self._mask(at, memory, store=store),
+            local={m: (p.chunk - p.chunk[0]).to(like.device) for m, p in own.items()},
+            text=text,
+            heard={m: [b.text.hear(text[m]) for b in self._blocks(m)] for m in x} if heard else None,
+            turn=turn(angles(at.times, at.ys, at.xs, self.config), like),
+            mask=mask,
         )
 
-    def _angles(self, at: Positions) -> Tensor:
-        return angles(at.times, at.ys, at.xs, self.config.head_dim, self.config.rope_seconds_scale)
+    def _blocks(self, modality: str) -> list[Block]:
+        return [self.branch(modality).block(layer) for layer in range(self.config.layers)]
 
-    def _mask(self, at: Positions, memory: LayeredMemory, *, store: bool) -> Tensor | None:
+    def _sight(self, at: Positions, memory: LayeredMemory, *, store: bool) -> Sight:
         """Keys in order: a copy of the sink per chunk, the past, the tokens of this pass."""
-        window, chunks = self.config.window_chunks, at.chunk.unique()
+        window, chunks, past = self.config.window_chunks, at.chunk.unique(), memory.past_at
         copies = chunks.repeat_interleave(len(memory.sink_at))
-        parts = [same_mask(at.chunk, copies)]
-        if memory.past_at is not None:
-            parts.append(history_mask(at.chunk, memory.past_at.chunk, window, inclusive=False))
-        own = history_mask(at.chunk, at.chunk, window, inclusive=True) if store else same_mask(at.chunk, at.chunk)
-        parts.append(own)
-        mask = torch.cat(parts, dim=1)
-        if not self.config.coupled:
-            past = () if memory.past_at is None else (memory.past_at.branch,)
-            keys = torch.cat([memory.sink_at.branch.repeat(len(chunks)), *past, at.branch])
-            mask &= same_mask(at.branch, keys)
-        return dense_or_none(mask)
+        before = at.chunk[:0] if past is None else past.chunk
+        branch = torch.cat(
+            [memory.sink_at.branch.repeat(len(chunks)), *([] if past is None else [past.branch]), at.branch]
+        )
+        apart = 0 if self.config.coupled else 1
+        return Sight(
+            chunk=at.chunk,
+            first=torch.cat([copies, before + 1, at.chunk]),
+            last=torch.cat([copies, before + window, at.chunk + (window if store else 0)]),
+            track=at.branch * apart,
+            key_track=branch * apart,
+        )
 
     def _layers(
-        self, hidden: dict[str, Tensor], step: _Pass, memory: LayeredMemory, *, rotated: bool = True, last: int = 0
+        self, hidden: dict[str, Tensor], step: _Pass, *, rotated: bool = True, last: int = 0
     ) -> tuple[dict[str, Tensor], list[KeyValue]]:
         """Run all layers but the ``last`` ones; also the keys and values of this pass, rotated unless the sink's."""
         kept: list[KeyValue] = []
-        sink_angle = self._sink_angles(step.at, memory)
         for layer in range(self.config.layers - last):
             run = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
-            hidden, own = run(layer, hidden, step, self._recall(memory, layer, sink_angle), rotated)
+            hidden, own = run(layer, hidden, step, rotated)
             kept.append(own)
         return hidden, kept
 
-    def _written(
-        self, hidden: dict[str, Tensor], step: _Pass, memory: LayeredMemory, *, rotated: bool = True
-    ) -> list[KeyValue]:
+    def _written(self, hidden: dict[str, Tensor], step: _Pass, *, rotated: bool = True) -> list[KeyValue]:
         """Keys and values of every layer: what a memory holds. Of the last layer nothing else is computed."""
-        hidden, kept = self._layers(hidden, step, memory, rotated=rotated, last=1)
+        hidden, kept = self._layers(hidden, step, rotated=rotated, last=1)
         _, _, k, v = self._project(self.config.layers - 1, hidden, step)
-        return [*kept, KeyValue(rotate(k, step.angle) if rotated else k, v)]
+        return [*kept, KeyValue(rotate(k, step.scene.turn) if rotated else k, v)]
 
     def _project(
         self, layer: int, hidden: dict[str, Tensor], step: _Pass
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
         """Modulation by branch; queries, keys and values of all tokens."""
         blocks = {m: self.branch(m).block(layer) for m in hidden}
-        mods = {m: b.modulation(step.shared[m], step.local[m]) for m, b in blocks.items()}
+        mods = {m: b.modulation(step.shared[m], step.scene.local[m]) for m, b in blocks.items()}
         parts = zip(*(b.project(hidden[m], mods[m]) for m, b in blocks.items()), strict=True)
         q, k, v = (torch.cat(part, dim=2) for part in parts)
         return mods, q, k, v
 
     def _layer(
-        self, layer: int, hidden: dict[str, Tensor], step: _Pass, seen: KeyValue | None, rotated: bool
+        self, layer: int, hidden: dict[str, Tensor], step: _Pass, rotated: bool
     ) -> tuple[dict[str, Tensor], KeyValue]:
-        blocks = {m: self.branch(m).block(layer) for m in hidden}
+        scene = step.scene
         mods, q, k, v = self._project(layer, hidden, step)
-        own = KeyValue(rotate(k, step.angle), v)
-        keys = own if seen is None else seen.join(own)
-        out = attend(rotate(q, step.angle), keys.k, keys.v, step.mask).split(step.sizes, dim=2)
+        own = KeyValue(rotate(k, scene.turn), v)
+        keys = step.seen.join(layer, own)
+        out = attend(rotate(q, scene.turn), keys.k, keys.v, scene.mask).split(scene.sizes, dim=2)
         hidden = {
-            m: b.update(hidden[m], o, mods[m], step.text[m]) for (m, b), o in zip(blocks.items(), out, strict=True)
+            m: self.branch(m)
+            .block(layer)
+            .update(hidden[m], o, mods[m], scene.text[m], scene.heard[m][layer] if scene.heard else None)
+            for m, o in zip(hidden, out, strict=True)
         }
         return hidden, own if rotated else KeyValue(k, v)
 
@@ -188,24 +236,11 @@ class AVTransformer(nn.Module):
         with set_checkpoint_early_stop(False):
             return cast(Any, checkpoint(self._layer, *args, use_reentrant=False, preserve_rng_state=False))
 
-    def _sink_angles(self, at: Positions, memory: LayeredMemory) -> Tensor:
-        """Angles of the sink's copies, one per chunk of the pass, (copies * tokens, half), at the window's edge."""
+    def _sink_turn(self, at: Positions, sink: Positions, like: Tensor) -> Turn:
+        """Of the sink's copies, one per chunk of the pass, (copies * tokens, half), to the edge of its window."""
         edge = (at.chunk.unique() - self.config.window_chunks).double() * self.config.chunk_seconds
-        sink, copies = memory.sink_at, edge.shape[0]
         times = (edge[:, None] + sink.times[None]).flatten()
-        return angles(
-            times, sink.ys.repeat(copies), sink.xs.repeat(copies), self.config.head_dim, self.config.rope_seconds_scale
-        )
-
-    def _recall(self, memory: LayeredMemory, layer: int, sink_angle: Tensor) -> KeyValue | None:
-        """Remembered keys and values of a layer: the sink's copies, then the past."""
-        if not memory.sink:
-            return None
-        sink = memory.sink[layer]
-        copies = sink_angle.shape[0] // max(sink.k.shape[2], 1)
-        k = rotate(sink.k.repeat(1, 1, copies, 1), sink_angle.to(sink.k.device))
-        seen = KeyValue(k, sink.v.repeat(1, 1, copies, 1))
-        return seen.join(memory.past[layer]) if memory.past else seen
+        return turn(angles(times, sink.ys.repeat(len(edge)), sink.xs.repeat(len(edge)), self.config), like)
 
 
 def sink_streams(cond: Condition, config: ModelConfig) -> dict[str, Stream]:

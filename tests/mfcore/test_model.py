@@ -224,5 +224,5 @@ def test_words_out_of_reach_cost_nothing_and_change_nothing(monkeypatch):
     whole = parallel(model, long, noisy, 0.6, 0.3)
     assert max(embedded) == count
     for m in (VIDEO, AUDIO):
-        assert torch.allclose(trimmed[m], whole[m], atol=1e-6)
-        assert torch.allclose(trimmed[m], alone[m], atol=1e-6)
+        torch.testing.assert_close(trimmed[m], whole[m], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trimmed[m], alone[m], atol=1e-5, rtol=1e-5)
