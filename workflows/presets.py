@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import gcd
+from typing import Literal
 
 from mfcore.ema import EmaConfig
 from mfcore.flow import TimeConfig
@@ -48,7 +49,10 @@ class Size:
     window_chunks: int
     longest: int  # chunks of the longest training clip
     shift: Mapping[str, float]
-    data_std: Mapping[str, float] = field(default_factory=lambda: {VIDEO: 0.5, AUDIO: 0.5})
+    data_std: Mapping[str, float | None] = field(default_factory=lambda: {VIDEO: 0.5, AUDIO: 0.5})
+    layout: Literal["own", "wan"] = "own"
+    word_heads: int | None = None
+    rope_seconds_scale: float = 8.0
 
 
 def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
@@ -60,7 +64,7 @@ def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
                 size=shapes.size[m],
                 patch=patches[m],
                 data_std=size.data_std[m],
-                anchor=shapes.still[m],
+                anchor=shapes.still[m] if size.data_std[m] is not None else 0,
             )
             for m in MODALITIES[stage]
         },
@@ -68,6 +72,9 @@ def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
         layers=size.layers,
         mlp_ratio=size.mlp_ratio,
         heads=size.heads,
+        word_heads=size.word_heads,
+        layout=size.layout,
+        rope_seconds_scale=size.rope_seconds_scale,
         text_dim=shapes.text_dim,
         chunk_seconds=shapes.chunk_seconds,
         window_chunks=size.window_chunks,
@@ -172,9 +179,21 @@ def small(stage: Stage, shapes: LatentShapes) -> RunConfig:
 
 
 def base(stage: Stage, shapes: LatentShapes) -> RunConfig:
-    """About 1.3B parameters with both branches, one node."""
+    """About 1.3B parameters in each branch, one node. Branches are built as Wan 2.1 1.3B, whose weights the video
+    branch can start from (``--init-video-from``), and read a transcript besides."""
     size = Size(
-        dim=1536, layers=13, heads=12, patch=(2, 2), window_chunks=10, longest=20, shift={VIDEO: 5.0, AUDIO: 1.0}
+        dim=1536,
+        layers=30,
+        heads=12,
+        mlp_ratio=8960 / 1536,
+        patch=(2, 2),
+        window_chunks=10,
+        longest=20,
+        shift={VIDEO: 5.0, AUDIO: 1.0},
+        data_std={VIDEO: None, AUDIO: 0.5},  # Wan's output is the velocity itself
+        layout="wan",
+        word_heads=3,
+        rope_seconds_scale=6.0,  # Wan counts latents: 24 frames a second, four to a latent
     )
     steps: dict[Stage, int] = {"video": 200_000, "audio": 200_000, "joint": 100_000, "mutual": 20_000}
     return _recipe(stage, shapes, size, batch=128, steps=steps, lr=1e-4)

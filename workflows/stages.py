@@ -157,7 +157,7 @@ def _check_parent(stage: Stage, path: Path, card: ModelCard, config: RunConfig, 
 
 
 def _size(model: ModelConfig) -> dict[str, object]:
-    return {k: v for k, v in vars(model).items() if k not in ("branches", "coupled")}
+    return {k: v for k, v in vars(model).items() if k not in ("branches", "coupled", "attention")}
 
 
 def _names(stage: Stage) -> str:

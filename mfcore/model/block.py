@@ -16,7 +16,7 @@ from mfcore.model.cache import KeyValue
 from mfcore.model.config import ModelConfig
 from mfcore.model.rope import Turn, rotate
 
-EPS = 1e-6  # of all norms
+RMS_EPS, LAYER_EPS = 1e-6, 1e-5  # added to the variance
 
 
 class HeadNorm(nn.Module):
@@ -32,7 +32,7 @@ class HeadNorm(nn.Module):
         self.offset = nn.Parameter(torch.empty(head_dim)) if offset else None
 
     def forward(self, x: Float[Tensor, "*batch e"]) -> Tensor:
-        y = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=EPS).to(x.dtype)  # autocast widens it
+        y = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=RMS_EPS).to(x.dtype)  # autocast widens it
         return y if self.offset is None else y + self.offset.to(x.dtype)
 
 
@@ -45,7 +45,7 @@ class WidthNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "B H N e"]) -> Tensor:
         flat = rearrange(x, "b h n e -> b n (h e)")
-        y = F.rms_norm(flat, flat.shape[-1:], self.weight.to(x.dtype), eps=EPS).to(x.dtype)
+        y = F.rms_norm(flat, flat.shape[-1:], self.weight.to(x.dtype), eps=RMS_EPS).to(x.dtype)
         return rearrange(y, "b n (h e) -> b h n e", h=x.shape[1])
 
 
@@ -121,7 +121,7 @@ class TextAttention(nn.Module):
 
 def modulate(x: Float[Tensor, "B N d"], shift: Tensor, scale: Tensor) -> Float[Tensor, "B N d"]:
     """Layer norm without weights, then the affine map that the noise level asks for."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+    return F.layer_norm(x, x.shape[-1:], eps=LAYER_EPS) * (1 + scale) + shift
 
 
 class Block(nn.Module):
@@ -136,7 +136,7 @@ class Block(nn.Module):
         self.qkv = nn.Linear(dim, dim + 2 * keys)
         self.norm_q, self.norm_k = query_key_norm(config, config.heads), query_key_norm(config, config.key_heads)
         self.out = nn.Linear(dim, dim)
-        self.norm_text = nn.LayerNorm(dim, eps=EPS)
+        self.norm_text = nn.LayerNorm(dim, eps=LAYER_EPS)
         self.text = TextAttention(config)
         self.mlp = nn.Sequential(
             nn.Linear(dim, config.hidden), nn.GELU(approximate="tanh"), nn.Linear(config.hidden, dim)
@@ -166,7 +166,7 @@ class Block(nn.Module):
         text: TextTokens,
         heard: Heard | None,
     ) -> Tensor:
-        """Residual updates: attention output, text attention, feed-forward. ``heard``, if already known, of ``text``."""
+        """Residual updates: attention output, text attention (``heard`` of ``text``, if known), feed-forward."""
         x = x + mod[2] * self.out(rearrange(attended, "b h n e -> b n (h e)"))
         x = x + self.text(self.norm_text(x), text, heard or self.text.hear(text))
         return x + mod[5] * self.mlp(modulate(x, mod[3], mod[4]))

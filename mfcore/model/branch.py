@@ -107,14 +107,15 @@ class Branch(nn.Module):
     def __init__(self, model: ModelConfig, config: BranchConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        width = config.channels * config.patch[0] * config.patch[1]
-        self.embed = nn.Linear(width, model.dim)
-        self.embed_sink = nn.Linear(width, model.dim)  # first frame or voice: coded apart from the latents that follow
+        self.embed = nn.Linear(config.width, model.dim)
+        self.embed_sink = nn.Linear(
+            config.width, model.dim
+        )  # first frame or voice: coded apart from the latents that follow
         self.absent = nn.Embedding(1, model.dim)  # stands for a reference voice that is not given
         self.levels = LevelEmbedding(model)
         self.text = TextInput(model)
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
-        self.head = nn.Linear(model.dim, width)
+        self.head = nn.Linear(model.dim, config.width)
         if config.anchor:
             self.anchor = nn.Embedding(1, config.anchor)  # share of the first frame that stays, per channel
 

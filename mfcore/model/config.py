@@ -33,6 +33,11 @@ class BranchConfig:
         """Tokens per latent."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def width(self) -> int:
+        """Numbers in a token."""
+        return self.channels * self.patch[0] * self.patch[1]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

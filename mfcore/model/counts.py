@@ -1,7 +1,7 @@
 """What a network costs, counted from its configuration: parameters, operations of a chunk, bytes.
 
 Letters: d width of a branch, g width of its keys, w width of its transcript attention, h feed-forward width,
-n tokens of a chunk, S keys that a token sees.
+S keys that a token sees.
 A multiplication and its addition are two operations (FLOPs); norms, activations and rotations are not counted.
 """
 
@@ -37,41 +37,65 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     return each | {"total": sum(p.numel() for p in net.parameters())}
 
 
-def chunk_load(config: ModelConfig, timeline: Timeline, *, caption: int, words: int, voice: int = 0) -> Load:
-    """A chunk late in a stream, with a full window of history. ``voice``: latents of the reference voice."""
+def chunk_load(config: ModelConfig, timeline: Timeline, *, caption: int, words: int) -> Load:
+    """A chunk late in a stream, with a full window of history. The sink is a frame and a chunk of the voice."""
     each = {m: timeline.max_count(m) * b.tokens for m, b in config.branches.items()}
-    sink = sum(b.tokens if m == VIDEO else max(voice, 1) for m, b in config.branches.items())
+    sink = sum(b.tokens if m == VIDEO else each[m] for m, b in config.branches.items())
     seen = sink + (config.window_chunks + 1) * sum(each.values())
     return Load(tokens=each, seen=seen, caption=caption, words=words)
 
 
-def forward_flops(config: ModelConfig, load: Load, *, text_known: bool = False) -> int:
-    """Operations of one evaluation of one chunk: matrix products and attention.
+def forward_flops(config: ModelConfig, load: Load) -> int:
+    """Operations of one evaluation of one chunk: matrix products and attention."""
+    parts = _multiplications(config, load)
+    return 2 * (config.layers * (parts.project + parts.rest) + parts.ends + parts.text)
 
-    Multiplications per token and layer: d^2 + 2 d g queries, keys, values; d^2 out; 2 d^2 + 2 d w text queries and out;
-    2 d h feed-forward; 2 d S attention; 2 d (caption + 1) + 2 w (words + 1) text attention. Per text token and layer its
-    keys and values (``text_known``: they lie ready from an earlier evaluation of the chunk). Per chunk the embeddings of
-    level and interval and the modulation made of them.
+
+def chunk_flops(config: ModelConfig, load: Load, steps: int) -> int:
+    """Operations of a chunk of a stream: ``steps`` evaluations, and the pass that writes keys and values.
+
+    The text is read once; of the writing pass the last layer ends with its keys, and nothing leaves the network.
     """
-    d, features = config.dim, config.level_features
-    keys, reading = config.key_heads * config.head_dim, config.reading_heads * config.head_dim
-    linear = d * (d + 2 * keys) + d * d + 2 * d * (d + reading) + 2 * d * config.hidden
-    attention = 2 * d * (load.seen + load.caption + 1) + 2 * reading * (load.words + 1)
-    # a token "nothing here" stands before caption and transcript
-    text = 2 * d * d * (load.caption + 1) + 2 * d * reading * (load.words + 1)
-    wan = config.layout == "wan"
-    final, refined = (0, load.caption * d * d) if wan else (2 * d * d, 0)
-    total = 0
-    for modality, n in load.tokens.items():
-        branch = config.branches[modality]
-        width = branch.channels * branch.patch[0] * branch.patch[1]
-        total += config.layers * n * (linear + attention)
-        total += 2 * n * width * d  # into tokens and out again
-        total += 2 * (features * d + d * d) + 6 * d * d + final  # level, interval; modulation of blocks and output
-        if not text_known:
-            total += config.layers * text + refined
-            total += load.caption * config.text_dim * d + load.words * (config.text_dim + DURATION_FEATURES) * d
-    return 2 * total
+    parts = _multiplications(config, load)
+    evaluations = steps * (config.layers * (parts.project + parts.rest) + parts.ends)
+    writing = config.layers * parts.project + (config.layers - 1) * parts.rest + parts.ends - parts.out
+    return 2 * (evaluations + writing + parts.text)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Multiplications of one chunk, all branches."""
+
+    project: int  # a layer's queries, keys and values
+    rest: int  # what else a layer does
+    ends: int  # tokens into the network and out again, and the noise level
+    out: int  # of these: tokens out again
+    text: int  # what is made of caption and transcript, all layers
+
+
+def _multiplications(config: ModelConfig, load: Load) -> _Parts:
+    """Per token and layer: d^2 + 2 d g queries, keys, values; d^2 out; 2 d^2 + 2 d w text queries and out; 2 d h
+    feed-forward; 2 d S attention; 2 d (caption + 1) + 2 w (words + 1) text attention, a token "nothing here" standing
+    before both. Per text token the embedding, and in each layer 2 d^2 or 2 d w keys and values. Per chunk and branch
+    the embeddings of level and interval, and the modulation made of them.
+    """
+    d, features, wan = config.dim, config.level_features, config.layout == "wan"
+    g, w = config.key_heads * config.head_dim, config.reading_heads * config.head_dim
+    tokens = sum(load.tokens.values())
+    text_attention = 2 * d * (load.caption + 1) + 2 * w * (load.words + 1)
+    rest = d * d + 2 * d * (d + w) + 2 * d * config.hidden + 2 * d * load.seen + text_attention
+    captions = load.caption * (config.text_dim * d + (d * d if wan else 0))
+    words = load.words * (config.text_dim + DURATION_FEATURES) * d
+    keys = config.layers * (2 * d * d * (load.caption + 1) + 2 * d * w * (load.words + 1))
+    level = 2 * (features * d + d * d) + 6 * d * d + (0 if wan else 2 * d * d)
+    out = sum(n * config.branches[m].width * d for m, n in load.tokens.items())
+    return _Parts(
+        project=tokens * d * (d + 2 * g),
+        rest=tokens * rest,
+        ends=2 * out + len(load.tokens) * level,
+        out=out,
+        text=len(load.tokens) * (captions + words + keys),
+    )
 
 
 def cache_bytes_per_second(config: ModelConfig, timeline: Timeline, element: int = 2) -> int:

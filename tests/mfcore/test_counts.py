@@ -8,14 +8,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfcore.model.counts import (
     Load,
     cache_bytes_per_second,
+    chunk_flops,
     chunk_load,
     forward_flops,
     parameters,
     state_bytes,
 )
-from mfcore.steps import Context, levels
+from mfcore.model.ring import ring_of
+from mfcore.rollout import noise_starts, rollout
+from mfcore.steps import Context, levels, schedule
 from mfcore.types import AUDIO, VIDEO
-from tests.mfcore.tiny import TIMELINE, batch, model_config, network
+from tests.mfcore.tiny import SHAPES, TIMELINE, batch, model_config, network
 
 
 @pytest.mark.parametrize("modalities", [(VIDEO,), (AUDIO,), (VIDEO, AUDIO)])
@@ -49,9 +52,35 @@ def test_operations_are_those_that_torch_counts():
     assert forward_flops(model.config, load) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1, "word_heads": 1}, {"layout": "wan"}], ids=str)
+@torch.no_grad()
+def test_operations_of_a_streamed_chunk_are_those_that_torch_counts(changes):
+    """Three steps and the pass that writes, after the window has filled."""
+    model, data = network(window=2, **changes), batch(rows=1, chunks=1)
+    most = sum(TIMELINE.max_count(m) * b.tokens for m, b in model.config.branches.items())
+    context = Context(model=model, cond=data.cond).opened().with_memories(lambda memory: ring_of(memory, most))
+    starts = noise_starts(TIMELINE, SHAPES, range(4, 8), 0, data.samples, data.cond.caption)
+    chunks = rollout(context, starts, schedule(3, {VIDEO: 1.0, AUDIO: 1.0}))
+    made = [next(chunks) for _ in range(3)]
+    history = sum(c.clean[m].latents.shape[1] * b.tokens for c in made[1:] for m, b in model.config.branches.items())
+    assert made[-1].context.memory is not None  # the pass that writes the chunk before
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        last = next(chunks)
+        assert last.context.memory is not None
+    tokens = {m: s.latents.shape[1] * model.config.branches[m].tokens for m, s in last.clean.items()}
+    sink = model.config.branches[VIDEO].tokens + data.cond.voice.shape[1]
+    load = Load(
+        tokens=tokens,
+        seen=sink + history + sum(tokens.values()),
+        caption=data.cond.caption.shape[1],
+        words=data.cond.words.shape[1],
+    )
+    assert chunk_flops(model.config, load, 3) == counter.get_total_flops()
+
+
 def test_a_chunk_of_a_stream_sees_its_window():
     config = model_config(VIDEO, AUDIO, window=2)
-    load = chunk_load(config, TIMELINE, caption=3, words=4, voice=8)
+    load = chunk_load(config, TIMELINE, caption=3, words=4)
     assert load.tokens == {VIDEO: 3 * 4, AUDIO: 8}
     assert load.seen == 4 + 8 + 3 * (12 + 8)
 

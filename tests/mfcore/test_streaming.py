@@ -32,7 +32,7 @@ def streamed(context: Context, data, **options) -> dict[str, Stream]:
 def recomputed(context: Context, data) -> dict[str, Stream]:
     """Without a cache: for every chunk the whole prefix again, in one pass under the window mask."""
     made: list[dict[str, Stream]] = []
-    for k, start in enumerate(starts(data)):
+    for start in starts(data):
         now = context if not made else context.remember(join_chunks(made), None)
         made.append(denoise(now, start, PLAN)[0])
     return join_chunks(made)

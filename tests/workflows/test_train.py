@@ -139,7 +139,7 @@ def test_the_latest_dataset_is_found_or_asked_for(tmp_path):
     assert not Path(plan["run_dir"]).exists()
 
 
-@pytest.mark.parametrize(("preset", "billions"), [("small", 0.1), ("base", 1.3), ("full", 13.9)])
+@pytest.mark.parametrize(("preset", "billions"), [("small", 0.1), ("base", 3.0), ("full", 13.9)])
 def test_a_dry_run_without_data_counts_a_preset_on_paper(tmp_path, preset, billions):
     result = train("joint", preset=preset, runs_dir=tmp_path, dry_run=True)
     counted = result["costs"]["parameters"]
