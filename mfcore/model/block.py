@@ -121,7 +121,7 @@ class TextAttention(nn.Module):
 
 def modulate(x: Float[Tensor, "B N d"], shift: Tensor, scale: Tensor) -> Float[Tensor, "B N d"]:
     """Layer norm without weights, then the affine map that the noise level asks for."""
-    return F.layer_norm(x, x.shape[-1:], eps=LAYER_EPS) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=LAYER_EPS), 1 + scale)
 
 
 class Block(nn.Module):
@@ -148,7 +148,7 @@ class Block(nn.Module):
         Of a single chunk they are the same for all tokens: (6, B, 1, d).
         """
         mod = self.table(shared)
-        return mod if shared.shape[1] == 1 else mod[:, :, chunk]
+        return mod if shared.shape[1] == 1 else mod.index_select(2, chunk)
 
     def project(self, x: Float[Tensor, "B N d"], mod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, N, e), keys (normed, not rotated) and values, both (B, G, N, e)."""
@@ -167,6 +167,6 @@ class Block(nn.Module):
         heard: Heard | None,
     ) -> Tensor:
         """Residual updates: attention output, text attention (``heard`` of ``text``, if known), feed-forward."""
-        x = x + mod[2] * self.out(rearrange(attended, "b h n e -> b n (h e)"))
+        x = torch.addcmul(x, mod[2], self.out(rearrange(attended, "b h n e -> b n (h e)")))
         x = x + self.text(self.norm_text(x), text, heard or self.text.hear(text))
-        return x + mod[5] * self.mlp(modulate(x, mod[3], mod[4]))
+        return torch.addcmul(x, mod[5], self.mlp(modulate(x, mod[3], mod[4])))

@@ -24,8 +24,9 @@ class KeyValue:
     def rows(self, index: Tensor) -> "KeyValue":
         return KeyValue(self.k[index], self.v[index])
 
-    def join(self, other: "KeyValue") -> "KeyValue":
-        return KeyValue(torch.cat([self.k, other.k], dim=2), torch.cat([self.v, other.v], dim=2))
+    def join(self, *others: "KeyValue") -> "KeyValue":
+        parts = (self, *others)
+        return KeyValue(torch.cat([p.k for p in parts], dim=2), torch.cat([p.v for p in parts], dim=2))
 
     @staticmethod
     def stack(parts: Sequence["KeyValue"]) -> "KeyValue":
@@ -133,4 +134,4 @@ class Recall:
             return own
         sink = self.memory.sink[layer]
         seen = KeyValue(rotate(sink.k.repeat(1, 1, self.copies, 1), self.turn), sink.v.repeat(1, 1, self.copies, 1))
-        return (seen.join(self.memory.past[layer]) if self.memory.past else seen).join(own)
+        return seen.join(self.memory.past[layer], own) if self.memory.past else seen.join(own)
