@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from workflows import console, environment
-from workflows.options import Json, Preset, Sets, numbers, pairs
+from workflows.options import Json, Preset, Sets, numbers, one_pair, pairs
 
 app = typer.Typer(name="bench", help="Speed on this hardware, against the limits.", no_args_is_help=True)
 
@@ -46,6 +46,43 @@ def train(
 
     def render(result: Any) -> str:
         from workflows.bench.train import render as table
+
+        return table(result)
+
+    console.run(work, as_json=json, render=render)
+
+
+@app.command("stream")
+def stream(
+    *,
+    preset: Preset = "tiny",
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture; default 64x64 or 192x336.")] = None,
+    steps: Annotated[int, typer.Option(help="Evaluations of the network per chunk.")] = 4,
+    chunks: Annotated[int, typer.Option(help="Chunks of the long stream.")] = 500,
+    rounds: Annotated[int, typer.Option(help="Of what is measured in turns.")] = 15,
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: CUDA where there is one.")] = None,
+    precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Default: bf16 on CUDA.")] = None,
+    sets: Sets,
+    json: Json = False,
+) -> None:
+    """Frames per second of streaming with random weights, and whether that stays so for ever."""
+
+    def work() -> Any:
+        from workflows.bench.stream import bench_stream
+
+        return bench_stream(
+            preset=preset,
+            size=None if size is None else one_pair(size, "--size"),
+            steps=steps,
+            chunks=chunks,
+            rounds=rounds,
+            device=device,
+            precision=precision,
+            sets=sets,
+        )
+
+    def render(result: Any) -> str:
+        from workflows.bench.stream import render as table
 
         return table(result)
 

@@ -47,3 +47,11 @@ def pairs(text: str, option: str) -> list[list[int]]:
         if len(part) != 2 or not all(edge.isdecimal() for edge in part):
             raise ValueError(f"{option} takes height x width pairs such as 192x336,336x192, got {'x'.join(part)!r}")
     return [[int(edge) for edge in part] for part in parts]
+
+
+def one_pair(text: str, option: str) -> tuple[int, int]:
+    """``192x336`` as (192, 336), or ValueError naming the option."""
+    found = pairs(text, option)
+    if len(found) != 1:
+        raise ValueError(f"{option} takes one height x width such as 192x336, got {text!r}")
+    return found[0][0], found[0][1]

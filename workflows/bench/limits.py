@@ -6,14 +6,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 EDGE = 1024  # of the square matrices whose product gives the rate
+CUDA_EDGE = 8192  # of those on a GPU, which smaller ones leave idle
 PRODUCTS = 8  # in a reading
 
 
@@ -42,20 +46,37 @@ def _cpu_attention() -> dict[Any, Any]:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of large square products in this process, with the threads it has."""
-    a, b = (torch.randn(EDGE, EDGE, device=device, dtype=dtype) for _ in range(2))
+    edge = CUDA_EDGE if device.type == "cuda" else EDGE
+    a, b = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
     synchronize()
     began = time.perf_counter()
     for _ in range(PRODUCTS):
         torch.mm(a, b)
     synchronize()
-    return PRODUCTS * 2 * EDGE**3 / (time.perf_counter() - began)
+    return PRODUCTS * 2 * edge**3 / (time.perf_counter() - began)
 
 
 def synchronize() -> None:
     """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def timed(device: torch.device, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[float, R]:
+    """Seconds until the device has done ``work``, and its result."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    result = work(*args, **kwargs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began, result
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes of all tensors: of a GPU as its allocator counts them, else ``live_bytes``."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else live_bytes()
 
 
 def live_bytes() -> int:

@@ -1,0 +1,265 @@
+"""``mfctl bench stream``: how fast chunks come from a network of random weights, and whether that stays so.
+
+One run measures, on one device and in this order: the rate of large matrix products, the first chunk, every chunk of
+a long stream, the same stream late against another one early (in turns), and one chunk with the cache against without.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median, quantiles
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mfcore.model.config import ModelConfig
+from mfcore.model.counts import Load, chunk_flops
+from mfcore.model.transformer import AVTransformer
+from mfcore.rollout import join_chunks
+from mfcore.steps import Context, denoise
+from mfcore.timeline import Timeline
+from mfcore.types import VIDEO, Condition
+from workflows import config_io, presets
+from workflows.bench import limits
+from workflows.bench.decoding import decode_ms
+from workflows.bench.network import random_network, weight_bytes
+from workflows.bench.streams import CAPTION, WORDS, Streamed, latents_of, noise_condition
+from workflows.geometry import FPS, Geometry, geometry, usual_size
+from workflows.memory import free_bytes, refuse_what_does_not_fit
+
+PAPER_FPS = {(192, 336): 30.0, (480, 768): 12.0, (704, 1280): 3.5}  # 7B + 7B, 4 to 8 evaluations, one GPU
+EARLY = 20  # chunks after which a stream's window is full
+CACHED_AT = 40  # chunks before the one that is made with and without the cache
+MOST_RECOMPUTED = 16_000  # tokens of a prefix: its dense mask grows with their square
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is streamed, and on what."""
+
+    preset: str
+    size: tuple[int, int]  # pixels, before they are padded
+    steps: int
+    chunks: int  # of the long stream
+    rounds: int  # of what is measured in turns
+    model: ModelConfig
+    known: Geometry
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def timeline(self) -> Timeline:
+        return self.known.timeline(tuple(self.model.branches))
+
+
+def bench_stream(
+    *,
+    preset: str = "tiny",
+    size: tuple[int, int] | None = None,
+    steps: int = 4,
+    chunks: int = 500,
+    rounds: int = 15,
+    device: Literal["cpu", "cuda"] | None = None,
+    precision: Literal["fp32", "bf16"] | None = None,
+    sets: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What ``--json`` prints. ValueError for what cannot be streamed, or does not fit into memory."""
+    plan = resolve(preset, size, steps, chunks, rounds, device, precision, sets)
+    refuse(plan)
+    with torch.no_grad(), torch.autocast(plan.device.type, plan.dtype, enabled=plan.dtype != torch.float32):
+        return measure(plan)
+
+
+def resolve(
+    preset: str,
+    size: tuple[int, int] | None,
+    steps: int,
+    chunks: int,
+    rounds: int,
+    device: Literal["cpu", "cuda"] | None,
+    precision: Literal["fp32", "bf16"] | None,
+    sets: Sequence[str],
+) -> Plan:
+    if min(steps, rounds) < 1 or chunks < EARLY + 2:
+        raise ValueError(
+            f"--steps and --rounds must be at least 1, --chunks at least {EARLY + 2}, got {steps}, {rounds}, {chunks}"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; leave it out to measure the CPU")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    size, known = size or usual_size(preset), geometry(preset)
+    config = presets.preset(preset, "joint", known.shapes(size))
+    config = config_io.change(config, config_io.parse_sets(sets))
+    return Plan(
+        preset=preset,
+        size=size,
+        steps=steps,
+        chunks=chunks,
+        rounds=rounds,
+        model=config.model,
+        known=known,
+        device=place,
+        dtype=torch.bfloat16
+        if (precision or ("bf16" if place.type == "cuda" else "fp32")) == "bf16"
+        else torch.float32,
+    )
+
+
+def parts_of(plan: Plan) -> dict[str, int]:
+    """Bytes that a stream holds, two of them for the comparison of late with early."""
+    load = load_of(plan)
+    keys = plan.model.key_heads * plan.model.head_dim
+    return {
+        "weights": weight_bytes(plan.model, plan.dtype),
+        "keys and values": 2 * 2 * plan.model.layers * load.seen * keys * plan.dtype.itemsize,
+    }
+
+
+def refuse(plan: Plan) -> None:
+    """ValueError where weights and cache do not fit, before they are made."""
+    order = [name for name in reversed(presets.PRESETS) if name != plan.preset]
+    smaller = order[list(reversed(presets.PRESETS)).index(plan.preset) :]
+    options = [(f"--precision bf16 --preset {plan.preset}", replace(plan, dtype=torch.bfloat16))]
+    for name in smaller:
+        known = geometry(name)
+        model = presets.preset(name, "joint", known.shapes(plan.size)).model
+        options.append((f"--preset {name}", replace(plan, preset=name, model=model, known=known)))
+    refuse_what_does_not_fit(
+        f"streaming preset {plan.preset} at {plan.size[0]}x{plan.size[1]}",
+        parts_of(plan),
+        free_bytes(plan.device),
+        [(typed, lambda other=other: sum(parts_of(other).values())) for typed, other in options],
+    )
+
+
+def load_of(plan: Plan) -> Load:
+    """A usual chunk: counts of sounds differ by one between chunks, so theirs is a mean, rounded."""
+    timeline, branches = plan.timeline, plan.model.branches
+    each = {m: round(timeline.count(m, EARLY, EARLY) / EARLY) * b.tokens for m, b in branches.items()}
+    sink = sum(b.tokens * (1 if m == VIDEO else timeline.count(m, 1)) for m, b in branches.items())
+    seen = sink + (plan.model.window_chunks + 1) * sum(each.values())
+    return Load(tokens=each, seen=seen, caption=CAPTION, words=WORDS)
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    rates = [limits.matmul_rate(plan.device, plan.dtype)]
+    net = random_network(plan.model, plan.device, plan.dtype)
+    cond = noise_condition(plan.model, plan.timeline, plan.device)
+    make = lambda: Streamed(net, cond, plan.timeline, plan.steps)
+    make().run(2)  # warms up
+    first_s = [make().run(1)[0] for _ in range(3)]
+    late, early = make(), make()
+    times = late.run(EARLY)
+    held = limits.held_bytes(plan.device)
+    times += late.run(plan.chunks - EARLY)
+    growth = limits.held_bytes(plan.device) / held
+    early.run(EARLY)
+    turns = [(late.run(1)[0], early.run(1)[0]) for _ in range(plan.rounds)]
+    del late, early
+    rates.append(limits.matmul_rate(plan.device, plan.dtype))
+    timing = {"first": first_s, "chunks": times[EARLY:], "ratios": [a / b for a, b in turns], "rates": rates}
+    return summary(plan, timing, growth, without_cache(plan, net, cond))
+
+
+def without_cache(plan: Plan, net: AVTransformer, cond: Condition) -> dict[str, Any]:
+    """One chunk after ``CACHED_AT`` others, with what a ring remembers and from the prefix alone, in turns."""
+    prefix = sum(plan.timeline.count(m, CACHED_AT) * b.tokens for m, b in plan.model.branches.items())
+    if prefix > MOST_RECOMPUTED:
+        return {"cached_speedup": None, "not_compared": f"a prefix of {prefix} tokens is too long for a dense mask"}
+    ring = Streamed(net, cond, plan.timeline, plan.steps)
+    history = join_chunks(chunk.clean for chunk in ring.chunks(CACHED_AT))
+    kept, start = ring.now.snapshot(), next(ring.starts)
+    bare = Context(model=net, cond=cond).opened()
+    whole: list[float] = []  # nothing is kept from one evaluation to the next
+    once: list[float] = []  # the prefix is run once for all evaluations of the chunk
+    cached: list[float] = []
+    gap = 0.0
+    for _ in range(max(3, plan.rounds // 3)):
+        remembered_s, context = limits.timed(plan.device, bare.remember, history, None)
+        made_s, (made, _) = limits.timed(plan.device, denoise, context, start, ring.plan)
+        again = ring.from_here(kept)
+        own_s, (own, _) = limits.timed(plan.device, denoise, again, start, ring.plan)
+        stored_s, _ = limits.timed(plan.device, again.remember, own, None)
+        whole.append(plan.steps * remembered_s + made_s)
+        once.append(remembered_s + made_s)
+        cached.append(own_s + stored_s)
+        gap = max(gap, *(_gap(made[m].latents, own[m].latents) for m in made))
+    return {
+        "cached_speedup": median(a / b for a, b in zip(whole, cached, strict=True)),
+        "cached_speedup_prefix_once": median(a / b for a, b in zip(once, cached, strict=True)),
+        "cached_gap": gap,
+    }
+
+
+def _gap(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def summary(
+    plan: Plan, timing: Mapping[str, Sequence[float]], growth: float, compared: Mapping[str, Any]
+) -> dict[str, Any]:
+    chunk_s, rate = median(timing["chunks"]), median(timing["rates"])
+    frames = float(FPS) * plan.model.chunk_seconds
+    flops = chunk_flops(plan.model, load_of(plan), plan.steps)
+    paper = PAPER_FPS.get(plan.size)
+    return {
+        "preset": plan.preset,
+        "device": torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "cpu",
+        "precision": str(plan.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "size": list(plan.size),
+        "padded": list(plan.known.padded(plan.size)),
+        "steps": plan.steps,
+        "cache_passes": 1,
+        "chunks": plan.chunks,
+        "window_chunks": plan.model.window_chunks,
+        "tokens_per_chunk": sum(load_of(plan).tokens.values()),
+        "fps": frames / chunk_s,
+        "fps_ceiling": frames * rate / flops,
+        "paper_fps": paper,
+        "over_paper": None if paper is None else frames / chunk_s / paper,
+        "seconds_per_second": plan.model.chunk_seconds / chunk_s,
+        "first_chunk_s": median(timing["first"]),
+        "chunk_ms_p50": 1e3 * chunk_s,
+        "chunk_ms_p99": 1e3 * quantiles(timing["chunks"], n=100)[98],
+        "late_over_early": median(timing["ratios"]),
+        "memory_late_over_early": growth,
+        "peak_memory_bytes": limits.peak_bytes(),
+        "gflop_per_chunk": flops / 1e9,
+        "flops_per_s": flops / chunk_s,
+        "matmul_flops_per_s": rate,
+        "ratio_to_matmul": flops / chunk_s / rate,
+        **compared,
+        "decode_ms": decode_ms(plan.known, latents_of(plan.model), plan.timeline, plan.rounds),
+    }
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The table for people."""
+    size, padded = ("x".join(map(str, result[key])) for key in ("size", "padded"))
+    paper = (
+        f"{result['paper_fps']:g} ({result['over_paper']:.2f} times)" if result["paper_fps"] else "none at this size"
+    )
+    speedup = result["cached_speedup"]
+    decode = result["decode_ms"]
+    lines = [
+        f"preset {result['preset']} at {size} (padded to {padded}), {result['steps']} steps and a pass that writes the "
+        f"cache, {result['precision']} on {result['device']}, {result['threads']} thread(s)",
+        f"{'frames per second':24} {result['fps']:9.2f}   ceiling by products {result['fps_ceiling']:.1f}; "
+        f"the paper {paper}",
+        f"{'first chunk':24} {1e3 * result['first_chunk_s']:9.1f} ms",
+        f"{'a chunk':24} {result['chunk_ms_p50']:9.1f} ms median, {result['chunk_ms_p99']:.1f} ms 99th percentile, of "
+        f"{result['chunks']}; {result['seconds_per_second']:.2f} seconds of clip a second",
+        f"{'late over early':24} {result['late_over_early']:9.3f}   chunk {result['chunks']} over chunk {EARLY}; "
+        f"memory {result['memory_late_over_early']:.3f}, peak {result['peak_memory_bytes'] / 1e6:.0f} MB",
+        f"{'operations':24} {result['flops_per_s'] / 1e9:9.1f} GFLOP/s, {result['ratio_to_matmul']:.1%} of large "
+        f"products ({result['matmul_flops_per_s'] / 1e9:.1f}); {result['gflop_per_chunk']:.2f} GFLOP a chunk",
+        result["not_compared"]
+        if speedup is None
+        else f"{'with the cache':24} {speedup:9.1f} times as fast as without at chunk {CACHED_AT}, "
+        f"{result['cached_speedup_prefix_once']:.1f} times where the prefix is run once a chunk; "
+        f"difference {result['cached_gap']:.0e}",
+        f"{'decoding a chunk':24} "
+        + (", ".join(f"{m} {ms:.1f} ms" for m, ms in decode.items()) if decode else "not measured: needs weights"),
+    ]
+    return "\n".join(lines)
