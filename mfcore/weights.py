@@ -24,16 +24,24 @@ def joined(parts: Mapping[str, Weights]) -> dict[str, Tensor]:
 
 
 def load_strict(module: nn.Module, weights: Weights, source: str) -> None:
-    """Every weight of ``module`` from ``weights`` and none left over. ValueError names the first that does not fit."""
+    """Every weight of ``module`` from ``weights`` and none left over. ValueError names all that do not fit."""
     own = dict(module.named_parameters())
-    odd = sorted(own.keys() ^ weights.keys())
-    wrong = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-    if odd:
-        where = "is missing in" if odd[0] in own else "stands only in"
-        raise ValueError(f"{source} is of another network: {odd[0]} {where} it ({len(odd)} such weights)")
-    if wrong:
-        name = min(wrong)
-        raise ValueError(
-            f"{source} is of another size: {name} is {tuple(weights[name].shape)} there, {tuple(own[name].shape)} here"
-        )
+    missing, foreign = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or foreign:
+        parts = [
+            f"{', '.join(names)} {where}" for names, where in ((missing, "missing"), (foreign, "unknown")) if names
+        ]
+        raise ValueError(f"{source} is of another network ({len(missing) + len(foreign)} names): {'; '.join(parts)}")
+    check_shapes(own, weights, source)
     module.load_state_dict(dict(weights))
+
+
+def check_shapes(own: Weights, others: Weights, source: str) -> None:
+    """ValueError lists every weight of ``others`` that has another shape than ours."""
+    wrong = [
+        f"{name} {tuple(w.shape)} there, {tuple(own[name].shape)} here"
+        for name, w in sorted(others.items())
+        if w.shape != own[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{source} is of another size ({len(wrong)} weights): {'; '.join(wrong)}")

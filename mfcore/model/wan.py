@@ -1,0 +1,132 @@
+"""Weights of Wan's video transformer, as diffusers names them, in a video branch of Wan's layout.
+
+Wan attends to all frames and reads a caption; this branch attends to a window and a sink and reads a transcript too.
+What Wan has is taken over; what it lacks starts without effect (the transcript's part of the text attention ends in
+zeros), as a copy (a first frame is embedded as frames are), or as ``init.initialise`` left it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from einops import EinopsError, rearrange
+from torch import Tensor
+
+from mfcore.model.config import ModelConfig
+from mfcore.types import VIDEO
+from mfcore.weights import Weights, branch_weights, check_shapes
+
+Make = Callable[[list[Tensor], Tensor], Tensor]
+"""A weight from Wan's, and from the one that it takes the place of."""
+KINDS = ("weight", "bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A branch's weights, and where they came from."""
+
+    weights: dict[str, Tensor]  # by full name
+    loaded: dict[str, tuple[str, ...]]  # own name: Wan's
+    initialised: list[str]  # own names of what Wan lacks
+    skipped: list[str]  # Wan's names of what has no place here
+
+
+def take_over(wan: Weights, own: Weights, config: ModelConfig) -> Taken:
+    """The video branch of ``own`` with the weights of ``wan``. ValueError lists every name that is missing or does not
+    fit."""
+    grouped = config.key_heads != config.heads
+    if config.layout != "wan" or grouped or VIDEO not in config.branches:
+        raise ValueError(
+            "Wan's weights fit a network with a video branch, model.layout=wan and as many kv_heads as heads: "
+            "use --preset base"
+        )
+    rules = [(f"branches.{VIDEO}.{name}", names, make) for name, names, make in _rules(config)]
+    if missing := sorted({name for _, names, _ in rules for name in names} - wan.keys()):
+        raise ValueError(f"no weights of a Wan text-to-video transformer of {config.layers} layers: {missing} missing")
+    kept = branch_weights(own, VIDEO)
+    made: dict[str, Tensor] = {}
+    unlike: dict[str, Tensor] = {}
+    for name, names, make in rules:
+        try:
+            made[name] = make([wan[n].float() for n in names], kept[name])
+        except (RuntimeError, ValueError, EinopsError):  # parts that do not even go together
+            unlike[name] = wan[names[0]]
+    check_shapes(kept, made | unlike, "Wan's weights")
+    return Taken(
+        weights=kept | {name: weight.to(kept[name].dtype) for name, weight in made.items()},
+        loaded={name: names for name, names, _ in rules},
+        initialised=sorted(kept.keys() - made.keys()),
+        skipped=sorted(wan.keys() - {name for _, names, _ in rules for name in names}),
+    )
+
+
+def _rules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], Make]]:
+    """Own name, Wan's names, and how one is made of the others."""
+    time, text = "condition_embedder.time_embedder.linear_", "condition_embedder.text_embedder.linear_"
+    patch_h, patch_w = config.branches[VIDEO].patch
+    for own in ("embed", "embed_sink"):
+        yield f"{own}.weight", ("patch_embedding.weight",), lambda parts, _: parts[0].flatten(1)
+        yield f"{own}.bias", ("patch_embedding.bias",), _same
+    for kind in KINDS:
+        yield f"levels.level.0.{kind}", (f"{time}1.{kind}",), _same
+        yield f"levels.level.2.{kind}", (f"{time}2.{kind}",), _same
+        yield f"levels.shared.{kind}", (f"condition_embedder.time_proj.{kind}",), _same
+        yield f"text.caption.{kind}", (f"{text}1.{kind}",), _same
+        yield f"text.refine.1.{kind}", (f"{text}2.{kind}",), _same
+        # Wan orders what leaves a token by place, then channel
+        yield (
+            f"head.{kind}",
+            (f"proj_out.{kind}",),
+            lambda parts, _: rearrange(parts[0], "(p q c) ... -> (c p q) ...", p=patch_h, q=patch_w),
+        )
+    yield "levels.final.weight", ("scale_shift_table",), _first
+    for layer in range(config.layers):
+        yield from _block_rules(config, f"blocks.{layer}.", f"blocks.{layer}.")
+
+
+def _block_rules(config: ModelConfig, own: str, wan: str) -> Iterator[tuple[str, tuple[str, ...], Make]]:
+    d, turned = config.dim, _pairs_apart(config)
+    yield f"{own}table.weight", (f"{wan}scale_shift_table",), _first
+    for norm in ("q", "k"):
+        yield f"{own}norm_{norm}.weight", (f"{wan}attn1.norm_{norm}.weight",), lambda parts, _: turned(parts[0])
+        yield f"{own}text.norm_caption_{norm}.weight", (f"{wan}attn2.norm_{norm}.weight",), _same
+    for kind in KINDS:
+        q, k, v = (f"{wan}attn1.to_{part}.{kind}" for part in "qkv")
+        yield (
+            f"{own}qkv.{kind}",
+            (q, k, v),
+            lambda parts, _: torch.cat([turned(parts[0]), turned(parts[1]), parts[2]]),
+        )
+        yield f"{own}out.{kind}", (f"{wan}attn1.to_out.0.{kind}",), _same
+        yield f"{own}norm_text.{kind}", (f"{wan}norm2.{kind}",), _same
+        yield (
+            f"{own}text.query.{kind}",
+            (f"{wan}attn2.to_q.{kind}",),
+            lambda parts, kept: torch.cat([parts[0], kept[d:]]),
+        )
+        keys = (f"{wan}attn2.to_k.{kind}", f"{wan}attn2.to_v.{kind}")
+        yield f"{own}text.caption.{kind}", keys, lambda parts, _: torch.cat(parts)
+        yield f"{own}mlp.0.{kind}", (f"{wan}ffn.net.0.proj.{kind}",), _same
+        yield f"{own}mlp.2.{kind}", (f"{wan}ffn.net.2.{kind}",), _same
+    yield (
+        f"{own}text.out.weight",
+        (f"{wan}attn2.to_out.0.weight",),
+        lambda parts, kept: torch.cat([parts[0], torch.zeros_like(kept[:, d:])], dim=1),
+    )
+    yield f"{own}text.out.bias", (f"{wan}attn2.to_out.0.bias",), _same
+
+
+def _same(parts: list[Tensor], kept: Tensor) -> Tensor:
+    del kept
+    return parts[0]
+
+
+def _first(parts: list[Tensor], kept: Tensor) -> Tensor:
+    """Without the leading axis that Wan gives its tables for the batch."""
+    del kept
+    return parts[0][0]
+
+
+def _pairs_apart(config: ModelConfig) -> Callable[[Tensor], Tensor]:
+    """Wan turns channels (2 i, 2 i + 1) of a head together, we turn (i, i + half): the same pairs in another order."""
+    return lambda weight: rearrange(weight, "(h i two) ... -> (h two i) ...", h=config.heads, two=2)
