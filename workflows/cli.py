@@ -229,6 +229,12 @@ def train(
             help="Finished runs to start from; default: the latest ones under runs/. May be repeated.",
         ),
     ],
+    init_video_from: Annotated[
+        str | None,
+        typer.Option(
+            parser=environment.absolute, metavar="DIR", help="Start from Wan's video weights in this folder (base)."
+        ),
+    ] = None,
     run: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run; the same name resumes.")] = None,
     preset: Preset = "tiny",
     sets: Sets,
@@ -239,6 +245,8 @@ def train(
     """Train one stage on Ray Train and DeepSpeed. The same command again resumes."""
 
     def work() -> Any:
+        from json import dumps as quoted
+
         from workflows.train import train as run_train
         from workflows.training.samples import training_samples
 
@@ -247,7 +255,7 @@ def train(
             data=data,
             init_from=init_from,
             preset=preset,
-            sets=sets,
+            sets=[*sets, *([f"init_video={quoted(init_video_from)}"] if init_video_from else [])],
             config_file=config,
             run=run,
             dry_run=dry_run,

@@ -36,6 +36,7 @@ class RunConfig:
     seed: int = 0
     steps: int  # optimizer steps of the stage
     model: ModelConfig
+    init_video: str | None = None  # folder of Wan's video weights to start from, as diffusers saves them; stage video
     objective: FlowMatchingConfig | MutualConfig
     optim: OptimConfig
     fake: FakeConfig = field(default_factory=FakeConfig)  # what the fake score is; mutual only
@@ -52,6 +53,8 @@ class RunConfig:
     skip_nonfinite: int = 0  # steps that may be left out because a loss or gradient is not finite, before the run stops
 
     def __post_init__(self) -> None:
+        if self.init_video and self.stage != "video":
+            raise ValueError(f"init_video is for stage video: stage {self.stage} starts from finished runs (--from)")
         if self.sample_every < 0 or self.sample_clips < 1:
             raise ValueError(
                 f"sample_every must be at least 0 and sample_clips at least 1, got {self.sample_every}, "

@@ -9,6 +9,7 @@ from mfcore.timeline import Timeline
 from workflows import config_io, presets
 from workflows.config import RunConfig, Stage
 from workflows.geometry import geometry, usual_size
+from workflows.initial import taken_over
 
 FEW_STEPS = 4
 CAPTION, WORDS = 128, 8  # tokens of a caption; words within reach of a chunk
@@ -44,5 +45,6 @@ def on_paper(stage: Stage, preset: str, sets: Sequence[str], config_file: str | 
         "stage": stage,
         "config": config_io.dump(config),
         "costs": costs(config, known.timeline()),
+        **taken_over(config),
         "latents": f"as {known.name} would give them at {height}x{width} and 24 frames per second",
     }

@@ -20,6 +20,7 @@ from mfcore.weights import joined, load_strict
 from preprocessing.reader import ClipDataset, DatasetMeta
 from workflows.checkpoint import ModelCard, load_card, load_weights
 from workflows.config import RunConfig, Stage
+from workflows.initial import load_wan
 from workflows.presets import LatentShapes
 
 NEVER = 1 << 40
@@ -178,8 +179,10 @@ def check_parents(stage: Stage, found: Sequence[tuple[Stage, Path]]) -> dict[Sta
 
 
 def initial_network(config: RunConfig, parents: Mapping[Stage, Path]) -> nn.Module:
-    """The student before its first step: the parents' EMA weights, or fresh ones."""
+    """The student before its first step: the parents' EMA weights, or fresh ones and what ``init_video`` names."""
     model = build_model(config.model, config.seed)
+    if config.init_video:
+        load_wan(model, config.model, config.init_video)
     if not parents:
         return model
     weights = {stage: load_weights(path) for stage, path in parents.items()}

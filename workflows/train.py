@@ -33,6 +33,7 @@ from workflows.checkpoint import (
 )
 from workflows.config import Stage
 from workflows.console import training_display
+from workflows.initial import taken_over
 from workflows.loop import Stopped
 from workflows.stages import STAGES, headline, make_card
 from workflows.tracking import tracking_uri
@@ -81,12 +82,15 @@ def train(
             return plan.on_paper(stage, preset, sets, config_file) | {"missing": str(missing)}
         raise
     card = make_card(request.config, request.dataset.meta, request.parents)
+    start = taken_over(request.config)
     if dry_run:
         return {
             **request.record(),
             "run_dir": str(request.run_dir),
             "costs": plan.costs(request.config, card.timeline),
+            **start,
         }
+    _say(start.get("init_video", ""))
     _check_record(request)
     with _lease(request.run_dir) as lease, _checkpoint_lease(request):
         if finished(request.run_dir) is None:
@@ -231,7 +235,8 @@ def _conclude(request: Request, sample: Sample | None, uri: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if text:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _result(request: Request) -> dict[str, Any]:
