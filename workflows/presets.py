@@ -53,6 +53,7 @@ class Size:
     layout: Literal["own", "wan"] = "own"
     word_heads: int | None = None
     rope_seconds_scale: float = 8.0
+    attention: Literal["sdpa", "flex"] = "flex"
 
 
 def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
@@ -73,6 +74,7 @@ def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
         mlp_ratio=size.mlp_ratio,
         heads=size.heads,
         word_heads=size.word_heads,
+        attention=size.attention,
         layout=size.layout,
         rope_seconds_scale=size.rope_seconds_scale,
         text_dim=shapes.text_dim,
@@ -98,6 +100,7 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
         longest=8,
         shift={VIDEO: 3.0, AUDIO: 3.0},
         data_std={VIDEO: 0.15, AUDIO: 0.2},
+        attention="sdpa",
     )
     time = TimeConfig(shift={m: size.shift[m] for m in MODALITIES[stage]})
     model, engine = _model(stage, shapes, size), EngineConfig(zero_stage=1, workers=2)

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import tee
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, UInt8
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from mfcore.codecs.base import Codec, StreamDecoder
 from mfcore.codecs.known import build_codec, build_text_codec
 from mfcore.model.ring import ring_of
-from mfcore.rollout import noise_starts, rollout
-from mfcore.steps import Context, Mode, evaluations, schedule
-from mfcore.types import AUDIO, VIDEO, Condition, Stream
+from mfcore.model.transformer import AVTransformer, NonFiniteActivation
+from mfcore.rollout import Chunk, noise_starts, rollout
+from mfcore.steps import Context, Mode, Schedule, denoise, evaluations, schedule
+from mfcore.types import AUDIO, VIDEO, Condition, Stream, Streams
 from preprocessing.record import Word
 from workflows.checkpoint import ModelCard, Weights, load_export
 from workflows.training import ranks
@@ -167,8 +169,25 @@ class Streamer:
         context = context.with_memories(lambda memory: ring_of(memory, most))
         trust = None if how.label is None else torch.full((rows,), how.label, device=self._device)
         plan = schedule(how.steps, self.card.shift)
-        for chunk in rollout(context, starts, plan, mode=how.mode, trust=trust, conds=conds):
+        starts, same = tee(starts)
+        made = rollout(context, starts, plan, mode=how.mode, trust=trust, conds=conds)
+        for start, chunk in zip(same, made, strict=False):
+            if not all(bool(s.latents.isfinite().all()) for s in chunk.clean.values()):
+                self._blame(chunk, start, plan, how)
             yield chunk.clean
+
+    def _blame(self, chunk: Chunk, start: Streams, plan: Schedule, how: Sampling) -> NoReturn:
+        """Make a chunk that is not finite again, looking at every block. NonFiniteActivation names the place."""
+        networks = [part for part in self.model.modules() if isinstance(part, AVTransformer)]
+        try:
+            for network in networks:
+                network.guard = True
+            denoise(chunk.before, start, plan, mode=how.mode)
+        finally:
+            for network in networks:
+                network.guard = False
+        number = int(next(iter(start.values())).chunk[0])
+        raise NonFiniteActivation(f"chunk {number} is not finite, though what leaves its blocks is: look at the head")
 
     def raw(self, modality: str, whitened: Float[Tensor, "..."], *, head: bool = False) -> Tensor:
         """Latents as the codec reads them."""

@@ -8,7 +8,7 @@ own rotated copy of the sink's keys, which it alone sees (METHOD 4).
 mask      computed by         for
 ========  ==================  =========================================================================
 a Tensor  SDPA, dense         the reference; any device
-BlockMask FlexAttention       training on CUDA: blocks that nobody sees are skipped. No gradient on a CPU
+BlockMask FlexAttention       training on CUDA: blocks that nobody sees are skipped
 None      SDPA without mask   streaming: the cache holds nothing but what the chunk sees
 ========  ==================  =========================================================================
 """
@@ -54,8 +54,9 @@ class Sight:
         return create_block_mask(visible, None, None, len(chunk), len(first), device, _compile=device.type == "cuda")
 
     def mask(self, backend: Backend, device: torch.device) -> Mask:
-        """For ``attend``. One that forbids nothing is dropped."""
-        if backend == "flex":
+        """For ``attend``. FlexAttention has no gradient on a CPU: there its place is taken by the reference, of which a
+        mask that forbids nothing is dropped."""
+        if backend == "flex" and device.type == "cuda":
             return self.blocks(device)
         dense = self.dense()
         return None if bool(dense.all()) else dense.to(device)

@@ -56,7 +56,7 @@ class ModelConfig:
     rope_seconds_scale: float = 8.0  # rotary time units per second
     word_horizon_seconds: float = 1.0  # transcript further away than this is not attended to
     coupled: bool = True  # False: branches attend to themselves only (ablation)
-    attention: Literal["sdpa", "flex"] = "sdpa"  # of passes with a mask; flex has a gradient on CUDA only
+    attention: Literal["sdpa", "flex"] = "sdpa"  # of passes with a mask, on CUDA; elsewhere sdpa
     layout: Literal["own", "wan"] = "own"  # wan: norms, rotations and embeddings as in Wan 2.1, to load its weights
 
     def __post_init__(self) -> None:

@@ -50,6 +50,10 @@ class _Pass:
     seen: Recall | RingMemory
 
 
+class NonFiniteActivation(FloatingPointError):
+    """Numbers inside a network that are not finite, with the block and the chunk where they first are."""
+
+
 class AVTransformer(nn.Module):
     """A causal velocity model of paired audio and video; see ``mfcore.types.VelocityModel`` for what a call means.
 
@@ -62,6 +66,7 @@ class AVTransformer(nn.Module):
         names = [m for m in MODALITIES if m in config.branches]
         self.branches = nn.ModuleDict({m: Branch(config, config.branches[m]) for m in names})
         self.recompute = False  # run layers again in the backward pass instead of keeping what is inside them
+        self.guard = False  # look at what leaves every block, which makes a GPU wait; raises NonFiniteActivation
 
     def forward(
         self,
@@ -196,6 +201,8 @@ class AVTransformer(nn.Module):
             run = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
             hidden, own = run(layer, hidden, step, rotated)
             kept.append(own)
+            if self.guard:
+                check_finite(layer, hidden, step.scene.at.chunk.split(step.scene.sizes))
         return hidden, kept
 
     def _written(self, hidden: dict[str, Tensor], step: _Pass, *, rotated: bool = True) -> list[KeyValue]:
@@ -241,6 +248,17 @@ class AVTransformer(nn.Module):
         edge = (at.chunk.unique() - self.config.window_chunks).double() * self.config.chunk_seconds
         times = (edge[:, None] + sink.times[None]).flatten()
         return turn(angles(times, sink.ys.repeat(len(edge)), sink.xs.repeat(len(edge)), self.config), like)
+
+
+def check_finite(layer: int, hidden: dict[str, Tensor], chunks: tuple[Tensor, ...]) -> None:
+    """NonFiniteActivation names the branches, the block, and the first chunk (of ``chunks``, one for each token)."""
+    odd: list[str] = []
+    for (m, h), chunk in zip(hidden.items(), chunks, strict=True):
+        bad = ~h.isfinite().all(dim=-1).all(dim=0).cpu()
+        if bool(bad.any()):
+            odd.append(f"{m} chunk {int(chunk[bad][0])} ({int(bad.sum())} of {len(bad)} tokens)")
+    if odd:
+        raise NonFiniteActivation(f"activations are not finite after block {layer}: {', '.join(odd)}")
 
 
 def sink_streams(cond: Condition, config: ModelConfig) -> dict[str, Stream]:

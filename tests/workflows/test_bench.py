@@ -87,9 +87,14 @@ def test_a_batch_holds_the_asked_tokens_per_rank_and_no_clip_more(workers):
 def test_operations_are_those_of_the_formula():
     a, b = torch.randn(7, 5, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     assert limits.count_flops(lambda: (a @ b).sum().backward()) == 3 * 2 * 7 * 5 * 3
-    q = torch.randn(1, 2, 8, 16, requires_grad=True)
-    attention = limits.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
-    assert attention == 2 * (2 * 2 * 8 * 8 * 16)
+    q = torch.randn(1, 2, 8, 16)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert limits.count_flops(lambda: attention(q, q, q)) == 2 * (2 * 2 * 8 * 8 * 16)
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()
+    assert limits.count_flops(lambda: attention(q, q, q, attn_mask=causal)) == 2 * (2 * 2 * 36 * 16)
+    trained = q.clone().requires_grad_()
+    way_back = lambda: attention(trained, q, q, attn_mask=causal).sum().backward()
+    assert limits.count_flops(way_back) == 3 * 2 * (2 * 2 * 36 * 16)
 
 
 def test_bytes_count_shared_storage_once():

@@ -67,6 +67,22 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(exports):
         assert not torch.allclose(b[VIDEO].latents[0], b[VIDEO].latents[1])
 
 
+def test_numbers_that_are_not_finite_are_named_by_block_and_chunk(exports):
+    streamer = Streamer.load(exports["mutual"])
+    cond, how = one_condition(streamer), Sampling(steps=2)
+    made = streamer.stream(cond, 4, how)
+    next(made), next(made)
+    broken = streamer.model.branch(AUDIO).block(1).mlp[2].bias
+    broken[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"not finite after block 1: audio chunk 2 \(\d+ of \d+ tokens\)"):
+        next(made)
+    assert not streamer.model.guard
+    broken[0] = 0.0
+    streamer.model.branch(VIDEO).head.bias[0] = torch.inf
+    with pytest.raises(FloatingPointError, match="chunk 0 is not finite, .* look at the head"):
+        next(streamer.stream(cond, 4, how))
+
+
 def test_an_mp4_with_picture_and_sound(exports, image, voice, tmp_path):
     out = tmp_path / "out.mp4"
     facts = generate(

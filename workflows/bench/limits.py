@@ -10,8 +10,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,26 +24,43 @@ PRODUCTS = 8  # in a reading
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """Operations of the matrix products and of the attention that ``work`` does: two per multiply-add."""
-    with FlopCounterMode(display=False, custom_mapping=_cpu_attention()) as counter:
+    """Operations of the matrix products that ``work`` does, and of the attention that it needs: two per multiply-add.
+
+    Of a dense mask only the entries that it allows are counted, whatever a kernel multiplies besides; an attention
+    that will be differentiated counts three times, as products do.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_no_attention()) as counter, _Attention() as attention:
         work()
-    return counter.get_total_flops()
+    return counter.get_total_flops() + attention.flops
 
 
-def _cpu_attention() -> dict[Any, Any]:
-    """torch counts attention on GPUs only. A mask is not looked at: what it forbids is multiplied all the same."""
+class _Attention(TorchFunctionMode):
+    """Counts useful entries of all attention inside."""
 
-    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
 
-    def backward(out: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return sdpa_backward_flop_count(out, query, key, value)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is scaled_dot_product_attention:
+            query, key = args[:2]
+            batch, heads, queries, width = query.shape
+            mask = kwargs.get("attn_mask")
+            useful = batch * queries * key.shape[2]
+            if mask is not None:
+                useful = int(mask.expand(batch, 1, queries, key.shape[2]).sum())
+            self.flops += 2 * 2 * heads * width * useful * (3 if out.requires_grad else 1)
+        return out
 
+
+def _no_attention() -> dict[Any, Any]:
+    """torch counts some kernels, and without a look at the mask."""
     aten = torch.ops.aten
-    return {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
+    kernels = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+    both = [getattr(aten, f"_scaled_dot_product_{kernel}{way}") for kernel in kernels for way in ("", "_backward")]
+    return dict.fromkeys(both, lambda *_, **__: 0)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,0 +1,81 @@
+"""The same truths on a CUDA device: `pytest -m gpu tests/gpu`."""
+
+import pytest
+import torch
+
+from mfcore.model.attention import attend
+from mfcore.model.ring import ring_of
+from mfcore.rollout import join_chunks, noise_starts, rollout
+from mfcore.steps import Context, levels, schedule
+from mfcore.types import AUDIO, VIDEO
+from tests.mfcore.test_attention import qkv, sight
+from tests.mfcore.test_streaming import MOST, PLAN
+from tests.mfcore.tiny import SHAPES, TIMELINE, batch, network
+from workflows.bench.stream import bench_stream
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(1200),
+]
+DEVICE = torch.device("cuda")
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_flex_and_its_gradient_are_those_of_the_dense_mask(groups):
+    seen, answers = sight(chunks=20, per=33), []
+    for backend in ("sdpa", "flex"):
+        q, k, v = (x.to(DEVICE).requires_grad_() for x in qkv(seen, torch.float32, groups))
+        out = attend(q, k, v, seen.mask(backend, DEVICE))
+        out.square().sum().backward()
+        answers.append((out, q.grad, k.grad, v.grad))
+    for dense, flex in zip(*answers, strict=True):
+        torch.testing.assert_close(flex, dense, atol=2e-3, rtol=2e-3)  # products in TF32
+
+
+def test_training_gradients_by_either_backend():
+    data, gradients = batch(rows=2, chunks=6).to(DEVICE), []
+    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
+    for attention in ("sdpa", "flex"):
+        model = network(attention=attention).to(DEVICE)
+        context = Context(model=model, cond=data.cond).remember(data.streams, None)
+        sum(u.square().sum() for u in context.velocity(data.streams, t, t).values()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for name, dense in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], dense, atol=1e-2, rtol=1e-2)
+
+
+@torch.no_grad()
+def test_a_stream_on_cuda_is_the_stream_on_a_cpu():
+    data, model, made = batch(rows=2, chunks=1), network(), []
+    for device in ("cpu", "cuda"):
+        here = data.to(device)
+        context = Context(model=model.to(device), cond=here.cond).opened()
+        context = context.with_memories(lambda memory: ring_of(memory, MOST))
+        starts = noise_starts(TIMELINE, SHAPES, range(8), 0, data.samples, here.cond.caption)
+        made.append(join_chunks(c.clean for c in rollout(context, starts, PLAN)))
+    for m in (VIDEO, AUDIO):
+        torch.testing.assert_close(made[1][m].latents.cpu(), made[0][m].latents, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_streaming_in_bfloat16_stays_near_float32():
+    data, model, made = batch(rows=2, chunks=1).to(DEVICE), network().to(DEVICE), []
+    for on in (False, True):
+        starts = noise_starts(TIMELINE, SHAPES, range(2), 0, data.samples.cpu(), data.cond.caption)
+        with torch.autocast("cuda", torch.bfloat16, enabled=on):
+            context = Context(model=model, cond=data.cond).opened()
+            context = context.with_memories(lambda memory: ring_of(memory, MOST))
+            plan = schedule(2, {VIDEO: 1.0, AUDIO: 1.0})
+            made.append(join_chunks(c.clean for c in rollout(context, starts, plan)))
+    for m in (VIDEO, AUDIO):
+        gap = (made[0][m].latents - made[1][m].latents).square().mean().sqrt()
+        assert gap < 0.1 * made[0][m].latents.std()
+
+
+@pytest.mark.parametrize(("size", "bar"), [((192, 336), 60), ((480, 768), 24), ((704, 1280), 7)])
+def test_full_streams_at_twice_the_speed_of_the_paper(size, bar):
+    found = bench_stream(preset="full", size=size, steps=4, chunks=60, device="cuda")
+    assert found["fps"] >= bar
+    assert found["late_over_early"] <= 1.05 and found["memory_late_over_early"] == pytest.approx(1.0, abs=1e-3)
+    assert size != (192, 336) or found["first_chunk_s"] <= 0.3
