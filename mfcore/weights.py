@@ -5,6 +5,23 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 Weights = Mapping[str, Tensor]
+SHARD_BYTES = 5_000_000_000  # of a file
+
+
+def sharded(name: str, weights: Weights, most: int = SHARD_BYTES) -> dict[str, dict[str, Tensor]]:
+    """File names and what they hold: ``name.safetensors``, or ``name-00001-of-00003.safetensors`` and so on, whole
+    tensors in their order, where one file would hold more than ``most`` bytes."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, weight in weights.items():
+        if parts[-1] and size + weight.nbytes > most:
+            parts.append({})
+            size = 0
+        parts[-1][key] = weight
+        size += weight.nbytes
+    if len(parts) == 1:
+        return {f"{name}.safetensors": parts[0]}
+    return {f"{name}-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
 def branch_weights(weights: Weights, modality: str) -> dict[str, Tensor]:

@@ -160,19 +160,35 @@ def load_card(path: str | Path) -> ModelCard:
         raise ValueError(f"{export / MODEL} cannot be read: {error}") from None
 
 
+def weight_files(export: Path, weights: Weights) -> list[Path]:
+    """The files of these weights in an export folder: one, or all of a set. ValueError where any is not there."""
+    if (whole := export / f"{weights}.safetensors").exists():
+        return [whole]
+    found = sorted(export.glob(f"{weights}-*-of-*.safetensors"))
+    if not found:
+        raise ValueError(f"{whole} does not exist: name a checkpoint that has {weights} weights")
+    if len(found) != (wanted := int(found[0].stem.rsplit("-", 1)[1])):
+        raise ValueError(
+            f"{export} holds {len(found)} of the {wanted} files of its {weights} weights: copy all of them"
+        )
+    return found
+
+
 def load_weights(path: str | Path, weights: Weights = "ema") -> dict[str, Tensor]:
-    file = find_export(path) / f"{weights}.safetensors"
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
+    loaded: dict[str, Tensor] = {}
+    for file in weight_files(find_export(path), weights):
+        try:
+            loaded |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from None
+    return loaded
 
 
 def load_export(path: str | Path, weights: Weights = "ema") -> tuple[nn.Module, ModelCard]:
     """The network of a run, checkpoint or export in evaluation mode, and its card. ValueError says what is wrong."""
     card = load_card(path)
     model = build_model(card.model, 0)
-    load_strict(model, load_weights(path, weights), f"{weights}.safetensors of {path}")
+    load_strict(model, load_weights(path, weights), f"{weights} weights of {path}")
     return model.eval().requires_grad_(False), card
 
 

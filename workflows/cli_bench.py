@@ -18,6 +18,7 @@ def train(
     *,
     preset: Preset = "tiny",
     stage: Annotated[Literal["video", "audio", "joint", "mutual"], typer.Option(help="Whose step.")] = "joint",
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture; default 64x64 or 192x336.")] = None,
     workers: Annotated[int, typer.Option(help="Processes: one per GPU, or CPU processes that share the cores.")] = 1,
     tokens: Annotated[int, typer.Option(help="Latent tokens per rank and step, at least.")] = 3000,
     rounds: Annotated[int, typer.Option(help="How often every variant has its turn.")] = 5,
@@ -35,6 +36,7 @@ def train(
         return bench_train(
             stage=stage,
             preset=preset,
+            size=None if size is None else one_pair(size, "--size"),
             workers=workers,
             tokens=tokens,
             rounds=rounds,

@@ -7,6 +7,7 @@ from math import ceil
 
 from mfcore.codecs.dct import DctCodec
 from mfcore.codecs.mel import MelCodec
+from mfcore.model.config import ModelConfig
 from mfcore.timeline import LatentClock, Timeline, audio_clock, video_clock
 from mfcore.types import AUDIO, VIDEO
 from workflows.presets import LatentShapes
@@ -85,6 +86,14 @@ WAN_2_2 = _published("2.2", 48, 16)
 def geometry(preset: str) -> Geometry:
     """Of the codecs that a preset is meant for."""
     return {"tiny": EMBEDDED, "base": WAN_2_1}.get(preset, WAN_2_2)
+
+
+def known_by(model: ModelConfig) -> Geometry:
+    """Of the codecs that a network is made for, by the shapes that it takes. ValueError for none."""
+    for known in (EMBEDDED, WAN_2_2, WAN_2_1):
+        if known.text_dim == model.text_dim and all(known.channels[m] == b.channels for m, b in model.branches.items()):
+            return known
+    raise ValueError("no codec known here has these channels and this width of text: leave them as the preset has them")
 
 
 def usual_size(preset: str) -> tuple[int, int]:

@@ -5,6 +5,12 @@ from pathlib import Path
 
 import torch
 
+from mfcore.model.config import ModelConfig
+from mfcore.model.counts import parameters, state_bytes
+from workflows import presets
+from workflows.config import RunConfig
+from workflows.geometry import geometry, usual_size
+
 GB = 1e9
 
 
@@ -34,3 +40,31 @@ def refuse_what_does_not_fit(
     fitting = [f"{typed} ({need / GB:.1f} GB)" for typed, need in ((t, f()) for t, f in options) if need <= free]
     advice = f"what fits: {', or '.join(fitting)}" if fitting else "no smaller setting known here fits either"
     raise ValueError(f"{what} needs {needed / GB:.1f} GB ({wanted}), {free / GB:.1f} GB are free: {advice}")
+
+
+def refuse_training(config: RunConfig, device: str) -> None:
+    """ValueError where weights, gradients, moments and the average of a rank do not fit; activations are not counted.
+
+    Processes on a CPU share its memory.
+    """
+    free, ranks = free_bytes(torch.device(device)), config.engine.most
+    sharing = 1 if config.engine.use_gpu else ranks
+    weights = parameters(config.model)["total"]
+    stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else 0
+    needed = sharing * state_bytes(weights, ranks, stage)
+    options = [
+        (f"--set engine.zero_stage={other}", lambda other=other: sharing * state_bytes(weights, ranks, other))
+        for other in range(stage + 1, 4)
+        if ranks > 1
+    ]
+    names = list(presets.PRESETS)
+    for name in reversed(names):
+        known = geometry(name)
+        model = presets.preset(name, config.stage, known.shapes(usual_size(name))).model
+        options.append((f"--preset {name}", lambda model=model: _whole_state(model, ranks, stage, sharing)))
+    what = f"training {weights / 1e9:.1f}B parameters on {ranks} rank(s) at ZeRO stage {stage}"
+    refuse_what_does_not_fit(what, {"weights, gradients, moments and average": needed}, free, options)
+
+
+def _whole_state(model: ModelConfig, ranks: int, stage: int, sharing: int) -> int:
+    return sharing * state_bytes(parameters(model)["total"], ranks, stage)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from mfcore.steps import Mode
-from workflows.checkpoint import COMPLETE, Weights, find_export, load_card, read_json, write_json
+from workflows.checkpoint import COMPLETE, Weights, find_export, load_card, read_json, weight_files, write_json
 from workflows.config import Stage
 from workflows.generate import sampling
 from workflows.streamer import Sampling
@@ -81,15 +81,18 @@ def _plain(label: str) -> str:
 
 def _digest(export: Path, weights: Weights) -> str:
     """Taken from COMPLETE where it stands beside the export: weights may be large."""
-    name = f"{weights}.safetensors"
-    marker = export.parent / COMPLETE
+    files, marker = weight_files(export, weights), export.parent / COMPLETE
     if marker.exists():
-        files = cast(Mapping[str, Any], read_json(marker)["files"])
-        return str(files[f"export/{name}"]["sha256"])[:16]
-    if not (export / name).exists():
-        raise ValueError(f"{export / name} does not exist: evaluate a checkpoint that has {weights} weights")
-    with (export / name).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        known = cast(Mapping[str, Any], read_json(marker)["files"])
+        digests = [str(known[f"export/{file.name}"]["sha256"]) for file in files]
+    else:
+        digests = [_sha256(file) for file in files]
+    return digests[0][:16] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plan(

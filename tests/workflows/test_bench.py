@@ -112,7 +112,7 @@ def test_bytes_count_shared_storage_once():
         ({"variants": ["dmd5"]}, "unknown variant 'dmd5' of stage joint"),
         ({"workers": 0}, "--workers and --tokens must be at least 1, got 0 and 3000"),
         ({"rounds": 0}, "--rounds and --turn must be at least 1"),
-        ({"sets": ["data.chunks=[20,20]"]}, "the clips of the bench hold 16 chunks"),
+        ({"sets": ["data.chunks=[21,21]"]}, "the clips of the bench hold 20 chunks"),
     ],
 )
 def test_wrong_input_is_named(options, said):

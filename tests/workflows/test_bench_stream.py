@@ -1,6 +1,7 @@
 """`mfctl bench stream`: what it promises other tools, and that its numbers are of the real thing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,3 +112,18 @@ def test_wrong_input_is_named(options, said):
 def test_a_missing_gpu_is_named():
     with pytest.raises(ValueError, match="torch finds no CUDA device here"):
         bench_stream(device="cuda")
+
+
+def test_training_that_does_not_fit_is_refused_with_what_would(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 60_000_000_000)
+    config = build("full", "joint", geometry("full").shapes((192, 336)))
+    eight = replace(config, engine=replace(config.engine, workers=8, zero_stage=1))
+    with pytest.raises(
+        ValueError, match=r"13\.9B parameters on 8 rank\(s\) at ZeRO stage 1 needs 18\d\.\d GB .*60\.0 GB"
+    ) as said:
+        memory.refuse_training(eight, "cpu")
+    assert "--preset base (39" in str(said.value) and "zero_stage=3" not in str(said.value)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100_000_000_000)
+    with pytest.raises(ValueError, match=r"what fits: --set engine\.zero_stage=3 \(8\d\.\d GB\), or --preset base"):
+        memory.refuse_training(eight, "cpu")
+    memory.refuse_training(replace(eight, engine=replace(eight.engine, zero_stage=3)), "cpu")

@@ -9,8 +9,9 @@ dmd5, dmd1      stage mutual, on request: a bare loop of DMD with self-forcing a
                 one updates of the fake score per step (as Self-Forcing; as the mutual stage)
 full_copy       stage mutual with fake.rank, on request: the bare loop with a full copy as fake score
 
-Batches are noise of the embedded codecs' shapes; no dataset is needed. Where ray or deepspeed are not installed, the
-variants that need them are listed as not measured; without ray ``torch`` takes the place of ``ray_torch``.
+Batches are noise of the shapes that the preset's codecs give; no dataset is needed. Where ray or deepspeed are not
+installed, the variants that need them are listed as not measured; without ray ``torch`` takes the place of
+``ray_torch``.
 """
 
 import importlib.util
@@ -28,6 +29,8 @@ from workflows.bench.launch import launch
 from workflows.bench.steps import BARE, Measured, Plan, work
 from workflows.bench.turns import Variant
 from workflows.config import RunConfig
+from workflows.geometry import CHUNKS, geometry, usual_size
+from workflows.memory import refuse_training
 
 BAR = 1.05  # of ray_zero1 over bare
 LEAST_STEP_S = 0.5  # shorter steps are reported, but the bar is not for them
@@ -40,6 +43,7 @@ def bench_train(
     *,
     stage: Literal["video", "audio", "joint", "mutual"] = "joint",
     preset: str = "tiny",
+    size: tuple[int, int] | None = None,
     workers: int = 1,
     tokens: int = LEAST_TOKENS,
     rounds: int = 5,
@@ -50,12 +54,13 @@ def bench_train(
 ) -> dict[str, Any]:
     """Step times of all variants, their ratios to the bare loop, and the limit.
 
-    ``tokens``: least number per rank and step. ``turn``: steps of a variant in a round. ``profile``: of the bare loop
-    and of the last variant, as text. ValueError for variants that do not exist.
+    ``size``: of the picture, pixels. ``tokens``: least number per rank and step. ``turn``: steps of a variant in a
+    round. ``profile``: of the bare loop and of the last variant, as text. ValueError for variants that do not exist.
     """
     if rounds < 1 or turn < 1:
         raise ValueError(f"--rounds and --turn must be at least 1, got {rounds} and {turn}")
-    config = resolve(stage, preset, workers, tokens, sets)
+    config = resolve(stage, preset, workers, tokens, sets, size)
+    refuse_training(config, "cuda" if config.engine.use_gpu else "cpu")
     chosen, missing = available(config, variants)
     plan = Plan(
         config=config,
@@ -70,12 +75,17 @@ def bench_train(
 
 
 def resolve(
-    stage: Literal["video", "audio", "joint", "mutual"], preset: str, workers: int, tokens: int, sets: Sequence[str]
+    stage: Literal["video", "audio", "joint", "mutual"],
+    preset: str,
+    workers: int,
+    tokens: int,
+    sets: Sequence[str],
+    size: tuple[int, int] | None = None,
 ) -> RunConfig:
     """The preset at the asked size. Every step is alike: clips of one length, the mutual stage with all its parts."""
     if workers < 1 or tokens < 1:
         raise ValueError(f"--workers and --tokens must be at least 1, got {workers} and {tokens}")
-    config = presets.preset(preset, stage, noise.latent_shapes())
+    config = presets.preset(preset, stage, geometry(preset).shapes(size or usual_size(preset)))
     if isinstance(config.objective, MutualConfig):
         whole = replace(config.objective, real_until=0, free_from=0, fake_from=0, dmd_from=0, dmd_ramp=1)
         config = replace(config, objective=whole)
@@ -83,14 +93,14 @@ def resolve(
     data = replace(config.data, chunks=(chunks, chunks), batch=rows)
     config = replace(config, data=data, engine=replace(config.engine, workers=workers, use_gpu=_gpu()))
     config = config_io.change(config, config_io.parse_sets(sets))
-    if config.data.chunks[1] > noise.LONGEST:
-        raise ValueError(f"the clips of the bench hold {noise.LONGEST} chunks, data.chunks={config.data.chunks}")
+    if config.data.chunks[1] > CHUNKS:
+        raise ValueError(f"the clips of the bench hold {CHUNKS} chunks, data.chunks={config.data.chunks}")
     return replace(config, data=replace(config.data, batch=workers * _rows(config, tokens)))
 
 
 def _rows(config: RunConfig, tokens: int) -> int:
     """Clips per rank that hold ``tokens``: whole cycles of row kinds, whole micro-batches."""
-    timeline = noise.assembly(tuple(config.model.branches)).timeline
+    timeline = noise.assembly(config.model).timeline
     chunks = config.data.chunks[1]
     per_clip = sum(timeline.count(m, chunks) * branch.tokens for m, branch in config.model.branches.items())
     unit = max(config.unit, config.data.micro or 1)

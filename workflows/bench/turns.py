@@ -185,9 +185,9 @@ def _sum_of_losses(metrics: Mapping[str, float]) -> float:
 
 def own_batches(config: RunConfig, rank: int | None = None, world: int | None = None) -> TrainingBatches:
     """A rank's share of batches of noise; default: this rank's."""
-    clips = noise.noise_clips(config.data.chunks[1], config.data.batch)
+    clips = noise.noise_clips(config.model, config.data.chunks[1], config.data.batch)
     share = Share(rank=rank or ranks.rank(), world=world or ranks.world(), unit=config.unit)
-    return TrainingBatches(clips, noise.assembly(tuple(config.model.branches)), config.data, config.seed, share)
+    return TrainingBatches(clips, noise.assembly(config.model), config.data, config.seed, share)
 
 
 def place(micros: list[AVBatch]) -> list[AVBatch]:

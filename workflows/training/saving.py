@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mfcore.ema import Ema
+from mfcore.weights import sharded
 from workflows import config_io
 from workflows.checkpoint import MODEL, ModelCard, Progress, write_json
 from workflows.engine import Engine
@@ -86,7 +87,7 @@ class CheckpointWriter:
         networks["ema"] = take_snapshot((("weight", k, v) for k, v in self._ema.weights()), progress.step)
         first = ranks.rank() == 0  # all ranks walk over all weights, for some engines gather them on the way
         raw = {k: copied(v) for k, v in self._engines["student"].weights() if first}
-        export = {"raw.safetensors": raw, "ema.safetensors": {k: copied(v) for k, v in self._ema.weights() if first}}
+        export = sharded("raw", raw) | sharded("ema", {k: copied(v) for k, v in self._ema.weights() if first})
         facts = {**self._facts(progress), "progress": config_io.dump(progress)}
         return _Content(networks=networks, export=export if first else {}, facts=facts, card=self._card)
 
