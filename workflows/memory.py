@@ -10,8 +10,13 @@ from mfcore.model.counts import parameters, state_bytes
 from workflows import presets
 from workflows.config import RunConfig
 from workflows.geometry import geometry, usual_size
+from workflows.training import ranks
 
 GB = 1e9
+
+
+class DoesNotFit(ValueError):
+    """More memory is asked for than there is."""
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -29,7 +34,7 @@ def free_bytes(device: torch.device) -> int | None:
 def refuse_what_does_not_fit(
     what: str, parts: Mapping[str, int], free: int | None, options: Sequence[tuple[str, Callable[[], int]]]
 ) -> None:
-    """ValueError where the bytes of ``parts`` are more than ``free``, with those of ``options`` that would fit.
+    """DoesNotFit where the bytes of ``parts`` are more than ``free``, with those of ``options`` that would fit.
 
     ``options``: what the user may type instead and what that would need, the nearest first.
     """
@@ -39,32 +44,43 @@ def refuse_what_does_not_fit(
     wanted = ", ".join(f"{n / GB:.1f} GB of {name}" for name, n in parts.items())
     fitting = [f"{typed} ({need / GB:.1f} GB)" for typed, need in ((t, f()) for t, f in options) if need <= free]
     advice = f"what fits: {', or '.join(fitting)}" if fitting else "no smaller setting known here fits either"
-    raise ValueError(f"{what} needs {needed / GB:.1f} GB ({wanted}), {free / GB:.1f} GB are free: {advice}")
+    raise DoesNotFit(f"{what} needs {needed / GB:.1f} GB ({wanted}), {free / GB:.1f} GB are free: {advice}")
 
 
 def refuse_training(config: RunConfig, device: str) -> None:
-    """ValueError where weights, gradients, moments and the average of a rank do not fit; activations are not counted.
+    """DoesNotFit where weights, gradients, moments and the average of a rank are more; activations are not counted.
 
     Processes on a CPU share its memory.
     """
-    free, ranks = free_bytes(torch.device(device)), config.engine.most
-    sharing = 1 if config.engine.use_gpu else ranks
+    free, count = free_bytes(torch.device(device)), config.engine.most
+    sharing = 1 if config.engine.use_gpu else count
     weights = parameters(config.model)["total"]
     stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else 0
-    needed = sharing * state_bytes(weights, ranks, stage)
+    needed = sharing * state_bytes(weights, count, stage)
     options = [
-        (f"--set engine.zero_stage={other}", lambda other=other: sharing * state_bytes(weights, ranks, other))
+        (f"--set engine.zero_stage={other}", lambda other=other: sharing * state_bytes(weights, count, other))
         for other in range(stage + 1, 4)
-        if ranks > 1
+        if count > 1
     ]
     names = list(presets.PRESETS)
     for name in reversed(names):
         known = geometry(name)
         model = presets.preset(name, config.stage, known.shapes(usual_size(name))).model
-        options.append((f"--preset {name}", lambda model=model: _whole_state(model, ranks, stage, sharing)))
-    what = f"training {weights / 1e9:.1f}B parameters on {ranks} rank(s) at ZeRO stage {stage}"
+        options.append((f"--preset {name}", lambda model=model: _whole_state(model, count, stage, sharing)))
+    what = f"training {weights / 1e9:.1f}B parameters on {count} rank(s) at ZeRO stage {stage}"
     refuse_what_does_not_fit(what, {"weights, gradients, moments and average": needed}, free, options)
 
 
-def _whole_state(model: ModelConfig, ranks: int, stage: int, sharing: int) -> int:
-    return sharing * state_bytes(parameters(model)["total"], ranks, stage)
+def refuse_together(config: RunConfig) -> None:
+    """The same, called by all ranks before they build anything: DoesNotFit on all of them where it is so for one."""
+    said = None
+    try:
+        refuse_training(config, ranks.device().type)
+    except DoesNotFit as error:
+        said = str(error)
+    if found := [text for text in ranks.gather(said) if text]:
+        raise DoesNotFit(found[0])
+
+
+def _whole_state(model: ModelConfig, count: int, stage: int, sharing: int) -> int:
+    return sharing * state_bytes(parameters(model)["total"], count, stage)

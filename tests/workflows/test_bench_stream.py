@@ -127,3 +127,6 @@ def test_training_that_does_not_fit_is_refused_with_what_would(monkeypatch):
     with pytest.raises(ValueError, match=r"what fits: --set engine\.zero_stage=3 \(8\d\.\d GB\), or --preset base"):
         memory.refuse_training(eight, "cpu")
     memory.refuse_training(replace(eight, engine=replace(eight.engine, zero_stage=3)), "cpu")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000_000)
+    with pytest.raises(memory.DoesNotFit, match="needs 180"):
+        memory.refuse_together(eight)

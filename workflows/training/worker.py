@@ -27,6 +27,7 @@ from workflows.config import RunConfig, Stage
 from workflows.data import Assembly, Clips, Share, TrainingBatches, held_out_batches
 from workflows.engine import NonFiniteError
 from workflows.loop import LoopConfig, Stopped, Surroundings, evaluate_terms, run_loop
+from workflows.memory import DoesNotFit, refuse_together
 from workflows.stages import STAGES, held_out_objective, initial_network, objective_of, schedule_position
 from workflows.tracking import PARAMS, Silent, Tracker
 from workflows.training import notice, ranks
@@ -71,7 +72,7 @@ def work(job: Job, leaving: Callable[[], str] = lambda: "", aside: Snapshots | N
     pulse = Pulse(job.run_dir / BEATS, ranks.rank())
     try:
         progress = _train(job, tracker, pulse, Notices(job.run_dir, job.token, leaving), aside)
-    except NonFiniteError as error:
+    except (NonFiniteError, DoesNotFit) as error:
         _finish(job, tracker, {"error": str(error)})
     except Stopped as error:
         if any(ranks.gather(leaving())):
@@ -87,6 +88,7 @@ def work(job: Job, leaving: Callable[[], str] = lambda: "", aside: Snapshots | N
 
 def _train(job: Job, tracker: Tracker, pulse: Pulse, notices: Notices, aside: Snapshots | None) -> Progress:
     config, device = job.config, ranks.device()
+    refuse_together(config)
     nets = build_networks(config, initial_network(config, job.parents).to(device))
     engines, ema = nets.engines, nets.ema
     start = Progress(step=0, samples_seen=0, first={}, last={})
