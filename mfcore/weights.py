@@ -48,7 +48,7 @@ def load_strict(module: nn.Module, weights: Weights, source: str) -> None:
         parts = [
             f"{', '.join(names)} {where}" for names, where in ((missing, "missing"), (foreign, "unknown")) if names
         ]
-        raise ValueError(f"{source} is of another network ({len(missing) + len(foreign)} names): {'; '.join(parts)}")
+        raise ValueError(f"{source} is of another network: {'; '.join(parts)}")
     check_shapes(own, weights, source)
     module.load_state_dict(dict(weights))
 

@@ -112,5 +112,5 @@ def test_a_checkpoint_of_other_shapes_is_refused_with_all_their_names():
     named = [n for n, p in large.named_parameters() if p.shape != small.state_dict()[n].shape]
     assert len(named) == 10 and all(name in str(caught.value) for name in named)
     deeper = build_model(replace(CONFIG, layers=3), 0)
-    with pytest.raises(ValueError, match=r"another network .*blocks\.2\.table\.weight.* missing"):
+    with pytest.raises(ValueError, match=r"another network: .*blocks\.2\.table\.weight.* missing"):
         load_strict(deeper, small.state_dict(), "the file")

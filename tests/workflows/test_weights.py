@@ -42,5 +42,5 @@ def test_a_joint_network_is_made_of_both_parents_and_of_nothing_else():
     joint, parts = network(seed=3), {m: network(m, seed=i).state_dict() for i, m in enumerate(("video", "audio"))}
     load_strict(joint, joined(parts), "the parents")
     assert all(torch.equal(w, parts[name.split(".")[1]][name]) for name, w in joint.state_dict().items())
-    with pytest.raises(ValueError, match=r"the parents is of another network .*branches\.audio\.[\w.]+ missing"):
+    with pytest.raises(ValueError, match=r"the parents is of another network: .*branches\.audio\.[\w.]+ missing"):
         load_strict(joint, parts["video"], "the parents")
