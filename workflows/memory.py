@@ -1,6 +1,7 @@
 """Whether something fits into the memory there is, said before any of it is taken."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,21 +55,20 @@ def refuse_training(config: RunConfig, device: str) -> None:
     """
     free, count = free_bytes(torch.device(device)), config.engine.most
     sharing = 1 if config.engine.use_gpu else count
-    weights = parameters(config.model)["total"]
+    weights = _total(config.model)
     stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else 0
-    needed = sharing * state_bytes(weights, count, stage)
-    options = [
-        (f"--set engine.zero_stage={other}", lambda other=other: sharing * state_bytes(weights, count, other))
+    options: list[tuple[str, Callable[[], int]]] = [
+        (f"--set engine.zero_stage={other}", partial(_state, weights, count, other, sharing))
         for other in range(stage + 1, 4)
         if count > 1
     ]
-    names = list(presets.PRESETS)
-    for name in reversed(names):
-        known = geometry(name)
-        model = presets.preset(name, config.stage, known.shapes(usual_size(name))).model
-        options.append((f"--preset {name}", lambda model=model: _whole_state(model, count, stage, sharing)))
+    for name in reversed(presets.PRESETS):
+        model = presets.preset(name, config.stage, geometry(name).shapes(usual_size(name))).model
+        options.append((f"--preset {name}", lambda model=model: _state(_total(model), count, stage, sharing)))
     what = f"training {weights / 1e9:.1f}B parameters on {count} rank(s) at ZeRO stage {stage}"
-    refuse_what_does_not_fit(what, {"weights, gradients, moments and average": needed}, free, options)
+    refuse_what_does_not_fit(
+        what, {"weights, gradients, moments and average": _state(weights, count, stage, sharing)}, free, options
+    )
 
 
 def refuse_together(config: RunConfig) -> None:
@@ -82,5 +82,10 @@ def refuse_together(config: RunConfig) -> None:
         raise DoesNotFit(found[0])
 
 
-def _whole_state(model: ModelConfig, count: int, stage: int, sharing: int) -> int:
-    return sharing * state_bytes(parameters(model)["total"], count, stage)
+def _total(model: ModelConfig) -> int:
+    return parameters(model)["total"]
+
+
+def _state(weights: int, count: int, stage: int, sharing: int) -> int:
+    """Bytes of training state of the ranks that share a memory."""
+    return sharing * state_bytes(weights, count, stage)

@@ -139,7 +139,9 @@ class AVTransformer(nn.Module):
         if isinstance(memory, RingMemory):
             return _Pass(self._streamed(x, some, cond, memory), shared, memory)
         at = self._positions(x)
-        mask = self._sight(at, memory, store=store).mask(self.config.attention, some.device)
+        # the sink is short: no kernel needs to be made before a stream begins
+        backend = self.config.attention if memory.sink else "sdpa"
+        mask = self._sight(at, memory, store=store).mask(backend, some.device)
         seen = Recall(memory=memory, copies=len(at.chunk.unique()), turn=self._sink_turn(at, memory.sink_at, some))
         return _Pass(self._scene(x, at, some, cond, mask), shared, seen)
 

@@ -96,7 +96,7 @@ def resolve(
         steps=steps,
         chunks=chunks,
         rounds=rounds,
-        model=config.model,
+        model=replace(config.model, attention="sdpa"),  # what a stream is compared with is the reference
         known=known,
         device=place,
         dtype=torch.bfloat16
