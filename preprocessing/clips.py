@@ -20,7 +20,7 @@ import numpy as np
 
 from preprocessing.media import Decoder
 from preprocessing.mp4 import Frames, Waveform
-from preprocessing.probe import MediaInfo
+from preprocessing.probe import MediaError, MediaInfo, lacked_memory
 from preprocessing.record import Clip, Rejected, Source
 from preprocessing.scenes import Cuts, SceneConfig
 
@@ -66,12 +66,19 @@ def cut(
     """The clips of a decoder's stream in order, at most one of them in memory.
 
     ``until``: seconds after the origin at which to stop. A failure of the decoder behind good spans, or an end before
-    the file's own, comes as a last Rejected with the span that was lost; before any frame it is raised.
+    the file's own, comes as a last Rejected with the span that was lost; before any frame it is raised. So is, at any
+    time, MediaError(killed), behind nothing that an undisturbed decoder would not have given.
     """
     window = _Window(decoder, source, plan, scenes or SceneConfig(threshold=None), info.origin, until)
     first, scene, given = 0, 0, 0  # frame of the next span, first frame of its scene, spans that the scene gave
     while True:
-        portion = window.look(first)
+        try:
+            portion = window.look(first)
+        except MediaError as error:
+            if error.reason != "timeout" or first == 0:
+                raise
+            yield window.stalled(first, info, error)
+            return
         chunks = bisect_right(plan.frames, portion.length) - 1
         if chunks >= plan.least:
             yield window.clip(portion, chunks)
@@ -147,6 +154,10 @@ class _Window:
         detail = f"a scene of {seconds:.3f} s has no {plan.least} whole chunks"
         return Rejected("scenes", "short_scene", detail, self._span(first, last))
 
+    def stalled(self, first: int, info: MediaInfo, error: MediaError) -> Rejected:
+        start, _ = self._span(first, first)
+        return Rejected("decode", error.reason, error.detail, (start, max(start, info.duration)))
+
     def _span(self, first: int, last: int) -> tuple[float, float]:
         fps = self._decoder.fps
         return (round(self.origin + float(first / fps), 6), round(self.origin + float(last / fps), 6))
@@ -155,13 +166,15 @@ class _Window:
 def _lost(decoder: Decoder, info: MediaInfo, origin: float, frames: int, until: float | None) -> Iterator[Rejected]:
     """What should have followed the ``frames`` that were decoded, if anything."""
     failure, said = decoder.error(), decoder.complaints()
+    greedy = failure is not None and lacked_memory(said)
     if frames == 0:
-        raise Rejected("decode", "no_frames", failure or "ffmpeg decoded nothing and did not say why")
+        why = failure or "ffmpeg decoded nothing and did not say why"
+        raise Rejected("decode", "memory" if greedy else "no_frames", why)
     decoded = origin + float(frames / decoder.fps)
     claimed = info.duration if until is None else min(until, info.duration)
     missing = claimed - (origin + decoder.end)
     if failure is not None:
-        yield Rejected("decode", "decode_error", failure, (decoded, max(decoded, claimed)))
+        yield Rejected("decode", "memory" if greedy else "decode_error", failure, (decoded, max(decoded, claimed)))
     elif said and missing > min(MISSING_SECONDS, MISSING_SHARE * claimed):
         detail = f"ends {missing:.3f} s before the {claimed:.3f} s that its header claims: {said[-1]}"
         yield Rejected("decode", "truncated", detail, (decoded, claimed))

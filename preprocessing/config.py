@@ -15,9 +15,11 @@ from preprocessing.encode import EncoderConfig
 from preprocessing.filters import FilterConfig
 from preprocessing.lipsync import SyncConfig
 from preprocessing.manifest import canonical, digest
+from preprocessing.probe import DECODER_BYTES
 from preprocessing.scenes import SceneConfig
 
 MODALITIES = {"paired": (VIDEO, AUDIO), "video": (VIDEO,), "audio": (AUDIO,)}
+_LEAST_BYTES = 1 << 26  # what ffmpeg takes for itself
 _SAME_SHAPE = 0.01  # relative difference of aspect ratios that makes none
 
 
@@ -44,6 +46,7 @@ class PreprocessConfig:
     latent_dtype: Literal["float32", "float16"] = "float32"
     sources_per_unit: int = 16  # sources that are processed and published together
     stall_seconds: float = 60.0  # a decoder that gives nothing for so long is stopped
+    decoder_bytes: int = DECODER_BYTES  # of memory for one decoder
     workers: int | None = None  # processes through Ray; None: one per CPU; 0: in this process, without Ray
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class PreprocessConfig:
             raise ValueError(f"audio_track={self.audio_track}: the first one is 0")
         if self.sources_per_unit < 1 or (self.workers is not None and self.workers < 0) or self.text_width < 1:
             raise ValueError("sources_per_unit and text_width must be at least 1, workers at least 0")
+        if self.decoder_bytes < _LEAST_BYTES or self.stall_seconds <= 0:
+            raise ValueError(f"decoder_bytes must be at least {_LEAST_BYTES} (64 MiB), stall_seconds positive")
 
     @property
     def modalities(self) -> tuple[str, ...]:

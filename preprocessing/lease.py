@@ -11,22 +11,27 @@ import secrets
 import socket
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
+from preprocessing.outage import Outage
+from preprocessing.processes import process_start
 from preprocessing.storage import Store
 
 LOCK = "_lock"
 LEASE_SECONDS = 60.0
 
 
-class LeaseLost(RuntimeError):
-    """Another driver owns the dataset now."""
+class LeaseLost(Outage):
+    """Another driver owns the dataset now, or nobody does."""
 
 
 def check_token(store: Store, token: str) -> None:
     """LeaseLost unless ``token`` still owns the store."""
-    if _read(store).get("token") != token:
+    if not (held := _read(store)):
+        raise LeaseLost(f"{store.uri} has lost its {LOCK}: was it emptied or removed? Run the same command again")
+    if held.get("token") != token:
         raise LeaseLost(f"{store.uri} is owned by another driver now: this one stops without writing")
 
 
@@ -55,8 +60,9 @@ class Lease:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
         self._renewer.join()
-        if _read(self._store).get("token") == self.token:
-            self._store.remove(LOCK)
+        with suppress(Outage):  # else it would hide what went wrong before; the lease runs out by itself
+            if _read(self._store).get("token") == self.token:
+                self._store.remove(LOCK)
 
     def _content(self) -> bytes:
         return json.dumps(
@@ -64,16 +70,17 @@ class Lease:
                 "token": self.token,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "started": _process_start(os.getpid()),
+                "started": process_start(os.getpid()),
                 "expires": time.time() + self._seconds,
             }
         ).encode()
 
     def _renew(self) -> None:
         while not self._stop.wait(self._seconds / 4):
-            if _read(self._store).get("token") != self.token:
-                return  # lost: the workers find out by themselves
-            self._store.write(LOCK, self._content())
+            with suppress(Outage, OSError):  # the next time, perhaps; if never, the lease runs out
+                if _read(self._store).get("token") != self.token:
+                    return  # lost: the workers find out by themselves
+                self._store.write(LOCK, self._content())
 
 
 def _read(store: Store) -> dict[str, Any]:
@@ -87,16 +94,6 @@ def _alive(held: dict[str, Any]) -> str | None:
     """Who holds the lease, or None when it is free, expired, or its process on this machine is gone."""
     if not held or held["expires"] < time.time():
         return None
-    if held["host"] == socket.gethostname() and _process_start(held["pid"]) != held["started"]:
+    if held["host"] == socket.gethostname() and process_start(held["pid"]) != held["started"]:
         return None
     return f"process {held['pid']} on {held['host']} (lease for another {held['expires'] - time.time():.0f} s)"
-
-
-def _process_start(pid: int) -> str | None:
-    """Something that tells a process from a later one with the same number; None when there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            fields = file.read().rsplit(")", 1)[1].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]

@@ -4,8 +4,8 @@ Every clip is given a fingerprint when it is made: its mean picture on a grid of
 over 16 instants, and the levels of 8 bands of its sound at 64 instants, each without its mean, as signed bytes. A
 separate pass over finished units compares fingerprints and writes ``_duplicates.parquet``: it depends on the clips
 alone, not on their order or their units. Pairs are looked for among clips that agree in 20 signs of random projections
-in one of 24 bands: a pair as alike as it must be is found with a probability above 0.99, and no clip is compared with
-all others.
+in one of 24 bands: a pair as alike as it must be is found with a probability above 0.99. There a clip is compared with
+one clip of each group that was found before, so thousands of copies of one clip cost as many comparisons, not pairs.
 """
 
 import io
@@ -30,6 +30,8 @@ _BANDS = np.geomspace(100, 6000, 9)  # Hz
 _PARTS = {"look": _GRID**2, "motion": _GRID**2 * _INSTANTS, "sound": 8 * _MOMENTS}
 _LEAST = {"look": 0.95, "motion": 0.8, "sound": 0.8}  # cosines of a duplicate
 _TABLES, _BITS = 24, 20
+_GROUPS = 32  # with which a clip is compared in one band: so many unlike clips with the same signs are no chance
+_ROWS = 4096  # fingerprints made numbers at a time
 _FULL = 3.0  # standard deviations at the end of a signed byte's range
 
 
@@ -125,64 +127,89 @@ def _rows(store: Store, name: str) -> Iterator[tuple[str, float, bytes]]:
 
 
 def alike(prints: Sequence[bytes], seconds: Sequence[float]) -> Iterator[Pair]:
-    """All pairs that look, move and sound the same and are of about one length, each once."""
+    """Pairs that look, move and sound the same and are of about one length: those that connect every group."""
     whole = np.frombuffer(b"".join(prints), np.int8).reshape(len(prints), -1)
-    ends = np.cumsum([0, *_PARTS.values()])
-    parts = {name: _unit(whole[:, a:b]) for name, a, b in zip(_PARTS, ends, ends[1:], strict=False)}
-    for one, other in sorted(_candidates(np.concatenate(list(parts.values()), axis=1))):
-        if abs(seconds[one] - seconds[other]) > 0.1 * max(seconds[one], seconds[other]):
-            continue
-        cosines = [_cosine(part[one], part[other], _LEAST[name]) for name, part in parts.items()]
-        present = [found for found in cosines if found is not None]
-        if present and all(cosine >= least for cosine, least in present):
-            yield Pair(one=one, other=other, likeness=min(cosine for cosine, _ in present))
+    groups = _Groups(len(prints))
+    for members in _together(whole):
+        leaders: list[int] = []  # the first clip of each group among the members
+        for i in members:
+            for leader in leaders:
+                if groups.apart(leader, i) and (likeness := compare(whole, seconds, leader, i)) is not None:
+                    groups.join(leader, i)
+                    yield Pair(one=leader, other=i, likeness=likeness)
+            if len(leaders) < _GROUPS and all(groups.apart(leader, i) for leader in leaders):
+                leaders.append(i)
 
 
-def _cosine(a: NDArray[np.float32], b: NDArray[np.float32], least: float) -> tuple[float, float] | None:
-    """Cosine and its threshold; None where both have nothing."""
-    if not a.any() and not b.any():
+def compare(whole: NDArray[np.int8], seconds: Sequence[float], one: int, other: int) -> float | None:
+    """How alike two clips are in the part in which they are least so; None: not enough, or of another length."""
+    if abs(seconds[one] - seconds[other]) > 0.1 * max(seconds[one], seconds[other]):
         return None
-    return float(a @ b), least
+    cosines: list[float] = []
+    for name, a, b in zip(_PARTS, _parts(whole[one][None]), _parts(whole[other][None]), strict=True):
+        if a.any() or b.any():
+            cosines.append(float(a[0] @ b[0]))
+            if cosines[-1] < _LEAST[name]:
+                return None
+    return min(cosines, default=None)
 
 
-def _unit(values: NDArray[np.int8]) -> NDArray[np.float32]:
-    wide = values.astype(np.float32)
-    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-6)
+def _parts(rows: NDArray[np.int8]) -> list[NDArray[np.float32]]:
+    """Each part of some fingerprints, of length 1 (or 0 where there is nothing)."""
+    wide = np.split(rows.astype(np.float32), np.cumsum(list(_PARTS.values()))[:-1], axis=1)
+    return [part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-6) for part in wide]
 
 
-def _candidates(vectors: NDArray[np.float32]) -> set[tuple[int, int]]:
-    """Pairs that agree in all signs of one of the tables."""
-    pairs: set[tuple[int, int]] = set()
+def _together(whole: NDArray[np.int8]) -> Iterator[list[int]]:
+    """Clips that agree in all signs of one of the tables, in ascending order; those that have nothing are left out."""
+    something = np.flatnonzero(np.asarray(whole.any(axis=1)))
+    draws = [np.random.default_rng([table, 20261120]) for table in range(_TABLES)]
+    planes = np.concatenate(
+        [draw.standard_normal((whole.shape[1], _BITS)).astype(np.float32) for draw in draws], axis=1
+    )
+    keys = [_keys(whole[something[first : first + _ROWS]], planes) for first in range(0, len(something), _ROWS)]
     for table in range(_TABLES):
-        draw = np.random.default_rng([table, 20261120])
-        planes = draw.standard_normal((vectors.shape[1], _BITS)).astype(np.float32)
-        keys = (vectors @ planes > 0) @ (1 << np.arange(_BITS))
         buckets: dict[int, list[int]] = defaultdict(list)
-        for i, key in enumerate(keys.tolist()):
+        for i, key in zip(something.tolist(), (key for part in keys for key in part[:, table].tolist()), strict=True):
             buckets[key].append(i)
-        for members in buckets.values():
-            pairs.update((a, b) for n, a in enumerate(members) for b in members[n + 1 :])
-    return pairs
+        yield from (members for members in buckets.values() if len(members) > 1)
+
+
+def _keys(rows: NDArray[np.int8], planes: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The signs of every table as one number: ``(clips, tables)``."""
+    signs = np.concatenate(_parts(rows), axis=1) @ planes > 0
+    return signs.reshape(len(rows), _TABLES, _BITS) @ (1 << np.arange(_BITS))
+
+
+class _Groups:
+    """Everything that hangs together is one group."""
+
+    def __init__(self, count: int) -> None:
+        self._above = list(range(count))
+
+    def top(self, i: int) -> int:
+        while self._above[i] != i:
+            self._above[i] = self._above[self._above[i]]
+            i = self._above[i]
+        return i
+
+    def apart(self, one: int, other: int) -> bool:
+        return self.top(one) != self.top(other)
+
+    def join(self, one: int, other: int) -> None:
+        self._above[self.top(one)] = self.top(other)
 
 
 def _grouped(ids: Sequence[str], seconds: Sequence[float], pairs: Sequence[Pair]) -> dict[str, tuple[str, float]]:
-    """Everything that hangs together is one group; clip -> (kept, likeness) for those that go, sorted by id."""
-    above = list(range(len(ids)))
-
-    def top(i: int) -> int:
-        while above[i] != i:
-            above[i] = above[above[i]]
-            i = above[i]
-        return i
-
-    likeness: dict[int, float] = {}
+    """Clip -> (kept, likeness) for those that go, sorted by id."""
+    together, likeness = _Groups(len(ids)), dict[int, float]()
     for pair in pairs:
-        above[top(pair.one)] = top(pair.other)
+        together.join(pair.one, pair.other)
         for i in (pair.one, pair.other):
             likeness[i] = max(likeness.get(i, 0.0), pair.likeness)
     groups: Mapping[int, list[int]] = defaultdict(list)
     for i in likeness:
-        groups[top(i)].append(i)
+        groups[together.top(i)].append(i)
     kept = {i: min(group, key=partial(_rank, ids, seconds)) for group in groups.values() for i in group}
     gone = sorted((ids[i], ids[k], round(likeness[i], 4)) for i, k in kept.items() if i != k)
     return {clip: (keeper, how) for clip, keeper, how in gone}

@@ -7,14 +7,16 @@ sample 0 of its output; output frame j shows the source frame whose timestamp is
 is at most half a source frame off, also at variable rates. Sound that begins later is preceded by silence, earlier
 sound is cut, gaps of more than 5 ms are filled with silence, and sound that drifts against its timestamps is stretched.
 
-Every child process runs without a shell, reads no terminal, and is killed when it produces nothing for
-``stall_seconds``.
+Every child process runs without a shell, reads no terminal and hears no signal of it, has a limit of memory, ends when
+we end, and is killed when it produces nothing for ``stall_seconds``. One that is killed from outside says nothing about
+the file: that is ``MediaError(killed)``, and never an early end.
 """
 
 import fcntl
 import os
 import selectors
 import subprocess
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -27,10 +29,20 @@ from numpy.typing import NDArray
 
 from preprocessing.filtergraph import audio_filters, scene_filters, video_filters
 from preprocessing.mp4 import Frames, Waveform, file_url
-from preprocessing.probe import STALL_SECONDS, MediaError, MediaInfo, probe
+from preprocessing.probe import (
+    DECODER_BYTES,
+    KILLED,
+    STALL_SECONDS,
+    MediaError,
+    MediaInfo,
+    probe,
+)
+from preprocessing.processes import guarded
 
 SEEK_MARGIN = 10.0  # seconds decoded and dropped before a span, so that a coarse seek cannot land behind its start
 _PIPE_BYTES = 1 << 20
+_ERROR_BYTES = 1 << 20  # of complaints that are kept
+_BEHIND_BYTES = 1 << 24  # of sound that are kept behind the end of the picture
 _INPUT = "@input"  # stands for the file in a command being built: ffmpeg-python cannot hash names that are no UTF-8
 
 
@@ -68,6 +80,10 @@ class _Inbox:
     def drop(self, size: int) -> None:
         self._first = min(self._last, self._first + size)
 
+    def keep(self, size: int) -> None:
+        """Forget the unread bytes behind the first ``size``, which nobody looked at yet."""
+        self._last = min(self._last, self._first + size)
+
 
 class Decoder:
     """Both streams of a file from one ffmpeg process, in order, in portions of whole frames.
@@ -89,10 +105,12 @@ class Decoder:
         fit: str = "crop",
         start: float | None = None,
         stall_seconds: float = STALL_SECONDS,
+        memory: int = DECODER_BYTES,
         cut_score: float | None = None,
     ) -> None:
         """``streams``: (picture, sound) wanted. ``start``: timestamp of output instant 0, not before the first frame;
-        None: the first frame's. ``cut_score``: look for ``cuts`` with a higher score, of 100."""
+        None: the first frame's. ``memory``: bytes that ffmpeg may have. ``cut_score``: look for ``cuts`` with a higher
+        score, of 100."""
         self.fps, self.size, self.sample_rate = fps, size, sample_rate
         self.video = info.video if streams[0] else None
         self.audio = info.audio if streams[1] else None
@@ -100,8 +118,9 @@ class Decoder:
             raise MediaError("no_stream", "neither picture nor sound to decode")
         first = self.video.start if self.video else self.audio.start if self.audio else 0.0
         self.start = first if start is None else max(first, start)
-        self._stall = stall_seconds
+        self._stall, self._memory = stall_seconds, memory
         self._frame = 0  # frames handed out so far
+        self._heard_at = time.monotonic()  # when picture or sound last came
         self._inboxes = {name: _Inbox() for name in ("video", "audio", "error", "scene")}
         self._cuts: list[int] = []
         self._spawn(path, info, fit, cut_score)
@@ -128,12 +147,13 @@ class Decoder:
         flags = ("-hide_banner", "-nostdin", "-loglevel", "error", "-filter_threads", "1")
         command = ffmpeg.merge_outputs(*outputs).global_args(*flags).compile()
         self._process = subprocess.Popen(
-            [file_url(path) if word == _INPUT else word for word in command],
+            guarded([file_url(path) if word == _INPUT else word for word in command], self._memory),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=(audio_write, scene_write),
             bufsize=0,
+            start_new_session=True,  # Ctrl-C is for us: a decoder that it stopped would look like a short file
         )
         for ours in (audio_write, scene_write):
             os.close(ours)
@@ -173,6 +193,7 @@ class Decoder:
 
     def complaints(self) -> list[str]:
         """Read to the end of the file: every line that ffmpeg said, whether it failed or went on."""
+        self._heard_at = time.monotonic()
         while self._open:
             self._pump()
             for name in ("video", "audio", "scene"):
@@ -252,12 +273,28 @@ class Decoder:
         """Read pipes until the inboxes hold what is wanted or the streams have ended."""
         for name, size in wanted.items():
             self._inboxes[name].reserve(size)
+        self._heard_at = time.monotonic()
         while any(len(self._inboxes[name]) < size and name in self._open for name, size in wanted.items()):
             self._pump()
+        if any(len(self._inboxes[name]) < size for name, size in wanted.items()):
+            self._check_end()
+
+    def _check_end(self) -> None:
+        """Behind the end of a stream: MediaError(killed) unless ffmpeg ended by itself.
+
+        It closes a stream when it has decoded everything, and what says that it has exited is its standard error. Until
+        then the other streams are read; where one of them goes on for longer than a pipe holds, it lives.
+        """
+        pictures, sound = self._inboxes["video"].received, len(self._inboxes["audio"])
+        while "error" in self._open and self._inboxes["video"].received - pictures < 4 * _PIPE_BYTES:
+            self._pump()
+            self._inboxes["audio"].keep(sound + _BEHIND_BYTES)
+        if "error" not in self._open and self._process.wait() in KILLED:
+            raise MediaError("killed", f"something ended ffmpeg with {KILLED[self._process.wait()].name}")
 
     def _pump(self) -> None:
-        """Move what is in the pipes into the inboxes; waits for at most ``stall_seconds``."""
-        ready = self._selector.select(self._stall)
+        """Move what is in the pipes into the inboxes; waits until ``stall_seconds`` after picture or sound came."""
+        ready = self._selector.select(max(0.0, self._heard_at + self._stall - time.monotonic()))
         if not ready:
             self.close()
             raise MediaError("timeout", f"ffmpeg gave nothing for {self._stall:.0f} s")
@@ -265,6 +302,9 @@ class Decoder:
             if self._inboxes[key.data].receive(key.fd) == 0:
                 self._selector.unregister(key.fileobj)
                 self._open.discard(key.data)
+            elif key.data in ("video", "audio"):
+                self._heard_at = time.monotonic()
+        self._inboxes["error"].keep(_ERROR_BYTES)
 
 
 def _lines(inbox: _Inbox) -> list[str]:

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 
 from mfcore.codecs.known import make_codec
 from mfcore.codecs.text import T5Words
@@ -19,11 +20,15 @@ from preprocessing.filters import check_duration, check_picture, check_sound, ch
 from preprocessing.likeness import fingerprint
 from preprocessing.lipsync import build_estimator, check_sync
 from preprocessing.media import Decoder
+from preprocessing.outage import Outage
 from preprocessing.probe import MediaError, MediaInfo, probe
 from preprocessing.record import Clip, Rejected, Source
 from preprocessing.sidecar import attach_text, read_sidecar
 from preprocessing.source import edges, split_fragment
 from preprocessing.storage import fetched
+
+_OF_DECODING = ("timeout", "memory", "killed")
+ATTEMPTS = 5  # at a source whose decoder something else ends (a lack of memory, a hand)
 
 
 class Spent:
@@ -111,7 +116,9 @@ def cut_source(source: Source, config: PreprocessConfig, plan: SpanPlan, spent: 
     base, within = split_fragment(source.uri)
     with fetched(base) as path:
         with spent.step("probe"):
-            info = probe(path, timeout=config.stall_seconds, audio_track=config.audio_track)
+            info = probe(
+                path, timeout=config.stall_seconds, memory=config.decoder_bytes, audio_track=config.audio_track
+            )
         _check_streams(info, config)
         content = edges(path)
         with Decoder(
@@ -124,6 +131,7 @@ def cut_source(source: Source, config: PreprocessConfig, plan: SpanPlan, spent: 
             fit=config.fit,
             start=None if within is None else info.origin + within[0],
             stall_seconds=config.stall_seconds,
+            memory=config.decoder_bytes,
             cut_score=config.scenes.threshold,
         ) as decoder:
             for clip in cut(decoder, info, source, plan, config.scenes, until=None if within is None else within[1]):
@@ -161,7 +169,7 @@ def prepare_source(
 ) -> Iterator[Clip | Rejected]:
     """Every span of a source, ready to be encoded or rejected."""
     plan, steps = span_plan(config, encoders.timeline), clip_steps(config, encoders)
-    clips = cut_source(source, config, plan, spent)
+    clips = _patiently(partial(cut_source, source, config, plan, spent))
     try:
         while True:
             with spent.step("decode"):  # the time that was spent waiting for ffmpeg; probing counts in it too
@@ -172,11 +180,30 @@ def prepare_source(
     except Rejected as rejected:
         yield rejected
     except MediaError as error:
-        yield Rejected("decode" if error.reason == "timeout" else "probe", error.reason, error.detail)
+        yield Rejected("decode" if error.reason in _OF_DECODING else "probe", error.reason, error.detail)
+    except Outage:
+        raise
+    except (FileNotFoundError, PermissionError) as error:
+        yield Rejected("probe", "unreadable", f"{type(error).__name__}: {error}")
     except Exception as error:  # a bad file must not stop a run of a million; the row says what happened
         yield Rejected("source", "error", f"{type(error).__name__}: {error}")
     finally:
         clips.close()
+
+
+def _patiently(cut: Callable[[], Generator[Clip | Rejected]]) -> Generator[Clip | Rejected]:
+    """All that ``cut`` gives, from the start again where its decoder was killed: what was given is passed over."""
+    given = 0
+    for attempt in range(1, ATTEMPTS + 1):
+        with closing(cut()) as clips:
+            try:
+                for clip in islice(clips, given, None):
+                    given += 1
+                    yield clip
+                return
+            except MediaError as error:
+                if error.reason != "killed" or attempt == ATTEMPTS:
+                    raise
 
 
 def _through(clip: Clip, steps: Sequence[tuple[str, Callable[[Clip], Clip]]], spent: Spent) -> Clip | Rejected:
@@ -187,6 +214,8 @@ def _through(clip: Clip, steps: Sequence[tuple[str, Callable[[Clip], Clip]]], sp
                 clip = step(clip)
         except Rejected as rejected:
             return Rejected(rejected.step, rejected.reason, rejected.detail, span)
+        except Outage:
+            raise
         except Exception as error:  # as above
             return Rejected(name, "error", f"{type(error).__name__}: {error}", span)
     return clip

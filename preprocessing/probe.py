@@ -2,13 +2,22 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from preprocessing.mp4 import file_url
+from preprocessing.outage import Outage
+from preprocessing.processes import guarded
 
 STALL_SECONDS = 60.0
+DECODER_BYTES = 4 << 30  # of memory for ffmpeg: 16 reference frames of 8K in 10 bits, and HDR on top
+# Codes with which ffmpeg ends when something else ended it, and the signal: 255 is what it makes of a polite one.
+KILLED = {-signal.SIGKILL: signal.SIGKILL, -signal.SIGTERM: signal.SIGTERM, 255: signal.SIGTERM}
+_NO_MEMORY = ("Cannot allocate memory", "get_buffer() failed")
 
 
 class MediaError(ValueError):
@@ -66,7 +75,12 @@ class MediaInfo:
         return self.audio.start
 
 
-def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float) -> dict[str, Any]:
+def lacked_memory(said: Sequence[str]) -> bool:
+    """Whether ffmpeg complained of too little memory."""
+    return any(words in line for line in said for words in _NO_MEMORY)
+
+
+def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float, memory: int) -> dict[str, Any]:
     wanted = (
         "format=start_time,duration:stream=index,codec_type,codec_name,width,height,avg_frame_rate,sample_rate,channels,"
         "color_transfer,color_space,field_order,sample_aspect_ratio:stream_disposition=default,attached_pic:"
@@ -76,13 +90,22 @@ def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float) -> dict
     command = ["ffprobe", "-v", "error", "-of", "json", "-show_entries", wanted, "-show_frames"]
     command += ["-read_intervals", packets, "-i", file_url(path)]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            guarded(command, memory),
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     except subprocess.TimeoutExpired:
         raise MediaError("timeout", f"ffprobe did not finish within {timeout:.0f} s") from None
-    except FileNotFoundError:
-        raise ValueError("ffprobe is not installed: install ffmpeg (`mfctl doctor` says how)") from None
-    facts: dict[str, Any] = json.loads(done.stdout or b"{}")
+    if done.returncode in KILLED:
+        raise MediaError("killed", f"something ended ffprobe with {KILLED[done.returncode].name}")
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    if lacked_memory(said):
+        raise MediaError("memory", f"its first frames need more than {memory >> 20} MiB to decode")
+    facts: dict[str, Any] = json.loads(done.stdout or b"{}")
     if not facts.get("streams"):
         raise MediaError("unreadable", said[-1].split(": ")[-1] if said else "no streams")
     if 0 < len(facts.get("frames", [])) < 2 * len(said):  # encrypted or damaged: a complaint for every other frame
@@ -124,21 +147,30 @@ def _rate(text: str) -> float:
     return float(up) / float(down) if float(down or 1) else 0.0
 
 
-def probe(path: str | os.PathLike[str], *, timeout: float = STALL_SECONDS, audio_track: int | None = None) -> MediaInfo:
+def probe(
+    path: str | os.PathLike[str],
+    *,
+    timeout: float = STALL_SECONDS,
+    memory: int = DECODER_BYTES,
+    audio_track: int | None = None,
+) -> MediaInfo:
     """What is in a file, from its header and its first decoded frames. ``audio_track``: 0 is the first one; None: the
     one that the file marks as default.
 
     Raises MediaError: ``unreadable`` (not media, truncated, empty), ``corrupt`` (its start decodes to noise: damaged or
-    encrypted), ``timeout``.
+    encrypted), ``timeout``, ``memory`` (more than so many bytes), ``killed`` (by something else: says nothing about the
+    file). Outage without ffmpeg.
     """
+    if shutil.which("ffprobe") is None:
+        raise Outage("ffprobe is not installed: install ffmpeg (`mfctl doctor` says how)")
     if not os.path.isfile(path):
-        raise MediaError("unreadable", "no such file")
-    facts = _ffprobe(path, "%+#64", timeout)
+        raise MediaError("unreadable", "no regular file" if os.path.exists(path) else "no such file")
+    facts = _ffprobe(path, "%+#64", timeout, memory)
     first = _first_times(facts)
     video, audio = _choose(facts["streams"], "video"), _choose(facts["streams"], "audio", audio_track)
     if any(s is not None and s["index"] not in first for s in (video, audio)):
         # A stream that begins late, or a picture hidden behind packets that an edit list discards.
-        first = _first_times(_ffprobe(path, "%+30", timeout)) | first
+        first = _first_times(_ffprobe(path, "%+30", timeout, memory)) | first
     start = float(facts.get("format", {}).get("start_time", 0.0))
     return MediaInfo(
         video=_video_info(video, first, any(frame.get("interlaced_frame") for frame in facts.get("frames", []))),

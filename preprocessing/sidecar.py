@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
+from preprocessing.outage import outages
 from preprocessing.record import Clip, Rejected, Source, Word
 from preprocessing.source import parse_words, split_fragment
 from preprocessing.storage import file_system, is_remote, local_path
@@ -22,7 +23,8 @@ def _beside(uri: str, suffix: str) -> bytes | None:
     if is_remote(uri):
         fs, path = file_system(unquote(uri))
         path = os.path.splitext(path)[0] + suffix
-        return fs.cat_file(path) if fs.exists(path) else None
+        with outages(uri):
+            return fs.cat_file(path) if fs.exists(path) else None
     path = os.path.splitext(local_path(uri))[0] + suffix
     if not os.path.isfile(path):
         return None

@@ -19,9 +19,9 @@ from math import inf
 from typing import Any
 from urllib.parse import quote, unquote
 
-import fsspec
 import pyarrow.parquet as pq
 
+from preprocessing.outage import outages
 from preprocessing.record import Source, Word
 from preprocessing.storage import file_system, is_remote, local_path, local_uri
 
@@ -92,7 +92,13 @@ def edges(path: str) -> str:
 
 
 def _local(path: str) -> Source:
-    return Source(uri=local_uri(path), size=os.path.getsize(path), fingerprint=edges(path))
+    """A file; what cannot be read, or is none (a pipe, a broken link), is a source too, to be rejected later."""
+    try:
+        if os.path.isfile(path):
+            return Source(uri=local_uri(path), size=os.path.getsize(path), fingerprint=edges(path))
+    except OSError:
+        pass
+    return Source(uri=local_uri(path), size=0, fingerprint="unreadable")
 
 
 def same_bytes(one: Source, other: Source) -> bool:
@@ -110,10 +116,15 @@ def same_bytes(one: Source, other: Source) -> bool:
 def _remote(prefix: str) -> Iterator[Source]:
     fs, root = file_system(prefix)
     scheme = prefix.split("://", 1)[0]
-    if glob.has_magic(root) and not fs.exists(root):
-        listed = fs.glob(root, detail=True)
-    else:
-        listed = fs.find(root, detail=True) or ({root: fs.info(root)} if fs.exists(root) else {})
+    try:
+        with outages(prefix, bucket=False):
+            fs.invalidate_cache()
+            if glob.has_magic(root) and not fs.exists(root):
+                listed = fs.glob(root, detail=True)
+            else:
+                listed = fs.find(root, detail=True) or ({root: fs.info(root)} if fs.exists(root) else {})
+    except FileNotFoundError:
+        listed = {}
     for path, facts in sorted(listed.items()):
         if facts.get("type") == "file" and os.path.splitext(path)[1].lower() in MEDIA:
             tag = str(facts.get("ETag", facts.get("size"))).strip('"')
@@ -122,7 +133,9 @@ def _remote(prefix: str) -> Iterator[Source]:
 
 def _manifest(path: str, suffix: str) -> Iterator[Source]:
     folder = os.path.dirname(path if is_remote(path) else os.path.abspath(path))
-    with fsspec.open(path if is_remote(path) else os.path.abspath(path), "rb") as file:
+    fs, place = file_system(path if is_remote(path) else os.path.abspath(path))
+    fs.invalidate_cache()
+    with outages(path, bucket=False), fs.open(place, "rb") as file:
         for number, row in enumerate(_rows(file, suffix), start=1):
             where = f"{path}, row {number}"
             uri = row.get("uri") or row.get("path")

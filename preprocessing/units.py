@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from preprocessing.config import PreprocessConfig
 from preprocessing.encode import ChannelSums, Encoders, latent_times
 from preprocessing.lease import check_token
 from preprocessing.manifest import Unit, canonical, digest
+from preprocessing.outage import Outage, outages
 from preprocessing.pipeline import Spent, build_encoders, process_sources
+from preprocessing.processes import scratch, sweep_scratch
 from preprocessing.record import Clip, Rejected, Source
 from preprocessing.schema import REJECTS, RowWriter, to_row
 from preprocessing.source import file_name
@@ -45,10 +48,16 @@ def bucket(clip: Clip) -> str:
 def run_unit(
     unit: Unit, store: Store, token: str, config: PreprocessConfig, encoders: Encoders, spent: Spent | None = None
 ) -> dict[str, Any]:
-    """Process a unit, publish its files, then its marker, which is returned. LeaseLost when no longer ours."""
+    """Process a unit, publish its files, then its marker, which is returned.
+
+    LeaseLost when no longer ours; Outage when a disk is full, or a place of sources or of the store fails.
+    """
     spent = spent or Spent()
-    with tempfile.TemporaryDirectory(prefix="mfctl-") as folder:
-        with _Files(Path(folder), config, encoders, spent) as files:
+    with scratch() as folder:
+        with (
+            outages(tempfile.gettempdir(), hint=" (or set TMPDIR to another disk)"),
+            _Files(folder, config, encoders, spent) as files,
+        ):
             for source, clip in process_sources(unit.sources, config, encoders, spent):
                 files.add(source, clip)
         check_token(store, token)
@@ -157,30 +166,54 @@ def _publish(store: Store, local: Path, kind: str, name: str, rows: int) -> dict
 
 
 class _Worker:
-    """A Ray actor: one unit in, its marker out. Its codecs stay loaded, on its share of a GPU if it has one."""
+    """One unit in, its marker out, or the outage that stopped it. As a Ray actor it keeps its codecs loaded, on its
+    share of a GPU if it has one."""
 
     def __init__(self, store_uri: str, token: str, config: PreprocessConfig) -> None:
         torch.set_num_threads(1)  # one worker per CPU
+        sweep_scratch()
         self._store, self._token, self._config = Store(store_uri), token, config
-        self._encoders = build_encoders(config)
-        self._encoders.load()
+        self._encoders = _kept_encoders(config)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit, spent = Unit.from_json(row["unit"]), Spent()
-        marker = run_unit(unit, self._store, self._token, self._config, self._encoders, spent)
-        return {"marker": canonical(marker), "spent": canonical(spent.seconds)}
+        try:
+            marker = run_unit(unit, self._store, self._token, self._config, self._encoders, spent)
+        except (Outage, OSError) as error:  # said in words: Ray would wrap it in pages of its own
+            return {"marker": "null", "spent": "{}", "outage": str(error) or repr(error)}
+        return {"marker": canonical(marker), "spent": canonical(spent.seconds), "outage": ""}
+
+
+@lru_cache(maxsize=1)
+def _kept_encoders(config: PreprocessConfig) -> Encoders:
+    """Loaded codecs: a process that is given one unit after the other makes them once."""
+    encoders = build_encoders(config)
+    encoders.load()
+    return encoders
+
+
+@lru_cache(maxsize=1)
+def _kept_worker(store_uri: str, token: str, config: PreprocessConfig) -> _Worker:
+    return _Worker(store_uri, token, config)
+
+
+def _work(row: dict[str, Any], store_uri: str, token: str, config: PreprocessConfig) -> dict[str, Any]:
+    """The same as a Ray task: nothing has to be loaded, and processes that stand ready take it."""
+    return _kept_worker(store_uri, token, config)(row)
 
 
 def run_units(units: Sequence[Unit], store: Store, token: str, config: PreprocessConfig, on_done: Done) -> None:
-    """Process all units through Ray Data, or in this process for ``workers=0``."""
+    """Process all units through Ray Data, or in this process for ``workers=0``. Outage as ``run_unit``."""
+    sweep_scratch()
     if config.workers == 0:
-        encoders = build_encoders(config)
-        encoders.load()
+        encoders = _kept_encoders(config)
         for unit in units:
             spent = Spent()
             on_done(run_unit(unit, store, token, config, encoders, spent), spent.seconds)
     elif units:
         _run_on_ray(units, store, token, config, on_done)
+        sweep_scratch()  # of workers that were killed meanwhile
+        store.sweep()
 
 
 def _run_on_ray(units: Sequence[Unit], store: Store, token: str, config: PreprocessConfig, on_done: Done) -> None:
@@ -196,15 +229,17 @@ def _run_on_ray(units: Sequence[Unit], store: Store, token: str, config: Preproc
     workers = min(len(units), fit, config.workers or int(ray.cluster_resources().get("CPU", 1)))
     # One block per unit as far as Ray's bookkeeping allows: a block is what a task takes and what is retried.
     data = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=min(len(units), 4096))
-    worker: Any = _Worker  # Ray makes one per actor
-    made = data.map(
-        worker,
-        fn_constructor_args=(store.uri, token, config),
-        num_cpus=1,
-        num_gpus=gpus or None,
-        concurrency=workers,
-    )
+    arguments = (store.uri, token, config)
+    place: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus or None, "concurrency": workers}
+    actor: Any = _Worker  # Ray makes one per worker
+    if config.folders:
+        made = data.map(actor, fn_constructor_args=arguments, **place)
+    else:
+        task: Any = _work  # with arguments of its own behind the row
+        made = data.map(task, fn_args=arguments, **place)
     for row in made.iter_rows():
+        if row["outage"]:
+            raise Outage(row["outage"])
         on_done(json.loads(row["marker"]), json.loads(row["spent"]))
 
 

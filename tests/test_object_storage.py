@@ -1,10 +1,6 @@
 """The same commands against S3: a real server process, to which fsspec speaks as it would to any other."""
 
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+from dataclasses import replace
 from fractions import Fraction
 
 import fsspec
@@ -12,8 +8,13 @@ import pytest
 import torch
 
 from preprocessing.config import PreprocessConfig
+from preprocessing.outage import Outage
 from preprocessing.reader import open_dataset
+from preprocessing.source import find_sources
+from preprocessing.storage import Store
 from preprocessing.toyworld import write_toyworld
+from tests.objectstore import BUCKET, s3_server
+from tests.preprocessing.mediafolder import make_folder, write_clip
 from tests.workflows.test_train import SMALL, killed_at
 from workflows.checkpoint import load_weights
 from workflows.inspection import inspect
@@ -21,43 +22,14 @@ from workflows.preprocess import preprocess
 from workflows.train import train
 from workflows.training import worker
 
-BUCKET = "s3://characters"
+SHORT = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2)
 
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    """An S3 server with one empty bucket; the environment names it, as it would name MinIO or Ceph."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    names = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "user", "AWS_SECRET_ACCESS_KEY": "word"}
-    names |= {"AWS_DEFAULT_REGION": "us-east-1"}
-    log = (tmp_path_factory.mktemp("s3") / "log").open("w")
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=log)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(name, value)
-        patch.setenv("MFCTL_TRACKER", "json")
-        fsspec.filesystem("s3").clear_instance_cache()
-        try:
-            _wait(url)
-            fsspec.filesystem("s3").mkdir("characters")
-            yield BUCKET
-        finally:
-            server.kill()
-            server.wait()
-            fsspec.filesystem("s3").clear_instance_cache()
-
-
-def _wait(url: str) -> None:
-    for _ in range(200):
-        try:
-            urllib.request.urlopen(url, timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise TimeoutError(url)
+    """An S3 server with one empty bucket."""
+    with s3_server(tmp_path_factory.mktemp("s3") / "log"):
+        yield f"s3://{BUCKET}"
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +87,81 @@ def test_a_run_whose_checkpoints_are_in_a_bucket_is_the_one_on_disk(s3, dataset,
 def test_a_missing_bucket_is_one_clear_message(s3):
     with pytest.raises(ValueError, match=r"s3://nowhere"):
         open_dataset("s3://nowhere/data")
+
+
+@pytest.fixture(scope="module")
+def media(s3, tmp_path_factory) -> str:
+    """Five sources in a bucket."""
+    folder = make_folder(tmp_path_factory.mktemp("folder") / "media")
+    fsspec.filesystem("s3").put(f"{folder}/", f"{s3}/media/", recursive=True)
+    return f"{s3}/media"
+
+
+def test_a_bucket_that_never_was_is_one_clear_message(media):
+    with pytest.raises(ValueError, match="no media files in s3://nowhere/media"):
+        find_sources(["s3://nowhere/media"])
+    with pytest.raises(Outage, match=r"s3://nowhere/set: there is no such bucket"):
+        preprocess([media], "s3://nowhere/set", SHORT, progress=lambda *_: None)
+
+
+def test_prefixes_globs_objects_and_manifests(s3, media, tmp_path):
+    names = ["good.mp4", "long.mp4", "mute.mp4", "short.mp4", "text.mp4"]
+
+    def found(*arguments: str) -> list[str]:
+        return [source.uri.removeprefix(f"{media}/") for source in find_sources(arguments)]
+
+    assert found(media) == found(f"{media}/") == found(f"{media}/*.mp4") == found(f"{s3}/med*/*.mp4") == names
+    assert found(f"{media}/[gl]o*.mp4") == found(f"{media}/long.mp4", f"{media}/good.mp4") == names[:2]
+    fs = fsspec.filesystem("s3")
+    fs.pipe_file(f"{BUCKET}/media/list.csv", b"uri,caption\nlong.mp4,first\n")
+    fs.pipe_file(f"{BUCKET}/lists/all.jsonl", f'{{"uri": "{media}/good.mp4", "start": 0.5}}\n'.encode())
+    (tmp_path / "local.csv").write_text(f"uri\n{media}/short.mp4\n")
+    assert [(s.uri[-8:], s.caption) for s in find_sources([f"{media}/list.csv"])] == [("long.mp4", "first")]
+    assert found(f"{s3}/lists/all.jsonl") == ["good.mp4#t=0.5,"]
+    assert found(str(tmp_path / "local.csv")) == ["short.mp4"]
+    for wrong in (f"{media}/nothing", f"{media}/*.avi", f"{media}/goo"):
+        with pytest.raises(ValueError, match="no media files"):
+            find_sources([wrong])
+    fs.rm_file(f"{BUCKET}/media/list.csv")
+
+
+def test_any_name_of_an_object_works(s3, tmp_path):
+    write_clip(tmp_path / "clip.mp4", 1.2)
+    names = [
+        "with space.mp4",
+        "quo\"te's.mp4",
+        "-dash.mp4",
+        "100%25.mp4",
+        "plus+and&.mp4",
+        "\u00fcber.mp4",
+        "a#t=1,2.mp4",
+    ]
+    fs = fsspec.filesystem("s3")
+    for number, name in enumerate(names):
+        data = (tmp_path / "clip.mp4").read_bytes() + bytes([number])
+        fs.pipe_file(f"{BUCKET}/odd names/{name}", data)
+    fs.pipe_file(f"{BUCKET}/odd names/with space.json", b'{"caption": "beside"}')
+    place = f"{s3}/odd-set"
+    counts = preprocess([f"{s3}/odd names"], place, SHORT, progress=lambda *_: None)
+    assert (counts["sources"], counts["accepted"]) == (len(names), len(names)), counts
+    assert inspect(place, verify=True)["verified"]
+
+
+def test_an_object_that_is_gone_when_its_turn_comes_is_a_reject(s3, tmp_path):
+    write_clip(tmp_path / "clip.mp4", 1.2)
+    fs = fsspec.filesystem("s3")
+    for name in ("a", "b"):
+        fs.put_file(str(tmp_path / "clip.mp4"), f"{BUCKET}/going/{name}.mp4")
+    config = replace(SHORT, sources_per_unit=1, keep_duplicates=True)
+    gone = f"{BUCKET}/going/b.mp4"
+    run = ([f"{s3}/going"], f"{s3}/going-set", config)
+    counts = preprocess(*run, progress=lambda *_: fs.rm_file(gone) if fs.exists(gone) else None)
+    assert (counts["accepted"], counts["rejects_by_reason"]) == (1, {"unreadable": 1})
+
+
+def test_an_upload_that_arrives_short_is_noticed(s3, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(1000))
+    store = Store(f"{s3}/short")
+    monkeypatch.setattr(store._fs, "put_file", lambda _, name: store._fs.pipe_file(name, bytes(999)))
+    with pytest.raises(Outage, match="999 of 1000 bytes"):
+        store.put(tmp_path / "file", "file")

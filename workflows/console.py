@@ -65,9 +65,10 @@ def run(
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """The message for the user and the exit code. A failure that is no input error shows its traceback."""
+    """The message for the user and the exit code. A failure that is no input error shows its traceback, unless its
+    message says what to do about it."""
     wrong_input = isinstance(error, INPUT_ERRORS) and not _from_ray_worker(error)
-    if not wrong_input or os.environ.get(TRACEBACK):
+    if not (wrong_input or _is_outage(error)) or os.environ.get(TRACEBACK):
         traceback.print_exception(error)
     return str(error) or type(error).__name__, WRONG_INPUT if wrong_input else FAILED
 
@@ -76,6 +77,12 @@ def _from_ray_worker(error: Exception) -> bool:
     """Ray gives the error of a worker the worker's type too; input is refused before any worker starts."""
     ray_errors = sys.modules.get("ray.exceptions")  # not imported: then it cannot be one
     return ray_errors is not None and isinstance(error, ray_errors.RayError)
+
+
+def _is_outage(error: Exception) -> bool:
+    """A full disk, an object store that is away."""
+    outage = sys.modules.get("preprocessing.outage")  # not imported: then it cannot be one
+    return outage is not None and isinstance(error, outage.Outage)
 
 
 def fail(message: str, code: int, *, as_json: bool) -> NoReturn:

@@ -5,10 +5,12 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from preprocessing import likeness
 from preprocessing.config import PreprocessConfig
-from preprocessing.likeness import DUPLICATES
+from preprocessing.likeness import DUPLICATES, alike, compare
 from preprocessing.reader import open_dataset
 from preprocessing.storage import Store
 from preprocessing.toyworld import write_toyworld
@@ -56,6 +58,28 @@ def test_copies_are_left_out_and_characters_are_not(found, media):
     windows = before.count(first)
     assert sum(after.count(name) for name in alike) == windows
     assert counts["near_duplicates"] == len(COPIES) * windows == len(before) - len(after)
+
+
+def test_thousands_of_copies_cost_thousands_of_comparisons(monkeypatch):
+    """2,000 times one clip, as often another one with a little noise, and 1,000 that are nothing but themselves."""
+    draw = np.random.default_rng(1)
+    one, other, *single = draw.integers(-100, 100, (1002, 1600)).astype(np.int8)
+    noisy = [np.clip(other + draw.normal(0, 3, 1600), -127, 127).astype(np.int8) for _ in range(2000)]
+    prints = [row.tobytes() for row in (*[one] * 2000, *noisy, *single)]
+    count = 0
+
+    def counted(*args):
+        nonlocal count
+        count += 1
+        return compare(*args)
+
+    monkeypatch.setattr(likeness, "compare", counted)
+    pairs = list(alike(prints, [10.0] * len(prints)))
+    assert count < 2 * len(prints)
+    assert len(pairs) == 2 * 1999
+    assert {pair.one < 2000 for pair in pairs if pair.other < 2000} == {True}
+    assert all(pair.other < 4000 and (pair.one < 2000) == (pair.other < 2000) for pair in pairs)
+    assert list(alike([bytes(1600)] * 9, [10.0] * 9)) == [], "what has neither picture nor sound is like nothing"
 
 
 @pytest.mark.slow

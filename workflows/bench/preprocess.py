@@ -15,8 +15,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
-
 from preprocessing.config import PreprocessConfig
 from preprocessing.mp4 import file_url
 from preprocessing.source import find_sources
@@ -91,23 +89,10 @@ def _plain(paths: Sequence[str], config: PreprocessConfig) -> Turn:
 
 def _timed(work: Callable[[], Mapping[str, Any]], spent: Mapping[str, float]) -> Turn:
     with Watch() as watch:
-        began, used = time.perf_counter(), cpu_seconds()
+        began = time.perf_counter()
         counts = work()
-        took, used = time.perf_counter() - began, cpu_seconds() - used
-    return Turn(wall_s=took, cpu_s=used, counts=counts, spent=spent, peak_rss_bytes=max(watch.rss, default=0))
-
-
-def cpu_seconds() -> float:
-    """Of this process, of all that it or its children started, and of those among them that have ended."""
-    total = 0.0
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            times: Any = process.cpu_times()
-        except psutil.Error:
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
+        took = time.perf_counter() - began
+    return Turn(wall_s=took, cpu_s=watch.cpu_s, counts=counts, spent=spent, peak_rss_bytes=max(watch.rss, default=0))
 
 
 def _summary(turns: Mapping[str, Sequence[Turn]], workers: int, rounds: int) -> dict[str, Any]:
