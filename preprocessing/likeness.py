@@ -51,9 +51,9 @@ def _seen(frames: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.fl
     around = np.clip(centres[:, None].astype(int) + np.arange(-1, 2), 0, len(frames) - 1)  # three frames each
     chosen = frames[around.ravel()]
     rows, columns = (np.arange(_GRID + 1) * size // _GRID for size in chosen.shape[1:3])
-    grey = chosen.astype(np.float64).mean(-1)
-    sums = np.add.reduceat(np.add.reduceat(grey, rows[:-1], axis=1), columns[:-1], axis=2)
-    levels = sums / np.outer(np.maximum(np.diff(rows), 1), np.maximum(np.diff(columns), 1))
+    stripes = np.add.reduceat(chosen, rows[:-1], axis=1, dtype=np.uint32)  # sums of whole numbers: exact, and fast
+    sums = np.add.reduceat(stripes, columns[:-1], axis=2, dtype=np.uint32).sum(-1)
+    levels = sums / (3 * np.outer(np.maximum(np.diff(rows), 1), np.maximum(np.diff(columns), 1)))
     instants = levels.reshape(_INSTANTS, 3, _GRID**2).mean(1)
     mean = instants.mean(0)
     return mean - mean.mean(), (instants - mean).ravel()
@@ -163,10 +163,9 @@ def _parts(rows: NDArray[np.int8]) -> list[NDArray[np.float32]]:
 def _together(whole: NDArray[np.int8]) -> Iterator[list[int]]:
     """Clips that agree in all signs of one of the tables, in ascending order; those that have nothing are left out."""
     something = np.flatnonzero(np.asarray(whole.any(axis=1)))
-    draws = [np.random.default_rng([table, 20261120]) for table in range(_TABLES)]
-    planes = np.concatenate(
-        [draw.standard_normal((whole.shape[1], _BITS)).astype(np.float32) for draw in draws], axis=1
-    )
+    draws = (np.random.default_rng([table, 20261120]) for table in range(_TABLES))
+    planes = np.concatenate([draw.standard_normal((whole.shape[1], _BITS)) for draw in draws], axis=1)
+    planes = planes.astype(np.float32)
     keys = [_keys(whole[something[first : first + _ROWS]], planes) for first in range(0, len(something), _ROWS)]
     for table in range(_TABLES):
         buckets: dict[int, list[int]] = defaultdict(list)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from preprocessing.mp4 import Frames
 
-_STEP = 4  # every so many pixels are compared
+_POINTS = 36  # compared on the shorter side: fewer, and a thing that moves weighs as much as the scene
 _CHANGED = 12.0  # grey levels by which a pixel must differ to count as changed
 
 
@@ -66,7 +66,8 @@ class Cuts:
     def _same(self, one: NDArray[np.uint8], other: NDArray[np.uint8]) -> bool:
         """Whether two pictures show one scene."""
         assert self._config.threshold is not None
-        a, b = (picture[::_STEP, ::_STEP].astype(np.float64).mean(2) for picture in (one, other))
+        step = max(1, min(one.shape[:2]) // _POINTS)
+        a, b = (picture[::step, ::step].astype(np.float64).mean(2) for picture in (one, other))
         difference = np.abs(a - b)
         change = float(difference.mean()) * 100 / 255
         if change < self._config.threshold / 2 or (difference > _CHANGED).mean() < self._config.spread:

@@ -18,7 +18,6 @@ from urllib.parse import unquote
 from preprocessing.config import PreprocessConfig
 from preprocessing.mp4 import write_mp4
 from preprocessing.reader import open_dataset
-from preprocessing.scenes import SceneConfig
 from preprocessing.toyworld import ToyConfig, draw_truth, render_frames, write_toyworld
 from workflows import environment
 from workflows.checkpoint import write_json
@@ -79,10 +78,7 @@ def tell(story: Story) -> dict[str, Any]:
     with chapter("toy world", took):
         make_clips(story)
     with chapter("preprocess", took):
-        scenes = SceneConfig(
-            threshold=None
-        )  # toy clips have no cuts; lights that go on while things move pass for one now and then
-        config = PreprocessConfig(window_seconds=Fraction(story.window), scenes=scenes)
+        config = PreprocessConfig(window_seconds=Fraction(story.window))
         counts = preprocess([str(story.clips), str(story.damaged)], str(story.dataset), config)
         sheet = story.out / "contact_sheet.png"
         inspect(str(story.dataset), verify=True, sheet=None if sheet.exists() else str(sheet))

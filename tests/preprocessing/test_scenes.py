@@ -14,6 +14,8 @@ from preprocessing.pipeline import build_encoders, process_source
 from preprocessing.record import Clip, Rejected
 from preprocessing.scenes import Cuts, SceneConfig
 from preprocessing.source import find_sources
+from preprocessing.toyworld import ToyConfig
+from preprocessing.toyworld import write_clip as write_toy_clip
 from tests.preprocessing.flashbeep import numbered_frames, sound
 
 FPS, RATE = Fraction(24), 16000
@@ -25,7 +27,7 @@ LEVELS = (60, 110, 160, 210)  # of one colour channel: by it a frame tells its s
 def scene(number: int, count: int) -> np.ndarray:
     """A texture of its own that drifts a little, and blue of one level."""
     texture = np.random.default_rng(number).integers(20, 235, (18, 18, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-    frames = np.stack([texture[i % 8 : i % 8 + 128, :128] for i in range(count)])
+    frames = np.stack([texture[at : at + 128, :128] for at in (abs(i % 16 - 8) for i in range(count))])
     frames[..., 2] = LEVELS[number]
     return frames
 
@@ -78,6 +80,12 @@ def test_a_flash_is_no_cut_and_a_switched_light_is_none(tmp_path):
     frames[30:32] = 255
     write_mp4(tmp_path / "flash.mp4", frames, FPS, sound(73 / 24, RATE), RATE)
     assert [one.span for one in spans(tmp_path / "flash.mp4")] == [(0.0, 2.041667), (2.0, 3.041667)]
+
+
+def test_a_light_that_goes_on_while_everything_moves_is_no_cut(tmp_path):
+    """Half a second before its end this character looks away, turns, and stands in another light."""
+    path = write_toy_clip(tmp_path, ToyConfig(seconds=5.0, seed=7), 3)
+    assert [one.span for one in spans(path, replace(CONFIG, window_seconds=Fraction(5)))] == [(0.0, 5.041667)]
 
 
 def test_a_scene_that_comes_back_at_once_was_interrupted():
