@@ -17,6 +17,7 @@ from preprocessing.lipsync import SyncConfig
 from preprocessing.manifest import canonical, digest
 from preprocessing.probe import DECODER_BYTES
 from preprocessing.scenes import SceneConfig
+from preprocessing.transcribe import WhisperConfig
 
 MODALITIES = {"paired": (VIDEO, AUDIO), "video": (VIDEO,), "audio": (AUDIO,)}
 _LEAST_BYTES = 1 << 26  # what ffmpeg takes for itself
@@ -38,6 +39,7 @@ class PreprocessConfig:
     audio: AudioConfig = field(default_factory=MelConfig)  # its sample_rate is the sample rate of the dataset
     text_width: int = 64  # width of the hashed embeddings of caption and transcript
     text: T5Config | None = None  # a pretrained encoder of captions and transcripts instead
+    whisper: WhisperConfig | None = None  # makes the transcripts that no manifest or sidecar has
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     scenes: SceneConfig = field(default_factory=SceneConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
@@ -81,6 +83,11 @@ class PreprocessConfig:
     def sample_rate(self) -> int:
         return self.audio.sample_rate
 
+    @property
+    def device(self) -> str:
+        """Where pretrained networks compute."""
+        return "cuda" if self.encoder.gpus else "cpu"
+
     def size_for(self, shown: tuple[float, float]) -> tuple[int, int]:
         """The size for a picture seen as (height, width): the nearest shape, of that the largest that enlarges
         nothing, else the smallest."""
@@ -102,7 +109,7 @@ class PreprocessConfig:
         """The configuration as plain JSON values, without what changes nothing in the dataset."""
         values: dict[str, Any] = json.loads(canonical(asdict(self)))
         del values["workers"]
-        for part in ("video", "audio", "text"):
+        for part in ("video", "audio", "text", "whisper"):
             (values[part] or {}).pop("folder", None)  # the digest of the weights stays
         del values["sync"]["file"]
         values["encoder"] = {"batch": self.encoder.batch, "bfloat16": self.encoder.gpus > 0}

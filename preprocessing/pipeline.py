@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from itertools import islice
+from typing import Any
 
 from mfcore.codecs.known import make_codec
 from mfcore.codecs.text import T5Words
@@ -26,6 +27,7 @@ from preprocessing.record import Clip, Rejected, Source
 from preprocessing.sidecar import attach_text, read_sidecar
 from preprocessing.source import edges, split_fragment
 from preprocessing.storage import fetched
+from preprocessing.transcribe import transcribe, whisper_folder
 
 _OF_DECODING = ("timeout", "memory", "killed")
 ATTEMPTS = 5  # at a source whose decoder something else ends (a lack of memory, a hand)
@@ -49,9 +51,10 @@ class Spent:
 def build_encoders(config: PreprocessConfig) -> Encoders:
     """The codecs of the modalities present, their clocks, and the text encoder."""
     build_estimator(config.sync)  # says now, and not of every clip, that weights are missing
-    device = "cuda" if config.encoder.gpus else "cpu"
-    codecs = {m: make_codec({VIDEO: config.video, AUDIO: config.audio}[m], device) for m in config.modalities}
-    words = T5Words(config.text, device) if config.text else HashedWords(width=config.text_width)
+    if config.whisper:
+        whisper_folder(config.whisper)  # the same
+    codecs = {m: make_codec({VIDEO: config.video, AUDIO: config.audio}[m], config.device) for m in config.modalities}
+    words = T5Words(config.text, config.device) if config.text else HashedWords(width=config.text_width)
     timeline = Timeline(clocks={m: c.clock for m, c in codecs.items()}, chunk_seconds=config.chunk_seconds)
     return Encoders(codecs=codecs, words=words, timeline=timeline)
 
@@ -95,6 +98,7 @@ def clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[tuple[str, 
         ("sync", partial(check_sync, config=config.sync, plan=plan, fps=config.fps, sample_rate=rate)),
         ("fingerprint", partial(fingerprint, sample_rate=rate)),
         ("text", attach_text),
+        ("speech", partial(transcribe, config=config.whisper, device=config.device, sample_rate=rate)),
     ]
 
 
@@ -112,6 +116,7 @@ def cut_source(source: Source, config: PreprocessConfig, plan: SpanPlan, spent: 
     """Sidecar, probe, decode, cut: the clips of one source, one at a time."""
     if source.duplicate_of is not None:
         raise Rejected("duplicates", "duplicate", f"same bytes as {source.duplicate_of}")
+    brought = "manifest" if source.transcript is not None else "sidecar"
     source = read_sidecar(source)
     base, within = split_fragment(source.uri)
     with fetched(base) as path:
@@ -120,7 +125,11 @@ def cut_source(source: Source, config: PreprocessConfig, plan: SpanPlan, spent: 
                 path, timeout=config.stall_seconds, memory=config.decoder_bytes, audio_track=config.audio_track
             )
         _check_streams(info, config)
-        content = edges(path)
+        known: dict[str, Any] = {
+            "content": edges(path),
+            "source_fps": info.video.fps if info.video else None,
+            "transcript_source": "" if source.transcript is None else brought,
+        }
         with Decoder(
             path,
             info,
@@ -135,8 +144,7 @@ def cut_source(source: Source, config: PreprocessConfig, plan: SpanPlan, spent: 
             cut_score=config.scenes.threshold,
         ) as decoder:
             for clip in cut(decoder, info, source, plan, config.scenes, until=None if within is None else within[1]):
-                rate = info.video.fps if info.video else None
-                yield clip if isinstance(clip, Rejected) else replace(clip, content=content, source_fps=rate)
+                yield clip if isinstance(clip, Rejected) else replace(clip, **known)
 
 
 def process_source(

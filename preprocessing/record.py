@@ -43,6 +43,7 @@ class Clip:
     fingerprint: bytes | None = None  # of how it looks, moves and sounds
     caption: str = ""
     transcript: tuple[Word, ...] = ()
+    transcript_source: str = ""  # manifest, sidecar, the id of a Whisper; empty: there is no transcript
     sync: tuple[float, float] | None = None  # offset in seconds (positive: sound late), confidence
     moved: float = 0.0  # seconds by which the sound was moved to be earlier, its transcript with it
     latents: Mapping[str, Tensor] | None = None  # raw: video (1 + n, C, h, w), audio (n, C); set by the last step

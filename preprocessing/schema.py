@@ -68,6 +68,7 @@ CLIPS = pa.schema(
         pa.field("source_content", pa.string()),
         pa.field("source_fps", pa.float64()),
         pa.field("loudness_db", pa.float64()),
+        pa.field("transcript_source", pa.string()),  # manifest, sidecar, whisper/...; null: there is no transcript
         pa.field("fingerprint", pa.binary()),  # what near-duplicates are found by
     ],
     metadata={"mfctl_schema_version": str(SCHEMA_VERSION)},
@@ -174,6 +175,7 @@ def to_row(
         "source_uri": clip.source.uri,
         "span_start_sec": clip.span[0],
         "transcript": [asdict(word) for word in clip.transcript],
+        "transcript_source": clip.transcript_source or None,
         **_pack("transcript_embedding", clip.words_embedding.numpy()),
         "first_frame_png": None if clip.frames is None else _png(clip.frames[0]),
         "sync_offset_sec": clip.sync[0] if clip.sync else None,

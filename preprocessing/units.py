@@ -30,6 +30,7 @@ from preprocessing.record import Clip, Rejected, Source
 from preprocessing.schema import REJECTS, RowWriter, to_row
 from preprocessing.source import file_name
 from preprocessing.storage import Store
+from preprocessing.transcribe import build_whisper
 
 Done = Callable[[dict[str, Any], Mapping[str, float]], None]
 """Called with a finished unit's marker, and the seconds that each step took in it."""
@@ -189,6 +190,8 @@ def _kept_encoders(config: PreprocessConfig) -> Encoders:
     """Loaded codecs: a process that is given one unit after the other makes them once."""
     encoders = build_encoders(config)
     encoders.load()
+    if config.whisper:
+        build_whisper(config.whisper, config.device)
     return encoders
 
 
@@ -232,7 +235,7 @@ def _run_on_ray(units: Sequence[Unit], store: Store, token: str, config: Preproc
     arguments = (store.uri, token, config)
     place: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus or None, "concurrency": workers}
     actor: Any = _Worker  # Ray makes one per worker
-    if config.folders:
+    if config.folders or config.whisper:
         made = data.map(actor, fn_constructor_args=arguments, **place)
     else:
         task: Any = _work  # with arguments of its own behind the row

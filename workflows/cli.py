@@ -118,6 +118,9 @@ def preprocess(
     sync: Annotated[
         str | None, typer.Option(metavar="motion|syncnet:FILE|off", help="Sync filter; default: motion, recorded only.")
     ] = None,
+    transcribe: Annotated[
+        str | None, typer.Option(metavar="whisper:DIR|off", help="What hears words that no file brings; default: off.")
+    ] = None,
     sets: Sets,
     config: Config = None,
     dry_run: DryRun = False,
@@ -129,9 +132,10 @@ def preprocess(
         from preprocessing.config import PreprocessConfig
         from workflows.config_io import change, parse_sets, read_file
         from workflows.preprocess import preprocess as run_preprocess
-        from workflows.preprocess import with_codecs, with_sync
+        from workflows.preprocess import with_codecs, with_sync, with_transcripts
 
         plain = with_sync(with_codecs(PreprocessConfig(), codec_video, codec_audio, text), sync)
+        plain = with_transcripts(plain, transcribe)
         written = change(plain, read_file(config) if config else {})
         named = {"modality": modality, "sizes": sizes and pairs(sizes, "--sizes"), "audio_track": audio_track}
         values = parse_sets(sets) | {name: value for name, value in named.items() if value is not None}

@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -69,6 +70,7 @@ def inspect(
         for name, found in rejects.items()
     }
     summary["histograms"] = {name: _histogram(values) for name, values in read_values(store).items() if values}
+    summary["transcripts"] = read_transcripts(store)
     if sheet is not None:
         contact_sheet(open_dataset(dataset), rejects, Path(sheet))
         summary["sheet"] = str(sheet)
@@ -106,6 +108,18 @@ def read_values(store: Store) -> dict[str, list[float]]:
         for column in present:
             values[column] += [value for value in table[column].to_pylist() if value is not None]
     return values
+
+
+def read_transcripts(store: Store) -> dict[str, int]:
+    """Accepted clips by where their transcript is from; those of older datasets, which do not say so, are left out."""
+    found: Counter[str] = Counter()
+    for name in _files(store, "clips"):
+        with store.open(name) as handle:
+            file = pq.ParquetFile(handle)
+            if "transcript_source" in file.schema_arrow.names:
+                said = file.read(["transcript_source"], use_threads=False)["transcript_source"].to_pylist()
+                found.update(source or "missing" for source in said)
+    return dict(sorted(found.items()))
 
 
 def read_rejects(store: Store) -> dict[str, Rejects]:

@@ -40,6 +40,7 @@ from preprocessing.reader import ClipDataset, open_dataset, read_facts
 from preprocessing.schema import SCHEMA_VERSION
 from preprocessing.source import MANIFESTS, find_sources
 from preprocessing.storage import TEMPORARY, Store
+from preprocessing.transcribe import read_whisper
 from preprocessing.units import run_units
 from workflows.environment import absolute
 
@@ -123,6 +124,16 @@ def with_sync(config: PreprocessConfig, sync: str | None) -> PreprocessConfig:
     if sync not in (None, "motion", "off"):
         raise ValueError(f"--sync {sync}: choose motion, syncnet:FILE or off")
     return replace(config, sync=replace(config.sync, estimator=None)) if sync == "off" else config
+
+
+def with_transcripts(config: PreprocessConfig, transcribe: str | None) -> PreprocessConfig:
+    """The configuration with what makes missing transcripts. ValueError for another name."""
+    kind, _, folder = (transcribe or "off").partition(":")
+    if kind == "whisper" and folder:
+        return replace(config, whisper=read_whisper(absolute(folder)))
+    if transcribe not in (None, "off"):
+        raise ValueError(f"--transcribe {transcribe}: choose whisper:DIR or off")
+    return config
 
 
 def _check_named_files(arguments: Sequence[str]) -> None:

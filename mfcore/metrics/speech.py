@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.signal import resample_poly
 
 RATE = 16000  # samples a second that recognisers hear
+GREEDY = {"do_sample": False, "num_beams": 1}  # the same every time
 Units = Sequence[Hashable]
 Sound = NDArray[np.floating[Any]]
 
@@ -80,10 +81,40 @@ class Whisper:
         pieces = [wave[i : i + extractor.n_samples] for i in range(0, len(wave), extractor.n_samples)]
         return " ".join(self._piece(piece) for piece in pieces).strip()
 
+    @torch.inference_mode()
+    def words(self, sound: Sound, sample_rate: int) -> list[tuple[str, float, float]]:
+        """Words with start and end in seconds, inside the sound: as the attention of the heads that the model names for
+        this says; of a model that names none a phrase's time is shared out over its words by their letters."""
+        from transformers import AutomaticSpeechRecognitionPipeline
+
+        wave, seconds = at_rate(sound, sample_rate), len(sound) / sample_rate
+        exact = getattr(self._model.generation_config, "alignment_heads", None) is not None
+        listen: Any = AutomaticSpeechRecognitionPipeline(
+            model=self._model,
+            tokenizer=self._processor.tokenizer,
+            feature_extractor=self._processor.feature_extractor,
+            device=self._model.device,
+        )
+        found = listen(wave, return_timestamps="word" if exact else True, generate_kwargs=GREEDY)
+        return [word for chunk in found["chunks"] for word in _timed(chunk, seconds)]
+
     def _piece(self, wave: NDArray[np.float32]) -> str:
         features = self._processor(wave, sampling_rate=RATE, return_tensors="pt").input_features
-        tokens = self._model.generate(features.to(self._device), do_sample=False, num_beams=1)
+        tokens = self._model.generate(features.to(self._device), **GREEDY)
         return str(self._processor.batch_decode(tokens, skip_special_tokens=True)[0])
+
+
+def _timed(chunk: Mapping[str, Any], seconds: float) -> list[tuple[str, float, float]]:
+    """The words of a phrase. It has no end where the sound ends in it."""
+    start, end = ((seconds if at is None else min(float(at), seconds)) for at in chunk["timestamp"])
+    names = str(chunk["text"]).split()
+    letters, at = sum(len(name) for name in names), start
+    words: list[tuple[str, float, float]] = []
+    for name in names:
+        until = min(end, at + max(0.0, end - start) * len(name) / letters)
+        words.append((name, at, max(at, until)))
+        at = until
+    return words
 
 
 class PocketSphinx:

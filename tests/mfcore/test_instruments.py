@@ -1,6 +1,5 @@
 """Metrics of bootstrap, picture, sound, lips and classes against planted truths; networks of random weights, loaded."""
 
-import json
 import math
 
 import numpy as np
@@ -19,6 +18,7 @@ from mfcore.metrics.syncnet import SyncNet, SyncNetSync
 from mfcore.objectives.flow_matching import history_use
 from mfcore.types import AUDIO, VIDEO
 from tests.mfcore.tiny import batch, network
+from tests.mfcore.tinymodels import save_whisper
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -115,36 +115,14 @@ def test_plain_words():
     assert plain_words("Don't STOP, now - 42!") == ["don't", "stop", "now", "42"]
 
 
-def tiny_whisper(folder) -> str:
-    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
-
-    letters = [chr(c) for c in range(33, 127)] + ["\u0120"]
-    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
-    vocabulary = {token: i for i, token in enumerate(letters + special)}
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    WhisperTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
-    WhisperFeatureExtractor().save_pretrained(folder)
-    end, start = vocabulary["<|endoftext|>"], vocabulary["<|startoftranscript|>"]
-    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 16))}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    ends = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end, "decoder_start_token_id": start}
-    torch.manual_seed(0)
-    config = WhisperConfig(
-        vocab_size=len(vocabulary) + 8, d_model=16, max_target_positions=24, **sizes, **heads, **ends
-    )
-    network = WhisperForConditionalGeneration(config)
-    network.generation_config.max_length = 12
-    network.generation_config.suppress_tokens = None
-    network.generation_config.begin_suppress_tokens = None
-    network.save_pretrained(folder)
-    return str(folder)
+@pytest.mark.parametrize("exact", [True, False])
+def test_whisper_says_when_words_are_said(exact, tmp_path):
+    heard = Whisper(str(save_whisper(tmp_path / "whisper", exact=exact))).words(0.1 * draw(22050), 22050)
+    assert heard and all(word and 0 <= start <= end <= 1 for word, start, end in heard)
 
 
 def test_whisper_is_loaded_from_a_folder(tmp_path):
-    pytest.importorskip("transformers")
-    heard = Whisper(tiny_whisper(tmp_path / "whisper"))(0.1 * draw(22050), 22050)
+    heard = Whisper(str(save_whisper(tmp_path / "whisper")))(0.1 * draw(22050), 22050)
     assert isinstance(heard, str)
     with pytest.raises(ValueError, match="holds no Whisper"):
         Whisper(str(tmp_path))

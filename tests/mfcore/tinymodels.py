@@ -1,5 +1,6 @@
 """Folders of the real pretrained classes at a tiny size with random weights, saved as their publishers save them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,4 +61,37 @@ def save_t5(folder: Path, kind: str = "umt5", seed: int = 0) -> Path:
         vocab_size=len(pieces), d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4
     )
     getattr(transformers, names[1])(config).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def save_whisper(folder: Path, exact: bool = True, seed: int = 0) -> Path:
+    """A Whisper of width 16 that hears something in everything. ``exact``: it names heads that know the time of a word,
+    as published ones do."""
+    whisper = pytest.importorskip("transformers", reason="needs transformers")
+    letters = [chr(c) for c in range(33, 127)] + ["\u0120"]
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    vocabulary = {token: i for i, token in enumerate(letters + special)}
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    whisper.WhisperTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    whisper.WhisperFeatureExtractor().save_pretrained(folder)
+    end, start = vocabulary["<|endoftext|>"], vocabulary["<|startoftranscript|>"]
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 16))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    ends = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end, "decoder_start_token_id": start}
+    torch.manual_seed(seed)
+    timestamps = 1501  # behind the last special token, 20 ms apart
+    config = whisper.WhisperConfig(
+        vocab_size=len(vocabulary) + timestamps, d_model=16, max_target_positions=24, **sizes, **heads, **ends
+    )
+    network = whisper.WhisperForConditionalGeneration(config)
+    network.generation_config._from_model_config = False  # what is set here counts when it is loaded
+    network.generation_config.max_length = 12
+    network.generation_config.suppress_tokens = [*range(end, end + len(special))]
+    network.generation_config.begin_suppress_tokens = None
+    network.generation_config.no_timestamps_token_id = vocabulary["<|notimestamps|>"]
+    if exact:
+        network.generation_config.alignment_heads = [[0, 0], [0, 1]]
+    network.save_pretrained(folder)
     return folder
