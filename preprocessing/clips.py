@@ -77,7 +77,7 @@ def cut(
         except MediaError as error:
             if error.reason != "timeout" or first == 0:
                 raise
-            yield window.stalled(first, info, error)
+            yield window.stalled(first, info.duration if until is None else min(until, info.duration), error)
             return
         chunks = bisect_right(plan.frames, portion.length) - 1
         if chunks >= plan.least:
@@ -154,9 +154,9 @@ class _Window:
         detail = f"a scene of {seconds:.3f} s has no {plan.least} whole chunks"
         return Rejected("scenes", "short_scene", detail, self._span(first, last))
 
-    def stalled(self, first: int, info: MediaInfo, error: MediaError) -> Rejected:
+    def stalled(self, first: int, claimed: float, error: MediaError) -> Rejected:
         start, _ = self._span(first, first)
-        return Rejected("decode", error.reason, error.detail, (start, max(start, info.duration)))
+        return Rejected("decode", error.reason, error.detail, (start, max(start, claimed)))
 
     def _span(self, first: int, last: int) -> tuple[float, float]:
         fps = self._decoder.fps

@@ -187,9 +187,12 @@ class Decoder:
         said = self.complaints()
         # with reinit_filter=0 ffmpeg goes on without the sound when its format changes: that is a failure here
         changed = [line for line in said if "on the fly is not supported" in line and "audio" in line]
-        if self._process.wait() == 0 and not changed:
+        code = self._exit_code()
+        if code in KILLED:
+            raise MediaError("killed", f"something ended ffmpeg with {KILLED[code].name}")
+        if code == 0 and not changed:
             return None
-        return (changed or said or [f"ffmpeg ended with code {self._process.returncode}"])[-1]
+        return (changed or said or [f"ffmpeg ended with code {code}"])[-1]
 
     def complaints(self) -> list[str]:
         """Read to the end of the file: every line that ffmpeg said, whether it failed or went on."""
@@ -289,8 +292,16 @@ class Decoder:
         while "error" in self._open and self._inboxes["video"].received - pictures < 4 * _PIPE_BYTES:
             self._pump()
             self._inboxes["audio"].keep(sound + _BEHIND_BYTES)
-        if "error" not in self._open and self._process.wait() in KILLED:
-            raise MediaError("killed", f"something ended ffmpeg with {KILLED[self._process.wait()].name}")
+        if "error" not in self._open and (code := self._exit_code()) in KILLED:
+            raise MediaError("killed", f"something ended ffmpeg with {KILLED[code].name}")
+
+    def _exit_code(self) -> int:
+        """Of ffmpeg, which has closed its streams."""
+        try:
+            return self._process.wait(self._stall)
+        except subprocess.TimeoutExpired:
+            self.close()
+            raise MediaError("timeout", f"ffmpeg did not end within {self._stall:.0f} s") from None
 
     def _pump(self) -> None:
         """Move what is in the pipes into the inboxes; waits until ``stall_seconds`` after picture or sound came."""

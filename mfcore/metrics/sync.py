@@ -223,10 +223,10 @@ def _fast(values: NDArray[np.float64], slow: int) -> NDArray[np.float64]:
 
 def _rotations(heard: NDArray[np.float64], frames: int, reach: int) -> NDArray[np.float64]:
     """``(f, l)``: sound that has nothing to do with the picture but is as loud and as fast, a frame apart each."""
-    turns = range(0, len(heard), _STEPS)
-    backwards = [np.roll(heard[::-1], turn) for turn in turns]
-    far = [np.roll(heard, turn) for turn in turns if 2 * reach < turn < len(heard) - 2 * reach]
-    return np.stack([series[: frames * _STEPS : _STEPS] for series in (*backwards, *far)], axis=1)
+    turns = np.arange(0, len(heard), _STEPS)
+    far = turns[(2 * reach < turns) & (turns < len(heard) - 2 * reach)]
+    at = np.arange(0, min(len(heard), frames * _STEPS), _STEPS)[:, None]
+    return np.concatenate([heard[::-1][(at - turns) % len(heard)], heard[(at - far) % len(heard)]], axis=1)
 
 
 def _lagged(
