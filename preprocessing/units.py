@@ -250,6 +250,7 @@ def _start_ray() -> None:
     """A quiet Ray in this process, unless one runs already or RAY_ADDRESS names a cluster."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else ray.init leaves a token that a later head demands
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves its workers beside anything else
     import ray
 
     if not ray.is_initialized():

@@ -11,6 +11,8 @@ DEFAULTS = {
     # ray.init() may leave a token in the home directory that a head started later demands and a job client does not
     # send: the mode is therefore the same, and explicit, in every process
     "RAY_AUTH_MODE": "disabled",
+    # Ray gives its workers the lowest priority but four: beside anything else they would hardly run. Ours are the work
+    "RAY_worker_niceness": "0",
     # the behaviour Ray announces as its next default; saying so silences its warning
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
