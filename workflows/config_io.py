@@ -52,11 +52,14 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
-    """``["optim.lr=1e-3", "data.chunks=[3,6]"]`` as nested values; the right side is YAML."""
+    """``["optim.lr=1e-3", "data.chunks=[3,6]"]`` as nested values; the right side is YAML.
+
+    A run's own settings stand at the top: ``train.steps`` and ``steps`` are the same.
+    """
     out: dict[str, Any] = {}
     for text in sets:
         path, equals, value = text.partition("=")
-        names = path.strip().split(".")
+        names = path.strip().removeprefix("train.").split(".")
         if not equals or not all(names):
             raise ValueError(f"--set {text!r} is not of the form a.b=value, such as optim.lr=1e-3")
         place = out

@@ -46,6 +46,11 @@ def test_presets_have_the_size_they_claim(name, low, high):
     assert low < sum(p.numel() for p in network.parameters()) < high
 
 
+def test_a_runs_own_settings_may_be_named_with_their_verb():
+    sets = ["train.skip_nonfinite=3", "train.optim.lr=0.001"]
+    assert config_io.parse_sets(sets) == {"skip_nonfinite": 3, "optim": {"lr": 0.001}}
+
+
 def test_settings_change_nested_fields_and_nothing_else():
     config = presets.preset("tiny", "mutual", TOY)
     sets = ["optim.lr=1e-4", "data.chunks=[3,5]", "objective.guidance=3", "model.branches.video.patch=[2,2]"]
