@@ -1,5 +1,6 @@
 """How much memory a run of preprocessing takes, and whether it grows with the number of clips."""
 
+import os
 import tempfile
 import threading
 from collections import defaultdict
@@ -16,6 +17,7 @@ import psutil
 from preprocessing.config import PreprocessConfig
 
 EVERY = 0.5  # seconds between two looks
+TICKS = os.sysconf("SC_CLK_TCK")  # per second, of the kernel's accounts
 WARM_UP = 0.2  # share of the looks that is left out
 BAR = 1.10  # memory for many clips over memory for few
 
@@ -24,34 +26,36 @@ class Clock:
     """CPU seconds of this process and of all below it, those that have ended included.
 
     A process that ends is added to its parent's account, if the parent asks for it. Ray's does not: what such a process
-    had when it was last seen is kept here.
+    had when it was last seen is kept here. Accounts are kept in the kernel's whole ticks: a sum of seconds depends on
+    its order, and could run backwards when a process moves from one account to another.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[int, float], tuple[float, float, int]] = {}  # own, of ended children, parent
-        self._lost: dict[int, float] = defaultdict(float)  # by parent, of ended ones that are in no account yet
+        self._seen: dict[tuple[int, float], tuple[int, int, int]] = {}  # own, of ended children, parent
+        self._lost: dict[int, int] = defaultdict(int)  # by parent, of ended ones that are in no account yet
 
     def read(self) -> float:
         """Look now: what a process used between the last look and its end may be missed."""
-        now: dict[tuple[int, float], tuple[float, float, int]] = {}
+        now: dict[tuple[int, float], tuple[int, int, int]] = {}
         me = psutil.Process()
         for process in [me, *me.children(recursive=True)]:
             try:
                 with process.oneshot():
                     t: Any = process.cpu_times()
                     key = (process.pid, process.create_time())
-                    now[key] = (t.user + t.system, t.children_user + t.children_system, process.ppid())
+                    own, below = t.user + t.system, t.children_user + t.children_system
+                    now[key] = (round(own * TICKS), round(below * TICKS), process.ppid())
             except psutil.Error:
                 continue
-        ended: dict[int, float] = defaultdict(float)  # by parent
+        ended: dict[int, int] = defaultdict(int)  # by parent
         for key, (own, below, parent) in self._seen.items():
-            ended[parent] += 0.0 if key in now else own + below
+            ended[parent] += 0 if key in now else own + below
         for key, (_, below, _) in now.items():
-            ended[key[0]] -= below - self._seen.get(key, (0.0, 0.0, 0))[1]
-        for parent, seconds in ended.items():
-            self._lost[parent] = max(0.0, self._lost[parent] + seconds)
+            ended[key[0]] -= below - self._seen.get(key, (0, 0, 0))[1]
+        for parent, ticks in ended.items():
+            self._lost[parent] = max(0, self._lost[parent] + ticks)
         self._seen = now
-        return sum(self._lost.values()) + sum(own + below for own, below, _ in now.values())
+        return (sum(self._lost.values()) + sum(own + below for own, below, _ in now.values())) / TICKS
 
 
 class Watch:
