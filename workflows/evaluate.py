@@ -23,6 +23,7 @@ from typing import Any
 from mfcore.metrics.windows import PUBLISHED, Window, parse_windows
 from workflows import console, environment, page, report, table
 from workflows.checkpoint import find_export, load_card, read_json
+from workflows.crew import Crew, crew
 from workflows.examiner import SAMPLES, Examiner, Outcome, Task
 from workflows.heldout import HeldOut, check_match, frame_rate, real_signals, select
 from workflows.instruments import Instruments, parse_weights
@@ -30,7 +31,6 @@ from workflows.measures import Numbers, Real, Score, offsets
 from workflows.overlap import find_overlap, warnings
 from workflows.readings import Reading
 from workflows.sampler import batches
-from workflows.scorers import in_line, on_ray
 from workflows.scores import score_windows
 from workflows.sweep import SCORER, Results, Row, Setting, Subject, examine, plan
 
@@ -126,25 +126,26 @@ class _Sweep:
     subjects: Sequence[Subject]
     instruments: Instruments
     times: dict[str, float] = field(default_factory=dict[str, float])  # seconds by kind of work
+    real: Real = field(init=False)  # known once there is something to do
 
     @cached_property
     def examiner(self) -> Examiner:
         return Examiner(self.held, self.instruments)
 
-    @cached_property
-    def real(self) -> Real:
-        """Read when the first setting needs it: a sweep that is done needs none."""
-        with self._timed("real"):
-            prompts = real_signals(self.held, [p.clip for p in self.held.prompts])
-            others = real_signals(self.held, self.held.reference)
-            read = self.examiner.reader.read
-            return Real(prompts=[read(s) for s in prompts], reference=[read(s) for s in others])
-
     def run(self, settings: Sequence[Setting], progress: console.Progress, workers: int) -> None:
         """Everything that is not there yet."""
         todo = [s for s in settings if self.results.done(self._key(s)) is None]
-        if todo and self.results.done(f"real-{self.results.scope}") is None:
-            self._score_real()
+        if not todo:
+            progress(0, 0)
+            return
+        with crew(self.examiner, workers) as hands:
+            with self._timed("real"):
+                self.real = hands.read_real()
+            if self.results.done(f"real-{self.results.scope}") is None:
+                self._score_real()
+            self._run(todo, hands, progress, workers)
+
+    def _run(self, todo: Sequence[Setting], hands: Crew, progress: console.Progress, workers: int) -> None:
         waiting = {self._key(s): (s, dict[int, Outcome]()) for s in todo}
         tasks: list[Task] = []
         for task in (task for s in todo for task in self._tasks(s)):
@@ -156,24 +157,16 @@ class _Sweep:
         for key in [key for key, (s, got) in waiting.items() if len(got) == len(self._tasks(s))]:
             self._settle(*waiting.pop(key), workers)  # killed between its last batch and its rows
         progress(0, len(tasks))
-        for done, (task, outcome) in enumerate(self._work(tasks, workers), start=1):
-            key = self._key(task.setting)
-            setting, got = waiting[key]
-            got[task.batch] = outcome
-            if len(got) == len(self._tasks(setting)):
-                self._settle(setting, got, workers)
-            else:
-                self.results.keep(key, task.batch, outcome)
-            progress(done, len(tasks))
-
-    def _work(self, tasks: list[Task], workers: int) -> Iterator[tuple[Task, Outcome]]:
-        """Outcomes as they come."""
         with self._timed("samples"):
-            if workers == 1 or not tasks:
-                yield from in_line(self.examiner, tasks)
-            else:  # a long task begun last would keep the other workers waiting
-                order = sorted(tasks, key=lambda t: (t.setting.subject.path, -t.setting.how.nfe))
-                yield from on_ray(self.held, self.instruments, order, workers)
+            for done, (task, outcome) in enumerate(hands.work(tasks), start=1):
+                key = self._key(task.setting)
+                setting, got = waiting[key]
+                got[task.batch] = outcome
+                if len(got) == len(self._tasks(setting)):
+                    self._settle(setting, got, workers)
+                else:
+                    self.results.keep(key, task.batch, outcome)
+                progress(done, len(tasks))
 
     def _key(self, setting: Setting) -> str:
         return setting.key(self.results.scope)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preprocessing.mp4 import write_mp4
-from workflows.heldout import HeldOut, Prompt, Signals, frame_rate
+from workflows.heldout import HeldOut, Prompt, Signals, frame_rate, real_signals
 from workflows.instruments import Instruments
 from workflows.readings import Reader, Reading
 from workflows.sampler import Batch, decode, history_use, sample, stream_speed
@@ -47,7 +47,8 @@ class Examiner:
     """Holds one network at a time: tasks should come checkpoint after checkpoint."""
 
     def __init__(self, held: HeldOut, instruments: Instruments) -> None:
-        self.held, self.reader = held, Reader(held, instruments)
+        self.held, self.instruments = held, instruments
+        self.reader = Reader(held, instruments)
         self._streamer: tuple[str, Streamer] | None = None
         self._uses: dict[tuple[str, str], Numbers] = {}
 
@@ -90,6 +91,11 @@ class Examiner:
         """All of it."""
         once = self.once(task.setting) if task.first else {}
         return self.read(task, self.sample(task), once)
+
+    def read_real(self, places: Sequence[int]) -> list[Reading]:
+        """Some of the real clips, as the codecs keep them."""
+        signals = real_signals(self.held, [self.held.real[i] for i in places])
+        return [self.reader.read(s) for s in signals]
 
     def mp4(self, signals: Signals) -> bytes:
         """As it plays."""

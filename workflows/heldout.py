@@ -61,6 +61,11 @@ class HeldOut:
     def codecs(self) -> dict[str, Codec]:
         return {m: self.meta.codec(m) for m in self.meta.codecs}
 
+    @property
+    def real(self) -> tuple[ClipTensors, ...]:
+        """The prompts' clips, then the reference."""
+        return (*(p.clip for p in self.prompts), *self.reference)
+
     def digest(self) -> str:
         """Of everything that a sample's conditions and its distances depend on."""
         parts = [self.meta.fingerprint, *(f"{p.clip.id}/{p.clip.source_uri}/{p.chunks}" for p in self.prompts)]
