@@ -81,7 +81,7 @@ def test_a_decoder_that_stops_half_way_loses_only_the_rest(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "Decoder", Stopped)
-        found = spans(path, replace(CONFIG, stall_seconds=1.0, sizes=((256, 256),)))
+        found = spans(path, replace(CONFIG, stall_seconds=2.5, sizes=((256, 256),)))
     assert [type(one) for one in found[:2]] == [Clip, Clip]
     assert (found[-1].step, found[-1].reason) == ("decode", "timeout")
     assert found[-1].span == pytest.approx((found[-2].span[1] - 1 / 24, 10.0), abs=0.05)

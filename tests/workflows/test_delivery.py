@@ -79,13 +79,14 @@ def test_a_server_that_hangs_costs_no_time_and_the_next_one_gets_everything(tmp_
     with mute_server() as uri, monkeypatch.context() as patch:
         patch.setattr(delivery, "START_SECONDS", 0.2)
         patch.setattr(delivery, "FLUSH_SECONDS", 0.5)
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # one wait for an answer is longer than any pause of a machine
         tracker = opened(run, uri, said)
         tracker.params({"steps": 30})
-        assert log_steps(tracker, range(30)) < 0.2
+        assert log_steps(tracker, range(30)) < 4
         tracker.artifact(tmp_path / "sample.mp4", "samples")
         began = time.perf_counter()
         tracker.finish()
-        assert time.perf_counter() - began < 3
+        assert time.perf_counter() - began < 8
         assert unsent(run, uri)
     assert tracker.run_id is None
     assert "30 log entries, 1 files and the parameters wait in" in said[-1], said
