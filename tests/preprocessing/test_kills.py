@@ -55,7 +55,7 @@ class Driver:
     def victims(self, kind: str) -> list[psutil.Process]:
         if kind == "driver":
             return [psutil.Process(self.process.pid)]
-        return [p for p in self.family if _is(p, kind)]
+        return [p for p in list(self.family) if _is(p, kind)]  # a copy: the watcher adds to it meanwhile
 
     def wait(self) -> int:
         code = self.process.wait()
