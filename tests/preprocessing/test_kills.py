@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -45,12 +46,10 @@ class Driver:
     def _watch(self) -> None:
         """Children of the dead belong to somebody else: they are written down while their parents live."""
         root = psutil.Process(self.process.pid)
-        try:
-            while True:
+        while self.process.poll() is None:
+            with suppress(psutil.NoSuchProcess):  # a child that ends while it is looked at
                 self.family.update(root.children(recursive=True))
-                time.sleep(0.03)
-        except psutil.NoSuchProcess:
-            return
+            time.sleep(0.03)
 
     def victims(self, kind: str) -> list[psutil.Process]:
         if kind == "driver":
