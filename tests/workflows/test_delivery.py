@@ -79,7 +79,7 @@ def test_a_server_that_hangs_costs_no_time_and_the_next_one_gets_everything(tmp_
     with mute_server() as uri, monkeypatch.context() as patch:
         patch.setattr(delivery, "START_SECONDS", 0.2)
         patch.setattr(delivery, "FLUSH_SECONDS", 0.5)
-        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # one wait for an answer is longer than any pause of a machine
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # longer than any pause of a machine
         tracker = opened(run, uri, said)
         tracker.params({"steps": 30})
         assert log_steps(tracker, range(30)) < 4
