@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mfcore.ema import Storage, WholeWeights
 from mfcore.optim import OptimConfig, adamw
 from mfcore.types import VelocityModel
-from workflows.training import ranks
+from workflows.training import ranks, zero3
 from workflows.training.gradients import GradientWatch, flattened, gradient_of, set_lr, trained
 from workflows.training.state import SavedState, Snapshot, take_snapshot
 
@@ -211,6 +211,8 @@ class DeepSpeedEngine:
             self._engine, *_ = self._ds.initialize(
                 model=module, optimizer=self._optimizer, config=self._settings(config), dist_init_required=False
             )
+        if self._zero == 3:
+            zero3.round_once(self._ds)
         self._norm = 0.0
         self._steps = 0
         if self._zero == 0:  # DeepSpeed does not report the norm at stage 0: clip where it can be seen
@@ -267,11 +269,11 @@ class DeepSpeedEngine:
 
     @property
     def storage(self) -> Storage:
-        return Zero3Weights(self._ds) if self._zero == 3 else WholeWeights()
+        return zero3.Zero3Weights(self._ds) if self._zero == 3 else WholeWeights()
 
     def _whole(self, p: nn.Parameter, *, change: bool = False) -> contextlib.AbstractContextManager[Any]:
         """The parameter unsharded; with ``change``, what rank 0 makes of it inside is kept."""
-        return _whole(self._ds, p, change=change) if self._zero == 3 else contextlib.nullcontext()
+        return zero3.whole(self._ds, p, change=change) if self._zero == 3 else contextlib.nullcontext()
 
     def discard(self) -> None:
         """The ordinary way of a step, which clears what each stage keeps where, but for the update itself."""
@@ -325,7 +327,7 @@ class DeepSpeedEngine:
             if key:
                 self._optimizer.state[p][key].copy_(value)
         elif self._zero == 3:
-            mine = _part(value)
+            mine = zero3.part(value)
             if key:
                 tools.safe_set_local_optimizer_state(p, mine, key)
             else:
@@ -353,34 +355,6 @@ class DeepSpeedEngine:
         if self._zero in (1, 2):
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-class Zero3Weights:
-    """Frozen weights below a ZeRO-3 engine: each rank keeps an equal part of each, and small ones whole besides."""
-
-    def __init__(self, deepspeed: Any) -> None:
-        self._ds = deepspeed
-
-    def places(self, p: nn.Parameter, value: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        kept = cast(Any, p)
-        yield kept.ds_tensor, _part(value.to(kept.ds_tensor.device))
-        if p.numel() == value.numel():  # gathered for good
-            yield p.data, value.to(p.device)
-
-    def value(self, p: nn.Parameter) -> Tensor:
-        with _whole(self._ds, p):
-            return p.detach().cpu().clone()
-
-
-def _whole(deepspeed: Any, p: nn.Parameter, *, change: bool = False) -> contextlib.AbstractContextManager[Any]:
-    return deepspeed.zero.GatheredParameters([p], modifier_rank=0 if change else None)
-
-
-def _part(value: Tensor) -> Tensor:
-    """This rank's part of a weight, as ZeRO-3 cuts it: equal parts, the last one padded with zeros."""
-    part = -(-value.numel() // ranks.world())
-    flat = nn.functional.pad(value.flatten(), (0, part * ranks.world() - value.numel()))
-    return flat.narrow(0, part * ranks.rank(), part)
 
 
 def _deepspeed() -> Any:

@@ -1,5 +1,6 @@
 """Whatever trains a stage, and however its batch is split, the numbers are the same."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class Two:
     losses: dict[str, torch.Tensor]
     moved: torch.Tensor  # the second step of a plain run that goes on from the first step of another engine
     small_steps: dict[str, dict[str, float]]  # relative change of weights, moments and average in one bf16 step
+    linear: tuple[torch.Tensor, torch.Tensor]  # what a layer gives and its gradient, after training at ZeRO-3
 
 
 HANDED_OVER = "zero3"
@@ -68,7 +70,19 @@ def few_on_two(folder: str) -> Two:
         losses=numbers,
         moved=moved,
         small_steps={kind: one_small_step(engine(kind, precision="bf16")) for kind in KINDS},
+        linear=rounded(torch.nn.functional.linear),  # no longer torch's
     )
+
+
+def rounded(linear: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=draw) for shape in ((2, 3, 64), (32, 64), (32,)))
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, weight, bias)
+    y.float().square().sum().backward()
+    assert weight.grad is not None
+    return y.detach(), weight.grad
 
 
 def hand_over(giver: Duet, taker: Duet, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,6 +148,12 @@ def test_every_engine_on_two_processes_equals_one_plain_process(on_one, on_two, 
 
 def test_a_low_rank_run_goes_on_under_another_engine(on_one, on_two):
     assert difference(losses(on_two.moved), losses(on_one["mutual"][1:])) < 1e-5
+
+
+def test_a_layer_rounds_once_at_zero3(on_two):
+    for after, plain in zip(on_two.linear, rounded(torch.nn.functional.linear), strict=True):
+        assert after.dtype == plain.dtype
+        assert torch.equal(after, plain)
 
 
 @pytest.mark.parametrize("kind", KINDS)
