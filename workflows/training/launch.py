@@ -135,6 +135,21 @@ def share_cores() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // get_context().get_local_world_size()))
 
 
+def use_rays_network() -> None:
+    """Let gloo listen at this machine's address in the cluster, where GLOO_SOCKET_IFNAME does not say otherwise.
+
+    By itself gloo takes what the machine's own name resolves to: Debian's 127.0.1.1, or the loopback where the name is
+    unknown. There no other machine finds it, and all of them wait.
+    """
+    import psutil
+    import ray
+
+    mine = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if mine in {address.address for address in addresses}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def _entrance() -> Callable[[dict[str, Any]], None]:
     """The function of every worker. Made here, so that it is pickled by value: Ray's own processes, which hand it on,
     need not find our packages."""
@@ -160,7 +175,7 @@ def _entrance() -> Callable[[dict[str, Any]], None]:
 
 
 def _listening(backend: str) -> Any:
-    """Ray's set-up of torch.distributed, after which every worker takes SIGTERM for a notice.
+    """Ray's set-up of torch.distributed on the cluster's network, after which every worker takes SIGTERM for a notice.
 
     A worker trains in a thread, where signals cannot be asked for; what a backend executes runs in the main one.
     """
@@ -171,7 +186,16 @@ def _listening(backend: str) -> Any:
 
         notice.listen()
 
+    def find_network() -> None:
+        from workflows.training.launch import use_rays_network
+
+        use_rays_network()
+
     class Backend(TorchConfig().backend_cls):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(find_network)
+            super().on_start(worker_group, backend_config)
+
         def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
             super().on_training_start(worker_group, backend_config)
             worker_group.execute(listen)
