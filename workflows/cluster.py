@@ -7,7 +7,6 @@
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import shlex
 import sys
@@ -21,13 +20,15 @@ from typing import Any
 
 from workflows import head as heads
 from workflows.environment import BASE, DEFAULTS, base_directory, tracking_uri
-from workflows.fleet import placement, rayjob
+from workflows.fleet import placement, rayjob, server
 from workflows.fleet.parcel import pack
-from workflows.fleet.target import Cluster, Target, ask, check_versions, connected, read_target
+from workflows.fleet.server import Cluster, ask, check_versions, conversation
+from workflows.fleet.target import Target, connected, read_target
 from workflows.fleet.words import REFERENCES, check_places, check_secrets, understand
 
 ROOT = Path(__file__).resolve().parents[1]
 AGENT_LIMIT_S = 90
+LOOK_EVERY_S = 15.0
 UNKNOWN_EXIT = 1
 
 
@@ -70,8 +71,9 @@ def submit(
     if place.kind == "rayjob":
         return _submit_rayjob(place, argv, shared, detach=detach)
     understand(argv, shared)
-    with _no_other_address(), connected(place, state_folder()) as address:
-        client = _client(address)
+    silent = f"{target} fell silent before it had taken the job: submit the same command again"
+    with _no_other_address(), connected(place, state_folder()) as address, conversation(silent):
+        client = server.client(address)
         cluster = ask(client)
         variables = _variables(place, cluster, argv, shared, python)
         interpreter = python or (sys.executable if place.kind == "here" else "python")
@@ -162,7 +164,15 @@ def _reached(job: Job) -> Iterator[Any]:
             place = read_target(job.target)
             if place.kind == "elsewhere":
                 address = stack.enter_context(connected(place, state_folder()))
-        yield _client(address)
+        stack.enter_context(conversation(_lost(job)))
+        yield server.client(address)
+
+
+def _lost(job: Job) -> str:
+    return (
+        f"the cluster at {job.target or job.address} no longer answers. The job may go on without us: "
+        f"mfctl logs --follow {job.id}. If its head is gone, submit the same command again: it goes on where it stopped"
+    )
 
 
 def status(job_id: str | None = None) -> dict:
@@ -206,17 +216,6 @@ def stop_head() -> dict:
     return {"stopped": heads.stop_heads(state_folder())}
 
 
-def _client(address: str) -> Any:
-    os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")  # no warning: the archive is ours
-    from ray.job_submission import JobSubmissionClient
-
-    logging.disable(logging.INFO)  # Ray lists every file it leaves out
-    try:
-        return JobSubmissionClient(address)
-    except ConnectionError as error:
-        raise RuntimeError(f"no Ray job server answers at {address}: is the cluster up? (mfctl status)") from error
-
-
 def _submit_when_ready(client: Any, command: list[str], runtime_env: dict) -> str:
     """A head accepts jobs a few seconds after it answers: until its agent has registered, submission is refused."""
     deadline = time.monotonic() + AGENT_LIMIT_S
@@ -230,17 +229,29 @@ def _submit_when_ready(client: Any, command: list[str], runtime_env: dict) -> st
 
 
 def _follow(client: Any, job: Job) -> dict:
-    """Print the job's logs as they come, until it has ended."""
+    """Print the job's logs as they come, until it has ended. Unreachable when the cluster falls silent meanwhile."""
     try:
-        asyncio.run(_print_logs(client, job.id))
-        _wait_until_ended(client, job)
+        with conversation(_lost(job)):
+            asyncio.run(_print_logs(client, job.id))
+            _wait_until_ended(client, job)
+            return _summary(client, job)
     except KeyboardInterrupt:
         print(f"\nthe job goes on: mfctl logs --follow {job.id}   or end it: mfctl stop {job.id}", file=sys.stderr)
         raise
-    return _summary(client, job)
 
 
 async def _print_logs(client: Any, job_id: str) -> None:
+    """A machine that loses power closes no connection: its server is asked for a sign of life meanwhile."""
+    printing = asyncio.ensure_future(_print_as_they_come(client, job_id))
+    try:
+        while not (await asyncio.wait({printing}, timeout=LOOK_EVERY_S))[0]:
+            await asyncio.to_thread(client.get_version)
+        await printing
+    finally:
+        printing.cancel()
+
+
+async def _print_as_they_come(client: Any, job_id: str) -> None:
     async for lines in client.tail_job_logs(job_id):
         print(lines, end="", flush=True)
 
@@ -276,7 +287,7 @@ def _last_known(job: Job) -> dict:
     """The job's summary, or the fact that its cluster is gone."""
     try:
         return _now(job)
-    except RuntimeError:
+    except RuntimeError:  # Unreachable, or another cluster at the same address that knows no such job
         return {"job": job.id, "address": job.address, "command": job.command, "status": "cluster does not answer"}
 
 

@@ -45,13 +45,18 @@ class Head:
 
     def answers(self) -> bool:
         """Whether its job server replies; another server on the same port does not count."""
-        if not processes(self.temp):
-            return False
-        try:
-            with urllib.request.urlopen(f"{self.address}/api/version", timeout=5) as reply:
-                return "ray_version" in json.load(reply)
-        except (OSError, ValueError, urllib.error.URLError):
-            return False
+        return bool(processes(self.temp)) and job_server_answers(self.address)
+
+
+def job_server_answers(address: str, limit_s: float = 5.0) -> bool:
+    """Whether Ray's job server replies there in time; one that asks for a token does, too."""
+    try:
+        with urllib.request.urlopen(f"{address}/api/version", timeout=limit_s) as reply:
+            return "ray_version" in json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403)
+    except (OSError, ValueError):
+        return False
 
 
 def load_cluster(path: str) -> dict:
@@ -111,7 +116,13 @@ def processes(temp: str) -> list[psutil.Process]:
         with suppress(psutil.Error, OSError):  # another user's, or gone meanwhile: not ours
             if process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid() and _shows(process, temp):
                 found |= {p.pid: p for p in [process, *process.children(recursive=True)]}
-    return list(found.values())
+    return [process for process in found.values() if _lives(process)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _shows(process: psutil.Process, temp: str) -> bool:

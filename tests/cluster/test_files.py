@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from workflows.fleet import placement
+from workflows.fleet import placement, rayjob
 from workflows.fleet.target import read_target
 from workflows.fleet.words import understand
 
@@ -180,6 +180,15 @@ def test_kuberays_crds_take_the_file(name: str) -> None:
     wrong["spec"]["headGroupSpce"] = {}
     with pytest.raises(jsonschema.ValidationError, match="headGroupSpce"):
         jsonschema.Draft7Validator(schema).validate(wrong)
+
+
+@pytest.mark.parametrize("name", RAY_JOBS)
+def test_kuberays_crds_take_what_submit_makes_of_the_file(name: str) -> None:
+    if not CRDS.is_dir():
+        pytest.skip(ELSEWHERE)
+    made = rayjob.render(load(f"kuberay/{name}"), ["doctor", "--json"], {"MFCTL_CWD": "/shared", "AWS_PROFILE": "a b"})
+    jsonschema.Draft7Validator(crd_schema("ray.io_rayjobs.yaml", "v1")).validate(made)
+    assert yaml.safe_load(made["spec"]["runtimeEnvYAML"])["env_vars"]["AWS_PROFILE"] == "a b"
 
 
 @cache

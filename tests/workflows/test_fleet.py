@@ -1,9 +1,12 @@
 """What `mfctl submit` refuses before anything starts, what travels with a job, and RayJobs through kubectl."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -11,10 +14,12 @@ import pytest
 import yaml
 
 from workflows import cluster
-from workflows.fleet import placement, rayjob
+from workflows.cli import app
+from workflows.fleet import placement, rayjob, server
 from workflows.fleet.parcel import pack
 from workflows.fleet.placement import Machines, Need
-from workflows.fleet.target import Cluster, check_versions, read_target
+from workflows.fleet.server import Cluster, check_versions
+from workflows.fleet.target import read_target
 from workflows.fleet.words import check_places, check_secrets, understand
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,9 +123,45 @@ def test_other_versions_are_named_with_both_numbers(ray: str | None, python: str
         check_versions(found, "http://host:8265", "/opt/python")
 
 
-def test_a_job_server_that_does_not_answer_is_one_message(here: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"no Ray job server answers at http://127.0.0.1:9"):
-        cluster.submit("http://127.0.0.1:9", ["doctor"])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "ray://127.0.0.1:9"])
+def test_a_job_server_that_does_not_answer_is_one_message(
+    here: Path, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app(["submit", address, "--", "doctor"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert f"no Ray job server answers at {address}" in said and "is the cluster up" in said
+    assert "Traceback" not in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"])
+def test_a_server_that_is_silent_or_another_is_not_waited_for(
+    here: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    monkeypatch.setattr(server, "KNOCK_LIMIT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connections.append(listener.accept()[0])
+                    connections[-1].sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        port = listener.getsockname()[1]
+        with pytest.raises(server.Unreachable, match=f"what answers at http://127.0.0.1:{port} is no Ray job server"):
+            cluster.submit(f"http://127.0.0.1:{port}", ["doctor"])
+        for connection in connections:
+            connection.close()
+
+
+def test_the_loopback_of_another_machine_is_not_ours() -> None:
+    with pytest.raises(server.Unreachable, match=r"ssh -L 8265:127.0.0.1:8265 head.example"):
+        server._refuse_another_machine("ray://head.example:10001", "http://127.0.0.1:8265")
+    server._refuse_another_machine("ray://127.0.0.1:10001", "http://127.0.0.1:8265")
+    server._refuse_another_machine("ray://head.example:10001", "http://10.0.0.5:8265")
 
 
 def test_other_kubernetes_files_are_refused_by_what_they_hold() -> None:
