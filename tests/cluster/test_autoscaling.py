@@ -1,11 +1,12 @@
 """A head without workers: machines of two kinds come when jobs ask, one is killed in the middle, all go when idle.
 
-The machines are those of Ray's `fake_multinode` provider: real raylets and workers, begun and ended by its autoscaler.
+The machines are those of ``provider.py``: real raylets and workers, begun and ended by Ray's autoscaler.
 """
 
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,9 +19,10 @@ import psutil
 import pytest
 import ray
 
+from tests.cluster.steps import logged_steps
 from workflows import head as heads
 from workflows.checkpoint import OUTCOME, read_json
-from workflows.fleet.target import ask
+from workflows.fleet.server import ask
 from workflows.inspection import inspect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +45,15 @@ CONFIG: dict[str, Any] = {
     "max_workers": 4,
     "upscaling_speed": 100.0,
     "idle_timeout_minutes": 0.25,
-    "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": HEAD_NODE},
+    "provider": {
+        "type": "external",
+        "module": "tests.cluster.provider.MortalMachines",
+        "launch_multiple": True,
+        "head_node_id": HEAD_NODE,
+        "use_node_id_as_ip": True,  # else all machines here are one to the autoscaler
+        "disable_node_updaters": True,  # nothing is called by ssh
+        "disable_launch_config_check": True,
+    },
     "auth": {"ssh_user": "ray"},
     "docker": {},
     "file_mounts": {},
@@ -62,7 +72,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[heads.Head]:
     config = tmp_path_factory.mktemp("fake") / "cluster.json"
     config.write_text(json.dumps(CONFIG | {"provider": CONFIG["provider"] | {"gcs_address": gcs}}))
     temp = tempfile.mkdtemp(prefix="mfctl-", dir="/tmp")
-    environment = heads._start_environment() | {heads.TEMP: temp, "RAY_FAKE_CLUSTER": "1"}
+    environment = heads._start_environment() | {heads.TEMP: temp, "RAY_FAKE_CLUSTER": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE, "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     names = {"port": "RAY", "dashboard-port": "DASHBOARD", "dashboard-agent-listen-port": "AGENT"}
     names |= {"ray-client-server-port": "CLIENT", "metrics-export-port": "METRICS"}
@@ -78,6 +88,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[heads.Head]:
         yield made
     finally:
         heads.stop_processes(made)  # a command that follows a job of it ends with it
+        shutil.rmtree(temp, ignore_errors=True)
         assert heads.processes(temp) == []
 
 
@@ -96,9 +107,11 @@ class Watch:
         self.seen |= set(now)
         return now
 
-    def kill_one(self) -> None:
+    def kill_one(self, kind: str) -> None:
+        """Its raylet and every process below it, at once; any of those of this kind."""
         raylets = [p for p in heads.processes(self.head.temp) if p.name() == "raylet" and "--head" not in p.cmdline()]
-        victim = random.choice(raylets)
+        found = [p for p in raylets if ("trainer" in " ".join(p.cmdline())) == (kind == "train")]
+        victim = random.choice(found)
         for process in [*victim.children(recursive=True), victim]:
             try:
                 process.kill()
@@ -147,7 +160,7 @@ def test_machines_come_for_a_job_are_lost_and_go_again(head: heads.Head, tmp_pat
     sets = ("window_seconds=3", "sources_per_unit=1", "workers=2")
     process = submitted(head, shared, ["preprocess", "clips", "data", *sets_of(sets)], log)
     until(process, watch, lambda: bool(list(shared.glob("data/_done/*.json"))), log)
-    watch.kill_one()
+    watch.kill_one("preprocess")
     finish(process, watch, log)
     assert watch.seen == {"preprocess"}
     facts = inspect(str(shared / "data"), verify=True)
@@ -159,13 +172,11 @@ def test_machines_come_for_a_job_are_lost_and_go_again(head: heads.Head, tmp_pat
         head, shared, ["train", "--stage", "audio", "--data", "data", "--run", "a", *sets_of(sets)], log
     )
     until(process, watch, lambda: bool(list(shared.glob("runs/a/checkpoints/*/COMPLETE"))), log)
-    watch.kill_one()
+    watch.kill_one("train")
     finish(process, watch, log)
     assert watch.seen == {"preprocess", "train"}
     assert read_json(shared / "runs/a" / OUTCOME)["progress"]["step"] == 60
-    lines = (shared / "runs/a/metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in lines]
-    assert steps == sorted(set(steps)), "no step is logged twice"
+    assert logged_steps(shared / "runs/a") == list(range(61)), "every step, and once"
 
     ended = time.monotonic()
     while watch.kinds():
