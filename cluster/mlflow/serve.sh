@@ -14,5 +14,5 @@ s3 = boto3.client("s3")
 if sys.argv[1] not in {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]}:
     s3.create_bucket(Bucket=sys.argv[1])
 PYTHON
-exec mlflow server --host 0.0.0.0 --port 5000 --workers 4 \
+exec mlflow server --host 0.0.0.0 --port "${PORT:-5000}" --workers 4 \
     --backend-store-uri "postgresql+psycopg2://" --artifacts-destination "$ARTIFACTS" --allowed-hosts "${ALLOWED_HOSTS:-localhost:*,127.0.0.1:*,mlflow*}"

@@ -1,7 +1,8 @@
 """Machines on one machine: each has its own network, processes, /tmp, home and sshd, and none has this working tree.
 
 `python -m tests.cluster.machines FOLDER` runs in namespaces of its own (see ``test_onprem.py``): it follows
-cluster/onprem.md with the edited file, loses a machine in the middle of preprocessing, prints what happened as JSON.
+cluster/onprem.md with the edited file, loses a machine in the middle of preprocessing and of training, prints what
+happened as JSON.
 """
 
 import json
@@ -13,9 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.cluster.steps import logged_steps
+from workflows.fleet.server import ask, client
+from workflows.fleet.target import connected, read_target
+
 ROOT = Path(__file__).resolve().parents[2]
 HEAD, WORKERS = "10.0.0.10", ("10.0.0.11", "10.0.0.12")
 SHARED = "/mnt/shared"  # the folder's own mount, which every machine keeps
+FILE = "/mnt/onprem.yaml"
+SUBMIT = ("submit", "--json", "--shared", SHARED, FILE, "--")
 SSHD = """
 HostKey /mnt/host_key
 PermitRootLogin yes
@@ -77,7 +84,9 @@ def prepare(folder: Path) -> None:
     for old, new in (("ssh_user: ubuntu", "ssh_user: root"), ("/shared", SHARED)):
         assert old in text
         text = text.replace(old, new)
-    Path("/mnt/onprem.yaml").write_text(text)
+    # every machine here sees all CPUs of this one: one each, so that work spreads
+    text = text.replace("ray start ", "ray start --num-cpus=1 ")
+    Path(FILE).write_text(text)
 
 
 def run(*words: str, log: str) -> int:
@@ -99,25 +108,67 @@ def mfctl(*words: str, log: str) -> subprocess.Popen[bytes]:
     )
 
 
+def nodes() -> dict[str, str]:
+    """Machines that live, as the cluster says: name -> address."""
+    with connected(read_target(FILE), Path("/tmp")) as address:
+        return {node["node_name"]: node["node_ip"] for node in ask(client(address)).nodes}
+
+
+def wait_for(count: int) -> None:
+    while len(nodes()) != count:
+        time.sleep(1)
+
+
+def lose(machines: dict[str, subprocess.Popen[bytes]], address: str) -> None:
+    """Its namespace, with every process in it, goes with its first process; so does its network."""
+    os.kill(machines[address].pid, signal.SIGKILL)
+    machines.pop(address).wait()
+
+
+def trainers() -> set[str]:
+    """The machines on which a run's ranks live."""
+    beats = [json.loads(path.read_text()) for path in Path(SHARED, "runs/a/ranks").glob("0*.json")]
+    return {beat["host"] for beat in beats}
+
+
+def preprocess(machines: dict[str, subprocess.Popen[bytes]]) -> int:
+    """On all machines, of which one is lost in the middle."""
+    sets = ("--set", "window_seconds=3", "--set", "sources_per_unit=1", "--set", "workers=3")
+    job = mfctl(*SUBMIT, "preprocess", "clips", "data", *sets, log="preprocess.log")
+    while job.poll() is None and len(list(Path(SHARED, "data/_done").glob("*.json"))) < 2:
+        time.sleep(0.1)
+    lose(machines, WORKERS[1])
+    return job.wait()
+
+
+def train(machines: dict[str, subprocess.Popen[bytes]]) -> tuple[list[str], int]:
+    """On two machines, of which one that is not the head is lost in the middle; on which, and the exit code."""
+    short = ("steps=60", "data.batch=4", "data.held_out=0.25", "eval_every=1000", "log_every=1", "checkpoint.every=5")
+    words = [word for value in (*short, "engine.kind=torch", "engine.workers=2") for word in ("--set", value)]
+    job = mfctl(*SUBMIT, "train", "--stage", "audio", "--data", "data", "--run", "a", *words, log="train.log")
+    while job.poll() is None and max(logged_steps(Path(SHARED, "runs/a")), default=0) < 8:
+        time.sleep(0.1)
+    on = trainers()
+    victims = [address for i, address in enumerate((HEAD, *WORKERS)) if f"m{i}" in on and address != HEAD]
+    if job.poll() is None and victims:
+        lose(machines, victims[0])
+    return sorted(on), job.wait()
+
+
 def story() -> dict[str, Any]:
     started = time.monotonic()
     machines = {address: begin(i, address) for i, address in enumerate((HEAD, *WORKERS))}
     time.sleep(3)
-    facts: dict[str, Any] = {"up": run("ray", "up", "-y", "/mnt/onprem.yaml", log="up.log")}
+    facts: dict[str, Any] = {"up": run("ray", "up", "-y", FILE, log="up.log")}
+    facts["refused"] = mfctl("submit", FILE, "--", "preprocess", "clips", "x", log="refused.log").wait()
+    wait_for(3)
     facts["up_s"] = round(time.monotonic() - started)
-    submit = ("submit", "--json", "--shared", SHARED, "/mnt/onprem.yaml", "--")
-    facts["refused"] = mfctl("submit", "/mnt/onprem.yaml", "--", "preprocess", "clips", "x", log="refused.log").wait()
-    sets = ("--set", "window_seconds=3", "--set", "sources_per_unit=1", "--set", "workers=3")
-    job = mfctl(*submit, "preprocess", "clips", "data", *sets, log="preprocess.log")
-    while job.poll() is None and len(list(Path(SHARED, "data/_done").glob("*.json"))) < 2:
-        time.sleep(0.3)
-    os.kill(machines[WORKERS[1]].pid, signal.SIGKILL)  # its namespace, with every process in it, goes with it
-    facts["preprocess"] = job.wait()
-    short = ("steps=4", "data.batch=4", "data.held_out=0.25", "eval_every=4", "engine.kind=torch", "engine.workers=2")
-    words = [word for value in short for word in ("--set", value)]
-    facts["train"] = mfctl(
-        *submit, "train", "--stage", "audio", "--data", "data", "--run", "a", *words, log="train.log"
-    ).wait()
+    facts["preprocess"] = preprocess(machines)
+    wait_for(2)
+    machines[WORKERS[1]] = begin(2, WORKERS[1])  # it boots again: the head finds it and starts Ray there
+    wait_for(3)
+    facts["back_s"] = round(time.monotonic() - started)
+    facts["ranks_on"], facts["train"] = train(machines)
     facts["seconds"] = round(time.monotonic() - started)
     facts["left_in_the_folder"] = sorted(path.name for path in Path("/tmp/typed").glob("*"))
     return facts

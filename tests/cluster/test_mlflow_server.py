@@ -1,4 +1,4 @@
-"""An MLflow server on the distribution's Postgres, to which several processes write at once."""
+"""The MLflow server of cluster/mlflow on the distribution's Postgres and an S3 server; several write at once."""
 
 import os
 import shutil
@@ -11,10 +11,19 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import psutil
 import pytest
 
-WRITERS, BATCHES, METRICS = 4, 25, 20
+from tests.objectstore import s3_server
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "a-secret-password-51b7"
+SERVE = """
+mount -t tmpfs none /run && mkdir /run/secrets && mount --bind {secrets} /run/secrets
+exec bash {script}
+"""
+BATCHES, METRICS = 25, 20
 WRITER = f"""
 import sys, time
 import mlflow
@@ -22,8 +31,10 @@ from mlflow.entities import Metric
 mlflow.set_tracking_uri(sys.argv[1])
 client = mlflow.MlflowClient()
 run = client.create_run(sys.argv[2], run_name=sys.argv[3])
+began = time.time()
 for step in range({BATCHES}):
     client.log_batch(run.info.run_id, metrics=[Metric(f"m{{i}}", step + i / 100, 0, step) for i in range({METRICS})])
+print(began, time.time())
 client.set_terminated(run.info.run_id)
 """
 
@@ -40,27 +51,31 @@ def postgres_programs() -> Path | None:
 
 
 @pytest.fixture
-def postgres() -> Iterator[str]:
-    """A database server of its own, as the distribution's user (it refuses root); its address."""
+def postgres() -> Iterator[int]:
+    """A database server of its own, as the distribution's user (it refuses root); its port."""
     programs = postgres_programs()
-    if programs is None or os.geteuid() != 0 or not shutil.which("runuser"):
+    if programs is None or os.geteuid() != 0 or not shutil.which("runuser") or not shutil.which("unshare"):
         pytest.skip("needs root and the distribution's package: apt-get install postgresql")
     pytest.importorskip("psycopg2", reason="psycopg2-binary is not installed: pip install '.[server]'")
     folder, port = tempfile.mkdtemp(prefix="mfctl-pg-"), free_port()
-    shutil.chown(folder, "postgres")
+    Path(folder, "password").write_text(SECRET)
+    for path in (folder, f"{folder}/password"):
+        shutil.chown(path, "postgres")
     user = ["runuser", "-u", "postgres", "--"]
-    subprocess.run([*user, programs / "initdb", "-D", f"{folder}/d", "-A", "trust"], check=True, capture_output=True)
+    make = [programs / "initdb", "-D", f"{folder}/d", "-U", "mlflow", "-A", "scram-sha-256"]
+    subprocess.run([*user, *make, "--pwfile", f"{folder}/password"], check=True, capture_output=True)
     server = subprocess.Popen(
         [*user, programs / "postgres", "-D", f"{folder}/d", "-p", str(port), "-k", folder, "-h", "127.0.0.1"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        ask = [programs / "psql", "-h", "127.0.0.1", "-p", str(port), "-U", "postgres", "-c", "create database mlflow"]
-        while subprocess.run(ask, capture_output=True, check=False).returncode:
+        ask = [programs / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", "mlflow"]
+        with_password = os.environ | {"PGPASSWORD": SECRET}
+        while subprocess.run(ask, env=with_password, capture_output=True, check=False).returncode:
             assert server.poll() is None
             time.sleep(0.3)
-        yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/mlflow"
+        yield port
     finally:
         stop = [*user, programs / "pg_ctl", "-D", f"{folder}/d", "stop", "-m", "fast"]
         subprocess.run(stop, check=False, capture_output=True)
@@ -68,38 +83,70 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-@pytest.mark.cluster
-@pytest.mark.timeout(600)
-def test_several_writers_at_once_lose_nothing(postgres: str, tmp_path: Path) -> None:
+@pytest.fixture
+def server(postgres: int, tmp_path: Path) -> Iterator[str]:
+    """The server's own script, as its image runs it: passwords from files, artifacts in a bucket that it makes."""
     port = free_port()
-    words = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "2"]
-    words += ["--backend-store-uri", postgres, "--artifacts-destination", str(tmp_path / "artifacts")]
-    with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen([sys.executable, "-m", "mlflow", *words], stdout=log, stderr=log)
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        wait(f"{uri}/health", server, tmp_path / "log")
-        import mlflow
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    for name in ("postgres", "s3"):
+        (secrets / name).write_text(SECRET)
+    script = SERVE.format(secrets=secrets, script=ROOT / "cluster" / "mlflow" / "serve.sh")
+    with s3_server(tmp_path / "s3.log") as _, (tmp_path / "log").open("wb") as log:
+        places = {"PGHOST": "127.0.0.1", "PGPORT": str(postgres), "PGUSER": "mlflow", "PGDATABASE": "mlflow"}
+        places |= {"PORT": str(port), "ARTIFACTS": "s3://mlflow", "AWS_ACCESS_KEY_ID": "mlflow"}
+        places["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = {name: value for name, value in os.environ.items() if name != "AWS_SECRET_ACCESS_KEY"} | places
+        words = ["unshare", "--mount", "bash", "-euc", script]
+        process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
+        try:
+            uri = f"http://127.0.0.1:{port}"
+            wait(f"{uri}/health", process, tmp_path / "log")
+            yield uri
+            every = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            shown = " ".join(word for one in every for word in one.cmdline())
+            assert "mlflow" in shown and SECRET not in shown + (tmp_path / "log").read_text()
+        finally:
+            if process.poll() is None:
+                for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+                    one.terminate()
+            process.wait()
 
-        client = mlflow.MlflowClient(tracking_uri=uri)
-        experiment = client.create_experiment("writers")
-        started = time.monotonic()
-        writers = [subprocess.Popen([sys.executable, "-c", WRITER, uri, experiment, f"w{i}"]) for i in range(WRITERS)]
-        assert [writer.wait() for writer in writers] == [0] * WRITERS
-        seconds = time.monotonic() - started
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_several_writers_at_once_lose_nothing(server: str) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=server)
+    for writers in (1, 4, 8):
+        experiment = client.create_experiment(f"{writers} writers")
+        seconds = write_at_once(server, experiment, writers)
         runs = client.search_runs([experiment])
-        assert len(runs) == WRITERS
+        assert len(runs) == writers
         for run in runs:
             for name in ("m0", f"m{METRICS - 1}"):
                 steps = [m.step for m in client.get_metric_history(run.info.run_id, name)]
                 assert sorted(steps) == list(range(BATCHES))
-        total = WRITERS * BATCHES * METRICS
-        print(f"{total} metrics in {WRITERS * BATCHES} requests, {seconds:.1f} s with the writers' start")
-    finally:
-        if server.poll() is None:
-            for process in [*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)]:
-                process.terminate()
-        server.wait()
+        rate = writers * BATCHES / seconds
+        print(f"{writers} writers: {rate:.0f} requests/s, {rate * METRICS:.0f} metrics/s")
+    client.log_text(runs[0].info.run_id, "kept", "note.txt")
+    assert [fsspec.filesystem("s3").cat(path) for path in fsspec.filesystem("s3").glob("mlflow/**/note.txt")] == [
+        b"kept"
+    ]
+
+
+def write_at_once(uri: str, experiment: str, writers: int) -> float:
+    """Seconds from the first one's first write to the last one's last."""
+    words = [sys.executable, "-c", WRITER, uri, experiment]
+    started = [
+        subprocess.Popen([*words, f"w{i}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for i in range(writers)
+    ]
+    said = [writer.communicate()[0] for writer in started]
+    assert [writer.returncode for writer in started] == [0] * writers
+    times = [[float(word) for word in text.splitlines()[0].split()] for text in said]
+    return max(end for _, end in times) - min(begin for begin, _ in times)
 
 
 def wait(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from preprocessing.toyworld import write_toyworld
+from tests.cluster.steps import logged_steps
 from workflows.checkpoint import OUTCOME, read_json
 from workflows.inspection import inspect
 
@@ -19,7 +20,7 @@ NAMESPACES = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", 
 
 @pytest.mark.cluster
 @pytest.mark.timeout(1800)
-def test_a_cluster_over_ssh_runs_jobs_and_outlives_a_machine(tmp_path: Path) -> None:
+def test_a_cluster_over_ssh_runs_jobs_that_outlive_its_machines(tmp_path: Path) -> None:
     missing = [name for name in ("unshare", "ip", "rsync", "ssh-keygen") if not shutil.which(name)]
     if os.geteuid() != 0 or missing or not Path("/usr/sbin/sshd").exists():
         pytest.skip("needs root, util-linux, iproute2, rsync and openssh-server")
@@ -42,5 +43,8 @@ def test_a_cluster_over_ssh_runs_jobs_and_outlives_a_machine(tmp_path: Path) -> 
     assert codes == {"up": 0, "refused": 2, "preprocess": 0, "train": 0}, logs
     found = inspect(str(tmp_path / "shared" / "data"), verify=True)
     assert (found["sources"], found["accepted"]) == (12, 12)
-    assert read_json(tmp_path / "shared/runs/a" / OUTCOME)["progress"]["step"] == 4
+    assert len(facts["ranks_on"]) == 2, "training ran across two machines"
+    assert read_json(tmp_path / "shared/runs/a" / OUTCOME)["progress"]["step"] == 60
+    assert logged_steps(tmp_path / "shared/runs/a") == list(range(61)), "every step, and once"
+    assert "audio goes on from step" in (tmp_path / "train.log").read_text()
     assert facts["left_in_the_folder"] == ["runs"], "the record of the jobs, and nothing else, is where they were typed"
