@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.cluster.steps import logged_steps
 from workflows.fleet.server import ask, client
 from workflows.fleet.target import connected, read_target
@@ -169,6 +171,9 @@ def story() -> dict[str, Any]:
     wait_for(3)
     facts["back_s"] = round(time.monotonic() - started)
     facts["ranks_on"], facts["train"] = train(machines)
+    facts["status"] = run("ray", "exec", FILE, "~/mutual-forcing/.venv/bin/ray status", log="status.log")
+    facts["down"] = run("ray", "down", "-y", FILE, log="down.log")
+    facts["raylets_left"] = sum(process.name() == "raylet" for process in psutil.process_iter())
     facts["seconds"] = round(time.monotonic() - started)
     facts["left_in_the_folder"] = sorted(path.name for path in Path("/tmp/typed").glob("*"))
     return facts

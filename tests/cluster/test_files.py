@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import tomllib
@@ -16,7 +17,7 @@ import yaml
 
 from workflows.fleet import placement, rayjob
 from workflows.fleet.target import read_target
-from workflows.fleet.words import understand
+from workflows.fleet.words import check_places, understand
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -261,6 +262,28 @@ def test_every_stage_fits_on_some_machines_of_the_clouds(name: str, words: str) 
     need = placement.needs(understand(words.split(), "/shared"))
     assert need is not None
     placement.check(need, target.machines, name)
+
+
+def submissions() -> list[str]:
+    """Every `mfctl submit` that the pages tell people to type."""
+    blocks = [
+        b for page in sorted(CLUSTER.rglob("*.md")) for b in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(shlex.split(line, comments=True)) for line in lines if line.startswith("mfctl submit")]
+
+
+@pytest.mark.parametrize("line", submissions())
+def test_the_commands_of_the_pages_are_taken_and_fit(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.net:5000")
+    monkeypatch.chdir(ROOT)
+    given = understand(line.split()[1:]).values  # its own options, the target, the command
+    target, shared = read_target(given["target"]), given["shared"]
+    command = understand(given["argv"], shared)
+    if target.kind != "here":
+        check_places(command, target.name, shared)
+    if target.machines:
+        placement.check(placement.needs(command), target.machines, target.name)
 
 
 # ------------------------------------------------------------------------------------------------- images, MLflow, all

@@ -39,8 +39,9 @@ def test_a_cluster_over_ssh_runs_jobs_that_outlive_its_machines(tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-3000:] + logs
     facts = json.loads(done.stdout.splitlines()[-1])
     print(facts)
-    codes = {name: facts[name] for name in ("up", "refused", "preprocess", "train")}
-    assert codes == {"up": 0, "refused": 2, "preprocess": 0, "train": 0}, logs
+    codes = {name: facts[name] for name in ("up", "refused", "preprocess", "train", "status", "down")}
+    assert codes == {"up": 0, "refused": 2, "preprocess": 0, "train": 0, "status": 0, "down": 0}, logs
+    assert facts["raylets_left"] == 0
     found = inspect(str(tmp_path / "shared" / "data"), verify=True)
     assert (found["sources"], found["accepted"]) == (12, 12)
     assert len(facts["ranks_on"]) == 2, "training ran across two machines"
