@@ -97,7 +97,7 @@ def _variables(
         check_versions(cluster, place.name, python)
     if place.kind == "server" and not cluster.all_here:
         _check_elsewhere(place, argv, shared, [])
-    if not place.machines and cluster.fixed:
+    if not place.machines and (cluster.fixed or place.complete(len(cluster.nodes))):
         placement.check(placement.needs(understand(argv, shared)), cluster.machines, place.name)
     elsewhere = place.kind == "elsewhere" or not cluster.all_here
     variables = _environment(shared, elsewhere=elsewhere)

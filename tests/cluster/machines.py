@@ -56,7 +56,7 @@ def begin(number: int, address: str) -> subprocess.Popen[bytes]:
     """Boot a machine: namespaces, address, home without the working tree, sshd."""
     name = f"m{number}"
     ssh = Path("/mnt", name, ".ssh")
-    ssh.mkdir(parents=True)
+    ssh.mkdir(parents=True, exist_ok=True)  # its disk outlives it
     (ssh / "authorized_keys").write_text(Path("/mnt/operator/.ssh/id_ed25519.pub").read_text())
     hide = "" if Path(sys.prefix).resolve().is_relative_to(ROOT) else f"mount -t tmpfs none {ROOT};"
     script = (
@@ -117,7 +117,10 @@ def nodes() -> dict[str, str]:
 
 
 def wait_for(count: int) -> None:
-    while len(nodes()) != count:
+    began = time.monotonic()
+    while len(found := nodes()) != count:
+        if time.monotonic() - began > 400:
+            raise TimeoutError(f"{found}, not {count} machines")
         time.sleep(1)
 
 
@@ -133,6 +136,11 @@ def trainers() -> set[str]:
     return {beat["host"] for beat in beats}
 
 
+def raylets() -> int:
+    """How many run on all machines; those of other tests live in other namespaces."""
+    return sum(process.info["name"] == "raylet" for process in psutil.process_iter(["name"]))
+
+
 def preprocess(machines: dict[str, subprocess.Popen[bytes]]) -> int:
     """On all machines, of which one is lost in the middle."""
     sets = ("--set", "window_seconds=3", "--set", "sources_per_unit=1", "--set", "workers=3")
@@ -143,18 +151,28 @@ def preprocess(machines: dict[str, subprocess.Popen[bytes]]) -> int:
     return job.wait()
 
 
-def train(machines: dict[str, subprocess.Popen[bytes]]) -> tuple[list[str], int]:
-    """On two machines, of which one that is not the head is lost in the middle; on which, and the exit code."""
+def train(machines: dict[str, subprocess.Popen[bytes]]) -> dict[str, Any]:
+    """On two machines: one that is not the head is lost in the middle, then the head, which boots and starts again."""
     short = ("steps=60", "data.batch=4", "data.held_out=0.25", "eval_every=1000", "log_every=1", "checkpoint.every=5")
     words = [word for value in (*short, "engine.kind=torch", "engine.workers=2") for word in ("--set", value)]
-    job = mfctl(*SUBMIT, "train", "--stage", "audio", "--data", "data", "--run", "a", *words, log="train.log")
-    while job.poll() is None and max(logged_steps(Path(SHARED, "runs/a")), default=0) < 8:
-        time.sleep(0.1)
+    words = [*SUBMIT, "train", "--stage", "audio", "--data", "data", "--run", "a", *words]
+    job = mfctl(*words, log="train.log")
+    wait_for_step(job, 8)
     on = trainers()
-    victims = [address for i, address in enumerate((HEAD, *WORKERS)) if f"m{i}" in on and address != HEAD]
-    if job.poll() is None and victims:
-        lose(machines, victims[0])
-    return sorted(on), job.wait()
+    lose(machines, next(address for i, address in enumerate((HEAD, *WORKERS)) if f"m{i}" in on and address != HEAD))
+    wait_for_step(job, 20)
+    lose(machines, HEAD)
+    facts: dict[str, Any] = {"ranks_on": sorted(on), "without_head": job.wait()}
+    machines[HEAD] = begin(0, HEAD)
+    time.sleep(3)
+    facts["up_again"] = run("ray", "up", "-y", FILE, log="up_again.log")
+    return facts | {"train": mfctl(*words, log="train_again.log").wait()}
+
+
+def wait_for_step(job: subprocess.Popen[bytes], step: int) -> None:
+    while job.poll() is None and max(logged_steps(Path(SHARED, "runs/a")), default=0) < step:
+        time.sleep(0.1)
+    assert job.poll() is None, f"training ended before step {step}"
 
 
 def story() -> dict[str, Any]:
@@ -165,15 +183,20 @@ def story() -> dict[str, Any]:
     facts["refused"] = mfctl("submit", FILE, "--", "preprocess", "clips", "x", log="refused.log").wait()
     wait_for(3)
     facts["up_s"] = round(time.monotonic() - started)
+    never = ("train", "--stage", "audio", "--data", "data", "--set", "engine.resource=tpu")
+    facts["never"] = mfctl(*SUBMIT, *never, log="never.log").wait()
     facts["preprocess"] = preprocess(machines)
     wait_for(2)
     machines[WORKERS[1]] = begin(2, WORKERS[1])  # it boots again: the head finds it and starts Ray there
     wait_for(3)
     facts["back_s"] = round(time.monotonic() - started)
-    facts["ranks_on"], facts["train"] = train(machines)
-    facts["status"] = run("ray", "exec", FILE, "~/mutual-forcing/.venv/bin/ray status", log="status.log")
+    facts |= train(machines)
+    facts["status"] = run("ray", "exec", FILE, "ray status", log="status.log")
+    down = time.monotonic()
     facts["down"] = run("ray", "down", "-y", FILE, log="down.log")
-    facts["raylets_left"] = sum(process.name() == "raylet" for process in psutil.process_iter())
+    while raylets() and time.monotonic() - down < 300:
+        time.sleep(1)
+    facts["raylets_left"], facts["down_s"] = raylets(), round(time.monotonic() - down)
     facts["seconds"] = round(time.monotonic() - started)
     facts["left_in_the_folder"] = sorted(path.name for path in Path("/tmp/typed").glob("*"))
     return facts

@@ -64,9 +64,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[heads.Head]:
-    """A head of 0 CPUs with an autoscaler, on ports of its own."""
+@pytest.fixture(params=["", "1"], ids=["first autoscaler", "the one of ray up"])
+def head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[heads.Head]:
+    """A head of 0 CPUs with one of Ray's two autoscalers, on ports of its own."""
     ports = heads._free_ports()
     gcs = f"{ray.util.get_node_ip_address()}:{ports['MFCTL_RAY_PORT']}"  # the provider's default is port 6379
     config = tmp_path_factory.mktemp("fake") / "cluster.json"
@@ -74,6 +74,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[heads.Head]:
     temp = tempfile.mkdtemp(prefix="mfctl-", dir="/tmp")
     environment = heads._start_environment() | {heads.TEMP: temp, "RAY_FAKE_CLUSTER": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE, "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    if request.param:
+        environment |= {"RAY_enable_autoscaler_v2": request.param, "RAY_CLOUD_INSTANCE_ID": HEAD_NODE}
     names = {"port": "RAY", "dashboard-port": "DASHBOARD", "dashboard-agent-listen-port": "AGENT"}
     names |= {"ray-client-server-port": "CLIENT", "metrics-export-port": "METRICS"}
     flags = [f"--{flag}={ports[f'MFCTL_{name}_PORT']}" for flag, name in names.items()]

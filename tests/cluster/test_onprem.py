@@ -39,13 +39,17 @@ def test_a_cluster_over_ssh_runs_jobs_that_outlive_its_machines(tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-3000:] + logs
     facts = json.loads(done.stdout.splitlines()[-1])
     print(facts)
-    codes = {name: facts[name] for name in ("up", "refused", "preprocess", "train", "status", "down")}
-    assert codes == {"up": 0, "refused": 2, "preprocess": 0, "train": 0, "status": 0, "down": 0}, logs
+    codes = {"up": 0, "refused": 2, "never": 2, "preprocess": 0, "without_head": 1, "up_again": 0, "train": 0}
+    codes |= {"status": 0, "down": 0}
+    assert {name: facts[name] for name in codes} == codes, logs
+    assert "has room for 0" in (tmp_path / "never.log").read_text()
     assert facts["raylets_left"] == 0
     found = inspect(str(tmp_path / "shared" / "data"), verify=True)
     assert (found["sources"], found["accepted"]) == (12, 12)
     assert len(facts["ranks_on"]) == 2, "training ran across two machines"
     assert read_json(tmp_path / "shared/runs/a" / OUTCOME)["progress"]["step"] == 60
     assert logged_steps(tmp_path / "shared/runs/a") == list(range(61)), "every step, and once"
-    assert "audio goes on from step" in (tmp_path / "train.log").read_text()
+    for name in ("train.log", "train_again.log"):
+        assert "audio goes on from step" in (tmp_path / name).read_text()
+    assert "submit the same command again" in (tmp_path / "train.log").read_text()
     assert facts["left_in_the_folder"] == ["runs"], "the record of the jobs, and nothing else, is where they were typed"

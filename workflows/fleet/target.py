@@ -41,6 +41,11 @@ class Target:
             return machines_of_cluster_file(self.config)
         return machines_of_ray_cluster(self.config["spec"]["rayClusterSpec"]) if self.kind == "rayjob" else []
 
+    def complete(self, nodes: int) -> bool:
+        """Whether all machines that its file lists have joined, so that there will be no more."""
+        provider = self.config.get("provider", {})
+        return provider.get("type") == "local" and nodes > len(provider.get("worker_ips", []))
+
 
 def read_target(name: str) -> Target:
     """ValueError when it is neither an address nor a file of a kind that is known."""

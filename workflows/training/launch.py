@@ -128,11 +128,18 @@ def _scaling(engine: EngineConfig) -> Any:
 
 
 def share_cores() -> None:
-    """Let the workers of a machine use all its cores: Ray gives each as many threads as it has CPUs by right, one."""
+    """Let the workers of a machine use all its cores: Ray gives each as many threads as it has CPUs by right, one.
+
+    How many those are the cluster knows better: the machine's own count does not see the limit of a container.
+    """
+    import ray
     import torch
     from ray.train import get_context
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // get_context().get_local_world_size()))
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    cores = min(os.cpu_count() or 1, int(node["Resources"].get("CPU", 1)))
+    torch.set_num_threads(max(1, cores // get_context().get_local_world_size()))
 
 
 def use_rays_network() -> None:
