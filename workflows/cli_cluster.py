@@ -1,5 +1,6 @@
 """The verbs about Ray jobs: submit, status, logs, stop. Part of the command line in ``cli.py``."""
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -46,14 +47,26 @@ def status(job: JobId = None, *, json: Json = False) -> None:
 
         return run_status(job)
 
-    console.run(work, as_json=json)
+    console.run(work, as_json=json, render=_status_lines if job is None else None)
+
+
+def _status_lines(known: dict[str, Any]) -> str:
+    """A line for each head and job."""
+    lines = [f"head {h['address']} {'answers' if h['answers'] else 'does not answer'}" for h in known["heads"]]
+    for job in known["jobs"]:
+        code = job.get("exit_code")
+        state = job["status"] if code is None else f"{job['status']} (exit code {code})"
+        lines.append(f"{job['job']} {state}: {shlex.join(job['command'])}")
+    return "\n".join(lines) or "no heads, no jobs: nothing was submitted from this folder"
 
 
 @app.command()
 def logs(
     job: Annotated[str, typer.Argument(metavar="JOB")],
     *,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job ends, with its exit code.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Print what a job has written."""
@@ -63,7 +76,10 @@ def logs(
 
         return run_logs(job, follow=follow)
 
-    console.run(work, as_json=json, render=lambda done: f"[{done['job']} {done['status']}]")
+    def code(done: dict[str, Any]) -> int:
+        return (done["exit_code"] or 0) if follow else 0
+
+    console.run(work, as_json=json, render=lambda done: f"[{done['job']} {done['status']}]", code=code)
 
 
 @app.command()

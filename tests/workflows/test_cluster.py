@@ -110,9 +110,14 @@ def test_a_job_runs_on_a_head_of_its_own_and_its_exit_code_comes_back(folder: Pa
     stopped = json.loads(mfctl("stop", "--json", detached["job"], cwd=folder).stdout)
     assert stopped["status"] in {"STOPPED", "SUCCEEDED"}
 
+    shown = mfctl("status", cwd=folder).stdout
+    assert f"{result['job']} SUCCEEDED (exit code 0): doctor --json" in shown.splitlines()
     listed = json.loads(mfctl("status", "--json", cwd=folder).stdout)
     assert listed["heads"] == [{"address": result["address"], "answers": True}]
     assert [job["exit_code"] for job in listed["jobs"][:2]] == [0, 2]
+    failed = listed["jobs"][1]["job"]
+    assert mfctl("logs", failed, cwd=folder).returncode == 0
+    assert mfctl("logs", "--follow", failed, cwd=folder).returncode == 2, "of the job, as from submit"
     assert '"name": "mlflow store"' in mfctl("logs", result["job"], cwd=folder).stdout
 
 
