@@ -72,12 +72,13 @@ def submit(
         return _submit_rayjob(place, argv, shared, detach=detach)
     understand(argv, shared)
     silent = f"{target} fell silent before it had taken the job: submit the same command again"
-    with _no_other_address(), connected(place, state_folder()) as address, conversation(silent):
-        client = server.client(address)
-        cluster = ask(client)
-        variables = _variables(place, cluster, argv, shared, python)
-        interpreter = python or (sys.executable if place.kind == "here" else "python")
-        job = _start(client, [interpreter, "-m", "workflows.cli", *argv], variables, target)
+    with _no_other_address(), connected(place, state_folder()) as address:
+        with conversation(silent):
+            client = server.client(address)
+            cluster = ask(client)
+            variables = _variables(place, cluster, argv, shared, python)
+            interpreter = python or (sys.executable if place.kind == "here" else "python")
+            job = _start(client, [interpreter, "-m", "workflows.cli", *argv], variables, target)
         print(f"job {job.id} on {job.address}", file=sys.stderr)
         return _summary(client, job) if detach else _follow(client, job)
 

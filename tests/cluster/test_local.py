@@ -77,7 +77,8 @@ def kill_the_head_when(folder: Path, process: subprocess.Popen[str], happened: C
     killed = time.monotonic()
     said = finish(process, 1)
     assert time.monotonic() - killed < 120, "it does not wait for ever"
-    assert "submit the same command again" in said and "Traceback" not in said, said
+    assert "no longer answers" in said and "submit the same command again" in said, said
+    assert "Traceback" not in said and "before it had taken the job" not in said, said
     return said
 
 

@@ -87,6 +87,8 @@ def conversation(lost: str) -> Iterator[None]:
 
     try:
         yield
+    except Unreachable:  # an inner conversation's own words
+        raise
     except (requests.RequestException, aiohttp.ClientError, ConnectionError, TimeoutError) as error:
         raise Unreachable(f"{lost} ({_first_line(error)})") from error
     except RuntimeError as error:
