@@ -22,7 +22,7 @@ from workflows import head as heads
 from workflows.environment import BASE, DEFAULTS, base_directory, tracking_uri
 from workflows.fleet import placement, rayjob, server
 from workflows.fleet.parcel import pack
-from workflows.fleet.server import Cluster, ask, check_versions, conversation
+from workflows.fleet.server import Cluster, ask, check_head, check_versions, conversation
 from workflows.fleet.target import Target, connected, read_target
 from workflows.fleet.words import REFERENCES, check_places, check_secrets, understand
 
@@ -75,6 +75,7 @@ def submit(
     with _no_other_address(), connected(place, state_folder()) as address:
         with conversation(silent):
             client = server.client(address)
+            check_head(client)
             cluster = ask(client)
             variables = _variables(place, cluster, argv, shared, python)
             interpreter = python or (sys.executable if place.kind == "here" else "python")
@@ -246,7 +247,7 @@ async def _print_logs(client: Any, job_id: str) -> None:
     printing = asyncio.ensure_future(_print_as_they_come(client, job_id))
     try:
         while not (await asyncio.wait({printing}, timeout=LOOK_EVERY_S))[0]:
-            await asyncio.to_thread(client.get_version)
+            await asyncio.to_thread(check_head, client)
         await printing
     finally:
         printing.cancel()
@@ -258,8 +259,12 @@ async def _print_as_they_come(client: Any, job_id: str) -> None:
 
 
 def _wait_until_ended(client: Any, job: Job) -> None:
+    looked = time.monotonic()
     while not client.get_job_status(job.id).is_terminal():
         time.sleep(0.3)
+        if time.monotonic() - looked > LOOK_EVERY_S:
+            check_head(client)
+            looked = time.monotonic()
 
 
 def _summary(client: Any, job: Job) -> dict:

@@ -30,6 +30,7 @@ from workflows.environment import DEFAULTS
 
 TEMP = "MFCTL_TEMP"
 PORTS = ("RAY_PORT", "DASHBOARD_PORT", "AGENT_PORT", "CLIENT_PORT", "METRICS_PORT")
+PARTS = {"gcs_server", "raylet"}  # without which a head runs nothing
 START_LIMIT_S = 120
 STOP_LIMIT_S = 5  # then they are made to: a raylet may wait long for its workers
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -44,8 +45,8 @@ class Head:
     temp: str  # its temporary folder: sessions, logs; also its mark
 
     def answers(self) -> bool:
-        """Whether its job server replies; another server on the same port does not count."""
-        return bool(processes(self.temp)) and job_server_answers(self.address)
+        """Whether all of it lives: the job server alone replies on, and another on the same port does not count."""
+        return {process.name() for process in processes(self.temp)} >= PARTS and job_server_answers(self.address)
 
 
 def job_server_answers(address: str, limit_s: float = 5.0) -> bool:

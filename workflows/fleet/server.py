@@ -17,6 +17,7 @@ from preprocessing.outage import Outage
 from workflows.fleet.placement import Machines, merged
 from workflows.head import LOOPBACK, job_server_answers
 
+NODES = "/api/v0/nodes?detail=true&limit=10000"
 KNOCK_LIMIT_S = 30.0  # for the first answer
 ANSWER_LIMIT_S = 60.0  # for each later one: a head that is busy takes seconds
 
@@ -124,10 +125,20 @@ def _addresses() -> set[str]:
     return {a.address for addresses in psutil.net_if_addrs().values() for a in addresses}
 
 
+def check_head(client: Any) -> None:
+    """ConnectionError when the head's node has died: its job server may answer on, and calls its jobs running."""
+    reply = client._do_request("GET", NODES)
+    if reply.status_code != 200:  # asked too much at the moment; it will be asked again
+        return
+    states = [node["state"] for node in reply.json()["data"]["result"]["result"] if node["is_head_node"]]
+    if states and "ALIVE" not in states:
+        raise ConnectionError("its job server does, and says that the head's node is dead")
+
+
 def ask(client: Any) -> Cluster:
     """Versions and nodes, from the job server."""
     facts = client._do_request("GET", "/api/v0/cluster_metadata").json()["data"]
-    listed = client._do_request("GET", "/api/v0/nodes?detail=true&limit=10000").json()["data"]["result"]["result"]
+    listed = client._do_request("GET", NODES).json()["data"]["result"]["result"]
     living = [node for node in listed if node["state"] == "ALIVE"]
     status = client._do_request("GET", "/api/cluster_status").json()["data"].get("clusterStatus") or {}
     return Cluster(ray=facts["rayVersion"], python=facts["pythonVersion"], nodes=living, fixed=_fixed(status))
