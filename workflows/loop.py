@@ -1,6 +1,7 @@
 """The training loop. It knows engines, objective, tracker and batches by what they do, and no stage by name."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -66,6 +67,8 @@ class Surroundings:
     say: Callable[[str], None]  # a line for people
     # a look at a step's end, by all ranks, given what will be logged: makes samples when they are due, adds numbers
     look: Callable[[Progress, Mapping[str, float]], dict[str, float]] = lambda progress, log: {}
+    # a context in which the networks note, by name, where numbers first are not finite
+    watched: Callable[[], AbstractContextManager[Mapping[str, str]]] = lambda: nullcontext({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +199,18 @@ class _Run:
                 self.ema.update(self.engines[STUDENT].weights(), progress.step)
                 return False, log
             passes, (bad, _) = again, self.agree(again, progress.step)
-        leave_out(self.config, progress, passes, {n: self.engines[n] for n in first[0].terms}, self.around)
+        engines = {n: self.engines[n] for n in first[0].terms}
+        leave_out(self.config, progress, passes, engines, self.around, self.where(first, progress.step))
         return True, {}
+
+    @torch.no_grad()
+    def where(self, passes: Sequence[Pass], step: int) -> list[str]:
+        """Blocks and chunks at which numbers of this rank's step first are not finite: its forward passes again."""
+        info = StepInfo(seed=self.config.seed, step=step, stage_step=step)
+        with self.around.watched() as noted:
+            for own in passes:
+                next(self.objective.rounds(self.models, own.micro, info), None)
+        return [f"{name}: {text}" for name, text in noted.items()]
 
     def move(self, step: int, names: Sequence[str]) -> dict[str, float]:
         """One optimizer step of each of these networks."""
@@ -250,13 +263,19 @@ def agreed(passes: Sequence[Pass], engines: Mapping[str, Engine], notice: str, f
 
 
 def leave_out(
-    config: LoopConfig, progress: Progress, passes: Sequence[Pass], engines: Mapping[str, Engine], around: Surroundings
+    config: LoopConfig,
+    progress: Progress,
+    passes: Sequence[Pass],
+    engines: Mapping[str, Engine],
+    around: Surroundings,
+    where: list[str],
 ) -> None:
     """Forget the gradients of a step that is not finite; NonFiniteError when no more may be left out."""
     mine = [blame(p, around.name_clips) for p in passes if not _finite(p.terms)]
     if not mine and (names := [f"the gradient of {name}" for name, e in engines.items() if bool(e.bad_gradient)]):
         clips = [clip for p in passes for clip in around.name_clips(p.micro.samples)]
         mine = [f"{', '.join(names)} on clips {', '.join(clips)}"]
+    mine += where
     found = "; ".join(f"rank {r}: {text}" for r, texts in enumerate(ranks.gather(mine)) for text in texts)
     text = f"stage {config.name}, step {progress.step}: not finite: {found}"
     if progress.skipped >= config.skip_nonfinite:

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from mfcore.codecs.base import Codec, StreamDecoder
 from mfcore.codecs.known import build_codec, build_text_codec
 from mfcore.model.ring import ring_of
-from mfcore.model.transformer import AVTransformer, NonFiniteActivation
+from mfcore.model.transformer import networks_in
 from mfcore.rollout import Chunk, noise_starts, rollout
 from mfcore.steps import Context, Mode, Schedule, denoise, evaluations, schedule
 from mfcore.types import AUDIO, VIDEO, Condition, Stream, Streams
 from preprocessing.record import Word
 from workflows.checkpoint import ModelCard, Weights, load_export
 from workflows.training import ranks
+
+
+class NonFiniteActivation(FloatingPointError):
+    """Numbers inside a network that are not finite, with the block and the chunk where they first are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,14 +182,13 @@ class Streamer:
 
     def _blame(self, chunk: Chunk, start: Streams, plan: Schedule, how: Sampling) -> NoReturn:
         """Make a chunk that is not finite again, looking at every block. NonFiniteActivation names the place."""
-        networks = [part for part in self.model.modules() if isinstance(part, AVTransformer)]
         try:
-            for network in networks:
-                network.guard = True
+            for network in networks_in(self.model):
+                network.guard = _raise
             denoise(chunk.before, start, plan, mode=how.mode)
         finally:
-            for network in networks:
-                network.guard = False
+            for network in networks_in(self.model):
+                network.guard = None
         number = int(next(iter(start.values())).chunk[0])
         raise NonFiniteActivation(f"chunk {number} is not finite, though what leaves its blocks is: look at the head")
 
@@ -218,6 +221,10 @@ class Streamer:
                 latents = torch.cat([self.first_latents(cond, row), latents])
             out[m] = codec.decode(latents)
         return out
+
+
+def _raise(odd: str) -> NoReturn:
+    raise NonFiniteActivation(odd)
 
 
 def _loudest(latents: Tensor, sound: Tensor, n: int) -> Tensor:

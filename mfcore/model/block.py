@@ -1,6 +1,7 @@
 """One branch's part of one layer. Coupling happens between ``project`` and ``update``, in the transformer.
 
-Letters: B batch, K chunks, N tokens of the branch, d width, H heads, G heads of keys and values, e head width.
+Letters: B batch, K chunks, N tokens of the branch, d width, H heads, G heads of keys and values, e head width,
+R runs of N / R tokens that share a noise level: chunks where all hold as many tokens, else single tokens.
 """
 
 from dataclasses import dataclass
@@ -119,9 +120,20 @@ class TextAttention(nn.Module):
         return self.out(torch.cat([rearrange(part, "b h n e -> b n (h e)") for part in (about, said)], dim=-1))
 
 
-def modulate(x: Float[Tensor, "B N d"], shift: Tensor, scale: Tensor) -> Float[Tensor, "B N d"]:
-    """Layer norm without weights, then the affine map that the noise level asks for."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=LAYER_EPS), 1 + scale)
+def modulate(
+    x: Float[Tensor, "B N d"], shift: Float[Tensor, "B R 1 d"], scale: Float[Tensor, "B R 1 d"]
+) -> Float[Tensor, "B N d"]:
+    """Layer norm without weights, then the affine map that the noise level asks for. ``scale``: about 1."""
+    y = F.layer_norm(x, x.shape[-1:], eps=LAYER_EPS).unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift, y, scale).flatten(1, 2)
+
+
+def gated(
+    x: Float[Tensor, "B N d"], gate: Float[Tensor, "B R 1 d"], y: Float[Tensor, "B N d"]
+) -> Float[Tensor, "B N d"]:
+    """x + gate y."""
+    runs = (gate.shape[1], -1)
+    return torch.addcmul(x.unflatten(1, runs), gate, y.unflatten(1, runs)).flatten(1, 2)
 
 
 class Block(nn.Module):
@@ -142,15 +154,16 @@ class Block(nn.Module):
             nn.Linear(dim, config.hidden), nn.GELU(approximate="tanh"), nn.Linear(config.hidden, dim)
         )
 
-    def modulation(self, shared: Float[Tensor, "B K pd"], chunk: Tensor) -> Float[Tensor, "6 B N d"]:
-        """Shift, scale and gate for attention and feed-forward, for each token by its chunk's noise level.
+    def modulation(self, shared: Float[Tensor, "B K pd"], chunk: Tensor | None) -> tuple[Tensor, ...]:
+        """Shift, scale and gate for attention and feed-forward, each (B, R, 1, d), by the chunk's noise level.
 
-        Of a single chunk they are the same for all tokens: (6, B, 1, d).
+        ``chunk``: of each token; None where all chunks hold as many.
         """
-        mod = self.table(shared)
-        return mod if shared.shape[1] == 1 else mod.index_select(2, chunk)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.table(shared)
+        parts = (shift, 1 + scale, gate, mlp_shift, 1 + mlp_scale, mlp_gate)
+        return tuple((p if chunk is None else p.index_select(1, chunk))[:, :, None] for p in parts)
 
-    def project(self, x: Float[Tensor, "B N d"], mod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Float[Tensor, "B N d"], mod: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, N, e), keys (normed, not rotated) and values, both (B, G, N, e)."""
         q, k, v = (
             rearrange(part, "b n (h e) -> b h n e", e=self.head_dim)
@@ -162,11 +175,11 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B N d"],
         attended: Float[Tensor, "B H N e"],
-        mod: Tensor,
+        mod: tuple[Tensor, ...],
         text: TextTokens,
         heard: Heard | None,
     ) -> Tensor:
         """Residual updates: attention output, text attention (``heard`` of ``text``, if known), feed-forward."""
-        x = torch.addcmul(x, mod[2], self.out(rearrange(attended, "b h n e -> b n (h e)")))
+        x = gated(x, mod[2], self.out(rearrange(attended, "b h n e -> b n (h e)")))
         x = x + self.text(self.norm_text(x), text, heard or self.text.hear(text))
-        return torch.addcmul(x, mod[5], self.mlp(modulate(x, mod[3], mod[4])))
+        return gated(x, mod[5], self.mlp(modulate(x, mod[3], mod[4])))

@@ -195,6 +195,7 @@ class Branch(nn.Module):
         x: Float[Tensor, "B N d"],
         final: Float[Tensor, "B K pd"],
         chunk: Tensor,
+        runs: Tensor | None,
         noisy: Tensor,
         span: Span,
         first: Float[Tensor, "B C h w"] | None,
@@ -202,11 +203,12 @@ class Branch(nn.Module):
         """Tokens to velocities, in float32: the flow of a Gaussian of spread ``data_std``, plus a scaled correction F.
 
         A token may be wider than the network: what is white in it, and what stays as in the first frame, need not be
-        carried through. ``span``: t and r. ``first``: the first frame, which the Gaussian has its mean from.
+        carried through. ``chunk``: of each token; ``runs``: the same, None where all chunks hold as many tokens.
+        ``span``: t and r. ``first``: the first frame, which the Gaussian has its mean from.
         """
-        shift, scale = final[:, chunk].float().chunk(2, dim=-1)
+        shift, scale = (part if runs is None else part[:, runs] for part in final.float()[:, :, None].chunk(2, dim=-1))
         with torch.autocast(x.device.type, enabled=False):
-            correction = self.unpatch(self.head(modulate(x.float(), shift, scale)), noisy)
+            correction = self.unpatch(self.head(modulate(x.float(), shift, 1 + scale)), noisy)
         if self.config.data_std is None:
             return correction
         per_latent = chunk[:: self.config.tokens]

@@ -19,22 +19,23 @@ WAN_BASE = 10000.0
 
 @dataclass(frozen=True)
 class Turn:
-    """By how much each channel pair of each token is turned."""
+    """By how much each channel pair (i, i + dim/2) of each token is turned: for both of its channels."""
 
-    cos: Float[Tensor, "*N half"]
-    sin: Float[Tensor, "*N half"]
+    cos: Float[Tensor, "*N dim"]
+    sin: Float[Tensor, "*N dim"]  # the first half negative
 
 
 def turn(angle: Float[Tensor, "*N half"], like: Tensor) -> Turn:
     """From angles in float64. Never narrower than float32; on the device of ``like``."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return Turn(angle.cos().to(like.device, dtype), angle.sin().to(like.device, dtype))
+    cos, sin = angle.cos().to(like.device, dtype), angle.sin().to(like.device, dtype)
+    return Turn(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
 def rotate(x: Float[Tensor, "*batch N dim"], by: Turn) -> Tensor:
-    """Turn channel pairs (i, i + dim/2) of ``x``."""
+    """Turn channel pairs (i, i + dim/2) of ``x``: a cos - b sin, b cos + a sin."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * by.cos - b * by.sin, a * by.sin + b * by.cos], dim=-1).to(x.dtype)
+    return torch.addcmul(x * by.cos, torch.cat([b, a], dim=-1), by.sin).to(x.dtype)
 
 
 def _frequencies(pairs: int, base: float) -> Tensor:

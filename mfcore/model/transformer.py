@@ -1,10 +1,11 @@
 """The network: branches coupled in self-attention (METHOD 4). A uni-modal model has one branch, same code."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -30,6 +31,7 @@ class _Scene:
     at: Positions
     sizes: list[int]  # tokens per branch
     local: dict[str, Tensor]  # chunk of each token, counted from the first chunk of the pass
+    runs: dict[str, Tensor | None]  # the same, None where all chunks hold as many tokens of the branch
     text: dict[str, TextTokens]
     heard: dict[str, list[Heard]] | None  # by layer, where several passes will ask for it
     turn: Turn
@@ -50,10 +52,6 @@ class _Pass:
     seen: Recall | RingMemory
 
 
-class NonFiniteActivation(FloatingPointError):
-    """Numbers inside a network that are not finite, with the block and the chunk where they first are."""
-
-
 class AVTransformer(nn.Module):
     """A causal velocity model of paired audio and video; see ``mfcore.types.VelocityModel`` for what a call means.
 
@@ -66,7 +64,7 @@ class AVTransformer(nn.Module):
         names = [m for m in MODALITIES if m in config.branches]
         self.branches = nn.ModuleDict({m: Branch(config, config.branches[m]) for m in names})
         self.recompute = False  # run layers again in the backward pass instead of keeping what is inside them
-        self.guard = False  # look at what leaves every block, which makes a GPU wait; raises NonFiniteActivation
+        self.guard: Callable[[str], object] | None = None  # told what leaves a block not finite; looking takes time
 
     def forward(
         self,
@@ -93,6 +91,7 @@ class AVTransformer(nn.Module):
                 h,
                 levels[m][1],
                 step.scene.local[m],
+                step.scene.runs[m],
                 x[m].latents,
                 (t[m], r[m]),
                 cond.first_frame if m == VIDEO else None,
@@ -162,12 +161,14 @@ class AVTransformer(nn.Module):
         own = {m: self.branch(m).positions(s, 0) for m, s in x.items()}
         is_sink = bool((at.chunk == SINK).all())
         text = {m: self.branch(m).text_tokens(cond, p, silent=is_sink) for m, p in own.items()}
+        local = {m: (p.chunk - p.chunk[0]).to(like.device) for m, p in own.items()}
         return _Scene(
             cond=cond,
             times={m: s.times for m, s in x.items()},
             at=at,
             sizes=[len(p) for p in own.values()],
-            local={m: (p.chunk - p.chunk[0]).to(like.device) for m, p in own.items()},
+            local=local,
+            runs={m: None if _even(p.chunk) else local[m] for m, p in own.items()},
             text=text,
             heard={m: [b.text.hear(text[m]) for b in self._blocks(m)] for m in x} if heard else None,
             turn=turn(angles(at.times, at.ys, at.xs, self.config), like),
@@ -200,11 +201,11 @@ class AVTransformer(nn.Module):
         """Run all layers but the ``last`` ones; also the keys and values of this pass, rotated unless the sink's."""
         kept: list[KeyValue] = []
         for layer in range(self.config.layers - last):
-            run = self._recomputed if self.recompute and torch.is_grad_enabled() else self._layer
+            run = self._recomputed if self.recompute and torch.is_grad_enabled() else self.layer
             hidden, own = run(layer, hidden, step, rotated)
             kept.append(own)
-            if self.guard:
-                check_finite(layer, hidden, step.scene.at.chunk.split(step.scene.sizes))
+            if self.guard and (odd := not_finite(hidden, step.scene.at.chunk.split(step.scene.sizes))):
+                self.guard(f"activations are not finite after block {layer}: {odd}")
         return hidden, kept
 
     def _written(self, hidden: dict[str, Tensor], step: _Pass, *, rotated: bool = True) -> list[KeyValue]:
@@ -215,17 +216,18 @@ class AVTransformer(nn.Module):
 
     def _project(
         self, layer: int, hidden: dict[str, Tensor], step: _Pass
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    ) -> tuple[dict[str, tuple[Tensor, ...]], Tensor, Tensor, Tensor]:
         """Modulation by branch; queries, keys and values of all tokens."""
         blocks = {m: self.branch(m).block(layer) for m in hidden}
-        mods = {m: b.modulation(step.shared[m], step.scene.local[m]) for m, b in blocks.items()}
+        mods = {m: b.modulation(step.shared[m], step.scene.runs[m]) for m, b in blocks.items()}
         parts = zip(*(b.project(hidden[m], mods[m]) for m, b in blocks.items()), strict=True)
         q, k, v = (torch.cat(part, dim=2) for part in parts)
         return mods, q, k, v
 
-    def _layer(
+    def layer(
         self, layer: int, hidden: dict[str, Tensor], step: _Pass, rotated: bool
     ) -> tuple[dict[str, Tensor], KeyValue]:
+        """One block of each branch and the attention between them; also the keys and values of the pass."""
         scene = step.scene
         mods, q, k, v = self._project(layer, hidden, step)
         own = KeyValue(rotate(k, scene.turn), v)
@@ -243,7 +245,7 @@ class AVTransformer(nn.Module):
         """A layer of which only what goes in and comes out is kept until the backward pass."""
         # no early stop: engines that shard weights count entries into and exits from every module
         with set_checkpoint_early_stop(False):
-            return cast(Any, checkpoint(self._layer, *args, use_reentrant=False, preserve_rng_state=False))
+            return cast(Any, checkpoint(self.layer, *args, use_reentrant=False, preserve_rng_state=False))
 
     def _sink_turn(self, at: Positions, sink: Positions, like: Tensor) -> Turn:
         """Of the sink's copies, one per chunk of the pass, (copies * tokens, half), to the edge of its window."""
@@ -252,15 +254,27 @@ class AVTransformer(nn.Module):
         return turn(angles(times, sink.ys.repeat(len(edge)), sink.xs.repeat(len(edge)), self.config), like)
 
 
-def check_finite(layer: int, hidden: dict[str, Tensor], chunks: tuple[Tensor, ...]) -> None:
-    """NonFiniteActivation names the branches, the block, and the first chunk (of ``chunks``, one for each token)."""
+def _even(chunk: Int64[Tensor, " N"]) -> bool:
+    """Whether all chunks hold as many tokens, which stand together."""
+    counts = chunk.unique_consecutive(return_counts=True)[1]
+    return bool((counts == counts[0]).all())
+
+
+def not_finite(hidden: dict[str, Tensor], chunks: tuple[Tensor, ...]) -> str:
+    """The branches with numbers that are not finite, and the first chunk (of ``chunks``, one for each token); or ""."""
     odd: list[str] = []
     for (m, h), chunk in zip(hidden.items(), chunks, strict=True):
         bad = ~h.isfinite().all(dim=-1).all(dim=0).cpu()
         if bool(bad.any()):
-            odd.append(f"{m} chunk {int(chunk[bad][0])} ({int(bad.sum())} of {len(bad)} tokens)")
-    if odd:
-        raise NonFiniteActivation(f"activations are not finite after block {layer}: {', '.join(odd)}")
+            first = int(chunk[bad][0])
+            place = "the sink" if first == SINK else f"chunk {first}"
+            odd.append(f"{m} {place} ({int(bad.sum())} of {len(bad)} tokens)")
+    return ", ".join(odd)
+
+
+def networks_in(module: nn.Module) -> list[AVTransformer]:
+    """Those that ``module`` is made of, itself among them."""
+    return [part for part in module.modules() if isinstance(part, AVTransformer)]
 
 
 def sink_streams(cond: Condition, config: ModelConfig) -> dict[str, Stream]:

@@ -36,7 +36,7 @@ def test_plain_torch_measures_the_bare_loop_and_the_training_loop(joint):
     assert list(joint["step_s"]) == ["bare", "torch"]
     assert joint.keys() >= PROMISED
     assert joint["step_s"]["bare"] > 0 and joint["overhead"]["torch"] > 0
-    assert joint["forward_over_products"] > 1
+    assert joint["forward_over_products"] > 1 and joint["block_over_products"] > 1
     assert 0 < joint["mfu"] < 1 and 0 <= joint["data_wait_share"] < 1
     assert joint["not_measured"] == {
         "ray_torch": "not measured: needs ray",

@@ -76,7 +76,7 @@ def test_numbers_that_are_not_finite_are_named_by_block_and_chunk(exports):
     broken[0] = torch.nan
     with pytest.raises(FloatingPointError, match=r"not finite after block 1: audio chunk 2 \(\d+ of \d+ tokens\)"):
         next(made)
-    assert not streamer.model.guard
+    assert streamer.model.guard is None
     broken[0] = 0.0
     streamer.model.branch(VIDEO).head.bias[0] = torch.inf
     with pytest.raises(FloatingPointError, match="chunk 0 is not finite, .* look at the head"):

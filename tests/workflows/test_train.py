@@ -218,8 +218,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, data, monkeyp
     monkeypatch.setattr(worker.TrainingBatches, "step", poisoned)
     with pytest.raises(
         RuntimeError, match=r"stage video, step 5: not finite: .*flow_matching/video on clips clip-.*samples 20\.\.23"
-    ):
+    ) as said:
         run("video", tmp_path, data, run="v")
+    assert "rank 0: student: activations are not finite after block 0: video chunk 0 (" in str(said.value)
     monkeypatch.undo()
     assert run("video", tmp_path, data, run="v")["samples_seen"] == 32, "the same command goes on"
 

@@ -152,7 +152,7 @@ class _Poisoned:
             terms["fake"][0].values[row] *= math.nan
         if how == "loss" and "student" in terms:
             terms["student"][0].values[row] *= math.nan
-        if how == "gradient" and "student" in terms:
+        if how == "gradient" and "student" in terms and torch.is_grad_enabled():
             terms["student"][0].values.register_hook(lambda g: g * math.inf)
 
 

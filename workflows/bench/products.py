@@ -1,6 +1,7 @@
 """How much of a forward pass is not matrix products: norms, rotations, modulation, copies, Python."""
 
-from statistics import median
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ from workflows.stages import initial_network
 
 PRODUCTS = ("addmm", "mm", "bmm", "baddbmm")
 ATTENTION = "_scaled_dot_product"
+LEAST_ROUNDS = 15  # the least time of a few rounds is that of a busy machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverProducts:
+    """Least time of some work over the least time of its matrix products and attention alone."""
+
+    forward: float  # the velocities of a batch
+    block: float  # one block of each branch, and the attention between them
 
 
 class _Recorded(TorchDispatchMode):
@@ -35,19 +45,28 @@ class _Recorded(TorchDispatchMode):
 
 
 @torch.no_grad()
-def forward_over_products(config: RunConfig, batch: AVBatch, rounds: int) -> float:
-    """Time of the velocities of a training batch over the time of the same matrix products alone, in turns; the
-    median. History is remembered before."""
+def over_products(config: RunConfig, batch: AVBatch, rounds: int) -> OverProducts:
+    """Of a training batch whose history is remembered before; work and products take turns."""
     device = batch.cond.caption.device
-    model = initial_network(config, {}).to(device).eval()
+    model: Any = initial_network(config, {}).to(device).eval()
     t = levels(batch.streams, dict.fromkeys(batch.streams, 0.5))
     with torch.autocast(device.type, config.engine.autocast, enabled=config.engine.autocast is not None):
         context = Context(model=model, cond=batch.cond).remember(past(batch.streams), None)
-        with _Recorded() as products:
-            context.velocity(batch.streams, t, t)
-        ratios: list[float] = []
-        for _ in range(rounds + 1):
-            whole, _ = limits.timed(device, context.velocity, batch.streams, t, t)
-            alone, _ = limits.timed(device, products.again)
-            ratios.append(whole / alone)
-    return median(ratios[1:])
+        forward = lambda: context.velocity(batch.streams, t, t)
+        given, run = list[tuple[Any, ...]](), model.layer
+        model.layer = lambda *args: given.append(args) or run(*args)  # hides the method
+        forward()
+        del model.layer
+        block = lambda: run(*given[-1])
+        return OverProducts(
+            forward=_over_products(forward, device, max(rounds, LEAST_ROUNDS)),
+            block=_over_products(block, device, max(rounds, LEAST_ROUNDS)),
+        )
+
+
+def _over_products(work: Callable[[], object], device: torch.device, rounds: int) -> float:
+    with _Recorded() as products:
+        work()
+    times = [(limits.timed(device, work)[0], limits.timed(device, products.again)[0]) for _ in range(rounds + 1)]
+    whole, alone = (min(column) for column in zip(*times[1:], strict=True))
+    return whole / alone

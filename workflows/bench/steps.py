@@ -14,7 +14,7 @@ import torch
 
 from workflows.bench import limits
 from workflows.bench.bare import bare_loop
-from workflows.bench.products import forward_over_products
+from workflows.bench.products import OverProducts, over_products
 from workflows.bench.turns import Turn, Turns, Variant, own_batches, place
 from workflows.config import RunConfig
 from workflows.stages import initial_network
@@ -43,7 +43,7 @@ class Measured:
 
     turns: dict[str, list[Turn]]  # one for each round, of the rank that took longest
     state_bytes: dict[str, int]  # weights, gradients, moments and average, per rank
-    forward_over_products: float  # time of a forward pass over that of its matrix products alone
+    over_products: OverProducts
     flops_per_s: list[float]  # of large matrix products, per rank, all ranks at once
     flops: int  # of a step, per rank
     tokens: int  # of a step, per rank
@@ -72,7 +72,7 @@ def work(plan: Plan) -> Measured:
     return Measured(
         turns=timed,
         state_bytes=state_bytes,
-        forward_over_products=forward_over_products(dense, first[0][0], plan.rounds),
+        over_products=over_products(dense, first[0][0], plan.rounds),
         flops_per_s=rates,
         flops=flops,
         tokens=sum(count_tokens(plan.config, micro) for micro in first[0]),

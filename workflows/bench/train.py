@@ -168,7 +168,8 @@ def summary(plan: Plan, measured: Measured, missing: Mapping[str, str]) -> dict[
         "tokens_per_s": {name: world * measured.tokens / s for name, s in step_s.items()},
         "flops": measured.flops,
         "matmul_flops_per_s": median(measured.flops_per_s),
-        "forward_over_products": measured.forward_over_products,
+        "forward_over_products": measured.over_products.forward,
+        "block_over_products": measured.over_products.block,
         "limit_s": limit_s,
         "mfu": limit_s / step_s[main],
         "mfu_by_variant": {name: limit_s / s for name, s in step_s.items()},
@@ -207,7 +208,8 @@ def render(result: Mapping[str, Any]) -> str:
         *(f"{name:10} {why}" for name, why in result["not_measured"].items()),
         f"{'limit':10} {result['limit_s']:8.3f}: {result['flops'] / 1e9:.1f} GFLOP a step and rank at "
         f"{result['matmul_flops_per_s'] / 1e9:.1f} GFLOP/s of large products",
-        f"a forward pass takes {result['forward_over_products']:.2f} times as long as its matrix products alone",
+        f"a block takes {result['block_over_products']:.2f} times as long as its matrix products alone, a whole "
+        f"forward pass {result['forward_over_products']:.2f} times",
         f"losses differ from the bare loop's by at most {max(result['loss_gap'].values(), default=0):.0e} of their "
         f"size; peak memory {result['peak_memory_bytes'] / 1e6:.0f} MB a rank, all variants together",
         *(f"\nprofile of {name}\n{table}" for name, table in result["profiles"].items()),

@@ -1,13 +1,16 @@
 """The networks of a run and the engines that train them: student, average, and in the mutual stage the fake score."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
 from mfcore.ema import Ema
 from mfcore.model.adapter import LowRankCopy
-from mfcore.model.transformer import AVTransformer
+from mfcore.model.transformer import networks_in
 from mfcore.optim import OptimConfig
 from workflows.config import RunConfig
 from workflows.engine import Engine, build_engine
@@ -21,13 +24,29 @@ class Networks:
     ema: Ema
     engines: dict[str, Engine]
     optims: dict[str, OptimConfig]
+    nets: dict[str, nn.Module]  # what the engines train
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[str, str]]:
+        """Inside, every network notes under its name the first block that numbers leave which are not finite."""
+        first: dict[str, str] = {}
+        # the average comes last: it may stand below the fake score as well
+        parts = [
+            (name, part) for name, net in (*self.nets.items(), ("ema", self.ema.module)) for part in networks_in(net)
+        ]
+        for name, part in parts:
+            part.guard = partial(first.setdefault, name)
+        try:
+            yield first
+        finally:
+            for _, part in parts:
+                part.guard = None
 
 
 def build_networks(config: RunConfig, student: nn.Module) -> Networks:
     """Engines around ``student``, which becomes the first of them, and around a fake score if the stage has one."""
-    for part in student.modules():
-        if isinstance(part, AVTransformer):
-            part.recompute = config.engine.recompute
+    for part in networks_in(student):
+        part.recompute = config.engine.recompute
     ema = Ema(student, config.ema, config.engine.autocast)
     nets = {"student": student}
     optims = {"student": config.optim}
@@ -38,7 +57,7 @@ def build_networks(config: RunConfig, student: nn.Module) -> Networks:
     engines = {name: build_engine(net, optims[name], config.engine) for name, net in nets.items()}
     if "fake" in nets and config.fake.rank is not None:
         ema.storage = engines["fake"].storage  # its engine keeps the average's weights, as the base of its own network
-    return Networks(ema=ema, engines=engines, optims=optims)
+    return Networks(ema=ema, engines=engines, optims=optims, nets=nets)
 
 
 def fake_score(config: RunConfig, student: nn.Module, ema: Ema) -> nn.Module:

@@ -132,6 +132,7 @@ def _train(job: Job, tracker: Tracker, pulse: Pulse, notices: Notices, aside: Sn
                 name_clips=batches.clip_ids,
                 say=lambda text: _say(job, text),
                 look=_looks(job, ema, tracker, pulse, judged, aside),
+                watched=nets.watched,
             ),
         )
 
