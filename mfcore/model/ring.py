@@ -38,6 +38,7 @@ class RingMemory:
         self.chunk: int | None = None  # at work
         self.scene: Any = None  # what the network need not find out again while that chunk is at work
         self._own = NOWHERE  # places of its tokens
+        self._place = torch.zeros(room, dtype=torch.int64, device=self.k.device)  # the same where the keys are
         self._past, self._past_at = NOWHERE, source.past_at  # places of the window's tokens, and where these stand
         if source.past_at is not None:
             self._past = sink + torch.arange(len(source.past_at))
@@ -62,14 +63,15 @@ class RingMemory:
         self.chunk, self.scene = int(at.chunk[0]), None
         assert bool((at.chunk == self.chunk).all()), "a ring takes one chunk at a time"
         self.advance(self.chunk)
-        self._own = self._places(len(at)).to(self.k.device)
+        self._own = self._places(len(at))
+        self._place[: len(self._own)].copy_(self._own)
         self.k[:, :, :, : len(self.sink_at)] = rotate(self._sink_k, sink)
 
     def sight(self, at: Positions) -> Sight:
         """Who sees whom where branches do not see each other; of a coupled network everything is visible."""
-        branch = torch.empty(self._used, dtype=torch.int64)
+        branch = torch.empty(self.used, dtype=torch.int64)
         branch[: len(self.sink_at)] = self.sink_at.branch
-        branch[self._own.cpu()] = at.branch
+        branch[self._own] = at.branch
         if self._past_at is not None:
             branch[self._past] = self._past_at.branch
         always = torch.full_like(branch, int(at.chunk[0]))
@@ -78,13 +80,21 @@ class RingMemory:
     def join(self, layer: int, own: KeyValue) -> KeyValue:
         """What a pass attends to in a layer; its own keys and values take the places of those of the pass before."""
         assert not own.k.requires_grad, "a ring is for streaming: run it without gradient"
-        self._write(layer, self._own, own)
-        return KeyValue(self.k[layer, :, :, : self._used], self.v[layer, :, :, : self._used])
+        self.put(layer, own)
+        return KeyValue(self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used])
+
+    def put(self, layer: int, own: KeyValue) -> None:
+        """Keys and values of the chunk at work, in its places."""
+        self._write(layer, self._place[: len(self._own)], own)
 
     def append(self, layers: list[KeyValue], at: Positions) -> "RingMemory":
         """The chunk at work becomes history. All layers but the last were written when they were attended to."""
-        self._write(len(layers) - 1, self._own, layers[-1])
-        self._past = torch.cat([self._past, self._own.cpu()])
+        self.put(len(layers) - 1, layers[-1])
+        return self.keep(at)
+
+    def keep(self, at: Positions) -> "RingMemory":
+        """The chunk at work, all of whose layers have been put, becomes history."""
+        self._past = torch.cat([self._past, self._own])
         self._past_at = at if self._past_at is None else self._past_at.join(at)
         self._own, self.chunk, self.scene = NOWHERE, None, None
         return self
@@ -115,7 +125,7 @@ class RingMemory:
         return cls(LayeredMemory.stack([part.snapshot() for part in parts]), parts[0].chunk_tokens)
 
     @property
-    def _used(self) -> int:
+    def used(self) -> int:
         """Places that hold something."""
         return len(self.sink_at) + len(self._past) + len(self._own)
 

@@ -38,8 +38,8 @@ def rotate(x: Float[Tensor, "*batch N dim"], by: Turn) -> Tensor:
     return torch.addcmul(x * by.cos, torch.cat([b, a], dim=-1), by.sin).to(x.dtype)
 
 
-def _frequencies(pairs: int, base: float) -> Tensor:
-    return base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+def _frequencies(pairs: int, base: float, like: Tensor) -> Tensor:
+    return base ** (-torch.arange(pairs, dtype=torch.float64, device=like.device) / pairs)
 
 
 def angles(times: Tensor, ys: Tensor, xs: Tensor, config: ModelConfig) -> Float[Tensor, "*N half"]:
@@ -52,9 +52,9 @@ def angles(times: Tensor, ys: Tensor, xs: Tensor, config: ModelConfig) -> Float[
     base = WAN_BASE if config.layout == "wan" else BASE
     return torch.cat(
         [
-            times[..., None].double() * config.rope_seconds_scale * _frequencies(pairs - 2 * space, base),
-            ys[..., None].double() * _frequencies(space, base),
-            xs[..., None].double() * _frequencies(space, base),
+            times[..., None].double() * config.rope_seconds_scale * _frequencies(pairs - 2 * space, base, times),
+            ys[..., None].double() * _frequencies(space, base, ys),
+            xs[..., None].double() * _frequencies(space, base, xs),
         ],
         dim=-1,
     )
@@ -62,4 +62,4 @@ def angles(times: Tensor, ys: Tensor, xs: Tensor, config: ModelConfig) -> Float[
 
 def time_angles(times: Tensor, config: ModelConfig) -> Float[Tensor, "*N half"]:
     """Angles that turn every channel pair with time alone (text positions)."""
-    return times[..., None].double() * config.rope_seconds_scale * _frequencies(config.head_dim // 2, BASE)
+    return times[..., None].double() * config.rope_seconds_scale * _frequencies(config.head_dim // 2, BASE, times)

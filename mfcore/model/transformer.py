@@ -23,7 +23,7 @@ SINK = -1  # chunk number of the sink
 
 
 @dataclass(frozen=True)
-class _Scene:
+class Scene:
     """What passes over the same chunks have in common, whatever the noise level."""
 
     cond: Condition
@@ -47,7 +47,7 @@ class _Scene:
 class _Pass:
     """What every layer of one pass needs besides the tokens."""
 
-    scene: _Scene
+    scene: Scene
     shared: dict[str, Tensor]  # modulation by branch
     seen: Recall | RingMemory
 
@@ -80,25 +80,39 @@ class AVTransformer(nn.Module):
         memory = memory if memory is not None else self._sink(cond)
         if not x:
             return {}, memory
-        levels = {m: self.branch(m).levels(t[m], r[m], trust if store else None) for m in x}
-        step = self._prepare(x, {m: v[0] for m, v in levels.items()}, cond, memory, store=store)
-        hidden = {m: self.branch(m).embed(self.branch(m).patches(s)) for m, s in x.items()}
+        scene, seen = self.prepare(x, cond, memory, store=store)
         if store:
-            return {}, memory.append(self._written(hidden, step), step.scene.at)
-        hidden, _ = self._layers(hidden, step)
-        velocities = {
+            return {}, memory.append(self.write(x, t, r, trust, scene, seen), scene.at)
+        return self.evaluate(x, t, r, cond.first_frame, scene, seen), memory
+
+    def evaluate(
+        self, x: Streams, t: Levels, r: Levels, first: Tensor | None, scene: Scene, seen: Recall | RingMemory
+    ) -> dict[str, Tensor]:
+        """Velocities, once it is known who sees whom. Nothing in here waits for the device or comes from the CPU."""
+        levels = {m: self.branch(m).levels(t[m], r[m], None) for m in x}
+        hidden, _ = self._layers(self._embed(x), _Pass(scene, {m: v[0] for m, v in levels.items()}, seen))
+        return {
             m: self.branch(m).velocity(
                 h,
                 levels[m][1],
-                step.scene.local[m],
-                step.scene.runs[m],
+                scene.local[m],
+                scene.runs[m],
                 x[m].latents,
                 (t[m], r[m]),
-                cond.first_frame if m == VIDEO else None,
+                first if m == VIDEO else None,
             )
             for m, h in hidden.items()
         }
-        return velocities, memory
+
+    def write(
+        self, x: Streams, t: Levels, r: Levels, trust: Tensor | None, scene: Scene, seen: Recall | RingMemory
+    ) -> list[KeyValue]:
+        """Keys and values of every layer for clean chunks, as ``evaluate`` is for noisy ones."""
+        shared = {m: self.branch(m).levels(t[m], r[m], trust)[0] for m in x}
+        return self._written(self._embed(x), _Pass(scene, shared, seen))
+
+    def _embed(self, x: Streams) -> dict[str, Tensor]:
+        return {m: self.branch(m).embed(self.branch(m).patches(s)) for m, s in x.items()}
 
     def branch(self, modality: str) -> Branch:
         return cast(Branch, self.branches[modality])
@@ -112,9 +126,9 @@ class AVTransformer(nn.Module):
         zero = some.new_zeros(some.shape[0], 1, dtype=torch.float32)
         shared = {m: self.branch(m).levels(zero, zero, None)[0] for m in streams}
         empty = LayeredMemory(window=self.config.window_chunks, sink=(), sink_at=at.where(at.chunk != SINK))
-        step = self._prepare(streams, shared, cond, empty, store=True)
+        scene, seen = self.prepare(streams, cond, empty, store=True)
         hidden = {m: self.branch(m).sink_tokens(s, present[m]) for m, s in streams.items()}
-        layers = self._written(hidden, step, rotated=False)
+        layers = self._written(hidden, _Pass(scene, shared, seen), rotated=False)
         return LayeredMemory(window=self.config.window_chunks, sink=tuple(layers), sink_at=at)
 
     def _positions(self, x: Streams) -> Positions:
@@ -125,28 +139,23 @@ class AVTransformer(nn.Module):
             joined = joined.join(part)
         return joined
 
-    def _prepare(
-        self,
-        x: Streams,
-        shared: dict[str, Tensor],
-        cond: Condition,
-        memory: LayeredMemory | RingMemory,
-        *,
-        store: bool,
-    ) -> _Pass:
-        some = next(iter(shared.values()))
+    def prepare(
+        self, x: Streams, cond: Condition, memory: LayeredMemory | RingMemory, *, store: bool
+    ) -> tuple[Scene, Recall | RingMemory]:
+        """What does not depend on noise levels: positions, who sees whom, the text; a ring is told of its chunk."""
+        some = next(iter(x.values())).latents
         if isinstance(memory, RingMemory):
-            return _Pass(self._streamed(x, some, cond, memory), shared, memory)
+            return self._streamed(x, some, cond, memory), memory
         at = self._positions(x)
         # the sink is short: no kernel needs to be made before a stream begins
         backend = self.config.attention if memory.sink else "sdpa"
         mask = self._sight(at, memory, store=store).mask(backend, some.device)
         seen = Recall(memory=memory, copies=len(at.chunk.unique()), turn=self._sink_turn(at, memory.sink_at, some))
-        return _Pass(self._scene(x, at, some, cond, mask), shared, seen)
+        return self._scene(x, at, some, cond, mask), seen
 
-    def _streamed(self, x: Streams, like: Tensor, cond: Condition, ring: RingMemory) -> _Scene:
+    def _streamed(self, x: Streams, like: Tensor, cond: Condition, ring: RingMemory) -> Scene:
         """All evaluations of a chunk share a scene; all that the ring holds is visible to that chunk."""
-        scene = cast(_Scene | None, ring.scene)
+        scene = cast(Scene | None, ring.scene)
         if scene is None or not scene.fits(x, cond):
             at = self._positions(x)
             if scene is None or ring.chunk != int(at.chunk[0]):
@@ -157,12 +166,12 @@ class AVTransformer(nn.Module):
 
     def _scene(
         self, x: Streams, at: Positions, like: Tensor, cond: Condition, mask: Mask, *, heard: bool = False
-    ) -> _Scene:
+    ) -> Scene:
         own = {m: self.branch(m).positions(s, 0) for m, s in x.items()}
         is_sink = bool((at.chunk == SINK).all())
         text = {m: self.branch(m).text_tokens(cond, p, silent=is_sink) for m, p in own.items()}
         local = {m: (p.chunk - p.chunk[0]).to(like.device) for m, p in own.items()}
-        return _Scene(
+        return Scene(
             cond=cond,
             times={m: s.times for m, s in x.items()},
             at=at,
