@@ -64,6 +64,8 @@ def stream(
     rounds: Annotated[int, typer.Option(help="Of what is measured in turns.")] = 15,
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: CUDA where there is one.")] = None,
     precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Default: bf16 on CUDA.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Blocks through torch.compile.")] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Passes over a chunk as CUDA graphs.")] = False,
     sets: Sets,
     json: Json = False,
 ) -> None:
@@ -80,6 +82,8 @@ def stream(
             rounds=rounds,
             device=device,
             precision=precision,
+            compile=compile,
+            graphs=graphs,
             sets=sets,
         )
 

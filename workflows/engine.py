@@ -39,12 +39,10 @@ class EngineConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # of the network's arithmetic; weights and moments stay float32
     offload_optimizer: bool = False  # float32 weights and moments in CPU memory, updated there; ZeRO 1 to 3
     recompute: bool = False  # run layers again in the backward pass instead of keeping what is inside them
-    workers: int | tuple[int, int] = 2  # processes: one per GPU, or CPU processes that share the cores. (fewest, most):
-    # as many as the cluster has room for at the time
+    compile: bool = False  # blocks through torch.compile; ZeRO 0 to 2
+    workers: int | tuple[int, int] = 2  # processes, one per GPU or sharing cores; (fewest, most): as there is room
     use_gpu: bool = False
-    resource: str | None = (
-        None  # a custom Ray resource of which every process takes one: the machines meant for training
-    )
+    resource: str | None = None  # a custom Ray resource, one for every process: the machines meant for training
     max_failures: int = 2  # restarts from the latest checkpoint before the run is given up
 
     def __post_init__(self) -> None:
@@ -55,6 +53,10 @@ class EngineConfig:
                 "engine.offload_optimizer moves what ZeRO shards: with it, set engine.kind=deepspeed and "
                 f"engine.zero_stage to 1, 2 or 3; got {self.kind}, {self.zero_stage}"
             )
+
+        if self.compile and (self.kind, self.zero_stage) == ("deepspeed", 3):
+            why = "makes one piece of what ZeRO-3 gathers weight by weight"
+            raise ValueError(f"engine.compile {why}: leave it off, or set engine.zero_stage to 2 or less")
 
     @property
     def autocast(self) -> torch.dtype | None:

@@ -199,7 +199,8 @@ def base(stage: Stage, shapes: LatentShapes) -> RunConfig:
         rope_seconds_scale=6.0,  # Wan counts latents: 24 frames a second, four to a latent
     )
     steps: dict[Stage, int] = {"video": 200_000, "audio": 200_000, "joint": 100_000, "mutual": 20_000}
-    return _recipe(stage, shapes, size, batch=128, steps=steps, lr=1e-4)
+    config = _recipe(stage, shapes, size, batch=128, steps=steps, lr=1e-4)
+    return replace(config, engine=replace(config.engine, recompute=True))
 
 
 def full(stage: Stage, shapes: LatentShapes) -> RunConfig:
@@ -210,7 +211,7 @@ def full(stage: Stage, shapes: LatentShapes) -> RunConfig:
     steps: dict[Stage, int] = {"video": 400_000, "audio": 400_000, "joint": 100_000, "mutual": 20_000}
     batch = 256 if stage in ("video", "audio") else 128
     config = _recipe(stage, shapes, size, batch=batch, steps=steps, lr=5e-5)
-    return replace(config, engine=replace(config.engine, zero_stage=3, workers=32))
+    return replace(config, engine=replace(config.engine, zero_stage=3, workers=32, recompute=True))
 
 
 PRESETS: dict[str, Callable[[Stage, LatentShapes], RunConfig]] = {

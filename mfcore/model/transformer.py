@@ -13,6 +13,7 @@ from mfcore.model.attention import Mask, Sight, attend
 from mfcore.model.block import Block, Heard, TextTokens
 from mfcore.model.branch import Branch
 from mfcore.model.cache import KeyValue, LayeredMemory, Positions, Recall
+from mfcore.model.compiled import AS_WRITTEN
 from mfcore.model.config import ModelConfig
 from mfcore.model.init import initialise
 from mfcore.model.ring import RingMemory
@@ -64,6 +65,7 @@ class AVTransformer(nn.Module):
         names = [m for m in MODALITIES if m in config.branches]
         self.branches = nn.ModuleDict({m: Branch(config, config.branches[m]) for m in names})
         self.recompute = False  # run layers again in the backward pass instead of keeping what is inside them
+        self.code = AS_WRITTEN  # what runs the blocks
         self.guard: Callable[[str], object] | None = None  # told what leaves a block not finite; looking takes time
 
     def forward(
@@ -229,7 +231,7 @@ class AVTransformer(nn.Module):
         """Modulation by branch; queries, keys and values of all tokens."""
         blocks = {m: self.branch(m).block(layer) for m in hidden}
         mods = {m: b.modulation(step.shared[m], step.scene.runs[m]) for m, b in blocks.items()}
-        parts = zip(*(b.project(hidden[m], mods[m]) for m, b in blocks.items()), strict=True)
+        parts = zip(*(self.code.project(b, hidden[m], mods[m]) for m, b in blocks.items()), strict=True)
         q, k, v = (torch.cat(part, dim=2) for part in parts)
         return mods, q, k, v
 
@@ -243,9 +245,14 @@ class AVTransformer(nn.Module):
         keys = step.seen.join(layer, own)
         out = attend(rotate(q, scene.turn), keys.k, keys.v, scene.mask).split(scene.sizes, dim=2)
         hidden = {
-            m: self.branch(m)
-            .block(layer)
-            .update(hidden[m], o, mods[m], scene.text[m], scene.heard[m][layer] if scene.heard else None)
+            m: self.code.update(
+                self.branch(m).block(layer),
+                hidden[m],
+                o,
+                mods[m],
+                scene.text[m],
+                scene.heard[m][layer] if scene.heard else None,
+            )
             for m, o in zip(hidden, out, strict=True)
         }
         return hidden, own if rotated else KeyValue(k, v)

@@ -25,8 +25,8 @@ def in_ring(context: Context) -> Context:
     return opened.with_memories(lambda memory: ring_of(memory, MOST))
 
 
-def streamed(context: Context, data, **options) -> dict[str, Stream]:
-    return join_chunks(c.clean for c in rollout(in_ring(context), starts(data), PLAN, **options))
+def streamed(context: Context, data, chunks: int = CHUNKS, **options) -> dict[str, Stream]:
+    return join_chunks(c.clean for c in rollout(in_ring(context), starts(data, chunks=chunks), PLAN, **options))
 
 
 def recomputed(context: Context, data) -> dict[str, Stream]:

@@ -6,12 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mfcore.model import compiled
 from mfcore.model.counts import chunk_flops
+from mfcore.model.graphs import Graphed
 from mfcore.types import AUDIO, VIDEO
+from tests.mfcore.tape import tape
 from workflows import memory
 from workflows.bench import limits, stream
 from workflows.bench.network import random_network, weight_bytes
 from workflows.bench.stream import bench_stream, parts_of, render
+from workflows.bench.train import bench_train
 from workflows.geometry import geometry
 from workflows.presets import preset as build
 
@@ -130,3 +134,25 @@ def test_training_that_does_not_fit_is_refused_with_what_would(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000_000)
     with pytest.raises(memory.DoesNotFit, match="needs 180"):
         memory.refuse_together(eight)
+
+
+def test_switches_are_measured_against_the_stream_without_them(monkeypatch):
+    """With passes recorded as on a GPU, and played operator by operator."""
+    monkeypatch.setattr(stream, "refuse", lambda plan: None)
+    monkeypatch.setattr(stream, "Graphed", lambda net: Graphed(net, tape))
+    found = bench_stream(chunks=8, rounds=2, steps=2, device="cpu", graphs=True, sets=SMALL)
+    assert found["graphs"] and not found["compile"]
+    assert found["switch_gap"] < 1e-5 and found["switch_speedup"] > 0
+    assert "graphs" in render(found)
+
+
+def test_switches_without_use_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="--graphs records CUDA graphs, and this stream runs on the CPU"):
+        bench_stream(device="cpu", graphs=True)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a compiler"):
+        bench_stream(device="cpu", compile=True)
+    with pytest.raises(ValueError, match="needs a compiler"):
+        bench_train(sets=["engine.compile=true"], variants=["ray_torch"])
+    with pytest.raises(ValueError, match=r"leave it off, or set engine\.zero_stage"):
+        bench_train(sets=["engine.compile=true", "engine.zero_stage=3"])

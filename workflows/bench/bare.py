@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mfcore.ema import Ema, decay_at
+from mfcore.model.transformer import networks_in
 from mfcore.objectives.mutual import Mutual
 from mfcore.objectives.recipe import MutualConfig
 from mfcore.objectives.terms import Objective, StepInfo, Term, total
@@ -20,7 +21,7 @@ from mfcore.types import AVBatch
 from workflows.config import RunConfig
 from workflows.stages import initial_network, objective_of
 from workflows.training import ranks
-from workflows.training.networks import fake_score
+from workflows.training.networks import block_code, fake_score
 
 NEVER = 1 << 30
 
@@ -126,6 +127,9 @@ def all_reduce_mean(gradients: list[Tensor]) -> None:
 def bare_loop(config: RunConfig) -> BareLoop:
     """The stage's own step."""
     student = initial_network(config, {}).to(ranks.device())
+    for part in networks_in(student):
+        part.recompute = config.engine.recompute
+        part.code = block_code(config.engine, ranks.device())
     ema = Ema(student, config.ema)
     nets = {"student": student}
     if config.fake_optim:

@@ -7,18 +7,20 @@ a long stream, the same stream late against another one early (in turns), and on
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median, quantiles
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from mfcore.model.compiled import AS_WRITTEN, check_compiler, compiled
 from mfcore.model.config import ModelConfig
 from mfcore.model.counts import Load, chunk_flops
+from mfcore.model.graphs import Graphed
 from mfcore.model.transformer import AVTransformer
 from mfcore.rollout import join_chunks
 from mfcore.steps import Context, denoise
 from mfcore.timeline import Timeline
-from mfcore.types import VIDEO, Condition
+from mfcore.types import VIDEO, Condition, VelocityModel
 from workflows import config_io, presets
 from workflows.bench import limits
 from workflows.bench.decoding import decode_ms
@@ -46,6 +48,8 @@ class Plan:
     known: Geometry
     device: torch.device
     dtype: torch.dtype
+    compile: bool = False  # blocks
+    graphs: bool = False  # passes over a chunk, as CUDA graphs
 
     @property
     def timeline(self) -> Timeline:
@@ -61,10 +65,13 @@ def bench_stream(
     rounds: int = 15,
     device: Literal["cpu", "cuda"] | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
+    compile: bool = False,
+    graphs: bool = False,
     sets: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What ``--json`` prints. ValueError for what cannot be streamed, or does not fit into memory."""
     plan = resolve(preset, size, steps, chunks, rounds, device, precision, sets)
+    plan = replace(plan, compile=compile, graphs=graphs)
     refuse(plan)
     with torch.no_grad(), torch.autocast(plan.device.type, plan.dtype, enabled=plan.dtype != torch.float32):
         return measure(plan)
@@ -116,7 +123,11 @@ def parts_of(plan: Plan) -> dict[str, int]:
 
 
 def refuse(plan: Plan) -> None:
-    """ValueError where weights and cache do not fit, before they are made."""
+    """ValueError where a switch has no use, or weights and cache do not fit, before they are made."""
+    if plan.graphs and plan.device.type != "cuda":
+        raise ValueError("--graphs records CUDA graphs, and this stream runs on the CPU: leave it out")
+    if plan.compile:
+        check_compiler(plan.device)
     order = [name for name in reversed(presets.PRESETS) if name != plan.preset]
     smaller = order[list(reversed(presets.PRESETS)).index(plan.preset) :]
     options = [(f"--precision bf16 --preset {plan.preset}", replace(plan, dtype=torch.bfloat16))]
@@ -145,7 +156,8 @@ def measure(plan: Plan) -> dict[str, Any]:
     rates = [limits.matmul_rate(plan.device, plan.dtype)]
     net = random_network(plan.model, plan.device, plan.dtype)
     cond = noise_condition(plan.model, plan.timeline, plan.device)
-    make = lambda: Streamed(net, cond, plan.timeline, plan.steps)
+    model = switched(plan, net)
+    make = lambda: Streamed(net, cond, plan.timeline, plan.steps, model)
     make().run(2)  # warms up
     first_s = [make().run(1)[0] for _ in range(3)]
     late, early = make(), make()
@@ -158,7 +170,29 @@ def measure(plan: Plan) -> dict[str, Any]:
     del late, early
     rates.append(limits.matmul_rate(plan.device, plan.dtype))
     timing = {"first": first_s, "chunks": times[EARLY:], "ratios": [a / b for a, b in turns], "rates": rates}
-    return summary(plan, timing, growth, without_cache(plan, net, cond))
+    return summary(plan, timing, growth, gained(plan, net, model, cond) | without_cache(plan, net, cond))
+
+
+def switched(plan: Plan, net: AVTransformer) -> VelocityModel:
+    """What is streamed with: the network, its blocks and passes as the plan's switches say."""
+    net.code = compiled() if plan.compile else AS_WRITTEN
+    return cast(VelocityModel, Graphed(net) if plan.graphs else net)
+
+
+def gained(plan: Plan, net: AVTransformer, model: VelocityModel, cond: Condition) -> dict[str, Any]:
+    """What the switches gain, by chunks with and without them in turns, and the largest difference they make."""
+    if not (plan.compile or plan.graphs):
+        return {"switch_speedup": None}
+    code, ratios, gap = net.code, list[float](), 0.0
+    fast, plain = (Streamed(net, cond, plan.timeline, plan.steps, own) for own in (model, net))
+    for number in range(EARLY + plan.rounds):
+        quick_s = fast.run(1)[0]
+        net.code = AS_WRITTEN
+        slow_s = plain.run(1)[0]
+        net.code = code
+        gap = max(gap, *(_gap(s.latents, plain.chunk[m].latents) for m, s in fast.chunk.items()))
+        ratios += [slow_s / quick_s] if number >= EARLY else []
+    return {"switch_speedup": median(ratios), "switch_gap": gap}
 
 
 def without_cache(plan: Plan, net: AVTransformer, cond: Condition) -> dict[str, Any]:
@@ -210,6 +244,8 @@ def summary(
         "size": list(plan.size),
         "padded": list(plan.known.padded(plan.size)),
         "steps": plan.steps,
+        "compile": plan.compile,
+        "graphs": plan.graphs,
         "cache_passes": 1,
         "chunks": plan.chunks,
         "window_chunks": plan.model.window_chunks,
@@ -242,6 +278,15 @@ def render(result: Mapping[str, Any]) -> str:
     )
     speedup = result["cached_speedup"]
     decode = result["decode_ms"]
+    switches = [name for name in ("compile", "graphs") if result[name]]
+    gain = (
+        [
+            f"{' and '.join(switches):24} {result['switch_speedup']:9.2f} times as fast as without; difference "
+            f"{result['switch_gap']:.0e}"
+        ]
+        if switches
+        else []
+    )
     lines = [
         f"preset {result['preset']} at {size} (padded to {padded}), {result['steps']} steps and a pass that writes the "
         f"cache, {result['precision']} on {result['device']}, {result['threads']} thread(s)",
@@ -254,6 +299,7 @@ def render(result: Mapping[str, Any]) -> str:
         f"memory {result['memory_late_over_early']:.3f}, peak {result['peak_memory_bytes'] / 1e6:.0f} MB",
         f"{'operations':24} {result['flops_per_s'] / 1e9:9.1f} GFLOP/s, {result['ratio_to_matmul']:.1%} of large "
         f"products ({result['matmul_flops_per_s'] / 1e9:.1f}); {result['gflop_per_chunk']:.2f} GFLOP a chunk",
+        *gain,
         result["not_compared"]
         if speedup is None
         else f"{'with the cache':24} {speedup:9.1f} times as fast as without at chunk {CACHED_AT}, "

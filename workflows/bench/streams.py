@@ -10,7 +10,7 @@ from mfcore.model.transformer import AVTransformer
 from mfcore.rollout import Chunk, noise_starts, rollout
 from mfcore.steps import Context, schedule
 from mfcore.timeline import Timeline
-from mfcore.types import AUDIO, VIDEO, Condition
+from mfcore.types import AUDIO, VIDEO, Condition, Stream, VelocityModel
 from workflows.bench import limits
 
 CAPTION, WORDS = 128, 8  # tokens of a caption; words within reach of a chunk
@@ -43,8 +43,11 @@ def noise_condition(model: ModelConfig, timeline: Timeline, device: torch.device
 class Streamed:
     """A stream that goes on where it stopped."""
 
-    def __init__(self, net: AVTransformer, cond: Condition, timeline: Timeline, steps: int) -> None:
-        self._net, self._cond, self._device = net, cond, cond.caption.device
+    def __init__(
+        self, net: AVTransformer, cond: Condition, timeline: Timeline, steps: int, model: VelocityModel | None = None
+    ) -> None:
+        """``model``: what is asked in place of ``net``."""
+        self._model, self._cond, self._device = model or net, cond, cond.caption.device
         branches = net.config.branches
         self._most = sum(timeline.max_count(m) * b.tokens for m, b in branches.items())
         self.plan = schedule(steps, {m: SHIFT[m] for m in branches})
@@ -60,6 +63,12 @@ class Streamed:
         assert self._last is not None
         return self._last.context
 
+    @property
+    def chunk(self) -> dict[str, Stream]:
+        """The latest chunk."""
+        assert self._last is not None
+        return self._last.clean
+
     def from_here(self, context: Context) -> Context:
         """A ring of its own that goes on from ``context``."""
         return context.with_memories(lambda memory: ring_of(memory, self._most))
@@ -67,7 +76,7 @@ class Streamed:
     def chunks(self, count: int) -> Iterator[Chunk]:
         for _ in range(count):
             if self._made is None:
-                opened = Context(model=self._net, cond=self._cond).opened()
+                opened = Context(model=self._model, cond=self._cond).opened()
                 self._made = rollout(self.from_here(opened), self.starts, self.plan)
             self._last = next(self._made)
             yield self._last

@@ -8,6 +8,7 @@ ray_zero0 .. 3  the training loop with DeepSpeedEngine at that ZeRO stage under 
 dmd5, dmd1      stage mutual, on request: a bare loop of DMD with self-forcing and a separate frozen teacher, five or
                 one updates of the fake score per step (as Self-Forcing; as the mutual stage)
 full_copy       stage mutual with fake.rank, on request: the bare loop with a full copy as fake score
+compiled        on request: the bare loop with compiled blocks
 
 Batches are noise of the shapes that the preset's codecs give; no dataset is needed. Where ray or deepspeed are not
 installed, the variants that need them are listed as not measured; without ray ``torch`` takes the place of
@@ -22,6 +23,9 @@ from math import ceil
 from statistics import median
 from typing import Any, Literal, cast
 
+import torch
+
+from mfcore.model.compiled import check_compiler
 from mfcore.objectives.recipe import MutualConfig
 from workflows import config_io, presets
 from workflows.bench import data as noise
@@ -36,7 +40,8 @@ BAR = 1.05  # of ray_zero1 over bare
 LEAST_STEP_S = 0.5  # shorter steps are reported, but the bar is not for them
 LEAST_TOKENS = 3000  # per rank
 VARIANTS = (BARE, "ray_torch", "ray_zero0", "ray_zero1", "ray_zero2", "ray_zero3")
-OTHERS = {"dmd5": Variant(dmd=5), "dmd1": Variant(dmd=1), "full_copy": Variant(full_copy=True)}  # of stage mutual
+OF_MUTUAL = {"dmd5": Variant(dmd=5), "dmd1": Variant(dmd=1), "full_copy": Variant(full_copy=True)}
+OTHERS = {"compiled": Variant(compiled=True)}  # of every stage
 
 
 def bench_train(
@@ -62,6 +67,8 @@ def bench_train(
     config = resolve(stage, preset, workers, tokens, sets, size)
     refuse_training(config, "cuda" if config.engine.use_gpu else "cpu")
     chosen, missing = available(config, variants)
+    if config.engine.compile or "compiled" in chosen:
+        check_compiler(torch.device("cuda" if config.engine.use_gpu else "cpu"))
     plan = Plan(
         config=config,
         variants=chosen,
@@ -108,20 +115,19 @@ def _rows(config: RunConfig, tokens: int) -> int:
 
 
 def _gpu() -> bool:
-    import torch
-
     return torch.cuda.is_available()
 
 
 def available(config: RunConfig, names: Sequence[str]) -> tuple[dict[str, Variant], dict[str, str]]:
     """The variants that this machine can run, the bare loop first, and what the others need."""
-    known = (*VARIANTS, *(OTHERS if config.stage == "mutual" else ()))
+    others = OTHERS | (OF_MUTUAL if config.stage == "mutual" else {})
+    known = (*VARIANTS, *others)
     if odd := [name for name in names if name not in known]:
         raise ValueError(f"unknown variant {odd[0]!r} of stage {config.stage}: choose from {', '.join(known)}")
     chosen, missing = {BARE: Variant()}, dict[str, str]()
     for name in (name for name in known if name in names and name != BARE):
-        if name in OTHERS:
-            chosen[name] = OTHERS[name]
+        if name in others:
+            chosen[name] = others[name]
             continue
         kind = name.removeprefix("ray_")
         needs = [n for n in ("ray", *(["deepspeed"] if kind != "torch" else [])) if not _installed(n)]
@@ -175,7 +181,7 @@ def summary(plan: Plan, measured: Measured, missing: Mapping[str, str]) -> dict[
         "mfu_by_variant": {name: limit_s / s for name, s in step_s.items()},
         "model_state_bytes": measured.state_bytes,
         "peak_memory_bytes": measured.peak_memory_bytes,
-        "loss_gap": {name: _gap(measured, name) for name in overhead if name not in OTHERS},
+        "loss_gap": {name: _gap(measured, name) for name in overhead if name not in OF_MUTUAL},
         "not_measured": dict(missing),
         "profiles": measured.profiles,
     }

@@ -34,6 +34,7 @@ class Variant:
     engine: EngineConfig | None = None
     dmd: int | None = None  # bare loop of DMD with a separate teacher: updates of the fake score per step
     full_copy: bool = False  # bare loop whose fake score is no low-rank one
+    compiled: bool = False  # bare loop with compiled blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,8 @@ class BareRunner:
     def __init__(self, config: RunConfig, variant: Variant) -> None:
         if variant.full_copy:
             config = with_full_copy(config)
+        if variant.compiled:
+            config = replace(config, engine=replace(config.engine, compile=True))
         self._loop: BareLoop = dmd_loop(config, variant.dmd) if variant.dmd else bare_loop(config)
         self._step = 0
         self._terms: list[Term] = []

@@ -6,15 +6,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from mfcore.ema import Ema
 from mfcore.model.adapter import LowRankCopy
+from mfcore.model.compiled import AS_WRITTEN, BlockCode, check_compiler, compiled
 from mfcore.model.transformer import networks_in
 from mfcore.optim import OptimConfig
 from workflows.config import RunConfig
-from workflows.engine import Engine, build_engine
+from workflows.engine import Engine, EngineConfig, build_engine
 from workflows.stages import STAGES
+from workflows.training import ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,7 @@ def build_networks(config: RunConfig, student: nn.Module) -> Networks:
     """Engines around ``student``, which becomes the first of them, and around a fake score if the stage has one."""
     for part in networks_in(student):
         part.recompute = config.engine.recompute
+        part.code = block_code(config.engine, ranks.device())
     ema = Ema(student, config.ema, config.engine.autocast)
     nets = {"student": student}
     optims = {"student": config.optim}
@@ -58,6 +62,14 @@ def build_networks(config: RunConfig, student: nn.Module) -> Networks:
     if "fake" in nets and config.fake.rank is not None:
         ema.storage = engines["fake"].storage  # its engine keeps the average's weights, as the base of its own network
     return Networks(ema=ema, engines=engines, optims=optims, nets=nets)
+
+
+def block_code(engine: EngineConfig, device: torch.device) -> BlockCode:
+    """NoCompiler where blocks are to be compiled and cannot be."""
+    if not engine.compile:
+        return AS_WRITTEN
+    check_compiler(device)
+    return compiled()
 
 
 def fake_score(config: RunConfig, student: nn.Module, ema: Ema) -> nn.Module:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mfcore.ema import Ema
+from mfcore.model.compiled import NoCompiler
 from mfcore.types import AVBatch
 from preprocessing.lease import LeaseLost, check_token
 from preprocessing.reader import ClipDataset, open_dataset
@@ -72,7 +73,7 @@ def work(job: Job, leaving: Callable[[], str] = lambda: "", aside: Snapshots | N
     pulse = Pulse(job.run_dir / BEATS, ranks.rank())
     try:
         progress = _train(job, tracker, pulse, Notices(job.run_dir, job.token, leaving), aside)
-    except (NonFiniteError, DoesNotFit) as error:
+    except (NonFiniteError, DoesNotFit, NoCompiler) as error:
         _finish(job, tracker, {"error": str(error)})
     except Stopped as error:
         if any(ranks.gather(leaving())):
