@@ -10,7 +10,7 @@ from mfcore.objectives.flow_matching import FlowMatchingConfig
 from mfcore.objectives.recipe import MutualConfig
 from mfcore.optim import OptimConfig
 from workflows.data import DataConfig
-from workflows.engine import EngineConfig
+from workflows.engine_config import EngineConfig
 
 Stage = Literal["video", "audio", "joint", "mutual"]
 
@@ -72,16 +72,26 @@ class RunConfig:
                 "objective.share_history gives the fake score the teacher's keys and values, which a full copy drifts "
                 "away from: set fake.rank, or objective.share_history=false"
             )
-        if self.data.batch < self.engine.most * self.unit:
+        if self.data.batch < self.shares * self.unit:
             raise ValueError(
                 f"data.batch {self.data.batch} is too small for engine.workers {self.engine.most}: each of them needs "
                 f"at least {self.unit} of its clips"
+            )
+        if self.model.heads % self.engine.sequence or self.model.key_heads % self.engine.sequence:
+            raise ValueError(
+                f"engine.sequence {self.engine.sequence} shares out heads: it must divide model.heads "
+                f"{self.model.heads} and model.kv_heads {self.model.key_heads}"
             )
         if self.data.batch % self.unit or (self.data.micro or self.unit) % self.unit:
             raise ValueError(
                 f"data.batch {self.data.batch} and data.micro {self.data.micro} must hold whole cycles of the "
                 f"{self.unit} row kinds of the mutual stage: make them multiples of {self.unit}"
             )
+
+    @property
+    def shares(self) -> int:
+        """Parts of the batch that are computed side by side, at most."""
+        return self.engine.most // self.engine.sequence
 
     @property
     def unit(self) -> int:

@@ -11,9 +11,8 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from mfcore.ema import Storage, WholeWeights
 from mfcore.optim import OptimConfig, adamw
 from mfcore.types import VelocityModel
+from workflows.engine_config import EngineConfig
 from workflows.training import ranks, zero3
 from workflows.training.gradients import GradientWatch, flattened, gradient_of, set_lr, trained
 from workflows.training.state import SavedState, Snapshot, take_snapshot
@@ -28,48 +28,6 @@ from workflows.training.state import SavedState, Snapshot, take_snapshot
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LARGEST_BUCKET = 500_000_000  # elements that DeepSpeed gathers before it sends gradients; it allocates them all at once
 STAY_WHOLE = 100_000  # elements: smaller weights stay gathered on every rank at ZeRO-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How a run is spread over processes."""
-
-    kind: Literal["deepspeed", "torch"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards: nothing, moments, + gradients, + weights
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the network's arithmetic; weights and moments stay float32
-    offload_optimizer: bool = False  # float32 weights and moments in CPU memory, updated there; ZeRO 1 to 3
-    recompute: bool = False  # run layers again in the backward pass instead of keeping what is inside them
-    compile: bool = False  # blocks through torch.compile; ZeRO 0 to 2
-    workers: int | tuple[int, int] = 2  # processes, one per GPU or sharing cores; (fewest, most): as there is room
-    use_gpu: bool = False
-    resource: str | None = None  # a custom Ray resource, one for every process: the machines meant for training
-    max_failures: int = 2  # restarts from the latest checkpoint before the run is given up
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.fewest <= self.most:
-            raise ValueError(f"engine.workers is a number or [fewest, most], at least 1: got {self.workers}")
-        if self.offload_optimizer and (self.kind == "torch" or self.zero_stage == 0):
-            raise ValueError(
-                "engine.offload_optimizer moves what ZeRO shards: with it, set engine.kind=deepspeed and "
-                f"engine.zero_stage to 1, 2 or 3; got {self.kind}, {self.zero_stage}"
-            )
-
-        if self.compile and (self.kind, self.zero_stage) == ("deepspeed", 3):
-            why = "makes one piece of what ZeRO-3 gathers weight by weight"
-            raise ValueError(f"engine.compile {why}: leave it off, or set engine.zero_stage to 2 or less")
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        """What networks compute in, if not float32."""
-        return torch.bfloat16 if self.precision == "bf16" else None
-
-    @property
-    def fewest(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
-
-    @property
-    def most(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class NonFiniteError(ValueError):

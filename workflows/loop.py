@@ -35,6 +35,7 @@ class LoopConfig:
     log_every: int  # steps
     eval_every: int  # steps
     save_every: int  # samples
+    sequence: int = 1  # ranks that have the same clips
     skip_nonfinite: int = 0  # steps that may be left out because a loss or gradient is not finite
 
 
@@ -159,7 +160,8 @@ class _Run:
         self.around.beat(step, "computing")
         info = StepInfo(seed=self.config.seed, step=step, stage_step=step)
         passes = [self.backward(micro, self.objective.rounds(self.models, micro, info)) for micro in micros]
-        self.meter.add(sum(len(m.samples) for m in micros), sum(self.count_tokens(m) for m in micros))
+        samples, tokens = sum(len(m.samples) for m in micros), sum(self.count_tokens(m) for m in micros)
+        self.meter.add(samples / self.config.sequence, tokens / self.config.sequence)
         return [p for p in passes if p]
 
     def backward(self, micro: AVBatch, rounds: Iterator[dict[str, list[Term]]]) -> Pass | None:
@@ -167,12 +169,13 @@ class _Run:
 
         Engines average gradients over the ranks, whose shares may differ: a micro-batch counts by its part of the
         global batch, as if the ranks had equal ones. (Where rows differ in kind, each micro-batch holds them in equal
-        parts.)
+        parts.) Ranks that have the same clips count as one: the mean over them is the gradient of a whole clip.
         """
+        shares = ranks.world() // self.config.sequence
         if (terms := next(rounds, None)) is None:
             return None
         for name, own in terms.items():
-            self.engines[name].backward(total(own) * (len(micro.samples) * ranks.world() / self.config.batch))
+            self.engines[name].backward(total(own) * (len(micro.samples) * shares / self.config.batch))
         seen = {name: [replace(t, values=t.values.detach()) for t in own] for name, own in terms.items()}
         return Pass(micro=micro, terms=seen, rest=rounds)
 

@@ -15,7 +15,7 @@ from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO
 from workflows.config import CheckpointConfig, RunConfig, Stage
 from workflows.data import DataConfig
-from workflows.engine import EngineConfig
+from workflows.engine_config import EngineConfig
 
 MODALITIES: dict[Stage, tuple[str, ...]] = {
     "video": (VIDEO,),

@@ -49,7 +49,7 @@ class Positions:
     def join(self, other: "Positions") -> "Positions":
         return Positions(**{k: torch.cat([v, vars(other)[k]]) for k, v in vars(self).items()})
 
-    def where(self, keep: Tensor) -> "Positions":
+    def where(self, keep: Tensor | slice) -> "Positions":
         return Positions(**{k: v[keep] for k, v in vars(self).items()})
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from mfcore.model.config import ModelConfig
 from mfcore.model.init import initialise
 from mfcore.model.ring import RingMemory
 from mfcore.model.rope import Turn, angles, rotate, turn
+from mfcore.model.sequence import SequenceGroup
 from mfcore.types import AUDIO, MODALITIES, VIDEO, Condition, Levels, Stream, Streams
 
 SINK = -1  # chunk number of the sink
@@ -30,9 +32,12 @@ class Scene:
     cond: Condition
     times: dict[str, Tensor]
     at: Positions
-    sizes: list[int]  # tokens per branch
+    here: dict[str, list[slice]]  # of each branch's tokens those of each rank, where ranks share them; else all
+    sizes: list[int]  # of each branch the tokens that this rank computes
+    shared: list[int]  # of all branches together the tokens that each rank computes
     local: dict[str, Tensor]  # chunk of each token, counted from the first chunk of the pass
     runs: dict[str, Tensor | None]  # the same, None where all chunks hold as many tokens of the branch
+    own_runs: dict[str, Tensor | None]  # of the tokens that this rank computes
     text: dict[str, TextTokens]
     heard: dict[str, list[Heard]] | None  # by layer, where several passes will ask for it
     turn: Turn
@@ -66,6 +71,7 @@ class AVTransformer(nn.Module):
         self.branches = nn.ModuleDict({m: Branch(config, config.branches[m]) for m in names})
         self.recompute = False  # run layers again in the backward pass instead of keeping what is inside them
         self.code = AS_WRITTEN  # what runs the blocks
+        self.sequence: SequenceGroup | None = None  # ranks that share the tokens of the same clips
         self.guard: Callable[[str], object] | None = None  # told what leaves a block not finite; looking takes time
 
     def forward(
@@ -92,7 +98,10 @@ class AVTransformer(nn.Module):
     ) -> dict[str, Tensor]:
         """Velocities, once it is known who sees whom. Nothing in here waits for the device or comes from the CPU."""
         levels = {m: self.branch(m).levels(t[m], r[m], None) for m in x}
-        hidden, _ = self._layers(self._embed(x), _Pass(scene, {m: v[0] for m, v in levels.items()}, seen))
+        hidden, _ = self._layers(self._embed(x, scene), _Pass(scene, {m: v[0] for m, v in levels.items()}, seen))
+        if self.sequence:
+            counts = {m: [s.stop - s.start for s in spans] for m, spans in scene.here.items()}
+            hidden = {m: self.sequence.whole(h, counts[m]) for m, h in hidden.items()}
         return {
             m: self.branch(m).velocity(
                 h,
@@ -111,10 +120,14 @@ class AVTransformer(nn.Module):
     ) -> list[KeyValue]:
         """Keys and values of every layer for clean chunks, as ``evaluate`` is for noisy ones."""
         shared = {m: self.branch(m).levels(t[m], r[m], trust)[0] for m in x}
-        return self._written(self._embed(x), _Pass(scene, shared, seen))
+        return self._written(self._embed(x, scene), _Pass(scene, shared, seen))
 
-    def _embed(self, x: Streams) -> dict[str, Tensor]:
-        return {m: self.branch(m).embed(self.branch(m).patches(s)) for m, s in x.items()}
+    def _embed(self, x: Streams, scene: Scene) -> dict[str, Tensor]:
+        """The tokens that this rank computes."""
+        return {m: self.branch(m).embed(self.branch(m).patches(s)[:, self._mine(scene.here[m])]) for m, s in x.items()}
+
+    def _mine(self, spans: list[slice]) -> slice:
+        return spans[self.sequence.rank if self.sequence else 0]
 
     def branch(self, modality: str) -> Branch:
         return cast(Branch, self.branches[modality])
@@ -129,17 +142,22 @@ class AVTransformer(nn.Module):
         shared = {m: self.branch(m).levels(zero, zero, None)[0] for m in streams}
         empty = LayeredMemory(window=self.config.window_chunks, sink=(), sink_at=at.where(at.chunk != SINK))
         scene, seen = self.prepare(streams, cond, empty, store=True)
-        hidden = {m: self.branch(m).sink_tokens(s, present[m]) for m, s in streams.items()}
+        hidden = {
+            m: self.branch(m).sink_tokens(s, present[m])[:, self._mine(scene.here[m])] for m, s in streams.items()
+        }
         layers = self._written(hidden, _Pass(scene, shared, seen), rotated=False)
         return LayeredMemory(window=self.config.window_chunks, sink=tuple(layers), sink_at=at)
 
     def _positions(self, x: Streams) -> Positions:
+        """Of the tokens of a pass, in the order in which attention has them: rank by rank, branch by branch."""
         numbers = {m: i for i, m in enumerate(MODALITIES)}
-        parts = [self.branch(m).positions(s, numbers[m]) for m, s in x.items()]
-        joined = parts[0]
-        for part in parts[1:]:
-            joined = joined.join(part)
-        return joined
+        parts = {m: self.branch(m).positions(s, numbers[m]) for m, s in x.items()}
+        spans = {m: self._spans(len(p)) for m, p in parts.items()}
+        ordered = [parts[m].where(spans[m][rank]) for rank in range(len(next(iter(spans.values())))) for m in parts]
+        return reduce(Positions.join, ordered)
+
+    def _spans(self, tokens: int) -> list[slice]:
+        return self.sequence.spans(tokens) if self.sequence else [slice(0, tokens)]
 
     def prepare(
         self, x: Streams, cond: Condition, memory: LayeredMemory | RingMemory, *, store: bool
@@ -171,15 +189,21 @@ class AVTransformer(nn.Module):
     ) -> Scene:
         own = {m: self.branch(m).positions(s, 0) for m, s in x.items()}
         is_sink = bool((at.chunk == SINK).all())
-        text = {m: self.branch(m).text_tokens(cond, p, silent=is_sink) for m, p in own.items()}
+        here = {m: self._spans(len(p)) for m, p in own.items()}
+        mine = {m: p.where(self._mine(here[m])) for m, p in own.items()}
+        text = {m: self.branch(m).text_tokens(cond, p, silent=is_sink) for m, p in mine.items()}
         local = {m: (p.chunk - p.chunk[0]).to(like.device) for m, p in own.items()}
+        runs = {m: None if _even(p.chunk) else local[m] for m, p in own.items()}
         return Scene(
             cond=cond,
             times={m: s.times for m, s in x.items()},
             at=at,
-            sizes=[len(p) for p in own.values()],
+            here=here,
+            sizes=[len(p) for p in mine.values()],
+            shared=[sum(s.stop - s.start for s in each) for each in zip(*here.values(), strict=True)],
             local=local,
-            runs={m: None if _even(p.chunk) else local[m] for m, p in own.items()},
+            runs=runs,
+            own_runs=runs if self.sequence is None else {m: local[m][self._mine(here[m])] for m in own},
             text=text,
             heard={m: [b.text.hear(text[m]) for b in self._blocks(m)] for m in x} if heard else None,
             turn=turn(angles(at.times, at.ys, at.xs, self.config), like),
@@ -215,9 +239,14 @@ class AVTransformer(nn.Module):
             run = self._recomputed if self.recompute and torch.is_grad_enabled() else self.layer
             hidden, own = run(layer, hidden, step, rotated)
             kept.append(own)
-            if self.guard and (odd := not_finite(hidden, step.scene.at.chunk.split(step.scene.sizes))):
+            if self.guard and (odd := not_finite(hidden, self._chunks(step.scene))):
                 self.guard(f"activations are not finite after block {layer}: {odd}")
         return hidden, kept
+
+    def _chunks(self, scene: Scene) -> tuple[Tensor, ...]:
+        """Of the tokens that this rank computes, by branch."""
+        first = sum(scene.shared[: self.sequence.rank if self.sequence else 0])
+        return scene.at.chunk[first : first + sum(scene.sizes)].split(scene.sizes)
 
     def _written(self, hidden: dict[str, Tensor], step: _Pass, *, rotated: bool = True) -> list[KeyValue]:
         """Keys and values of every layer: what a memory holds. Of the last layer nothing else is computed."""
@@ -228,11 +257,13 @@ class AVTransformer(nn.Module):
     def _project(
         self, layer: int, hidden: dict[str, Tensor], step: _Pass
     ) -> tuple[dict[str, tuple[Tensor, ...]], Tensor, Tensor, Tensor]:
-        """Modulation by branch; queries, keys and values of all tokens."""
+        """Modulation by branch; queries, keys and values of all tokens, of this rank's heads."""
         blocks = {m: self.branch(m).block(layer) for m in hidden}
-        mods = {m: b.modulation(step.shared[m], step.scene.runs[m]) for m, b in blocks.items()}
+        mods = {m: b.modulation(step.shared[m], step.scene.own_runs[m]) for m, b in blocks.items()}
         parts = zip(*(self.code.project(b, hidden[m], mods[m]) for m, b in blocks.items()), strict=True)
         q, k, v = (torch.cat(part, dim=2) for part in parts)
+        if self.sequence:
+            q, k, v = (self.sequence.by_head(part, step.scene.shared) for part in (q, k, v))
         return mods, q, k, v
 
     def layer(
@@ -243,7 +274,9 @@ class AVTransformer(nn.Module):
         mods, q, k, v = self._project(layer, hidden, step)
         own = KeyValue(rotate(k, scene.turn), v)
         keys = step.seen.join(layer, own)
-        out = attend(rotate(q, scene.turn), keys.k, keys.v, scene.mask).split(scene.sizes, dim=2)
+        answer = attend(rotate(q, scene.turn), keys.k, keys.v, scene.mask)
+        answer = self.sequence.by_token(answer, scene.shared) if self.sequence else answer
+        out = answer.split(scene.sizes, dim=2)
         hidden = {
             m: self.code.update(
                 self.branch(m).block(layer),

@@ -15,7 +15,8 @@ from mfcore.objectives.terms import StepInfo, total
 from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO, AVBatch
 from tests.mfcore.tiny import batch, network
-from workflows.engine import EngineConfig, build_engine
+from workflows.engine import build_engine
+from workflows.engine_config import EngineConfig
 from workflows.training import ranks
 
 TIME = TimeConfig(shift={VIDEO: 2.0, AUDIO: 1.0})

@@ -24,7 +24,8 @@ from workflows.checkpoint import (
     newest_whole,
     restore,
 )
-from workflows.engine import EngineConfig, build_engine
+from workflows.engine import build_engine
+from workflows.engine_config import EngineConfig
 from workflows.training.saving import CheckpointWriter, SaveError
 from workflows.training.shelf import Shelf
 

@@ -10,7 +10,8 @@ from mfcore.objectives.terms import StepInfo, total
 from mfcore.optim import OptimConfig
 from tests.workflows.processes import run_on
 from tests.workflows.toy import FlowOnly, LinearVelocity, SelfTaught, toy_batch
-from workflows.engine import EngineConfig, build_engine
+from workflows.engine import build_engine
+from workflows.engine_config import EngineConfig
 from workflows.training import ranks
 
 OPTIM = OptimConfig(lr=1e-2, clip=0.3, warm_up=3)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mfcore.objectives.terms import StepInfo, total
 from tests.workflows.duet import Duet, Running, rows_of_step
-from workflows.engine import EngineConfig
+from workflows.engine_config import EngineConfig
 
 
 def state_bytes(rank: int | None) -> int:

@@ -13,7 +13,8 @@ from mfcore.optim import OptimConfig
 from tests.workflows.duet import OBJECTIVE, Duet, Running, difference, train
 from tests.workflows.processes import run_on
 from tests.workflows.toy import FlowOnly, LinearVelocity, toy_batch
-from workflows.engine import Engine, EngineConfig, build_engine
+from workflows.engine import Engine, build_engine
+from workflows.engine_config import EngineConfig
 from workflows.training import ranks
 
 TORCH = EngineConfig(kind="torch")

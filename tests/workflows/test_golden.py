@@ -14,7 +14,7 @@ import torch
 
 from mfcore.optim import OptimConfig
 from tests.workflows.duet import Duet, train
-from workflows.engine import EngineConfig
+from workflows.engine_config import EngineConfig
 
 FOLDER = Path(__file__).parents[1] / "golden"
 STEPS = 10

@@ -8,7 +8,7 @@ import torch
 
 from tests.workflows.test_train import SMALL
 from workflows.checkpoint import load_weights
-from workflows.engine import EngineConfig
+from workflows.engine_config import EngineConfig
 from workflows.tracking import LATE, STEP, read_lines
 from workflows.train import train
 from workflows.training import worker

@@ -58,6 +58,25 @@ def test_two_processes_equal_one_for_every_stage(tmp_path):
             assert [b[key] for key in losses] == pytest.approx([a[key] for key in losses], rel=1e-4), stage
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", [("engine.kind=torch",), ("engine.kind=deepspeed", "engine.zero_stage=2")], ids=str)
+def test_two_processes_that_share_the_tokens_of_the_same_clips_equal_one(tmp_path, engine):
+    data = write_dataset(tmp_path / "set")
+    shared = (*ONE, *engine, "engine.workers=2", "engine.sequence=2")
+    for name, launch, sets in (("one", worker.work, ONE), ("shared", two, shared)):
+        for stage in ("video", "audio", "joint", "mutual"):
+            more = EVERY_PART_AT_ONCE if stage == "mutual" else ("steps=4",)
+            train(stage, data=data, sets=(*SMALL, *sets, *more), runs_dir=tmp_path / name, run=stage, launch=launch)
+    for stage in ("video", "audio", "joint", "mutual"):
+        one, other = (_history({"run_dir": tmp_path / name / stage}) for name in ("one", "shared"))
+        assert [e["step"] for e in one] == [e["step"] for e in other] == [0, 2, 4]
+        for a, b in zip(one, other, strict=True):
+            keys = [k for k in a if k.startswith(("held_out/", "grad_norm/")) or "/video" in k or "/audio" in k]
+            assert keys and [b[k] for k in keys] == pytest.approx([a[k] for k in keys], rel=1e-4), stage
+            assert a.keys() == b.keys()
+
+
 def _kill_a_worker_after(checkpoints: Path) -> None:
     """SIGKILL one Ray Train worker as soon as there is a checkpoint to go on from."""
     while not complete(checkpoints):

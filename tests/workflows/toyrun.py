@@ -14,7 +14,8 @@ from tests.workflows.test_checkpoint import CARD
 from tests.workflows.toy import LinearVelocity, SelfTaught, toy_batch
 from workflows.checkpoint import Progress, newest_whole, restore
 from workflows.data import Share
-from workflows.engine import EngineConfig, build_engine
+from workflows.engine import build_engine
+from workflows.engine_config import EngineConfig
 from workflows.loop import LoopConfig, Surroundings, run_loop
 from workflows.tracking import Silent
 from workflows.training import ranks

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mfcore.ema import Ema, decay_at
-from mfcore.model.transformer import networks_in
 from mfcore.objectives.mutual import Mutual
 from mfcore.objectives.recipe import MutualConfig
 from mfcore.objectives.terms import Objective, StepInfo, Term, total
@@ -21,7 +20,7 @@ from mfcore.types import AVBatch
 from workflows.config import RunConfig
 from workflows.stages import initial_network, objective_of
 from workflows.training import ranks
-from workflows.training.networks import block_code, fake_score
+from workflows.training.networks import equip, fake_score
 
 NEVER = 1 << 30
 
@@ -54,6 +53,7 @@ class BareLoop:
     ) -> None:
         self._config, self._objective, self._critic = config, objective, critic
         self._nets, self._ema = nets, ema
+        equip([*nets.values(), teacher or ema.module], config.engine)
         self._models = {"ema": teacher or ema.module, **nets}
         self._optims: dict[str, OptimConfig] = {name: _optim(config, name) for name in nets}
         self._optimizers = {name: adamw(net, self._optims[name]) for name, net in nets.items()}
@@ -127,9 +127,6 @@ def all_reduce_mean(gradients: list[Tensor]) -> None:
 def bare_loop(config: RunConfig) -> BareLoop:
     """The stage's own step."""
     student = initial_network(config, {}).to(ranks.device())
-    for part in networks_in(student):
-        part.recompute = config.engine.recompute
-        part.code = block_code(config.engine, ranks.device())
     ema = Ema(student, config.ema)
     nets = {"student": student}
     if config.fake_optim:

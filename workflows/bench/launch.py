@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from workflows.engine import EngineConfig
+from workflows.engine_config import EngineConfig
 from workflows.training.launch import ray_running, worker_environment
 
 A = TypeVar("A")

@@ -102,7 +102,7 @@ def resolve(
     config = config_io.change(config, config_io.parse_sets(sets))
     if config.data.chunks[1] > CHUNKS:
         raise ValueError(f"the clips of the bench hold {CHUNKS} chunks, data.chunks={config.data.chunks}")
-    return replace(config, data=replace(config.data, batch=workers * _rows(config, tokens)))
+    return replace(config, data=replace(config.data, batch=config.shares * _rows(config, tokens)))
 
 
 def _rows(config: RunConfig, tokens: int) -> int:
@@ -171,7 +171,7 @@ def summary(plan: Plan, measured: Measured, missing: Mapping[str, str]) -> dict[
         "bar": BAR if step_s[BARE] >= LEAST_STEP_S and measured.tokens >= LEAST_TOKENS else None,
         "data_wait_share": wait[main],
         "data_wait_share_by_variant": wait,
-        "tokens_per_s": {name: world * measured.tokens / s for name, s in step_s.items()},
+        "tokens_per_s": {name: config.shares * measured.tokens / s for name, s in step_s.items()},
         "flops": measured.flops,
         "matmul_flops_per_s": median(measured.flops_per_s),
         "forward_over_products": measured.over_products.forward,

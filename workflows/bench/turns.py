@@ -14,7 +14,7 @@ from workflows.bench.bare import NEVER, BareLoop, bare_loop, dmd_loop, with_full
 from workflows.checkpoint import Progress
 from workflows.config import RunConfig
 from workflows.data import Share, TrainingBatches
-from workflows.engine import EngineConfig
+from workflows.engine_config import EngineConfig
 from workflows.loop import Surroundings, over_all_ranks, run_loop
 from workflows.stages import initial_network, objective_of
 from workflows.tracking import Silent
@@ -189,7 +189,9 @@ def _sum_of_losses(metrics: Mapping[str, float]) -> float:
 def own_batches(config: RunConfig, rank: int | None = None, world: int | None = None) -> TrainingBatches:
     """A rank's share of batches of noise; default: this rank's."""
     clips = noise.noise_clips(config.model, config.data.chunks[1], config.data.batch)
-    share = Share(rank=rank or ranks.rank(), world=world or ranks.world(), unit=config.unit)
+    together = config.engine.sequence
+    rank, world = (rank or ranks.rank()) // together, (world or ranks.world()) // together
+    share = Share(rank=rank, world=world, unit=config.unit)
     return TrainingBatches(clips, noise.assembly(config.model), config.data, config.seed, share)
 
 

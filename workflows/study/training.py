@@ -16,7 +16,8 @@ from mfcore.objectives.terms import Objective, StepInfo, report, total
 from mfcore.optim import OptimConfig, learning_rate
 from mfcore.rng import uniform_rows
 from mfcore.types import AVBatch, VelocityModel
-from workflows.engine import Engine, EngineConfig, NonFiniteError, build_engine
+from workflows.engine import Engine, NonFiniteError, build_engine
+from workflows.engine_config import EngineConfig
 from workflows.study import world
 from workflows.study.config import StudyConfig
 

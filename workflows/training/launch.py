@@ -10,7 +10,7 @@ from typing import Any
 
 from workflows import environment
 from workflows.checkpoint import ModelCard
-from workflows.engine import EngineConfig
+from workflows.engine_config import EngineConfig
 from workflows.training import notice, ranks
 from workflows.training.validation import Snapshots, room_for_looks
 from workflows.training.worker import Job

@@ -52,12 +52,13 @@ class Meter:
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._begun = self._paused = time.perf_counter()
-        self._all = 0
+        self._all = 0.0
         self._start()
 
     def _start(self) -> None:
         self._since = time.perf_counter()
-        self._samples = self._tokens = self._steps = 0
+        self._samples = self._tokens = 0.0
+        self._steps = 0
         self._waited = self._saved = self._apart = 0.0
 
     def got_batch(self) -> None:
@@ -68,7 +69,7 @@ class Meter:
         """A step has ended."""
         self._paused = time.perf_counter()
 
-    def add(self, samples: int, tokens: int) -> None:
+    def add(self, samples: float, tokens: float) -> None:
         """What this rank has computed in one step."""
         self._samples += samples
         self._tokens += tokens

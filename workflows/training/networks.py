@@ -1,21 +1,21 @@
 """The networks of a run and the engines that train them: student, average, and in the mutual stage the fake score."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import nn
 
 from mfcore.ema import Ema
 from mfcore.model.adapter import LowRankCopy
-from mfcore.model.compiled import AS_WRITTEN, BlockCode, check_compiler, compiled
+from mfcore.model.compiled import AS_WRITTEN, check_compiler, compiled
 from mfcore.model.transformer import networks_in
 from mfcore.optim import OptimConfig
 from workflows.config import RunConfig
-from workflows.engine import Engine, EngineConfig, build_engine
+from workflows.engine import Engine, build_engine
+from workflows.engine_config import EngineConfig
 from workflows.stages import STAGES
 from workflows.training import ranks
 
@@ -48,9 +48,6 @@ class Networks:
 
 def build_networks(config: RunConfig, student: nn.Module) -> Networks:
     """Engines around ``student``, which becomes the first of them, and around a fake score if the stage has one."""
-    for part in networks_in(student):
-        part.recompute = config.engine.recompute
-        part.code = block_code(config.engine, ranks.device())
     ema = Ema(student, config.ema, config.engine.autocast)
     nets = {"student": student}
     optims = {"student": config.optim}
@@ -58,18 +55,21 @@ def build_networks(config: RunConfig, student: nn.Module) -> Networks:
         assert config.fake_optim is not None, "the configuration has been checked"
         nets["fake"] = fake_score(config, student, ema)
         optims["fake"] = config.fake_optim
+    equip([*nets.values(), ema.module], config.engine)
     engines = {name: build_engine(net, optims[name], config.engine) for name, net in nets.items()}
     if "fake" in nets and config.fake.rank is not None:
         ema.storage = engines["fake"].storage  # its engine keeps the average's weights, as the base of its own network
     return Networks(ema=ema, engines=engines, optims=optims, nets=nets)
 
 
-def block_code(engine: EngineConfig, device: torch.device) -> BlockCode:
-    """NoCompiler where blocks are to be compiled and cannot be."""
-    if not engine.compile:
-        return AS_WRITTEN
-    check_compiler(device)
-    return compiled()
+def equip(nets: Iterable[nn.Module], engine: EngineConfig) -> None:
+    """Let networks run as ``engine`` says; called by all ranks. NoCompiler where blocks cannot be compiled."""
+    if engine.compile:
+        check_compiler(ranks.device())
+    sequence = ranks.sequence_group(engine.sequence)
+    for part in (part for net in nets for part in networks_in(net)):
+        part.recompute, part.sequence = engine.recompute, sequence
+        part.code = compiled() if engine.compile else AS_WRITTEN
 
 
 def fake_score(config: RunConfig, student: nn.Module, ema: Ema) -> nn.Module:

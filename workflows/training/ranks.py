@@ -6,11 +6,13 @@ Thin words over ``torch.distributed``; without a process group they describe a s
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mfcore.model.sequence import SequenceGroup
 
 
 def rank() -> int:
@@ -19,6 +21,14 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sequence_group(size: int) -> SequenceGroup | None:
+    """The consecutive ranks, so many, that share the tokens of the same clips with this one. Called by all ranks."""
+    if size == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world(), size)]
+    return SequenceGroup(cast(dist.ProcessGroup, groups[rank() // size]))
 
 
 def first_here() -> bool:

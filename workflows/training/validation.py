@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from workflows import config_io
 from workflows.checkpoint import MODEL, ModelCard, load_export, write_json
-from workflows.engine import EngineConfig
+from workflows.engine_config import EngineConfig
 from workflows.training import ranks
 from workflows.training.samples import Look, look_path, read_look, sampler_of
 from workflows.training.state import copied

@@ -98,7 +98,8 @@ def _train(job: Job, tracker: Tracker, pulse: Pulse, notices: Notices, aside: Sn
         start = restore(shelf, saved, engines, ema)
         _say(job, f"{config.stage} goes on from step {start.step} on {ranks.world()} workers")
     train, held_out, assembly = _splits(job)
-    share = Share(rank=ranks.rank(), world=ranks.world(), unit=config.unit)
+    together = config.engine.sequence
+    share = Share(rank=ranks.rank() // together, world=ranks.world() // together, unit=config.unit)
     batches = TrainingBatches(train, assembly, config.data, config.seed, share)
     every = replace(share, unit=1)
     judged = [b.to(device) for b in held_out_batches(held_out, assembly, config.data, config.seed, every)]
@@ -162,6 +163,7 @@ def loop_config(config: RunConfig) -> LoopConfig:
         log_every=config.log_every,
         eval_every=config.eval_every,
         save_every=config.checkpoint.every,
+        sequence=config.engine.sequence,
         skip_nonfinite=config.skip_nonfinite,
     )
 
