@@ -1,9 +1,13 @@
 """The same truths on a CUDA device: `pytest -m gpu tests/gpu`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mfcore.model.attention import attend
+from mfcore.model.compiled import compiled
+from mfcore.model.graphs import Graphed
 from mfcore.model.ring import ring_of
 from mfcore.rollout import join_chunks, noise_starts, rollout
 from mfcore.steps import Context, levels, schedule
@@ -12,6 +16,7 @@ from tests.mfcore.test_attention import qkv, sight
 from tests.mfcore.test_streaming import MOST, PLAN
 from tests.mfcore.tiny import SHAPES, TIMELINE, batch, network
 from workflows.bench.stream import bench_stream
+from workflows.bench.train import bench_train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,9 +78,83 @@ def test_streaming_in_bfloat16_stays_near_float32():
         assert gap < 0.1 * made[0][m].latents.std()
 
 
+def clip_on(device: torch.device, model, net, data, chunks: int = 14):
+    """A streamed clip; caption and transcript change at chunk 8."""
+    other = replace(data.cond, caption=-data.cond.caption, word_times=data.cond.word_times + 2.5)
+    conds = [data.cond] * 8 + [other] * (chunks - 8)
+    context = Context(model=model, cond=data.cond).opened().with_memories(lambda memory: ring_of(memory, MOST))
+    starts = noise_starts(TIMELINE, SHAPES, range(chunks), 0, data.samples.cpu(), data.cond.caption)
+    assert next(net.parameters()).device.type == device.type
+    return join_chunks(c.clean for c in rollout(context, starts, PLAN, conds=conds))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_cuda_graphs_play_what_the_network_computes(dtype):
+    """Shapes differ while the window fills; each is recorded once and played in its places."""
+    data, net = batch(rows=2, chunks=1).to(DEVICE), network(window=3).to(DEVICE)
+    graphed = Graphed(net)
+    with torch.autocast("cuda", dtype, enabled=dtype is not None):
+        plain = clip_on(DEVICE, net, net, data)
+        for _ in range(2):  # rings that are gone must leave nothing behind
+            again = clip_on(DEVICE, graphed, net, data)
+            for m in (VIDEO, AUDIO):
+                torch.testing.assert_close(again[m].latents, plain[m].latents, atol=1e-4, rtol=1e-4)
+    assert 0 < graphed.recorded < 2 * 3 * 14
+
+
+@torch.no_grad()
+def test_nothing_grows_while_graphs_play():
+    data, net = batch(rows=1, chunks=1).to(DEVICE), network(window=3).to(DEVICE)
+    context = Context(model=Graphed(net), cond=data.cond).opened()
+    context = context.with_memories(lambda memory: ring_of(memory, MOST))
+    starts = noise_starts(TIMELINE, SHAPES, range(200), 0, data.samples.cpu(), data.cond.caption)
+    held = []
+    for _ in rollout(context, starts, PLAN):
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert max(held[100:]) <= max(held[30:100])
+
+
+@torch.no_grad()
+def test_compiled_blocks_stream_the_same_clip_with_and_without_graphs():
+    data, net = batch(rows=2, chunks=1).to(DEVICE), network(window=3).to(DEVICE)
+    plain = clip_on(DEVICE, net, net, data)
+    net.code = compiled()
+    for model in (net, Graphed(net)):
+        made = clip_on(DEVICE, model, net, data)
+        for m in (VIDEO, AUDIO):
+            torch.testing.assert_close(made[m].latents, plain[m].latents, atol=2e-3, rtol=2e-3)  # products in TF32
+
+
+def test_compiled_blocks_train_the_same():
+    data, gradients = batch(rows=2, chunks=4).to(DEVICE), []
+    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
+    for on in (False, True):
+        model = network().to(DEVICE)
+        model.code = compiled() if on else model.code
+        context = Context(model=model, cond=data.cond).remember(data.streams, None)
+        sum(u.square().sum() for u in context.velocity(data.streams, t, t).values()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, plain in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], plain, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("switches", [{"compile": True}, {"graphs": True}, {"compile": True, "graphs": True}], ids=str)
+def test_a_switch_gains_or_is_not_kept(switches):
+    found = bench_stream(preset="full", size=(192, 336), steps=4, chunks=60, device="cuda", **switches)
+    assert found["switch_gap"] < 0.5 and found["switch_speedup"] > 1.02
+
+
 @pytest.mark.parametrize(("size", "bar"), [((192, 336), 60), ((480, 768), 24), ((704, 1280), 7)])
 def test_full_streams_at_twice_the_speed_of_the_paper(size, bar):
-    found = bench_stream(preset="full", size=size, steps=4, chunks=60, device="cuda")
+    found = bench_stream(preset="full", size=size, steps=4, chunks=60, device="cuda", graphs=True)
     assert found["fps"] >= bar
     assert found["late_over_early"] <= 1.05 and found["memory_late_over_early"] == pytest.approx(1.0, abs=1e-3)
     assert size != (192, 336) or found["first_chunk_s"] <= 0.3
+
+
+def test_base_trains_at_nearly_half_of_the_rate_of_large_products():
+    found = bench_train(stage="joint", preset="base", tokens=15_000, rounds=3, turn=1, variants=["ray_torch"])
+    assert found["mfu"] >= 0.45
