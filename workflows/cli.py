@@ -293,6 +293,8 @@ def generate(
     trust: Annotated[float | None, typer.Option(help="How far history is taken for generated; 0: as real.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     weights: Annotated[Literal["ema", "raw"], typer.Option(help="Which weights of the checkpoint.")] = "ema",
+    compile: Annotated[bool, typer.Option("--compile", help="Blocks through torch.compile.")] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="On a GPU: a chunk's passes as CUDA graphs.")] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -315,6 +317,8 @@ def generate(
             seed=seed,
             out=out,
             weights=weights,
+            compile=compile,
+            graphs=graphs,
             overwrite=overwrite,
         )
 

@@ -54,6 +54,8 @@ def generate(
     trust: float | None = None,
     seed: int = 0,
     weights: Weights = "ema",
+    compile: bool = False,
+    graphs: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write ``out`` and say what it holds. ValueError for anything the user can put right; then nothing is written."""
@@ -65,6 +67,7 @@ def generate(
     if seconds <= 0:
         raise ValueError(f"--seconds {seconds}: a clip needs a positive length")
     streamer = Streamer.load(checkpoint, weights)
+    streamer.switch(compile=compile, graphs=graphs)
     how = sampling(streamer.card.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed)
     words, allotted = read_transcript(transcript)
     cond = streamer.condition(

@@ -1,11 +1,11 @@
 """A trained network with its codecs: conditions in, chunks of picture and sound out, one after the other."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import tee
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from jaxtyping import Float, UInt8
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from mfcore.codecs.base import Codec, StreamDecoder
 from mfcore.codecs.known import build_codec, build_text_codec
+from mfcore.model.graphs import check_switches, switched
 from mfcore.model.ring import ring_of
-from mfcore.model.transformer import networks_in
+from mfcore.model.transformer import AVTransformer, networks_in
 from mfcore.rollout import Chunk, noise_starts, rollout
 from mfcore.steps import Context, Mode, Schedule, denoise, evaluations, schedule
-from mfcore.types import AUDIO, VIDEO, Condition, Stream, Streams
+from mfcore.types import AUDIO, VIDEO, Condition, Stream, Streams, VelocityModel
 from preprocessing.record import Word
 from workflows.checkpoint import ModelCard, Weights, load_export
 from workflows.training import ranks
@@ -59,6 +60,7 @@ class Streamer:
 
     def __init__(self, model: nn.Module, card: ModelCard) -> None:
         self.model, self.card, self.timeline = model.eval(), card, card.timeline
+        self._asked = cast(VelocityModel, model)
         self.codecs: dict[str, Codec] = {
             m: build_codec(i, card.clocks[m], card.folders.get(m, "")) for m, i in card.codecs.items()
         }
@@ -70,6 +72,11 @@ class Streamer:
         """From a run, a checkpoint or an export; on the GPU where there is one."""
         model, card = load_export(path, weights)
         return cls(model.to(ranks.device()), card)
+
+    def switch(self, *, compile: bool, graphs: bool) -> None:
+        """Stream faster from now on, the same clips. ValueError for what cannot be done here."""
+        check_switches(self._device, compile=compile, graphs=graphs)
+        self._asked = switched(cast(AVTransformer, self.model), compile=compile, graphs=graphs)
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +176,7 @@ class Streamer:
         like = cond.caption.float()
         starts = noise_starts(self.timeline, self.shapes(), range(chunks), how.seed, samples, like)
         most = sum(self.timeline.max_count(m) * b.tokens for m, b in self.card.model.branches.items())
-        context = Context(model=self.model, cond=cond, guidance=how.guidance).opened()
+        context = Context(model=self._asked, cond=cond, guidance=how.guidance).opened()
         context = context.with_memories(lambda memory: ring_of(memory, most))
         trust = None if how.label is None else torch.full((rows,), how.label, device=self._device)
         plan = schedule(how.steps, self.card.shift)
@@ -185,7 +192,7 @@ class Streamer:
         try:
             for network in networks_in(self.model):
                 network.guard = _raise
-            denoise(chunk.before, start, plan, mode=how.mode)
+            denoise(replace(chunk.before, model=self.model), start, plan, mode=how.mode)
         finally:
             for network in networks_in(self.model):
                 network.guard = None

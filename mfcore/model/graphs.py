@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mfcore.model.cache import LayeredMemory
+from mfcore.model.compiled import AS_WRITTEN, check_compiler, compiled
 from mfcore.model.ring import RingMemory
 from mfcore.model.transformer import AVTransformer, Scene
-from mfcore.types import Condition, Levels, Streams
+from mfcore.types import Condition, Levels, Streams, VelocityModel
 
 Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], object]]]
 """Runs some work; its result, and what runs it again in the same places of memory, the result included."""
@@ -51,6 +52,20 @@ class _Graph:
     ring: "ref[RingMemory]"  # whose places are written
     made: Any
     play: Callable[[], object]
+
+
+def check_switches(device: torch.device, *, compile: bool, graphs: bool) -> None:
+    """ValueError where a switch has no use, or not what it needs."""
+    if graphs and device.type != "cuda":
+        raise ValueError(f"--graphs records CUDA graphs, and this stream runs on the {device.type}: leave it out")
+    if compile:
+        check_compiler(device)
+
+
+def switched(net: AVTransformer, *, compile: bool, graphs: bool) -> VelocityModel:
+    """What streams as ``net`` does: its blocks compiled or not, its passes recorded or not."""
+    net.code = compiled() if compile else AS_WRITTEN
+    return cast(VelocityModel, Graphed(net) if graphs else net)
 
 
 class Graphed:

@@ -139,7 +139,7 @@ def test_training_that_does_not_fit_is_refused_with_what_would(monkeypatch):
 def test_switches_are_measured_against_the_stream_without_them(monkeypatch):
     """With passes recorded as on a GPU, and played operator by operator."""
     monkeypatch.setattr(stream, "refuse", lambda plan: None)
-    monkeypatch.setattr(stream, "Graphed", lambda net: Graphed(net, tape))
+    monkeypatch.setattr(stream, "switched", lambda net, **switches: Graphed(net, tape))
     found = bench_stream(chunks=8, rounds=2, steps=2, device="cpu", graphs=True, sets=SMALL)
     assert found["graphs"] and not found["compile"]
     assert found["switch_gap"] < 1e-5 and found["switch_speedup"] > 0
@@ -147,7 +147,7 @@ def test_switches_are_measured_against_the_stream_without_them(monkeypatch):
 
 
 def test_switches_without_use_are_named(monkeypatch):
-    with pytest.raises(ValueError, match="--graphs records CUDA graphs, and this stream runs on the CPU"):
+    with pytest.raises(ValueError, match="--graphs records CUDA graphs, and this stream runs on the cpu"):
         bench_stream(device="cpu", graphs=True)
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="needs a compiler"):

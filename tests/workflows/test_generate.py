@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from mfcore.model.graphs import Graphed
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.media import probe
 from preprocessing.mp4 import write_mp4
+from tests.mfcore.tape import tape
 from tests.workflows.exports import random_export
 from workflows.generate import allot, generate, portions, read_transcript, sampling
 from workflows.streamer import Sampling, Streamer
@@ -81,6 +83,25 @@ def test_numbers_that_are_not_finite_are_named_by_block_and_chunk(exports):
     streamer.model.branch(VIDEO).head.bias[0] = torch.inf
     with pytest.raises(FloatingPointError, match="chunk 0 is not finite, .* look at the head"):
         next(streamer.stream(cond, 4, Sampling(steps=1)))
+
+
+def test_recorded_passes_stream_the_same_clip_and_are_blamed_alike(exports, monkeypatch):
+    """With passes recorded as on a GPU, and played operator by operator."""
+    streamer = Streamer.load(exports["mutual"])
+    cond, how = one_condition(streamer), Sampling(steps=2)
+    plain = list(streamer.stream(cond, 8, how))
+    with pytest.raises(ValueError, match="--graphs records CUDA graphs"):
+        streamer.switch(compile=False, graphs=True)
+    monkeypatch.setattr("workflows.streamer.check_switches", lambda *_, **__: None)
+    monkeypatch.setattr("workflows.streamer.switched", lambda net, **_: Graphed(net, tape))
+    streamer.switch(compile=False, graphs=True)
+    for a, b in zip(plain, streamer.stream(cond, 8, how), strict=True):
+        torch.testing.assert_close(b[VIDEO].latents, a[VIDEO].latents, atol=1e-5, rtol=1e-5)
+    made = streamer.stream(cond, 8, how)
+    next(made)
+    streamer.model.branch(AUDIO).block(0).mlp[2].bias[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite after block 0: audio chunk 1"):
+        list(made)
 
 
 def test_an_mp4_with_picture_and_sound(exports, image, voice, tmp_path):

@@ -7,15 +7,15 @@ a long stream, the same stream late against another one early (in turns), and on
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median, quantiles
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mfcore.model.compiled import AS_WRITTEN, check_compiler, compiled
+from mfcore.model.compiled import AS_WRITTEN
 from mfcore.model.config import ModelConfig
 from mfcore.model.counts import Load, chunk_flops
-from mfcore.model.graphs import Graphed
+from mfcore.model.graphs import check_switches, switched
 from mfcore.model.transformer import AVTransformer
 from mfcore.rollout import join_chunks
 from mfcore.steps import Context, denoise
@@ -124,10 +124,7 @@ def parts_of(plan: Plan) -> dict[str, int]:
 
 def refuse(plan: Plan) -> None:
     """ValueError where a switch has no use, or weights and cache do not fit, before they are made."""
-    if plan.graphs and plan.device.type != "cuda":
-        raise ValueError("--graphs records CUDA graphs, and this stream runs on the CPU: leave it out")
-    if plan.compile:
-        check_compiler(plan.device)
+    check_switches(plan.device, compile=plan.compile, graphs=plan.graphs)
     order = [name for name in reversed(presets.PRESETS) if name != plan.preset]
     smaller = order[list(reversed(presets.PRESETS)).index(plan.preset) :]
     options = [(f"--precision bf16 --preset {plan.preset}", replace(plan, dtype=torch.bfloat16))]
@@ -156,7 +153,7 @@ def measure(plan: Plan) -> dict[str, Any]:
     rates = [limits.matmul_rate(plan.device, plan.dtype)]
     net = random_network(plan.model, plan.device, plan.dtype)
     cond = noise_condition(plan.model, plan.timeline, plan.device)
-    model = switched(plan, net)
+    model = switched(net, compile=plan.compile, graphs=plan.graphs)
     make = lambda: Streamed(net, cond, plan.timeline, plan.steps, model)
     make().run(2)  # warms up
     first_s = [make().run(1)[0] for _ in range(3)]
@@ -171,12 +168,6 @@ def measure(plan: Plan) -> dict[str, Any]:
     rates.append(limits.matmul_rate(plan.device, plan.dtype))
     timing = {"first": first_s, "chunks": times[EARLY:], "ratios": [a / b for a, b in turns], "rates": rates}
     return summary(plan, timing, growth, gained(plan, net, model, cond) | without_cache(plan, net, cond))
-
-
-def switched(plan: Plan, net: AVTransformer) -> VelocityModel:
-    """What is streamed with: the network, its blocks and passes as the plan's switches say."""
-    net.code = compiled() if plan.compile else AS_WRITTEN
-    return cast(VelocityModel, Graphed(net) if plan.graphs else net)
 
 
 def gained(plan: Plan, net: AVTransformer, model: VelocityModel, cond: Condition) -> dict[str, Any]:
