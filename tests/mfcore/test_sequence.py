@@ -63,14 +63,18 @@ def mutual() -> dict[str, torch.Tensor]:
     return losses | {f"{name}/{k}": v for name in ("student", "fake") for k, v in averaged(nets[name]).items()}
 
 
+def usual() -> list[dict[str, torch.Tensor]]:
+    return [answers({})]
+
+
 def everything() -> list[dict[str, torch.Tensor]]:
     return [*(answers(changes) for changes in CHANGES), mutual()]
 
 
-def test_two_ranks_that_share_tokens_are_one():
-    torch.manual_seed(0)
-    alone = everything()
-    for together in run_on(2, everything):
+@pytest.mark.parametrize("what", [usual, pytest.param(everything, marks=pytest.mark.slow)])
+def test_two_ranks_that_share_tokens_are_one(what):
+    alone = what()
+    for together in run_on(2, what):
         for one, other in zip(alone, together, strict=True):
             assert one.keys() == other.keys() and len(one) > 20
             for name, value in one.items():

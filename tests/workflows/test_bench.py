@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from workflows.bench import limits, turns
 from workflows.bench import train as bench
@@ -102,6 +103,7 @@ def test_bytes_count_shared_storage_once():
     before = limits.live_bytes()
     block = torch.zeros(1 << 20)
     views = [block[i:] for i in range(3)]
+    views.append(FakeTensorMode().from_tensor(block))
     assert limits.live_bytes() - before == 4 << 20
     del block, views
 

@@ -10,6 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -102,7 +104,8 @@ def live_bytes() -> int:
     """Bytes of all tensors of this process that Python knows, and of their gradients; shared storage counts once."""
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        if not issubclass(type(thing), Tensor):  # isinstance() asks proxies for their class, and some warn
+        # isinstance() asks proxies for their class, and some warn; torch.compile keeps tensors that are shapes alone
+        if not issubclass(type(thing), Tensor) or issubclass(type(thing), FakeTensor | FunctionalTensor):
             continue
         for tensor in (thing, thing.grad if thing.is_leaf else None):
             if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
