@@ -101,7 +101,7 @@ def test_a_worker_killed_at_a_random_moment_costs_at_most_one_interval(whole, wo
 
 def test_a_driver_killed_at_a_random_moment_goes_on_by_the_same_command(whole, world, tmp_path):
     stage, undisturbed = whole
-    at = random.randrange(EVERY + 1, STEPS - EVERY)
+    at = random.randrange(EVERY + 1, STEPS // 2)  # workers outlive their driver by a second or two, some dozen steps
     print(f"the driver of {stage} is killed after step {at}")
     process = begin(stage, world, tmp_path)
     driver.wait_for(tmp_path, f"{stage} {at}/{STEPS} ", process)
@@ -109,7 +109,8 @@ def test_a_driver_killed_at_a_random_moment_goes_on_by_the_same_command(whole, w
     process.wait()
     process = begin(stage, world, tmp_path)
     assert process.wait() == 0, driver.text(tmp_path)
-    assert len(resumed_from(tmp_path)) == 1
+    by_a_driver = f"{stage} {STEPS}/{STEPS} " in driver.text(tmp_path)  # else workers that outlived theirs were done
+    assert len(resumed_from(tmp_path)) == (1 if by_a_driver else 0)
     check_equal(tmp_path, undisturbed)
 
 
