@@ -18,6 +18,7 @@ from mfcore.model.config import ModelConfig
 from mfcore.model.rope import Turn, rotate
 
 RMS_EPS, LAYER_EPS = 1e-6, 1e-5  # added to the variance
+KEYS_VALUES = "b n (two h e) -> two b h n e"
 
 
 class HeadNorm(nn.Module):
@@ -101,14 +102,16 @@ class TextAttention(nn.Module):
         self.norm_words_q, self.norm_words_k = (HeadNorm(config.head_dim, offset=True) for _ in range(2))
         self.out = nn.Linear(dim + reading, dim)
 
-    def hear(self, text: TextTokens) -> Heard:
-        split = "b n (two h e) -> two b h n e"
-        k, v = rearrange(self.caption(text.caption), split, two=2, e=self.head_dim)
-        caption = KeyValue(self.norm_caption_k(k), v)
-        k, v = rearrange(self.words(text.words), split, two=2, e=self.head_dim)
+    def hear_caption(self, caption: Float[Tensor, "B 1+L d"]) -> KeyValue:
+        k, v = rearrange(self.caption(caption), KEYS_VALUES, two=2, e=self.head_dim)
+        return KeyValue(self.norm_caption_k(k), v)
+
+    def hear(self, text: TextTokens, caption: KeyValue | None = None) -> Heard:
+        """``caption``: what ``hear_caption`` makes of its tokens, if known."""
+        k, v = rearrange(self.words(text.words), KEYS_VALUES, two=2, e=self.head_dim)
         # "nothing said" stands at no time: a zero key gives the same logit wherever the token stands
         k = F.pad(rotate(self.norm_words_k(k[:, :, 1:]), text.words_turn), (0, 0, 1, 0))
-        return Heard(caption=caption, words=KeyValue(k, v))
+        return Heard(caption=caption or self.hear_caption(text.caption), words=KeyValue(k, v))
 
     def forward(self, x: Float[Tensor, "B N d"], text: TextTokens, heard: Heard) -> Float[Tensor, "B N d"]:
         about, said = (

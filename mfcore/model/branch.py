@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mfcore.model.block import Block, TextTokens, modulate
 from mfcore.model.cache import Positions
+from mfcore.model.caption import Caption, origin
 from mfcore.model.config import BranchConfig, ModelConfig
 from mfcore.model.rope import time_angles, turn
 from mfcore.types import Condition, Stream
@@ -89,16 +90,22 @@ class TextInput(nn.Module):
         self.words = nn.Linear(config.text_dim + DURATION_FEATURES, dim)
         self.nothing = nn.Embedding(2, dim)
 
-    def forward(self, cond: Condition) -> tuple[Float[Tensor, "B 1+L d"], Float[Tensor, "B 1+W d"]]:
-        batch = cond.caption.shape[0]
-        nothing = self.nothing(torch.arange(2, device=cond.caption.device))
+    def forward(
+        self, cond: Condition, caption: Float[Tensor, "B 1+L d"] | None = None
+    ) -> tuple[Float[Tensor, "B 1+L d"], Float[Tensor, "B 1+W d"]]:
+        """``caption``: its tokens, if known."""
         seconds = (cond.word_times[..., 1] - cond.word_times[..., 0]).float()
         lengths = fourier(seconds, DURATION_SCALE, DURATION_FEATURES).to(cond.words.dtype)
         words = self.words(torch.cat([cond.words, lengths], dim=-1))
-        return (
-            torch.cat([nothing[0].expand(batch, 1, -1), self.refine(self.caption(cond.caption))], dim=1),
-            torch.cat([nothing[1].expand(batch, 1, -1), words], dim=1),
-        )
+        return self.about(cond.caption) if caption is None else caption, self._after_nothing(1, words)
+
+    def about(self, caption: Float[Tensor, "B L D"]) -> Float[Tensor, "B 1+L d"]:
+        """The caption's tokens."""
+        return self._after_nothing(0, self.refine(self.caption(caption)))
+
+    def _after_nothing(self, which: int, tokens: Float[Tensor, "B L d"]) -> Float[Tensor, "B 1+L d"]:
+        nothing = self.nothing(torch.arange(2, device=tokens.device))[which]
+        return torch.cat([nothing.expand(tokens.shape[0], 1, -1), tokens], dim=1)
 
 
 class Branch(nn.Module):
@@ -154,12 +161,27 @@ class Branch(nn.Module):
         absent = self.absent(torch.zeros((), dtype=torch.long, device=tokens.device))
         return torch.where(present[:, None, None], tokens, absent.to(tokens.dtype))
 
-    def text_tokens(self, cond: Condition, at: Positions, *, silent: bool) -> TextTokens:
-        """Embedded conditions for tokens at ``at``. ``silent``: the sink reads none, it outlives their change."""
+    def caption(self, caption: Float[Tensor, "B L D"], kept: Caption | None) -> Caption:
+        """What a stream keeps of a caption: ``kept``, if that is made of the same caption and weights."""
+        layers = [self.block(layer).text for layer in range(self.model.layers)]
+        read = (self.text, *(part for text in layers for part in (text.caption, text.norm_caption_k)))
+        now = origin([caption, *(weight for part in read for weight in part.parameters())])
+        if kept and kept.origin.still(now):
+            return kept
+        tokens = self.text.about(caption)
+        return Caption(tokens=tokens, layers=[text.hear_caption(tokens) for text in layers], origin=now)
+
+    def text_tokens(
+        self, cond: Condition, at: Positions, *, silent: bool, caption: Caption | None = None
+    ) -> TextTokens:
+        """Embedded conditions for tokens at ``at``. ``silent``: the sink reads none, it outlives their change.
+
+        ``caption``: that of ``cond``, if it is kept.
+        """
         cond = self._heard(cond, at)
-        caption, words = self.text(cond)
-        device = caption.device
-        one = torch.ones(caption.shape[0], 1, dtype=torch.bool, device=device)
+        about, words = self.text(cond, caption.tokens if caption else None)
+        device = about.device
+        one = torch.ones(about.shape[0], 1, dtype=torch.bool, device=device)
         seen = cond.caption_mask & (not silent)
         # Wan's weights know no such token beside a caption
         alone = ~seen.any(1, keepdim=True) if self.model.layout == "wan" else one
@@ -167,7 +189,7 @@ class Branch(nn.Module):
         gap = (middle[:, None, :] - at.times.to(device)[None, :, None]).abs()
         near = (gap <= self.model.word_horizon_seconds) & cond.words_mask[:, None, :] & (not silent)
         return TextTokens(
-            caption=caption,
+            caption=about,
             caption_mask=torch.cat([alone, seen], dim=1)[:, None, None],
             words=words,
             words_mask=torch.cat([one[:, None].expand(-1, len(at), -1), near], dim=2)[:, None],

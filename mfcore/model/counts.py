@@ -48,18 +48,19 @@ def chunk_load(config: ModelConfig, timeline: Timeline, *, caption: int, words: 
 def forward_flops(config: ModelConfig, load: Load) -> int:
     """Operations of one evaluation of one chunk: matrix products and attention."""
     parts = _multiplications(config, load)
-    return 2 * (config.layers * (parts.project + parts.rest) + parts.ends + parts.text)
+    return 2 * (config.layers * (parts.project + parts.rest) + parts.ends + parts.caption + parts.words)
 
 
 def chunk_flops(config: ModelConfig, load: Load, steps: int) -> int:
     """Operations of a chunk of a stream: ``steps`` evaluations, and the pass that writes keys and values.
 
-    The text is read once; of the writing pass the last layer ends with its keys, and nothing leaves the network.
+    The words are read once, the caption is that of the chunk before; of the writing pass the last layer ends with its
+    keys, and nothing leaves the network.
     """
     parts = _multiplications(config, load)
     evaluations = steps * (config.layers * (parts.project + parts.rest) + parts.ends)
     writing = config.layers * parts.project + (config.layers - 1) * parts.rest + parts.ends - parts.out
-    return 2 * (evaluations + writing + parts.text)
+    return 2 * (evaluations + writing + parts.words)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class _Parts:
     rest: int  # what else a layer does
     ends: int  # tokens into the network and out again, and the noise level
     out: int  # of these: tokens out again
-    text: int  # what is made of caption and transcript, all layers
+    caption: int  # what is made of it, all layers
+    words: int  # the same of the transcript
 
 
 def _multiplications(config: ModelConfig, load: Load) -> _Parts:
@@ -84,9 +86,9 @@ def _multiplications(config: ModelConfig, load: Load) -> _Parts:
     tokens = sum(load.tokens.values())
     text_attention = 2 * d * (load.caption + 1) + 2 * w * (load.words + 1)
     rest = d * d + 2 * d * (d + w) + 2 * d * config.hidden + 2 * d * load.seen + text_attention
-    captions = load.caption * (config.text_dim * d + (d * d if wan else 0))
+    caption = load.caption * (config.text_dim * d + (d * d if wan else 0))
     words = load.words * (config.text_dim + DURATION_FEATURES) * d
-    keys = config.layers * (2 * d * d * (load.caption + 1) + 2 * d * w * (load.words + 1))
+    caption_keys, word_keys = (config.layers * 2 * d * n for n in (d * (load.caption + 1), w * (load.words + 1)))
     level = 2 * (features * d + d * d) + 6 * d * d + (0 if wan else 2 * d * d)
     out = sum(n * config.branches[m].width * d for m, n in load.tokens.items())
     return _Parts(
@@ -94,7 +96,8 @@ def _multiplications(config: ModelConfig, load: Load) -> _Parts:
         rest=tokens * rest,
         ends=2 * out + len(load.tokens) * level,
         out=out,
-        text=len(load.tokens) * (captions + words + keys),
+        caption=len(load.tokens) * (caption + caption_keys),
+        words=len(load.tokens) * (words + word_keys),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mfcore.model.attention import Sight
 from mfcore.model.cache import KeyValue, LayeredMemory, Positions
+from mfcore.model.caption import Caption
 from mfcore.model.rope import Turn, rotate
 from mfcore.types import Memory
 
@@ -37,6 +38,7 @@ class RingMemory:
         self.v[:, :, :, :sink] = torch.stack([kv.v for kv in source.sink])
         self.chunk: int | None = None  # at work
         self.scene: Any = None  # what the network need not find out again while that chunk is at work
+        self.captions: dict[str, Caption] = {}  # by branch; good for more than a chunk
         self._own = NOWHERE  # places of its tokens
         self._place = torch.zeros(room, dtype=torch.int64, device=self.k.device)  # the same where the keys are
         self._past, self._past_at = NOWHERE, source.past_at  # places of the window's tokens, and where these stand

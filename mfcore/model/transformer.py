@@ -1,6 +1,6 @@
 """The network: branches coupled in self-attention (METHOD 4). A uni-modal model has one branch, same code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, cast
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mfcore.model.attention import Mask, Sight, attend
-from mfcore.model.block import Block, Heard, TextTokens
+from mfcore.model.block import Heard, TextTokens
 from mfcore.model.branch import Branch
 from mfcore.model.cache import KeyValue, LayeredMemory, Positions, Recall
+from mfcore.model.caption import Caption
 from mfcore.model.compiled import AS_WRITTEN
 from mfcore.model.config import ModelConfig
 from mfcore.model.init import initialise
@@ -181,17 +182,27 @@ class AVTransformer(nn.Module):
             if scene is None or ring.chunk != int(at.chunk[0]):
                 ring.begin(at, self._sink_turn(at, ring.sink_at, like))
             mask = None if self.config.coupled else ring.sight(at).mask("sdpa", like.device)
-            ring.scene = scene = self._scene(x, at, like, cond, mask, heard=True)
+            for m in x:
+                ring.captions[m] = self.branch(m).caption(cond.caption, ring.captions.get(m))
+            ring.scene = scene = self._scene(x, at, like, cond, mask, ring.captions)
         return scene
 
     def _scene(
-        self, x: Streams, at: Positions, like: Tensor, cond: Condition, mask: Mask, *, heard: bool = False
+        self,
+        x: Streams,
+        at: Positions,
+        like: Tensor,
+        cond: Condition,
+        mask: Mask,
+        captions: Mapping[str, Caption] | None = None,
     ) -> Scene:
+        """``captions``: that of ``cond`` by branch, where several passes share the scene."""
         own = {m: self.branch(m).positions(s, 0) for m, s in x.items()}
         is_sink = bool((at.chunk == SINK).all())
         here = {m: self._spans(len(p)) for m, p in own.items()}
         mine = {m: p.where(self._mine(here[m])) for m, p in own.items()}
-        text = {m: self.branch(m).text_tokens(cond, p, silent=is_sink) for m, p in mine.items()}
+        about = captions or {}
+        text = {m: self.branch(m).text_tokens(cond, p, silent=is_sink, caption=about.get(m)) for m, p in mine.items()}
         local = {m: (p.chunk - p.chunk[0]).to(like.device) for m, p in own.items()}
         runs = {m: None if _even(p.chunk) else local[m] for m, p in own.items()}
         return Scene(
@@ -205,13 +216,14 @@ class AVTransformer(nn.Module):
             runs=runs,
             own_runs=runs if self.sequence is None else {m: local[m][self._mine(here[m])] for m in own},
             text=text,
-            heard={m: [b.text.hear(text[m]) for b in self._blocks(m)] for m in x} if heard else None,
+            heard={m: self._hear(m, text[m], about[m]) for m in x} if captions else None,
             turn=turn(angles(at.times, at.ys, at.xs, self.config), like),
             mask=mask,
         )
 
-    def _blocks(self, modality: str) -> list[Block]:
-        return [self.branch(modality).block(layer) for layer in range(self.config.layers)]
+    def _hear(self, modality: str, text: TextTokens, caption: Caption) -> list[Heard]:
+        branch = self.branch(modality)
+        return [branch.block(layer).text.hear(text, known) for layer, known in enumerate(caption.layers)]
 
     def _sight(self, at: Positions, memory: LayeredMemory, *, store: bool) -> Sight:
         """Keys in order: a copy of the sink per chunk, the past, the tokens of this pass."""

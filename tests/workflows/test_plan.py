@@ -71,11 +71,12 @@ def test_full_chunk_by_hand():
     seen = (66 + 11) + 11 * n
     project, rest = 3 * d * d, 13 * d * d + 2 * d * (seen + caption + words)
     level, out = 2 * (128 * d + d * d) + 8 * d * d, 3 * 66 * 192 * d + 11 * 64 * d
-    text = 2 * (128 * 4096 * d + 8 * (4096 + 128) * d + layers * 2 * d * d * (caption + words))
-    once = layers * n * (project + rest) + 2 * out + 2 * level + text
+    about = 2 * (128 * 4096 * d + layers * 2 * d * d * caption)  # kept from chunk to chunk
+    said = 2 * (8 * (4096 + 128) * d + layers * 2 * d * d * words)
+    bare = layers * n * (project + rest) + 2 * out + 2 * level
     found = costs("full")
-    assert found["gflop_per_evaluation"] == pytest.approx(2e-9 * once, abs=1e-3)
-    chunk = 4 * (once - text) + (once - text) - n * rest - out + text
+    assert found["gflop_per_evaluation"] == pytest.approx(2e-9 * (bare + about + said), abs=1e-3)
+    chunk = 4 * bare + bare - n * rest - out + said
     assert found["gflop_per_chunk_at_4_steps"] == pytest.approx(2e-9 * chunk, abs=1e-3)
     # keys and values of 20 layers in 2 bytes; 6 x 66 + 44100 / 2048 tokens a second
     assert found["cache_bytes_per_second_of_history"] == round(2 * layers * d * 2 * (6 * 66 + 44100 / 2048))

@@ -192,8 +192,9 @@ def without_cache(plan: Plan, net: AVTransformer, cond: Condition) -> dict[str, 
     if prefix > MOST_RECOMPUTED:
         return {"cached_speedup": None, "not_compared": f"a prefix of {prefix} tokens is too long for a dense mask"}
     ring = Streamed(net, cond, plan.timeline, plan.steps)
-    history = join_chunks(chunk.clean for chunk in ring.chunks(CACHED_AT))
-    kept, start = ring.now.snapshot(), next(ring.starts)
+    before = [chunk.clean for chunk in ring.chunks(CACHED_AT - 1)]
+    kept, (last,) = ring.now.snapshot(), [chunk.clean for chunk in ring.chunks(1)]
+    history, start = join_chunks([*before, last]), next(ring.starts)
     bare = Context(model=net, cond=cond).opened()
     whole: list[float] = []  # nothing is kept from one evaluation to the next
     once: list[float] = []  # the prefix is run once for all evaluations of the chunk
@@ -202,7 +203,7 @@ def without_cache(plan: Plan, net: AVTransformer, cond: Condition) -> dict[str, 
     for _ in range(max(3, plan.rounds // 3)):
         remembered_s, context = limits.timed(plan.device, bare.remember, history, None)
         made_s, (made, _) = limits.timed(plan.device, denoise, context, start, ring.plan)
-        again = ring.from_here(kept)
+        again = ring.from_here(kept).remember(last, None)  # has heard the caption, as a stream has
         own_s, (own, _) = limits.timed(plan.device, denoise, again, start, ring.plan)
         stored_s, _ = limits.timed(plan.device, again.remember, own, None)
         whole.append(plan.steps * remembered_s + made_s)
