@@ -76,6 +76,11 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
+def heads_first(x: Float[Tensor, "B N H e"]) -> Float[Tensor, "B H N e"]:
+    """For ``attend``, without a copy: until then a token's heads lie side by side, as a product leaves them."""
+    return x.transpose(1, 2)
+
+
 @cache
 def _compiled() -> Any:
     """FlexAttention as one kernel; uncompiled it multiplies everything."""

@@ -12,13 +12,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mfcore.model.attention import attend
+from mfcore.model.attention import attend, heads_first
 from mfcore.model.cache import KeyValue
 from mfcore.model.config import ModelConfig
 from mfcore.model.rope import Turn, rotate
 
 RMS_EPS, LAYER_EPS = 1e-6, 1e-5  # added to the variance
-KEYS_VALUES = "b n (two h e) -> two b h n e"
+KEYS_VALUES = "b n (two h e) -> two b n h e"
 
 
 class HeadNorm(nn.Module):
@@ -45,10 +45,10 @@ class WidthNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Float[Tensor, "B H N e"]) -> Tensor:
-        flat = rearrange(x, "b h n e -> b n (h e)")
+    def forward(self, x: Float[Tensor, "B N H e"]) -> Tensor:
+        flat = rearrange(x, "b n h e -> b n (h e)")
         y = F.rms_norm(flat, flat.shape[-1:], self.weight.to(x.dtype), eps=RMS_EPS).to(x.dtype)
-        return rearrange(y, "b n (h e) -> b h n e", h=x.shape[1])
+        return rearrange(y, "b n (h e) -> b n h e", h=x.shape[2])
 
 
 def query_key_norm(config: ModelConfig, heads: int) -> nn.Module:
@@ -104,22 +104,23 @@ class TextAttention(nn.Module):
 
     def hear_caption(self, caption: Float[Tensor, "B 1+L d"]) -> KeyValue:
         k, v = rearrange(self.caption(caption), KEYS_VALUES, two=2, e=self.head_dim)
-        return KeyValue(self.norm_caption_k(k), v)
+        return KeyValue(heads_first(self.norm_caption_k(k)), heads_first(v))
 
     def hear(self, text: TextTokens, caption: KeyValue | None = None) -> Heard:
         """``caption``: what ``hear_caption`` makes of its tokens, if known."""
         k, v = rearrange(self.words(text.words), KEYS_VALUES, two=2, e=self.head_dim)
         # "nothing said" stands at no time: a zero key gives the same logit wherever the token stands
-        k = F.pad(rotate(self.norm_words_k(k[:, :, 1:]), text.words_turn), (0, 0, 1, 0))
-        return Heard(caption=caption or self.hear_caption(text.caption), words=KeyValue(k, v))
+        k = F.pad(rotate(self.norm_words_k(k[:, 1:]), text.words_turn), (0, 0, 0, 0, 1, 0))
+        words = KeyValue(heads_first(k), heads_first(v))
+        return Heard(caption=caption or self.hear_caption(text.caption), words=words)
 
     def forward(self, x: Float[Tensor, "B N d"], text: TextTokens, heard: Heard) -> Float[Tensor, "B N d"]:
         about, said = (
-            rearrange(q, "b n (h e) -> b h n e", e=self.head_dim) for q in self.query(x).split(self.widths, dim=-1)
+            rearrange(q, "b n (h e) -> b n h e", e=self.head_dim) for q in self.query(x).split(self.widths, dim=-1)
         )
-        about = attend(self.norm_caption_q(about), heard.caption.k, heard.caption.v, text.caption_mask)
+        about = attend(heads_first(self.norm_caption_q(about)), heard.caption.k, heard.caption.v, text.caption_mask)
         said = rotate(self.norm_words_q(said), text.token_turn)
-        said = attend(said, heard.words.k, heard.words.v, text.words_mask)
+        said = attend(heads_first(said), heard.words.k, heard.words.v, text.words_mask)
         return self.out(torch.cat([rearrange(part, "b h n e -> b n (h e)") for part in (about, said)], dim=-1))
 
 
@@ -167,9 +168,9 @@ class Block(nn.Module):
         return tuple((p if chunk is None else p.index_select(1, chunk))[:, :, None] for p in parts)
 
     def project(self, x: Float[Tensor, "B N d"], mod: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, N, e), keys (normed, not rotated) and values, both (B, G, N, e)."""
+        """Queries (B, N, H, e), keys (normed, not rotated) and values, both (B, N, G, e)."""
         q, k, v = (
-            rearrange(part, "b n (h e) -> b h n e", e=self.head_dim)
+            rearrange(part, "b n (h e) -> b n h e", e=self.head_dim)
             for part in self.qkv(modulate(x, mod[0], mod[1])).split(self.widths, dim=-1)
         )
         return self.norm_q(q), self.norm_k(k), v

@@ -193,8 +193,8 @@ class Branch(nn.Module):
             caption_mask=torch.cat([alone, seen], dim=1)[:, None, None],
             words=words,
             words_mask=torch.cat([one[:, None].expand(-1, len(at), -1), near], dim=2)[:, None],
-            words_turn=turn(time_angles(middle, self.model)[:, None], words),
-            token_turn=turn(time_angles(at.times, self.model), words),
+            words_turn=turn(time_angles(middle, self.model)[:, :, None], words),
+            token_turn=turn(time_angles(at.times, self.model)[:, None], words),
         )
 
     def _heard(self, cond: Condition, at: Positions) -> Condition:

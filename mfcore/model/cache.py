@@ -126,12 +126,12 @@ class Recall:
 
     memory: LayeredMemory
     copies: int
-    turn: Turn  # of the copies, to the edges of the chunks' windows
+    turn: Turn  # of each copy's tokens, to the edge of its chunk's window
 
     def join(self, layer: int, own: KeyValue) -> KeyValue:
         """What the pass attends to in a layer; its own keys and values come last."""
         if not self.memory.sink:
             return own
         sink = self.memory.sink[layer]
-        seen = KeyValue(rotate(sink.k.repeat(1, 1, self.copies, 1), self.turn), sink.v.repeat(1, 1, self.copies, 1))
+        seen = KeyValue(rotate(sink.k[:, :, None], self.turn).flatten(2, 3), sink.v.repeat(1, 1, self.copies, 1))
         return seen.join(self.memory.past[layer], own) if self.memory.past else seen.join(own)

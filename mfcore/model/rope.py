@@ -34,8 +34,7 @@ def turn(angle: Float[Tensor, "*N half"], like: Tensor) -> Turn:
 
 def rotate(x: Float[Tensor, "*batch N dim"], by: Turn) -> Tensor:
     """Turn channel pairs (i, i + dim/2) of ``x``: a cos - b sin, b cos + a sin."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * by.cos, torch.cat([b, a], dim=-1), by.sin).to(x.dtype)
+    return torch.addcmul(x * by.cos, x.roll(x.shape[-1] // 2, dims=-1), by.sin).to(x.dtype)
 
 
 def _frequencies(pairs: int, base: float, like: Tensor) -> Tensor:

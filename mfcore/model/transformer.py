@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from mfcore.model.attention import Mask, Sight, attend
+from mfcore.model.attention import Mask, Sight, attend, heads_first
 from mfcore.model.block import Heard, TextTokens
 from mfcore.model.branch import Branch
 from mfcore.model.cache import KeyValue, LayeredMemory, Positions, Recall
@@ -217,7 +217,7 @@ class AVTransformer(nn.Module):
             own_runs=runs if self.sequence is None else {m: local[m][self._mine(here[m])] for m in own},
             text=text,
             heard={m: self._hear(m, text[m], about[m]) for m in x} if captions else None,
-            turn=turn(angles(at.times, at.ys, at.xs, self.config), like),
+            turn=turn(angles(at.times, at.ys, at.xs, self.config)[:, None], like),
             mask=mask,
         )
 
@@ -264,18 +264,19 @@ class AVTransformer(nn.Module):
         """Keys and values of every layer: what a memory holds. Of the last layer nothing else is computed."""
         hidden, kept = self._layers(hidden, step, rotated=rotated, last=1)
         _, _, k, v = self._project(self.config.layers - 1, hidden, step)
-        return [*kept, KeyValue(rotate(k, step.scene.turn) if rotated else k, v)]
+        return [*kept, KeyValue(heads_first(rotate(k, step.scene.turn) if rotated else k), heads_first(v))]
 
     def _project(
         self, layer: int, hidden: dict[str, Tensor], step: _Pass
     ) -> tuple[dict[str, tuple[Tensor, ...]], Tensor, Tensor, Tensor]:
-        """Modulation by branch; queries, keys and values of all tokens, of this rank's heads."""
+        """Modulation by branch; queries, keys and values (B, N, H, e) of all tokens, of this rank's heads."""
         blocks = {m: self.branch(m).block(layer) for m in hidden}
         mods = {m: b.modulation(step.shared[m], step.scene.own_runs[m]) for m, b in blocks.items()}
         parts = zip(*(self.code.project(b, hidden[m], mods[m]) for m, b in blocks.items()), strict=True)
-        q, k, v = (torch.cat(part, dim=2) for part in parts)
+        q, k, v = (torch.cat(part, dim=1) for part in parts)
         if self.sequence:
-            q, k, v = (self.sequence.by_head(part, step.scene.shared) for part in (q, k, v))
+            shared = step.scene.shared
+            q, k, v = (self.sequence.by_head(heads_first(p), shared).transpose(1, 2) for p in (q, k, v))
         return mods, q, k, v
 
     def layer(
@@ -284,9 +285,9 @@ class AVTransformer(nn.Module):
         """One block of each branch and the attention between them; also the keys and values of the pass."""
         scene = step.scene
         mods, q, k, v = self._project(layer, hidden, step)
-        own = KeyValue(rotate(k, scene.turn), v)
+        own = KeyValue(heads_first(rotate(k, scene.turn)), heads_first(v))
         keys = step.seen.join(layer, own)
-        answer = attend(rotate(q, scene.turn), keys.k, keys.v, scene.mask)
+        answer = attend(heads_first(rotate(q, scene.turn)), keys.k, keys.v, scene.mask)
         answer = self.sequence.by_token(answer, scene.shared) if self.sequence else answer
         out = answer.split(scene.sizes, dim=2)
         hidden = {
@@ -300,7 +301,7 @@ class AVTransformer(nn.Module):
             )
             for m, o in zip(hidden, out, strict=True)
         }
-        return hidden, own if rotated else KeyValue(k, v)
+        return hidden, own if rotated else KeyValue(heads_first(k), own.v)
 
     def _recomputed(self, *args: Any) -> tuple[dict[str, Tensor], KeyValue]:
         """A layer of which only what goes in and comes out is kept until the backward pass."""
@@ -309,10 +310,10 @@ class AVTransformer(nn.Module):
             return cast(Any, checkpoint(self.layer, *args, use_reentrant=False, preserve_rng_state=False))
 
     def _sink_turn(self, at: Positions, sink: Positions, like: Tensor) -> Turn:
-        """Of the sink's copies, one per chunk of the pass, (copies * tokens, half), to the edge of its window."""
+        """Of the sink's copies, one per chunk of the pass, (copies, tokens, half), to the edge of its window."""
         edge = (at.chunk.unique() - self.config.window_chunks).double() * self.config.chunk_seconds
-        times = (edge[:, None] + sink.times[None]).flatten()
-        return turn(angles(times, sink.ys.repeat(len(edge)), sink.xs.repeat(len(edge)), self.config), like)
+        times = edge[:, None] + sink.times
+        return turn(angles(times, sink.ys.expand_as(times), sink.xs.expand_as(times), self.config), like)
 
 
 def _even(chunk: Int64[Tensor, " N"]) -> bool:
