@@ -293,6 +293,9 @@ def generate(
     trust: Annotated[float | None, typer.Option(help="How far history is taken for generated; 0: as real.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     weights: Annotated[Literal["ema", "raw"], typer.Option(help="Which weights of the checkpoint.")] = "ema",
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option(help="Of weights and products; default: bf16 on CUDA, else fp32.")
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Blocks through torch.compile.")] = False,
     graphs: Annotated[bool, typer.Option("--graphs", help="On a GPU: a chunk's passes as CUDA graphs.")] = False,
     overwrite: Overwrite = False,
@@ -317,6 +320,7 @@ def generate(
             seed=seed,
             out=out,
             weights=weights,
+            precision=precision,
             compile=compile,
             graphs=graphs,
             overwrite=overwrite,

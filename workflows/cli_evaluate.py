@@ -1,6 +1,6 @@
 """``mfctl evaluate``: the sweep. Part of the command line in ``cli.py``."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,6 +33,9 @@ Weights = Annotated[
         help="Networks that measure: syncnet, whisper, pocketsphinx, videomae, clap, faces, sounds; repeatable.",
     ),
 ]
+Precision = Annotated[
+    Literal["fp32", "bf16"], typer.Option(help="In which samples are made; rows of bf16 say so in their label.")
+]
 Out = Annotated[
     str | None, typer.Option(parser=environment.absolute, metavar="FOLDER", help="Results, plots, samples.")
 ]
@@ -51,6 +54,7 @@ def evaluate(
     windows: Windows = PUBLISHED,
     workers: Workers = 1,
     weights: Weights,
+    precision: Precision = "fp32",
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -68,7 +72,7 @@ def evaluate(
         with console.progress("evaluate") as show:
             return run_evaluate(
                 checkpoints, data=data, clips=clips, seconds=seconds, windows=windows, workers=workers,
-                weights=weights, out=out, progress=show, **how,
+                weights=weights, precision=precision, out=out, progress=show, **how,
             )  # fmt: skip
 
     console.run(work, as_json=json)

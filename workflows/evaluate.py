@@ -29,6 +29,7 @@ from workflows.heldout import HeldOut, check_match, frame_rate, real_signals, se
 from workflows.instruments import Instruments, parse_weights
 from workflows.measures import Numbers, Real, Score, offsets
 from workflows.overlap import find_overlap, warnings
+from workflows.precision import Precision
 from workflows.readings import Reading
 from workflows.sampler import batches
 from workflows.scores import score_windows
@@ -51,6 +52,7 @@ def evaluate(
     windows: str = PUBLISHED,
     workers: int = 1,
     weights: Sequence[str] = (),
+    precision: Precision = "fp32",
     mlflow_uri: str | None = None,
     progress: console.Progress | None = None,
 ) -> dict[str, Any]:
@@ -60,10 +62,10 @@ def evaluate(
     another one all clips are. ``guidance``: weights of the multi-step mode.
     ``seconds``: length of the samples, default that of each clip; a longer sample repeats its clip's transcript.
     ``workers``: of Ray's, each with a network of its own; 1 works in this process. ``weights``: networks that measure,
-    as kind=place. ValueError, with nothing written, when a checkpoint or the dataset is missing, they do not fit, or no
-    setting makes sense.
+    as kind=place. ``precision``: that of the samples; numbers of two precisions are never taken together. ValueError,
+    with nothing written, when a checkpoint or the dataset is missing, they do not fit, or no setting makes sense.
     """
-    subjects = [examine(path) for path in dict.fromkeys(checkpoints)]
+    subjects = [examine(path, precision=precision) for path in dict.fromkeys(checkpoints)]
     settings, skipped = plan(subjects, modes, steps, guidance, seeds)
     cut, instruments = parse_windows(windows), parse_weights(weights)
     instruments.check()

@@ -11,7 +11,7 @@ from workflows.instruments import Instruments
 from workflows.readings import Reader, Reading
 from workflows.sampler import Batch, decode, history_use, sample, stream_speed
 from workflows.streamer import Streamer
-from workflows.sweep import Setting
+from workflows.sweep import Setting, Subject
 
 SAMPLES = 2  # clips of every setting that are kept
 Numbers = dict[str, float]
@@ -49,33 +49,33 @@ class Examiner:
     def __init__(self, held: HeldOut, instruments: Instruments) -> None:
         self.held, self.instruments = held, instruments
         self.reader = Reader(held, instruments)
-        self._streamer: tuple[str, Streamer] | None = None
-        self._uses: dict[tuple[str, str], Numbers] = {}
+        self._streamer: tuple[Subject, Streamer] | None = None
+        self._uses: dict[tuple[Subject, str], Numbers] = {}
 
     def use_threads(self, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
 
-    def streamer(self, path: str) -> Streamer:
-        if self._streamer is None or self._streamer[0] != path:
-            self._streamer = (path, Streamer.load(path))
+    def streamer(self, subject: Subject) -> Streamer:
+        if self._streamer is None or self._streamer[0] != subject:
+            self._streamer = (subject, Streamer.load(subject.path, precision=subject.precision))
         return self._streamer[1]
 
     def once(self, setting: Setting) -> Numbers:
         """What belongs to a setting rather than to a sample: its speed alone, and how its mode reads history."""
-        path, how = setting.subject.path, setting.how
-        streamer, key = self.streamer(path), (path, how.mode)
+        subject, how = setting.subject, setting.how
+        streamer, key = self.streamer(subject), (subject, how.mode)
         if key not in self._uses:
             self._uses[key] = history_use(streamer, self.held.prompts, how)
         return stream_speed(streamer, self.held.prompts[0], how) | self._uses[key]
 
     def sample(self, task: Task) -> Batch:
-        return sample(self.streamer(task.setting.subject.path), self._prompts(task), task.setting.how)
+        return sample(self.streamer(task.setting.subject), self._prompts(task), task.setting.how)
 
     def read(self, task: Task, batch: Batch, once: Numbers) -> Outcome:
         """Decode and read the samples."""
-        signals = decode(self.streamer(task.setting.subject.path), batch)
+        signals = decode(self.streamer(task.setting.subject), batch)
         numbers = {p: self.held.prompts[p].number for p in task.prompts}
         kept = {p: s for p, s in zip(task.prompts, signals, strict=True) if numbers[p] < SAMPLES}
         return Outcome(

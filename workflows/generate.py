@@ -22,6 +22,7 @@ from preprocessing.mp4 import Mp4Writer
 from preprocessing.record import Word
 from preprocessing.source import parse_words
 from workflows.checkpoint import Weights
+from workflows.precision import Precision
 from workflows.streamer import Sampling, Streamer
 
 SYLLABLES_PER_SECOND = 4.5  # an unhurried speaker
@@ -54,11 +55,15 @@ def generate(
     trust: float | None = None,
     seed: int = 0,
     weights: Weights = "ema",
+    precision: Precision | None = None,
     compile: bool = False,
     graphs: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write ``out`` and say what it holds. ValueError for anything the user can put right; then nothing is written."""
+    """Write ``out`` and say what it holds. ValueError for anything the user can put right; then nothing is written.
+
+    ``precision``: default bf16 on a GPU, fp32 on a CPU.
+    """
     target = Path(out)
     if target.suffix.lower() != ".mp4":
         raise ValueError(f"{target}: the result is an mp4, give it a name that ends in .mp4")
@@ -66,7 +71,7 @@ def generate(
         raise ValueError(f"{target} exists: choose another name, or add --overwrite")
     if seconds <= 0:
         raise ValueError(f"--seconds {seconds}: a clip needs a positive length")
-    streamer = Streamer.load(checkpoint, weights)
+    streamer = Streamer.load(checkpoint, weights, precision)
     streamer.switch(compile=compile, graphs=graphs)
     how = sampling(streamer.card.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed)
     words, allotted = read_transcript(transcript)
@@ -78,7 +83,8 @@ def generate(
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     facts = write_stream(streamer, cond, ceil(seconds / float(streamer.card.chunk_seconds)), how, target)
-    return {"path": str(target), **facts, "mode": how.mode, "steps": how.steps, "nfe": how.nfe} | (
+    made = {"mode": how.mode, "steps": how.steps, "nfe": how.nfe, "precision": streamer.precision}
+    return {"path": str(target), **facts, **made} | (
         {"word_times": "allotted from the speaking rate", "transcript": [vars(w) for w in words]} if allotted else {}
     )
 

@@ -108,7 +108,8 @@ def _log_part(part: Part, parts: Sequence[Part], parent: Tracker, results: Resul
     )
     row = part["rows"][0]
     with finished(child):
-        child.params({key: row[key] for key in ("checkpoint", "mode", "steps", "nfe", "guidance", "seed", "clips")})
+        names = ("checkpoint", "mode", "steps", "nfe", "guidance", "seed", "precision", "clips")
+        child.params({key: row[key] for key in names if key in row})
         values: dict[str, float] = {}
         for windowed in part["rows"]:
             prefix = "" if windowed["window"] == "all" else f"{windowed['window']}/"

@@ -58,7 +58,8 @@ def history_use(streamer: Streamer, prompts: Sequence[Prompt], how: Sampling) ->
         return {}
     batch = _real(streamer, usable, min(_HISTORY, *(p.clip.chunks for p in usable)))
     time = TimeConfig(shift=streamer.card.shift)
-    found = mode_history_use(streamer.model, batch.to(streamer.device), time, mode=how.mode, trust=how.label)
+    with streamer.computing():
+        found = mode_history_use(streamer.model, batch.to(streamer.device), time, mode=how.mode, trust=how.label)
     return {f"history_use_{m}": value for m, value in found.items()}
 
 

@@ -1,6 +1,7 @@
 """A trained network with its codecs: conditions in, chunks of picture and sound out, one after the other."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import tee
@@ -21,6 +22,7 @@ from mfcore.steps import Context, Mode, Schedule, denoise, evaluations, schedule
 from mfcore.types import AUDIO, VIDEO, Condition, Stream, Streams, VelocityModel
 from preprocessing.record import Word
 from workflows.checkpoint import ModelCard, Weights, load_export
+from workflows.precision import Precision, computing, narrow, usual
 from workflows.training import ranks
 
 
@@ -58,8 +60,10 @@ class Sampling:
 class Streamer:
     """Generates; keeps no state between calls, so one instance serves many clips."""
 
-    def __init__(self, model: nn.Module, card: ModelCard) -> None:
+    def __init__(self, model: nn.Module, card: ModelCard, precision: Precision = "fp32") -> None:
+        """``precision`` is that of ``model``'s weights, see ``workflows.precision.narrow``."""
         self.model, self.card, self.timeline = model.eval(), card, card.timeline
+        self.precision: Precision = precision
         self._asked = cast(VelocityModel, model)
         self.codecs: dict[str, Codec] = {
             m: build_codec(i, card.clocks[m], card.folders.get(m, "")) for m, i in card.codecs.items()
@@ -68,15 +72,20 @@ class Streamer:
         self._device = next(model.parameters()).device
 
     @classmethod
-    def load(cls, path: str | Path, weights: Weights = "ema") -> "Streamer":
-        """From a run, a checkpoint or an export; on the GPU where there is one."""
+    def load(cls, path: str | Path, weights: Weights = "ema", precision: Precision | None = "fp32") -> "Streamer":
+        """From a run, a checkpoint or an export; on the GPU where there is one. ``precision`` None: as usual there."""
         model, card = load_export(path, weights)
-        return cls(model.to(ranks.device()), card)
+        precision = precision or usual(ranks.device())
+        return cls(narrow(model, precision).to(ranks.device()), card, precision)
 
     def switch(self, *, compile: bool, graphs: bool) -> None:
         """Stream faster from now on, the same clips. ValueError for what cannot be done here."""
         check_switches(self._device, compile=compile, graphs=graphs)
         self._asked = switched(cast(AVTransformer, self.model), compile=compile, graphs=graphs)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Where the network is asked something, products are in the streamer's precision."""
+        return computing(self._device, self.precision)
 
     @property
     def device(self) -> torch.device:
@@ -176,23 +185,34 @@ class Streamer:
         like = cond.caption.float()
         starts = noise_starts(self.timeline, self.shapes(), range(chunks), how.seed, samples, like)
         most = sum(self.timeline.max_count(m) * b.tokens for m, b in self.card.model.branches.items())
-        context = Context(model=self._asked, cond=cond, guidance=how.guidance).opened()
+        with self.computing():
+            context = Context(model=self._asked, cond=cond, guidance=how.guidance).opened()
         context = context.with_memories(lambda memory: ring_of(memory, most))
         trust = None if how.label is None else torch.full((rows,), how.label, device=self._device)
         plan = schedule(how.steps, self.card.shift)
         starts, same = tee(starts)
         made = rollout(context, starts, plan, mode=how.mode, trust=trust, conds=conds)
-        for start, chunk in zip(same, made, strict=False):
+        for start, chunk in self._each(zip(same, made, strict=False)):
             if not all(bool(s.latents.isfinite().all()) for s in chunk.clean.values()):
                 self._blame(chunk, start, plan, how)
             yield chunk.clean
+
+    def _each(self, made: Iterator[tuple[Streams, Chunk]]) -> Iterator[tuple[Streams, Chunk]]:
+        """Each is made in the streamer's precision; what is done between them is not."""
+        while True:
+            with self.computing():
+                one = next(made, None)
+            if one is None:
+                return
+            yield one
 
     def _blame(self, chunk: Chunk, start: Streams, plan: Schedule, how: Sampling) -> NoReturn:
         """Make a chunk that is not finite again, looking at every block. NonFiniteActivation names the place."""
         try:
             for network in networks_in(self.model):
                 network.guard = _raise
-            denoise(replace(chunk.before, model=self.model), start, plan, mode=how.mode)
+            with self.computing():
+                denoise(replace(chunk.before, model=self.model), start, plan, mode=how.mode)
         finally:
             for network in networks_in(self.model):
                 network.guard = None

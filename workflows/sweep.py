@@ -14,6 +14,7 @@ from mfcore.steps import Mode
 from workflows.checkpoint import COMPLETE, Weights, find_export, load_card, read_json, weight_files, write_json
 from workflows.config import Stage
 from workflows.generate import sampling
+from workflows.precision import Precision
 from workflows.streamer import Sampling
 
 SCORER = 3  # raise when a metric changes its meaning: older rows are then measured again
@@ -29,6 +30,7 @@ class Subject:
     label: str  # short, for plots and file names
     stage: Stage
     digest: str  # of its weights
+    precision: Precision = "fp32"  # in which it makes samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,23 +58,26 @@ class Setting:
             "nfe": how.nfe,
             "guidance": how.guidance,
             "seed": how.seed,
+            "precision": self.subject.precision,
         }
 
     def key(self, scope: str) -> str:
         """Of the file that holds its rows: the same weights, clips and settings give the same samples."""
         how = self.how
         parts = (scope, self.subject.digest, how.mode, how.steps, how.guidance, how.label, how.seed)
+        parts += () if self.subject.precision == "fp32" else (self.subject.precision,)  # files of old sweeps are fp32
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def examine(path: str, weights: Weights = "ema") -> Subject:
+def examine(path: str, weights: Weights = "ema", precision: Precision = "fp32") -> Subject:
     """A checkpoint's stage, name and digest. ValueError when there is none."""
     export, card = find_export(path), load_card(path)
     place = Path(path)
     if place.name == "export":
         place = place.parent
     label = f"{place.parent.parent.name}-{place.name}" if place.parent.name == "checkpoints" else place.name
-    return Subject(path=path, label=_plain(label), stage=card.stage, digest=_digest(export, weights))
+    label = _plain(label) + ("" if precision == "fp32" else f"-{precision}")  # lines and plots go by it
+    return Subject(path=path, label=label, stage=card.stage, digest=_digest(export, weights), precision=precision)
 
 
 def _plain(label: str) -> str:

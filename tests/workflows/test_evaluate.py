@@ -302,3 +302,21 @@ def test_the_plan_leaves_guidance_to_the_multi_step_mode(mutual):
     assert found == few + [("multi", steps, w, seed) for steps in (1, 4) for w in (5.0, 1.0) for seed in (0, 1)]
     assert skipped == []
     assert len({s.key("scope") for s in settings}) == 12
+    narrow, _ = plan([examine(mutual, precision="bf16")], ["few", "multi"], [4, 1], [5.0, 1.0], (0, 1))
+    assert len({s.key("scope") for s in [*settings, *narrow]}) == 24
+
+
+def test_samples_in_bfloat16_have_rows_of_their_own(tmp_path, mutual, numbers_only):
+    """Beside those of float32 in the same folder; unasked, an evaluation is in float32 on every machine."""
+    how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
+    evaluate([mutual], **how)
+    result = evaluate([mutual], precision="bf16", **how)
+    rows = [row for row in json.loads(Path(result["results"]).read_text()) if row["window"] == "all"]
+    real, *made = sorted(rows, key=lambda row: (row["mode"] != "real", row["label"]))
+    assert "precision" not in real
+    assert [(row["label"], row["precision"]) for row in made] == [("mutual", "fp32"), ("mutual-bf16", "bf16")]
+    one, other = (row["metrics"] for row in made)
+    assert one["frechet"] != other["frechet"] and other["frechet"] == pytest.approx(one["frechet"], rel=0.2)
+    assert one["history_use_video"] == pytest.approx(other["history_use_video"], rel=0.2)
+    lines = csv.DictReader(Path(result["table"]).read_text().splitlines())
+    assert {x["label"] for x in lines} == {"real", "mutual", "mutual-bf16"}

@@ -119,6 +119,40 @@ def test_an_mp4_with_picture_and_sound(exports, image, voice, tmp_path):
     assert facts["first_chunk_s"] > 0
 
 
+def test_a_clip_in_bfloat16_says_so_and_is_nearly_the_clip(exports, image, tmp_path):
+    facts = {}
+    for precision in (None, "fp32", "bf16"):
+        out = tmp_path / f"{precision}.mp4"
+        options = {"first_frame": image, "transcript": WORDS, "seconds": 1.0, "steps": 2}
+        facts[precision] = generate(str(exports["mutual"]), out=str(out), precision=precision, **options)
+    on_gpu = torch.cuda.is_available()
+    assert [f["precision"] for f in facts.values()] == ["bf16" if on_gpu else "fp32", "fp32", "bf16"]
+    files = {name: (tmp_path / f"{name}.mp4").read_bytes() for name in facts}
+    assert files[None] == files["bf16" if on_gpu else "fp32"]
+    assert files["fp32"] != files["bf16"]
+    plain, narrow = (Streamer.load(exports["mutual"], precision=precision) for precision in ("fp32", "bf16"))
+    cond, how = one_condition(plain), Sampling(steps=2)
+    for a, b in zip(plain.stream(cond, 6, how), narrow.stream(cond, 6, how), strict=True):
+        for m in a:
+            gap = (b[m].latents - a[m].latents).abs().mean() / a[m].latents.abs().mean()
+            assert b[m].latents.dtype == torch.float32 and 0 < gap < 0.1
+
+
+def test_bfloat16_is_the_network_s_alone(exports):
+    """Weights of products, what is remembered and asked; not norms, noise levels and output, nor what the caller does
+    between chunks."""
+    streamer = Streamer.load(exports["mutual"], precision="bf16")
+    block = streamer.model.branch(VIDEO).block(0)
+    assert {block.qkv.weight.dtype, block.mlp[0].weight.dtype} == {torch.bfloat16}
+    assert {block.norm_q.weight.dtype, streamer.model.branch(VIDEO).head.weight.dtype} == {torch.float32}
+    seen = []
+    block.qkv.register_forward_hook(lambda _, given, made: seen.append(made.dtype))
+    for _ in streamer.stream(one_condition(streamer), 2, Sampling(steps=1)):
+        assert not torch.is_autocast_enabled("cpu")
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_equal_seeds_give_equal_files_and_other_seeds_others(exports, image, tmp_path):
     files = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

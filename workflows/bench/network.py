@@ -5,8 +5,7 @@ from torch import nn
 
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import AVTransformer
-
-WIDE = ("levels.", "head.", "table.", "norm", "anchor")  # parts of a name: float32 whatever the others are
+from workflows.precision import is_wide
 
 
 def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> AVTransformer:
@@ -15,8 +14,7 @@ def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype
     with torch.device("meta"):
         model = AVTransformer(config)
     for name, parameter in model.named_parameters():
-        narrow = not any(part in name for part in WIDE)
-        kept = torch.empty(parameter.shape, device=device, dtype=dtype if narrow else torch.float32)
+        kept = torch.empty(parameter.shape, device=device, dtype=torch.float32 if is_wide(name) else dtype)
         _replace(model, name, nn.Parameter(kept, requires_grad=False))
     draw = torch.Generator(device).manual_seed(seed)
     for parameter in model.parameters():
@@ -31,10 +29,7 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Of ``random_network``, counted without making it."""
     with torch.device("meta"):
         model = AVTransformer(config)
-    return sum(
-        p.numel() * (4 if any(part in name for part in WIDE) else dtype.itemsize)
-        for name, p in model.named_parameters()
-    )
+    return sum(p.numel() * (torch.float32 if is_wide(name) else dtype).itemsize for name, p in model.named_parameters())
 
 
 def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -28,6 +28,7 @@ from workflows.bench.network import random_network, weight_bytes
 from workflows.bench.streams import CAPTION, WORDS, Streamed, latents_of, noise_condition
 from workflows.geometry import FPS, Geometry, geometry, usual_size
 from workflows.memory import free_bytes, refuse_what_does_not_fit
+from workflows.precision import DTYPES, Precision, usual
 
 PAPER_FPS = {(192, 336): 30.0, (480, 768): 12.0, (704, 1280): 3.5}  # 7B + 7B, 4 to 8 evaluations, one GPU
 EARLY = 20  # chunks after which a stream's window is full
@@ -64,7 +65,7 @@ def bench_stream(
     chunks: int = 500,
     rounds: int = 15,
     device: Literal["cpu", "cuda"] | None = None,
-    precision: Literal["fp32", "bf16"] | None = None,
+    precision: Precision | None = None,
     compile: bool = False,
     graphs: bool = False,
     sets: Sequence[str] = (),
@@ -84,7 +85,7 @@ def resolve(
     chunks: int,
     rounds: int,
     device: Literal["cpu", "cuda"] | None,
-    precision: Literal["fp32", "bf16"] | None,
+    precision: Precision | None,
     sets: Sequence[str],
 ) -> Plan:
     if min(steps, rounds) < 1 or chunks < EARLY + 2:
@@ -106,9 +107,7 @@ def resolve(
         model=replace(config.model, attention="sdpa"),  # what a stream is compared with is the reference
         known=known,
         device=place,
-        dtype=torch.bfloat16
-        if (precision or ("bf16" if place.type == "cuda" else "fp32")) == "bf16"
-        else torch.float32,
+        dtype=DTYPES[precision or usual(place)],
     )
 
 
