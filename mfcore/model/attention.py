@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 Backend = Literal["sdpa", "flex"]
-Mask = Bool[Tensor, "*#B q k"] | BlockMask | None
+Mask = Float[Tensor, "*#B q k"] | BlockMask | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,12 @@ class Sight:
         if backend == "flex" and device.type == "cuda":
             return self.blocks(device)
         dense = self.dense()
-        return None if bool(dense.all()) else dense.to(device)
+        return None if bool(dense.all()) else additive(dense.to(device))
+
+
+def additive(seen: Bool[Tensor, "*#B q k"]) -> Float[Tensor, "*#B q k"]:
+    """As a mask for ``attend``, which would make this of it in every layer: 0 where ``seen``, else minus infinity."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def attend(
@@ -73,6 +78,7 @@ def attend(
     if isinstance(mask, BlockMask):
         flex = _compiled() if q.is_cuda else flex_attention
         return cast(Tensor, flex(q, k, v, block_mask=mask, enable_gqa=grouped))
+    mask = None if mask is None else mask.to(q.dtype)  # kernels for CUDA want that
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mfcore.model.attention import attend, heads_first
@@ -72,9 +72,9 @@ class TextTokens:
     """Embedded conditions of one branch; token 0 of both is a learned "nothing here", so no softmax runs empty."""
 
     caption: Float[Tensor, "B 1+L d"]
-    caption_mask: Bool[Tensor, "B 1 1 1+L"]
+    caption_mask: Float[Tensor, "B 1 1 1+L"]  # to be added to logits
     words: Float[Tensor, "B 1+W d"]
-    words_mask: Bool[Tensor, "B 1 N 1+W"]  # words near each token's time
+    words_mask: Float[Tensor, "B 1 N 1+W"]  # the same: words near each token's time
     words_turn: Turn  # of W words
     token_turn: Turn  # of N tokens
 
@@ -184,6 +184,7 @@ class Block(nn.Module):
         heard: Heard | None,
     ) -> Tensor:
         """Residual updates: attention output, text attention (``heard`` of ``text``, if known), feed-forward."""
-        x = gated(x, mod[2], self.out(rearrange(attended, "b h n e -> b n (h e)")))
+        rows = rearrange(attended, "b h n e -> b n (h e)").contiguous()  # of others a product adds no bias by itself
+        x = gated(x, mod[2], self.out(rows))
         x = x + self.text(self.norm_text(x), text, heard or self.text.hear(text))
         return gated(x, mod[5], self.mlp(modulate(x, mod[3], mod[4])))

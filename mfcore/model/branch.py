@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mfcore.model.attention import additive
 from mfcore.model.block import Block, TextTokens, modulate
 from mfcore.model.cache import Positions
 from mfcore.model.caption import Caption, origin
@@ -190,9 +191,9 @@ class Branch(nn.Module):
         near = (gap <= self.model.word_horizon_seconds) & cond.words_mask[:, None, :] & (not silent)
         return TextTokens(
             caption=about,
-            caption_mask=torch.cat([alone, seen], dim=1)[:, None, None],
+            caption_mask=additive(torch.cat([alone, seen], dim=1)[:, None, None]),
             words=words,
-            words_mask=torch.cat([one[:, None].expand(-1, len(at), -1), near], dim=2)[:, None],
+            words_mask=additive(torch.cat([one[:, None].expand(-1, len(at), -1), near], dim=2)[:, None]),
             words_turn=turn(time_angles(middle, self.model)[:, :, None], words),
             token_turn=turn(time_angles(at.times, self.model)[:, None], words),
         )

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfcore.model.attention import Sight, attend
+from mfcore.model.attention import Sight, additive, attend
 from mfcore.steps import Context, levels
 from mfcore.types import AUDIO, VIDEO
 from tests.mfcore.tiny import batch, network
@@ -50,6 +51,43 @@ def test_backends_differ_by_less_than_the_noise_of_the_type(groups, dtype, toler
     keys, values = (x.float().repeat_interleave(4 // groups, 1) for x in (k, v))
     logits = (q.float() @ keys.mT / 4).masked_fill(~seen.dense(), -torch.inf)
     torch.testing.assert_close(dense.float(), logits.softmax(-1) @ values, atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+def test_an_additive_mask_is_the_mask_to_the_last_bit():
+    seen = sight()
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = qkv(seen, dtype)
+        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen.dense())
+        assert torch.equal(attend(q, k, v, additive(seen.dense())), plain)
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_layer_turns_no_heads_and_makes_no_mask():
+    """Both are passes over every number that a product has just written. What is copied is the attention's answer, of
+    which each branch gets its rows."""
+    model, data = network(layers=3), batch(2, 4)
+    context = Context(model=model, cond=data.cond).remember(data.streams, None)
+    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
+    given, run = [], model.layer
+    model.layer = lambda *args: given.append(args) or run(*args)
+    context.velocity(data.streams, t, t)
+    with Called() as called:
+        run(*given[-1])
+    assert called.names.count("clone") <= len(data.streams) + 1  # and the keys of the sink, for each chunk
+    assert not {"where", "masked_fill", "masked_fill_", "bitwise_not"} & set(called.names)
 
 
 @torch.no_grad()
