@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mfcore.model.attention import additive
 from workflows.bench import limits, turns
 from workflows.bench import train as bench
 from workflows.bench.train import bench_train, render, resolve
@@ -93,7 +94,8 @@ def test_operations_are_those_of_the_formula():
     attention = torch.nn.functional.scaled_dot_product_attention
     assert limits.count_flops(lambda: attention(q, q, q)) == 2 * (2 * 2 * 8 * 8 * 16)
     causal = torch.ones(8, 8, dtype=torch.bool).tril()
-    assert limits.count_flops(lambda: attention(q, q, q, attn_mask=causal)) == 2 * (2 * 2 * 36 * 16)
+    for mask in (causal, additive(causal)):
+        assert limits.count_flops(lambda mask=mask: attention(q, q, q, attn_mask=mask)) == 2 * (2 * 2 * 36 * 16)
     trained = q.clone().requires_grad_()
     way_back = lambda: attention(trained, q, q, attn_mask=causal).sum().backward()
     assert limits.count_flops(way_back) == 3 * 2 * (2 * 2 * 36 * 16)

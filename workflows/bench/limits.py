@@ -52,7 +52,8 @@ class _Attention(TorchFunctionMode):
             mask = kwargs.get("attn_mask")
             useful = batch * queries * key.shape[2]
             if mask is not None:
-                useful = int(mask.expand(batch, 1, queries, key.shape[2]).sum())
+                seen = mask if mask.dtype == torch.bool else mask.isfinite()
+                useful = int(seen.expand(batch, 1, queries, key.shape[2]).sum())
             self.flops += 2 * 2 * heads * width * useful * (3 if out.requires_grad else 1)
         return out
 
