@@ -136,13 +136,17 @@ class MelCodec:
         return MelDecoder(self)
 
     def magnitudes(self, latents: Float[Tensor, "b C"]) -> Float[Tensor, "b g F"]:
-        """Short-time spectrum magnitudes that latents stand for."""
-        bands = self._to_power(latents)
-        spread, bank = self._spread.to(bands.device), self._bank.T.to(bands.device)
+        """Short-time spectrum magnitudes that latents stand for, the same in whatever batch.
+
+        In float64: of a quiet band little is left when the silence is taken off, and float32 products, which some
+        processors round differently for one clip and for several, then differ by a hundredth; so do the phases.
+        """
+        bands = self._to_power(latents.double())
+        spread, bank = self._spread.to(bands), self._bank.T.to(bands)
         power = bands @ spread
         for _ in range(_SHARPEN):
             power = power * ((bands / (power @ bank).clamp(min=1e-12)) @ spread)
-        return (power * self._energy).sqrt()
+        return (power * self._energy).sqrt().float()
 
     def phases(self) -> PhaseDecoder:
         return PhaseDecoder(self._frames, self.config.iterations)
@@ -162,7 +166,7 @@ class MelCodec:
         return rearrange(log_power, "n g m -> n (g m)") @ self._basis.T.to(log_power.device) * self._gain
 
     def _to_power(self, latents: Float[Tensor, "n C"]) -> Float[Tensor, "n g m"]:
-        log_power = latents.float() @ self._basis.to(latents.device) / self._gain + _MIDDLE
+        log_power = latents @ self._basis.to(latents) / self._gain + _MIDDLE
         power = log_power.clamp(max=_LOUDEST).exp() - _SILENCE
         return rearrange(power.clamp(min=0), "n (g m) -> n g m", g=self.config.group)
 
