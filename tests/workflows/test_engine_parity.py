@@ -1,7 +1,9 @@
 """Whatever trains a stage, and however its batch is split, the numbers are the same."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -172,24 +174,44 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(duet):
     assert difference(losses(halves), losses(whole)) < 1e-5
 
 
-# Slow: the whole matrix, 50 steps.
+# Slow: the whole matrix, 50 steps. All engines of a stage in one start; ZeRO-3 last, which changes layers for good.
 
 MANY = 50
+BFLOAT16 = [("joint", None), ("mutual", RANK)]
+Numbers = dict[str, torch.Tensor]  # by kind of engine
 
 
-def many(duets: list[Duet]) -> list[torch.Tensor]:
-    return [train(duet, MANY) for duet in duets]
+def many(stage: str, rank: int | None, precision: str) -> Numbers:
+    found: Numbers = {}
+    for kind in sorted(KINDS, key=lambda kind: KINDS[kind].zero_stage == 3):
+        found[kind] = train(Duet(stage=stage, engine=engine(kind, precision=precision), rank=rank), MANY)
+        gc.collect()
+    return found
+
+
+@pytest.fixture(scope="module")
+def matrix() -> Callable[[str, int | None, str], Numbers]:
+    """Fifty steps of every engine on two processes; of the stages asked for, each computed once."""
+    return cache(lambda stage, rank, precision: run_on(2, many, stage, rank, precision)[0])
+
+
+@pytest.fixture(scope="module")
+def alone() -> Callable[[str, int | None], torch.Tensor]:
+    """The same of one plain process."""
+
+    def fifty(stage: str, rank: int | None) -> torch.Tensor:
+        torch.set_num_threads(1)
+        return train(Duet(stage=stage, engine=TORCH, rank=rank), MANY)
+
+    return cache(fifty)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("stage", "rank"), STAGES)
-def test_fifty_steps_in_float32(stage, rank, kind):
-    duet = Duet(stage=stage, engine=engine(kind), rank=rank)
-    (two,) = run_on(2, many, [duet])[0]
-    torch.set_num_threads(1)
-    one = train(replace(duet, engine=TORCH), MANY)
+def test_fifty_steps_in_float32(matrix, alone, stage, rank, kind):
+    one, two = alone(stage, rank), matrix(stage, rank, "fp32")[kind]
     print(stage, rank, kind, "largest relative difference of a loss:", difference(losses(two), losses(one)))
     assert difference(losses(two), losses(one)) < 1e-5
 
@@ -197,10 +219,10 @@ def test_fifty_steps_in_float32(stage, rank, kind):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "torch"])
-@pytest.mark.parametrize(("stage", "rank"), [("joint", None), ("mutual", RANK)])
-def test_fifty_steps_in_bfloat16(stage, rank, kind):
+@pytest.mark.parametrize(("stage", "rank"), BFLOAT16)
+def test_fifty_steps_in_bfloat16(matrix, stage, rank, kind):
     """Its numbers are 0.004 to 0.008 apart, relatively; float32 weights keep that from adding up."""
-    plain, other = (Duet(stage=stage, engine=engine(k, precision="bf16"), rank=rank) for k in ("torch", kind))
-    one, two = run_on(2, many, [plain, other])[0]
+    found = matrix(stage, rank, "bf16")
+    one, two = found["torch"], found[kind]
     print(stage, rank, kind, "largest relative difference of a loss:", difference(losses(two), losses(one)))
     assert difference(losses(two), losses(one)) < 0.016

@@ -3,9 +3,13 @@
 Thin words over ``torch.distributed``; without a process group they describe a single process.
 """
 
+import atexit
 import os
+import time
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfcore.model.sequence import SequenceGroup
+
+EXCHANGER = "pt_gloo_runloop"  # what gloo's threads that carry out exchanges are called
+LOOKS, PAUSE = 2000, 0.005  # at them when Python ends: so often at most, so many seconds apart
 
 
 def rank() -> int:
@@ -89,3 +96,34 @@ def mean_numbers(numbers: Mapping[str, float], weight: float = 1.0) -> dict[str,
 def device() -> torch.device:
     """Where this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@atexit.register
+def rest() -> None:
+    """Wait, when Python ends, until gloo's threads have nothing left to do (on Linux, which tells).
+
+    Such a thread lets go of the tensors of an exchange when the ranks have gone on from it, for which it needs Python.
+    If Python is ending, that ends the thread inside C++, and so the process: SIGABRT, "terminate called without an
+    active exception". ``destroy_process_group`` ends only threads of groups that nothing refers to, and DeepSpeed keeps
+    its engines and groups.
+
+    A thread that sleeps, and has not woken while this one did so too, waits for work: not for Python, not for a core.
+    """
+    before: dict[str, list[str]] = {}
+    for _ in range(LOOKS):
+        now = _exchangers()
+        if now == before and all("State:\tS (sleeping)" in facts for facts in now.values()):
+            return
+        before = now
+        time.sleep(PAUSE)
+
+
+def _exchangers() -> dict[str, list[str]]:
+    """What Linux says of each of gloo's threads: its state, and how often it has slept or been put aside."""
+    found: dict[str, list[str]] = {}
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(OSError):  # just ended
+            lines = (task / "status").read_text().splitlines()
+            if lines[0] == f"Name:\t{EXCHANGER}":
+                found[task.name] = [line for line in lines if line.startswith("State") or "ctxt_switches" in line]
+    return found
