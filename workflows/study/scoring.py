@@ -107,7 +107,10 @@ def reference(seed: int, clips: int = 512, chunks: int = 20) -> Reference:
 
 
 def score(streams: Mapping[str, Stream], script: Script, window: Window, ref: Reference) -> dict[str, float]:
-    """Every metric of one window; nan where it does not apply. Numbers that are not finite count as the worst."""
+    """Every metric of one window; nan where it does not apply (a Frechet distance within the first second).
+
+    Numbers that are not finite count as the worst.
+    """
     made = Factors.read(streams)
     bad = ~(torch.isfinite(made.video).flatten(1).all(1) & torch.isfinite(made.audio).flatten(1).all(1))
     made = Factors(
@@ -134,7 +137,7 @@ def score(streams: Mapping[str, Stream], script: Script, window: Window, ref: Re
         "voice_error": _voice_error(made, first, last),
         "seam": _seam(pose) / ref.seam,
         "lag1": lag_one_correlation(pose.mean(2).numpy()) / ref.lag1,
-        "frechet": frechet_distance(rows, ref.features),
+        "frechet": frechet_distance(rows, ref.features) if last > HEARD else float("nan"),
         "motion": _motion(made, first, last) / ref.motion,
         "loudness": float(_of(made.audio, AUDIO, first, last)[..., world.LOUDNESS].clamp_min(0).mean()) / ref.loudness,
         "failed": float(bad.float().mean()),
