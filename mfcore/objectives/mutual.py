@@ -118,7 +118,8 @@ class Mutual:
     def _shortcut(self, teacher: Context, clean: Streams, batch: AVBatch, info: StepInfo) -> Asked:
         config = self.config
         is_finest = torch.tensor([config.finest_rows[int(s) % len(config.finest_rows)] for s in batch.samples])
-        depth = draw_depth(config.finest, is_finest, info.seed, "mutual/depth", batch.samples)
+        power = config.depth_power
+        depth = draw_depth(config.finest, is_finest, info.seed, "mutual/depth", batch.samples, power)
         draws = uniform_rows(info.seed, "mutual/interval", batch.samples, batch.chunks)
         device = batch.cond.caption.device
         at = dyadic_intervals(depth.to(device), draws.to(device), {m: config.time.shift[m] for m in clean})

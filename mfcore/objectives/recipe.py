@@ -18,6 +18,7 @@ class MutualConfig:
     rows: tuple[RowKind, ...] = ("real", "free", "coupled", "free")  # by sample number, cyclic
     finest_rows: tuple[bool, ...] = (True, False, False, True)  # ShortCut at the deepest level, same cycle
     finest: int = 5  # depth of the ShortCut ladder: 2^finest intervals
+    depth_power: float = 1.0  # below 1 coarser levels that are nearer to the finest are drawn more often
     strengths: tuple[int, ...] = (3, 4, 5)  # coupled history at s = shift(2^-k), k drawn per step
     rollout_steps: tuple[int, ...] = (4, 8)  # few-step calls per chunk of free history, drawn per step
     guidance: float = 2.0  # built into the few-step mode

@@ -104,6 +104,14 @@ def test_every_coarse_depth_is_drawn_equally_and_the_finest_only_where_asked():
     assert share.tolist() == pytest.approx([0.2] * 5, abs=0.04)
 
 
+def test_coarse_depths_near_the_finest_can_be_drawn_more_often():
+    finest = torch.arange(4000) % 4 == 0
+    depth = draw_depth(4, finest, 0, "depth", torch.arange(4000), power=0.5)
+    assert bool((depth[finest] == 4).all())
+    share = torch.bincount(depth[~finest]) / 3000
+    torch.testing.assert_close(share, torch.tensor([1.0, 3.0, 5.0, 7.0]) / 16, atol=0.03, rtol=0)
+
+
 def test_guidance_enters_at_the_finest_level_only():
     x, is_finest = states(), torch.arange(64) < 10
     at = next(every_interval(2, 1.0))

@@ -73,6 +73,20 @@ class TestWorld:
         brow = video[..., world.BROW].flatten()
         assert 2 / brow[brow > 0].std() == pytest.approx(20, rel=0.1)
 
+    def test_a_voice_is_one_of_eight_and_stays(self, clips, real):
+        voice = read_factors(AUDIO, clips.batch.streams[AUDIO].latents)[..., world.VOICE]
+        far = torch.cdist(voice, world.VOICE_POINTS)
+        assert (far.argmin(-1) == far.argmin(-1)[:, :1]).all()
+        assert far.min(-1).values.max() < 6 * world.NOISE
+        assert real["voice_error"] < 0.03
+        assert torch.equal(torch.unique(far[:, 0].argmin(-1)), torch.arange(world.VOICES))
+
+    def test_the_first_frame_tells_no_voice(self):
+        many = draw_clips(0, torch.arange(2000), 1)
+        first = read_factors(VIDEO, many.batch.cond.first_frame[:, None])[:, 0]
+        both = torch.cat([first, many.script.voice], dim=1).T
+        assert both.corrcoef()[: len(first.T), len(first.T) :].abs().max() < 0.08  # 3.6 / sqrt(2000)
+
     def test_pose_goes_on_across_chunks_and_gestures_stay(self, real):
         assert real["gesture_flips"] == pytest.approx(0.15, abs=0.04)
         assert real["seam"] == pytest.approx(1, abs=0.1)
@@ -114,7 +128,19 @@ class TestScores:
 
     def test_another_face_is_an_identity_error(self, clips, ref):
         now = score(moved(clips, VIDEO, world.IDENTITY, lambda x: x + 0.5), clips.script, WHOLE, ref)
-        assert now["identity_error"] == pytest.approx(0.5 * 0.5**0.5, abs=0.02)
+        assert now["identity_error"] == pytest.approx(0.5, abs=0.02)
+
+    def test_a_voice_that_changes_on_the_way_is_a_voice_error(self, clips, ref, real):
+        late = (clips.batch.streams[AUDIO].chunk >= 5)[:, None] * 0.5
+        now = score(moved(clips, AUDIO, world.VOICE, lambda x: x + late), clips.script, Window(start=2.5, end=5), ref)
+        assert now["voice_error"] == pytest.approx(0.5, abs=0.02)
+        assert now["frechet"] > 100 * real["frechet"]  # 0.5 is 16 spreads of a chunk's mean
+
+    def test_another_voice_from_the_start_is_none(self, clips, ref, real):
+        """Which of the eight speaks is free: the first frame does not say."""
+        now = score(moved(clips, AUDIO, world.VOICE, lambda x: -x), clips.script, WHOLE, ref)
+        assert now["voice_error"] == pytest.approx(real["voice_error"], abs=1e-4)
+        assert now["frechet"] == pytest.approx(real["frechet"], rel=0.1)
 
     def test_one_choice_for_all_is_no_entropy(self, clips, ref):
         now = score(moved(clips, VIDEO, world.BROW, lambda x: x.abs()), clips.script, WHOLE, ref)
@@ -129,9 +155,10 @@ class TestScores:
 
 def row(method, mode, steps, window, *, guidance=1.0, seed=0, **metrics):
     usual = dict.fromkeys(
-        ("frechet", "valid", "syllable_error", "sync", "offset_ms", "identity_error", "entropy", "seam", "lag1"), 0.5
+        ("frechet", "valid", "syllable_error", "sync", "offset_ms", "identity_error", "voice_error", "entropy", "seam"),
+        0.5,
     )
-    rest = dict.fromkeys(("motion", "loudness", "failed"), 0.5)
+    rest = dict.fromkeys(("lag1", "motion", "loudness", "failed"), 0.5)
     return {
         "method": method,
         "mode": mode,
@@ -152,8 +179,11 @@ def made_up(**ours):
         row("teacher_forcing", "multi", 50, "0-5", valid=0.99),
     ]
     for window, worse in (("0-5", 0.0), ("15-25", 0.4)):
-        rows.append(row("teacher_forcing", "multi", 50, window, guidance=1.5, frechet=0.5 + worse, identity_error=0.6))
-        rows.append(row("hybrid_forced", "few", 4, window, frechet=0.5 + worse, identity_error=0.5 + worse))
+        rows.append(row("real", "multi", 0, window, frechet=0.1, identity_error=0.1, voice_error=0.1))
+        late = {"frechet": 0.5 + worse, "identity_error": 0.6, "voice_error": 0.6}
+        rows.append(row("teacher_forcing", "multi", 50, window, guidance=1.5, **late))
+        grown = dict.fromkeys(("frechet", "identity_error", "voice_error"), 0.5 + worse)
+        rows.append(row("hybrid_forced", "few", 4, window, **grown))
         early = ours if window == "0-5" else {}
         rows.append(row("mutual", "few", 4, window, **({"valid": 0.97, "seam": 1.1} | early)))
         rows.append(row("mutual", "few", 8, window, valid=0.97))
@@ -168,7 +198,7 @@ def made_up(**ours):
 class TestBars:
     def test_claims_that_hold(self):
         found = bars(made_up(), 50)
-        assert len(found) == 18
+        assert len(found) == 20
         assert all(bar.met for bar in found), [bar for bar in found if not bar.met]
 
     @pytest.mark.parametrize(
@@ -183,6 +213,15 @@ class TestBars:
     def test_claims_that_fail(self, change, claim):
         missed = [bar.claim for bar in bars(made_up(**change), 50) if not bar.met]
         assert any(claim in text for text in missed)
+
+    def test_growth_is_counted_beyond_that_of_real_clips(self):
+        """The same numbers, but real clips of the later window measure 0.4 more: nothing has grown then."""
+        windows = [("0-5", 0.0), ("15-25", 0.4)]
+        rows = [row("real", "multi", 0, w, frechet=0.1 + more) for w, more in windows]
+        rows += [row("hybrid_forced", "few", 4, w, frechet=0.5 + 2 * more) for w, more in windows]
+        rows += [row("mutual", "few", 4, w, frechet=0.5 + more) for w, more in windows]
+        (bar,) = [b for b in bars(Table(rows, []), 50) if b.claim.startswith("frechet: growth")]
+        assert (bar.measured, bar.met) == ("0.000 against 0.400", True)
 
     def test_the_page_says_what_was_missed(self):
         page = markdown(made_up(valid=0.8), 50)

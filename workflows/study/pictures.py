@@ -23,7 +23,9 @@ PANELS = (
     ("syllable_error", "syllable error (lower)"),
     ("sync", "mouth-sound correlation (higher)"),
     ("identity_error", "identity error (lower)"),
+    ("voice_error", "voice error (lower)"),
     ("seam", "seam energy over the data's (1)"),
+    ("lag1", "lag-1 correlation of pose over the data's (1)"),
 )
 STEPS_SHOWN = 4  # of the plot over time
 _DPI = 120
@@ -49,7 +51,7 @@ def _lines(rows: Rows) -> dict[tuple[str, str, bool], list[Mapping[str, Any]]]:
 
 
 def _page(path: Path, title: str, lines: Mapping[Any, Rows], against: str, windows: Sequence[str]) -> Path:
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), constrained_layout=True)
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), constrained_layout=True)
     for axis, (metric, name) in zip(axes.flat, PANELS, strict=True):
         for number, (key, rows) in enumerate(lines.items()):
             _line(axis, key, rows, metric, against, windows, number)
@@ -58,7 +60,7 @@ def _page(path: Path, title: str, lines: Mapping[Any, Rows], against: str, windo
             axis.set_xscale("log", base=2)
         else:
             axis.set_xticks(range(len(windows)), windows)
-        if metric in ("frechet", "identity_error", "seam"):
+        if metric in ("frechet", "identity_error", "voice_error", "seam"):
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
     handles, labels = axes.flat[0].get_legend_handles_labels()

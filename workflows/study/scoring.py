@@ -22,6 +22,7 @@ from workflows.study.world import Script
 
 MODE_REACH = 0.4  # of a choice of -1 or 1: four spreads
 SAID = 0.75  # usual mean of envelope times stress over a syllable
+HEARD = 2  # chunks after which a clip's voice is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +73,27 @@ def chunk_choices(factors: Factors) -> tuple[Tensor, Tensor]:
     return torch.stack(picks, -1), torch.stack(holds, -1)
 
 
-def features(factors: Factors, first: int, last: int) -> np.ndarray:
-    """One row per clip and chunk: mean of every factor, and the step of pose across the border before it."""
-    video, audio = factors.by_chunk(VIDEO), factors.by_chunk(AUDIO)
-    pose = video[..., world.POSE]
+def features(factors: Factors, script: Script, first: int, last: int) -> np.ndarray:
+    """One row per clip and chunk: mean of every factor, and the step of pose across the border before it.
+
+    Identity is what differs from the first frame's, voice what differs from the clip's own first second: as they
+    stand they would be some dozens of independent numbers in a set of clips, and drift would be lost in that.
+    """
+    video, audio = factors.by_chunk(VIDEO).mean(2), factors.by_chunk(AUDIO).mean(2)
+    pose = factors.by_chunk(VIDEO)[..., world.POSE]
     step = torch.zeros_like(pose[:, :, 0])
     step[:, 1:] = (pose[:, 1:, 0] - pose[:, :-1, -1]) * 5
-    rows = torch.cat([video.mean(2), audio.mean(2), step], dim=-1)[:, max(first, 1) : last]
+    video[..., world.IDENTITY] -= script.identity[:, None]
+    audio[..., world.VOICE] -= audio[:, :HEARD, world.VOICE].mean(1, keepdim=True)
+    rows = torch.cat([video, audio, step], dim=-1)[:, max(first, HEARD) : last]
     return rows.flatten(0, 1).double().numpy()
 
 
 def reference(seed: int, clips: int = 512, chunks: int = 20) -> Reference:
     """Measured on real clips that no network sees."""
-    real = Factors.read(world.draw_clips(seed, torch.arange(clips) + (1 << 40), chunks).batch.streams)
-    rows = features(real, 0, chunks)
+    drawn = world.draw_clips(seed, torch.arange(clips) + (1 << 40), chunks)
+    real = Factors.read(drawn.batch.streams)
+    rows = features(real, drawn.script, 0, chunks)
     pose = _pose(real, 0, chunks)
     return Reference(
         features=(rows - rows.mean(0)) / rows.std(0),
@@ -99,7 +107,10 @@ def reference(seed: int, clips: int = 512, chunks: int = 20) -> Reference:
 
 
 def score(streams: Mapping[str, Stream], script: Script, window: Window, ref: Reference) -> dict[str, float]:
-    """Every metric of one window; nan where it does not apply. Numbers that are not finite count as the worst."""
+    """Every metric of one window; nan where it does not apply (a Frechet distance within the first second).
+
+    Numbers that are not finite count as the worst.
+    """
     made = Factors.read(streams)
     bad = ~(torch.isfinite(made.video).flatten(1).all(1) & torch.isfinite(made.audio).flatten(1).all(1))
     made = Factors(
@@ -111,7 +122,7 @@ def score(streams: Mapping[str, Stream], script: Script, window: Window, ref: Re
     first, last = int(window.start / length), min(made.chunks, int(window.end / length))
     picks, holds = chunk_choices(made)
     picks, holds = picks[:, first:last], holds[:, first:last]
-    rows = (features(made, first, last) - ref.mean) / ref.std
+    rows = (features(made, script, first, last) - ref.mean) / ref.std
     pose = _pose(made, first, last)
     offset, sync = _sync(made, first, last)
     return {
@@ -123,9 +134,10 @@ def score(streams: Mapping[str, Stream], script: Script, window: Window, ref: Re
         "sync": sync,
         "offset_ms": offset,
         "identity_error": _identity_error(made, script, first, last),
+        "voice_error": _voice_error(made, first, last),
         "seam": _seam(pose) / ref.seam,
         "lag1": lag_one_correlation(pose.mean(2).numpy()) / ref.lag1,
-        "frechet": frechet_distance(rows, ref.features),
+        "frechet": frechet_distance(rows, ref.features) if last > HEARD else float("nan"),
         "motion": _motion(made, first, last) / ref.motion,
         "loudness": float(_of(made.audio, AUDIO, first, last)[..., world.LOUDNESS].clamp_min(0).mean()) / ref.loudness,
         "failed": float(bad.float().mean()),
@@ -154,16 +166,15 @@ def _motion(factors: Factors, first: int, last: int) -> float:
 
 
 def _identity_error(factors: Factors, script: Script, first: int, last: int) -> float:
-    """Root mean square over clips of what the window's mean identity (picture and timbre) differs from the clip's."""
-    seen = torch.cat(
-        [
-            _of(factors.video, VIDEO, first, last)[..., world.IDENTITY].mean(1),
-            _of(factors.audio, AUDIO, first, last)[..., world.TIMBRE].mean(1),
-        ],
-        dim=-1,
-    )
-    true = torch.cat([script.identity, script.identity.flip(-1)], dim=-1)
-    return float((seen - true).square().mean().sqrt())
+    """Root mean square over clips of what the window's mean identity differs from the first frame's."""
+    seen = _of(factors.video, VIDEO, first, last)[..., world.IDENTITY].mean(1)
+    return float((seen - script.identity).square().mean().sqrt())
+
+
+def _voice_error(factors: Factors, first: int, last: int) -> float:
+    """The same of what the window's mean voice differs from that of the clip's own first second."""
+    then, now = (_of(factors.audio, AUDIO, *span)[..., world.VOICE].mean(1) for span in ((0, HEARD), (first, last)))
+    return float((now - then).square().mean().sqrt())
 
 
 def _syllable_error(factors: Factors, script: Script, window: Window) -> float:

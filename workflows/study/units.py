@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mfcore.metrics.windows import parse_windows
+from mfcore.model.ring import ring_of
 from mfcore.model.transformer import build_model
 from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig, history_use
 from mfcore.rollout import join_chunks, noise_starts, rollout
@@ -199,7 +200,9 @@ def _score(config: StudyConfig, out: Path, unit: Unit, device: str) -> None:
         shapes = {m: tuple(s.latents.shape[2:]) for m, s in batch.streams.items()}
         like = batch.streams["video"].latents
         starts = noise_starts(world.TIMELINE, shapes, range(chunks), unit.seed, batch.samples, like)
-        context = Context(model=net, cond=batch.cond, guidance=unit.guidance)
+        tokens = sum(world.TIMELINE.max_count(m) for m in shapes)
+        context = Context(model=net, cond=batch.cond, guidance=unit.guidance).opened()
+        context = context.with_memories(lambda memory: ring_of(memory, tokens))
         # as when streaming: what the few-step mode writes is labelled as its own, the multi-step mode takes it for real
         trust = torch.ones(config.clips, device=device) if unit.mode == "few" and config.method.trust_label else None
         with torch.no_grad():

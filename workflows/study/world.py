@@ -6,7 +6,8 @@ back. Given transcript, first frame and history a chunk leaves open what no netw
 =========  ==========  ===========================================================================
 factor     modality    law
 =========  ==========  ===========================================================================
-identity   video (2)   one point per character, uniform; timbre (audio, 2) is a reflection of it
+identity   video (2)   one point per character, uniform; the first frame shows it
+voice      audio (2)   one of 8 on a ring, drawn per clip; from the second chunk on nothing but history tells it
 pose       video (1)   Ornstein-Uhlenbeck, correlation 0.95 over half a second
 mouth      video (2)   shape of the syllable said, times envelope, times the syllable's free stress
 formants   audio (3)   formants of the syllable, likewise; loudness (1) is envelope times stress
@@ -15,7 +16,9 @@ gesture    video (1)   one of 2, stays with probability 0.85 from chunk to chunk
 tone       audio (1)   one of 2, drawn for every chunk
 =========  ==========  ===========================================================================
 
-Choices have a separation over spread of 20: four Euler steps blur between them.
+Choices have a separation over spread of 20: four Euler steps blur between them. Identity cannot drift far, the first
+frame stays in sight. A voice can: each chunk takes it from those before, errors included. It need not, since there are
+eight; but on real history, where it is always one of them, copying is as good as knowing them.
 Letters: B clips, K chunks, n latents, J syllables.
 """
 
@@ -37,9 +40,10 @@ TIMELINE = Timeline(
 )
 IDENTITY, POSE, MOUTH = slice(0, 2), slice(2, 3), slice(3, 5)
 BROW, HAND, BLINK, GESTURE = slice(5, 6), slice(6, 7), slice(7, 8), slice(8, 9)
-TIMBRE, FORMANTS, LOUDNESS, TONE = slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 7)
+VOICE, FORMANTS, LOUDNESS, TONE = slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 7)
 CHANNELS = {VIDEO: 9, AUDIO: 7}
 SYLLABLES = 8
+VOICES = 8
 WORD_DIM = 16
 SHORTEST, LONGEST = 0.25, 0.5  # seconds of a syllable or a pause
 PAUSES = 0.2  # share of pauses
@@ -56,6 +60,7 @@ class Script:
     """The truth of some clips, in the order of events."""
 
     identity: Float[Tensor, "B 2"]
+    voice: Float[Tensor, "B 2"]
     syllable: Int64[Tensor, "B J"]  # SYLLABLES: a pause
     start: Float[Tensor, "B J"]  # seconds; the syllable lasts until ``end``
     end: Float[Tensor, "B J"]
@@ -82,17 +87,22 @@ def read_factors(modality: str, latents: Tensor) -> Float[Tensor, "B n C"]:
     return flat @ rotation(modality).T.to(flat.device)
 
 
+def _ring(count: int, radius: float) -> Float[Tensor, "count 2"]:
+    angle = torch.arange(count) * (2 * pi / count)
+    return radius * torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+
 def _codes(name: str, width: int, length: float) -> Float[Tensor, "S width"]:
     """A vector of ``length`` for every syllable, and zero for the pause; the same in every study."""
     drawn = torch.randn(SYLLABLES, width, generator=generator(0, f"study/{name}", 0))
     if width == 2:  # mouth shapes, spread around a circle
-        angle = torch.arange(SYLLABLES) * (2 * pi / SYLLABLES)
-        drawn = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        drawn = _ring(SYLLABLES, 1.0)
     if width == 3:  # formants: far apart, the corners of a cube
         drawn = torch.tensor([[(i >> b & 1) * 2.0 - 1 for b in range(3)] for i in range(SYLLABLES)])
     return torch.cat([length * drawn / drawn.norm(dim=-1, keepdim=True), torch.zeros(1, width)])
 
 
+VOICE_POINTS = _ring(VOICES, 2**0.5)
 MOUTH_SHAPES = _codes("mouth", 2, 1.5)
 FORMANT_SHAPES = _codes("formants", 3, 2.0)
 WORDS = _codes("words", WORD_DIM, 4.0)
@@ -131,7 +141,8 @@ def _script(seed: int, samples: Tensor, chunks: int) -> Script:
     flips = (picks[:, 1:, 3] > STAY).long()
     choices[:, :, 3] = (choices[:, :1, 3] + torch.nn.functional.pad(flips.cumsum(1), (1, 0))) % 2
     identity = (uniform_rows(seed, "study/identity", samples, 2) * 2 - 1) * 3**0.5
-    return Script(identity=identity, syllable=syllable, start=end - lengths, end=end, choices=choices)
+    voice = VOICE_POINTS[(uniform_rows(seed, "study/voice", samples, 1)[:, 0] * VOICES).long()]
+    return Script(identity=identity, voice=voice, syllable=syllable, start=end - lengths, end=end, choices=choices)
 
 
 def _speech(seed: int, samples: Tensor, script: Script, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +183,7 @@ def _audio_factors(seed: int, samples: Tensor, chunks: int, script: Script) -> F
     syllable, loud = _speech(seed, samples, script, middles(AUDIO, chunks))
     tone = script.choices[:, TIMELINE.chunk_index(AUDIO, chunks) + 1, 4:] * 2.0 - 1
     factors = NOISE * noise
-    factors[..., TIMBRE] += script.identity[:, None].flip(-1)
+    factors[..., VOICE] += script.voice[:, None]
     factors[..., FORMANTS] += FORMANT_SHAPES[syllable] * loud[..., None]
     factors[..., LOUDNESS] += 1.5 * loud[..., None]
     factors[..., TONE] = tone + MODE_SPREAD * noise[..., TONE]
