@@ -16,7 +16,7 @@ def _settings() -> MutualConfig:
     return MutualConfig(
         time=TimeConfig(shift={VIDEO: 1.0, AUDIO: 1.0}),
         finest=3,
-        strengths=(2, 3),
+        strengths=(2,),
         rollout_steps=(4, 8),
         guidance=1.1,
         shortcut_weight=2.0,
@@ -45,6 +45,7 @@ class StudyConfig:
             word_horizon_seconds=0.5,
         )
     )
+    voices: int = world.VOICES
     batch: int = 16  # clips per step
     chunks: tuple[int, ...] = (6, 10)  # of training clips, drawn per step
     joint_steps: int = 3000  # shared by all methods of a seed
@@ -60,6 +61,10 @@ class StudyConfig:
     clips: int = 32  # generated per setting
     seconds: float = 60.0  # of each
     windows: str = "0-5,5-15,15-25,25-60"
+
+    def __post_init__(self) -> None:
+        if self.voices < 1:
+            raise ValueError(f"voices={self.voices}: the world needs at least one")
 
     @property
     def shift(self) -> dict[str, float]:

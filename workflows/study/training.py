@@ -28,7 +28,7 @@ def training_batch(config: StudyConfig, seed: int, step: int) -> AVBatch:
     """The clips of a step, a function of (seed, step): none is ever seen twice."""
     samples = torch.arange(config.batch) + step * config.batch
     pick = float(uniform_rows(seed, "study/length", [step], 1))
-    batch = world.draw_clips(seed, samples, config.chunks[int(pick * len(config.chunks))]).batch
+    batch = world.draw_clips(seed, samples, config.chunks[int(pick * len(config.chunks))], config.voices).batch
     silent = uniform_rows(seed, "study/silent", samples, 1)[:, 0] < SILENT
     return AVBatch(streams=batch.streams, cond=batch.cond.drop(caption=silent, words=silent), samples=samples)
 

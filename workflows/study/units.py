@@ -171,7 +171,8 @@ def _train(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: fl
 
 def _finish(trainer: Trainer, folder: Path, unit: Unit, device: str, config: StudyConfig) -> None:
     average = trainer.ema.module
-    batch = world.draw_clips(unit.seed, torch.arange(HISTORY_CLIPS) + HELD_OUT * 2, max(config.chunks)).batch.to(device)
+    held_out = torch.arange(HISTORY_CLIPS) + HELD_OUT * 2
+    batch = world.draw_clips(unit.seed, held_out, max(config.chunks), config.voices).batch.to(device)
     use = history_use(trainer.ema.model, batch, config.method.time, unit.seed)
     save_file({n: w.contiguous() for n, w in average.state_dict().items()}, folder / "weights.safetensors")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -191,7 +192,7 @@ def _finish(trainer: Trainer, folder: Path, unit: Unit, device: str, config: Stu
 
 def _score(config: StudyConfig, out: Path, unit: Unit, device: str) -> None:
     chunks = int(config.seconds / float(world.CHUNK_SECONDS))
-    clips = world.draw_clips(unit.seed, torch.arange(config.clips) + HELD_OUT, chunks)
+    clips = world.draw_clips(unit.seed, torch.arange(config.clips) + HELD_OUT, chunks, config.voices)
     started = time.monotonic()
     streams = clips.batch.streams
     if unit.method != REAL:

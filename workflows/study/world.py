@@ -7,7 +7,7 @@ back. Given transcript, first frame and history a chunk leaves open what no netw
 factor     modality    law
 =========  ==========  ===========================================================================
 identity   video (2)   one point per character, uniform; the first frame shows it
-voice      audio (2)   one of 8 on a ring, drawn per clip; from the second chunk on nothing but history tells it
+voice      audio (2)   one of a few on a ring, drawn per clip; from the second chunk on nothing but history tells it
 pose       video (1)   Ornstein-Uhlenbeck, correlation 0.95 over half a second
 mouth      video (2)   shape of the syllable said, times envelope, times the syllable's free stress
 formants   audio (3)   formants of the syllable, likewise; loudness (1) is envelope times stress
@@ -18,7 +18,7 @@ tone       audio (1)   one of 2, drawn for every chunk
 
 Choices have a separation over spread of 20: four Euler steps blur between them. Identity cannot drift far, the first
 frame stays in sight. A voice can: each chunk takes it from those before, errors included. It need not, since there are
-eight; but on real history, where it is always one of them, copying is as good as knowing them.
+few; but on real history, where it is always one of them, copying is as good as knowing them.
 Letters: B clips, K chunks, n latents, J syllables.
 """
 
@@ -43,7 +43,7 @@ BROW, HAND, BLINK, GESTURE = slice(5, 6), slice(6, 7), slice(7, 8), slice(8, 9)
 VOICE, FORMANTS, LOUDNESS, TONE = slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 7)
 CHANNELS = {VIDEO: 9, AUDIO: 7}
 SYLLABLES = 8
-VOICES = 8
+VOICES = 4
 WORD_DIM = 16
 SHORTEST, LONGEST = 0.25, 0.5  # seconds of a syllable or a pause
 PAUSES = 0.2  # share of pauses
@@ -102,15 +102,19 @@ def _codes(name: str, width: int, length: float) -> Float[Tensor, "S width"]:
     return torch.cat([length * drawn / drawn.norm(dim=-1, keepdim=True), torch.zeros(1, width)])
 
 
-VOICE_POINTS = _ring(VOICES, 2**0.5)
 MOUTH_SHAPES = _codes("mouth", 2, 1.5)
 FORMANT_SHAPES = _codes("formants", 3, 2.0)
 WORDS = _codes("words", WORD_DIM, 4.0)
 
 
-def draw_clips(seed: int, samples: Int64[Tensor, " B"], chunks: int) -> Clips:
+def voice_points(voices: int) -> Float[Tensor, "voices 2"]:
+    """What voices there are."""
+    return _ring(voices, 2**0.5)
+
+
+def draw_clips(seed: int, samples: Int64[Tensor, " B"], chunks: int, voices: int = VOICES) -> Clips:
     """Clips number ``samples`` of the world, ``chunks`` long. Each depends on (seed, its number, chunks) alone."""
-    script = _script(seed, samples, chunks)
+    script = _script(seed, samples, chunks, voices)
     video, audio = _video_factors(seed, samples, chunks, script), _audio_factors(seed, samples, chunks, script)
     latents = {
         VIDEO: (video @ rotation(VIDEO))[..., None, None],
@@ -128,7 +132,7 @@ def draw_clips(seed: int, samples: Int64[Tensor, " B"], chunks: int) -> Clips:
     return Clips(batch=AVBatch(streams=streams, cond=cond, samples=samples), script=script)
 
 
-def _script(seed: int, samples: Tensor, chunks: int) -> Script:
+def _script(seed: int, samples: Tensor, chunks: int, voices: int) -> Script:
     seconds = chunks * float(CHUNK_SECONDS)
     said = int(seconds / SHORTEST) + 1
     draws = uniform_rows(seed, "study/speech", samples, said, 3)
@@ -141,7 +145,7 @@ def _script(seed: int, samples: Tensor, chunks: int) -> Script:
     flips = (picks[:, 1:, 3] > STAY).long()
     choices[:, :, 3] = (choices[:, :1, 3] + torch.nn.functional.pad(flips.cumsum(1), (1, 0))) % 2
     identity = (uniform_rows(seed, "study/identity", samples, 2) * 2 - 1) * 3**0.5
-    voice = VOICE_POINTS[(uniform_rows(seed, "study/voice", samples, 1)[:, 0] * VOICES).long()]
+    voice = voice_points(voices)[(uniform_rows(seed, "study/voice", samples, 1)[:, 0] * voices).long()]
     return Script(identity=identity, voice=voice, syllable=syllable, start=end - lengths, end=end, choices=choices)
 
 
