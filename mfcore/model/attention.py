@@ -82,6 +82,19 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
+# Views by torch's own names: einops takes 4 us to find each, in a stream a tenth of a pass.
+
+
+def heads_apart(x: Float[Tensor, "B N He"], width: int) -> Float[Tensor, "B N H e"]:
+    """Heads of ``width`` numbers, side by side as a product leaves them."""
+    return x.unflatten(-1, (-1, width))
+
+
+def heads_together(x: Float[Tensor, "B H N e"]) -> Float[Tensor, "B N He"]:
+    """What ``attend`` returns, token by token."""
+    return x.transpose(1, 2).flatten(2)
+
+
 def heads_first(x: Float[Tensor, "B N H e"]) -> Float[Tensor, "B H N e"]:
     """For ``attend``, without a copy: until then a token's heads lie side by side, as a product leaves them."""
     return x.transpose(1, 2)

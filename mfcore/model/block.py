@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mfcore.model.attention import attend, heads_first
+from mfcore.model.attention import attend, heads_apart, heads_first, heads_together
 from mfcore.model.cache import KeyValue
 from mfcore.model.config import ModelConfig
 from mfcore.model.rope import Turn, rotate
@@ -46,9 +46,9 @@ class WidthNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Float[Tensor, "B N H e"]) -> Tensor:
-        flat = rearrange(x, "b n h e -> b n (h e)")
+        flat = x.flatten(2)
         y = F.rms_norm(flat, flat.shape[-1:], self.weight.to(x.dtype), eps=RMS_EPS).to(x.dtype)
-        return rearrange(y, "b n (h e) -> b n h e", h=x.shape[2])
+        return heads_apart(y, x.shape[3])
 
 
 def query_key_norm(config: ModelConfig, heads: int) -> nn.Module:
@@ -64,7 +64,7 @@ class Table(nn.Module):
         self.weight = nn.Parameter(torch.empty(parts, dim))
 
     def forward(self, shared: Float[Tensor, "B K pd"]) -> Float[Tensor, "p B K d"]:
-        return rearrange(shared, "b k (p d) -> p b k d", p=self.parts) + self.weight[:, None, None]
+        return shared.unflatten(-1, (self.parts, -1)).permute(2, 0, 1, 3) + self.weight[:, None, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +115,11 @@ class TextAttention(nn.Module):
         return Heard(caption=caption or self.hear_caption(text.caption), words=words)
 
     def forward(self, x: Float[Tensor, "B N d"], text: TextTokens, heard: Heard) -> Float[Tensor, "B N d"]:
-        about, said = (
-            rearrange(q, "b n (h e) -> b n h e", e=self.head_dim) for q in self.query(x).split(self.widths, dim=-1)
-        )
+        about, said = (heads_apart(q, self.head_dim) for q in self.query(x).split(self.widths, dim=-1))
         about = attend(heads_first(self.norm_caption_q(about)), heard.caption.k, heard.caption.v, text.caption_mask)
         said = rotate(self.norm_words_q(said), text.token_turn)
         said = attend(heads_first(said), heard.words.k, heard.words.v, text.words_mask)
-        return self.out(torch.cat([rearrange(part, "b h n e -> b n (h e)") for part in (about, said)], dim=-1))
+        return self.out(torch.cat([heads_together(about), heads_together(said)], dim=-1))
 
 
 def modulate(
@@ -170,7 +168,7 @@ class Block(nn.Module):
     def project(self, x: Float[Tensor, "B N d"], mod: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, N, H, e), keys (normed, not rotated) and values, both (B, N, G, e)."""
         q, k, v = (
-            rearrange(part, "b n (h e) -> b n h e", e=self.head_dim)
+            heads_apart(part, self.head_dim)
             for part in self.qkv(modulate(x, mod[0], mod[1])).split(self.widths, dim=-1)
         )
         return self.norm_q(q), self.norm_k(k), v
@@ -184,7 +182,7 @@ class Block(nn.Module):
         heard: Heard | None,
     ) -> Tensor:
         """Residual updates: attention output, text attention (``heard`` of ``text``, if known), feed-forward."""
-        rows = rearrange(attended, "b h n e -> b n (h e)").contiguous()  # of others a product adds no bias by itself
+        rows = heads_together(attended).contiguous()  # of others a product adds no bias by itself
         x = gated(x, mod[2], self.out(rows))
         x = x + self.text(self.norm_text(x), text, heard or self.text.hear(text))
         return gated(x, mod[5], self.mlp(modulate(x, mod[3], mod[4])))
