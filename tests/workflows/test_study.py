@@ -1,9 +1,14 @@
 """The study: its world and readers, its bars, and a whole small one that is interrupted."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -256,7 +261,34 @@ def everything(out):
     return rows, [(c["method"], c["history_use"], c["state_bytes"]) for c in read_costs(out)]
 
 
+POOL = """
+import os, multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from workflows.study.run import begin_worker
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_worker, (1,)) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 100)
+        time.sleep(100)
+"""
+
+
 class TestRuns:
+    def test_workers_end_with_a_study_that_is_killed(self, tmp_path):
+        script = tmp_path / "pool.py"
+        script.write_text(POOL)
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=env) as run:
+            try:
+                assert run.stdout
+                worker = psutil.Process(int(run.stdout.readline()))
+                assert worker.is_running()
+            finally:
+                run.kill()
+        with suppress(psutil.NoSuchProcess):
+            worker.wait(20)
+
     def test_an_interrupted_study_ends_as_one_that_was_not(self, tmp_path):
         config, methods = small(), study_methods(["mutual"], 1)
         for unit in all_units(config, methods):

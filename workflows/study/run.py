@@ -2,10 +2,13 @@
 
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,7 @@ def run_study(
     if not left:
         return True
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread, initargs=(workers,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker, initargs=(workers,)) as pool:
         running: dict[Future[None], Unit] = {}
         while left or running:
             for unit in list(_ready(left, out)):
@@ -88,8 +91,16 @@ def _ready(left: Sequence[Unit], out: Path) -> Iterator[Unit]:
     yield from (unit for unit in left if unit.needs is None or unit.needs.done(out))
 
 
-def _one_thread(workers: int) -> None:
+def begin_worker(workers: int) -> None:
+    """A process of the pool: has its share of the threads, and ends when the one that started it is gone, however."""
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)  # what was saved is whole, and the same command goes on from there
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
