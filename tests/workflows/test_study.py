@@ -20,7 +20,7 @@ from workflows.study.methods import ABLATIONS, BASELINES, GROUPS, METHODS
 from workflows.study.run import read_costs, read_rows, run_study, study_methods
 from workflows.study.scoring import reference, score
 from workflows.study.tables import Table, bars, markdown
-from workflows.study.units import OutOfTime, Unit, all_units, run_unit
+from workflows.study.units import OutOfTime, Unit, all_units, missing, run_unit
 from workflows.study.world import draw_clips, read_factors
 
 WHOLE = Window(start=0.0, end=5.0)
@@ -301,6 +301,23 @@ class TestRuns:
                     run_unit(config, tmp_path / "cut", unit, "cpu", 0.0)  # the time is up after every step
         assert stops >= config.joint_steps + config.steps
         assert everything(tmp_path / "cut") == everything(tmp_path / "whole")
+
+    def test_weights_that_are_gone_are_made_again_where_they_are_needed(self, tmp_path):
+        """Rows and costs are small and can be kept, weights are not."""
+        config, units = small(), all_units(small(), study_methods(["mutual"], 1))
+        for unit in units:
+            run_unit(config, tmp_path, unit, "cpu", float("inf"))
+        before = everything(tmp_path)
+        for weights in tmp_path.glob("seed-*/*/weights.safetensors"):
+            weights.unlink()
+        assert missing(tmp_path, units) == []
+        (tmp_path / "rows" / f"{units[-1].name}.json").unlink()
+        left = missing(tmp_path, units)
+        assert [unit.name for unit in left] == ["seed-0-joint", "seed-0-mutual", units[-1].name]
+        assert [unit.ready(tmp_path) for unit in left] == [True, False, False]
+        for unit in left:
+            run_unit(config, tmp_path, unit, "cpu", float("inf"))
+        assert everything(tmp_path) == before
 
     def test_every_method_trains(self, tmp_path):
         config = small()

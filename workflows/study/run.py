@@ -16,7 +16,7 @@ import torch
 
 from workflows.study.config import StudyConfig
 from workflows.study.methods import GROUPS, METHODS
-from workflows.study.units import OutOfTime, Unit, all_units, run_unit
+from workflows.study.units import OutOfTime, Unit, all_units, missing, run_unit
 
 POLL_SECONDS = 1.0
 
@@ -59,7 +59,7 @@ def run_study(
     """Do what is missing. False when the time was up before everything was done; the same call then goes on."""
     check_folder(config, out)
     deadline = time.time() + 60 * minutes if minutes else float("inf")
-    left = [unit for unit in all_units(config, methods) if not unit.done(out)]
+    left = missing(out, all_units(config, methods))
     total = len(left)
     if not left:
         return True
@@ -88,7 +88,7 @@ def run_study(
 
 
 def _ready(left: Sequence[Unit], out: Path) -> Iterator[Unit]:
-    yield from (unit for unit in left if unit.needs is None or unit.needs.done(out))
+    yield from (unit for unit in left if unit.ready(out))
 
 
 def begin_worker(workers: int) -> None:

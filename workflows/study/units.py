@@ -71,6 +71,10 @@ class Unit:
     def done(self, out: Path) -> bool:
         return self.result(out).exists()
 
+    def ready(self, out: Path) -> bool:
+        """Whether its needs are met: a training may be on record without its weights."""
+        return self.needs is None or (self.needs.done(out) and _weights(out, self.needs.method, self.seed).exists())
+
 
 def all_units(config: StudyConfig, methods: dict[str, Sequence[int]]) -> list[Unit]:
     """What a study of ``methods`` (name -> seeds) consists of, seed after seed, in an order that respects needs."""
@@ -113,9 +117,24 @@ def run_unit(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: 
         _score(config, out, unit, device)
 
 
+def missing(out: Path, units: Sequence[Unit]) -> list[Unit]:
+    """What is to be done of ``units``, in their order; trainings that are done, and whose weights others need and are
+    not there, among it.
+    """
+    left = {unit for unit in units if not unit.done(out)}
+    for unit in reversed(units):  # what is needed comes first
+        if unit in left and unit.needs and not unit.ready(out):
+            left.add(unit.needs)
+    return [unit for unit in units if unit in left]
+
+
+def _weights(out: Path, method: str, seed: int) -> Path:
+    return out / f"seed-{seed}" / method / "weights.safetensors"
+
+
 def _network(config: StudyConfig, out: Path, method: str, seed: int, device: str) -> nn.Module:
     net = build_model(config.model, seed)
-    net.load_state_dict(load_file(out / f"seed-{seed}" / method / "weights.safetensors"))
+    net.load_state_dict(load_file(_weights(out, method, seed)))
     return net.to(device)
 
 
