@@ -141,10 +141,20 @@ class TestScores:
         late = (clips.batch.streams[AUDIO].chunk >= 5)[:, None] * 0.5
         now = score(moved(clips, AUDIO, world.VOICE, lambda x: x + late), clips.script, Window(start=2.5, end=5), ref)
         assert now["voice_error"] == pytest.approx(0.5, abs=0.02)
+        assert now["voice_changes"] == 0
         assert now["frechet"] > 100 * real["frechet"]  # 0.5 is 16 spreads of a chunk's mean
 
+    def test_a_clip_that_ends_with_another_voice_has_changed_it(self, clips, ref, real):
+        turned = (
+            1 - 2.0 * ((clips.batch.streams[AUDIO].chunk >= 5) & (torch.arange(len(MANY)) < 24)[:, None])[..., None]
+        )
+        now = score(moved(clips, AUDIO, world.VOICE, lambda x: x * turned), clips.script, Window(start=2.5, end=5), ref)
+        assert now["voice_changes"] == 0.25
+        assert real["voice_changes"] == 0
+        assert now["voice_error"] == pytest.approx(real["voice_error"], abs=0.01)
+
     def test_another_voice_from_the_start_is_none(self, clips, ref, real):
-        """Which of the eight speaks is free: the first frame does not say."""
+        """Which of them speaks is free: the first frame does not say."""
         now = score(moved(clips, AUDIO, world.VOICE, lambda x: -x), clips.script, WHOLE, ref)
         assert now["voice_error"] == pytest.approx(real["voice_error"], abs=1e-4)
         assert now["frechet"] == pytest.approx(real["frechet"], rel=0.1)
@@ -165,7 +175,7 @@ def row(method, mode, steps, window, *, guidance=1.0, seed=0, **metrics):
         ("frechet", "valid", "syllable_error", "sync", "offset_ms", "identity_error", "voice_error", "entropy", "seam"),
         0.5,
     )
-    rest = dict.fromkeys(("lag1", "motion", "loudness", "failed"), 0.5)
+    rest = dict.fromkeys(("voice_changes", "lag1", "motion", "loudness", "failed"), 0.5)
     return {
         "method": method,
         "mode": mode,

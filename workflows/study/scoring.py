@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mfcore.metrics.choices import entropy
@@ -76,7 +76,7 @@ def chunk_choices(factors: Factors) -> tuple[Tensor, Tensor]:
 def features(factors: Factors, script: Script, first: int, last: int) -> np.ndarray:
     """One row per clip and chunk: mean of every factor, and the step of pose across the border before it.
 
-    Identity is what differs from the first frame's, voice what differs from the clip's own first second: as they
+    Identity is what differs from the first frame's, voice what differs from the nearest one that there is: as they
     stand they would be some dozens of independent numbers in a set of clips, and drift would be lost in that.
     """
     video, audio = factors.by_chunk(VIDEO).mean(2), factors.by_chunk(AUDIO).mean(2)
@@ -84,8 +84,8 @@ def features(factors: Factors, script: Script, first: int, last: int) -> np.ndar
     step = torch.zeros_like(pose[:, :, 0])
     step[:, 1:] = (pose[:, 1:, 0] - pose[:, :-1, -1]) * 5
     video[..., world.IDENTITY] -= script.identity[:, None]
-    audio[..., world.VOICE] -= audio[:, :HEARD, world.VOICE].mean(1, keepdim=True)
-    rows = torch.cat([video, audio, step], dim=-1)[:, max(first, HEARD) : last]
+    audio[..., world.VOICE] -= script.voices[_nearest(audio[..., world.VOICE], script)]
+    rows = torch.cat([video, audio, step], dim=-1)[:, first:last]
     return rows.flatten(0, 1).double().numpy()
 
 
@@ -107,7 +107,7 @@ def reference(seed: int, clips: int = 512, chunks: int = 20) -> Reference:
 
 
 def score(streams: Mapping[str, Stream], script: Script, window: Window, ref: Reference) -> dict[str, float]:
-    """Every metric of one window; nan where it does not apply (a Frechet distance within the first second).
+    """Every metric of one window; nan where it does not apply.
 
     Numbers that are not finite count as the worst.
     """
@@ -134,10 +134,11 @@ def score(streams: Mapping[str, Stream], script: Script, window: Window, ref: Re
         "sync": sync,
         "offset_ms": offset,
         "identity_error": _identity_error(made, script, first, last),
-        "voice_error": _voice_error(made, first, last),
+        "voice_error": _voice_error(made, script, first, last),
+        "voice_changes": _voice_changes(made, script, first, last),
         "seam": _seam(pose) / ref.seam,
         "lag1": lag_one_correlation(pose.mean(2).numpy()) / ref.lag1,
-        "frechet": frechet_distance(rows, ref.features) if last > HEARD else float("nan"),
+        "frechet": frechet_distance(rows, ref.features),
         "motion": _motion(made, first, last) / ref.motion,
         "loudness": float(_of(made.audio, AUDIO, first, last)[..., world.LOUDNESS].clamp_min(0).mean()) / ref.loudness,
         "failed": float(bad.float().mean()),
@@ -171,10 +172,21 @@ def _identity_error(factors: Factors, script: Script, first: int, last: int) -> 
     return float((seen - script.identity).square().mean().sqrt())
 
 
-def _voice_error(factors: Factors, first: int, last: int) -> float:
-    """The same of what the window's mean voice differs from that of the clip's own first second."""
-    then, now = (_of(factors.audio, AUDIO, *span)[..., world.VOICE].mean(1) for span in ((0, HEARD), (first, last)))
-    return float((now - then).square().mean().sqrt())
+def _voice_error(factors: Factors, script: Script, first: int, last: int) -> float:
+    """The same of what the window's mean voice differs from the nearest one that there is."""
+    seen = _of(factors.audio, AUDIO, first, last)[..., world.VOICE].mean(1)
+    return float((seen - script.voices[_nearest(seen, script)]).square().mean().sqrt())
+
+
+def _voice_changes(factors: Factors, script: Script, first: int, last: int) -> float:
+    """Share of clips that by the end of the window have another voice, the nearest one, than in their first second."""
+    heard = (_of(factors.audio, AUDIO, *span)[..., world.VOICE].mean(1) for span in ((0, HEARD), (last - 1, last)))
+    then, now = (_nearest(voice, script) for voice in heard)
+    return float((then != now).float().mean())
+
+
+def _nearest(voice: Float[Tensor, "*B 2"], script: Script) -> Int64[Tensor, "*B"]:
+    return (voice[..., None, :] - script.voices).square().sum(-1).argmin(-1)
 
 
 def _syllable_error(factors: Factors, script: Script, window: Window) -> float:

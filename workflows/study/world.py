@@ -61,6 +61,7 @@ class Script:
 
     identity: Float[Tensor, "B 2"]
     voice: Float[Tensor, "B 2"]
+    voices: Float[Tensor, "V 2"]  # that there are
     syllable: Int64[Tensor, "B J"]  # SYLLABLES: a pause
     start: Float[Tensor, "B J"]  # seconds; the syllable lasts until ``end``
     end: Float[Tensor, "B J"]
@@ -145,8 +146,16 @@ def _script(seed: int, samples: Tensor, chunks: int, voices: int) -> Script:
     flips = (picks[:, 1:, 3] > STAY).long()
     choices[:, :, 3] = (choices[:, :1, 3] + torch.nn.functional.pad(flips.cumsum(1), (1, 0))) % 2
     identity = (uniform_rows(seed, "study/identity", samples, 2) * 2 - 1) * 3**0.5
-    voice = voice_points(voices)[(uniform_rows(seed, "study/voice", samples, 1)[:, 0] * voices).long()]
-    return Script(identity=identity, voice=voice, syllable=syllable, start=end - lengths, end=end, choices=choices)
+    known = voice_points(voices)
+    return Script(
+        identity=identity,
+        voice=known[(uniform_rows(seed, "study/voice", samples, 1)[:, 0] * voices).long()],
+        voices=known,
+        syllable=syllable,
+        start=end - lengths,
+        end=end,
+        choices=choices,
+    )
 
 
 def _speech(seed: int, samples: Tensor, script: Script, at: Tensor) -> tuple[Tensor, Tensor]:
