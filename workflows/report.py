@@ -24,11 +24,16 @@ def draw(parts: Sequence[Part], folder: Path, fps: Fraction, sample_rate: int, t
     made = [plots.frontier(rows, folder / "frontier.png", f"{title}: quality against evaluations, {clips} clips")]
     made += [x for x in [plots.seconds(rows, folder / "seconds.png", f"{title}: quality against time")] if x]
     over_time = plots.over_time(rows, folder / "over_time.png", f"{title}: over the length of a clip")
-    many = len({part["digest"] for part in parts} - {"real"}) > 1
+    many = _several(parts)
     strips = [_strip(folder / part["samples"][0], part, fps, sample_rate, many) for part in _for_the_eye(parts)]
     apart = plots.offsets(rows, folder / "offsets.png", f"{title}: offsets of sound and picture")
     made += [path for path in (over_time, apart) if path]
     return [*made, plots.sheet(strips, folder / "sheet.png", f"{title}: the same prompt in every row")]
+
+
+def _several(parts: Sequence[Part]) -> bool:
+    """Whether there is more than one checkpoint, or one in more than one precision: their labels tell them apart."""
+    return len({part["rows"][0]["label"] for part in parts if part["digest"] != "real"}) > 1
 
 
 def _for_the_eye(parts: Sequence[Part]) -> list[Part]:
@@ -120,7 +125,7 @@ def _log_part(part: Part, parts: Sequence[Part], parent: Tracker, results: Resul
 
 def _log_point(parent: Tracker, part: Part, parts: Sequence[Part]) -> None:
     """``few/sync`` against the number of evaluations: the UI's own chart of the parent is the frontier."""
-    many = len({p["digest"] for p in parts} - {"real"}) > 1
+    many = _several(parts)
     real = next((p["rows"][0]["metrics"] for p in parts if p["digest"] == "real"), {})
     row = part["rows"][0]
     weights = {p["rows"][0]["guidance"] for p in parts if p["rows"][0]["mode"] == row["mode"]}

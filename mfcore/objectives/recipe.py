@@ -46,6 +46,8 @@ class MutualConfig:
             raise ValueError(
                 f"rollout_steps {self.rollout_steps}: ShortCut trains powers of two up to {2**self.finest} steps"
             )
+        if not self.depth_power > 0:
+            raise ValueError(f"depth_power {self.depth_power}: choose 1 (coarse levels alike) or less, but above 0")
         if "forced" in self.rows and {"free", "literal"} & set(self.rows):
             raise ValueError(f"rows {self.rows}: forced ones cut the loop that free and literal ones close, choose one")
         if self.fake_updates < 1:

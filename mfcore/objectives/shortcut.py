@@ -51,7 +51,7 @@ def draw_depth(
     Depth l is drawn with the share ((l + 1) / finest)^(1 / power) - (l / finest)^(1 / power): alike at 1, and below it
     the deeper ones more often (at 1/2 in the ratio 1 : 3 : 5 ...).
     """
-    coarse = (uniform_rows(seed, name, samples, 1)[:, 0] ** power * finest).long()
+    coarse = (uniform_rows(seed, name, samples, 1)[:, 0] ** power * finest).long().clamp_max(max(finest - 1, 0))
     return torch.where(is_finest, torch.full_like(coarse, finest), coarse)
 
 

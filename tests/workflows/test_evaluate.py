@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from mfcore.model.transformer import build_model
 from preprocessing.reader import open_dataset
-from workflows import config_io, presets
+from workflows import config_io, presets, report
 from workflows.checkpoint import write_json
 from workflows.evaluate import evaluate
 from workflows.examiner import Examiner
@@ -320,3 +320,19 @@ def test_samples_in_bfloat16_have_rows_of_their_own(tmp_path, mutual, numbers_on
     assert one["history_use_video"] == pytest.approx(other["history_use_video"], rel=0.2)
     lines = csv.DictReader(Path(result["table"]).read_text().splitlines())
     assert {x["label"] for x in lines} == {"real", "mutual", "mutual-bf16"}
+    run = Seen()
+    parts = [{"digest": "one", "rows": [row]} for row in made] + [{"digest": "real", "rows": [real]}]
+    for part in parts[:2]:
+        report._log_point(run, part, parts)
+    curves = [{name for name in names if name.endswith("/frechet")} - {"real/frechet"} for names in run.names]
+    assert curves == [{"mutual/few/frechet"}, {"mutual-bf16/few/frechet"}]
+
+
+class Seen:
+    """A tracker that keeps the names of what it is told."""
+
+    def __init__(self):
+        self.names = []
+
+    def log(self, step, values):
+        self.names.append(set(values))

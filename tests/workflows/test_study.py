@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -272,12 +273,11 @@ def everything(out):
 
 
 POOL = """
-import os, multiprocessing, time
-from concurrent.futures import ProcessPoolExecutor
-from workflows.study.run import begin_worker
+import os, time
+from workflows.study.run import pool_of
 
 if __name__ == "__main__":
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_worker, (1,)) as pool:
+    with pool_of(1) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         pool.submit(time.sleep, 100)
         time.sleep(100)
@@ -312,14 +312,15 @@ class TestRuns:
         assert stops >= config.joint_steps + config.steps
         assert everything(tmp_path / "cut") == everything(tmp_path / "whole")
 
-    def test_weights_that_are_gone_are_made_again_where_they_are_needed(self, tmp_path):
-        """Rows and costs are small and can be kept, weights are not."""
+    @pytest.mark.parametrize("gone", ["seed-*/*/weights.safetensors", "seed-*/*/**/*.safetensors", "seed-*/*/st*"])
+    def test_weights_that_are_gone_are_made_again_where_they_are_needed(self, tmp_path, gone):
+        """Rows and costs are small and can be kept, weights and states are not."""
         config, units = small(), all_units(small(), study_methods(["mutual"], 1))
         for unit in units:
             run_unit(config, tmp_path, unit, "cpu", float("inf"))
         before = everything(tmp_path)
-        for weights in tmp_path.glob("seed-*/*/weights.safetensors"):
-            weights.unlink()
+        for folder in [*tmp_path.glob(gone), *tmp_path.glob("seed-*/*/weights.safetensors")]:
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
         assert missing(tmp_path, units) == []
         (tmp_path / "rows" / f"{units[-1].name}.json").unlink()
         left = missing(tmp_path, units)
@@ -328,6 +329,7 @@ class TestRuns:
         for unit in left:
             run_unit(config, tmp_path, unit, "cpu", float("inf"))
         assert everything(tmp_path) == before
+        assert all(cost["cpu_seconds"] > 0 for cost in read_costs(tmp_path))
 
     def test_every_method_trains(self, tmp_path):
         config = small()

@@ -63,8 +63,7 @@ def run_study(
     total = len(left)
     if not left:
         return True
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker, initargs=(workers,)) as pool:
+    with pool_of(workers) as pool:
         running: dict[Future[None], Unit] = {}
         while left or running:
             for unit in list(_ready(left, out)):
@@ -91,7 +90,13 @@ def _ready(left: Sequence[Unit], out: Path) -> Iterator[Unit]:
     yield from (unit for unit in left if unit.ready(out))
 
 
-def begin_worker(workers: int) -> None:
+def pool_of(workers: int) -> ProcessPoolExecutor:
+    """So many processes, which end with this one."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(workers,))
+
+
+def _begin(workers: int) -> None:
     """A process of the pool: has its share of the threads, and ends when the one that started it is gone, however."""
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     if parent := multiprocessing.parent_process():

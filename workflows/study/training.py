@@ -118,11 +118,14 @@ class Trainer:
                 _remove(old)
 
     def resume(self, folder: Path) -> None:
-        """Go on from the last ``save`` into ``folder``, if there was one."""
+        """Go on from the last ``save`` into ``folder``, if there was one and it is still there."""
         if not (folder / "step.json").exists():
             return
-        self.step = json.loads((folder / "step.json").read_text())["step"]
-        state = folder / f"state-{self.step:06d}"
+        step = json.loads((folder / "step.json").read_text())["step"]
+        state = folder / f"state-{step:06d}"
+        if not (state / "ema.safetensors").exists():
+            return  # only what is small was kept
+        self.step = step
         self.ema.load_state_dict(load_file(state / "ema.safetensors", device=str(self.device)))
         for name, engine in self.engines.items():
             engine.load(state, name)

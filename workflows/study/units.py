@@ -165,6 +165,9 @@ def _train(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: fl
     trainer = _trainer(config, out, unit, device)
     trainer.resume(folder)
     log = folder / "log.jsonl"
+    if trainer.step == 0:  # of a training that is gone nothing counts
+        (folder / "cost.json").unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
     cost = _read(folder / "cost.json") or {"seconds": 0.0, "cpu_seconds": 0.0}
     wall, cpu, saved = time.monotonic(), time.process_time(), time.monotonic()
 
@@ -185,15 +188,19 @@ def _train(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: fl
             if time.time() > deadline:
                 raise OutOfTime(f"{unit.name} stands at step {trainer.step} of {trainer.steps}")
     keep()
-    _finish(trainer, folder, unit, device, config)
+    _finish(trainer, out, unit, device, config)
 
 
-def _finish(trainer: Trainer, folder: Path, unit: Unit, device: str, config: StudyConfig) -> None:
+def _finish(trainer: Trainer, out: Path, unit: Unit, device: str, config: StudyConfig) -> None:
+    folder = unit.result(out).parent
     average = trainer.ema.module
     held_out = torch.arange(HISTORY_CLIPS) + HELD_OUT * 2
     batch = world.draw_clips(unit.seed, held_out, max(config.chunks), config.voices).batch.to(device)
     use = history_use(trainer.ema.model, batch, config.method.time, unit.seed)
-    save_file({n: w.contiguous() for n, w in average.state_dict().items()}, folder / "weights.safetensors")
+    weights = _weights(out, unit.method, unit.seed)
+    part = weights.with_suffix(".part")
+    save_file({n: w.contiguous() for n, w in average.state_dict().items()}, part)
+    part.replace(weights)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated()

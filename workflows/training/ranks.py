@@ -123,7 +123,7 @@ def _exchangers() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):  # just ended
-            lines = (task / "status").read_text().splitlines()
+            lines = (task / "status").read_text(errors="replace").splitlines()
             if lines[0] == f"Name:\t{EXCHANGER}":
                 found[task.name] = [line for line in lines if line.startswith("State") or "ctxt_switches" in line]
     return found
