@@ -87,7 +87,16 @@ def change_embedding(model, caption) -> None:
     model.branch(AUDIO).text.caption.bias.add_(1.0)
 
 
-@pytest.mark.parametrize("change", [change_caption, change_weight, load_others, assign_others, change_embedding])
+def give_other_numbers(model, caption) -> None:
+    """As ``Module.to`` does: the same tensor, with the same count of writes."""
+    weight = model.branch(VIDEO).block(0).text.caption.weight
+    weight.data = weight * 2.0
+
+
+CHANGES = [change_caption, change_weight, load_others, assign_others, change_embedding, give_other_numbers]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_what_is_written_into_caption_or_weights_is_heard_by_the_next_chunk(change, monkeypatch):
     def changed_on_the_way():

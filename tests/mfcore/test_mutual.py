@@ -376,5 +376,7 @@ def test_contradictions_are_refused():
         replace(CONFIG, rows=("real",))
     with pytest.raises(ValueError, match="beyond the ShortCut depth"):
         replace(CONFIG, strengths=(4,))
+    with pytest.raises(ValueError, match="depth_power 0"):
+        replace(CONFIG, depth_power=0.0)
     with pytest.raises(ValueError, match="must not come before"):
         replace(CONFIG, fake_from=5, dmd_from=4)

@@ -169,6 +169,7 @@ class TestScores:
         now = score(broken, clips.script, WHOLE, ref)
         assert now["failed"] == 0.25
         assert now["valid"] < 0.8
+        assert now["voice_error"] > 100
 
 
 def row(method, mode, steps, window, *, guidance=1.0, seed=0, **metrics):

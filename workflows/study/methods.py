@@ -75,6 +75,7 @@ ABLATIONS: dict[str, Method] = {
             ("independent_levels", "a noise level per modality", _independent_levels),
             ("less_free", "a quarter of free rows", partial(_changed, rows=("real", "free", "coupled", "real"))),
             ("short_clips", "clips of 3 to 6 chunks", lambda c: replace(c, chunks=(3, 6))),
+            ("deep_rungs", "coarse rungs near the finest more often", partial(_changed, depth_power=0.5)),
         ],
         start=1,
     )

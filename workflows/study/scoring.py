@@ -85,7 +85,7 @@ def features(factors: Factors, script: Script, first: int, last: int) -> np.ndar
     step[:, 1:] = (pose[:, 1:, 0] - pose[:, :-1, -1]) * 5
     video[..., world.IDENTITY] -= script.identity[:, None]
     audio[..., world.VOICE] -= script.voices[_nearest(audio[..., world.VOICE], script)]
-    rows = torch.cat([video, audio, step], dim=-1)[:, first:last]
+    rows = torch.cat([video, audio, step], dim=-1)[:, max(first, 1) : last]  # no border before chunk 0
     return rows.flatten(0, 1).double().numpy()
 
 
