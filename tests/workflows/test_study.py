@@ -164,6 +164,14 @@ class TestScores:
         now = score(moved(clips, VIDEO, world.BROW, lambda x: x.abs()), clips.script, WHOLE, ref)
         assert now["entropy"] == pytest.approx(0.8, abs=0.02)
 
+    def test_one_voice_for_all_is_no_voice_entropy(self, clips, ref, real):
+        def lone(voice):
+            return voice - clips.script.voice[:, None] + clips.script.voices[0]
+
+        now = score(moved(clips, AUDIO, world.VOICE, lone), clips.script, WHOLE, ref)
+        assert now["voice_entropy"] == 0
+        assert real["voice_entropy"] > 0.95
+
     def test_numbers_that_are_not_finite_fail(self, clips, ref):
         broken = change(clips, AUDIO, lambda x: torch.where(torch.arange(len(x))[:, None, None] < 24, torch.nan, x))
         now = score(broken, clips.script, WHOLE, ref)
@@ -177,7 +185,7 @@ def row(method, mode, steps, window, *, guidance=1.0, seed=0, **metrics):
         ("frechet", "valid", "syllable_error", "sync", "offset_ms", "identity_error", "voice_error", "entropy", "seam"),
         0.5,
     )
-    rest = dict.fromkeys(("voice_changes", "lag1", "motion", "loudness", "failed"), 0.5)
+    rest = dict.fromkeys(("voice_changes", "voice_entropy", "lag1", "motion", "loudness", "failed"), 0.5)
     return {
         "method": method,
         "mode": mode,
@@ -261,7 +269,9 @@ def small() -> StudyConfig:
         counts=(1, 2),
         clips=3,
         seconds=3.0,
-        windows="0-1,1-3",
+        long_clips=1,
+        long_seconds=4.0,
+        windows="0-1,1-3,3-4",
     )
 
 

@@ -58,13 +58,20 @@ class StudyConfig:
     method: MutualConfig = field(default_factory=_settings)
     guidance: float = 1.1  # of the multi-step mode where it is asked with guidance
     counts: tuple[int, ...] = (1, 2, 4, 8, 16, 50)  # steps per chunk
-    clips: int = 32  # generated per setting
-    seconds: float = 60.0  # of each
+    clips: int = 128  # generated per setting
+    seconds: float = 25.0  # of each
+    long_clips: int = 32  # those of them that go on
+    long_seconds: float = 60.0
     windows: str = "0-5,5-15,15-25,25-60"
 
     def __post_init__(self) -> None:
         if self.voices < 1:
             raise ValueError(f"voices={self.voices}: the world needs at least one")
+        if not 0 <= self.long_clips <= self.clips or self.long_seconds < self.seconds:
+            raise ValueError(
+                f"{self.long_clips} of {self.clips} clips go on from {self.seconds:g} to {self.long_seconds:g} s: "
+                "no more can go on than there are, and none backwards"
+            )
 
     @property
     def shift(self) -> dict[str, float]:
@@ -81,7 +88,7 @@ def _quick() -> StudyConfig:
         method=replace(whole.method, real_until=40, free_from=50, fake_from=50, dmd_from=80, dmd_ramp=20),
         counts=(1, 4, 50),
         clips=16,
-        seconds=25.0,
+        long_clips=0,
         windows="0-5,15-25",
     )
 

@@ -135,6 +135,7 @@ def score(streams: Mapping[str, Stream], script: Script, window: Window, ref: Re
         "offset_ms": offset,
         "identity_error": _identity_error(made, script, first, last),
         "voice_error": _voice_error(made, script, first, last),
+        "voice_entropy": _voice_entropy(made, script, first, last),
         "voice_changes": _voice_changes(made, script, first, last),
         "seam": _seam(pose) / ref.seam,
         "lag1": lag_one_correlation(pose.mean(2).numpy()) / ref.lag1,
@@ -176,6 +177,15 @@ def _voice_error(factors: Factors, script: Script, first: int, last: int) -> flo
     """The same of what the window's mean voice differs from the nearest one that there is."""
     seen = _of(factors.audio, AUDIO, first, last)[..., world.VOICE].mean(1)
     return float((seen - script.voices[_nearest(seen, script)]).square().mean().sqrt())
+
+
+def _voice_entropy(factors: Factors, script: Script, first: int, last: int) -> float:
+    """How evenly the voices are chosen over clips: 1 evenly, 0 one for all; nan where there is only one."""
+    voices = len(script.voices)
+    if voices == 1:
+        return float("nan")
+    seen = _of(factors.audio, AUDIO, first, last)[..., world.VOICE].mean(1)
+    return entropy(_nearest(seen, script).numpy(), voices) / float(np.log(voices))
 
 
 def _voice_changes(factors: Factors, script: Script, first: int, last: int) -> float:

@@ -11,7 +11,7 @@ from workflows.study.methods import METHODS
 Rows = Sequence[Mapping[str, Any]]
 SHOWN = (
     "frechet", "valid", "syllable_error", "sync", "offset_ms", "identity_error", "voice_error", "voice_changes",
-    "entropy", "seam", "lag1", "motion", "loudness", "failed",
+    "voice_entropy", "entropy", "seam", "lag1", "motion", "loudness", "failed",
 )  # fmt: skip
 DRIFTING = ("frechet", "identity_error", "voice_error")
 EARLY, LATE = "0-5", "15-25"

@@ -22,7 +22,7 @@ few; but on real history, where it is always one of them, copying is as good as 
 Letters: B clips, K chunks, n latents, J syllables.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import pi
 
@@ -66,6 +66,11 @@ class Script:
     start: Float[Tensor, "B J"]  # seconds; the syllable lasts until ``end``
     end: Float[Tensor, "B J"]
     choices: Int64[Tensor, "B K+1 5"]  # as CHOICES, 0 or 1; the first row is the first frame's
+
+    def rows(self, index: Tensor | slice) -> "Script":
+        """The truth of some of the clips."""
+        own = {k: v[index] for k, v in vars(self).items() if k != "voices"}
+        return replace(self, **own)
 
 
 @dataclass(frozen=True, kw_only=True)
