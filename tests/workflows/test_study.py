@@ -261,9 +261,11 @@ def small() -> StudyConfig:
     return replace(
         whole,
         model=replace(whole.model, dim=16, layers=1, heads=1),
+        joint_batch=4,
+        joint_chunks=(3,),
+        joint_steps=3,
         batch=4,
         chunks=(3,),
-        joint_steps=3,
         steps=4,
         method=replace(whole.method, real_until=1, free_from=2, fake_from=2, dmd_from=3, dmd_ramp=1),
         counts=(1, 2),

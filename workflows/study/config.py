@@ -20,11 +20,12 @@ def _settings() -> MutualConfig:
         rollout_steps=(4, 8),
         guidance=1.1,
         shortcut_weight=2.0,
-        real_until=180,
-        free_from=210,
-        fake_from=210,
-        dmd_from=260,
-        dmd_ramp=50,
+        dmd_weight=2.0,
+        real_until=450,
+        free_from=500,
+        fake_from=500,
+        dmd_from=560,
+        dmd_ramp=60,
     )
 
 
@@ -46,14 +47,17 @@ class StudyConfig:
         )
     )
     voices: int = world.VOICES
-    batch: int = 16  # clips per step
-    chunks: tuple[int, ...] = (6, 10)  # of training clips, drawn per step
     joint_steps: int = 3000  # shared by all methods of a seed
+    joint_batch: int = 16  # clips per step
+    joint_chunks: tuple[int, ...] = (6, 10)  # of each, drawn per step
     joint_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, warm_up=50, final=0.05, clip=1.0))
-    steps: int = 500  # of every method, from the joint network
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warm_up=20, final=0.1, clip=1.0))
+    steps: int = 1000  # of every method, from the joint network
+    batch: int = 32
+    chunks: tuple[int, ...] = (3, 6)  # short: a roll-out costs by the chunk, and choices of a clip fall in its first
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-3, warm_up=20, final=0.1, clip=1.0))
     fake: FakeConfig = field(default_factory=FakeConfig)
     fake_ratio: float = 4.0  # learning rate of the fake score over the student's; one update per step
+    fake_final: float = 0.1  # its rate at the end over its peak: as the student's, so that it lags no more
     ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.99))
     method: MutualConfig = field(default_factory=_settings)
     guidance: float = 1.1  # of the multi-step mode where it is asked with guidance

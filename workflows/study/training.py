@@ -59,7 +59,7 @@ class Trainer:
             nets["fake"] = copy.deepcopy(student)
             if config.fake.rank is not None:
                 nets["fake"] = LowRankCopy(self.ema.module, config.fake, seed)
-            self.optims["fake"] = replace(optim, lr=optim.lr * config.fake_ratio, final=1.0)
+            self.optims["fake"] = replace(optim, lr=optim.lr * config.fake_ratio, final=config.fake_final)
         plain = EngineConfig(kind="torch", workers=1)
         self.engines: dict[str, Engine] = {n: build_engine(net, self.optims[n], plain) for n, net in nets.items()}
         self.models: Mapping[str, VelocityModel] = {n: e.module for n, e in self.engines.items()} | {

@@ -12,7 +12,7 @@ import json
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,6 +144,7 @@ def _trainer(config: StudyConfig, out: Path, unit: Unit, device: str) -> Trainer
     if unit.method == JOINT:
         objective = FlowMatching(FlowMatchingConfig(time=config.method.time))
         student = build_model(config.model, unit.seed).to(device)
+        config = replace(config, batch=config.joint_batch, chunks=config.joint_chunks)
         return Trainer(config, objective, student, seed=unit.seed, steps=config.joint_steps, optim=config.joint_optim)
     method = METHODS[unit.method]
     config = method.change(config)
@@ -197,7 +198,7 @@ def _finish(trainer: Trainer, out: Path, unit: Unit, device: str, config: StudyC
     folder = unit.result(out).parent
     average = trainer.ema.module
     held_out = torch.arange(HISTORY_CLIPS) + HELD_OUT * 2
-    batch = world.draw_clips(unit.seed, held_out, max(config.chunks), config.voices).batch.to(device)
+    batch = world.draw_clips(unit.seed, held_out, max(config.joint_chunks), config.voices).batch.to(device)
     use = history_use(trainer.ema.model, batch, config.method.time, unit.seed)
     weights = _weights(out, unit.method, unit.seed)
     part = weights.with_suffix(".part")
