@@ -22,7 +22,7 @@ class Method:
     objective: Callable[[MutualConfig], Objective]
     modes: tuple[Mode, ...] = ("few",)  # how it is asked
     teacher: Literal["average", "frozen"] = "average"  # frozen: a copy of the joint network, as Self-Forcing has it
-    change: Callable[[StudyConfig], StudyConfig] = lambda config: config  # what an ablation does to the settings
+    change: Callable[[StudyConfig], StudyConfig] = lambda config: config  # what it does to the settings
 
 
 def _changed(config: StudyConfig, **method: Any) -> StudyConfig:
@@ -41,16 +41,25 @@ def _independent_levels(config: StudyConfig) -> StudyConfig:
     return _changed(config, time=replace(config.method.time, independent=True))
 
 
+def _gentler(config: StudyConfig) -> StudyConfig:
+    """DMD without ShortCut breaks down at the rate of the others (lab log): valid chunks 0.715 for 0.927."""
+    return replace(config, optim=replace(config.optim, lr=config.optim.lr * 2 / 3))
+
+
 BASELINES: dict[str, Method] = {
     "teacher_forcing": Method(key="a", title="teacher forcing", objective=baselines.teacher_forcing, modes=("multi",)),
     "shortcut_forced": Method(key="b", title="ShortCut, real history", objective=baselines.shortcut_forced),
-    "dmd_forced": Method(key="c", title="DMD, real history", objective=baselines.dmd_forced),
+    "dmd_forced": Method(key="c", title="DMD, real history", objective=baselines.dmd_forced, change=_gentler),
     "dmd_self_forcing": Method(
-        key="d", title="DMD, self-forcing, frozen teacher", objective=baselines.dmd_self_forcing, teacher="frozen"
+        key="d",
+        title="DMD, self-forcing, frozen teacher",
+        objective=baselines.dmd_self_forcing,
+        teacher="frozen",
+        change=_gentler,
     ),
     "hybrid_forced": Method(key="e", title="ShortCut and DMD, real history", objective=baselines.hybrid_forced),
     "shortcut_only": Method(key="f1", title="the loop with ShortCut only", objective=baselines.shortcut_only),
-    "dmd_only": Method(key="f2", title="the loop with DMD only", objective=baselines.dmd_only),
+    "dmd_only": Method(key="f2", title="the loop with DMD only", objective=baselines.dmd_only, change=_gentler),
     "literal": Method(key="g", title="literal reading, s = 1", objective=baselines.literal),
     "mutual": Method(key="h", title="Mutual Forcing", objective=baselines.mutual_forcing, modes=("few", "multi")),
 }
