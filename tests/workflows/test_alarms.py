@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from mfcore.ema import Ema, EmaConfig, WholeWeights
 from mfcore.flow import TimeConfig
 from mfcore.model.transformer import build_model
+from mfcore.timeline import LatentClock, Timeline
 from mfcore.types import AUDIO
 from preprocessing.reader import open_dataset
 from tests.mfcore.analytic import LinearGaussian, linear_clips
@@ -65,6 +67,34 @@ def test_jumps_between_chunks_and_lost_variety_are_said(held, real):
     numbers, wrong = compare("few", liveliness([same(c) for c in real], timeline), before)
     assert numbers["alarm/variance/few/audio"] == pytest.approx(0.25)
     assert {"variance/few/video", "variance/few/audio"} <= wrong.keys()
+
+
+def test_chunks_that_do_not_stay_what_they_were_are_said(held, real):
+    """Chunks of one clip taken from others in turn: each is real, none goes on from the one before."""
+    timeline = held.meta.timeline()
+
+    def forgetful(clip: Signals, other: Signals) -> Signals:
+        odd = timeline.chunk_index("video", 5)[: len(clip.latents["video"])] % 2 == 1
+        mixed = torch.where(odd.reshape(-1, 1, 1, 1), other.latents["video"], clip.latents["video"])
+        return replace(clip, latents={**clip.latents, "video": mixed})
+
+    before = liveliness(real, timeline)
+    assert before.lag1["video"] > 0.5
+    numbers, wrong = compare("few", liveliness([forgetful(a, b) for a, b in (real, real[::-1])], timeline), before)
+    assert numbers["alarm/lag1/few/video"] < 0
+    assert "of the data's" in wrong["lag1/few/video"] and not any("audio" in name for name in wrong)
+
+
+def test_correlation_of_chunks_is_that_of_the_linear_world():
+    """h_k = a h_{k-1} + sqrt(1 - a^2) w: correlation a from chunk to chunk, whatever the latents inside a chunk do."""
+    a, draw = 0.9, torch.Generator().manual_seed(0)
+    timeline = Timeline(clocks={AUDIO: LatentClock(rate=Fraction(8))}, chunk_seconds=Fraction(1, 2))
+    slow = torch.zeros(4000, 1)
+    for k in range(1, 4000):
+        slow[k] = a * slow[k - 1] + (1 - a**2) ** 0.5 * torch.randn(1, generator=draw)
+    latents = slow.repeat_interleave(4, 0) + torch.tensor([-1.0, 1.0, -1.0, 1.0]).repeat(4000)[:, None]
+    clip = Signals(frames=None, sound=None, latents={AUDIO: latents}, finite=True, words=())
+    assert liveliness([clip], timeline).lag1[AUDIO] == pytest.approx(a, abs=0.02)
 
 
 class TestHistoryWatch:

@@ -1,5 +1,5 @@
-"""Whether a run collapses: samples with less motion, sound or variety than the data, or with jumps between chunks; a
-fake score that finds them too easy; history that is no longer used.
+"""Whether a run collapses: samples with less motion, sound or variety than the data, with jumps between chunks or
+chunks that do not stay what they were; a fake score that finds them too easy; history that is no longer used.
 
 Distillation is known to end in still, quiet pictures without a word from the losses. An alarm warns; it stops nothing.
 What is on stands in ``alarms.json`` of the run, and in ``outcome.json`` at its end.
@@ -31,6 +31,8 @@ LEAST = 0.5  # of the data's motion, of its power of sound
 LEAST_FAKE = 0.25  # of the real loss: trained toy runs are at 0.5 to 3, one that makes mere hum at 0.05 to 0.15
 READINGS = 10  # over which the fake score's loss is averaged: one batch says little
 MOST_SEAM = 2.0  # of the data's seam energy
+LEAST_LAG = 0.8  # of the data's correlation from chunk to chunk
+FLEETING = 0.5  # data whose own chunks are correlated less says nothing about samples
 LEAST_HISTORY = 0.8  # of the history use that the run began with (METHOD 9)
 STILL = 0.01  # grey levels per frame: data with less motion cannot lose any
 SILENT = 1e-6  # power of full scale, -60 dB: nor data with less sound
@@ -45,6 +47,7 @@ class Liveliness:
     finite: bool
     variance: Mapping[str, float] = field(default_factory=dict[str, float])  # of latents over clips and time
     seam: Mapping[str, float] = field(default_factory=dict[str, float])  # of latents across and inside chunks
+    lag1: Mapping[str, float] = field(default_factory=dict[str, float])  # correlation of chunks' mean latents, by lag 1
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -56,14 +59,16 @@ def liveliness(clips: Sequence[Signals], timeline: Timeline | None = None) -> Li
     """Means over the clips. ``timeline``: of their latents, to know where chunks end."""
     motions = [float(motion_energy(c.frames.numpy()).mean()) for c in clips if c.frames is not None]
     powers = [float(c.sound.double().square().mean()) for c in clips if c.sound is not None and len(c.sound)]
-    modalities = clips[0].latents if clips else ()
-    seams = {m: _seam([c.latents[m].numpy() for c in clips], m, timeline) for m in modalities if timeline}
+    latents = {m: [c.latents[m].numpy() for c in clips] for m in (clips[0].latents if clips else ())}
+    seams = {m: _seam(some, m, timeline) for m, some in latents.items()} if timeline else {}
+    lags = {m: _lag_one(some, m, timeline) for m, some in latents.items()} if timeline else {}
     return Liveliness(
         motion=float(np.mean(motions)) if motions else None,
         power=float(np.mean(powers)) if powers else None,
         finite=all(c.finite for c in clips),
-        variance={m: float(torch.cat([c.latents[m] for c in clips]).double().var(0).mean()) for m in modalities},
+        variance={m: float(torch.cat([c.latents[m] for c in clips]).double().var(0).mean()) for m in latents},
         seam={m: value for m, value in seams.items() if value is not None},
+        lag1={m: value for m, value in lags.items() if value is not None},
     )
 
 
@@ -75,6 +80,27 @@ def _seam(clips: Sequence[NDArray[np.float32]], modality: str, timeline: Timelin
         return None
     values = [seam_energy(latents[: len(numbers)], numbers) for latents in clips if len(latents) >= len(numbers)]
     return float(np.mean(values)) if np.isfinite(values).all() else None
+
+
+def _lag_one(clips: Sequence[NDArray[np.float32]], modality: str, timeline: Timeline) -> float | None:
+    """Correlation of chunks' mean latents with the next chunks', pooled over clips and coordinates; None where there
+    are none or nothing varies.
+
+    Which coordinates are slow is not known of a codec's latents, so all count: those that persist hold it up.
+    """
+    means: list[NDArray[np.float64]] = []
+    for latents in clips:
+        chunks = len(latents) // timeline.max_count(modality)
+        numbers = timeline.chunk_index(modality, chunks).numpy()
+        rows = latents[: len(numbers)].reshape(len(numbers), -1).astype(np.float64)
+        means.append(np.array([rows[numbers == k].mean(0) for k in range(chunks)]))
+    pairs = [(m[:-1], m[1:]) for m in means if len(m) > 1]
+    if not pairs:
+        return None
+    now, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    now, after = now - now.mean(0), after - after.mean(0)
+    norm = float(np.sqrt(np.square(now).sum() * np.square(after).sum()))
+    return float((now * after).sum()) / norm if norm > 0 else None
 
 
 Wrong = Mapping[str, str]
@@ -102,6 +128,11 @@ def compare(mode: str, ours: Liveliness, real: Liveliness) -> tuple[dict[str, fl
             numbers[f"alarm/seam/{mode}/{m}"] = ratio = ours.seam[m] / real.seam[m]
             words = f"{mode}: jumps between chunks of {m} have {ratio:.1f} times the data's energy"
             wrong |= {} if ratio <= MOST_SEAM else {f"seam/{mode}/{m}": words}
+    for m in ours.lag1.keys() & real.lag1.keys():
+        if real.lag1[m] > FLEETING:
+            numbers[f"alarm/lag1/{mode}/{m}"] = ratio = ours.lag1[m] / real.lag1[m]
+            words = f"{mode}: the correlation of a chunk of {m} with the next is {ratio:.2f} of the data's"
+            wrong |= {} if ratio >= LEAST_LAG else {f"lag1/{mode}/{m}": words}
     return numbers, wrong
 
 

@@ -26,6 +26,7 @@ sample/seconds                              #  that making them took
 alarm/motion/MODE, alarm/loudness/MODE      #  over the real clips' (loudness as power)
 alarm/variance/MODE/MODALITY                #  of latents over clips and time, over the real clips'
 alarm/seam/MODE/MODALITY                    #  energy of jumps between chunks of latents, over the real clips'
+alarm/lag1/MODE/MODALITY                    #  correlation of chunks' mean latents with the next's, over the real clips'
 alarm/history_use/MODALITY                  *  loss on another clip's history over loss on the own (mutual stage)
 alarm/raised                                #  how many of the alarms are on
 =============================================  ====================================================================
