@@ -19,7 +19,7 @@ from mfcore.rng import uniform_rows
 from mfcore.steps import Context, Mode
 from mfcore.types import Levels, Streams
 
-BaseRule = Literal["midpoint", "euler"]
+BaseRule = Literal["midpoint", "two_midpoints", "euler"]
 """How the multi-step mode gives the average velocity over an interval of the deepest level."""
 
 
@@ -61,23 +61,38 @@ def midpoint_target(multi: Context, x: Streams, at: Intervals) -> dict[str, Tens
     return multi.velocity(middle, at.m, at.m)
 
 
+def two_midpoints_target(multi: Context, x: Streams, at: Intervals) -> dict[str, Tensor]:
+    """The midpoint rule over [m, t], then over [r, m]: a quarter of its error, at twice its calls."""
+    upper_half, lower_half = _halves(at)
+    upper = midpoint_target(multi, x, upper_half)
+    lower = midpoint_target(multi, move_streams(x, upper, at.t, at.m), lower_half)
+    return _joined(upper, lower, x, at)
+
+
+def _halves(at: Intervals) -> tuple[Intervals, Intervals]:
+    between = [{m: (upper[m] + lower[m]) / 2 for m in at.m} for upper, lower in ((at.t, at.m), (at.m, at.r))]
+    return Intervals(t=at.t, m=between[0], r=at.m), Intervals(t=at.m, m=between[1], r=at.r)
+
+
+def _joined(upper: Mapping[str, Tensor], lower: Mapping[str, Tensor], x: Streams, at: Intervals) -> dict[str, Tensor]:
+    """[(t - m) upper + (m - r) lower] / (t - r): under a time shift the halves differ, a plain mean would be wrong."""
+    out: dict[str, Tensor] = {}
+    for m, s in x.items():
+        t, mid, r = (expand(level[m], s.chunk, s.latents) for level in (at.t, at.m, at.r))
+        out[m] = ((t - mid) * upper[m] + (mid - r) * lower[m]) / (t - r)
+    return out
+
+
 def euler_target(multi: Context, x: Streams, at: Intervals) -> dict[str, Tensor]:
     """Two Euler halves of the multi-step mode, of first order: an ablation of the midpoint rule at equal cost."""
     return halves_target(multi, x, at, mode="multi")
 
 
 def halves_target(context: Context, x: Streams, at: Intervals, *, mode: Mode = "few") -> dict[str, Tensor]:
-    """[(t - m) u(x_t, t, m) + (m - r) u(x_m, m, r)] / (t - r).
-
-    The halves are weighted by their lengths: under a time shift they differ, and a plain mean would be wrong.
-    """
+    """[(t - m) u(x_t, t, m) + (m - r) u(x_m, m, r)] / (t - r)."""
     upper = context.velocity(x, at.t, at.m if mode == "few" else at.t)
     lower = context.velocity(move_streams(x, upper, at.t, at.m), at.m, at.r if mode == "few" else at.m)
-    out: dict[str, Tensor] = {}
-    for m, s in x.items():
-        t, mid, r = (expand(level[m], s.chunk, s.latents) for level in (at.t, at.m, at.r))
-        out[m] = ((t - mid) * upper[m] + (mid - r) * lower[m]) / (t - r)
-    return out
+    return _joined(upper, lower, x, at)
 
 
 @torch.no_grad()
@@ -86,7 +101,7 @@ def shortcut_target(
 ) -> dict[str, Tensor]:
     """Targets of mixed rows: the guided ``base`` rule where ``is_finest``, elsewhere two unguided halves."""
     out = {m: torch.empty_like(s.latents, dtype=torch.float32) for m, s in x.items()}
-    base_target = {"midpoint": midpoint_target, "euler": euler_target}[base]
+    base_target = {"midpoint": midpoint_target, "two_midpoints": two_midpoints_target, "euler": euler_target}[base]
     for rows, rule, context in ((is_finest, base_target, teacher), (~is_finest, halves_target, teacher.plain())):
         index = rows.nonzero()[:, 0]
         if len(index):

@@ -14,6 +14,7 @@ from mfcore.objectives.shortcut import (
     midpoint_target,
     shortcut_target,
     shortcut_terms,
+    two_midpoints_target,
 )
 from mfcore.steps import Context, levels, schedule
 from mfcore.types import AUDIO, VIDEO, Stream
@@ -53,17 +54,25 @@ def test_a_plain_mean_of_the_halves_would_be_wrong():
     assert float((plain - exact().velocity(x, at.t, at.r)[AUDIO]).abs().max()) > 5e-3
 
 
-def order(rule, context: Context) -> float:
-    """Slope of log error against log length of intervals that end at t = 0.5."""
-    lengths, errors = [2.0**-k for k in (4, 5, 6, 7)], []
-    x = states()
-    for length in lengths:
+LENGTHS = [2.0**-k for k in (4, 5, 6, 7)]
+
+
+def errors(rule, context: Context) -> list[float]:
+    """Of intervals of ``LENGTHS`` that end at t = 0.5."""
+    found, x = [], states()
+    for length in LENGTHS:
         at = Intervals(
             **{k: {AUDIO: torch.full((64, 2), 0.5 + length * i)} for k, i in zip("tmr", (1, 0.5, 0), strict=True)}
         )
         miss = rule(context, x, at)[AUDIO] - exact().velocity(x, at.t, at.r)[AUDIO]
-        errors.append(float(miss.square().mean().sqrt()))
-    return math.log(errors[0] / errors[-1]) / math.log(lengths[0] / lengths[-1])
+        found.append(float(miss.square().mean().sqrt()))
+    return found
+
+
+def order(rule, context: Context) -> float:
+    """Slope of log error against log length."""
+    found = errors(rule, context)
+    return math.log(found[0] / found[-1]) / math.log(LENGTHS[0] / LENGTHS[-1])
 
 
 def test_the_midpoint_rule_is_of_second_order_and_euler_halves_of_first():
@@ -73,7 +82,15 @@ def test_the_midpoint_rule_is_of_second_order_and_euler_halves_of_first():
     assert order(euler_target, exact()) == pytest.approx(1, abs=0.15)
 
 
-@pytest.mark.parametrize(("rule", "share"), [(halves_target, 0.76), (midpoint_target, 0.97)])
+def test_two_midpoints_have_at_most_a_quarter_of_the_error_of_one():
+    """An eighth in this world: the second-order term of a linear flow with straight paths vanishes."""
+    one, two = (errors(rule, exact(flow_map=False)) for rule in (midpoint_target, two_midpoints_target))
+    assert all(b < 0.26 * a for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rule", "share"), [(halves_target, 0.76), (midpoint_target, 0.97), (two_midpoints_target, 0.99)]
+)
 def test_sixteen_intervals_keep_the_known_share_of_a_small_spread(rule, share):
     sigma, steps = 0.05, 16
     context = Context(model=GaussianModel(std=sigma, flow_map=False), cond=condition(2))

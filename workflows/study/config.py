@@ -16,6 +16,7 @@ def _settings() -> MutualConfig:
     return MutualConfig(
         time=TimeConfig(shift={VIDEO: 1.0, AUDIO: 1.0}),
         finest=3,
+        base="two_midpoints",
         strengths=(2,),
         rollout_steps=(4, 8),
         guidance=1.1,
