@@ -76,6 +76,8 @@ def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
         word_heads=size.word_heads,
         attention=size.attention,
         layout=size.layout,
+        local_start=size.layout == "own",
+        chunk_phase=True,
         rope_seconds_scale=size.rope_seconds_scale,
         text_dim=shapes.text_dim,
         chunk_seconds=shapes.chunk_seconds,

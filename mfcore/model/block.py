@@ -22,9 +22,9 @@ KEYS_VALUES = "b n (two h e) -> two b n h e"
 
 
 class HeadNorm(nn.Module):
-    """RMS norm over a head, with a learned scale and, for text, a learned offset.
+    """RMS norm over a head, with a learned scale and, where attention is to begin local, a learned offset.
 
-    The offset is what makes attention local in time from the start: an equal constant in query and key adds
+    The offset is what makes attention local from the start: an equal constant in query and key adds
     sum cos(w (t_q - t_k)) to the logits once both are rotated.
     """
 
@@ -51,8 +51,10 @@ class WidthNorm(nn.Module):
         return heads_apart(y, x.shape[3])
 
 
-def query_key_norm(config: ModelConfig, heads: int) -> nn.Module:
-    return WidthNorm(heads * config.head_dim) if config.layout == "wan" else HeadNorm(config.head_dim)
+def query_key_norm(config: ModelConfig, heads: int, *, offset: bool = False) -> nn.Module:
+    if config.layout == "wan":
+        return WidthNorm(heads * config.head_dim)
+    return HeadNorm(config.head_dim, offset=offset)
 
 
 class Table(nn.Module):
@@ -148,7 +150,9 @@ class Block(nn.Module):
         self.widths = [dim, keys, keys]
         self.table = Table(6, dim)
         self.qkv = nn.Linear(dim, dim + 2 * keys)
-        self.norm_q, self.norm_k = query_key_norm(config, config.heads), query_key_norm(config, config.key_heads)
+        self.norm_q, self.norm_k = (
+            query_key_norm(config, heads, offset=config.local_start) for heads in (config.heads, config.key_heads)
+        )
         self.out = nn.Linear(dim, dim)
         self.norm_text = nn.LayerNorm(dim, eps=LAYER_EPS)
         self.text = TextAttention(config)

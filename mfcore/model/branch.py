@@ -25,6 +25,7 @@ Span = tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]
 """Levels t and r of a call."""
 NOISE_SCALE = 1000.0  # noise levels in [0, 1] are embedded like the integer steps 0..1000
 DURATION_SCALE = 100.0
+PHASES = 4  # waves per chunk, 1 to this many, that tell where in it a latent starts
 FEW_WORDS = 32  # of a transcript that is read whole by every pass
 
 
@@ -124,6 +125,7 @@ class Branch(nn.Module):
         self.text = TextInput(model)
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
         self.head = nn.Linear(model.dim, config.width)
+        self.phase = nn.Linear(2 * PHASES, model.dim, bias=False) if model.chunk_phase else None
         if config.anchor:
             self.anchor = nn.Embedding(1, config.anchor)  # share of the first frame that stays, per channel
 
@@ -141,6 +143,20 @@ class Branch(nn.Module):
         (p, q), (h, w) = self.config.patch, self.config.grid
         x = rearrange(tokens, "b (n h w) (c p q) -> b n c (h p) (w q)", p=p, q=q, h=h, w=w)
         return x.reshape(like.shape)
+
+    def tokens(self, stream: Stream, mine: slice, phases: Float[Tensor, "N 2p"] | None) -> Float[Tensor, "B N d"]:
+        """The ``mine`` among its tokens, embedded; ``phases`` of these, where the network has them."""
+        tokens = self.embed(self.patches(stream)[:, mine])
+        return tokens if self.phase is None or phases is None else tokens + self.phase(phases)
+
+    def phases(self, at: Positions, like: Tensor) -> Float[Tensor, "N 2p"]:
+        """How far into its chunk each token starts: cosines and sines of 1, 2 .. waves per chunk, from float64.
+
+        The first latents of a chunk are nearer to what is known than its last ones, and vary less given it.
+        """
+        share = at.times / self.model.chunk_seconds - at.chunk
+        turns = 2 * math.pi * share[:, None] * torch.arange(1, PHASES + 1, dtype=torch.float64)
+        return torch.cat([turns.cos(), turns.sin()], dim=-1).to(like.device, like.dtype)
 
     def positions(self, stream: Stream, branch: int) -> Positions:
         """Where each token of the stream stands."""

@@ -55,6 +55,8 @@ class ModelConfig:
     window_chunks: int  # history chunks that a chunk may attend to
     rope_seconds_scale: float = 8.0  # rotary time units per second
     word_horizon_seconds: float = 1.0  # transcript further away than this is not attended to
+    local_start: bool = False  # self-attention begins local in time and space, as the words' does (layout "own")
+    chunk_phase: bool = False  # tokens know how far into their chunk their latent starts
     coupled: bool = True  # False: branches attend to themselves only (ablation)
     attention: Literal["sdpa", "flex"] = "sdpa"  # of passes with a mask, on CUDA; elsewhere sdpa
     layout: Literal["own", "wan"] = "own"  # wan: norms, rotations and embeddings as in Wan 2.1, to load its weights
@@ -70,6 +72,10 @@ class ModelConfig:
             raise ValueError(
                 f"kv_heads {self.kv_heads} must divide heads {self.heads}, word_heads {self.word_heads} lie between 1 "
                 "and heads"
+            )
+        if self.local_start and self.layout == "wan":
+            raise ValueError(
+                "model.local_start=true: Wan's layout has no place for it, its weights are local by training"
             )
         if self.window_chunks < 1:
             raise ValueError("the attention window must hold at least one chunk of history")

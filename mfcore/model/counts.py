@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mfcore.model.branch import DURATION_FEATURES
+from mfcore.model.branch import DURATION_FEATURES, PHASES
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import AVTransformer
 from mfcore.timeline import Timeline
@@ -90,11 +90,12 @@ def _multiplications(config: ModelConfig, load: Load) -> _Parts:
     words = load.words * (config.text_dim + DURATION_FEATURES) * d
     caption_keys, word_keys = (config.layers * 2 * d * n for n in (d * (load.caption + 1), w * (load.words + 1)))
     level = 2 * (features * d + d * d) + 6 * d * d + (0 if wan else 2 * d * d)
+    phases = tokens * 2 * PHASES * d if config.chunk_phase else 0
     out = sum(n * config.branches[m].width * d for m, n in load.tokens.items())
     return _Parts(
         project=tokens * d * (d + 2 * g),
         rest=tokens * rest,
-        ends=2 * out + len(load.tokens) * level,
+        ends=2 * out + phases + len(load.tokens) * level,
         out=out,
         caption=len(load.tokens) * (caption + caption_keys),
         words=len(load.tokens) * (words + word_keys),

@@ -148,7 +148,7 @@ class Graphed:
 
 def _on_device(scene: Scene, cond: Condition) -> dict[str, Any]:
     """What a pass reads on its device besides the call's own tensors; clocks and positions stay on the CPU."""
-    names = ("local", "runs", "own_runs", "text", "heard", "turn", "mask")
+    names = ("local", "runs", "own_runs", "phases", "text", "heard", "turn", "mask")
     return {name: getattr(scene, name) for name in names} | {"first": cond.first_frame}
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from mfcore.rng import generator
 
-WORD_LOCALITY = 1.0
+LOCALITY = 1.0
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -21,10 +21,11 @@ def initialise(model: nn.Module, seed: int) -> None:
     embeddings (``absent``, ``nothing``)          normal, std 0.02
     ``anchor``                                    1: the first frame stays
     norm weights                                  1 (``norm_text`` bias 0)
-    head offsets of the words' attention          ``WORD_LOCALITY``: words near in time are read first
+    head offsets of queries and keys              ``LOCALITY``: what is near is read first
     ``table``, ``levels.shared``                  0, except gates of the table: 1 / sqrt(2 layers), quiet residuals
     ``levels.interval``, ``levels.trust``         last layer 0: few-step mode and trust label start without effect
     ``levels.final``, ``head``                    0: the first velocity is 0
+    ``phase``                                     0: all latents of a chunk start alike
     ============================================  ==============================================================
     """
     layers = max(
@@ -42,7 +43,7 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def _fill(name: str, parameter: nn.Parameter, draw: torch.Generator, layers: int) -> None:
-    zero = (".levels.shared.", ".levels.final.", ".levels.interval.2.", ".levels.trust.2.", ".head.")
+    zero = (".levels.shared.", ".levels.final.", ".levels.interval.2.", ".levels.trust.2.", ".head.", ".phase.")
     if any(part in f".{name}" for part in zero):
         parameter.zero_()
     elif name.endswith("table.weight"):
@@ -51,7 +52,7 @@ def _fill(name: str, parameter: nn.Parameter, draw: torch.Generator, layers: int
     elif name.endswith("anchor.weight"):
         parameter.fill_(1.0)
     elif name.endswith(".offset"):
-        parameter.fill_(WORD_LOCALITY)
+        parameter.fill_(LOCALITY)
     elif name.endswith("bias"):
         parameter.zero_()
     elif "absent" in name or "nothing" in name:

@@ -39,6 +39,7 @@ class Scene:
     local: dict[str, Tensor]  # chunk of each token, counted from the first chunk of the pass
     runs: dict[str, Tensor | None]  # the same, None where all chunks hold as many tokens of the branch
     own_runs: dict[str, Tensor | None]  # of the tokens that this rank computes
+    phases: dict[str, Tensor] | None  # of the tokens that this rank computes, where the network has them
     text: dict[str, TextTokens]
     heard: dict[str, list[Heard]] | None  # by layer, where several passes will ask for it
     turn: Turn
@@ -125,7 +126,8 @@ class AVTransformer(nn.Module):
 
     def _embed(self, x: Streams, scene: Scene) -> dict[str, Tensor]:
         """The tokens that this rank computes."""
-        return {m: self.branch(m).embed(self.branch(m).patches(s)[:, self._mine(scene.here[m])]) for m, s in x.items()}
+        phases = scene.phases or {}
+        return {m: self.branch(m).tokens(s, self._mine(scene.here[m]), phases.get(m)) for m, s in x.items()}
 
     def _mine(self, spans: list[slice]) -> slice:
         return spans[self.sequence.rank if self.sequence else 0]
@@ -215,6 +217,7 @@ class AVTransformer(nn.Module):
             local=local,
             runs=runs,
             own_runs=runs if self.sequence is None else {m: local[m][self._mine(here[m])] for m in own},
+            phases={m: self.branch(m).phases(p, like) for m, p in mine.items()} if self.config.chunk_phase else None,
             text=text,
             heard={m: self._hear(m, text[m], about[m]) for m in x} if captions else None,
             turn=turn(angles(at.times, at.ys, at.xs, self.config)[:, None], like),

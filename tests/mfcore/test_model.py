@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from mfcore.flow import noise_streams
+from mfcore.model.rope import angles, rotate, turn
+from mfcore.model.transformer import build_model
 from mfcore.rollout import coupled_starts, join_chunks, noise_starts, rollout
-from mfcore.steps import Context, levels, schedule
+from mfcore.steps import Context, levels, past, schedule
 from mfcore.types import AUDIO, VIDEO, AVBatch, Streams
-from tests.mfcore.tiny import SHAPES, TIMELINE, batch, network
+from tests.mfcore.tiny import SHAPES, TIMELINE, batch, model_config, network
 
 SHIFT = {VIDEO: 1.0, AUDIO: 1.0}
 
@@ -226,3 +229,53 @@ def test_words_out_of_reach_cost_nothing_and_change_nothing(monkeypatch):
     for m in (VIDEO, AUDIO):
         torch.testing.assert_close(trimmed[m], whole[m], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(trimmed[m], alone[m], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_latent_knows_how_far_into_its_chunk_it_starts():
+    """From 0 up to 1, the same in every chunk; zero weights at the start, so that all latents begin alike."""
+    model, data = network(), batch(chunks=3)
+    for m, s in data.streams.items():
+        branch = model.branch(m)
+        phases = branch.phases(branch.positions(s, 0), torch.zeros(0))
+        share = torch.atan2(phases[:, 4], phases[:, 0]).remainder(2 * torch.pi) / (2 * torch.pi)
+        start = (s.times - 0.5 * s.chunk) / 0.5
+        torch.testing.assert_close(share.double(), start.repeat_interleave(branch.config.tokens), atol=1e-5, rtol=0)
+    assert not any(p.any() for n, p in build_model(model.config, 0).named_parameters() if "phase" in n)
+
+
+@torch.no_grad()
+def test_phases_tell_latents_of_a_chunk_apart():
+    """Alike, with like neighbours, nothing said and no rotation: without phases first and last get one answer."""
+    data = batch(rows=1, chunks=1)
+    silent = data.cond.drop(caption=torch.ones(1, dtype=torch.bool), words=torch.ones(1, dtype=torch.bool))
+    alike = {m: s.with_latents(torch.ones_like(s.latents)) for m, s in data.streams.items()}
+    at = levels(alike, dict.fromkeys(alike, 0.5))
+    for known in (True, False):
+        model = network(rope_seconds_scale=0.0, chunk_phase=known)
+        v = Context(model=model, cond=silent).remember(past(alike), None).velocity(alike, at, at)[VIDEO]
+        assert (float((v[:, 0] - v[:, -1]).abs().max()) > 1e-3) is known
+
+
+@torch.no_grad()
+def test_attention_starts_local():
+    """Whatever tokens hold, a fresh network's logits fall with distance in time; without the offset they do not."""
+    seconds = torch.arange(4, dtype=torch.float64) / 16
+    for local in (True, False):
+        config = model_config(VIDEO, local_start=local)
+        block = build_model(config, 0).branch(VIDEO).block(0)
+        x = torch.randn(512, 4, config.dim, generator=torch.Generator().manual_seed(0))
+        q, k = (block.norm_q, block.norm_k)
+        heads = x.unflatten(-1, (config.heads, -1))
+        by = turn(angles(seconds, torch.zeros(4), torch.zeros(4), config)[:, None], x)
+        query, key = rotate(q(heads.roll(1, 0)), by), rotate(k(heads), by)
+        near = [float((query[:, 0] * key[:, i]).sum(-1).mean()) for i in range(4)]
+        if local:
+            assert near == sorted(near, reverse=True) and near[0] - near[3] > 1.5
+        else:
+            assert max(map(abs, near)) < 1
+
+
+def test_wans_layout_has_no_place_for_a_local_start():
+    with pytest.raises(ValueError, match="local_start"):
+        model_config(VIDEO, layout="wan", local_start=True)

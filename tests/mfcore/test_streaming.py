@@ -45,7 +45,16 @@ def assert_same(one: dict[str, Stream], other: dict[str, Stream], tolerance: flo
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"window": 1}, {"window": 20}, {"coupled": False}, {"kv_heads": 1}, {"word_heads": 1}, {"layout": "wan"}],
+    [
+        {},
+        {"window": 1},
+        {"window": 20},
+        {"coupled": False},
+        {"kv_heads": 1},
+        {"word_heads": 1},
+        {"layout": "wan"},
+        {"local_start": False, "chunk_phase": False},
+    ],
     ids=str,
 )
 @torch.no_grad()

@@ -28,6 +28,8 @@ def model_config(*modalities: str, window: int = 2, **changes: object) -> ModelC
         text_dim=8,
         chunk_seconds=0.5,
         window_chunks=window,
+        local_start=changes.get("layout") != "wan",
+        chunk_phase=True,
     )
     return ModelConfig(**(fields | changes))  # type: ignore[arg-type]
 

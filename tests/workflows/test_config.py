@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mfcore.model.transformer import AVTransformer
+from mfcore.model.config import ModelConfig
+from mfcore.model.transformer import AVTransformer, build_model
 from workflows import config_io, presets
 from workflows.config import RunConfig
 from workflows.presets import LatentShapes
@@ -99,3 +100,10 @@ def test_a_file_of_settings_is_laid_over_the_preset(tmp_path):
     file.write_bytes(b"\x00\x00\xe8\xff")
     with pytest.raises(ValueError, match="mine.yaml is neither YAML nor JSON"):
         config_io.read_file(file)
+
+
+def test_a_card_of_before_is_a_network_without_either():
+    values = config_io.dump(presets.tiny("video", TOY).model)
+    assert values.pop("local_start") and values.pop("chunk_phase")
+    names = [n for n, _ in build_model(config_io.load(ModelConfig, values), 0).named_parameters()]
+    assert not any("phase" in n or ("offset" in n and "words" not in n) for n in names)

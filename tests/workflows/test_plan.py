@@ -19,22 +19,22 @@ def costs(preset: str) -> dict:
 
 def own_branch(*, d: int, layers: int, hidden: int, e: int, width: int, text: int, anchor: int) -> int:
     """Parameters of a branch of the own layout, weights and biases."""
-    attention = 3 * d * d + 3 * d + 2 * e + d * d + d
+    attention = 3 * d * d + 3 * d + 4 * e + d * d + d
     reading = 3 * (2 * d * d + 2 * d) + 2 * d * d + d + (2 + 4) * e + 2 * d
     layer = attention + reading + 2 * d * hidden + hidden + d + 6 * d
     levels = 3 * (128 * d + d + d * d + d) + 8 * d * d + 8 * d
     words = text * d + d + (text + 128) * d + d + 2 * d
-    ends = 2 * (width * d + d) + d * width + width + d
+    ends = 2 * (width * d + d) + d * width + width + d + 8 * d
     return layers * layer + levels + words + ends + anchor
 
 
 def wan_branch(*, d: int, layers: int, hidden: int, w: int, e: int, width: int, text: int) -> int:
-    """Parameters of a branch as Wan's, with attention of width w to a transcript, interval, trust label and sink."""
+    """Parameters of a branch as Wan's, with attention of width w to a transcript, interval, trust, sink, phases."""
     wan_layer = 8 * (d * d + d) + 4 * d + 2 * d + 2 * d * hidden + hidden + d + 6 * d
     wan_ends = width * d + d + d * width + width + 2 * d
     wan_embedders = 256 * d + d + d * d + d + 6 * d * d + 6 * d + text * d + d + d * d + d
     reading = d * w + w + 2 * d * w + 2 * w + w * d + 4 * e
-    rest = 2 * (256 * d + d + d * d + d) + (text + 128) * d + d + 2 * d + width * d + d + d
+    rest = 2 * (256 * d + d + d * d + d) + (text + 128) * d + d + 2 * d + width * d + d + d + 8 * d
     return layers * (wan_layer + reading) + wan_ends + wan_embedders + rest
 
 
@@ -73,7 +73,7 @@ def test_full_chunk_by_hand():
     level, out = 2 * (128 * d + d * d) + 8 * d * d, 3 * 66 * 192 * d + 11 * 64 * d
     about = 2 * (128 * 4096 * d + layers * 2 * d * d * caption)  # kept from chunk to chunk
     said = 2 * (8 * (4096 + 128) * d + layers * 2 * d * d * words)
-    bare = layers * n * (project + rest) + 2 * out + 2 * level
+    bare = layers * n * (project + rest) + 2 * out + 8 * n * d + 2 * level
     found = costs("full")
     assert found["gflop_per_evaluation"] == pytest.approx(2e-9 * (bare + about + said), abs=1e-3)
     chunk = 4 * bare + bare - n * rest - out + said

@@ -44,6 +44,8 @@ class StudyConfig:
             text_dim=world.WORD_DIM,
             chunk_seconds=float(world.CHUNK_SECONDS),
             window_chunks=4,
+            local_start=True,
+            chunk_phase=True,
             word_horizon_seconds=0.5,
         )
     )
