@@ -1,8 +1,9 @@
 """Do chunks join? Drift metrics reward forgetting the past; these see it.
 
-Letters: n steps in time, c clips.
+Letters: n steps in time, c clips, d coordinates.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -45,7 +46,16 @@ def lag_one_correlation(states: NDArray[np.floating[Any]]) -> float:
     """
     if states.ndim != 2 or states.shape[1] < 2:
         raise ValueError(f"states of shape {states.shape}: give (clips, steps) with two or more steps")
-    now, after = (part.astype(np.float64).ravel() for part in (states[:, :-1], states[:, 1:]))
-    now, after = now - now.mean(), after - after.mean()
-    norm = float(np.sqrt((now @ now) * (after @ after)))
-    return float(now @ after) / norm if norm > 0 else float("nan")
+    return pooled_lag_one_correlation([clip[:, None] for clip in states])
+
+
+def pooled_lag_one_correlation(clips: Sequence[NDArray[np.floating[Any]]]) -> float:
+    """The same of clips ``(n, d)`` that may differ in length, pooled over their coordinates, each about its own mean;
+    nan without a clip of two steps."""
+    pairs = [(states[:-1], states[1:]) for states in clips if len(states) > 1]
+    if not pairs:
+        return float("nan")
+    now, after = (np.concatenate(side).astype(np.float64) for side in zip(*pairs, strict=True))
+    now, after = now - now.mean(0), after - after.mean(0)
+    norm = float(np.sqrt(np.square(now).sum() * np.square(after).sum()))
+    return float((now * after).sum()) / norm if norm > 0 else float("nan")

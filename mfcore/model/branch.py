@@ -150,12 +150,12 @@ class Branch(nn.Module):
         return tokens if self.phase is None or phases is None else tokens + self.phase(phases)
 
     def phases(self, at: Positions, like: Tensor) -> Float[Tensor, "N 2p"]:
-        """How far into its chunk each token starts: cosines and sines of 1, 2 .. waves per chunk, from float64.
+        """How far into its chunk each token starts: cosines and sines of 1, 2 .. whole waves per chunk, from float64.
 
         The first latents of a chunk are nearer to what is known than its last ones, and vary less given it.
         """
-        share = at.times / self.model.chunk_seconds - at.chunk
-        turns = 2 * math.pi * share[:, None] * torch.arange(1, PHASES + 1, dtype=torch.float64)
+        chunks = at.times / self.model.chunk_seconds
+        turns = 2 * math.pi * chunks[:, None] * torch.arange(1, PHASES + 1, dtype=torch.float64)
         return torch.cat([turns.cos(), turns.sin()], dim=-1).to(like.device, like.dtype)
 
     def positions(self, stream: Stream, branch: int) -> Positions:

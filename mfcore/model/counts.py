@@ -79,7 +79,7 @@ def _multiplications(config: ModelConfig, load: Load) -> _Parts:
     """Per token and layer: d^2 + 2 d g queries, keys, values; d^2 out; 2 d^2 + 2 d w text queries and out; 2 d h
     feed-forward; 2 d S attention; 2 d (caption + 1) + 2 w (words + 1) text attention, a token "nothing here" standing
     before both. Per text token the embedding, and in each layer 2 d^2 or 2 d w keys and values. Per chunk and branch
-    the embeddings of level and interval, and the modulation made of them.
+    the embeddings of level and interval, and the modulation made of them; per token its phase.
     """
     d, features, wan = config.dim, config.level_features, config.layout == "wan"
     g, w = config.key_heads * config.head_dim, config.reading_heads * config.head_dim

@@ -26,7 +26,7 @@ class MutualConfig:
     dmd_weight: float = 1 / 3
     dmd_floor: float = 1e-3  # least normaliser of the DMD gradient
     trust_label: bool = True  # label history with its strength
-    base: BaseRule = "midpoint"  # how ShortCut asks the multi-step mode at the deepest level; "euler": an ablation
+    base: BaseRule = "midpoint"  # how ShortCut asks the multi-step mode at the deepest level
     online_targets: bool = False  # ablation: the student teaches itself, instead of its average
     jump_exit: bool = False  # ablation: leave the roll-out by one call instead of finishing the schedule
     fake_updates: int = 1  # of the fake score, for one of the student; all on the same roll-outs, at new noise levels

@@ -70,6 +70,7 @@ def two_midpoints_target(multi: Context, x: Streams, at: Intervals) -> dict[str,
 
 
 def _halves(at: Intervals) -> tuple[Intervals, Intervals]:
+    """[m, t] and [r, m]. Their middles are those of the levels: of second order wherever in the schedule they lie."""
     between = [{m: (upper[m] + lower[m]) / 2 for m in at.m} for upper, lower in ((at.t, at.m), (at.m, at.r))]
     return Intervals(t=at.t, m=between[0], r=at.m), Intervals(t=at.m, m=between[1], r=at.r)
 

@@ -6,7 +6,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.special import erf
 
 from mfcore.metrics.choices import entropy, entropy_ratio
-from mfcore.metrics.continuity import lag_one_correlation, seam_energy, step_energy
+from mfcore.metrics.continuity import lag_one_correlation, pooled_lag_one_correlation, seam_energy, step_energy
 from mfcore.metrics.frechet import frechet_bias, frechet_distance, frechet_interval
 from mfcore.metrics.identity import identity_error, identity_similarity
 from mfcore.metrics.speech import edit_distance, error_rate
@@ -211,6 +211,15 @@ def test_lag_one_correlation_of_chains():
     assert np.isnan(lag_one_correlation(np.ones((2, 5))))
     with pytest.raises(ValueError):
         lag_one_correlation(np.ones(5))
+
+
+def test_lag_one_correlation_of_several_coordinates_and_lengths():
+    """Each coordinate about its own mean, weighted by its variance: 0.9 and 0.1 of nine parts and one make 0.82."""
+    slow, fast = chain(0.9, 0.9)[0], chain(0.1, 0.1)[0]
+    both = np.stack([3 * slow / slow.std() + 100, fast / fast.std() - 100], axis=1)
+    cut = len(both) // 3
+    assert pooled_lag_one_correlation([both[:cut], both[cut:], both[:1]]) == pytest.approx(0.82, abs=0.02)
+    assert np.isnan(pooled_lag_one_correlation([both[:1]]))
 
 
 # speech

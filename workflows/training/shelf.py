@@ -79,9 +79,8 @@ class Shelf:
 
 def cache_folder(uri: str) -> Path:
     """Where this user's copies of a remote folder are kept on this machine."""
-    user = os.getuid() if hasattr(os, "getuid") else "user"
     key = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir(), f"mfctl-{user}", "checkpoints", key)
+    return Path(tempfile.gettempdir(), f"mfctl-{os.getuid()}", "checkpoints", key)
 
 
 def join(root: str | Path, *parts: str) -> str | Path:
