@@ -42,7 +42,7 @@ ffmpeg: ## find ffmpeg, or install it where apt allows
 demo: ffmpeg $(STAMP) ## the whole story in runs/demo: clips, dataset, four trained stages, samples, sweep
 	$(PY) -m workflows.cli demo
 
-test: ffmpeg $(STAMP) ## the test suite, about three minutes on two cores
+test: ffmpeg $(STAMP) ## the test suite, about four minutes on two cores
 	$(PY) -m pytest -q -n 2 --dist loadfile $(TESTS)
 
 test-slow: ffmpeg $(STAMP) ## the tests marked slow or cluster
