@@ -22,6 +22,7 @@ from mfcore.codecs.stats import LatentStats
 from mfcore.ema import Ema
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import build_model
+from mfcore.steps import Mode
 from mfcore.timeline import LatentClock, Timeline
 from mfcore.weights import load_strict
 from preprocessing.storage import Store, is_remote
@@ -52,6 +53,16 @@ class ModelCard:
     shift: dict[str, float]  # time shift per modality that the noise levels of training and sampling go through
     dataset: str  # fingerprint of the preprocessing configuration that made the latents
     folders: dict[str, str] = field(default_factory=dict)  # modality or "text" -> where pretrained codecs' weights were
+    few_steps: int | None = None  # most per chunk that the few-step mode was trained for; None: not on record
+
+    def doubt(self, mode: Mode, steps: int) -> str | None:
+        """What speaks against so many steps: the few-step mode knows no shorter ones than ShortCut's finest."""
+        if mode == "multi" or self.few_steps is None or steps <= self.few_steps:
+            return None
+        return (
+            f"the few-step mode was trained for up to {self.few_steps} steps per chunk, and {steps} lead away from the "
+            f"data: choose --steps {self.few_steps} or less, or --mode multi"
+        )
 
     @property
     def timeline(self) -> Timeline:

@@ -22,7 +22,7 @@ from typing import Any
 
 from mfcore.metrics.windows import PUBLISHED, Window, parse_windows
 from workflows import console, environment, page, report, table
-from workflows.checkpoint import find_export, load_card, read_json
+from workflows.checkpoint import ModelCard, find_export, load_card, read_json
 from workflows.crew import Crew, crew
 from workflows.examiner import SAMPLES, Examiner, Outcome, Task
 from workflows.heldout import HeldOut, check_match, frame_rate, real_signals, select
@@ -71,10 +71,12 @@ def evaluate(
     instruments.check()
     uri = data or _trained_on(subjects[0])
     held = select(uri, clips=clips, seconds=seconds, fraction=_kept_away(subjects, uri))
-    for subject in subjects:
-        check_match(load_card(subject.path), held.meta, subject.path, uri)
+    cards = {subject: load_card(subject.path) for subject in subjects}
+    for subject, card in cards.items():
+        check_match(card, held.meta, subject.path, uri)
     overlaps = {s.label: find_overlap(held, uri, _record(s).get("data"), _held_out(s)) for s in subjects}
-    for line in warnings(overlaps):
+    doubts = _doubts(settings, cards)
+    for line in [*warnings(overlaps), *doubts]:
         print(f"warning: {line}", file=sys.stderr, flush=True)
     scope = hashlib.sha256(f"{SCORER} {windows} {held.digest()} {instruments.id}".encode()).hexdigest()[:12]
     name = "+".join(dict.fromkeys(s.label for s in subjects)) + f"-{scope[:6]}"
@@ -87,12 +89,19 @@ def evaluate(
         "clips": len(held.prompts),
         "scope": scope,
         "skipped": skipped,
+        "doubts": doubts,
         "repeated": held.repeated,
         "reference": f"{len(held.reference)} {'of the same' if held.own_reference else 'other'} clips",
         "overlap": {label: overlap.summary for label, overlap in overlaps.items()},
         "weights": list(weights),
     }
     return sweep.finish(name, mlflow_uri or environment.tracking_uri(), facts)
+
+
+def _doubts(settings: Sequence[Setting], cards: Mapping[Subject, ModelCard]) -> list[str]:
+    """A line for each checkpoint and number of steps that its training does not reach to."""
+    found = [(s.subject.label, cards[s.subject].doubt(s.how.mode, s.how.steps)) for s in settings]
+    return list(dict.fromkeys(f"{label}: {doubt}" for label, doubt in found if doubt))
 
 
 def _record(subject: Subject) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def generate(
     streamer = Streamer.load(checkpoint, weights, precision)
     streamer.switch(compile=compile, graphs=graphs)
     how = sampling(streamer.card.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed)
+    if doubt := streamer.card.doubt(how.mode, how.steps):
+        print(f"warning: {doubt}", file=sys.stderr, flush=True)
     words, allotted = read_transcript(transcript)
     cond = streamer.condition(
         caption=caption,

@@ -83,6 +83,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
             lines.append(f'<p class="warn">{escape(label)}: overlap not known: {escape(overlap["unknown"])}</p>')
         else:
             lines.append(f'<p class="quiet">None of them, nor their sources, is in the training set of {label}.</p>')
+    lines += [f'<p class="warn">{escape(text)}</p>' for text in facts["doubts"]]
     lines += [f'<p class="quiet">Left out: {escape(text)}</p>' for text in facts["skipped"]]
     return "\n".join(lines)
 

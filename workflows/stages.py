@@ -10,7 +10,7 @@ from torch import nn
 from mfcore.ema import decay_at
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import build_model
-from mfcore.objectives.flow_matching import FlowMatching
+from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from mfcore.objectives.mutual import Mutual
 from mfcore.objectives.recipe import MutualConfig
 from mfcore.objectives.terms import Objective
@@ -132,7 +132,13 @@ def make_card(config: RunConfig, meta: DatasetMeta, parents: Mapping[Stage, Path
         folders={name: meta.folders[name] for name in (*plan.modalities, "text") if name in meta.folders},
         shift=dict(config.objective.time.shift),
         dataset=meta.fingerprint,
+        few_steps=few_steps(config.objective),
     )
+
+
+def few_steps(objective: FlowMatchingConfig | MutualConfig) -> int | None:
+    """Intervals of ShortCut's finest rung: shorter ones nobody trains, distribution matching alone neither."""
+    return 2**objective.finest if isinstance(objective, MutualConfig) else None
 
 
 def _check_parent(stage: Stage, path: Path, card: ModelCard, config: RunConfig, meta: DatasetMeta) -> None:

@@ -264,6 +264,16 @@ def test_a_longer_sample_repeats_its_transcript_and_says_so(mutual, tmp_path, nu
     assert {row["window"] for row in rows} == {"all", "0-5"}
 
 
+def test_more_few_steps_than_were_trained_are_measured_and_said(tmp_path, toy_data, numbers_only, capsys):
+    trained_for_two = export(tmp_path, toy_data, "mutual", few_steps=2)
+    result = evaluate([trained_for_two], steps=[2, 3], out=str(tmp_path / "x"), **QUIET)
+    said = "mutual: the few-step mode was trained for up to 2 steps per chunk, and 3 lead away"
+    assert capsys.readouterr().err.count(said) == 1
+    assert Path(result["report"]).read_text().count(said) == 1
+    modes = {(row["mode"], row["steps"]) for row in json.loads(Path(result["results"]).read_text())}
+    assert modes >= {("few", 3), ("multi", 3)}
+
+
 def test_a_checkpoint_of_one_modality_reports_what_it_cannot_do(tmp_path, toy_data, numbers_only):
     video = export(tmp_path, toy_data, "video")
     result = evaluate([video], steps=[1], out=str(tmp_path / "x"), **QUIET)

@@ -1,6 +1,7 @@
 """Generation: a stream of chunks becomes a playable file, and every wrong input one clear message."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ from mfcore.model.graphs import Graphed
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.media import probe
 from preprocessing.mp4 import write_mp4
+from preprocessing.reader import open_dataset
 from tests.mfcore.tape import tape
 from tests.workflows.exports import random_export
 from workflows.generate import allot, generate, portions, read_transcript, sampling
+from workflows.presets import preset
+from workflows.stages import latent_shapes, make_card
 from workflows.streamer import Sampling, Streamer
 
 WORDS = '[{"word": "ba", "start": 0.1, "end": 0.4}, {"word": "do", "start": 0.5, "end": 0.7}]'
@@ -232,3 +236,24 @@ def test_a_text_file_is_no_first_frame(exports, tmp_path):
 def test_a_chunk_takes_at_least_one_step(steps):
     with pytest.raises(ValueError, match=f"--steps {steps}: .*at least 1"):
         sampling("mutual", mode=None, steps=steps, guidance=None, trust=None, seed=0)
+
+
+def test_more_few_steps_than_were_trained_are_made_and_said(exports, image, tmp_path, capsys):
+    model = exports["mutual"] / "model.json"
+    place = tmp_path / "export"
+    shutil.copytree(exports["mutual"], place)
+    card = json.loads(model.read_text())
+    assert card["few_steps"] is None  # of a checkpoint that does not say nothing is said
+    for known, steps, mode, warned in ((None, 3, "few", 0), (2, 2, "few", 0), (2, 3, "multi", 0), (2, 3, "few", 1)):
+        (place / "model.json").write_text(json.dumps(card | {"few_steps": known}))
+        out = tmp_path / f"{known}-{steps}-{mode}.mp4"
+        generate(str(place), out=str(out), first_frame=image, seconds=0.5, steps=steps, mode=mode)
+        assert capsys.readouterr().err.count("up to 2 steps per chunk, and 3 lead away from the data") == warned
+        assert out.stat().st_size > 0
+
+
+def test_a_mutual_run_says_how_many_few_steps_it_trains(toy_data):
+    dataset = open_dataset(toy_data)
+    config = preset("tiny", "mutual", latent_shapes(dataset))
+    assert make_card(config, dataset.meta, {}).few_steps == 2**config.objective.finest
+    assert make_card(preset("tiny", "joint", latent_shapes(dataset)), dataset.meta, {}).few_steps is None
