@@ -15,7 +15,7 @@ import torch
 
 from mfcore.metrics.windows import Window
 from mfcore.types import AUDIO, VIDEO
-from workflows.study import world
+from workflows.study import pictures, world
 from workflows.study.config import StudyConfig, study_preset
 from workflows.study.methods import ABLATIONS, BASELINES, GROUPS, METHODS
 from workflows.study.run import read_costs, read_rows, run_study, study_methods
@@ -180,7 +180,7 @@ class TestScores:
         assert now["voice_error"] > 100
 
 
-def row(method, mode, steps, window, *, guidance=1.0, seed=0, **metrics):
+def row(method, mode, steps, window, *, guidance=1.0, seed=0, nfe=None, **metrics):
     usual = dict.fromkeys(
         ("frechet", "valid", "syllable_error", "sync", "offset_ms", "identity_error", "voice_error", "entropy", "seam"),
         0.5,
@@ -190,6 +190,7 @@ def row(method, mode, steps, window, *, guidance=1.0, seed=0, **metrics):
         "method": method,
         "mode": mode,
         "steps": steps,
+        "nfe": nfe,
         "guidance": guidance,
         "window": window,
         "seed": seed,
@@ -254,6 +255,34 @@ class TestBars:
         page = markdown(made_up(valid=0.8), 50)
         assert "MISSED" in page
         assert "h) Mutual Forcing" in page
+
+
+class TestPictures:
+    def test_ablations_have_a_picture_of_their_own(self, tmp_path, monkeypatch):
+        """What is drawn, by its axes: rows of ablations neither crowd the other plots nor are they lost."""
+        drawn = {}
+        monkeypatch.setattr(pictures, "_saved", lambda figure, path: drawn.update({path.name: figure.axes}) or path)
+        rows = [
+            row(name, "few", steps, window, nfe=steps, seam=seam)
+            for name, seam in (("mutual", 1.0), ("no_label", 2.0), ("hybrid_forced", 3.0))
+            for steps in (4, 8)
+            for window in ("0-5", "15-25", "25-60")
+        ]
+        rows += [row("mutual", "few", 4, window, nfe=4, seed=1, seam=1.5) for window in ("0-5", "15-25")]
+        assert [p.name for p in pictures.draw(rows, tmp_path)] == ["frontier.png", "drift.png", "ablations.png"]
+        titles = ["ShortCut and DMD, real history", "Mutual Forcing"]
+        seam = {name: axes[6] for name, axes in drawn.items()}
+        for name in ("frontier.png", "drift.png"):
+            assert [line.get_label() for line in seam[name].lines] == titles
+        changed = seam["ablations.png"]
+        points = [line for line in changed.lines if line.get_marker() == "o"]
+        assert [(p.get_label(), list(p.get_xdata())) for p in points] == [("0-5 s", [2.0]), ("15-25 s", [2.0])]
+        assert [text.get_text() for text in drawn["ablations.png"][4].get_yticklabels()] == ["h1) no trust label"]
+        assert [(p.get_x(), p.get_width()) for p in changed.patches] == [(1.0, 0.5), (1.0, 0.5)]  # seeds of the method
+        without = [r for r in rows if r["method"] != "no_label"]
+        assert [p.name for p in pictures.draw(without, tmp_path)] == ["frontier.png", "drift.png"]
+        longer = [r | {"window": "0-30"} for r in rows if r["window"] == "0-5"]
+        assert [p.name for p in pictures.draw(longer, tmp_path)] == ["frontier.png", "ablations.png"]
 
 
 def small() -> StudyConfig:

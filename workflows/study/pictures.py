@@ -56,7 +56,7 @@ def _at(rows: Rows, method: str, window: str) -> list[Mapping[str, float]]:
 def _changes(path: Path, rows: Rows, names: Sequence[str], windows: Sequence[str]) -> Path:
     """A row per ablation; behind it the range of the unchanged method's seeds."""
     figure, axes = plt.subplots(2, 4, figsize=(17, 3 + 0.42 * len(names)), constrained_layout=True, sharey=True)
-    late = [w for w in windows if float(w.split("-")[1]) <= 25.0][-1]
+    late = next((w for w in reversed(windows) if float(w.split("-")[1]) <= 25.0), windows[-1])  # with all the clips
     for axis, (metric, name) in zip(axes.flat, PANELS, strict=True):
         for window, color in dict(zip((windows[0], late), ("C0", "C3"), strict=True)).items():
             whole = [m[metric] for m in _at(rows, "mutual", window)]
