@@ -59,7 +59,7 @@ class StudyConfig:
     chunks: tuple[int, ...] = (3, 6)  # short: a roll-out costs by the chunk, and choices of a clip fall in its first
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-3, warm_up=20, final=0.1, clip=1.0))
     fake: FakeConfig = field(default_factory=FakeConfig)
-    fake_ratio: float = 4.0  # learning rate of the fake score over the student's; one update per step
+    fake_ratio: float = 1.0  # learning rate of the fake score over the student's; one update per step
     fake_final: float = 0.1  # its rate at the end over its peak: as the student's, so that it lags no more
     ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.99))
     method: MutualConfig = field(default_factory=_settings)

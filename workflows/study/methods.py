@@ -81,7 +81,7 @@ ABLATIONS: dict[str, Method] = {
             ("guided_more", "guidance 1.5 in the targets", partial(_changed, guidance=1.5)),
             ("less_dmd", "DMD weighed half as much as ShortCut", partial(_changed, dmd_weight=1.0)),
             ("more_dmd", "DMD weighed twice as much as ShortCut", partial(_changed, dmd_weight=4.0)),
-            ("slow_fake", "fake score at the student's rate", lambda c: replace(c, fake_ratio=1.0)),
+            ("fast_fake", "fake score at four times the student's rate", lambda c: replace(c, fake_ratio=4.0)),
             ("steady_fake", "fake score at a constant rate", lambda c: replace(c, fake_final=1.0)),
             ("low_rank", "fake score of rank 4", lambda c: replace(c, fake=FakeConfig(rank=4))),
             ("independent_levels", "a noise level per modality", _independent_levels),
