@@ -56,12 +56,12 @@ class ModelCard:
     few_steps: int | None = None  # most per chunk that the few-step mode was trained for; None: not on record
 
     def doubt(self, mode: Mode, steps: int) -> str | None:
-        """What speaks against so many steps: the few-step mode knows no shorter ones than ShortCut's finest."""
+        """What speaks against so many steps: the few-step mode knows no shorter ones than it was trained for."""
         if mode == "multi" or self.few_steps is None or steps <= self.few_steps:
             return None
         return (
             f"the few-step mode was trained for up to {self.few_steps} steps per chunk, and {steps} lead away from the "
-            f"data: choose --steps {self.few_steps} or less, or --mode multi"
+            f"data: choose at most {self.few_steps}, or the multi-step mode"
         )
 
     @property

@@ -75,8 +75,6 @@ def generate(
     streamer = Streamer.load(checkpoint, weights, precision)
     streamer.switch(compile=compile, graphs=graphs)
     how = sampling(streamer.card.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed)
-    if doubt := streamer.card.doubt(how.mode, how.steps):
-        print(f"warning: {doubt}", file=sys.stderr, flush=True)
     words, allotted = read_transcript(transcript)
     cond = streamer.condition(
         caption=caption,
@@ -84,6 +82,8 @@ def generate(
         first_frame=read_first_frame(first_frame, streamer) if VIDEO in streamer.codecs else None,
         voice=read_voice(voice, streamer) if voice is not None and AUDIO in streamer.codecs else None,
     )
+    if doubt := streamer.card.doubt(how.mode, how.steps):
+        print(f"warning: {doubt}", file=sys.stderr, flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     facts = write_stream(streamer, cond, ceil(seconds / float(streamer.card.chunk_seconds)), how, target)
     made = {"mode": how.mode, "steps": how.steps, "nfe": how.nfe, "precision": streamer.precision}

@@ -137,8 +137,10 @@ def make_card(config: RunConfig, meta: DatasetMeta, parents: Mapping[Stage, Path
 
 
 def few_steps(objective: FlowMatchingConfig | MutualConfig) -> int | None:
-    """Intervals of ShortCut's finest rung: shorter ones nobody trains, distribution matching alone neither."""
-    return 2**objective.finest if isinstance(objective, MutualConfig) else None
+    """Intervals of ShortCut's finest rung, without it those of the longest roll-out: shorter ones nobody trains."""
+    if not isinstance(objective, MutualConfig):
+        return None
+    return 2**objective.finest if objective.shortcut_weight else max(objective.rollout_steps)
 
 
 def _check_parent(stage: Stage, path: Path, card: ModelCard, config: RunConfig, meta: DatasetMeta) -> None:

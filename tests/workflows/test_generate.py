@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -256,4 +257,6 @@ def test_a_mutual_run_says_how_many_few_steps_it_trains(toy_data):
     dataset = open_dataset(toy_data)
     config = preset("tiny", "mutual", latent_shapes(dataset))
     assert make_card(config, dataset.meta, {}).few_steps == 2**config.objective.finest
+    alone = replace(config, objective=replace(config.objective, shortcut_weight=0.0, rollout_steps=(2, 4)))
+    assert make_card(alone, dataset.meta, {}).few_steps == 4
     assert make_card(preset("tiny", "joint", latent_shapes(dataset)), dataset.meta, {}).few_steps is None
