@@ -249,7 +249,7 @@ def test_more_few_steps_than_were_trained_are_made_and_said(exports, image, tmp_
         (place / "model.json").write_text(json.dumps(card | {"few_steps": known}))
         out = tmp_path / f"{known}-{steps}-{mode}.mp4"
         generate(str(place), out=str(out), first_frame=image, seconds=0.5, steps=steps, mode=mode)
-        assert capsys.readouterr().err.count("up to 2 steps per chunk, and 3 lead away from the data") == warned
+        assert capsys.readouterr().err.count("lead away from the data") == warned
         assert out.stat().st_size > 0
 
 
