@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from mfcore.metrics.windows import Window
+from mfcore.rollout import rollout
 from mfcore.types import AUDIO, VIDEO
-from workflows.study import pictures, world
+from workflows.study import pictures, units, world
 from workflows.study.config import StudyConfig, study_preset
 from workflows.study.methods import ABLATIONS, BASELINES, GROUPS, METHODS
 from workflows.study.run import read_costs, read_rows, run_study, study_methods
@@ -357,16 +358,16 @@ class TestRuns:
     @pytest.mark.parametrize("gone", ["seed-*/*/weights.safetensors", "seed-*/*/**/*.safetensors", "seed-*/*/st*"])
     def test_weights_that_are_gone_are_made_again_where_they_are_needed(self, tmp_path, gone):
         """Rows and costs are small and can be kept, weights and states are not."""
-        config, units = small(), all_units(small(), study_methods(["mutual"], 1))
-        for unit in units:
+        config, planned = small(), all_units(small(), study_methods(["mutual"], 1))
+        for unit in planned:
             run_unit(config, tmp_path, unit, "cpu", float("inf"))
         before = everything(tmp_path)
         for folder in [*tmp_path.glob(gone), *tmp_path.glob("seed-*/*/weights.safetensors")]:
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
-        assert missing(tmp_path, units) == []
-        (tmp_path / "rows" / f"{units[-1].name}.json").unlink()
-        left = missing(tmp_path, units)
-        assert [unit.name for unit in left] == ["seed-0-joint", "seed-0-mutual", units[-1].name]
+        assert missing(tmp_path, planned) == []
+        (tmp_path / "rows" / f"{planned[-1].name}.json").unlink()
+        left = missing(tmp_path, planned)
+        assert [unit.name for unit in left] == ["seed-0-joint", "seed-0-mutual", planned[-1].name]
         assert [unit.ready(tmp_path) for unit in left] == [True, False, False]
         for unit in left:
             run_unit(config, tmp_path, unit, "cpu", float("inf"))
@@ -391,9 +392,31 @@ class TestRuns:
             assert whole not in changed
             assert len({repr(c) for c in changed}) == len(ABLATIONS)
             slow = replace(whole, optim=replace(whole.optim, lr=whole.optim.lr * 2 / 3))
+            own = {"dmd_forced": slow, "dmd_only": slow, "dmd_self_forcing": replace(slow, fake_ratio=4.0)}
             for name in BASELINES:
-                expected = slow if name in ("dmd_forced", "dmd_self_forcing", "dmd_only") else whole
-                assert METHODS[name].change(whole) == expected
+                assert METHODS[name].change(whole) == own.get(name, whole)
+
+    @pytest.mark.parametrize(("name", "label"), [("mutual", 1.0), ("no_label", None), ("joint", None)])
+    def test_networks_are_asked_with_the_label_that_they_were_trained_with(self, tmp_path, monkeypatch, name, label):
+        """A network that has learned no label would meet untrained weights in it."""
+        told = []
+
+        def spy(*args, trust, **kwargs):
+            told.append(None if trust is None else set(trust.tolist()))
+            return rollout(*args, trust=trust, **kwargs)
+
+        monkeypatch.setattr(units, "rollout", spy)
+        mode = "few" if name in METHODS else "multi"
+        score = Unit(kind="score", method=name, seed=0, mode=mode, steps=2)
+        for unit in [Unit(kind="train", method="joint", seed=0), Unit(kind="train", method=name, seed=0), score]:
+            if not unit.done(tmp_path):
+                run_unit(small(), tmp_path, unit, "cpu", float("inf"))
+        assert told == [None if label is None else {label}] * 2  # the clips that go on, and the others
+
+    def test_ablations_are_asked_where_bars_are(self):
+        planned = all_units(study_preset("toy-study"), study_methods(["ablations"], 1))
+        steps = {unit.steps for unit in planned if unit.kind == "score" and unit.method in ABLATIONS}
+        assert steps == {4, 8}
 
     def test_an_ablation_trains(self, tmp_path):
         run_unit(small(), tmp_path, Unit(kind="train", method="joint", seed=0), "cpu", float("inf"))

@@ -98,8 +98,8 @@ def _settings(config: StudyConfig, name: str, seed: int, mode: Mode) -> list[Uni
 
     Beside a few-step mode the multi-step one is asked once: is it still what it was?
     """
-    most = max(config.counts)
-    plain = [Unit(kind="score", method=name, seed=seed, mode=mode, steps=n) for n in config.counts]
+    most, counts = max(config.counts), METHODS[name].counts or config.counts
+    plain = [Unit(kind="score", method=name, seed=seed, mode=mode, steps=n) for n in counts]
     if mode == "few":
         return plain
     if "few" in METHODS[name].modes:
@@ -134,6 +134,11 @@ def _weights(out: Path, method: str, seed: int) -> Path:
     return out / f"seed-{seed}" / method / "weights.safetensors"
 
 
+def _of(config: StudyConfig, method: str) -> StudyConfig:
+    """Settings with what ``method`` changes of them."""
+    return METHODS[method].change(config) if method in METHODS else config
+
+
 def _network(config: StudyConfig, out: Path, method: str, seed: int, device: str) -> nn.Module:
     net = build_model(config.model, seed)
     net.load_state_dict(load_file(_weights(out, method, seed)))
@@ -146,8 +151,7 @@ def _trainer(config: StudyConfig, out: Path, unit: Unit, device: str) -> Trainer
         student = build_model(config.model, unit.seed).to(device)
         config = replace(config, batch=config.joint_batch, chunks=config.joint_chunks)
         return Trainer(config, objective, student, seed=unit.seed, steps=config.joint_steps, optim=config.joint_optim)
-    method = METHODS[unit.method]
-    config = method.change(config)
+    method, config = METHODS[unit.method], _of(config, unit.method)
     student = _network(config, out, JOINT, unit.seed, device)
     frozen = None
     if method.teacher == "frozen":
@@ -288,7 +292,7 @@ def _rolled_out(config: StudyConfig, net: nn.Module, unit: Unit, batch: AVBatch,
     context = Context(model=net, cond=batch.cond, guidance=unit.guidance).opened()
     context = context.with_memories(lambda memory: ring_of(memory, tokens))
     # as when streaming: what the few-step mode writes is labelled as its own, the multi-step mode takes it for real
-    labelled = unit.mode == "few" and config.method.trust_label
+    labelled = unit.mode == "few" and _of(config, unit.method).method.trust_label
     trust = torch.ones(len(batch.samples), device=like.device) if labelled else None
     plan = schedule(unit.steps, config.shift)
     return join_chunks(c.clean for c in rollout(context, starts, plan, mode=unit.mode, trust=trust))
