@@ -17,6 +17,7 @@ from mfcore.metrics.windows import Window
 from mfcore.rollout import rollout
 from mfcore.types import AUDIO, VIDEO
 from workflows.study import pictures, units, world
+from workflows.study import report as study_report
 from workflows.study.config import StudyConfig, study_preset
 from workflows.study.methods import ABLATIONS, BASELINES, GROUPS, METHODS
 from workflows.study.run import read_costs, read_rows, run_study, study_methods
@@ -451,3 +452,77 @@ TERMS = {
     "literal": {"flow_matching", "shortcut", "dmd", "fake_score"},
     "mutual": {"flow_matching", "shortcut", "dmd", "fake_score"},
 }
+
+
+class TestLog:
+    """What MLflow shows is what is on disk, whichever machine made it and whatever was added since."""
+
+    @pytest.fixture
+    def publish(self, tmp_path, monkeypatch):
+        """The command, on committed rows of the first seeds of one method: nothing is left to be done."""
+        monkeypatch.setattr(study_report, "_pictures", lambda rows, folder: [])
+        done, out = Path(__file__).parents[2] / "docs" / "results", tmp_path / "study"
+
+        def run(seeds: int, store: str | None) -> str | None:
+            files = [done / "study.json"]
+            for s in range(seeds):
+                for name in ("joint", "mutual", "real"):
+                    files += [*done.glob(f"seed-{s}/{name}/train.json"), *done.glob(f"rows/seed-{s}-{name}-*.json")]
+            for file in files:
+                (out / file.relative_to(done)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, out / file.relative_to(done))
+            monkeypatch.setenv("MFCTL_TRACKER", "" if store else "json")
+            answer = study_report.study(
+                out=str(out),
+                preset="toy-study",
+                seeds=seeds,
+                methods=["mutual"],
+                device="cpu",
+                workers=1,
+                minutes=1e-9,  # whatever were left would not be done
+                sets=[],
+                dry_run=False,
+                tracking=store or "",
+            )
+            return answer["mlflow_parent_run"]
+
+        return run
+
+    def test_a_store_gets_what_it_has_not(self, tmp_path, publish):
+        from mlflow import MlflowClient
+
+        store, other = (f"sqlite:///{tmp_path}/{name}.db" for name in ("here", "there"))
+        client = MlflowClient(tracking_uri=store)
+
+        def runs():
+            experiment = client.get_experiment_by_name("study")
+            assert experiment
+            return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+        assert publish(1, None) is None  # a machine without MLflow, whose folder goes to one with it
+        parent = publish(1, store)
+        first = runs()
+        assert set(first) == {"study", "joint-multi", "mutual-few", "mutual-multi"}
+        assert first["study"].info.run_id == parent
+        assert {run.data.tags.get("mlflow.parentRunId") for run in first.values()} == {None, parent}
+        rows = {s: self.row("mutual", "few", 4, s) for s in (0, 1)}
+        assert self.at(client, first["mutual-few"], 4) == [rows[0]]
+        assert publish(1, store) == parent
+        assert self.at(client, runs()["mutual-few"], 4) == [rows[0]]  # not a second time
+        assert publish(2, store) == parent
+        second = runs()
+        assert {name: run.info.run_id for name, run in second.items()} == {n: r.info.run_id for n, r in first.items()}
+        assert self.at(client, second["mutual-few"], 4)[-1] == pytest.approx((rows[0] + rows[1]) / 2)
+        assert publish(2, other) != parent
+        assert len(runs()) == len(first)
+
+    @staticmethod
+    def row(method: str, mode: str, steps: int, seed: int) -> float:
+        done = Path(__file__).parents[2] / "docs" / "results" / "rows" / f"seed-{seed}-{method}-{mode}-{steps}.json"
+        return next(r["metrics"]["frechet"] for r in json.loads(done.read_text()) if r["window"] == "15-25")
+
+    @staticmethod
+    def at(client, run, nfe: int) -> list[float]:
+        """What was logged at a number of evaluations, oldest first."""
+        history = client.get_metric_history(run.info.run_id, "15-25/frechet")
+        return [m.value for m in sorted(history, key=lambda m: m.timestamp) if m.step == nfe]

@@ -1,8 +1,10 @@
 """The whole of ``mfctl study``: settings, units, and what is made of their rows."""
 
+import hashlib
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ from workflows import config_io
 from workflows.study.config import study_preset
 from workflows.study.run import read_costs, read_rows, run_study, study_methods
 from workflows.study.tables import Table, bars, markdown, title
-from workflows.tracking import open_tracker
+from workflows.tracking import mlflow_is_here, open_tracker
 
 EXPERIMENT = "study"
 
@@ -96,31 +98,45 @@ def _pictures(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _log(folder: Path, table: Table, files: Sequence[Path], uri: str, config: dict[str, Any]) -> str | None:
-    """A parent run with the page, and a run per method and mode whose step is the number of evaluations."""
-    note = folder / "mlflow.json"
-    known: dict[str, str | None] = json.loads(note.read_text()) if note.exists() else {}
+    """A parent run with the page, and a run per method and mode whose step is the number of evaluations.
+
+    ``mlflow.json`` notes what one store has got: another gets everything, and the same one again what has changed.
+    """
+    note, store = folder / "mlflow.json", uri if mlflow_is_here() else "json"
+    known: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {}
+    if known.get("store") != store:
+        known = {"store": store, "parent": None, "runs": {}}
     opened = partial(open_tracker, uri=uri, experiment=EXPERIMENT)
-    parent = opened(folder=folder / "log", name=folder.name, run_id=known.get("parent"))
+    parent = opened(folder=folder / "log", name=folder.name, run_id=known["parent"])
     known["parent"] = parent.run_id
     parent.params(config_io.flatten(config))
     for path in files:
         parent.artifact(path)
     for method, mode, guided in dict.fromkeys((k[0], k[1], k[3]) for k in table.order if k[2]):
         name = f"{method}-{mode}" + ("-guided" if guided else "")
-        if name in known:
+        points = _points(table, method, mode, guided)
+        digest = hashlib.sha256(json.dumps(points).encode()).hexdigest()
+        had = known["runs"].get(name, {})
+        if had.get("digest") == digest:
             continue
-        child = opened(folder=folder / "log" / name, name=name, parent=parent.run_id, tags={"method": title(method)})
-        for key in table.order:
-            if (key[0], key[1], key[3]) == (method, mode, guided) and key[2]:
-                _log_metrics(child, table, key)
+        place, tags = folder / "log" / name, {"method": title(method)}
+        child = opened(folder=place, name=name, run_id=had.get("run"), parent=parent.run_id, tags=tags)
+        for nfe, metrics in points.items():
+            child.log(nfe, metrics)
         child.finish()
-        known[name] = child.run_id
+        known["runs"][name] = {"run": child.run_id, "digest": digest}
+        note.write_text(json.dumps(known, indent=1))
     parent.finish()
-    note.write_text(json.dumps(known))
+    note.write_text(json.dumps(known, indent=1))
     return parent.run_id
 
 
-def _log_metrics(child: Any, table: Table, key: tuple[Any, ...]) -> None:
-    method, mode, steps, guided, window = key
-    metrics = table.of(method, mode, steps, guided, window)
-    child.log(steps * (1 + guided), {f"{window}/{name}": value.mean for name, value in metrics.items()})
+def _points(table: Table, method: str, mode: str, guided: bool) -> dict[int, dict[str, float]]:
+    """Means over seeds of every metric of every window, by number of evaluations."""
+    points: dict[int, dict[str, float]] = defaultdict(dict)
+    for key in table.order:
+        if (key[0], key[1], key[3]) == (method, mode, guided) and key[2]:
+            steps, window = key[2], key[4]
+            values = {f"{window}/{name}": value.mean for name, value in table.of(*key).items()}
+            points[steps * (1 + guided)] |= values
+    return points
