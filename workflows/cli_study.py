@@ -21,6 +21,12 @@ def study(
     methods: Annotated[str, typer.Option(metavar="A,B", help="Which rows: all, core, ablations, or names.")] = "all",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
+    networks: Annotated[
+        str | None,
+        typer.Option(
+            parser=environment.absolute, metavar="DIR", help="Another study, whose trained networks are taken over."
+        ),
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
     sets: Sets,
     dry_run: DryRun = False,
@@ -42,6 +48,7 @@ def study(
             sets=sets,
             dry_run=dry_run,
             tracking=environment.tracking_uri(),
+            networks=networks,
         )
 
     def render(result: Any) -> str:

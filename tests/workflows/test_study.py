@@ -20,7 +20,7 @@ from workflows.study import pictures, units, world
 from workflows.study import report as study_report
 from workflows.study.config import StudyConfig, study_preset
 from workflows.study.methods import ABLATIONS, BASELINES, GROUPS, METHODS
-from workflows.study.run import read_costs, read_rows, run_study, study_methods
+from workflows.study.run import check_folder, read_costs, read_rows, run_study, study_methods, take_networks
 from workflows.study.scoring import reference, score
 from workflows.study.tables import Table, bars, markdown
 from workflows.study.units import OutOfTime, Unit, all_units, missing, run_unit
@@ -435,6 +435,38 @@ class TestRuns:
         assert not run_study(config, tmp_path, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9)
         with pytest.raises(ValueError, match="steps"):
             run_study(replace(config, steps=9), tmp_path, {}, workers=1, device="cpu", minutes=None)
+
+    def test_trained_networks_are_sampled_in_another_way(self, tmp_path):
+        config, (here, there) = small(), (tmp_path / "here", tmp_path / "there")
+        check_folder(config, here)
+        for name in ("joint", "mutual", "literal"):
+            run_unit(config, here, Unit(kind="train", method=name, seed=0), "cpu", float("inf"))
+        other = replace(config, counts=(3,), windows="0-2", long_seconds=5.0)
+        assert take_networks(other, here, there, {"mutual": range(1)}) == 2
+        planned = all_units(other, {"mutual": range(1)})
+        assert {unit.kind for unit in missing(there, planned)} == {"score"}
+        for unit in missing(there, planned):
+            run_unit(other, there, unit, "cpu", float("inf"))
+        assert {(r["method"], r["steps"], r["window"]) for r in read_rows(there)} == {
+            (m, n, "0-2") for m, n in [("real", 0), ("joint", 4), ("joint", 3), ("mutual", 3)]
+        }
+        costs = {c["method"]: c for c in read_costs(here)}
+        assert read_costs(there) == [costs["joint"], costs["mutual"]]
+        assert take_networks(other, here, there, {"mutual": range(1)}) == 0  # what is there stays
+
+    def test_four_steps_are_not_compared_with_themselves(self):
+        done = Path(__file__).parents[2] / "docs" / "results"
+        table = Table(read_rows(done), read_costs(done))
+        assert [sum("4 Euler" in bar.claim for bar in bars(table, most)) for most in (50, 4)] == [2, 0]
+
+    def test_networks_trained_otherwise_are_not_taken(self, tmp_path):
+        config, (here, there) = small(), (tmp_path / "here", tmp_path / "there")
+        with pytest.raises(ValueError, match="holds no study"):
+            take_networks(config, here, there, {"mutual": range(1)})
+        assert not run_study(config, here, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9)
+        with pytest.raises(ValueError, match=r"\(fake_ratio, steps\)"):
+            take_networks(replace(config, steps=9, fake_ratio=3.0, clips=5), here, tmp_path / "third", {})
+        assert take_networks(config, here, there, {"mutual": range(1)}) == 0  # none is trained
 
     def test_an_unknown_method_is_named(self):
         with pytest.raises(ValueError, match="teacher_forcing"):

@@ -30,6 +30,10 @@ def _settings() -> MutualConfig:
     )
 
 
+SAMPLING = ("guidance", "counts", "clips", "seconds", "long_clips", "long_seconds", "windows")
+"""Settings that no training depends on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """Everything the numbers of a study are a function of, beside its seeds."""

@@ -14,7 +14,7 @@ import torch
 
 from workflows import config_io
 from workflows.study.config import study_preset
-from workflows.study.run import read_costs, read_rows, run_study, study_methods
+from workflows.study.run import read_costs, read_rows, run_study, study_methods, take_networks
 from workflows.study.tables import Table, bars, markdown, title
 from workflows.tracking import mlflow_is_here, open_tracker
 
@@ -33,8 +33,12 @@ def study(
     sets: Sequence[str],
     dry_run: bool,
     tracking: str,
+    networks: str | None = None,
 ) -> dict[str, Any]:
-    """Do what is missing of a study in ``out``, then write its results, page and plots, and log them."""
+    """Do what is missing of a study in ``out``, then write its results, page and plots, and log them.
+
+    ``networks``: folder of another study, whose trained networks are sampled in another way here.
+    """
     config = config_io.change(study_preset(preset), config_io.parse_sets(sets))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU here; leave the option out to run on CPU")
@@ -42,6 +46,9 @@ def study(
     if dry_run:
         return {"config": config_io.dump(config), "methods": {m: list(s) for m, s in wanted.items()}}
     folder = Path(out)
+    if networks:
+        taken = take_networks(config, Path(networks), folder, wanted)
+        print(f"{taken} trained networks taken from {networks}", file=sys.stderr)
     whole = run_study(
         config,
         folder,

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,9 @@ from typing import Any
 
 import torch
 
-from workflows.study.config import StudyConfig
+from workflows.study.config import SAMPLING, StudyConfig
 from workflows.study.methods import GROUPS, METHODS
-from workflows.study.units import OutOfTime, Unit, all_units, missing, run_unit
+from workflows.study.units import LOG, WEIGHTS, OutOfTime, Unit, all_units, missing, run_unit
 
 POLL_SECONDS = 1.0
 
@@ -44,6 +45,37 @@ def check_folder(config: StudyConfig, out: Path) -> None:
     if found != wanted:
         odd = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
         raise ValueError(f"{out} holds a study with other settings ({', '.join(odd)}): choose a new folder")
+
+
+def take_networks(config: StudyConfig, source: Path, out: Path, methods: dict[str, Sequence[int]]) -> int:
+    """Copy the trained networks of ``methods`` in the study in ``source`` that ``out`` has not; how many they were.
+
+    ValueError where ``config`` would have trained them in another way: they may only be sampled in one.
+    """
+    path = source / "study.json"
+    if not path.exists():
+        raise ValueError(f"{source} holds no study: give the folder that --out named for one")
+    found, wanted = json.loads(path.read_text()), json.loads(json.dumps(asdict(config)))
+    odd = sorted(k for k in (wanted.keys() | found.keys()) - {*SAMPLING} if wanted.get(k) != found.get(k))
+    if odd:
+        raise ValueError(
+            f"the networks in {source} were trained with other settings ({', '.join(odd)}): give the same ones "
+            f"with --set; only {', '.join(SAMPLING)} may differ"
+        )
+    check_folder(config, out)
+    taken = 0
+    for unit in all_units(config, methods):
+        if unit.kind != "train":
+            continue
+        record, folder = unit.result(source), unit.result(out).parent
+        if folder.exists() or not record.exists() or not (record.parent / WEIGHTS).exists():
+            continue
+        folder.mkdir(parents=True)
+        for name in (WEIGHTS, LOG, record.name):  # the record last: it says that a training is done
+            if (record.parent / name).exists():
+                shutil.copy(record.parent / name, folder / name)
+        taken += 1
+    return taken
 
 
 def run_study(

@@ -37,6 +37,8 @@ from workflows.study.world import Script
 JOINT = "joint"
 REAL = "real"  # real clips, scored like generated ones
 HELD_OUT = 1 << 41  # sample numbers from here on are in no training batch
+WEIGHTS = "weights.safetensors"
+LOG = "log.jsonl"
 SAVE_SECONDS = 60.0
 LOG_STEPS = 50
 HISTORY_CLIPS = 64
@@ -131,7 +133,7 @@ def missing(out: Path, units: Sequence[Unit]) -> list[Unit]:
 
 
 def _weights(out: Path, method: str, seed: int) -> Path:
-    return out / f"seed-{seed}" / method / "weights.safetensors"
+    return out / f"seed-{seed}" / method / WEIGHTS
 
 
 def _of(config: StudyConfig, method: str) -> StudyConfig:
@@ -171,7 +173,7 @@ def _train(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: fl
     folder = unit.result(out).parent
     trainer = _trainer(config, out, unit, device)
     trainer.resume(folder)
-    log = folder / "log.jsonl"
+    log = folder / LOG
     if trainer.step == 0:  # of a training that is gone nothing counts
         (folder / "cost.json").unlink(missing_ok=True)
         log.unlink(missing_ok=True)
