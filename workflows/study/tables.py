@@ -1,12 +1,12 @@
 """Rows of a study to a table, to the bars it is measured by, and to a page of Markdown."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from workflows.study.methods import METHODS
+from workflows.study.methods import ABLATION_COUNTS, ABLATIONS, METHODS
 
 Rows = Sequence[Mapping[str, Any]]
 SHOWN = (
@@ -39,6 +39,7 @@ class Table:
     """Metrics by (method, mode, steps, guided, window)."""
 
     def __init__(self, rows: Rows, costs: Rows) -> None:
+        self._made_of = rows, costs
         values: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
             key = (row["method"], row["mode"], row["steps"], row["guidance"] != 1.0, row["window"])
@@ -58,6 +59,15 @@ class Table:
 
     def has(self, *key: Any) -> bool:
         return key in self._values
+
+    def seeds(self, *methods: str) -> set[int]:
+        """The seeds that any of ``methods`` has rows of."""
+        return {row["seed"] for row in self._made_of[0] if row["method"] in methods}
+
+    def only(self, seeds: Collection[int]) -> "Table":
+        """The same, of some seeds."""
+        rows, costs = ([r for r in some if r["seed"] in seeds] for some in self._made_of)
+        return Table(rows, costs)
 
     def get(self, metric: str, method: str, mode: str, steps: int, window: str, *, guided: bool = False) -> Value:
         return self._values[method, mode, steps, guided, window][metric]
@@ -197,9 +207,10 @@ def _cheaper(table: Table, most: int) -> list[Bar]:
 
 
 def markdown(table: Table, most: int) -> str:
-    """The results as a page: bars, then a table per window, then what each training took."""
+    """The results as a page: bars, what one change does, then a table per window, then what each training took."""
     lines = ["## Bars", "", "| claim | measured | |", "|-|-|-|"]
     lines += [f"| {b.claim} | {b.measured} | {'met' if b.met else 'MISSED'} |" for b in bars(table, most)]
+    lines += _ablations(table)
     windows = list(dict.fromkeys(key[4] for key in table.order))
     for window in windows:
         lines += ["", f"## {window} s", "", f"| method | mode | steps | NFE | {' | '.join(SHOWN)} |"]
@@ -216,11 +227,47 @@ def markdown(table: Table, most: int) -> str:
     ]
     for method in ("joint", *METHODS):
         if method in table.costs:
-            use = " / ".join(f"{table.history_use(method, m).mean:.2f}" for m in ("video", "audio"))
-            state = table.cost(method, lambda c: c["state_bytes"] / 1e6).mean
             step = table.cost(method, lambda c: c["cpu_seconds"] / c["steps"])
-            lines.append(f"| {title(method)} | {use} | {state:.1f} | {step} |")
+            lines.append(f"| {title(method)} | {_use(table, method)} | {_state(table, method)} | {step} |")
     return "\n".join(lines) + "\n"
+
+
+def _ablations(table: Table) -> list[str]:
+    """A row per ablation; before them the unchanged method, of their seeds alone: one seed is not a mean of three."""
+    names = [name for name in ABLATIONS if table.seeds(name) and name in table.costs]
+    if not names:
+        return []
+    same, (few, more) = table.only(table.seeds(*names)), ABLATION_COUNTS
+    columns: dict[str, tuple[str, int, tuple[str, ...]]] = {
+        f"frechet, {few} steps": ("frechet", few, (EARLY, LATE)),
+        "identity_error": ("identity_error", few, (EARLY, LATE)),
+        "voice_error": ("voice_error", few, (EARLY, LATE)),
+        f"valid, {EARLY} s": ("valid", few, (EARLY,)),
+        f"seam, {LATE} s": ("seam", few, (LATE,)),
+        f"frechet, {more} steps": ("frechet", more, (EARLY, LATE)),
+        f"valid, {EARLY} s, {more} steps": ("valid", more, (EARLY,)),
+    }
+
+    def cell(method: str, metric: str, steps: int, windows: tuple[str, ...]) -> str:
+        asked = [w for w in windows if same.has(method, "few", steps, False, w)]
+        return " -> ".join(f"{same.get(metric, method, 'few', steps, w).mean:.3f}" for w in asked) or "-"
+
+    seeds = ", ".join(map(str, sorted(table.seeds(*names))))
+    lines = ["", "## One change at a time", "", f"Seeds: {seeds}. Arrows lead from {EARLY} s to {LATE} s.", ""]
+    lines.append(f"| | {' | '.join(columns)} | history use, video / audio | state, MB |")
+    lines.append("|" + "-|" * (len(columns) + 3))
+    for name in [n for n in ("mutual", *names) if n in same.costs]:
+        cells = [cell(name, *of) for of in columns.values()]
+        lines.append(f"| {title(name)} | {' | '.join(cells)} | {_use(same, name)} | {_state(same, name)} |")
+    return lines
+
+
+def _use(table: Table, method: str) -> str:
+    return " / ".join(f"{table.history_use(method, m).mean:.2f}" for m in ("video", "audio"))
+
+
+def _state(table: Table, method: str) -> str:
+    return f"{table.cost(method, lambda c: c['state_bytes'] / 1e6).mean:.1f}"
 
 
 def title(method: str) -> str:
