@@ -19,7 +19,7 @@ from workflows.engine_config import EngineConfig
 FOLDER = Path(__file__).parents[1] / "golden"
 STEPS = 10
 TOLERANCE = 1e-6  # relative; libraries of matrix products sum in different orders
-ROLLED = 3e-6  # where a network is run on its own output: other instructions of one processor differ by 8e-7
+ROLLED = 1e-5  # where a network is run on its own output: two processors were seen to differ by 3.4e-6
 PLAIN = EngineConfig(kind="torch", workers=1)
 OPTIM = OptimConfig(lr=2e-4, warm_up=0)  # slow: what two machines differ by must not grow
 DUETS = {stage: Duet(stage=stage, engine=PLAIN, optim=OPTIM) for stage in ("video", "audio", "joint", "mutual")}
