@@ -269,6 +269,8 @@ class TestBars:
                 seed=seed,
                 frechet=value + steps + 20 * late,
                 valid=steps / 10,
+                syllable_error=steps / 100 + late,
+                sync=0.9 - steps / 100 - late,
                 seam=value + late,
                 identity_error=0.1,
                 voice_error=0.2,
@@ -284,7 +286,7 @@ class TestBars:
         section = page.split("## One change at a time")[1].split("##")[0]
         assert "Seeds: 0." in section
         lines = [line for line in section.splitlines() if line.startswith("| h")]
-        same = "0.100 -> 0.100 | 0.200 -> 0.200 | 0.400"
+        same = "0.100 -> 0.100 | 0.200 -> 0.200 | 0.400 | 0.040 | 0.860"
         assert lines == [
             f"| h) Mutual Forcing | 5.000 -> 15.000 | {same} | 1.500 | 9.000 -> 19.000 | 0.800 | 6.00 / 9.00 | 3.0 |",
             f"| h1) no trust label | 6.000 -> 16.000 | {same} | 2.500 | - | - | 6.00 / 9.00 | 3.0 |",

@@ -243,6 +243,8 @@ def _ablations(table: Table) -> list[str]:
         "identity_error": ("identity_error", few, (EARLY, LATE)),
         "voice_error": ("voice_error", few, (EARLY, LATE)),
         f"valid, {EARLY} s": ("valid", few, (EARLY,)),
+        f"syllable_error, {EARLY} s": ("syllable_error", few, (EARLY,)),
+        f"sync, {EARLY} s": ("sync", few, (EARLY,)),
         f"seam, {LATE} s": ("seam", few, (LATE,)),
         f"frechet, {more} steps": ("frechet", more, (EARLY, LATE)),
         f"valid, {EARLY} s, {more} steps": ("valid", more, (EARLY,)),
