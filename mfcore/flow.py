@@ -56,7 +56,7 @@ class TimeConfig:
     shift: dict[str, float]  # time shift per modality; 1 leaves time alone
     logit_mean: float = 0.0  # of the logit-normal that training times are drawn from
     logit_std: float = 1.0
-    uniform_share: float = 0.1  # share of training times drawn uniformly from (0, 1], where samplers start
+    uniform_share: float = 0.1  # of training times drawn uniformly from (0, 1] before the shift: samplers start at 1
     independent: bool = False  # draw a separate level per modality instead of one shared by both
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class TimeConfig:
 
 
 def training_times(config: TimeConfig, draws: Float[Tensor, "*batch 3"], modality: str) -> Float[Tensor, "*batch"]:
-    """Logit-normal times, shifted, with a uniform share on (0, 1] (METHOD 2).
+    """Logit-normal times with a uniform share on (0, 1], all shifted (METHOD 2).
 
     ``draws`` are uniform in [0, 1): which law, its quantile, and a second quantile for ``independent`` levels.
     """

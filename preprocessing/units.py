@@ -233,7 +233,9 @@ def _run_on_ray(units: Sequence[Unit], store: Store, token: str, config: Preproc
     # One block per unit as far as Ray's bookkeeping allows: a block is what a task takes and what is retried.
     data = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=min(len(units), 4096))
     arguments = (store.uri, token, config)
-    place: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus or None, "concurrency": workers}
+    # memory 0: else Ray Data asks for as much as a task returned (kilobytes of facts), and an autoscaler that knows its
+    # kinds of machines by CPUs alone, as it does Google's, never brings one for a task that asks for memory.
+    place: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus or None, "memory": 0, "concurrency": workers}
     actor: Any = _Worker  # Ray makes one per worker
     if config.folders or config.whisper:
         made = data.map(actor, fn_constructor_args=arguments, **place)

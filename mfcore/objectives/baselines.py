@@ -28,7 +28,7 @@ def dmd_forced(config: MutualConfig) -> Mutual:
 
 def dmd_self_forcing(config: MutualConfig) -> Mutual:
     """DMD alone on the model's own roll-outs, as Self-Forcing does it; its teacher is a frozen copy."""
-    return Mutual(_dmd_at_once(_rows(config, "free")))
+    return Mutual(replace(_dmd_at_once(_rows(config, "free")), dmd_weight=1.0))  # beside nothing
 
 
 def hybrid_forced(config: MutualConfig) -> Mutual:
@@ -43,7 +43,7 @@ def shortcut_only(config: MutualConfig) -> Mutual:
 
 def dmd_only(config: MutualConfig) -> Mutual:
     """The full method without ShortCut."""
-    return Mutual(_dmd_at_once(config))
+    return Mutual(replace(config, shortcut_weight=0.0))
 
 
 def literal(config: MutualConfig) -> Mutual:
@@ -64,4 +64,4 @@ def _rows(config: MutualConfig, kind: RowKind) -> MutualConfig:
 def _dmd_at_once(config: MutualConfig) -> MutualConfig:
     """DMD in place of ShortCut, as soon as the fake score has had its steps alone."""
     early = config.dmd_from - config.fake_from
-    return replace(config, shortcut_weight=0.0, dmd_weight=1.0, real_until=0, free_from=0, fake_from=0, dmd_from=early)
+    return replace(config, shortcut_weight=0.0, real_until=0, free_from=0, fake_from=0, dmd_from=early)

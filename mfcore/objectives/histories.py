@@ -86,7 +86,8 @@ def write_histories(
     ``samples``: what DMD does with those of this step.
     """
     student = Context(model=model, cond=batch.cond).opened()
-    exit_step = control.exit_step if samples == "moved" else None
+    left = samples == "moved" or (samples == "judged" and config.jump_exit)  # the fake score learns what DMD will move
+    exit_step = control.exit_step if left else None
     real, coupled, forced = (where(config, batch, info.stage_step, k) for k in ("real", "coupled", "forced"))
     rolled = where(config, batch, info.stage_step, "free", "literal")
     written: list[_Written] = []

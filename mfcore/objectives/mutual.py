@@ -102,10 +102,12 @@ class Mutual:
     @torch.no_grad()
     def _teacher(self, model: VelocityModel, batch: AVBatch, history: Histories, control: Control) -> Context:
         """The guided multi-step mode on the same history. Its label is no more than flow matching trains that mode
-        with: only the few-step losses would shape its answer to s = 1, and they take their targets from that answer.
+        with (1 in the literal reading): only the few-step losses would shape its answer to a greater one, and they take
+        their targets from that answer.
         """
         guided = Context(model=model, cond=batch.cond, guidance=self.config.guidance)
-        label = label_of(self.config, history.strength.clamp_max(control.strength))
+        trained = 1.0 if "literal" in self.config.rows else control.strength
+        label = label_of(self.config, history.strength.clamp_max(trained))
         return guided.remember(past(history.streams), label)
 
     def _flow_matching(self, batch: AVBatch, anchored: Tensor, info: StepInfo) -> Asked:

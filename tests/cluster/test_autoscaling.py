@@ -30,7 +30,9 @@ HEAD_NODE = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 KINDS = {
     "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "min_workers": 0, "max_workers": 0},
     "preprocess": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
-    "train": {"resources": {"CPU": 1, "trainer": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+    # A machine with a GPU, as in the files for clouds: Ray brings it for nothing that another kind can do. (Without one
+    # its first autoscaler, once it has seen how much memory a machine of preprocessing has, finds both kinds as good.)
+    "train": {"resources": {"CPU": 1, "GPU": 1, "trainer": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
 }
 NOTHING = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
 STARTS = (
@@ -69,9 +71,9 @@ def head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A head of 0 CPUs with one of Ray's two autoscalers, on ports of its own."""
     ports = heads._free_ports()
     gcs = f"{ray.util.get_node_ip_address()}:{ports['MFCTL_RAY_PORT']}"  # the provider's default is port 6379
-    config = tmp_path_factory.mktemp("fake") / "cluster.json"
-    config.write_text(json.dumps(CONFIG | {"provider": CONFIG["provider"] | {"gcs_address": gcs}}))
     temp = tempfile.mkdtemp(prefix="mfctl-", dir="/tmp")
+    config = tmp_path_factory.mktemp("fake") / "cluster.json"
+    config.write_text(json.dumps(CONFIG | {"provider": CONFIG["provider"] | {"gcs_address": gcs, "machines": temp}}))
     environment = heads._start_environment() | {heads.TEMP: temp, "RAY_FAKE_CLUSTER": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE, "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     if request.param:

@@ -8,10 +8,11 @@ import torch
 
 from mfcore.flow import TimeConfig
 from mfcore.model.transformer import AVTransformer
+from mfcore.objectives.histories import draw_control
 from mfcore.objectives.mutual import Mutual
 from mfcore.objectives.recipe import MutualConfig
 from mfcore.objectives.terms import StepInfo, Term, total
-from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Levels, Streams, VelocityModel
+from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Levels, Stream, Streams, VelocityModel
 from tests.mfcore.analytic import Nothing
 from tests.mfcore.tiny import batch, network
 
@@ -166,11 +167,21 @@ def test_coupled_history_stays_with_the_clip_and_free_history_does_not():
 
 def test_the_literal_row_anchors_the_clip_on_free_history():
     config = replace(CONFIG, rows=("literal",), finest_rows=(True,))
-    watched = Watched(network(layers=1))
-    terms = run(config, trio() | {"student": watched}, four())
+    watched, data = {name: Watched(model) for name, model in trio().items()}, four()
+    terms = run(config, watched, data)
     assert found(terms["student"]) == {"flow_matching": 4, "shortcut": 4}
     assert "fake" not in terms
-    assert [c.trust.tolist() for c in watched.calls if c.store and c.x] == [[1, 1, 1, 1]] * 2
+    assert [c.trust.tolist() for c in watched["student"].calls if c.store and c.x] == [[1, 1, 1, 1]] * 2
+    assert [label.tolist() for _, label in watched["ema"].history] == [[1, 1, 1, 1]] * 2  # as flow matching has it
+    later = {m: s.with_latents(torch.where(_in_chunk(s, 2), -s.latents, s.latents)) for m, s in data.streams.items()}
+    other = rows_of(run(config, trio(), replace(data, streams=later))["student"])
+    for key, values in rows_of(terms["student"]).items():  # the clip is the clean chunk of both terms
+        assert torch.equal(values[:, :2], other[key][:, :2])
+        assert not torch.isclose(values[:, 2], other[key][:, 2], rtol=1e-3).any()
+
+
+def _in_chunk(stream: Stream, k: int) -> torch.Tensor:
+    return (stream.chunk == k).reshape(-1, *(1,) * (stream.latents.ndim - 2))
 
 
 def test_a_free_row_never_looks_at_the_clip():
@@ -363,6 +374,54 @@ def test_draws_that_shape_control_flow_depend_on_the_step_alone():
     seen = [calls(step, first=0) for step in range(4)]
     assert [calls(step, first=40) for step in range(4)] == seen
     assert len({str(s) for s in seen}) > 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "terms"),
+    [
+        ({"online_targets": True}, {"shortcut", "dmd"}),
+        ({"base": "euler"}, {"shortcut"}),
+        ({"base": "two_midpoints"}, {"shortcut"}),
+        ({"depth_power": 0.2}, {"shortcut"}),
+        ({"dmd_floor": 10.0}, {"dmd"}),
+        ({"jump_exit": True}, {"dmd", "fake_score"}),
+        ({"time": replace(CONFIG.time, logit_mean=1.0)}, {"flow_matching"}),
+        ({"time": replace(CONFIG.time, uniform_share=1.0)}, {"flow_matching"}),
+        ({"guidance": 1.5}, {"shortcut", "dmd"}),
+    ],
+    ids=str,
+)
+def test_a_setting_changes_its_own_terms_and_no_other(setting, terms):
+    def values(**changes) -> dict[str, torch.Tensor]:
+        config = replace(CONFIG, rollout_steps=(4,), **changes)
+        out = [run(config, trio(), four(), step) for step in (0, 1, 2)]
+        return {f"{t.key}/{i}": t.values.detach() for i, some in enumerate(out) for ts in some.values() for t in ts}
+
+    before, after = values(), values(**setting)
+    assert {key.split("/")[0] for key in before if not torch.equal(before[key], after[key])} == terms
+
+
+def test_only_rungs_at_the_finest_level_know_how_it_is_asked():
+    models, data = trio(), four()
+    before, after = (
+        rows_of(run(replace(CONFIG, **change), models, data)["student"]) for change in ({}, {"base": "euler"})
+    )
+    for m in (VIDEO, AUDIO):
+        same = torch.isclose(before[f"shortcut/{m}"], after[f"shortcut/{m}"], rtol=1e-6).all(dim=1)
+        assert same.tolist() == [not finest for finest in CONFIG.finest_rows]
+
+
+def test_the_fake_score_learns_jumps_from_its_first_step_where_dmd_moves_them():
+    """Before DMD begins, too: else it would know another law than the one it is asked about."""
+    phases = {"rollout_steps": (4,), "dmd_from": 9}
+    exits = [draw_control(replace(CONFIG, **phases), four().streams, at_step(step)).exit_step for step in range(4)]
+    for step, exit_step in enumerate(exits):
+        finished, jumped = (
+            run(replace(CONFIG, jump_exit=jump, **phases), trio(), four(), step)["fake"][0].values
+            for jump in (False, True)
+        )
+        assert torch.allclose(finished, jumped, rtol=1e-5) is (exit_step == 3)  # the last call is a jump already
+    assert len(set(exits)) > 1
 
 
 def test_the_trust_label_can_be_left_out():

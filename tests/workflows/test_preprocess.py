@@ -25,7 +25,8 @@ from workflows.inspection import inspect
 from workflows.preprocess import preprocess, reconstruct
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2)
-REAL = Path(__file__).parents[3] / "shared" / "media"
+ROOT = Path(__file__).parents[2]
+REAL = ROOT.parent / "shared" / "media"
 COUNTS = {"sources": 5, "spans": 6, "accepted": 3, "rejected": 3}
 
 
@@ -222,6 +223,22 @@ def test_ray_makes_the_same_bytes(made, tmp_path):
         preprocess([str(folder / "media")], str(tmp_path / "out"), replace(CONFIG, workers=2), progress=quiet) == counts
     )
     assert content(tmp_path / "out") == content(folder / "out")
+
+
+def test_ray_needs_no_promise_of_memory(tmp_path):
+    """An autoscaler sees of Google's machines their CPUs alone; a task that asked for memory would wait for ever."""
+    write_toyworld(tmp_path / "media", clips=4, seconds=2.0, size=32, jobs=1)
+    code = """if True:
+        import logging, ray
+        from workflows.cli import main
+        ray.init(num_cpus=2, _memory=100, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        main()"""
+    sets = ("window_seconds=2", "sources_per_unit=1", "workers=2")
+    words = ["preprocess", "media", "out", *(word for value in sets for word in ("--set", value))]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MFCTL_TRACKER": "json", "RAY_AUTH_MODE": "disabled"}
+    run = [sys.executable, "-c", code, *words]
+    subprocess.run(run, cwd=tmp_path, env=environment, check=True, timeout=100, capture_output=True)
+    assert inspect(str(tmp_path / "out"), verify=True)["accepted"] == 4
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real media ../shared/media is not here")
