@@ -14,11 +14,24 @@ def study(
     *,
     out: Annotated[str, typer.Option(parser=environment.absolute, help="Folder of the study.")] = OUT,
     preset: Annotated[
-        Literal["toy-study", "quick"], typer.Option(help="Sizes of network, budget and sweep.")
-    ] = "toy-study",
-    quick: Annotated[bool, typer.Option("--quick", help="Preset quick: 3 methods, 1 seed, under ten minutes.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the core methods; the others have one.")] = 3,
-    methods: Annotated[str, typer.Option(metavar="A,B", help="Which rows: all, core, ablations, or names.")] = "all",
+        Literal["toy-study", "quick"] | None,
+        typer.Option(help="Sizes of network, budget and sweep.", show_default="toy-study"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Preset quick; 3 methods, 1 seed where nothing else is said. Minutes.")
+    ] = False,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|A,B",
+            help="How many seeds, or which: of the core methods and of those that are named; others have the first.",
+            show_default="3",
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Which rows: all, core, ablations, or names.", show_default="all"),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
     networks: Annotated[
@@ -27,7 +40,10 @@ def study(
             parser=environment.absolute, metavar="DIR", help="Another study, whose trained networks are taken over."
         ),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Begin nothing after so long, and save; scores that are being made end. It then goes on."),
+    ] = None,
     sets: Sets,
     dry_run: DryRun = False,
     json: Json = False,
@@ -37,11 +53,13 @@ def study(
     def work() -> Any:
         from workflows.study.report import study as run
 
+        if quick and preset not in (None, "quick"):
+            raise ValueError(f"--quick is the preset quick: leave out --preset {preset}, or --quick")
         return run(
             out=out,
-            preset="quick" if quick else preset,
-            seeds=1 if quick else seeds,
-            methods=["quick"] if quick else methods.split(","),
+            preset="quick" if quick else preset or "toy-study",
+            seeds=seeds or ("1" if quick else "3"),
+            methods=(methods or ("quick" if quick else "all")).split(","),
             device=device,
             workers=workers,
             minutes=minutes,
@@ -56,4 +74,4 @@ def study(
 
         return result.get("page") or yaml.safe_dump(result, sort_keys=False)
 
-    console.run(work, as_json=json, render=render)
+    console.run(work, as_json=json, render=render, code=lambda result: console.FAILED if result.get("failed") else 0)

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from mfcore.objectives import baselines
+from mfcore.objectives.histories import draw_control, write_histories
+from mfcore.steps import Context, levels, past, solver_step
 from mfcore.types import AUDIO, VIDEO, AVBatch
+from tests.mfcore.test_dmd import assert_same_gradient
 from tests.mfcore.test_mutual import CONFIG, Watched, at_step, found, four, rows_of, trio
 
 LATE = 50
@@ -79,16 +82,40 @@ def test_self_forcing_never_looks_at_the_clip():
 
 
 def test_the_gradient_of_a_forced_sample_starts_at_the_exit_step():
-    """As in a roll-out: the student is moved, the history it read is not."""
+    """As in a roll-out: the gradient is that of the calls from the stashed state on, with history as data."""
+    net, data, info = trio()["student"], four(), at_step(LATE)
+    config = replace(CONFIG, rows=("forced",), finest_rows=(True,), rollout_steps=(4,))
+    control = replace(draw_control(config, data.streams, info), exit_step=2)
+    own = write_histories(config, net, data, control, info, "moved").samples
+    assert own is not None and own.stash is not None
+    assert not any(s.latents.requires_grad for s in own.stash.values())
+    history = Context(model=net, cond=data.cond).opened().remember(past(data.streams), None).detach()
+    again = own.stash
+    for j in (2, 3):
+        t, r = (levels(again, {m: line[i] for m, line in control.plan.items()}) for i in (j, j + 1))
+        again = solver_step(history, again, t, r, "few")
+    assert_same_gradient(own.streams, again, net)
+
+
+@pytest.mark.parametrize("baseline", [baselines.dmd_self_forcing, baselines.dmd_forced])
+def test_dmd_moves_the_student_alone(baseline):
     models = trio()
-    terms = terms_of(baselines.dmd_self_forcing(replace(CONFIG, rollout_steps=(2,))), models)
-    forced = terms_of(baselines.dmd_forced(replace(CONFIG, rollout_steps=(2,))), models)
-    for some in (terms, forced):
-        values = next(t.values for t in some["student"] if t.name == "dmd")
-        values.mean().backward()
-        assert models["student"].branches[VIDEO].head.weight.grad.abs().max() > 0
-        assert all(p.grad is None for name in ("ema", "fake") for p in models[name].parameters())
-        models["student"].zero_grad()
+    terms = terms_of(baseline(replace(CONFIG, rollout_steps=(2,))), models)
+    next(t.values for t in terms["student"] if t.name == "dmd").mean().backward()
+    assert models["student"].branches[VIDEO].head.weight.grad.abs().max() > 0
+    assert all(p.grad is None for name in ("ema", "fake") for p in models[name].parameters())
+
+
+def test_a_row_is_the_full_method_but_for_what_its_name_says():
+    """Weights and phases, too: c and d begin DMD with the fake score's first steps, with no ShortCut to wait for."""
+    whole = replace(CONFIG, shortcut_weight=2.0, dmd_weight=2.0, real_until=4, free_from=5, fake_from=5, dmd_from=7)
+    assert baselines.dmd_only(whole).config == replace(whole, shortcut_weight=0.0)
+    assert baselines.shortcut_only(whole).config == replace(whole, dmd_weight=0.0)
+    assert baselines.hybrid_forced(whole).config == replace(whole, rows=("forced",) * 4)
+    assert baselines.literal(whole).config == replace(whole, rows=("literal", "free", "literal", "free"))
+    early = {"shortcut_weight": 0.0, "real_until": 0, "free_from": 0, "fake_from": 0, "dmd_from": 2}
+    assert baselines.dmd_forced(whole).config == replace(whole, rows=("forced",) * 4, **early)
+    assert baselines.dmd_self_forcing(whole).config == replace(whole, rows=("free",) * 4, **early | {"dmd_weight": 1.0})
 
 
 def test_cut_and_closed_loops_do_not_mix():

@@ -283,10 +283,12 @@ def test_gradients_reach_the_student_and_never_the_average_or_the_fake_score():
     assert all(p.grad is None for p in models["ema"].parameters())
 
 
-def test_dmd_does_not_train_what_writes_history():
+@pytest.mark.parametrize("jump", [False, True])
+def test_dmd_does_not_train_what_writes_history(jump):
     """The trust label is read where history is written, and nowhere else."""
     for rows, wanted in ((("coupled",), True), (("free",), False)):
-        models, config = trio(), replace(CONFIG, rows=rows, finest_rows=(True,), shortcut_weight=0.0)
+        models = trio()
+        config = replace(CONFIG, rows=rows, finest_rows=(True,), shortcut_weight=0.0, jump_exit=jump)
         total(run(config, models, four())["student"]).backward()
         grad = models["student"].branches[VIDEO].levels.trust[2].weight.grad
         assert (grad is not None and float(grad.abs().max()) > 0) is wanted

@@ -20,7 +20,16 @@ from workflows.study import pictures, units, world
 from workflows.study import report as study_report
 from workflows.study.config import StudyConfig, study_preset
 from workflows.study.methods import ABLATIONS, BASELINES, GROUPS, METHODS
-from workflows.study.run import check_folder, read_costs, read_rows, run_study, study_methods, take_networks
+from workflows.study.run import (
+    Outcome,
+    check_folder,
+    read_costs,
+    read_rows,
+    run_study,
+    study_methods,
+    study_seeds,
+    take_networks,
+)
 from workflows.study.scoring import reference, score
 from workflows.study.tables import Table, bars, markdown
 from workflows.study.units import OutOfTime, Unit, all_units, missing, run_unit
@@ -219,7 +228,7 @@ def made_up(**ours):
         rows.append(row("mutual", "few", 8, window, valid=0.97))
     use = {"video": 6.0, "audio": 9.0}
     costs = [
-        {"method": m, "history_use": use, "state_bytes": b, "cpu_seconds": b, "steps": 1, "seconds": 1.0}
+        {"method": m, "seed": 0, "history_use": use, "state_bytes": b, "cpu_seconds": b, "steps": 1, "seconds": 1.0}
         for m, b in (("joint", 1), ("mutual", 2), ("dmd_self_forcing", 3))
     ]
     return Table(rows, costs)
@@ -252,6 +261,34 @@ class TestBars:
         rows += [row("mutual", "few", 4, w, frechet=0.5 + more) for w, more in windows]
         (bar,) = [b for b in bars(Table(rows, []), 50) if b.claim.startswith("frechet: growth")]
         assert (bar.measured, bar.met) == ("0.000 against 0.400", True)
+
+    def test_what_is_compared_is_of_the_same_seeds(self):
+        """A seed that the other row has not is in no bar: its values would be in one mean, and not in the other."""
+        rows, costs = made_up()._made_of
+        more = [r | {"seed": 1, "metrics": r["metrics"] | {"frechet": 99.0}} for r in rows if r["method"] == "mutual"]
+        table = Table([*rows, *more], costs)
+        claims = {n: {b.claim for b in bars(table, 50) if len(b.seeds) == n} for n in (1, 2)}
+        own = ("4 few steps not worse", "seam energy", "history use")  # of the method alone
+        assert claims[2] == {b.claim for b in bars(table, 50) if any(text in b.claim for text in own)}
+        assert len(claims[1]) == 13
+        before, after = ({b.claim: b for b in bars(t, 50)} for t in (made_up(), table))
+        assert all(before[claim] == after[claim] for claim in claims[1])
+        assert "| 0, 1 |" in markdown(table, 50)
+
+    @pytest.mark.parametrize(("ours", "theirs", "met"), [(-0.1, -0.3, True), (0.1, -0.3, False), (0.1, 0.3, True)])
+    def test_who_does_not_grow_grows_by_no_more_than_half(self, ours, theirs, met):
+        rows = [row("real", "multi", 0, w, frechet=0.1) for w in ("0-5", "15-25")]
+        for name, growth in (("mutual", ours), ("hybrid_forced", theirs)):
+            rows += [row(name, "few", 4, w, frechet=0.5 + g) for w, g in (("0-5", 0.0), ("15-25", growth))]
+        (bar,) = [b for b in bars(Table(rows, []), 50) if b.claim.startswith("frechet: growth")]
+        assert bar.met is met
+
+    def test_without_guidance_it_is_many_steps_that_are_met(self):
+        rows, costs = made_up()._made_of
+        plain = [r | {"guidance": 1.0} for r in rows if r["guidance"] == 1.0 or r["window"] == "15-25"]
+        found = bars(Table(plain, costs), 50)
+        assert len(found) == 20
+        assert sum("teacher forcing at 50" in bar.claim for bar in found) == 6
 
     def test_the_page_says_what_was_missed(self):
         page = markdown(made_up(valid=0.8), 50)
@@ -379,7 +416,7 @@ class TestRuns:
             worker.wait(20)
 
     def test_an_interrupted_study_ends_as_one_that_was_not(self, tmp_path):
-        config, methods = small(), study_methods(["mutual"], 1)
+        config, methods = small(), study_methods(["mutual"], [0])
         for unit in all_units(config, methods):
             run_unit(config, tmp_path / "whole", unit, "cpu", float("inf"))
         stops = 0
@@ -394,7 +431,7 @@ class TestRuns:
     @pytest.mark.parametrize("gone", ["seed-*/*/weights.safetensors", "seed-*/*/**/*.safetensors", "seed-*/*/st*"])
     def test_weights_that_are_gone_are_made_again_where_they_are_needed(self, tmp_path, gone):
         """Rows and costs are small and can be kept, weights and states are not."""
-        config, planned = small(), all_units(small(), study_methods(["mutual"], 1))
+        config, planned = small(), all_units(small(), study_methods(["mutual"], [0]))
         for unit in planned:
             run_unit(config, tmp_path, unit, "cpu", float("inf"))
         before = everything(tmp_path)
@@ -428,9 +465,23 @@ class TestRuns:
             assert whole not in changed
             assert len({repr(c) for c in changed}) == len(ABLATIONS)
             slow = replace(whole, optim=replace(whole.optim, lr=whole.optim.lr * 2 / 3))
-            own = {"dmd_forced": slow, "dmd_only": slow, "dmd_self_forcing": replace(slow, fake_ratio=4.0)}
+            own = {"dmd_forced": slow, "dmd_self_forcing": replace(slow, fake_ratio=4.0)}
             for name in BASELINES:
                 assert METHODS[name].change(whole) == own.get(name, whole)
+
+    def test_rows_that_are_less_free_differ_in_that_alone(self):
+        """Where ShortCut's finest level stands: on every real row, on no coupled one, on half of the free ones."""
+        for config in (study_preset("toy-study"), METHODS["less_free"].change(study_preset("toy-study"))):
+            cycle = list(zip(config.method.rows, config.method.finest_rows, strict=True))
+            share = {kind: [finest for k, finest in cycle if k == kind] for kind in ("real", "coupled", "free")}
+            assert {kind: sum(some) / len(some) for kind, some in share.items()} == {
+                "real": 1,
+                "coupled": 0,
+                "free": 0.5,
+            }
+            assert sum(config.method.finest_rows) / len(cycle) == 0.5
+            assert config.batch % len(cycle) == 0
+        assert len(share["free"]) / len(cycle) == 0.25
 
     @pytest.mark.parametrize(("name", "label"), [("mutual", 1.0), ("no_label", None), ("joint", None)])
     def test_networks_are_asked_with_the_label_that_they_were_trained_with(self, tmp_path, monkeypatch, name, label):
@@ -450,7 +501,7 @@ class TestRuns:
         assert told == [None if label is None else {label}] * 2  # the clips that go on, and the others
 
     def test_ablations_are_asked_where_bars_are(self):
-        planned = all_units(study_preset("toy-study"), study_methods(["ablations"], 1))
+        planned = all_units(study_preset("toy-study"), study_methods(["ablations"], [0]))
         steps = {unit.steps for unit in planned if unit.kind == "score" and unit.method in ABLATIONS}
         assert steps == {4, 8}
 
@@ -462,14 +513,95 @@ class TestRuns:
             assert unit.done(tmp_path)
 
     def test_groups_name_methods(self):
-        assert study_methods(["core"], 3) == dict.fromkeys(GROUPS["core"], range(3))
-        assert study_methods(["jump_exit"], 3) == {"jump_exit": range(1)}
+        assert study_methods(["core"], [0, 1, 2]) == {name: [0, 1, 2] for name in GROUPS["core"]}
+        found = study_methods(["ablations", "jump_exit"], [3, 4])
+        assert {name for name, seeds in found.items() if seeds == [3, 4]} == {"mutual", "jump_exit"}
+        assert {tuple(seeds) for seeds in found.values()} == {(3, 4), (3,)}
+
+    @pytest.mark.parametrize(
+        ("text", "seeds"), [("3", [0, 1, 2]), ("1", [0]), ("5,3,5", [3, 5]), ("7,", [7]), ("0, 2", [0, 2])]
+    )
+    def test_seeds_are_so_many_or_these(self, text, seeds):
+        assert study_seeds(text) == seeds
+
+    @pytest.mark.parametrize("text", ["0", "", ",", "a", "-1", "1-3", "1,x"])
+    def test_seeds_that_are_none_are_refused(self, text):
+        with pytest.raises(ValueError, match="--seeds"):
+            study_seeds(text)
 
     def test_other_settings_are_refused(self, tmp_path):
         config = small()
-        assert not run_study(config, tmp_path, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9)
-        with pytest.raises(ValueError, match="steps"):
+        late = run_study(config, tmp_path, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9)
+        assert not late.done
+        with pytest.raises(ValueError, match="steps: 4 -> 9"):
             run_study(replace(config, steps=9), tmp_path, {}, workers=1, device="cpu", minutes=None)
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"windows": "abc"}, "no window of time"),
+            ({"windows": "0-1,2-"}, "2- ends after the longest clip, at 4 s"),
+            ({"windows": "0-1,3-5"}, "3-5 ends after the longest clip, at 4 s"),
+            ({"windows": "0-4", "long_clips": 0}, "0-4 ends after the longest clip, at 3 s"),
+            ({"windows": "1-1.5"}, "shorter than two chunks"),
+            ({"counts": ()}, "numbers of steps"),
+            ({"counts": (4, 2)}, "in rising order"),
+            ({"counts": (2, 2)}, "each once"),
+            ({"counts": (0, 2)}, "numbers of steps"),
+            ({"steps": 3}, "last phase begins at step 3"),
+        ],
+        ids=str,
+    )
+    def test_what_would_fail_after_training_is_refused_before(self, change, says):
+        with pytest.raises(ValueError, match=says):
+            replace(small(), **change)
+
+    def test_guidance_of_one_is_none(self):
+        planned = all_units(replace(small(), guidance=1.0), study_methods(["teacher_forcing"], [0]))
+        assert len({unit.name for unit in planned}) == len(planned)
+
+    def test_a_unit_that_fails_stops_no_other(self, tmp_path):
+        begun = tmp_path / "seed-0" / "mutual" / "step.json"
+        check_folder(small(), tmp_path)
+        begun.parent.mkdir(parents=True)
+        begun.write_text("{")
+        said = []
+        methods = study_methods(["mutual", "teacher_forcing"], [0])
+        outcome = run_study(small(), tmp_path, methods, workers=2, device="cpu", minutes=None, say=said.append)
+        assert outcome.done
+        assert list(outcome.failed) == ["seed-0-mutual"]
+        assert str(begun) in outcome.failed["seed-0-mutual"]
+        assert any("with it 3 units that need it" in line for line in said)
+        assert {one["method"] for one in read_rows(tmp_path)} == {"real", "joint", "teacher_forcing"}
+        begun.unlink()  # as the message says
+        assert run_study(small(), tmp_path, methods, workers=2, device="cpu", minutes=None) == Outcome(done=True)
+
+    @pytest.mark.parametrize("text", ["[{", "[]", "{}", '[{"metrics": {}}]', '["row"]'])
+    def test_rows_that_are_none_are_named(self, tmp_path, text):
+        done = Path(__file__).parents[2] / "docs" / "results"
+        (tmp_path / "rows").mkdir()
+        shutil.copy(next(done.glob("rows/seed-0-mutual-few-4.json")), tmp_path / "rows")
+        assert len(read_rows(tmp_path)) == 4
+        (tmp_path / "rows" / "seed-0-mutual-few-8.json").write_text(text)
+        with pytest.raises(ValueError, match=r"seed-0-mutual-few-8.json is damaged: move it away"):
+            read_rows(tmp_path)
+
+    @pytest.mark.parametrize("text", ["{", "[1]"])
+    def test_a_folder_of_another_program_is_refused(self, tmp_path, text):
+        (tmp_path / "study.json").write_text(text)
+        with pytest.raises(ValueError, match="choose a new folder"):
+            check_folder(small(), tmp_path)
+        assert (tmp_path / "study.json").read_text() == text
+
+    def test_a_file_is_no_folder(self, tmp_path):
+        (tmp_path / "notes").write_text("mine")
+        for place in (tmp_path / "notes", tmp_path / "notes" / "study"):
+            with pytest.raises(ValueError, match="is a file|cannot keep a study"):
+                check_folder(small(), place)
+
+    def test_a_limit_of_no_time_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="leave it out"):
+            run_study(small(), tmp_path, {}, workers=1, device="cpu", minutes=0)
 
     def test_trained_networks_are_sampled_in_another_way(self, tmp_path):
         config, (here, there) = small(), (tmp_path / "here", tmp_path / "there")
@@ -477,6 +609,8 @@ class TestRuns:
         for name in ("joint", "mutual", "literal"):
             run_unit(config, here, Unit(kind="train", method=name, seed=0), "cpu", float("inf"))
         other = replace(config, counts=(3,), windows="0-2", long_seconds=5.0)
+        check_folder(other, there)
+        (there / "seed-0" / "mutual").mkdir(parents=True)  # a copy that was interrupted
         assert take_networks(other, here, there, {"mutual": range(1)}) == 2
         planned = all_units(other, {"mutual": range(1)})
         assert {unit.kind for unit in missing(there, planned)} == {"score"}
@@ -498,14 +632,14 @@ class TestRuns:
         config, (here, there) = small(), (tmp_path / "here", tmp_path / "there")
         with pytest.raises(ValueError, match="holds no study"):
             take_networks(config, here, there, {"mutual": range(1)})
-        assert not run_study(config, here, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9)
-        with pytest.raises(ValueError, match=r"\(fake_ratio, steps\)"):
+        assert not run_study(config, here, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9).done
+        with pytest.raises(ValueError, match=r"\(fake_ratio: 1.0 -> 3.0; steps: 4 -> 9\)"):
             take_networks(replace(config, steps=9, fake_ratio=3.0, clips=5), here, tmp_path / "third", {})
         assert take_networks(config, here, there, {"mutual": range(1)}) == 0  # none is trained
 
     def test_an_unknown_method_is_named(self):
         with pytest.raises(ValueError, match="teacher_forcing"):
-            study_methods(["teacher"], 1)
+            study_methods(["teacher"], [0])
 
 
 TERMS = {
@@ -542,7 +676,7 @@ class TestLog:
             answer = study_report.study(
                 out=str(out),
                 preset="toy-study",
-                seeds=seeds,
+                seeds=str(seeds),
                 methods=["mutual"],
                 device="cpu",
                 workers=1,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from mfcore.ema import EmaConfig
 from mfcore.flow import TimeConfig
+from mfcore.metrics.windows import parse_windows
 from mfcore.model.adapter import FakeConfig
 from mfcore.model.config import BranchConfig, ModelConfig
 from mfcore.objectives.recipe import MutualConfig
@@ -82,6 +83,20 @@ class StudyConfig:
             raise ValueError(
                 f"{self.long_clips} of {self.clips} clips go on from {self.seconds:g} to {self.long_seconds:g} s: "
                 "no more can go on than there are, and none backwards"
+            )
+        if not self.counts or min(self.counts) < 1 or list(self.counts) != sorted(set(self.counts)):
+            raise ValueError(f"counts={list(self.counts)}: give numbers of steps per chunk, each once, in rising order")
+        longest = self.long_seconds if self.long_clips else self.seconds
+        for window in parse_windows(self.windows):
+            if window.end > longest:
+                raise ValueError(f"windows: {window.name} ends after the longest clip, at {longest:g} s")
+            if window.end - window.start < 2 * world.CHUNK_SECONDS:
+                raise ValueError(f"windows: {window.name} is shorter than two chunks, {2 * world.CHUNK_SECONDS} s")
+        begins = max(self.method.real_until, self.method.free_from, self.method.fake_from, self.method.dmd_from)
+        if begins >= self.steps:
+            raise ValueError(
+                f"steps={self.steps}: the method's last phase begins at step {begins}; set method.real_until, "
+                "free_from, fake_from and dmd_from with it"
             )
 
     @property

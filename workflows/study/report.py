@@ -14,8 +14,10 @@ import torch
 
 from workflows import config_io
 from workflows.study.config import study_preset
-from workflows.study.run import read_costs, read_rows, run_study, study_methods, take_networks
+from workflows.study.files import read_json, write_json
+from workflows.study.run import read_costs, read_rows, run_study, study_methods, study_seeds, take_networks
 from workflows.study.tables import Table, bars, markdown, title
+from workflows.study.units import all_units, missing
 from workflows.tracking import mlflow_is_here, open_tracker
 
 EXPERIMENT = "study"
@@ -25,7 +27,7 @@ def study(
     *,
     out: str,
     preset: str,
-    seeds: int,
+    seeds: str,
     methods: Sequence[str],
     device: str,
     workers: int,
@@ -37,19 +39,30 @@ def study(
 ) -> dict[str, Any]:
     """Do what is missing of a study in ``out``, then write its results, page and plots, and log them.
 
+    What failed is named in ``failed``, with its error; the page is of what did not.
+
     ``networks``: folder of another study, whose trained networks are sampled in another way here.
     """
     config = config_io.change(study_preset(preset), config_io.parse_sets(sets))
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device {device}: torch knows no such device; give cpu, cuda or cuda:1") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU here; leave the option out to run on CPU")
-    wanted = study_methods([name.strip() for name in methods], seeds)
+    wanted = study_methods([name.strip() for name in methods], study_seeds(seeds))
     if dry_run:
         return {"config": config_io.dump(config), "methods": {m: list(s) for m, s in wanted.items()}}
     folder = Path(out)
     if networks:
         taken = take_networks(config, Path(networks), folder, wanted)
-        print(f"{taken} trained networks taken from {networks}", file=sys.stderr)
-    whole = run_study(
+        own = [unit.name for unit in missing(folder, all_units(config, wanted)) if unit.kind == "train"]
+        print(
+            f"{taken} trained networks taken from {networks}"
+            + (f"; it has none of {', '.join(own)}: they are trained here" if own else ""),
+            file=sys.stderr,
+        )
+    outcome = run_study(
         config,
         folder,
         wanted,
@@ -58,9 +71,12 @@ def study(
         minutes=minutes,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    if not whole:
-        return {"results": None, "done": False, "next": "the time was up: the same command goes on"}
-    return _publish(folder, max(config.counts), tracking, config_io.dump(config), device)
+    left = {"results": None, "done": outcome.done, "failed": outcome.failed}
+    if not outcome.done:
+        return left | {"next": "the time was up: the same command goes on"}
+    if outcome.failed and not read_rows(folder):
+        return left | {"next": "nothing was scored: the same command tries again"}
+    return _publish(folder, max(config.counts), tracking, config_io.dump(config), device) | {"failed": outcome.failed}
 
 
 def _publish(folder: Path, most: int, tracking: str, config: dict[str, Any], device: str) -> dict[str, Any]:
@@ -110,7 +126,7 @@ def _log(folder: Path, table: Table, files: Sequence[Path], uri: str, config: di
     ``mlflow.json`` notes what one store has got: another gets everything, and the same one again what has changed.
     """
     note, store = folder / "mlflow.json", uri if mlflow_is_here() else "json"
-    known: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {}
+    known: dict[str, Any] = read_json(note, default={})
     if known.get("store") != store:
         known = {"store": store, "parent": None, "runs": {}}
     opened = partial(open_tracker, uri=uri, experiment=EXPERIMENT)
@@ -132,9 +148,9 @@ def _log(folder: Path, table: Table, files: Sequence[Path], uri: str, config: di
             child.log(nfe, metrics)
         child.finish()
         known["runs"][name] = {"run": child.run_id, "digest": digest}
-        note.write_text(json.dumps(known, indent=1))
+        write_json(note, known)
     parent.finish()
-    note.write_text(json.dumps(known, indent=1))
+    write_json(note, known)
     return parent.run_id
 
 

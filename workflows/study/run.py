@@ -6,45 +6,96 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from workflows.config_io import differences
 from workflows.study.config import SAMPLING, StudyConfig
+from workflows.study.files import damaged, read_json, write_json
 from workflows.study.methods import GROUPS, METHODS
-from workflows.study.units import LOG, WEIGHTS, OutOfTime, Unit, all_units, missing, run_unit
+from workflows.study.tables import SHOWN
+from workflows.study.training import BEGUN
+from workflows.study.units import (
+    JOINT,
+    LOG,
+    REAL,
+    WEIGHTS,
+    OutOfTime,
+    Unit,
+    all_units,
+    missing,
+    run_unit,
+)
 
 POLL_SECONDS = 1.0
+ROW = {"method", "mode", "steps", "nfe", "guidance", "seed", "window"}
+COST = {"method", "seed", "steps", "history_use", "state_bytes", "cpu_seconds", "seconds"}
 
 
-def study_methods(names: Sequence[str], seeds: int) -> dict[str, Sequence[int]]:
-    """Which seeds each method is run with: the core ones with all, the others with the first. Groups count as names."""
-    wanted = [method for name in names for method in GROUPS.get(name, (name,))]
+def study_seeds(text: str) -> list[int]:
+    """``3`` is how many, from 0 on; ``3,4`` are these two. ValueError for what is neither."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts if part.strip() or len(parts) == 1):
+        raise ValueError(f"--seeds {text}: give how many, such as 3, or which, such as 3,4,5")
+    which = [int(part) for part in parts if part.strip()]
+    seeds = which if len(parts) > 1 else list(range(which[0]))
+    if not seeds:
+        raise ValueError(f"--seeds {text}: a study needs at least one")
+    return sorted(set(seeds))
+
+
+def study_methods(names: Sequence[str], seeds: Sequence[int]) -> dict[str, Sequence[int]]:
+    """Which seeds each method is run with: the core ones and those that are named with all, others of a group with
+    the first.
+    """
+    wanted: dict[str, Sequence[int]] = {}
+    for name in names:
+        for method in GROUPS.get(name, (name,)):
+            whole = method in GROUPS["core"] or method in names
+            wanted[method] = seeds if whole else seeds[:1]
     unknown = [name for name in wanted if name not in METHODS]
     if unknown:
         raise ValueError(f"no method {', '.join(unknown)}: choose from {', '.join([*GROUPS, *METHODS])}")
-    return {name: range(seeds if name in GROUPS["core"] else 1) for name in wanted}
+    return wanted
 
 
 def check_folder(config: StudyConfig, out: Path) -> None:
     """A study goes on only with the configuration that it began with."""
-    wanted = json.loads(json.dumps(asdict(config)))
     path = out / "study.json"
-    if not path.exists():
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} is not empty and holds no study: choose a new folder")
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=1))
+    if path.exists():
+        odd = _differences(path, config)
+        if odd:
+            raise ValueError(f"{out} holds a study with other settings ({'; '.join(odd)}): choose a new folder")
         return
-    found = json.loads(path.read_text())
-    if found != wanted:
-        odd = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
-        raise ValueError(f"{out} holds a study with other settings ({', '.join(odd)}): choose a new folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: --out names the folder of a study")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no study: choose a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(config))
+    except OSError as error:
+        raise ValueError(f"cannot keep a study in {out}: {error.strerror}") from None
+
+
+def _differences(path: Path, config: StudyConfig, *, but: Collection[str] = ()) -> list[str]:
+    """``a.b: 1 -> 2`` for what ``config`` has otherwise than the study of this file."""
+    wanted = json.loads(json.dumps(asdict(config)))
+    try:
+        found = read_json(path)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged, or of another program: choose a new folder")
+    kept, here = ({k: v for k, v in some.items() if k not in but} for some in (found, wanted))
+    return differences(kept, here)
 
 
 def take_networks(config: StudyConfig, source: Path, out: Path, methods: dict[str, Sequence[int]]) -> int:
@@ -55,11 +106,10 @@ def take_networks(config: StudyConfig, source: Path, out: Path, methods: dict[st
     path = source / "study.json"
     if not path.exists():
         raise ValueError(f"{source} holds no study: give the folder that --out named for one")
-    found, wanted = json.loads(path.read_text()), json.loads(json.dumps(asdict(config)))
-    odd = sorted(k for k in (wanted.keys() | found.keys()) - {*SAMPLING} if wanted.get(k) != found.get(k))
+    odd = _differences(path, config, but=SAMPLING)
     if odd:
         raise ValueError(
-            f"the networks in {source} were trained with other settings ({', '.join(odd)}): give the same ones "
+            f"the networks in {source} were trained with other settings ({'; '.join(odd)}): give the same ones "
             f"with --set; only {', '.join(SAMPLING)} may differ"
         )
     check_folder(config, out)
@@ -68,14 +118,24 @@ def take_networks(config: StudyConfig, source: Path, out: Path, methods: dict[st
         if unit.kind != "train":
             continue
         record, folder = unit.result(source), unit.result(out).parent
-        if folder.exists() or not record.exists() or not (record.parent / WEIGHTS).exists():
+        if (folder / record.name).exists() or not record.exists() or not (record.parent / WEIGHTS).exists():
             continue
-        folder.mkdir(parents=True)
+        if (folder / BEGUN).exists():  # a training of this study's own goes on
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
         for name in (WEIGHTS, LOG, record.name):  # the record last: it says that a training is done
             if (record.parent / name).exists():
                 shutil.copy(record.parent / name, folder / name)
         taken += 1
     return taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a study was left."""
+
+    done: bool  # False: the time was up, and the same call goes on
+    failed: dict[str, str] = field(default_factory=dict)  # units by name, with what went wrong
 
 
 def run_study(
@@ -87,14 +147,16 @@ def run_study(
     device: str,
     minutes: float | None,
     say: Any = print,
-) -> bool:
-    """Do what is missing. False when the time was up before everything was done; the same call then goes on."""
+) -> Outcome:
+    """Do what is missing. A unit that fails takes those that need it with it, and no other."""
+    if minutes is not None and minutes <= 0:
+        raise ValueError(f"--minutes {minutes:g}: give more than none, or leave it out for no limit")
     check_folder(config, out)
-    deadline = time.time() + 60 * minutes if minutes else float("inf")
+    deadline = float("inf") if minutes is None else time.time() + 60 * minutes
     left = missing(out, all_units(config, methods))
-    total = len(left)
+    total, failed = len(left), dict[str, str]()
     if not left:
-        return True
+        return Outcome(done=True)
     with pool_of(workers) as pool:
         running: dict[Future[None], Unit] = {}
         while left or running:
@@ -104,7 +166,7 @@ def run_study(
                 left.remove(unit)
                 running[pool.submit(run_unit, config, out, unit, device, deadline)] = unit
             if not running:
-                return False
+                return Outcome(done=False, failed=failed)
             done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
                 unit = running.pop(future)
@@ -113,9 +175,25 @@ def run_study(
                 except OutOfTime as stop:
                     say(str(stop))
                     left.append(unit)
+                except BrokenProcessPool:
+                    raise
+                except Exception as error:
+                    failed[unit.name] = f"{type(error).__name__}: {error}"
+                    lost = _that_need(unit, left)
+                    left = [other for other in left if other not in lost]
+                    say(f"{unit.name} failed, and with it {len(lost)} units that need it: {failed[unit.name]}")
                 else:
-                    say(f"{total - len(left) - len(running)} of {total}: {unit.name}")
-    return True
+                    say(f"{total - len(left) - len(running) - len(failed)} of {total}: {unit.name}")
+    return Outcome(done=True, failed=failed)
+
+
+def _that_need(unit: Unit, among: Sequence[Unit]) -> list[Unit]:
+    """Those that cannot be done without ``unit``, at once or through another."""
+    found: list[Unit] = []
+    for other in among:  # what is needed comes first
+        if other.needs == unit or other.needs in found:
+            found.append(other)
+    return found
 
 
 def _ready(left: Sequence[Unit], out: Path) -> Iterator[Unit]:
@@ -141,10 +219,29 @@ def _end_after(parent: BaseProcess) -> None:
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
-    """All scores on disk."""
-    return [row for path in sorted((out / "rows").glob("*.json")) for row in json.loads(path.read_text())]
+    """All scores on disk. ValueError names a file that holds none."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted((out / "rows").glob("*.json")):
+        some = read_json(path)
+        if not isinstance(some, list) or not some or not all(_is_row(row) for row in some):
+            raise damaged(path)
+        rows += some
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict):
+        return False
+    known = row.get("method") in {JOINT, REAL, *METHODS}
+    return known and row.keys() >= ROW and row["metrics"].keys() >= set(SHOWN)
 
 
 def read_costs(out: Path) -> list[dict[str, Any]]:
-    """What each finished training took."""
-    return [json.loads(path.read_text()) for path in sorted(out.glob("seed-*/*/train.json"))]
+    """What each finished training took. ValueError names a file that does not say it."""
+    costs: list[dict[str, Any]] = []
+    for path in sorted(out.glob("seed-*/*/train.json")):
+        cost = read_json(path)
+        if not isinstance(cost, dict) or not cost.keys() >= COST:
+            raise damaged(path)
+        costs.append(cost)
+    return costs

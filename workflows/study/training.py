@@ -1,7 +1,6 @@
 """One network of the study and how it trains: plain PyTorch, clips drawn on the fly, resumable at any step."""
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,9 @@ from workflows.engine import Engine, NonFiniteError, build_engine
 from workflows.engine_config import EngineConfig
 from workflows.study import world
 from workflows.study.config import StudyConfig
+from workflows.study.files import read_json, write_json
 
+BEGUN = "step.json"  # where a training stands
 SILENT = 0.15  # share of clips without transcript, for guidance (METHOD 4; there is no caption here)
 
 
@@ -110,18 +111,16 @@ class Trainer:
         for name, engine in self.engines.items():
             engine.snapshot().write(now, name)
         save_file({n: w.detach().cpu().contiguous() for n, w in self.ema.weights()}, now / "ema.safetensors")
-        mark = folder / "step.json.part"
-        mark.write_text(json.dumps({"step": self.step}))
-        mark.replace(folder / "step.json")
+        write_json(folder / BEGUN, {"step": self.step})
         for old in folder.glob("state-*"):
             if old != now:
                 _remove(old)
 
     def resume(self, folder: Path) -> None:
         """Go on from the last ``save`` into ``folder``, if there was one and it is still there."""
-        if not (folder / "step.json").exists():
+        if not (folder / BEGUN).exists():
             return
-        step = json.loads((folder / "step.json").read_text())["step"]
+        step = read_json(folder / BEGUN)["step"]
         state = folder / f"state-{step:06d}"
         if not (state / "ema.safetensors").exists():
             return  # only what is small was kept

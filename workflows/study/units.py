@@ -29,6 +29,7 @@ from mfcore.steps import Context, Mode, evaluations, schedule
 from mfcore.types import AVBatch, Stream
 from workflows.study import world
 from workflows.study.config import StudyConfig
+from workflows.study.files import read_json, write_json
 from workflows.study.methods import METHODS
 from workflows.study.scoring import reference, score
 from workflows.study.training import Trainer
@@ -96,7 +97,7 @@ def all_units(config: StudyConfig, methods: dict[str, Sequence[int]]) -> list[Un
 
 
 def _settings(config: StudyConfig, name: str, seed: int, mode: Mode) -> list[Unit]:
-    """The few-step mode has its guidance built in; the multi-step mode is asked plainly, and at 50 steps with it.
+    """The few-step mode has its guidance built in; the multi-step mode is asked plainly, and at most steps with it.
 
     Beside a few-step mode the multi-step one is asked once: is it still what it was?
     """
@@ -106,6 +107,8 @@ def _settings(config: StudyConfig, name: str, seed: int, mode: Mode) -> list[Uni
         return plain
     if "few" in METHODS[name].modes:
         return plain[-1:]
+    if config.guidance == 1.0:  # which is none
+        return plain
     return [*plain, Unit(kind="score", method=name, seed=seed, mode=mode, steps=most, guidance=config.guidance)]
 
 
@@ -177,13 +180,13 @@ def _train(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: fl
     if trainer.step == 0:  # of a training that is gone nothing counts
         (folder / "cost.json").unlink(missing_ok=True)
         log.unlink(missing_ok=True)
-    cost = _read(folder / "cost.json") or {"seconds": 0.0, "cpu_seconds": 0.0}
+    cost = read_json(folder / "cost.json", default={"seconds": 0.0, "cpu_seconds": 0.0})
     wall, cpu, saved = time.monotonic(), time.process_time(), time.monotonic()
 
     def keep() -> None:
         trainer.save(folder)
         spent = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
-        _write(folder / "cost.json", {k: cost[k] + spent[k] for k in spent})
+        write_json(folder / "cost.json", {k: cost[k] + spent[k] for k in spent})
 
     while trainer.step < trainer.steps:
         seen = trainer.train_step()
@@ -220,9 +223,9 @@ def _finish(trainer: Trainer, out: Path, unit: Unit, device: str, config: StudyC
         "history_use": use,
         "state_bytes": trainer.state_bytes(),
         "peak_memory_bytes": peak,
-        **(_read(folder / "cost.json") or {}),
+        **read_json(folder / "cost.json"),
     }
-    _write(folder / "train.json", result)
+    write_json(folder / "train.json", result)
 
 
 def _score(config: StudyConfig, out: Path, unit: Unit, device: str) -> None:
@@ -240,12 +243,11 @@ def _score(config: StudyConfig, out: Path, unit: Unit, device: str) -> None:
     rows: list[dict[str, Any]] = []
     for w in parse_windows(config.windows):
         part = made.short if w.end <= config.seconds else made.long
-        if part is None or not w.covered_by(config.long_seconds):
-            continue
+        assert part is not None  # the configuration has no windows beyond the clips
         streams, script = part
         metrics = score(streams, script, w, real) | speed
         rows.append({**facts, "window": w.name, "clips": len(script.identity), "metrics": metrics})
-    _write(unit.result(out), rows)
+    write_json(unit.result(out), rows)
 
 
 @dataclass(frozen=True)
@@ -298,15 +300,3 @@ def _rolled_out(config: StudyConfig, net: nn.Module, unit: Unit, batch: AVBatch,
     trust = torch.ones(len(batch.samples), device=like.device) if labelled else None
     plan = schedule(unit.steps, config.shift)
     return join_chunks(c.clean for c in rollout(context, starts, plan, mode=unit.mode, trust=trust))
-
-
-def _read(path: Path) -> dict[str, float] | None:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _write(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1))
-    part.replace(path)
