@@ -382,3 +382,24 @@ def test_policies_allow_named_actions_on_named_things(name: str) -> None:
         assert not [action for action in statement["Action"] if "*" in action]
         reads = all(action.split(":")[1].startswith("Describe") for action in statement["Action"])
         assert statement["Resource"] != "*" or reads, "listing machines knows no resources; everything else does"
+
+
+def test_the_buckets_policy_lets_a_dataset_be_looked_for_before_it_is_there() -> None:
+    """s3fs asks for the bare name first, and what a policy does not let it ask is Forbidden, not missing."""
+    granted: dict[str, set[str]] = {}
+    for statement in json.loads((CLUSTER / "aws" / "bucket-policy.json").read_text())["Statement"]:
+        for action in statement["Action"]:
+            granted.setdefault(action, set()).update(r.removeprefix("arn:aws:s3:::") for r in statement["Resource"])
+        prefixes = statement.get("Condition", {}).get("StringLike", {}).get("s3:prefix")
+        assert prefixes is None or {"clips", "clips/*", "data", "data/*", "runs", "runs/*"} <= set(prefixes)
+    for name in ("clips", "data", "runs"):
+        assert {f"BUCKET/{name}", f"BUCKET/{name}/*"} <= granted["s3:GetObject"]
+    assert not any(place.startswith("BUCKET/clips") for place in granted["s3:PutObject"] | granted["s3:DeleteObject"])
+
+
+@pytest.mark.parametrize("name", RAY_JOBS)
+def test_a_jobs_machines_go_with_it(name: str) -> None:
+    """`ttlSecondsAfterFinished` keeps the cluster, not the logs: those are in the submitter's pod."""
+    spec = load(f"kuberay/{name}")["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["ttlSecondsAfterFinished"] == 0

@@ -269,7 +269,12 @@ if verb == "create":
     print(json.dumps({{"metadata": {{"name": given["metadata"]["generateName"] + "x7k2p"}}}}))
 elif verb == "get":
     message = "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars): ..."
-    print(json.dumps({{"status": {{"jobStatus": "FAILED", "jobDeploymentStatus": "Failed", "message": message}}}}))
+    queue = folder / "states"
+    states = json.loads(queue.read_text()) if queue.exists() else [["FAILED", "Failed"]]
+    if len(states) > 1:
+        queue.write_text(json.dumps(states[1:]))
+    word, deployed = states[0]
+    print(json.dumps({{"status": {{"jobStatus": word, "jobDeploymentStatus": deployed, "message": message}}}}))
 elif verb == "logs":
     print("what the job said")
 elif verb == "patch":
@@ -307,6 +312,37 @@ def test_a_rayjob_carries_our_command_and_gives_back_its_exit_code(
     cluster.stop(result["job"])
     calls = [json.loads(line) for line in (kubectl / "calls").read_text().splitlines()]
     assert ["patch", "rayjob", result["job"], "--type", "merge", "-p", '{"spec": {"suspend": true}}'] in calls
+
+
+def test_an_attempt_that_failed_is_not_the_end_of_a_rayjob(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KubeRay says FAILED and Retrying at once, and begins another."""
+    monkeypatch.setattr(rayjob, "POLL_S", 0.01)
+    states = [["", "Initializing"], ["RUNNING", "Running"], ["FAILED", "Running"], ["FAILED", "Retrying"]]
+    states += [["", "Retrying"], ["", ""], ["", "Initializing"], ["RUNNING", "Running"], ["SUCCEEDED", "Running"]]
+    (kubectl / "states").write_text(json.dumps([*states, ["SUCCEEDED", "Complete"]]))
+    rayjob.follow("mine")
+    assert rayjob.summary("mine")["exit_code"] == 0
+    calls = [json.loads(line)[0] for line in (kubectl / "calls").read_text().splitlines()]
+    assert calls.count("logs") == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "deployed", "status", "code"),
+    [
+        ("", "Suspended", "STOPPED", 2),  # by `mfctl stop`
+        ("STOPPED", "Complete", "STOPPED", 2),
+        ("FAILED", "Complete", "FAILED", 2),
+        ("FAILED", "Retrying", "Retrying", None),
+        ("", "Failed", "FAILED", 2),
+        ("RUNNING", "Running", "RUNNING", None),
+        ("", "", "PENDING", None),
+        ("RUNNING", "Suspending", "RUNNING", None),
+    ],
+)
+def test_the_states_of_a_rayjob(kubectl: Path, word: str, deployed: str, status: str, code: int | None) -> None:
+    (kubectl / "states").write_text(json.dumps([[word, deployed]]))
+    found = rayjob.summary("mine")
+    assert (found["status"], found["exit_code"]) == (status, code)
 
 
 def test_a_cluster_that_kubectl_cannot_reach_is_one_message(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

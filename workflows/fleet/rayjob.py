@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
-ENDED = {"SUCCEEDED": "SUCCEEDED", "FAILED": "FAILED", "STOPPED": "STOPPED"}
+ENDED = {"Complete": "SUCCEEDED", "Failed": "FAILED", "Suspended": "STOPPED"}
+"""By jobDeploymentStatus; jobStatus says how one attempt ended, and KubeRay may begin another."""
+BEFORE = ("", "PENDING", "Initializing", "Waiting", "Retrying")
 POLL_S = 2.0
 UNKNOWN_EXIT = 1
 
@@ -37,29 +39,33 @@ def create(manifest: Mapping[str, Any]) -> str:
 def summary(name: str) -> dict[str, Any]:
     """Status and exit code; the code is None while the job runs."""
     status = json.loads(_kubectl("get", "rayjob", name, "-o", "json")).get("status", {})
-    word = status.get("jobStatus") or ""
-    failed = status.get("jobDeploymentStatus") == "Failed"
+    word, deployed = status.get("jobStatus") or "", status.get("jobDeploymentStatus") or ""
     message = status.get("message") or ""
-    ended = ENDED.get(word) or ("FAILED" if failed else None)
+    ended = ENDED.get(deployed)
+    if ended and word in ENDED.values() and deployed != "Suspended":
+        ended = word
     code = None
     if ended:
         found = re.search(r"exit code (\d+)", message)
         code = 0 if ended == "SUCCEEDED" else int(found.group(1)) if found else UNKNOWN_EXIT
     said = message.split(", last available logs")[0]
     return {
-        "status": ended or word or status.get("jobDeploymentStatus") or "PENDING",
+        "status": ended or (deployed if deployed in BEFORE else word or deployed) or "PENDING",
         "exit_code": code,
         "message": said,
     }
 
 
 def follow(name: str) -> None:
-    """Print the job's logs until it has ended."""
-    while summary(name)["status"] in ("PENDING", "Initializing", "Waiting"):
-        time.sleep(POLL_S)
-    subprocess.run(["kubectl", "logs", "--follow", f"job/{name}"], check=False)
-    while summary(name)["exit_code"] is None:
-        time.sleep(POLL_S)
+    """Print the job's logs until it has ended, those of a second attempt too."""
+    while True:
+        while summary(name)["status"] in BEFORE:
+            time.sleep(POLL_S)
+        subprocess.run(["kubectl", "logs", "--follow", f"job/{name}"], check=False)
+        while (now := summary(name))["exit_code"] is None and now["status"] not in BEFORE:
+            time.sleep(POLL_S)
+        if now["exit_code"] is not None:
+            return
 
 
 def logs(name: str) -> str:
