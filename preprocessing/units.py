@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from preprocessing.config import PreprocessConfig
 from preprocessing.encode import ChannelSums, Encoders, latent_times
 from preprocessing.lease import check_token
+from preprocessing.machines import most, told_while_waiting
 from preprocessing.manifest import Unit, canonical, digest
 from preprocessing.outage import Outage, outages
 from preprocessing.pipeline import Spent, build_encoders, process_sources
@@ -225,27 +227,40 @@ def _run_on_ray(units: Sequence[Unit], store: Store, token: str, config: Preproc
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its narration is no news to our users
-    gpus = config.encoder.gpus
-    fit = int(ray.cluster_resources().get("GPU", 0) / gpus) if gpus else len(units)
-    if not fit:
-        raise ValueError(f"encoder.gpus={gpus}: Ray sees no such share of a GPU here; set encoder.gpus=0 for the CPU")
-    workers = min(len(units), fit, config.workers or int(ray.cluster_resources().get("CPU", 1)))
+    workers = _workers(len(units), config, most(ray.cluster_resources()))
     # One block per unit as far as Ray's bookkeeping allows: a block is what a task takes and what is retried.
     data = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=min(len(units), 4096))
     arguments = (store.uri, token, config)
     # memory 0: else Ray Data asks for as much as a task returned (kilobytes of facts), and an autoscaler that knows its
     # kinds of machines by CPUs alone, as it does Google's, never brings one for a task that asks for memory.
-    place: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus or None, "memory": 0, "concurrency": workers}
+    gpus = config.encoder.gpus or None
+    place: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "memory": 0, "concurrency": workers}
     actor: Any = _Worker  # Ray makes one per worker
     if config.folders or config.whisper:
         made = data.map(actor, fn_constructor_args=arguments, **place)
     else:
         task: Any = _work  # with arguments of its own behind the row
         made = data.map(task, fn_args=arguments, **place)
-    for row in made.iter_rows():
-        if row["outage"]:
-            raise Outage(row["outage"])
-        on_done(json.loads(row["marker"]), json.loads(row["spent"]))
+    asked = "CPU 1" + (f", GPU {gpus:g}" if gpus else "")
+    with told_while_waiting(f"machines for {workers} workers with {asked} each", ray.cluster_resources) as begun:
+        for row in made.iter_rows():
+            begun()
+            if row["outage"]:
+                raise Outage(row["outage"])
+            on_done(json.loads(row["marker"]), json.loads(row["spent"]))
+
+
+def _workers(units: int, config: PreprocessConfig, room: Mapping[str, float]) -> int:
+    """How many at a time. ``room``: what the cluster has or can have; ValueError where that is too little for one."""
+    cpus, gpus = room.get("CPU", 0.0), config.encoder.gpus
+    fit = units
+    if gpus and (cpus or room.get("GPU")):  # a head alone, of no CPUs, does not say what it can bring
+        fit = floor(min(float(units), room.get("GPU", 0.0) / gpus + 1e-9))
+    if not fit:
+        raise ValueError(f"encoder.gpus={gpus}: Ray sees no such share of a GPU here; set encoder.gpus=0 for the CPU")
+    if config.workers is None and cpus < 1:
+        raise ValueError("there is no CPU yet on this cluster, and how many it can bring is not known: set workers=N")
+    return int(min(units, fit, config.workers or cpus))
 
 
 def _start_ray() -> None:

@@ -12,12 +12,13 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from preprocessing.machines import MOST
 from workflows import head as heads
 from workflows.environment import BASE, DEFAULTS, base_directory, tracking_uri
 from workflows.fleet import placement, rayjob, server
@@ -70,7 +71,7 @@ def submit(
         _check_elsewhere(place, argv, shared, place.machines)
     if place.kind == "rayjob":
         return _submit_rayjob(place, argv, shared, detach=detach)
-    understand(argv, shared)
+    command = understand(argv, shared)
     silent = f"{target} fell silent before it had taken the job: submit the same command again"
     with _no_other_address(), connected(place, state_folder()) as address:
         with conversation(silent):
@@ -79,7 +80,8 @@ def submit(
             cluster = ask(client)
             variables = _variables(place, cluster, argv, shared, python)
             interpreter = python or (sys.executable if place.kind == "here" else "python")
-            job = _start(client, [interpreter, "-m", "workflows.cli", *argv], variables, target)
+            own = {} if cluster.all_here else placement.own_process(command, place.machines or cluster.machines)
+            job = _start(client, [interpreter, "-m", "workflows.cli", *argv], variables, target, own)
         print(f"job {job.id} on {job.address}", file=sys.stderr)
         return _summary(client, job) if detach else _follow(client, job)
 
@@ -102,9 +104,14 @@ def _variables(
     if not place.machines and (cluster.fixed or place.complete(len(cluster.nodes))):
         placement.check(placement.needs(understand(argv, shared)), cluster.machines, place.name)
     elsewhere = place.kind == "elsewhere" or not cluster.all_here
-    variables = _environment(shared, elsewhere=elsewhere)
+    variables = _environment(shared, elsewhere=elsewhere) | _promised(place)
     check_secrets(argv, variables)
     return variables
+
+
+def _promised(place: Target) -> dict[str, str]:
+    """What the machines of the target's file have together, for a job that will see only those that have come."""
+    return {MOST: json.dumps(placement.in_all(place.machines))} if place.machines else {}
 
 
 def _environment(shared: str | None, *, elsewhere: bool) -> dict[str, str]:
@@ -119,10 +126,10 @@ def _environment(shared: str | None, *, elsewhere: bool) -> dict[str, str]:
     return variables
 
 
-def _start(client: Any, command: list[str], variables: dict[str, str], target: str) -> Job:
+def _start(client: Any, command: list[str], variables: dict[str, str], target: str, own: Mapping[str, float]) -> Job:
     with tempfile.TemporaryDirectory(prefix="mfctl-") as folder:
         archive = pack(ROOT, Path(folder))
-        name = _submit_when_ready(client, command, {"working_dir": str(archive), "env_vars": variables})
+        name = _submit_when_ready(client, command, {"working_dir": str(archive), "env_vars": variables}, own)
     job = Job(id=name, address=client.get_address(), command=command[3:], submitted=time.time(), target=target)
     _record(job)
     return job
@@ -137,9 +144,10 @@ def _submit_rayjob(place: Target, argv: list[str], shared: str | None, *, detach
         raise ValueError(
             f"{place.name} has rayVersion {version}, here is {ray.__version__}: build the image again, write the same"
         )
-    variables = _environment(shared, elsewhere=True)
+    variables = _environment(shared, elsewhere=True) | _promised(place)
     check_secrets(argv, variables)
-    name = rayjob.create(rayjob.render(place.config, argv, variables))
+    own = placement.own_process(understand(argv, shared), place.machines)
+    name = rayjob.create(rayjob.render(place.config, argv, variables, own))
     job = Job(id=name, address=place.name, command=argv, submitted=time.time(), target=place.name)
     _record(job)
     print(f"RayJob {name} from {place.name}; its code is that of the image", file=sys.stderr)
@@ -218,12 +226,13 @@ def stop_head() -> dict:
     return {"stopped": heads.stop_heads(state_folder())}
 
 
-def _submit_when_ready(client: Any, command: list[str], runtime_env: dict) -> str:
+def _submit_when_ready(client: Any, command: list[str], runtime_env: dict, own: Mapping[str, float]) -> str:
     """A head accepts jobs a few seconds after it answers: until its agent has registered, submission is refused."""
     deadline = time.monotonic() + AGENT_LIMIT_S
+    asked = {f"entrypoint_num_{name.lower()}s": amount for name, amount in own.items()}
     while True:
         try:
-            return client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env)
+            return client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env, **asked)
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise

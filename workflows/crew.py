@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from preprocessing.machines import most, told_while_waiting
 from workflows.examiner import Examiner, Outcome, Task
 from workflows.measures import Real
 from workflows.readings import Reading
@@ -101,15 +102,18 @@ class OnRay:
 
         from workflows.training.launch import worker_environment
 
-        here = ray.cluster_resources()
-        share, gpus = (min(1.0, here.get(kind, 0.0) / workers) for kind in ("CPU", "GPU"))
+        room = most(ray.cluster_resources())
+        share, gpus = (min(1.0, room.get(kind, 0.0) / workers) for kind in ("CPU", "GPU"))
+        share = share or 1.0  # a head alone, of no CPUs: a worker that asked for none would run there
         shared = ray.put(examiner.held)
         actor: Any = ray.remote(Examiner)
         make = actor.options(num_cpus=share, num_gpus=gpus, runtime_env=worker_environment())
         self._examiner = examiner
         self._staff = [make.remote(shared, examiner.instruments) for _ in range(workers)]
         threads = max(1, (os.cpu_count() or 1) // workers)
-        ray.get([worker.use_threads.remote(threads) for worker in self._staff])
+        what = f"machines for {workers} workers with CPU {share:g}, GPU {gpus:g} each"
+        with told_while_waiting(what, ray.cluster_resources):
+            ray.get([worker.use_threads.remote(threads) for worker in self._staff])
 
     def read_real(self) -> Real:
         read: dict[range, list[Reading]] = dict(

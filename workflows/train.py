@@ -39,12 +39,13 @@ from workflows.stages import STAGES, headline, make_card
 from workflows.tracking import tracking_uri
 from workflows.training.alarms import Alarms, raised
 from workflows.training.delivery import unsent
-from workflows.training.launch import launch_on_ray
+from workflows.training.launch import launch_on_ray, with_a_gpu
 from workflows.training.looks import Published
 from workflows.training.pulse import BEATS, watched
 from workflows.training.request import Request, finished, identity, resolve
+from workflows.training.samples import look_path
 from workflows.training.shelf import Shelf, join
-from workflows.training.validation import look_at_the_rest
+from workflows.training.validation import look_at_the_rest, the_rest
 from workflows.training.worker import LOG, Job, training_tracker
 
 Launch = Callable[[Job], None]
@@ -109,7 +110,7 @@ def train(
             with _shown(log), watched(request.run_dir / BEATS, lambda text: _add_line(log, text)):
                 (launch or launch_on_ray)(job)
             _raise_if_failed(request.run_dir, lease.token)
-        _conclude(request, sample, tracking_uri(runs))
+        _conclude(request, sample, tracking_uri(runs), on_ray=launch is None)
     return _result(request)
 
 
@@ -215,13 +216,18 @@ def _add_line(log: Path, text: str) -> None:
         file.write(text + "\n")
 
 
-def _conclude(request: Request, sample: Sample | None, uri: str) -> None:
+def _conclude(request: Request, sample: Sample | None, uri: str, *, on_ray: bool) -> None:
     """Once per run: its samples. At every call: what the log or MLflow has not got yet, and what alarms are on."""
-    run_dir, place = request.run_dir, request.run_dir / OUTCOME
+    run_dir, place, engine = request.run_dir, request.run_dir / OUTCOME, request.config.engine
     outcome = read_json(place)
-    look_at_the_rest(run_dir)
+
+    def computed(work: Callable[[Path], Any], *, is_done: bool) -> Any:
+        return with_a_gpu(work, run_dir, engine) if on_ray and not is_done else work(run_dir)
+
+    computed(look_at_the_rest, is_done=not the_rest(run_dir))
     if sample is not None and "samples" not in outcome:
-        outcome["samples"] = [str(path) for path in sample(run_dir)]
+        made = computed(sample, is_done=look_path(run_dir, outcome["progress"]["step"]).exists())
+        outcome["samples"] = [str(path) for path in made]
     published = Published(run_dir, Alarms(run_dir, _say), _say)
     if (looks := published.waiting()) or unsent(run_dir, uri):
         tracker = training_tracker(request.config, request.data, run_dir, uri, _say)

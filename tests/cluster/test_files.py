@@ -187,7 +187,9 @@ def test_kuberays_crds_take_the_file(name: str) -> None:
 def test_kuberays_crds_take_what_submit_makes_of_the_file(name: str) -> None:
     if not CRDS.is_dir():
         pytest.skip(ELSEWHERE)
-    made = rayjob.render(load(f"kuberay/{name}"), ["doctor", "--json"], {"MFCTL_CWD": "/shared", "AWS_PROFILE": "a b"})
+    made = rayjob.render(
+        load(f"kuberay/{name}"), ["doctor", "--json"], {"MFCTL_CWD": "/shared", "AWS_PROFILE": "a b"}, {"GPU": 1.0}
+    )
     jsonschema.Draft7Validator(crd_schema("ray.io_rayjobs.yaml", "v1")).validate(made)
     assert yaml.safe_load(made["spec"]["runtimeEnvYAML"])["env_vars"]["AWS_PROFILE"] == "a b"
 
@@ -395,6 +397,26 @@ def test_the_buckets_policy_lets_a_dataset_be_looked_for_before_it_is_there() ->
     for name in ("clips", "data", "runs"):
         assert {f"BUCKET/{name}", f"BUCKET/{name}/*"} <= granted["s3:GetObject"]
     assert not any(place.startswith("BUCKET/clips") for place in granted["s3:PutObject"] | granted["s3:DeleteObject"])
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_job_may_wait_for_a_machine_longer_than_a_quarter_of_an_hour(name: str) -> None:
+    """Ray's limit for a job whose own process needs one; read by the head."""
+    (start,) = [c for c in load(name)["head_start_ray_commands"] if "ray start" in c]
+    assert "RAY_JOB_START_TIMEOUT_SECONDS=3600 " in start
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", *RAY_JOBS])
+def test_pods_know_the_same_limit(name: str) -> None:
+    spec = load(f"kuberay/{name}")["spec"]
+    head = spec.get("rayClusterSpec", spec)["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert {"name": "RAY_JOB_START_TIMEOUT_SECONDS", "value": "3600"} in head["env"]
+
+
+def test_the_command_of_the_evaluating_job_has_the_gpu() -> None:
+    target = read_target(str(CLUSTER / "kuberay" / "rayjob-evaluate.yaml"))
+    own = placement.own_process(understand(target.config["spec"]["entrypoint"].split()[3:], "/shared"), target.machines)
+    assert own == {"GPU": target.config["spec"]["entrypointNumGpus"]}
 
 
 @pytest.mark.parametrize("name", RAY_JOBS)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from preprocessing.machines import MOST
 from workflows import cluster
 from workflows.cli import app
 from workflows.fleet import placement, rayjob, server
@@ -237,7 +238,7 @@ def test_credentials_travel_by_reference_only(here: Path, monkeypatch: pytest.Mo
     assert variables["AWS_ENDPOINT_URL"] == "http://minio:9000"
     assert variables["MFCTL_CWD"] == "/shared"
     assert "MLFLOW_TRACKING_URI" not in variables, "a store of this machine is none of theirs"
-    job = rayjob.render(read_target(TRAIN_JOB).config, ["doctor"], variables)
+    job = rayjob.render(read_target(TRAIN_JOB).config, ["doctor"], variables, {})
     assert SECRET not in json.dumps(job)
 
 
@@ -252,6 +253,73 @@ def test_a_password_in_an_address_or_a_word_is_refused_without_being_said(monkey
             check_secrets(words, variables)
         assert SECRET not in str(caught.value)
     check_secrets(["preprocess", "s3://b/x"], {"MLFLOW_TRACKING_URI": "http://mlflow:5000"})
+
+
+# --------------------------------------------------------------------------------------- where a command computes
+
+
+HEAD_ALONE = Machines(name="head", resources={}, most=1)
+PLAIN = Machines(name="plain", resources={"CPU": 16.0}, most=32)
+WITH_GPUS = Machines(name="gpus", resources={"CPU": 48.0, "GPU": 4.0}, most=8)
+
+
+@pytest.mark.parametrize(
+    ("words", "on_gpus", "on_plain"),
+    [
+        ("evaluate runs/a --steps 1,2", {"GPU": 1.0}, {"CPU": 1.0}),
+        ("evaluate runs/a --steps 1,2 --workers 4", {}, {}),  # Ray's workers do it
+        ("generate runs/a a.mp4", {"GPU": 1.0}, {"CPU": 1.0}),
+        ("study --device cuda", {"GPU": 1.0}, {"CPU": 1.0}),
+        ("study", {"CPU": 1.0}, {"CPU": 1.0}),
+        ("train --stage video --data s3://b/d", {}, {}),
+        ("preprocess s3://b/c s3://b/d", {}, {}),
+        ("evaluate --help", {}, {}),
+    ],
+)
+def test_what_computes_in_its_own_process_does_not_do_so_on_the_head(
+    words: str, on_gpus: dict[str, float], on_plain: dict[str, float]
+) -> None:
+    command = understand(words.split(), "/shared")
+    assert placement.own_process(command, [HEAD_ALONE, PLAIN, WITH_GPUS]) == on_gpus
+    assert placement.own_process(command, [HEAD_ALONE, PLAIN]) == on_plain
+    assert placement.own_process(command, [HEAD_ALONE]) == {}
+
+
+def test_a_job_knows_what_its_cluster_can_bring() -> None:
+    """GPU machines' CPUs are not for preprocessing where there are others."""
+    assert placement.in_all([HEAD_ALONE, PLAIN, WITH_GPUS]) == {"CPU": 512.0, "GPU": 32.0}
+    assert placement.in_all([HEAD_ALONE, WITH_GPUS]) == {"CPU": 384.0, "GPU": 32.0}
+    assert placement.in_all([HEAD_ALONE]) == {}
+    for target in (AWS, str(ROOT / "cluster" / "gcp.yaml"), TRAIN_JOB):
+        promised = json.loads(cluster._promised(read_target(target))[MOST])
+        assert promised == placement.in_all(read_target(target).machines)
+        assert promised["GPU"] > 0
+    assert cluster._promised(read_target(ONPREM)) == {}, "its machines are all there"
+
+
+def test_preprocessing_on_gpus_needs_some() -> None:
+    need = placement.needs(understand(["preprocess", "s3://b/c", "s3://b/d", "--set", "encoder.gpus=0.25"]))
+    assert need == Need(what="preprocess", bundle={"CPU": 1.0, "GPU": 0.25}, count=1)
+    with pytest.raises(ValueError, match="has room for 0"):
+        placement.check(need, [HEAD_ALONE, PLAIN], "plain.yaml")
+    placement.check(need, [HEAD_ALONE, PLAIN, WITH_GPUS], "both.yaml")
+
+
+def test_a_job_asks_for_what_its_own_process_needs() -> None:
+    asked: list[dict[str, object]] = []
+
+    class Client:
+        def submit_job(self, **words: object) -> str:
+            asked.append(words)
+            return "a job"
+
+    for own in ({"GPU": 1.0}, {"CPU": 1.0}, {}):
+        assert cluster._submit_when_ready(Client(), ["python"], {}, own) == "a job"
+    assert [{k: v for k, v in words.items() if "num" in k} for words in asked] == [
+        {"entrypoint_num_gpus": 1.0},
+        {"entrypoint_num_cpus": 1.0},
+        {},
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- RayJobs
@@ -312,6 +380,16 @@ def test_a_rayjob_carries_our_command_and_gives_back_its_exit_code(
     cluster.stop(result["job"])
     calls = [json.loads(line) for line in (kubectl / "calls").read_text().splitlines()]
     assert ["patch", "rayjob", result["job"], "--type", "merge", "-p", '{"spec": {"suspend": true}}'] in calls
+
+
+def test_a_rayjob_that_computes_by_itself_asks_for_a_gpu(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.mlflow.svc:5000")
+    file = str(ROOT / "cluster" / "kuberay" / "rayjob-evaluate.yaml")
+    for words, own in ((["evaluate", "runs/a"], 1.0), (["train", "--stage", "joint", "--data", "s3://b/d"], None)):
+        cluster.submit(file, words, shared="/shared", detach=True)
+        spec = json.loads((kubectl / "given.json").read_text())["spec"]
+        assert spec.get("entrypointNumGpus") == own
+        assert MOST in yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
 
 
 def test_an_attempt_that_failed_is_not_the_end_of_a_rayjob(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:

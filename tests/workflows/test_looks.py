@@ -1,6 +1,8 @@
 """Looks at a training's samples: the same in line and aside, scored as by ``mfctl evaluate``, logged at their step."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,46 @@ def test_networks_that_measure_are_refused_before_the_run(tmp_path, toy_data):
     with pytest.raises(ValueError, match="does not exist; give a folder of CLAP"):
         train("video", data=toy_data, sets=(*SETS, "sample_weights=[clap=/nowhere]"), runs_dir=tmp_path, run="v")
     assert not (tmp_path / "v").exists()
+
+
+LEADER = """if True:
+    import os, pathlib, ray
+    os.environ["RAY_ADDRESS"] = ""  # as in a submitted job; Ray takes it for "here"
+    from workflows.engine_config import EngineConfig
+    from workflows.training.launch import with_a_gpu
+
+    def given(run_dir):
+        leads = os.getpid() == LEADER
+        resources = {} if leads else ray.get_runtime_context().get_assigned_resources()
+        return [os.getpid(), str(run_dir), resources.get("GPU", 0.0), resources.get("trainer", 0.0)]
+
+    LEADER, runs = os.getpid(), pathlib.Path("runs/v")
+    assert with_a_gpu(given, runs, EngineConfig()) == [os.getpid(), "runs/v", 0.0, 0.0], "a run on CPUs asks for none"
+    ray.init(num_cpus=1, num_gpus=1, resources={"trainer": 1}, include_dashboard=False, logging_level="ERROR")
+    for resource, amount in (None, 0.0), ("trainer", 1.0):
+        pid, *rest = with_a_gpu(given, runs, EngineConfig(use_gpu=True, resource=resource))
+        assert pid != os.getpid() and rest == ["runs/v", 1.0, amount], rest
+    ray.shutdown()
+    del os.environ["RAY_ADDRESS"]
+    assert with_a_gpu(given, runs, EngineConfig(use_gpu=True))[0] == os.getpid(), "no cluster: as well as it can"
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the leading process has a GPU of its own here")
+def test_the_last_samples_are_made_where_a_gpu_is(tmp_path):
+    """The process that leads a training on a cluster is on the head, which has none."""
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": root, "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, "-c", LEADER],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow

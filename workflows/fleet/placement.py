@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor, inf
+from pathlib import Path
 from typing import Any
 
 from workflows.fleet.words import Command
 
 Resources = Mapping[str, float]
+ALONE = ("evaluate", "generate", "study")
+"""Verbs that compute in the process of the command itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class Need:
 def needs(command: Command) -> Need | None:
     """The least with which a command runs; None when it runs in the job's own process."""
     if command.verb == "preprocess":
-        return None if _preprocess_here(command) else Need(what="preprocess", bundle={"CPU": 1.0}, count=1)
+        return _preprocess(command)
     if command.verb != "train" or not command.values:
         return None
     engine = _engine(command)
@@ -43,10 +46,42 @@ def needs(command: Command) -> Need | None:
     return Need(what=f"train with engine.workers={engine.workers}", bundle=bundle, count=engine.fewest)
 
 
-def _preprocess_here(command: Command) -> bool:
-    from workflows.config_io import parse_sets
+def _preprocess(command: Command) -> Need | None:
+    from preprocessing.config import PreprocessConfig
+    from workflows.config_io import change, parse_sets, read_file
 
-    return parse_sets(command.sets).get("workers") == 0
+    config = PreprocessConfig()
+    file = command.values.get("config")
+    written = read_file(file) if file and Path(file).exists() else {}  # it may be there alone
+    for values in (written, parse_sets(command.sets)):
+        config = change(config, {name: value for name, value in values.items() if name in ("workers", "encoder")})
+    bundle = {"CPU": 1.0} | ({"GPU": config.encoder.gpus} if config.encoder.gpus else {})
+    return None if config.workers == 0 else Need(what="preprocess", bundle=bundle, count=1)
+
+
+def own_process(command: Command, machines: Sequence[Machines]) -> dict[str, float]:
+    """What the process of a command must be given that computes by itself; {} where it only leads, and the head may.
+
+    Ray runs the process of a job on the head unless it is told what it needs, and heads here lead only.
+    """
+    if command.verb not in ALONE or not command.values:
+        return {}
+    if command.verb == "evaluate" and command.values.get("workers", 1) > 1:  # these are Ray's
+        return {}
+    gpu = command.verb != "study" or str(command.values.get("device", "")).startswith("cuda")
+    if gpu and room(machines, {"GPU": 1.0}):
+        return {"GPU": 1.0}
+    return {"CPU": 1.0} if room(machines, {"CPU": 1.0}) else {}
+
+
+def in_all(machines: Sequence[Machines]) -> dict[str, float]:
+    """GPUs and CPUs of all machines together; of those with GPUs the CPUs count only where there are no others."""
+    plain = [kind for kind in machines if not kind.resources.get("GPU")]
+    cpus, gpus = (
+        sum(k.most * k.resources.get(name, 0.0) for k in some) for name, some in (("CPU", plain), ("GPU", machines))
+    )
+    cpus = cpus or sum(k.most * k.resources.get("CPU", 0.0) for k in machines)
+    return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
 
 
 def _engine(command: Command) -> Any:

@@ -18,9 +18,17 @@ POLL_S = 2.0
 UNKNOWN_EXIT = 1
 
 
-def render(manifest: Mapping[str, Any], argv: Sequence[str], variables: Mapping[str, str]) -> dict[str, Any]:
-    """The manifest with our command and the variables in it; secrets stay references in the manifest's own pods."""
+def render(
+    manifest: Mapping[str, Any], argv: Sequence[str], variables: Mapping[str, str], own: Mapping[str, float]
+) -> dict[str, Any]:
+    """The manifest with our command, what its own process needs, and the variables in it; secrets stay references in
+    the manifest's own pods."""
     job = deepcopy(dict(manifest))
+    for resource in ("CPU", "GPU"):
+        field = f"entrypointNum{resource.capitalize()}s"
+        job["spec"].pop(field, None)
+        if own.get(resource):
+            job["spec"][field] = own[resource]
     job["spec"]["entrypoint"] = shlex.join(["python", "-m", "workflows.cli", *argv])
     environment = yaml.safe_load(job["spec"].get("runtimeEnvYAML") or "{}")
     environment["env_vars"] = environment.get("env_vars", {}) | dict(variables)

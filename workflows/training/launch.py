@@ -6,15 +6,18 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from preprocessing.machines import told_while_waiting
 from workflows import environment
 from workflows.checkpoint import ModelCard
 from workflows.engine_config import EngineConfig
 from workflows.training import notice, ranks
+from workflows.training.pulse import BEATS
 from workflows.training.validation import Snapshots, room_for_looks
 from workflows.training.worker import Job
 
+T = TypeVar("T")
 GROW_EVERY = 30.0  # seconds between looks for room for more workers, where their number may vary
 
 
@@ -55,6 +58,24 @@ def worker_environment() -> dict[str, dict[str, str]]:
     return {"env_vars": {"PYTHONPATH": path, **environment.DEFAULTS}}
 
 
+def with_a_gpu(work: Callable[[Path], T], run_dir: Path, engine: EngineConfig) -> T:
+    """``work(run_dir)`` where the run's network can be run. The process that leads a run may be on a machine without a
+    GPU, as the head of a cluster is: then Ray finds it one.
+    """
+    import torch
+
+    if not engine.use_gpu or torch.cuda.is_available():
+        return work(run_dir)
+    import ray
+
+    with ray_running(1):
+        if "RAY_ADDRESS" not in os.environ and not ray.cluster_resources().get("GPU"):
+            return work(run_dir)  # no cluster, where one could come
+        extra = {engine.resource: 1.0} if engine.resource else {}
+        task: Any = ray.remote(num_cpus=1, num_gpus=1, resources=extra, runtime_env=worker_environment())(work)
+        return ray.get(task.remote(run_dir))
+
+
 def _fit(job: Job) -> None:
     import ray
     from ray.train import FailureConfig, LoggingConfig
@@ -64,7 +85,7 @@ def _fit(job: Job) -> None:
     scaling = _scaling(job.config.engine)
     room = room_for_looks(job.config.engine, scaling.resources_per_worker, ray.available_resources())
     aside = bool(room) and job.config.sample_every > 0
-    TorchTrainer(
+    trainer = TorchTrainer(
         _entrance(),
         train_loop_config={"job": pickle.dumps(job), "aside": aside},
         validation_config=_validation(job.run_dir, room) if aside else None,
@@ -77,7 +98,21 @@ def _fit(job: Job) -> None:
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env=worker_environment(),
         ),
-    ).fit()
+    )
+    each = ", ".join(f"{name} {amount:g}" for name, amount in (scaling.resources_per_worker or {}).items())
+    what = f"machines for {job.config.engine.fewest} workers with {each} each"
+    with told_while_waiting(what, ray.cluster_resources, seen=_stirs(job.run_dir / BEATS)):
+        trainer.fit()
+
+
+def _stirs(beats: Path) -> Callable[[], bool]:
+    """Whether a worker has given a sign of life since now."""
+
+    def found() -> dict[str, float]:
+        return {path.name: path.stat().st_mtime for path in beats.glob("*.json")}
+
+    before = found()
+    return lambda: found() != before
 
 
 def _validation(run_dir: Path, room: Mapping[str, float]) -> Any:

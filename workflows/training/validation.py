@@ -75,9 +75,14 @@ def look_at(folder: Path, run_dir: Path, patience: float = PATIENCE) -> dict[str
     return read_look(look_path(run_dir, step)).numbers
 
 
-def look_at_the_rest(run_dir: Path) -> None:
+def the_rest(run_dir: Path) -> list[Path]:
     """What was set aside and never looked at, because its run or its validation was killed."""
-    for folder in sorted((run_dir / "ray").glob(f"*/{_NAME}*")):
+    return sorted((run_dir / "ray").glob(f"*/{_NAME}*"))
+
+
+def look_at_the_rest(run_dir: Path) -> None:
+    """Look at it."""
+    for folder in the_rest(run_dir):
         if (folder / MODEL).exists():
             look_at(folder, run_dir)
         elif not look_path(run_dir, _step(folder)).exists():
