@@ -38,6 +38,7 @@ class PreprocessConfig:
     video: VideoConfig = field(default_factory=DctConfig)  # its fps is the frame rate of the dataset
     audio: AudioConfig = field(default_factory=MelConfig)  # its sample_rate is the sample rate of the dataset
     text_width: int = 64  # width of the hashed embeddings of caption and transcript
+    words: Literal[1, 2] = 2  # version of those; datasets from before it was a setting have 1
     text: T5Config | None = None  # a pretrained encoder of captions and transcripts instead
     whisper: WhisperConfig | None = None  # makes the transcripts that no manifest or sidecar has
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

@@ -54,7 +54,7 @@ def build_encoders(config: PreprocessConfig) -> Encoders:
     if config.whisper:
         whisper_folder(config.whisper)  # the same
     codecs = {m: make_codec({VIDEO: config.video, AUDIO: config.audio}[m], config.device) for m in config.modalities}
-    words = T5Words(config.text, config.device) if config.text else HashedWords(width=config.text_width)
+    words = T5Words(config.text, config.device) if config.text else HashedWords(config.text_width, config.words)
     timeline = Timeline(clocks={m: c.clock for m, c in codecs.items()}, chunk_seconds=config.chunk_seconds)
     return Encoders(codecs=codecs, words=words, timeline=timeline)
 

@@ -77,7 +77,7 @@ def read_facts(store: Store) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(store.read("_dataset.json"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{store.uri} is no dataset: make one with `mfctl preprocess SRC {store.uri}`") from None
+        raise ValueError(f"{store.uri} is no dataset: `mfctl preprocess MEDIA DATASET` makes one") from None
     if facts["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
             f"{store.uri} has schema version {facts['schema_version']}, this mfctl reads {SCHEMA_VERSION}: "

@@ -98,8 +98,9 @@ def stream(
 @app.command("preprocess")
 def preprocess(
     folder: Annotated[
-        str, typer.Argument(parser=environment.absolute, metavar="DIR", help="Media files; a minute or more each.")
-    ] = "",
+        str | None,
+        typer.Argument(parser=environment.absolute, metavar="DIR", help="Media files; a minute or more each."),
+    ] = None,
     *,
     rounds: Annotated[int, typer.Option(min=1, help="How often every way has its turn.")] = 3,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per CPU.")] = None,

@@ -138,9 +138,20 @@ def _dataclasses(kind: Any, seen: set[Any]) -> set[Any]:
     return seen
 
 
+def _nearest(errors: Sequence[Any]) -> Sequence[Any]:
+    """Pydantic tries all kinds, and complains of each: what fits none has most to say of those that were not meant."""
+    kinds: dict[tuple[Any, ...], dict[Any, list[Any]]] = {}
+    for one in errors:
+        at = next((i for i, part in enumerate(one["loc"]) if str(part).endswith("Config")), None)
+        if at is None:
+            return errors
+        kinds.setdefault(one["loc"][:at], {}).setdefault(one["loc"][at], []).append(one)
+    return min(next(iter(kinds.values())).values(), key=len)
+
+
 def _explain(error: ValidationError) -> str:
-    """The first complaint, in one line."""
-    first = error.errors()[0]
+    """The first complaint, in one line; where a value may be of several kinds, of the one that it is nearest to."""
+    first = _nearest(error.errors())[0]
     where = ".".join(str(part) for part in first["loc"] if not str(part).endswith("Config"))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":

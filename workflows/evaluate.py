@@ -33,7 +33,7 @@ from workflows.precision import Precision
 from workflows.readings import Reading
 from workflows.sampler import batches
 from workflows.scores import score_windows
-from workflows.sweep import SCORER, Results, Row, Setting, Subject, examine, plan
+from workflows.sweep import SCORER, Results, Row, Setting, Subject, check_folder, examine, plan, told_apart
 
 _HELD_OUT = 0.1  # share of the sources, where the checkpoint does not say what it was trained with
 
@@ -65,7 +65,7 @@ def evaluate(
     as kind=place. ``precision``: that of the samples; numbers of two precisions are never taken together. ValueError,
     with nothing written, when a checkpoint or the dataset is missing, they do not fit, or no setting makes sense.
     """
-    subjects = [examine(path, precision=precision) for path in dict.fromkeys(checkpoints)]
+    subjects = told_apart([examine(path, precision=precision) for path in dict.fromkeys(checkpoints)])
     settings, skipped = plan(subjects, modes, steps, guidance, seeds)
     cut, instruments = parse_windows(windows), parse_weights(weights)
     instruments.check()
@@ -81,6 +81,7 @@ def evaluate(
     scope = hashlib.sha256(f"{SCORER} {windows} {held.digest()} {instruments.id}".encode()).hexdigest()[:12]
     name = "+".join(dict.fromkeys(s.label for s in subjects)) + f"-{scope[:6]}"
     folder = Path(out) if out else Path(environment.absolute("runs/evaluate")) / name
+    check_folder(folder)
     sweep = _Sweep(held=held, windows=cut, results=Results(folder, scope), subjects=subjects, instruments=instruments)
     with console.progress("evaluate") as show:
         sweep.run(settings, progress or show, workers)
@@ -194,7 +195,8 @@ class _Sweep:
         lengths = [float(p.clip.chunks * self.held.meta.chunk_seconds) for p in self.held.prompts]
         rows = self._rows({**facts, "label": "real"}, self.real.prompts, lengths)
         signals = real_signals(self.held, [p.clip for p in self.held.prompts[:SAMPLES]])
-        samples = self._files("real", {i: self.examiner.mp4(s) for i, s in enumerate(signals)})
+        name = f"real-{self.results.scope[:6]}"
+        samples = self._files(name, {i: self.examiner.mp4(s) for i, s in enumerate(signals)})
         part = {"digest": "real", "name": "real", "rows": rows, "samples": samples}
         self.results.store(f"real-{self.results.scope}", part)
 
@@ -206,7 +208,8 @@ class _Sweep:
         with self._timed("score"):
             rows = self._rows(facts, readings, lengths)
         rows[0]["metrics"] |= got[0].once | _batch_speed(list(got.values()))
-        samples = self._files(setting.name, {p: mp4 for o in got.values() for p, mp4 in o.samples.items()})
+        name = f"{setting.name}-{self._key(setting)[:6]}"  # other clips and other weights have files of their own
+        samples = self._files(name, {p: mp4 for o in got.values() for p, mp4 in o.samples.items()})
         part = {"digest": setting.subject.digest, "name": setting.name, "rows": rows, "samples": samples}
         self.results.store(self._key(setting), part)
 
@@ -244,7 +247,7 @@ class _Sweep:
 
     def finish(self, name: str, mlflow_uri: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Results, plots, the page and MLflow from all that this folder holds of these checkpoints and clips."""
-        parts = self.results.parts(s.digest for s in self.subjects)
+        parts = self.results.parts(self.subjects)
         rows = self.results.write(parts)
         with self._timed("plots"):
             fps, rate = frame_rate(self.held.meta), self.examiner.reader.sample_rate
@@ -261,6 +264,7 @@ class _Sweep:
             "mlflow_parent_run": parent,
             "plots": [str(path) for path in plots],
             "samples": [str(self.results.folder / path) for part in parts for path in part["samples"]],
+            "clips": facts["clips"],
             "rows": len(rows),
             "not_measured": {k: v for row in rows if row["window"] == "all" for k, v in row["not_measured"].items()},
             "skipped": facts["skipped"],

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from preprocessing.media import MediaError, decode, probe
 from preprocessing.mp4 import Mp4Writer
 from preprocessing.record import Word
 from preprocessing.source import parse_words
+from preprocessing.subtitles import parse_subtitles
 from workflows.checkpoint import Weights
 from workflows.precision import Precision
 from workflows.streamer import Sampling, Streamer
 
 SYLLABLES_PER_SECOND = 4.5  # an unhurried speaker
+SUBTITLES = (".srt", ".vtt")
 PAUSE = 0.1  # seconds between words whose times are allotted
 MULTI_STEPS = 50
 GUIDANCE = 1.5  # of the multi-step mode
@@ -70,8 +72,8 @@ def generate(
         raise ValueError(f"{target}: the result is an mp4, give it a name that ends in .mp4")
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists: choose another name, or add --overwrite")
-    if seconds <= 0:
-        raise ValueError(f"--seconds {seconds}: a clip needs a positive length")
+    if not 0 < seconds < inf:
+        raise ValueError(f"--seconds {seconds}: a clip needs a positive length, and an end")
     streamer = Streamer.load(checkpoint, weights, precision)
     streamer.switch(compile=compile, graphs=graphs)
     how = sampling(streamer.card.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed)
@@ -82,6 +84,9 @@ def generate(
         first_frame=read_first_frame(first_frame, streamer) if VIDEO in streamer.codecs else None,
         voice=read_voice(voice, streamer) if voice is not None and AUDIO in streamer.codecs else None,
     )
+    if late := [word.word for word in words if word.start >= seconds]:
+        said = f"{len(late)} of {len(words)} words begin after the end of the clip, at {seconds:g} s: {' '.join(late)}"
+        print(f"warning: {said:.300}; give more --seconds", file=sys.stderr, flush=True)
     if doubt := streamer.card.doubt(how.mode, how.steps):
         print(f"warning: {doubt}", file=sys.stderr, flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -204,19 +209,41 @@ def read_voice(path: str, streamer: Streamer) -> Tensor:
 
 
 def read_transcript(given: str | None) -> tuple[list[Word], bool]:
-    """Words with times, and whether the times were allotted: a JSON file or list, a text file, or the text itself."""
+    """Words with times, and whether the times were allotted: a JSON file or list, subtitles, a text file, or the text
+    itself."""
     if not given:
         return [], False
-    text = Path(given).read_text() if _is_file(given) else given
-    if text.lstrip().startswith(("[", "{")):
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"the transcript is not JSON: {error}") from None
-        return list(parse_words(value["transcript"] if isinstance(value, dict) else value, "--transcript") or ()), False
-    if given.endswith((".json", ".txt")) and not _is_file(given):
+    suffix, here = Path(given[-8:]).suffix.lower(), _is_file(given)
+    if suffix in (".json", ".txt", *SUBTITLES) and not here and not any(c.isspace() for c in given):
         raise ValueError(f"--transcript {given} does not exist")
+    if here and suffix in SUBTITLES:
+        try:
+            return list(parse_subtitles(Path(given).read_bytes())), False
+        except ValueError as error:
+            raise ValueError(f"--transcript {given}: {error}") from None
+    try:
+        text = Path(given).read_text() if here else given
+    except UnicodeDecodeError:
+        raise ValueError(f"--transcript {given} is no text") from None
+    if suffix == ".json" or re.match(r"""\s*(\[\s*(\{|\])|\{\s*")""", text):
+        return _from_json(text), False
     return allot(text.split()), True
+
+
+def _from_json(text: str) -> list[Word]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"the transcript is not JSON: {error}") from None
+    if isinstance(value, dict):
+        if "transcript" not in value:
+            raise ValueError("--transcript: a JSON object has its words under `transcript`, as a list")
+        value = value["transcript"]
+    words = list(parse_words(value, "--transcript") or ())
+    for word in words:
+        if not -inf < word.start <= word.end < inf:
+            raise ValueError(f"--transcript: the word {word.word!r} goes from {word.start:g} s to {word.end:g} s")
+    return words
 
 
 def _is_file(given: str) -> bool:
@@ -231,8 +258,9 @@ def allot(words: Sequence[str]) -> list[Word]:
     out: list[Word] = []
     at = 0.0
     for word in words:
-        letters = re.sub(r"[^\w]", "", word.lower())
-        length = max(1, len(re.findall(r"[aeiouy]+", letters))) / SYLLABLES_PER_SECOND
-        out.append(Word(word=letters, start=round(at, 3), end=round(at + length, 3)))
+        if not any(c.isalnum() for c in word):  # a dash is not said
+            continue
+        length = max(1, len(re.findall(r"[aeiouy]+", word.lower()))) / SYLLABLES_PER_SECOND
+        out.append(Word(word=word, start=round(at, 3), end=round(at + length, 3)))
         at += length + PAUSE
     return out

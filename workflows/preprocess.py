@@ -39,7 +39,7 @@ from preprocessing.probe import MediaError, probe
 from preprocessing.reader import ClipDataset, open_dataset, read_facts
 from preprocessing.schema import SCHEMA_VERSION
 from preprocessing.source import MANIFESTS, find_sources
-from preprocessing.storage import TEMPORARY, Store
+from preprocessing.storage import TEMPORARY, Store, is_remote, local_path
 from preprocessing.transcribe import read_whisper
 from preprocessing.units import run_units
 from workflows.environment import absolute
@@ -87,6 +87,7 @@ def preprocess(
         # planned again: what another driver finished between the check above and the lease counts
         known = read_units(store)
         units = plan(known)
+        _say_what_is_gone(known)
         missing = [unit for unit in units if unit.name not in finished(store)]
         if missing or not facts.get("complete"):
             _write_facts(store, config, {"complete": False})
@@ -95,6 +96,19 @@ def preprocess(
             _run(missing, units, store, lease.token, config, progress, spent if spent is not None else {})
             _finish(store, config, units)
     return summary_of(read_facts(store))
+
+
+def _say_what_is_gone(known: Sequence[Unit]) -> None:
+    """Sources of this dataset that no longer exist: whoever deleted them may think that their clips went too."""
+    uris = [source.uri.split("#", 1)[0] for unit in known for source in unit.sources]
+    gone = [uri for uri in uris if not is_remote(uri) and not os.path.exists(local_path(uri))]
+    if gone:
+        print(
+            f"note: {len(gone)} sources of this dataset are no longer there ({gone[0]} ...); their clips stay in it. "
+            "To be rid of them, preprocess the rest into a new dataset",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def with_codecs(

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from math import isfinite
 from pathlib import Path
@@ -80,6 +81,16 @@ def examine(path: str, weights: Weights = "ema", precision: Precision = "fp32") 
     return Subject(path=path, label=label, stage=card.stage, digest=_digest(export, weights), precision=precision)
 
 
+def told_apart(subjects: Sequence[Subject]) -> list[Subject]:
+    """With labels of their own: of those whose folders have the same name each gets the start of its digest. The same
+    weights under one name are one subject."""
+    found: dict[tuple[str, str], Subject] = {}
+    for subject in subjects:
+        found.setdefault((subject.label, subject.digest), subject)
+    names = Counter(label for label, _ in found)
+    return [replace(s, label=f"{s.label}-{s.digest[:6]}") if names[s.label] > 1 else s for s in found.values()]
+
+
 def _plain(label: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
 
@@ -138,6 +149,14 @@ def plan(
     return settings, skipped
 
 
+def check_folder(folder: Path) -> None:
+    """ValueError for a folder that holds something else: results would be written over it."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file: name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).is_dir() for n in ("rows", "unfinished")):
+        raise ValueError(f"--out {folder} is not empty and holds no evaluation: choose another folder")
+
+
 class Results:
     """The rows of a sweep's folder, and below them the batches of settings that are not finished."""
 
@@ -173,11 +192,21 @@ class Results:
         path = self._begun / f"{key}-{batch}.pickle"
         return pickle.loads(path.read_bytes()) if path.exists() else None
 
-    def parts(self, digests: Iterable[str]) -> list[dict[str, Any]]:
-        """All that was measured in this folder, of these checkpoints, on these clips; cheapest first."""
-        wanted = {*digests, "real"}
+    def parts(self, subjects: Sequence[Subject]) -> list[dict[str, Any]]:
+        """All that was measured in this folder, of these checkpoints, on these clips; cheapest first.
+
+        They have the labels of ``subjects``: another sweep may have called them otherwise.
+        """
         found = [read_json(path) for path in sorted(self._parts.glob("*.json"))]
+        labels: dict[tuple[str, str], str] = {(s.digest, s.precision): s.label for s in subjects}
+        wanted = {"real", *(digest for digest, _ in labels)}
         mine = [p for p in found if p["scope"] == self.scope and p["digest"] in wanted]
+        for part in mine:
+            first = part["rows"][0]
+            label, before = labels.get((part["digest"], first.get("precision", "fp32"))), first["label"]
+            if label is not None and label != before:
+                part["name"] = label + part["name"].removeprefix(before)
+                part["rows"] = [row | {"label": label} for row in part["rows"]]
         return sorted(mine, key=lambda p: (p["rows"][0]["nfe"], p["name"]))
 
     def write(self, parts: Sequence[Mapping[str, Any]]) -> list[Row]:

@@ -73,7 +73,7 @@ class TextCodec(Protocol):
 
     @property
     def id(self) -> str:
-        """Equal ids mean interchangeable vectors, e.g. ``words-v1/d64``."""
+        """Equal ids mean interchangeable vectors, e.g. ``words-v2/d64``."""
         ...
 
     @property

@@ -65,8 +65,8 @@ def _config(name: str, n: dict[str, int], rate: Fraction, weights: str, folder: 
 
 def build_text_codec(codec_id: str, folder: str = "", device: torch.device | str | None = None) -> TextCodec:
     """The text encoder of this id."""
-    if match := re.fullmatch(r"words-v1/d(\d+)", codec_id):
-        return HashedWords(width=int(match[1]))
+    if match := re.fullmatch(r"words-v([12])/d(\d+)", codec_id):
+        return HashedWords(width=int(match[2]), version=int(match[1]))
     if match := re.fullmatch(r"t5-v1/d(\d+)/([0-9a-f]+)", codec_id):
         return T5Words(T5Config(width=int(match[1]), weights=match[2], folder=folder), device)
-    raise ValueError(f"unknown text codec {codec_id!r}: this mfctl knows words-v1 and t5-v1")
+    raise ValueError(f"unknown text codec {codec_id!r}: this mfctl knows words-v1, words-v2 and t5-v1")

@@ -26,16 +26,19 @@ _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")  # letters and digits, apost
 class HashedWords:
     """Vectors ``(L, width)`` of words; a :class:`mfcore.codecs.base.TextCodec`."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 64, version: int = 2) -> None:
+        """``version`` 1 is that of older datasets: it takes "Hello," for another word than "hello"."""
+        if version not in (1, 2):
+            raise ValueError(f"version={version} of hashed words: 1 and 2 are known")
         if width < 8:
             raise ValueError(
                 f"width={width}: words need at least 8 numbers to differ; 64 serves about a thousand words"
             )
-        self.width = width
+        self.width, self.version = width, version
 
     @property
     def id(self) -> str:
-        return f"words-v1/d{self.width}"
+        return f"words-v{self.version}/d{self.width}"
 
     def load(self) -> None:
         """Nothing: there are no weights."""
@@ -66,15 +69,24 @@ class HashedWords:
         return _unit(words + _PLACE * places)
 
     def _word(self, word: str) -> Float[Tensor, " D"]:
-        word = _normal(word)
+        word = _normal(word).strip()
         if not word:
             raise ValueError("a transcript or caption has an empty word: remove it")
+        if self.version > 1:
+            word = _bare(word)
         spelling = torch.stack([_direction(f"gram {gram}", self.width) for gram in _grams(word)]).sum(0)
         return _unit(_WHOLE * _direction(f"word {word}", self.width) + _unit(spelling))
 
 
 def _normal(text: str) -> str:
     return unicodedata.normalize("NFKC", text).lower()
+
+
+def _bare(word: str) -> str:
+    """Without the punctuation around it, which subtitles have and people who type do not; a lone dash stays."""
+    word = word.replace("\u2019", "'")
+    inside = [i for i, letter in enumerate(word) if letter.isalnum()]
+    return word[inside[0] : inside[-1] + 1] if inside else word
 
 
 def _grams(word: str) -> Iterator[str]:

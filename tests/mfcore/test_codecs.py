@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mfcore.codecs.base import Codec, TextCodec
 from mfcore.codecs.dct import DctCodec, DctConfig, cosines
+from mfcore.codecs.known import build_text_codec
 from mfcore.codecs.mel import MelCodec, MelConfig, mel_filterbank
 from mfcore.codecs.stats import LatentStats
 from mfcore.codecs.words import HashedWords
@@ -291,12 +292,25 @@ def test_words_are_deterministic_and_of_unit_size():
     codec: TextCodec = HashedWords(width=64)
     vectors = codec.encode(["talking", "wall", "talking"])
     assert vectors.shape == (3, 64)
-    assert codec.id == "words-v1/d64"
+    assert codec.id == "words-v2/d64"
     assert torch.equal(vectors[0], vectors[2])
     torch.testing.assert_close(vectors.square().mean(1), torch.ones(3))
     # Pinned: latents on disk must mean the same on every machine and in every later version.
     torch.testing.assert_close(vectors[1, :4], torch.tensor(PINNED_WALL), atol=1e-4, rtol=0)
     assert codec.encode([]).shape == (0, 64)
+
+
+def test_punctuation_makes_no_other_word():
+    """Subtitles have it, people who type a transcript for `mfctl generate` may not."""
+    codec = build_text_codec("words-v2/d64")
+    plain = codec.encode(["hello", "don't", "it", "well-known", "-"])
+    written = codec.encode(["Hello,", "don\u2019t", '"it?"', "(well-known)", "-"])
+    assert torch.equal(plain, written)
+    assert not torch.equal(codec.encode(["well"]), codec.encode(["well-known"]))
+    old = build_text_codec("words-v1/d64")
+    assert old.id == "words-v1/d64"
+    assert torch.equal(old.encode(["hello", "ba"]), codec.encode(["hello", "ba"]))
+    assert not torch.equal(old.encode(["Hello,"]), old.encode(["hello"])), "datasets of before mean what they meant"
 
 
 def test_words_different_are_apart_and_similar_nearer():
@@ -329,6 +343,8 @@ def test_caption_knows_its_order():
 def test_words_refuse_nonsense():
     with pytest.raises(ValueError, match="empty word"):
         HashedWords().encode(["a", ""])
+    with pytest.raises(ValueError, match="version=3"):
+        HashedWords(version=3)
     with pytest.raises(ValueError, match="width"):
         HashedWords(width=4)
 

@@ -87,6 +87,22 @@ def test_a_wrong_setting_is_named(setting, message):
         config_io.change(config, config_io.parse_sets([setting]))
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("objective.dmd_from=1", "dmd_from must not come before fake_from"),
+        ("objective.finest=0", "go beyond the ShortCut depth 0"),
+        ("objective.guidance=x", r"setting objective.guidance: .*number.*got 'x'"),
+        ("objective.rows=[real]", "equal lengths"),
+        ("objective.dmd_weight=[1]", r"setting objective.dmd_weight: .*got \[1\]"),
+    ],
+)
+def test_a_wrong_setting_of_the_mutual_step_is_named(setting, message):
+    """An objective is one of two kinds: what the other one has to say is not said."""
+    with pytest.raises(ValueError, match=message):
+        config_io.change(presets.preset("tiny", "mutual", TOY), config_io.parse_sets([setting]))
+
+
 def test_a_file_of_settings_is_laid_over_the_preset(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lr: 1e-4}\nsteps: 7\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mfcore.model.transformer import build_model
 from preprocessing.reader import open_dataset
@@ -336,6 +336,43 @@ def test_samples_in_bfloat16_have_rows_of_their_own(tmp_path, mutual, numbers_on
         report._log_point(run, part, parts)
     curves = [{name for name in names if name.endswith("/frechet")} - {"real/frechet"} for names in run.names]
     assert curves == [{"mutual/few/frechet"}, {"mutual-bf16/few/frechet"}]
+
+
+def test_two_networks_of_one_name_are_two(tmp_path, toy_data, mutual, numbers_only):
+    """Their numbers are in no mean together, and none's samples are written over the other's."""
+    how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
+    alone = evaluate([mutual], **how)
+    other = export(tmp_path / "other", toy_data, "mutual")
+    weights = load_file(Path(other, "ema.safetensors"))
+    save_file({name: 1.1 * w for name, w in weights.items()}, Path(other, "ema.safetensors"))
+    result = evaluate([mutual, other, mutual], **how)
+    rows = [r for r in json.loads(Path(result["results"]).read_text()) if (r["window"], r["mode"]) == ("all", "few")]
+    assert len(rows) == 2
+    labels = {row["label"] for row in rows}
+    assert len(labels) == 2 and all(re.fullmatch(r"mutual-[0-9a-f]{6}", label) for label in labels)
+    lines = list(csv.DictReader(Path(result["table"]).read_text().splitlines()))
+    assert {line["label"] for line in lines} == {"real", *labels}
+    assert len(set(result["samples"])) == len(result["samples"]) == 6  # two of each, and of the real clips
+    assert set(alone["samples"]) < set(result["samples"])
+
+
+def test_other_clips_have_samples_of_their_own(tmp_path, mutual, numbers_only):
+    how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
+    short = evaluate([mutual], seconds=0.5, **how)
+    before = {path: Path(path).read_bytes() for path in short["samples"]}
+    long = evaluate([mutual], seconds=1.0, **how)
+    assert not set(short["samples"]) & set(long["samples"])
+    assert {path: Path(path).read_bytes() for path in before} == before
+    assert (short["clips"], long["clips"]) == (2, 2)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, mutual):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.html").write_text("mine")
+    for place in (tmp_path / "mine", tmp_path / "mine" / "report.html"):
+        with pytest.raises(ValueError, match="holds no evaluation|is a file"):
+            evaluate([mutual], steps=[1], out=str(place), **QUIET)
+    assert (tmp_path / "mine" / "report.html").read_text() == "mine"
 
 
 class Seen:

@@ -186,9 +186,30 @@ def test_plain_text_gets_times_and_says_so(exports, tmp_path):
     facts = generate(str(exports["audio"]), out=str(tmp_path / "a.mp4"), transcript="Hello there", seconds=0.5, steps=1)
     assert "allotted" in facts["word_times"]
     hello, there = allot(["Hello", "there"])
-    assert hello.word == "hello"
+    assert (hello.word, there.word) == ("Hello", "there"), "as in a dataset: the text codec knows what is the same"
     assert hello.end - hello.start == pytest.approx(2 / 4.5, abs=1e-3)  # two syllables
     assert there.start == pytest.approx(hello.end + 0.1, abs=1e-3)
+
+
+def test_text_is_said_whatever_stands_in_it(tmp_path):
+    words, allotted = read_transcript("[laughs] Yes - no.")
+    assert ([w.word for w in words], allotted) == (["[laughs]", "Yes", "no."], True)
+    words, _ = read_transcript("see notes.txt")
+    assert [w.word for w in words] == ["see", "notes.txt"]
+
+
+def test_subtitles_keep_their_times(tmp_path):
+    path = tmp_path / "said.srt"
+    path.write_text("1\n00:00:01,000 --> 00:00:02,000\nHello, you\n")
+    words, allotted = read_transcript(str(path))
+    assert [(w.word, w.start) for w in words] == [("Hello,", 1.0), ("you", pytest.approx(1.667, abs=1e-3))]
+    assert not allotted
+
+
+def test_words_that_come_too_late_are_said(exports, tmp_path, capsys):
+    audio = str(exports["audio"])
+    generate(audio, out=str(tmp_path / "a.mp4"), transcript="ba do ge la so mu", seconds=0.5, steps=1)
+    assert "4 of 6 words begin after the end of the clip, at 0.5 s: ge la so mu" in capsys.readouterr().err
 
 
 def test_a_transcript_file_keeps_its_times(tmp_path):
@@ -206,6 +227,12 @@ def test_a_transcript_file_keeps_its_times(tmp_path):
         ({"first_frame": "nowhere.png"}, "nowhere.png does not exist"),
         ({"transcript": "nowhere.json"}, "nowhere.json does not exist"),
         ({"transcript": '[{"wort": "x"}]'}, "transcript"),
+        ({"transcript": '{"words": []}'}, "under `transcript`"),
+        ({"transcript": '[{"word": "x", '}, "not JSON"),
+        ({"transcript": '[{"word": "x", "start": 2, "end": 1}]'}, "'x' goes from 2 s to 1 s"),
+        ({"transcript": "nowhere.srt"}, "nowhere.srt does not exist"),
+        ({"seconds": float("inf")}, "an end"),
+        ({"seconds": float("nan")}, "positive"),
         ({"voice": "nowhere.wav"}, "nowhere.wav does not exist"),
         ({"seconds": 0.0}, "positive"),
         ({"mode": "some"}, "choose few or multi"),

@@ -225,6 +225,17 @@ def test_ray_makes_the_same_bytes(made, tmp_path):
     assert content(tmp_path / "out") == content(folder / "out")
 
 
+def test_clips_of_sources_that_are_gone_stay_and_it_is_said(tmp_path, capsys):
+    media = tmp_path / "media"
+    write_toyworld(media, clips=3, seconds=2.0, size=32, jobs=1)
+    config = replace(CONFIG, sizes=((32, 32),))
+    first = preprocess([str(media)], str(tmp_path / "out"), config, progress=quiet)
+    assert "no longer there" not in capsys.readouterr().err
+    next(media.glob("*.mp4")).unlink()
+    assert preprocess([str(media)], str(tmp_path / "out"), config, progress=quiet) == first
+    assert "1 sources of this dataset are no longer there" in capsys.readouterr().err
+
+
 def test_ray_needs_no_promise_of_memory(tmp_path):
     """An autoscaler sees of Google's machines their CPUs alone; a task that asked for memory would wait for ever."""
     write_toyworld(tmp_path / "media", clips=4, seconds=2.0, size=32, jobs=1)

@@ -92,7 +92,7 @@ def _fit(job: Job) -> None:
         torch_config=_listening("nccl" if job.config.engine.use_gpu else "gloo"),
         scaling_config=scaling,
         run_config=RayRunConfig(
-            name=f"{job.run_dir.name}-{job.token}",
+            name=job.token,  # its store knows ASCII alone, and a run may have any name
             storage_path=str(job.run_dir / "ray"),
             failure_config=FailureConfig(max_failures=job.config.engine.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
