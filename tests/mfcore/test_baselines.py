@@ -107,15 +107,20 @@ def test_dmd_moves_the_student_alone(baseline):
 
 
 def test_a_row_is_the_full_method_but_for_what_its_name_says():
-    """Weights and phases, too: c and d begin DMD with the fake score's first steps, with no ShortCut to wait for."""
+    """Weights and phases, too. c and d begin DMD with the fake score's first steps, with no ShortCut to wait for."""
     whole = replace(CONFIG, shortcut_weight=2.0, dmd_weight=2.0, real_until=4, free_from=5, fake_from=5, dmd_from=7)
     assert baselines.dmd_only(whole).config == replace(whole, shortcut_weight=0.0)
     assert baselines.shortcut_only(whole).config == replace(whole, dmd_weight=0.0)
     assert baselines.hybrid_forced(whole).config == replace(whole, rows=("forced",) * 4)
     assert baselines.literal(whole).config == replace(whole, rows=("literal", "free", "literal", "free"))
-    early = {"shortcut_weight": 0.0, "real_until": 0, "free_from": 0, "fake_from": 0, "dmd_from": 2}
+    early = {"shortcut_weight": 0.0, "dmd_weight": 1.0} | {
+        "real_until": 0,
+        "free_from": 0,
+        "fake_from": 0,
+        "dmd_from": 2,
+    }
     assert baselines.dmd_forced(whole).config == replace(whole, rows=("forced",) * 4, **early)
-    assert baselines.dmd_self_forcing(whole).config == replace(whole, rows=("free",) * 4, **early | {"dmd_weight": 1.0})
+    assert baselines.dmd_self_forcing(whole).config == replace(whole, rows=("free",) * 4, **early)
 
 
 def test_cut_and_closed_loops_do_not_mix():
