@@ -391,7 +391,7 @@ def test_draws_that_shape_control_flow_depend_on_the_step_alone():
         ({"time": replace(CONFIG.time, uniform_share=1.0)}, {"flow_matching"}),
         ({"guidance": 1.5}, {"shortcut", "dmd"}),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, set) else str(value),
 )
 def test_a_setting_changes_its_own_terms_and_no_other(setting, terms):
     def values(**changes) -> dict[str, torch.Tensor]:
