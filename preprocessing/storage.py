@@ -208,11 +208,23 @@ def file_system(uri: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(uri, **options(uri))
 
 
+def _ask_no_leave_to_write() -> None:
+    """Let botocore send what it writes at once. It asks the server first (`Expect: 100-continue`), and aiohttp waits
+    for that answer without any limit: a store that fell silent then was waited for for ever.
+    """
+    from botocore import handlers
+
+    asks = ("before-call.s3", handlers.add_expect_header)
+    if asks in handlers.BUILTIN_HANDLERS:
+        handlers.BUILTIN_HANDLERS.remove(asks)
+
+
 def options(uri: str) -> dict[str, Any]:
     """How patient a filesystem is. S3: what AWS_MAX_ATTEMPTS and AWS_RETRY_MODE say, by default six attempts with
     growing pauses at errors of the server, broken connections and silence; s3fs repeats broken transfers on top."""
     if uri.split("://", 1)[0] not in ("s3", "s3a"):
         return {}
+    _ask_no_leave_to_write()
     retries = {
         "mode": os.environ.get("AWS_RETRY_MODE", "standard"),
         "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "6")),

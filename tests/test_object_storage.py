@@ -7,13 +7,14 @@ import fsspec
 import pytest
 import torch
 
+from preprocessing import storage
 from preprocessing.config import PreprocessConfig
 from preprocessing.outage import Outage
 from preprocessing.reader import open_dataset
 from preprocessing.source import find_sources
 from preprocessing.storage import Store
 from preprocessing.toyworld import write_toyworld
-from tests.objectstore import BUCKET, s3_server
+from tests.objectstore import BUCKET, FaultProxy, s3_at, s3_server
 from tests.preprocessing.mediafolder import make_folder, write_clip
 from tests.workflows.test_train import SMALL, killed_at
 from workflows.checkpoint import load_weights
@@ -165,3 +166,17 @@ def test_an_upload_that_arrives_short_is_noticed(s3, tmp_path, monkeypatch):
     monkeypatch.setattr(store._fs, "put_file", lambda _, name: store._fs.pipe_file(name, bytes(999)))
     with pytest.raises(Outage, match="999 of 1000 bytes"):
         store.put(tmp_path / "file", "file")
+
+
+@pytest.mark.timeout(60)
+def test_a_write_to_a_store_that_says_nothing_ends(monkeypatch):
+    """Also when it falls silent where it is asked whether it would take what comes (`Expect: 100-continue`)."""
+    monkeypatch.setattr(storage, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with (
+        FaultProxy(9, lambda: "silent") as proxy,
+        s3_at(proxy.port),
+        pytest.raises(Outage, match=f"{BUCKET}/silent"),
+    ):
+        Store(f"s3://{BUCKET}/silent").write("a", b"some bytes")
+    assert proxy.seen["silent"] > 0

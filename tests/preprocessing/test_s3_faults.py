@@ -74,7 +74,7 @@ def test_a_run_over_a_bad_line_is_the_one_over_a_good_line(server, undisturbed, 
     assert content(f"s3://{BUCKET}/bad-line") == undisturbed
 
 
-@pytest.mark.parametrize("kind", ["refuse", "503", "torn up 2000"])
+@pytest.mark.parametrize("kind", ["refuse", "503", "silent", "torn up 2000"])
 def test_a_store_that_stays_away_stops_the_run_and_the_same_command_resumes(kind, server, undisturbed, monkeypatch):
     monkeypatch.setattr(storage, "SILENCE_SECONDS", 2)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
