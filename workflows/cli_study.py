@@ -53,13 +53,9 @@ def study(
     def work() -> Any:
         from workflows.study.report import study as run
 
-        if quick and preset not in (None, "quick"):
-            raise ValueError(f"--quick is the preset quick: leave out --preset {preset}, or --quick")
         return run(
             out=out,
-            preset="quick" if quick else preset or "toy-study",
-            seeds=seeds or ("1" if quick else "3"),
-            methods=(methods or ("quick" if quick else "all")).split(","),
+            **_which(quick, preset, seeds, methods),
             device=device,
             workers=workers,
             minutes=minutes,
@@ -69,9 +65,22 @@ def study(
             networks=networks,
         )
 
-    def render(result: Any) -> str:
-        import yaml
+    console.run(work, as_json=json, render=_page, code=lambda result: console.FAILED if result.get("failed") else 0)
 
-        return result.get("page") or yaml.safe_dump(result, sort_keys=False)
 
-    console.run(work, as_json=json, render=render, code=lambda result: console.FAILED if result.get("failed") else 0)
+def _which(quick: bool, preset: str | None, seeds: str | None, methods: str | None) -> dict[str, Any]:
+    """What ``--quick`` leaves open and what it says."""
+    if quick and preset not in (None, "quick"):
+        raise ValueError(f"--quick is the preset quick: leave out --preset {preset}, or --quick")
+    usual = ("quick", "1", "quick") if quick else ("toy-study", "3", "all")
+    return {
+        "preset": preset or usual[0],
+        "seeds": seeds or usual[1],
+        "methods": (methods or usual[2]).split(","),
+    }
+
+
+def _page(result: Any) -> str:
+    import yaml
+
+    return result.get("page") or yaml.safe_dump(result, sort_keys=False)

@@ -16,6 +16,7 @@ import torch
 from mfcore.metrics.windows import Window
 from mfcore.rollout import rollout
 from mfcore.types import AUDIO, VIDEO
+from workflows.cli_study import _which
 from workflows.study import pictures, units, world
 from workflows.study import report as study_report
 from workflows.study.config import StudyConfig, study_preset
@@ -598,6 +599,28 @@ class TestRuns:
         for place in (tmp_path / "notes", tmp_path / "notes" / "study"):
             with pytest.raises(ValueError, match="is a file|cannot keep a study"):
                 check_folder(small(), place)
+
+    @pytest.mark.parametrize(
+        ("given", "found"),
+        [
+            ((False, None, None, None), ("toy-study", "3", ["all"])),
+            ((True, None, None, None), ("quick", "1", ["quick"])),
+            ((True, "quick", "2", "mutual,literal"), ("quick", "2", ["mutual", "literal"])),
+            ((False, "quick", "3,4", None), ("quick", "3,4", ["all"])),
+        ],
+    )
+    def test_quick_leaves_what_is_said(self, given, found):
+        assert tuple(_which(*given).values()) == found
+
+    def test_quick_is_no_other_preset(self):
+        with pytest.raises(ValueError, match="leave out --preset toy-study"):
+            _which(True, "toy-study", None, None)
+
+    def test_a_device_that_is_none_is_refused_before_anything(self, tmp_path):
+        words = {"preset": "quick", "seeds": "1", "methods": ["quick"], "workers": 1, "minutes": 1e-9}
+        with pytest.raises(ValueError, match="--device foo"):
+            study_report.study(out=str(tmp_path / "x"), device="foo", sets=[], dry_run=True, tracking="", **words)
+        assert not (tmp_path / "x").exists()
 
     def test_a_limit_of_no_time_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="leave it out"):

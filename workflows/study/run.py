@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -178,6 +179,8 @@ def run_study(
                 except BrokenProcessPool:
                     raise
                 except Exception as error:
+                    if not isinstance(error, ValueError):  # no wrong number, a fault: where it is
+                        traceback.print_exception(error)
                     failed[unit.name] = f"{type(error).__name__}: {error}"
                     lost = _that_need(unit, left)
                     left = [other for other in left if other not in lost]
