@@ -33,7 +33,7 @@ from workflows.precision import Precision
 from workflows.readings import Reading
 from workflows.sampler import batches
 from workflows.scores import score_windows
-from workflows.sweep import SCORER, Results, Row, Setting, Subject, check_folder, examine, plan, told_apart
+from workflows.sweep import SCORER, Results, Row, Setting, Subject, claim_folder, examine, plan, told_apart
 
 _HELD_OUT = 0.1  # share of the sources, where the checkpoint does not say what it was trained with
 
@@ -81,7 +81,7 @@ def evaluate(
     scope = hashlib.sha256(f"{SCORER} {windows} {held.digest()} {instruments.id}".encode()).hexdigest()[:12]
     name = "+".join(dict.fromkeys(s.label for s in subjects)) + f"-{scope[:6]}"
     folder = Path(out) if out else Path(environment.absolute("runs/evaluate")) / name
-    check_folder(folder)
+    claim_folder(folder)
     sweep = _Sweep(held=held, windows=cut, results=Results(folder, scope), subjects=subjects, instruments=instruments)
     with console.progress("evaluate") as show:
         sweep.run(settings, progress or show, workers)

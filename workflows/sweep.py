@@ -149,12 +149,13 @@ def plan(
     return settings, skipped
 
 
-def check_folder(folder: Path) -> None:
-    """ValueError for a folder that holds something else: results would be written over it."""
+def claim_folder(folder: Path) -> None:
+    """Make it an evaluation's. ValueError for one that holds something else: results would be written over it."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file: name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).is_dir() for n in ("rows", "unfinished")):
         raise ValueError(f"--out {folder} is not empty and holds no evaluation: choose another folder")
+    (folder / "rows").mkdir(parents=True, exist_ok=True)  # at once: the same command goes on wherever it is killed
 
 
 class Results:

@@ -366,6 +366,20 @@ def test_other_clips_have_samples_of_their_own(tmp_path, mutual, numbers_only):
     assert (short["clips"], long["clips"]) == (2, 2)
 
 
+def test_a_sweep_that_was_killed_among_its_first_samples_goes_on(tmp_path, mutual, numbers_only, monkeypatch):
+    how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
+
+    def killed(self, name, clips):
+        (self.results.folder / "samples").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("workflows.evaluate._Sweep._files", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate([mutual], **how)
+    assert evaluate([mutual], **how)["rows"] == 4
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path, mutual):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.html").write_text("mine")
