@@ -21,6 +21,11 @@ def most(now: Mapping[str, float]) -> dict[str, float]:
     return {name: max(now.get(name, 0.0), promised.get(name, 0.0)) for name in {*now, *promised}}
 
 
+def has_come(asked: Mapping[str, float], there: Callable[[], Mapping[str, float]]) -> Callable[[], bool]:
+    """Whether a machine for one worker is there: from then on slow work is work, and no waiting."""
+    return lambda: all(there().get(name, 0.0) >= amount for name, amount in asked.items())
+
+
 @contextmanager
 def told_while_waiting(
     what: str,

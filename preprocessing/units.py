@@ -23,7 +23,7 @@ import torch
 from preprocessing.config import PreprocessConfig
 from preprocessing.encode import ChannelSums, Encoders, latent_times
 from preprocessing.lease import check_token
-from preprocessing.machines import most, told_while_waiting
+from preprocessing.machines import has_come, most, told_while_waiting
 from preprocessing.manifest import Unit, canonical, digest
 from preprocessing.outage import Outage, outages
 from preprocessing.pipeline import Spent, build_encoders, process_sources
@@ -241,10 +241,9 @@ def _run_on_ray(units: Sequence[Unit], store: Store, token: str, config: Preproc
     else:
         task: Any = _work  # with arguments of its own behind the row
         made = data.map(task, fn_args=arguments, **place)
-    asked = "CPU 1" + (f", GPU {gpus:g}" if gpus else "")
-    with told_while_waiting(f"machines for {workers} workers with {asked} each", ray.cluster_resources) as begun:
+    asked, there = {"CPU": 1.0, "GPU": gpus or 0.0}, ray.cluster_resources
+    with told_while_waiting(f"machines for {workers} workers", there, seen=has_come(asked, there)):
         for row in made.iter_rows():
-            begun()
             if row["outage"]:
                 raise Outage(row["outage"])
             on_done(json.loads(row["marker"]), json.loads(row["spent"]))

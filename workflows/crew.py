@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from preprocessing.machines import most, told_while_waiting
+from preprocessing.machines import has_come, most, told_while_waiting
 from workflows.examiner import Examiner, Outcome, Task
 from workflows.measures import Real
 from workflows.readings import Reading
@@ -111,8 +111,8 @@ class OnRay:
         self._examiner = examiner
         self._staff = [make.remote(shared, examiner.instruments) for _ in range(workers)]
         threads = max(1, (os.cpu_count() or 1) // workers)
-        what = f"machines for {workers} workers with CPU {share:g}, GPU {gpus:g} each"
-        with told_while_waiting(what, ray.cluster_resources):
+        asked, there = {"CPU": share, "GPU": gpus}, ray.cluster_resources
+        with told_while_waiting(f"machines for {workers} workers", there, seen=has_come(asked, there)):
             ray.get([worker.use_threads.remote(threads) for worker in self._staff])
 
     def read_real(self) -> Real:

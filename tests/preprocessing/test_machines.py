@@ -1,12 +1,13 @@
 """How many workers a cluster gets that starts machines when they are asked for, and what is said while none come."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
 
 from preprocessing.config import EncoderConfig, PreprocessConfig
-from preprocessing.machines import MOST, most, told_while_waiting
+from preprocessing.machines import MOST, has_come, most, told_while_waiting
 from preprocessing.units import _workers
 
 PLAIN = PreprocessConfig()
@@ -55,4 +56,18 @@ def test_waiting_is_told_until_it_has_begun(capsys: pytest.CaptureFixture[str]) 
         pass
     with told_while_waiting("none", dict):
         pass
+    assert capsys.readouterr().err == ""
+
+
+def test_slow_work_is_no_waiting(capsys: pytest.CaptureFixture[str]) -> None:
+    """A unit may take minutes; what is waited for is a machine."""
+    here: dict[str, float] = {}
+    come = has_come({"CPU": 1.0, "GPU": 0.25}, lambda: here)
+    assert not come()
+    here["CPU"] = 8.0
+    assert not come()
+    here["GPU"] = 1.0
+    assert come()
+    with told_while_waiting("machines", lambda: here, seen=come, every=0.01):
+        time.sleep(0.1)
     assert capsys.readouterr().err == ""
