@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mfcore.flow import move_streams, shift_time
-from mfcore.types import Condition, Levels, Memory, Stream, Streams, VelocityModel
+from mfcore.types import Condition, Holdable, Levels, Memory, Stream, Streams, VelocityModel
 
 Mode = Literal["few", "multi"]
 """few: average velocity over the whole step (r = next level). multi: instantaneous velocity (r = t), an Euler step."""
@@ -105,6 +105,10 @@ class Context:
     def detach(self) -> "Context":
         return self.with_memories(lambda memory: memory.detach())
 
+    def held(self) -> "Context":
+        """For several passes over the same chunks, between which no weight changes; see ``Holdable``."""
+        return self.with_memories(lambda memory: memory.held() if isinstance(memory, Holdable) else memory)
+
     def snapshot(self) -> "Context":
         """To continue from here, more than once if need be: what is remembered is not changed by later passes."""
         return self.with_memories(lambda memory: memory.snapshot())
@@ -169,7 +173,7 @@ def denoise(
 
     Gradient, where it is enabled, runs from ``exit_step`` on (without one: nowhere) and reads memory as data.
     """
-    now, stash, read = dict(x), None, context.detach()
+    now, stash, read = dict(x), None, context.detach().held()
     for j in range(len(next(iter(plan.values()))) - 1):
         stash = now if j == exit_step else stash
         t, r = (levels(now, {m: line[i] for m, line in plan.items()}) for i in (j, j + 1))

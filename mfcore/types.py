@@ -6,7 +6,7 @@ D text width. Audio is a stream whose latents have no height and width: ``(B, n,
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -112,10 +112,9 @@ class AVBatch:
         )
 
     def to(self, device: torch.device | str) -> "AVBatch":
+        """Move latents and conditions; sample numbers stay on the CPU, which would wait for each of them."""
         return AVBatch(
-            streams={m: s.to(device) for m, s in self.streams.items()},
-            cond=self.cond.to(device),
-            samples=self.samples.to(device),
+            streams={m: s.to(device) for m, s in self.streams.items()}, cond=self.cond.to(device), samples=self.samples
         )
 
 
@@ -145,6 +144,17 @@ class Memory(Protocol):
 
     def snapshot(self) -> "Memory":
         """What is remembered, as a value that later passes do not change."""
+        ...
+
+
+@runtime_checkable
+class Holdable(Protocol):
+    """A memory with which something may be kept from pass to pass."""
+
+    def held(self) -> Memory:
+        """The same memory, for passes over the same chunks between which no weight changes and whose gradients are
+        taken together: what they have in common is found out once.
+        """
         ...
 
 

@@ -5,6 +5,7 @@ Letters: B batch, n latents, C channels, h w latent size, N tokens, K chunks, d 
 
 import math
 from dataclasses import replace
+from functools import cache
 from typing import cast
 
 import torch
@@ -31,10 +32,14 @@ FEW_WORDS = 32  # of a transcript that is read whole by every pass
 
 def fourier(x: Float[Tensor, "*batch"], scale: float, features: int) -> Float[Tensor, "*batch f"]:
     """Cosines and sines of x * scale at log-spaced frequencies, always float32: bf16 would blur t - r (METHOD 2)."""
-    half = features // 2
-    freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
-    phase = x.float()[..., None] * scale * freqs
+    phase = x.float()[..., None] * scale * _frequencies(features // 2, x.device)
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+@cache
+@torch.inference_mode(False)  # made where nothing is trained, it would be no constant where something is
+def _frequencies(count: int, device: torch.device) -> Tensor:
+    return torch.exp(-math.log(10000.0) * torch.arange(count, dtype=torch.float32, device=device) / count)
 
 
 def _mlp(width: int, dim: int) -> nn.Sequential:
@@ -252,32 +257,29 @@ class Branch(nn.Module):
             return correction
         per_latent = chunk[:: self.config.tokens]
         t, r = (level.float()[:, per_latent].reshape(-1, len(per_latent), *(1,) * (noisy.ndim - 2)) for level in span)
-        mean, std = self.mean(first), self.config.data_std
-        base = gaussian_gain(t, r, std) * (noisy.float() - (1 - t) * mean) - mean
-        return base + gaussian_scale(t, std) * correction
+        gain, spread = gaussian_flow(t, r, self.config.data_std)
+        mean, noisy = self.mean(first), noisy.float()
+        base = gain * noisy if mean is None else gain * (noisy - (1 - t) * mean) - mean
+        return torch.addcmul(base, spread, correction)
 
-    def mean(self, first: Float[Tensor, "B C h w"] | None) -> Tensor:
-        """What is known of every latent before the network looks: anchored channels of the first frame, else 0."""
+    def mean(self, first: Float[Tensor, "B C h w"] | None) -> Tensor | None:
+        """What is known of every latent before the network looks: anchored channels of the first frame; None: 0."""
         if not self.config.anchor or first is None:
-            return torch.zeros((), device=None if first is None else first.device)
+            return None
         share = self.anchor(torch.zeros((), dtype=torch.long, device=first.device)).float()
         share = torch.nn.functional.pad(share, (0, self.config.channels - self.config.anchor))
         return (first.float() * share[:, None, None])[:, None]
 
 
-def gaussian_gain(t: Tensor, r: Tensor, std: float) -> Tensor:
-    """What multiplies x_t in the average velocity of N(0, s^2) from t to r (r = t: TRUTHS, exact property 2).
+def gaussian_flow(t: Tensor, r: Tensor, std: float) -> tuple[Tensor, Tensor]:
+    """What multiplies x_t in the average velocity of N(0, s^2) from t to r (r = t: TRUTHS, exact property 2), and
+    s / sqrt(D_t), the spread of the velocity about its mean given x_t.
 
     About a mean m the flow is the same in x_t - (1 - t) m, and m moves by -m per unit of level.
 
     From x_r = sqrt(D_r / D_t) x_t with D_t = (1 - t)^2 s^2 + t^2, written so that nothing is divided by t - r:
     ((1 + s^2) (t + r) - 2 s^2) / (sqrt(D_t) (sqrt(D_t) + sqrt(D_r))).
     """
-    variance = std**2
-    top, bottom = (((1 - level) ** 2 * variance + level**2).sqrt() for level in (t, r))
-    return ((1 + variance) * (t + r) - 2 * variance) / (top * (top + bottom))
-
-
-def gaussian_scale(t: Tensor, std: float) -> Tensor:
-    """s / sqrt(D_t): the spread of the velocity of N(0, s^2) about its mean given x_t."""
-    return std / ((1 - t) ** 2 * std**2 + t**2).sqrt()
+    variance, level = std**2, torch.stack([t, r])
+    top, bottom = ((1 - level) ** 2 * variance + level**2).sqrt()
+    return ((1 + variance) * (t + r) - 2 * variance) / (top * (top + bottom)), std / top

@@ -1,7 +1,8 @@
 """What a network remembers: keys and values of the sink and of past chunks, layer by layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -65,6 +66,14 @@ class LayeredMemory:
     sink_at: Positions
     past: tuple[KeyValue, ...] = ()
     past_at: Positions | None = None
+    scenes: dict[bool, Any] | None = field(default=None, init=False, repr=False, compare=False)
+    """Where it is held: what the last passes over it, without gradient and with it, have in common. A memory that is
+    made of this one is not."""
+
+    def held(self) -> "LayeredMemory":
+        same = replace(self)
+        object.__setattr__(same, "scenes", {})
+        return same
 
     def detach(self) -> "LayeredMemory":
         return replace(self, sink=tuple(kv.detach() for kv in self.sink), past=tuple(kv.detach() for kv in self.past))

@@ -139,7 +139,7 @@ class AVTransformer(nn.Module):
         """Keys and values of first frame and voice: clean, before everything, reading no text."""
         streams = sink_streams(cond, self.config)
         present = {VIDEO: None, AUDIO: cond.voice_mask}
-        at = self._positions(streams)
+        at = self._ordered(self._places(streams))
         some = next(iter(streams.values())).latents
         zero = some.new_zeros(some.shape[0], 1, dtype=torch.float32)
         shared = {m: self.branch(m).levels(zero, zero, None)[0] for m in streams}
@@ -151,10 +151,12 @@ class AVTransformer(nn.Module):
         layers = self._written(hidden, _Pass(scene, shared, seen), rotated=False)
         return LayeredMemory(window=self.config.window_chunks, sink=tuple(layers), sink_at=at)
 
-    def _positions(self, x: Streams) -> Positions:
-        """Of the tokens of a pass, in the order in which attention has them: rank by rank, branch by branch."""
-        numbers = {m: i for i, m in enumerate(MODALITIES)}
-        parts = {m: self.branch(m).positions(s, numbers[m]) for m, s in x.items()}
+    def _places(self, x: Streams) -> dict[str, Positions]:
+        """Of the tokens of a pass, by branch."""
+        return {m: self.branch(m).positions(s, MODALITIES.index(m)) for m, s in x.items()}
+
+    def _ordered(self, parts: Mapping[str, Positions]) -> Positions:
+        """All of them in the order in which attention has them: rank by rank, branch by branch."""
         spans = {m: self._spans(len(p)) for m, p in parts.items()}
         ordered = [parts[m].where(spans[m][rank]) for rank in range(len(next(iter(spans.values())))) for m in parts]
         return reduce(Positions.join, ordered)
@@ -169,37 +171,48 @@ class AVTransformer(nn.Module):
         some = next(iter(x.values())).latents
         if isinstance(memory, RingMemory):
             return self._streamed(x, some, cond, memory), memory
-        at = self._positions(x)
+        gradient = torch.is_grad_enabled()
+        kept = None if store or memory.scenes is None else memory.scenes.get(gradient)
+        if kept is not None and kept[0].fits(x, cond):
+            return kept
+        own = self._places(x)
+        at = self._ordered(own)
         # the sink is short: no kernel needs to be made before a stream begins
         backend = self.config.attention if memory.sink else "sdpa"
         mask = self._sight(at, memory, store=store).mask(backend, some.device)
         seen = Recall(memory=memory, copies=len(at.chunk.unique()), turn=self._sink_turn(at, memory.sink_at, some))
-        return self._scene(x, at, some, cond, mask), seen
+        # where layers are run again for the backward pass, what they keep of the text would stay
+        lasting = memory.scenes is not None and not (self.recompute and gradient)
+        scene = self._scene(x, own, at, some, cond, mask, {} if lasting else None)
+        if memory.scenes is not None and not store:
+            memory.scenes[gradient] = scene, seen
+        return scene, seen
 
     def _streamed(self, x: Streams, like: Tensor, cond: Condition, ring: RingMemory) -> Scene:
         """All evaluations of a chunk share a scene; all that the ring holds is visible to that chunk."""
         scene = cast(Scene | None, ring.scene)
         if scene is None or not scene.fits(x, cond):
-            at = self._positions(x)
+            own = self._places(x)
+            at = self._ordered(own)
             if scene is None or ring.chunk != int(at.chunk[0]):
                 ring.begin(at, self._sink_turn(at, ring.sink_at, like))
             mask = None if self.config.coupled else ring.sight(at).mask("sdpa", like.device)
             for m in x:
                 ring.captions[m] = self.branch(m).caption(cond.caption, ring.captions.get(m))
-            ring.scene = scene = self._scene(x, at, like, cond, mask, ring.captions)
+            ring.scene = scene = self._scene(x, own, at, like, cond, mask, ring.captions)
         return scene
 
     def _scene(
         self,
         x: Streams,
+        own: dict[str, Positions],
         at: Positions,
         like: Tensor,
         cond: Condition,
         mask: Mask,
         captions: Mapping[str, Caption] | None = None,
     ) -> Scene:
-        """``captions``: that of ``cond`` by branch, where several passes share the scene."""
-        own = {m: self.branch(m).positions(s, 0) for m, s in x.items()}
+        """``captions``: where several passes share the scene, those that are known, by branch."""
         is_sink = bool((at.chunk == SINK).all())
         here = {m: self._spans(len(p)) for m, p in own.items()}
         mine = {m: p.where(self._mine(here[m])) for m, p in own.items()}
@@ -219,14 +232,15 @@ class AVTransformer(nn.Module):
             own_runs=runs if self.sequence is None else {m: local[m][self._mine(here[m])] for m in own},
             phases={m: self.branch(m).phases(p, like) for m, p in mine.items()} if self.config.chunk_phase else None,
             text=text,
-            heard={m: self._hear(m, text[m], about[m]) for m in x} if captions else None,
+            heard={m: self._hear(m, text[m], about.get(m)) for m in x} if captions is not None else None,
             turn=turn(angles(at.times, at.ys, at.xs, self.config)[:, None], like),
             mask=mask,
         )
 
-    def _hear(self, modality: str, text: TextTokens, caption: Caption) -> list[Heard]:
-        branch = self.branch(modality)
-        return [branch.block(layer).text.hear(text, known) for layer, known in enumerate(caption.layers)]
+    def _hear(self, modality: str, text: TextTokens, caption: Caption | None) -> list[Heard]:
+        layers = [self.branch(modality).block(layer).text for layer in range(self.config.layers)]
+        known = caption.layers if caption else [None] * len(layers)
+        return [layer.hear(text, about) for layer, about in zip(layers, known, strict=True)]
 
     def _sight(self, at: Positions, memory: LayeredMemory, *, store: bool) -> Sight:
         """Keys in order: a copy of the sink per chunk, the past, the tokens of this pass."""

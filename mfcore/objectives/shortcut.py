@@ -106,7 +106,7 @@ def shortcut_target(
     for rows, rule, context in ((is_finest, base_target, teacher), (~is_finest, halves_target, teacher.plain())):
         index = rows.nonzero()[:, 0]
         if len(index):
-            part = rule(context.rows(index), {m: s.rows(index) for m, s in x.items()}, at.rows(index))
+            part = rule(context.rows(index).held(), {m: s.rows(index) for m, s in x.items()}, at.rows(index))
             for m, value in part.items():
                 out[m][index] = value.float()
     return out

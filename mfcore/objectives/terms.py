@@ -74,11 +74,11 @@ class OneRound:
 def chunk_means(squares: Tensor, chunk: Int64[Tensor, " n"]) -> Float[Tensor, "B K"]:
     """Mean over the elements of each chunk of a (B, n, C, ...) tensor, in float32."""
     per_latent = squares.float().flatten(2).mean(-1)
-    local = (chunk - chunk[0]).to(squares.device)
-    k = int(local[-1]) + 1
-    sums = per_latent.new_zeros(per_latent.shape[0], k).index_add_(1, local, per_latent)
-    counts = torch.bincount(local, minlength=k).to(per_latent.dtype)
-    return sums / counts
+    counts = chunk.unique_consecutive(return_counts=True)[1]  # on the CPU, where nothing waits for it
+    if bool((counts == counts[0]).all()):
+        return per_latent.unflatten(1, (len(counts), -1)).mean(-1)
+    local, zeros = (chunk - chunk[0]).to(per_latent.device), per_latent.new_zeros(per_latent.shape[0], len(counts))
+    return zeros.index_add(1, local, per_latent) / counts.to(per_latent.device)
 
 
 def total(terms: Iterable[Term]) -> Tensor:

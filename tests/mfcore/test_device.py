@@ -2,14 +2,20 @@
 CPU. Weights, latents and conditions on it, clocks and masks on the CPU, as on a GPU."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 
+from mfcore.flow import TimeConfig
 from mfcore.model.ring import ring_of
+from mfcore.objectives import baselines
+from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+from mfcore.objectives.recipe import MutualConfig
+from mfcore.objectives.terms import StepInfo, total
 from mfcore.rollout import noise_starts, rollout
 from mfcore.steps import Context, levels
-from mfcore.types import VIDEO
+from mfcore.types import AUDIO, VIDEO
 from tests.mfcore.test_streaming import MOST, PLAN
 from tests.mfcore.tiny import SHAPES, TIMELINE, batch, network
 
@@ -40,3 +46,25 @@ def test_streaming_mixes_no_devices_and_never_asks_for_a_number():
     starts = noise_starts(TIMELINE, SHAPES, range(8), 0, torch.arange(2), data.cond.caption)
     made = [chunk.clean[VIDEO].latents for chunk in rollout(context, starts, PLAN)]
     assert len(made) == 8 and all(x.device == ELSEWHERE for x in made)
+
+
+TIME = TimeConfig(shift={VIDEO: 1.0, AUDIO: 1.0})
+METHOD = MutualConfig(time=TIME, finest=2, strengths=(1,), rollout_steps=(2,), base="two_midpoints", guidance=1.1)
+OBJECTIVES = {
+    "flow_matching": FlowMatching(FlowMatchingConfig(time=TIME)),
+    "mutual": baselines.mutual_forcing(METHOD),
+    "jump": baselines.mutual_forcing(replace(METHOD, jump_exit=True)),
+    "forced": baselines.hybrid_forced(METHOD),
+    "literal": baselines.literal(METHOD),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_mixes_no_devices_and_never_asks_for_a_number(name):
+    """Sample numbers, from which everything random comes, stay on the CPU with clocks and masks."""
+    models = {some: network(layers=1).to(ELSEWHERE) for some in ("student", "ema", "fake")}
+    terms = OBJECTIVES[name](models, batch(4, 3).to(ELSEWHERE), StepInfo(seed=0, step=0, stage_step=0))
+    assert {"student"} < terms.keys() or name == "flow_matching"
+    for net, own in terms.items():
+        total(own).backward()
+        assert models[net].branch(VIDEO).block(0).qkv.weight.grad.device == ELSEWHERE

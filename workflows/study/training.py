@@ -68,8 +68,11 @@ class Trainer:
         }
         self.step = 0
 
-    def train_step(self) -> dict[str, float]:
-        """One step of every network: means of the terms, and the norm of each network's gradient before clipping."""
+    def train_step(self, *, told: bool = True) -> dict[str, float]:
+        """One step of every network: means of the terms, and the norm of each network's gradient before clipping.
+
+        ``told``: whether anybody reads the means; each is a number that the CPU waits for.
+        """
         batch = training_batch(self.config, self.seed, self.step).to(self.device)
         info = StepInfo(seed=self.seed, step=self.step, stage_step=self.step)
         seen, taught = dict[str, float](), False
@@ -81,7 +84,8 @@ class Trainer:
                 if not torch.isfinite(loss):
                     raise NonFiniteError(f"step {self.step}: the loss of the network {name!r} is {float(loss)}")
                 self.engines[name].backward(loss)
-                seen |= {key: value for key, value in report(own).items() if key.count("/") == 1}
+                if told:
+                    seen |= {key: value for key, value in report(own).items() if key.count("/") == 1}
             taught = taught or bool(terms.get("student"))
             if terms.get("fake"):
                 seen |= self._move("fake")

@@ -189,8 +189,9 @@ def _train(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: fl
         write_json(folder / "cost.json", {k: cost[k] + spent[k] for k in spent})
 
     while trainer.step < trainer.steps:
-        seen = trainer.train_step()
-        if trainer.step % LOG_STEPS == 0 or trainer.step == trainer.steps:
+        logged = (trainer.step + 1) % LOG_STEPS == 0 or trainer.step + 1 == trainer.steps
+        seen = trainer.train_step(told=logged)
+        if logged:
             folder.mkdir(parents=True, exist_ok=True)
             with log.open("a") as lines:
                 lines.write(json.dumps({"step": trainer.step, **seen}) + "\n")

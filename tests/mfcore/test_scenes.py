@@ -1,0 +1,100 @@
+"""Passes over the same chunks, after memory that is held, share what does not depend on noise levels."""
+
+
+import pytest
+import torch
+
+from mfcore.model.block import TextAttention
+from mfcore.model.cache import LayeredMemory
+from mfcore.objectives.shortcut import dyadic_intervals, shortcut_target
+from mfcore.rollout import noise_starts
+from mfcore.steps import Context, denoise, levels, schedule, solver_step
+from mfcore.types import AUDIO, VIDEO
+from tests.mfcore.tiny import SHAPES, TIMELINE, batch, network
+
+PLAN = schedule(4, {VIDEO: 1.0, AUDIO: 1.0})
+EXIT = 2
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[bool]:
+    """For every time that a layer reads the text anew: whether with gradient."""
+    seen: list[bool] = []
+    hear = TextAttention.hear
+
+    def counted(self, *args, **kwargs):
+        seen.append(torch.is_grad_enabled())
+        return hear(self, *args, **kwargs)
+
+    monkeypatch.setattr(TextAttention, "hear", counted)
+    return seen
+
+
+def after_two_chunks(recompute: bool = False) -> tuple[Context, dict]:
+    """Memory of two chunks and a start for the third."""
+    net, data = network(seed=3), batch(2, 3, seed=4)
+    net.recompute = recompute
+    first = {m: s.chunks(0, 2) for m, s in data.streams.items()}
+    start = next(noise_starts(TIMELINE, SHAPES, range(2, 3), 0, torch.arange(2), data.cond.caption))
+    return Context(model=net, cond=data.cond).remember(first, torch.tensor([0.0, 1.0])), start
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_steps_that_share_a_scene_are_those_that_do_not(recompute):
+    context, start = after_two_chunks(recompute)
+    apart = context.detach()
+    data = apart.held()
+    assert data.memory.scenes == {} and apart.memory.scenes is None
+
+    def made(after: Context) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        now = start
+        for j in range(4):
+            t, r = (levels(now, {m: line[i] for m, line in PLAN.items()}) for i in (j, j + 1))
+            with torch.set_grad_enabled(j >= EXIT):
+                now = solver_step(after, now, t, r, "few")
+        out = [s.latents for s in now.values()]
+        weights = list(context.model.parameters())
+        return out, torch.autograd.grad(sum(x.square().sum() for x in out), weights, allow_unused=True)
+
+    (ours, mine), (theirs, other) = made(data), made(apart)
+    assert data.memory.scenes.keys() == {False, True} and apart.memory.scenes is None
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert [g is None for g in mine] == [g is None for g in other] and sum(g is not None for g in mine) > 50
+    for a, b in zip(mine, other, strict=True):  # of what is shared gradients are added up in another order
+        assert a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_text_is_read_once_without_and_once_with_gradient(asked):
+    context, start = after_two_chunks()
+    asked.clear()
+    denoise(context, start, PLAN, exit_step=EXIT)
+    layers = 2 * context.model.config.layers  # of two branches
+    assert asked == [False] * layers + [True] * layers
+    asked.clear()
+    denoise(context, start, PLAN)
+    assert asked == [False] * layers
+
+
+def test_the_four_calls_of_a_base_rule_read_the_text_once(asked):
+    """With guidance there are two branches, each with its own condition."""
+    context, start = after_two_chunks()
+    teacher = Context(model=context.model, cond=context.cond, guidance=2.0).opened()
+    whole = torch.tensor([[0], [0]])
+    at = dyadic_intervals(torch.tensor([2, 2]), whole * 0.6, {VIDEO: 1.0, AUDIO: 1.0})
+    asked.clear()
+    shortcut_target(teacher, start, at, torch.tensor([True, True]), "two_midpoints")
+    assert asked == [False] * 2 * 2 * context.model.config.layers
+
+
+def test_memory_that_is_made_of_held_memory_is_not():
+    context, start = after_two_chunks()
+    memory = context.detach().held().memory
+    assert isinstance(memory, LayeredMemory) and memory.scenes == {}
+    t = levels(start, {VIDEO: 0.5, AUDIO: 0.5})
+    with torch.no_grad():
+        context.model(start, t, t, context.cond, memory)
+        assert memory.scenes.keys() == {False}
+        rows = torch.tensor([1, 0])
+        for other in (memory.rows(rows), memory.advance(4), memory.detach(), LayeredMemory.stack([memory, memory])):
+            assert other.scenes is None
+        assert memory.held().scenes == {}
