@@ -34,8 +34,10 @@ class HeadNorm(nn.Module):
         self.offset = nn.Parameter(torch.empty(head_dim)) if offset else None
 
     def forward(self, x: Float[Tensor, "*batch e"]) -> Tensor:
-        y = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=RMS_EPS).to(x.dtype)  # autocast widens it
-        return y if self.offset is None else y + self.offset.to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        if self.offset is None:
+            return F.rms_norm(x, x.shape[-1:], weight, eps=RMS_EPS).to(x.dtype)  # autocast widens it
+        return torch.addcmul(self.offset.to(x.dtype), F.rms_norm(x, x.shape[-1:], eps=RMS_EPS).to(x.dtype), weight)
 
 
 class WidthNorm(nn.Module):
