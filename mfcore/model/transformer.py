@@ -174,19 +174,20 @@ class AVTransformer(nn.Module):
         gradient = torch.is_grad_enabled()
         kept = None if store or memory.scenes is None else memory.scenes.get(gradient)
         if kept is not None and kept[0].fits(x, cond):
-            return kept
+            scene, copies, sink_turn = kept
+            return scene, Recall(memory=memory, copies=copies, turn=sink_turn)
         own = self._places(x)
         at = self._ordered(own)
         # the sink is short: no kernel needs to be made before a stream begins
         backend = self.config.attention if memory.sink else "sdpa"
         mask = self._sight(at, memory, store=store).mask(backend, some.device)
-        seen = Recall(memory=memory, copies=len(at.chunk.unique()), turn=self._sink_turn(at, memory.sink_at, some))
+        copies, sink_turn = len(at.chunk.unique()), self._sink_turn(at, memory.sink_at, some)
         # where layers are run again for the backward pass, what they keep of the text would stay
         lasting = memory.scenes is not None and not (self.recompute and gradient)
         scene = self._scene(x, own, at, some, cond, mask, {} if lasting else None)
         if memory.scenes is not None and not store:
-            memory.scenes[gradient] = scene, seen
-        return scene, seen
+            memory.scenes[gradient] = scene, copies, sink_turn  # nothing that knows the memory: it would never go
+        return scene, Recall(memory=memory, copies=copies, turn=sink_turn)
 
     def _streamed(self, x: Streams, like: Tensor, cond: Condition, ring: RingMemory) -> Scene:
         """All evaluations of a chunk share a scene; all that the ring holds is visible to that chunk."""

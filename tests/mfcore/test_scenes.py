@@ -1,5 +1,7 @@
 """Passes over the same chunks, after memory that is held, share what does not depend on noise levels."""
 
+import gc
+import weakref
 
 import pytest
 import torch
@@ -84,6 +86,22 @@ def test_the_four_calls_of_a_base_rule_read_the_text_once(asked):
     asked.clear()
     shortcut_target(teacher, start, at, torch.tensor([True, True]), "two_midpoints")
     assert asked == [False] * 2 * 2 * context.model.config.layers
+
+
+def test_held_memory_goes_with_those_who_hold_it():
+    """Without the collector of cycles: keys and values are what fills a GPU."""
+    context, start = after_two_chunks()
+    held = context.detach().held()
+    t = levels(start, {VIDEO: 0.5, AUDIO: 0.5})
+    u = held.velocity(start, t, t)
+    assert held.memory.scenes
+    gone, kept = weakref.ref(held.memory.past[0].k), weakref.ref(held.memory.scenes[True][0])
+    gc.disable()
+    try:
+        del u, held
+        assert gone() is None and kept() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_that_is_made_of_held_memory_is_not():
