@@ -26,7 +26,7 @@ def mode_history_use(
     eps = draw_noise(batch.streams, seed, "history_use", batch.samples)
     t = draw_levels(config, batch.streams, seed, "history_use/level", batch.samples)
     r = t if mode == "multi" else {m: torch.zeros_like(x) for m, x in t.items()}
-    label = None if trust is None else torch.full((len(batch.samples),), trust, device=batch.samples.device)
+    label = None if trust is None else torch.full((len(batch.samples),), trust, device=batch.cond.caption.device)
 
     def errors(history: Mapping[str, Stream]) -> dict[str, Tensor]:
         context = Context(model=model, cond=batch.cond).remember(past(history), label)

@@ -1,7 +1,7 @@
 """The network: branches coupled in self-attention (METHOD 4). A uni-modal model has one branch, same code."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, cast
 
@@ -175,7 +175,7 @@ class AVTransformer(nn.Module):
         kept = None if store or memory.scenes is None else memory.scenes.get(gradient)
         if kept is not None and kept[0].fits(x, cond):
             scene, copies, sink_turn = kept
-            return scene, Recall(memory=memory, copies=copies, turn=sink_turn)
+            return scene, Recall(memory=replace(memory), copies=copies, turn=sink_turn)
         own = self._places(x)
         at = self._ordered(own)
         # the sink is short: no kernel needs to be made before a stream begins
@@ -187,7 +187,8 @@ class AVTransformer(nn.Module):
         scene = self._scene(x, own, at, some, cond, mask, {} if lasting else None)
         if memory.scenes is not None and not store:
             memory.scenes[gradient] = scene, copies, sink_turn  # nothing that knows the memory: it would never go
-        return scene, Recall(memory=memory, copies=copies, turn=sink_turn)
+        # without the scenes: layers that are run again keep what they read until then
+        return scene, Recall(memory=replace(memory), copies=copies, turn=sink_turn)
 
     def _streamed(self, x: Streams, like: Tensor, cond: Condition, ring: RingMemory) -> Scene:
         """All evaluations of a chunk share a scene; all that the ring holds is visible to that chunk."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mfcore.flow import TimeConfig
+from mfcore.metrics.history import mode_history_use
 from mfcore.model.ring import ring_of
 from mfcore.objectives import baselines
 from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
@@ -68,3 +69,11 @@ def test_a_step_mixes_no_devices_and_never_asks_for_a_number(name):
     for net, own in terms.items():
         total(own).backward()
         assert models[net].branch(VIDEO).block(0).qkv.weight.grad.device == ELSEWHERE
+
+
+@pytest.mark.parametrize("mode", ["few", "multi"])
+def test_history_use_mixes_no_devices(mode):
+    """It asks for two numbers, at its end."""
+    net, data = network(layers=1).to(ELSEWHERE), batch(2, 3).to(ELSEWHERE)
+    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta"):
+        mode_history_use(net, data, TIME, mode=mode, trust=0.7 if mode == "few" else None)

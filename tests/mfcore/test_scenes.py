@@ -104,6 +104,28 @@ def test_held_memory_goes_with_those_who_hold_it():
         gc.enable()
 
 
+def test_layers_that_are_run_again_do_not_keep_what_steps_without_gradient_shared():
+    """Else every chunk of a roll-out would hold its text until the backward pass."""
+    context, start = after_two_chunks(recompute=True)
+    scenes: list[weakref.ref] = []
+    scene_of = context.model._scene
+
+    def watched(*args, **kwargs):
+        made = scene_of(*args, **kwargs)
+        scenes.append(weakref.ref(made))
+        return made
+
+    context.model._scene = watched
+    gc.disable()
+    try:
+        made, _ = denoise(context, start, PLAN, exit_step=EXIT)
+        without, with_gradient = (scene() for scene in scenes)
+        assert without is None and with_gradient is not None and with_gradient.heard is None
+        assert all(s.latents.requires_grad for s in made.values())
+    finally:
+        gc.enable()
+
+
 def test_memory_that_is_made_of_held_memory_is_not():
     context, start = after_two_chunks()
     memory = context.detach().held().memory
