@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mfcore.beside import beside
 from mfcore.types import AUDIO, Levels, Stream, Streams
 
 
@@ -86,7 +87,7 @@ def expand(level: Float[Tensor, "B K"], chunk: Tensor, like: Tensor) -> Tensor:
     Chunk numbers are counted from the first one in ``chunk``. Levels are never narrower than float32: in bfloat16 a
     small t - r is lost.
     """
-    per_latent = level[:, chunk - chunk[0]]
+    per_latent = level.index_select(1, beside(chunk - chunk[0], level))
     dtype = torch.promote_types(like.dtype, torch.float32)
     return per_latent.reshape(per_latent.shape + (1,) * (like.ndim - 2)).to(dtype)
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mfcore.beside import beside
+
 
 def generator(seed: int, stream: str, index: int) -> torch.Generator:
     """A CPU generator for draw number ``index`` of the named ``stream``."""
@@ -20,7 +22,7 @@ def generator(seed: int, stream: str, index: int) -> torch.Generator:
 def normal_rows(seed: int, stream: str, samples: Sequence[int] | Tensor, like: Tensor) -> Tensor:
     """Standard normal noise shaped like ``like`` whose row i depends on ``samples[i]`` alone."""
     rows = [torch.randn(like.shape[1:], generator=generator(seed, stream, int(i))) for i in samples]
-    return torch.stack(rows).to(like.device, like.dtype)
+    return beside(torch.stack(rows), like, like.dtype)
 
 
 def uniform_rows(seed: int, stream: str, samples: Sequence[int] | Tensor, *shape: int) -> Tensor:

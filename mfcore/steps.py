@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mfcore.beside import beside
 from mfcore.flow import move_streams, shift_time
 from mfcore.types import Condition, Holdable, Levels, Memory, Stream, Streams, VelocityModel
 
@@ -40,8 +41,11 @@ def levels(like: Streams, value: Mapping[str, Tensor | float]) -> dict[str, Floa
     out: dict[str, Tensor] = {}
     for m, stream in like.items():
         batch, chunks = stream.latents.shape[0], int(stream.chunk[-1] - stream.chunk[0]) + 1
-        v = torch.as_tensor(value[m], dtype=torch.float32, device=stream.latents.device)
-        out[m] = v.reshape(-1, 1).expand(batch, chunks)
+        v = value[m]
+        if isinstance(v, Tensor) and v.ndim:
+            out[m] = beside(v, stream.latents, torch.float32).reshape(-1, 1).expand(batch, chunks)
+        else:
+            out[m] = torch.full((batch, chunks), float(v), device=stream.latents.device)
     return out
 
 

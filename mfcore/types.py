@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from mfcore.beside import numbers
+
 VIDEO = "video"
 AUDIO = "audio"
 MODALITIES = (VIDEO, AUDIO)
@@ -34,7 +36,7 @@ class Stream:
         return Stream(latents=self.latents[:, keep], times=self.times[keep], chunk=self.chunk[keep])
 
     def rows(self, index: Tensor | slice) -> "Stream":
-        return self.with_latents(self.latents[index])
+        return self.with_latents(self.latents[numbers(index, self.latents)])
 
     def to(self, device: torch.device | str) -> "Stream":
         """Move the latents; times and chunk numbers stay on the CPU, where masks and angles are made."""
@@ -59,7 +61,8 @@ class Condition:
     voice_mask: Bool[Tensor, " B"] | None  # True where a reference voice is given
 
     def rows(self, index: Tensor | slice) -> "Condition":
-        return self._each(lambda part: part[index])
+        there = numbers(index, self.caption)
+        return self._each(lambda part: part[there])
 
     def to(self, device: torch.device | str) -> "Condition":
         return self._each(lambda part: part.to(device))

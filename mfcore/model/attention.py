@@ -59,7 +59,7 @@ class Sight:
         if backend == "flex" and device.type == "cuda":
             return self.blocks(device)
         dense = self.dense()
-        return None if bool(dense.all()) else additive(dense.to(device))
+        return None if bool(dense.all()) else additive(dense.to(device, non_blocking=True))
 
 
 def additive(seen: Bool[Tensor, "*#B q k"]) -> Float[Tensor, "*#B q k"]:

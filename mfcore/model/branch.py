@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mfcore.beside import beside
 from mfcore.model.attention import additive
 from mfcore.model.block import Block, TextTokens, modulate
 from mfcore.model.cache import Positions
@@ -161,7 +162,7 @@ class Branch(nn.Module):
         """
         chunks = at.times / self.model.chunk_seconds
         turns = 2 * math.pi * chunks[:, None] * torch.arange(1, PHASES + 1, dtype=torch.float64)
-        return torch.cat([turns.cos(), turns.sin()], dim=-1).to(like.device, like.dtype)
+        return beside(torch.cat([turns.cos(), turns.sin()], dim=-1), like, like.dtype)
 
     def positions(self, stream: Stream, branch: int) -> Positions:
         """Where each token of the stream stands."""
@@ -208,7 +209,7 @@ class Branch(nn.Module):
         # Wan's weights know no such token beside a caption
         alone = ~seen.any(1, keepdim=True) if self.model.layout == "wan" else one
         middle = cond.word_times.mean(-1)
-        gap = (middle[:, None, :] - at.times.to(device)[None, :, None]).abs()
+        gap = (middle[:, None, :] - beside(at.times, middle)[None, :, None]).abs()
         near = (gap <= self.model.word_horizon_seconds) & cond.words_mask[:, None, :] & (not silent)
         return TextTokens(
             caption=about,

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from mfcore.beside import beside, numbers
 from mfcore.model.rope import Turn, rotate
 from mfcore.types import MODALITIES
 
@@ -22,7 +23,7 @@ class KeyValue:
     def detach(self) -> "KeyValue":
         return KeyValue(self.k.detach(), self.v.detach())
 
-    def rows(self, index: Tensor) -> "KeyValue":
+    def rows(self, index: Tensor | slice) -> "KeyValue":
         return KeyValue(self.k[index], self.v[index])
 
     def join(self, *others: "KeyValue") -> "KeyValue":
@@ -79,8 +80,9 @@ class LayeredMemory:
         return replace(self, sink=tuple(kv.detach() for kv in self.sink), past=tuple(kv.detach() for kv in self.past))
 
     def rows(self, index: Tensor) -> "LayeredMemory":
+        there = numbers(index, self.sink[0].k) if self.sink else index
         return replace(
-            self, sink=tuple(kv.rows(index) for kv in self.sink), past=tuple(kv.rows(index) for kv in self.past)
+            self, sink=tuple(kv.rows(there) for kv in self.sink), past=tuple(kv.rows(there) for kv in self.past)
         )
 
     @classmethod
@@ -115,7 +117,7 @@ class LayeredMemory:
     def _tokens(self, index: Tensor) -> "LayeredMemory":
         """The past tokens of these numbers."""
         assert self.past_at is not None
-        place = index.to(self.past[0].k.device)
+        place = beside(index, self.past[0].k)
         past = tuple(KeyValue(kv.k.index_select(2, place), kv.v.index_select(2, place)) for kv in self.past)
         return replace(self, past=past, past_at=self.past_at.where(index))
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mfcore.beside import beside
 from mfcore.model.config import ModelConfig
 
 BASE = 100.0
@@ -28,8 +29,9 @@ class Turn:
 def turn(angle: Float[Tensor, "*N half"], like: Tensor) -> Turn:
     """From angles in float64. Never narrower than float32; on the device of ``like``."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    cos, sin = angle.cos().to(like.device, dtype), angle.sin().to(like.device, dtype)
-    return Turn(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
+    cos, sin = angle.cos(), angle.sin()
+    both = (torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
+    return Turn(*(beside(part, like, dtype) for part in both))
 
 
 def rotate(x: Float[Tensor, "*batch N dim"], by: Turn) -> Tensor:

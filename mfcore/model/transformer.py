@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from mfcore.beside import beside
 from mfcore.model.attention import Mask, Sight, attend, heads_first
 from mfcore.model.block import Heard, TextTokens
 from mfcore.model.branch import Branch
@@ -220,7 +221,7 @@ class AVTransformer(nn.Module):
         mine = {m: p.where(self._mine(here[m])) for m, p in own.items()}
         about = captions or {}
         text = {m: self.branch(m).text_tokens(cond, p, silent=is_sink, caption=about.get(m)) for m, p in mine.items()}
-        local = {m: (p.chunk - p.chunk[0]).to(like.device) for m, p in own.items()}
+        local = {m: beside(p.chunk - p.chunk[0], like) for m, p in own.items()}
         runs = {m: None if _even(p.chunk) else local[m] for m, p in own.items()}
         return Scene(
             cond=cond,

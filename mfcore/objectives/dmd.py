@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from mfcore.beside import beside
 from mfcore.flow import noised, velocity
 from mfcore.objectives.flow_matching import flow_matching_loss
 from mfcore.objectives.terms import Term, chunk_means
@@ -30,7 +31,7 @@ def normalised_gap(
     ``v_sample = eps - y``. g points from real to fake in x_0 (the level cancels): samples move along minus g.
     """
     scale = chunk_means((v_real - v_sample).abs(), chunk).clamp_min(floor)
-    per_latent = scale[:, (chunk - chunk[0]).to(scale.device)]
+    per_latent = scale[:, beside(chunk - chunk[0], scale)]
     return (v_real - v_fake) / per_latent.reshape(per_latent.shape + (1,) * (v_real.ndim - 2))
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mfcore.beside import beside
 from mfcore.flow import TimeConfig, noised, training_times, velocity
 from mfcore.objectives.terms import OneRound, StepInfo, Term, chunk_means
 from mfcore.rng import normal_rows, uniform_rows
@@ -36,7 +37,7 @@ def draw_levels(
     some = next(iter(streams.values()))
     chunks = int(some.chunk[-1] - some.chunk[0]) + 1
     draws = uniform_rows(seed, name, samples, chunks, 3)
-    return {m: training_times(config, draws, m).to(s.latents.device) for m, s in streams.items()}
+    return {m: beside(training_times(config, draws, m), s.latents) for m, s in streams.items()}
 
 
 def flow_matching_terms(

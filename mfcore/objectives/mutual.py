@@ -24,6 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mfcore.beside import beside
 from mfcore.flow import noised
 from mfcore.objectives.dmd import dmd_terms, jump_to_data
 from mfcore.objectives.flow_matching import draw_levels, draw_noise, flow_matching_loss, flow_matching_terms
@@ -123,8 +124,8 @@ class Mutual:
         power = config.depth_power
         depth = draw_depth(config.finest, is_finest, info.seed, "mutual/depth", batch.samples, power)
         draws = uniform_rows(info.seed, "mutual/interval", batch.samples, batch.chunks)
-        device = batch.cond.caption.device
-        at = dyadic_intervals(depth.to(device), draws.to(device), {m: config.time.shift[m] for m in clean})
+        depth, draws = (beside(some, batch.cond.caption) for some in (depth, draws))
+        at = dyadic_intervals(depth, draws, {m: config.time.shift[m] for m in clean})
         eps = draw_noise(clean, info.seed, "mutual/shortcut", batch.samples)
         query = Query(rows=torch.arange(len(batch.samples)), x=noised(clean, eps, at.t), t=at.t, r=at.r)
         target = shortcut_target(teacher, query.x, at, is_finest, config.base)

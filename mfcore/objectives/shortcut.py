@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mfcore.beside import numbers
 from mfcore.flow import expand, move_streams, noised, shift_time
 from mfcore.objectives.terms import Term, chunk_means
 from mfcore.rng import uniform_rows
@@ -32,7 +33,8 @@ class Intervals:
     r: Levels
 
     def rows(self, index: Tensor) -> "Intervals":
-        return Intervals(**{k: {m: v[index] for m, v in levels.items()} for k, levels in vars(self).items()})
+        there = numbers(index, next(iter(self.t.values())))
+        return Intervals(**{k: {m: v[there] for m, v in levels.items()} for k, levels in vars(self).items()})
 
 
 def dyadic_intervals(depth: Int64[Tensor, " B"], draws: Float[Tensor, "B K"], shift: Mapping[str, float]) -> Intervals:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mfcore.beside import beside
 from mfcore.types import AVBatch, VelocityModel
 
 LEVEL_BINS = 4
@@ -77,8 +78,8 @@ def chunk_means(squares: Tensor, chunk: Int64[Tensor, " n"]) -> Float[Tensor, "B
     counts = chunk.unique_consecutive(return_counts=True)[1]  # on the CPU, where nothing waits for it
     if bool((counts == counts[0]).all()):
         return per_latent.unflatten(1, (len(counts), -1)).mean(-1)
-    local, zeros = (chunk - chunk[0]).to(per_latent.device), per_latent.new_zeros(per_latent.shape[0], len(counts))
-    return zeros.index_add(1, local, per_latent) / counts.to(per_latent.device)
+    sums = per_latent.new_zeros(per_latent.shape[0], len(counts))
+    return sums.index_add(1, beside(chunk - chunk[0], per_latent), per_latent) / beside(counts, per_latent)
 
 
 def total(terms: Iterable[Term]) -> Tensor:

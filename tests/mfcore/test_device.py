@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfcore.flow import TimeConfig
 from mfcore.metrics.history import mode_history_use
@@ -27,6 +28,19 @@ ELSEWHERE = torch.device("meta")
 def no_autocast(monkeypatch):
     """Which this device does not have."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+
+
+class Copies(TorchDispatchMode):
+    """Counts tensors that go from the CPU to the other device, and those for which the CPU would wait."""
+
+    made = waiting = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and out.device == ELSEWHERE:
+            self.made += 1
+            self.waiting += not (kwargs or {}).get("non_blocking", False)
+        return out
 
 
 @pytest.mark.parametrize("changes", [{}, {"layout": "wan"}, {"coupled": False}, {"kv_heads": 1}], ids=str)
@@ -62,9 +76,14 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_step_mixes_no_devices_and_never_asks_for_a_number(name):
-    """Sample numbers, from which everything random comes, stay on the CPU with clocks and masks."""
+    """Sample numbers, from which everything random comes, stay on the CPU with clocks and masks; what is made of them
+    goes to the device without waiting for it.
+    """
     models = {some: network(layers=1).to(ELSEWHERE) for some in ("student", "ema", "fake")}
-    terms = OBJECTIVES[name](models, batch(4, 3).to(ELSEWHERE), StepInfo(seed=0, step=0, stage_step=0))
+    data = batch(4, 3).to(ELSEWHERE)
+    with Copies() as copies:
+        terms = OBJECTIVES[name](models, data, StepInfo(seed=0, step=0, stage_step=0))
+    assert copies.made and not copies.waiting
     assert {"student"} < terms.keys() or name == "flow_matching"
     for net, own in terms.items():
         total(own).backward()
