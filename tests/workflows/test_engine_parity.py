@@ -44,7 +44,7 @@ def losses(numbers: torch.Tensor) -> torch.Tensor:
 FEW = 2
 SMALL = 1e-5
 VIDEO = Duet(stage="video", engine=TORCH)
-MUTUAL = Duet(stage="mutual", engine=TORCH, rank=RANK, objective=replace(OBJECTIVE, rollout_steps=(1,), fake_updates=2))
+MUTUAL = Duet(stage="mutual", engine=TORCH, rank=RANK, objective=replace(OBJECTIVE, rollout_steps=(4,), fake_updates=2))
 RUNS = {
     "torch": MUTUAL,
     "zero1": replace(MUTUAL, engine=engine("zero1")),
