@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mfcore.flow import TimeConfig
+from mfcore.model.branch import gaussian_flow
 from mfcore.model.config import BranchConfig, ModelConfig
 from mfcore.model.transformer import build_model
 from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig, flow_matching_terms, history_use
@@ -42,6 +43,8 @@ def test_a_term_is_a_mean_over_one_chunk_of_one_sample_and_modality():
     squares, chunk = torch.zeros(2, 5, 3, 2, 2), torch.tensor([4, 4, 5, 5, 5])
     squares[0, :2], squares[1, 4] = 2.0, 3.0
     torch.testing.assert_close(chunk_means(squares, chunk), torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    even = torch.tensor([4, 4, 5, 5])  # chunks that hold as many latents each
+    torch.testing.assert_close(chunk_means(squares[:, 1:], even), torch.tensor([[1.0, 0.0], [0.0, 1.5]]))
 
 
 def test_terms_are_weighed_and_averaged_in_one_place():
@@ -183,3 +186,16 @@ def test_a_small_network_learns_a_world_to_near_its_least_loss():
     for m in SHAPES:
         assert before[m] > 1.5
         assert 0.9 < after[m] < 1.25
+
+
+@pytest.mark.parametrize("std", [0.3, 0.5, 1.7])
+def test_the_flow_of_a_gaussian_is_that_of_its_covariances(std):
+    """By conditioning: velocity and x_t have covariance t - (1 - t) s^2, and D_t is the variance of x_t."""
+    draws = torch.rand(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t, r = draws.sort(0, descending=True)[0]
+    variance, after = (((1 - level) * std) ** 2 + level**2 for level in (t, r))
+    together = t - (1 - t) * std**2
+    gain, spread = gaussian_flow(t, r, std)
+    torch.testing.assert_close(gain, (1 - (after / variance).sqrt()) / (t - r))  # x_r = sqrt(D_r / D_t) x_t
+    torch.testing.assert_close(spread, (1 + std**2 - together**2 / variance).sqrt())
+    torch.testing.assert_close(gaussian_flow(t, t, std)[0], together / variance)

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,21 @@ def test_text_is_read_once_without_and_once_with_gradient(asked):
     asked.clear()
     denoise(context, start, PLAN)
     assert asked == [False] * layers
+
+
+@torch.no_grad()
+def test_held_memory_that_is_asked_something_else_answers_that():
+    """Another text, other chunks: what is kept is not theirs."""
+    context, start = after_two_chunks()
+    held = context.detach().held()
+    later = {m: replace(s, times=s.times + 0.5, chunk=s.chunk + 1) for m, s in start.items()}
+    t = levels(start, {VIDEO: 0.5, AUDIO: 0.5})
+    answers = []
+    for cond, x in ((held.cond, start), (held.without, start), (held.cond, later), (held.cond, start)):
+        asked, apart = (replace(some, cond=cond).velocity(x, t, t) for some in (held, context))
+        assert all(torch.equal(asked[m], apart[m]) for m in x)
+        answers.append(asked[AUDIO])
+    assert not torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
 
 
 def test_the_four_calls_of_a_base_rule_read_the_text_once(asked):
