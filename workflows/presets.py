@@ -91,7 +91,7 @@ def _lengths(shapes: LatentShapes, size: Size) -> tuple[int, int]:
 
 
 def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
-    """A CPU, the toy world, minutes. Depth, width and learning rate: see the lab log, "A network for ten minutes"."""
+    """A CPU, the toy world, minutes. Sizes: docs/dev/lab-notes/2026-11-20-tiny-network-size.md."""
     size = Size(
         dim=128,
         layers=3,

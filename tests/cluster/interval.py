@@ -83,7 +83,7 @@ def best(fleet: Fleet, *, runs: int = 20) -> float:
 
 def main() -> None:
     """State: float32 weights, two moments and the average, 16 bytes per parameter over all ranks; exports: raw and
-    average, 8 bytes per parameter, today on rank 0 alone. Rates per rank: docs/lab-log.md, "Saving"."""
+    average, 8 bytes per parameter, today on rank 0 alone. Rates per rank: docs/dev/lab-notes/2026-11-20-recovery.md."""
     copied, stored = 0.98e9, 0.117e9
     print("| parameters | GPUs | exports | MTBF, h | pause, s | written, s | best interval, s | Daly, s | time lost |")
     print("|-|-|-|-|-|-|-|-|-|")

@@ -1,6 +1,6 @@
 """The clock: every frame shows the instant it should, sound is where it should be, before and after the codecs.
 
-`python tests/preprocessing/test_clock.py` prints the table of docs/lab-log.md.
+`python tests/preprocessing/test_clock.py` prints the table of docs/dev/lab-notes/2026-11-20-preprocessing-clock.md.
 """
 
 import json
