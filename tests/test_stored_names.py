@@ -56,6 +56,7 @@ from preprocessing.record import Rejected
 from preprocessing.schema import CLIPS, REJECTS, SCHEMA_VERSION, SOURCES, columns
 from preprocessing.storage import TEMPORARY, Store
 from preprocessing.transcribe import WhisperConfig
+from tests.helpers.published_study import published_study_dir
 from tests.mfcore.analytic import LinearGaussian, linear_clips
 from tests.workflows.dataset import write_dataset
 from tests.workflows.exports import random_card
@@ -103,7 +104,6 @@ from workflows.training.saving import PARTS
 from workflows.training.shelf import COMPLETE
 
 FROZEN = Path(__file__).with_name("stored_names.json")
-DOCUMENTED_STUDY = Path(__file__).resolve().parents[1] / "docs" / "results"
 TINY_NETWORK = ("model.dim=32", "model.layers=1", "model.heads=2", "data.chunks=[2,2]")
 STAGE_NAMES: tuple[Stage, ...] = get_args(Stage)
 
@@ -820,8 +820,8 @@ def published_study(material: "Material") -> Any:
     out = material.folder / "published"
     patterns = ["study.json", "seed-0/joint/train.json", "seed-0/mutual/train.json"]
     patterns += [f"rows/seed-0-{name}-*.json" for name in (JOINT, "mutual", REAL)]
-    for file in (file for pattern in patterns for file in DOCUMENTED_STUDY.glob(pattern)):
-        target = out / file.relative_to(DOCUMENTED_STUDY)
+    for file in (file for pattern in patterns for file in published_study_dir().glob(pattern)):
+        target = out / file.relative_to(published_study_dir())
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes())
     result = study_report.study(

@@ -16,6 +16,7 @@ import torch
 from mfcore.metrics.windows import Window
 from mfcore.rollout import rollout
 from mfcore.types import AUDIO, VIDEO
+from tests.helpers.published_study import published_study_dir
 from workflows.cli_study import _which
 from workflows.study import pictures, units, world
 from workflows.study import report as study_report
@@ -579,7 +580,7 @@ class TestRuns:
 
     @pytest.mark.parametrize("text", ["[{", "[]", "{}", '[{"metrics": {}}]', '["row"]'])
     def test_rows_that_are_none_are_named(self, tmp_path, text):
-        done = Path(__file__).parents[2] / "docs" / "results"
+        done = published_study_dir()
         (tmp_path / "rows").mkdir()
         shutil.copy(next(done.glob("rows/seed-0-mutual-few-4.json")), tmp_path / "rows")
         assert len(read_rows(tmp_path)) == 4
@@ -647,7 +648,7 @@ class TestRuns:
         assert take_networks(other, here, there, {"mutual": range(1)}) == 0  # what is there stays
 
     def test_four_steps_are_not_compared_with_themselves(self):
-        done = Path(__file__).parents[2] / "docs" / "results"
+        done = published_study_dir()
         table = Table(read_rows(done), read_costs(done))
         assert [sum("4 Euler" in bar.claim for bar in bars(table, most)) for most in (50, 4)] == [2, 0]
 
@@ -685,7 +686,7 @@ class TestLog:
     def publish(self, tmp_path, monkeypatch):
         """The command, on committed rows of the first seeds of one method: nothing is left to be done."""
         monkeypatch.setattr(study_report, "_pictures", lambda rows, folder: [])
-        done, out = Path(__file__).parents[2] / "docs" / "results", tmp_path / "study"
+        done, out = published_study_dir(), tmp_path / "study"
 
         def run(seeds: int, store: str | None) -> str | None:
             files = [done / "study.json"]
@@ -742,7 +743,7 @@ class TestLog:
 
     @staticmethod
     def row(method: str, mode: str, steps: int, seed: int) -> float:
-        done = Path(__file__).parents[2] / "docs" / "results" / "rows" / f"seed-{seed}-{method}-{mode}-{steps}.json"
+        done = published_study_dir() / "rows" / f"seed-{seed}-{method}-{mode}-{steps}.json"
         return next(r["metrics"]["frechet"] for r in json.loads(done.read_text()) if r["window"] == "15-25")
 
     @staticmethod
