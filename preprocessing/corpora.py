@@ -89,7 +89,7 @@ def write_manifest(layout: str, folder: str, out: str) -> int:
         raise ValueError(f"name a folder ({folder}) and a .jsonl that does not exist yet ({out})")
     rows = [json.dumps(row, ensure_ascii=False) for row in LAYOUTS[layout](Path(folder).resolve())]
     if not rows:
-        raise ValueError(f"{folder} holds nothing in the layout {layout}: see docs/data.md for what is expected")
+        raise ValueError(f"{folder} holds nothing in the layout {layout}: see docs/guides/prepare-data.md for what is expected")
     Path(out).write_text("\n".join(rows) + "\n", encoding="utf-8", errors="surrogateescape")
     return len(rows)
 

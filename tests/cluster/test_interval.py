@@ -1,4 +1,4 @@
-"""The simulation behind docs/scaling.md against Young's and Daly's closed forms."""
+"""The simulation behind docs/guides/scaling.md against Young's and Daly's closed forms."""
 
 import pytest
 
