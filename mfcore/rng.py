@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mfcore.beside import beside
+from mfcore.device import beside
 
 
 def generator(seed: int, stream: str, index: int) -> torch.Generator:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mfcore.flow import noised
 from mfcore.rng import normal_rows
-from mfcore.steps import Context, Mode, Schedule, denoise, levels
+from mfcore.solver import Context, Mode, Schedule, denoise, levels
 from mfcore.timeline import Timeline
 from mfcore.types import Condition, Stream, Streams
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from mfcore.beside import numbers
+from mfcore.device import numbers
 
 VIDEO = "video"
 AUDIO = "audio"

@@ -7,17 +7,17 @@ from math import log
 from typing import Any, Literal
 
 from mfcore.codecs.dct import DctConfig
-from mfcore.codecs.known import AudioConfig, VideoConfig
+from mfcore.codecs.factory import AudioConfig, VideoConfig
 from mfcore.codecs.mel import MelConfig
-from mfcore.codecs.text import T5Config
+from mfcore.codecs.t5 import T5Config
 from mfcore.types import AUDIO, VIDEO
-from preprocessing.encode import EncoderConfig
-from preprocessing.filters import FilterConfig
-from preprocessing.lipsync import SyncConfig
-from preprocessing.manifest import canonical, digest
-from preprocessing.probe import DECODER_BYTES
-from preprocessing.scenes import SceneConfig
-from preprocessing.transcribe import WhisperConfig
+from preprocessing.io.hashing import canonical, digest
+from preprocessing.media.probe import DECODER_BYTES
+from preprocessing.media.scene_cuts import SceneConfig
+from preprocessing.steps.av_sync import SyncConfig
+from preprocessing.steps.encode import EncoderConfig
+from preprocessing.steps.quality_filters import FilterConfig
+from preprocessing.steps.transcribe import WhisperConfig
 
 MODALITIES = {"paired": (VIDEO, AUDIO), "video": (VIDEO,), "audio": (AUDIO,)}
 _LEAST_BYTES = 1 << 26  # what ffmpeg takes for itself

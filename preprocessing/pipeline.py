@@ -9,25 +9,26 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from mfcore.codecs.known import make_codec
-from mfcore.codecs.text import T5Words
-from mfcore.codecs.words import HashedWords
+from mfcore.codecs.factory import make_codec
+from mfcore.codecs.hashed_words import HashedWords
+from mfcore.codecs.t5 import T5Words
 from mfcore.timeline import Timeline, whole_frames
 from mfcore.types import AUDIO, VIDEO
-from preprocessing.clips import SpanPlan, cut
 from preprocessing.config import PreprocessConfig
-from preprocessing.encode import Encoders, encode, encode_ahead
-from preprocessing.filters import check_duration, check_picture, check_sound, check_source
-from preprocessing.likeness import fingerprint
-from preprocessing.lipsync import build_estimator, check_sync
-from preprocessing.media import Decoder
-from preprocessing.outage import Outage
-from preprocessing.probe import MediaError, MediaInfo, probe
-from preprocessing.record import Clip, Rejected, Source
-from preprocessing.sidecar import attach_text, read_sidecar
-from preprocessing.source import edges, split_fragment
-from preprocessing.storage import fetched
-from preprocessing.transcribe import transcribe, whisper_folder
+from preprocessing.io.errors import Outage
+from preprocessing.io.storage import fetched
+from preprocessing.media.decoder import Decoder
+from preprocessing.media.probe import MediaError, MediaInfo, probe
+from preprocessing.records import Clip, Rejected, Source
+from preprocessing.sources.discovery import edges, split_fragment
+from preprocessing.sources.sidecar import attach_text, read_sidecar
+from preprocessing.spans import SpanPlan
+from preprocessing.steps.av_sync import build_estimator, check_sync
+from preprocessing.steps.encode import Encoders, encode, encode_ahead
+from preprocessing.steps.fingerprint import fingerprint
+from preprocessing.steps.quality_filters import check_duration, check_picture, check_sound, check_source
+from preprocessing.steps.segment import cut
+from preprocessing.steps.transcribe import transcribe, whisper_folder
 
 _OF_DECODING = ("timeout", "memory", "killed")
 ATTEMPTS = 5  # at a source whose decoder something else ends (a lack of memory, a hand)

@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 
-from workflows.environment import BASE, apply_defaults
+from workflows.utils.environment import BASE, apply_defaults
 
 apply_defaults()
 for name in (BASE, "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):

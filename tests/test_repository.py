@@ -119,7 +119,7 @@ PAGES = [
 def test_the_pages_name_commands_options_and_files_that_exist(page: str) -> None:
     from typer.main import get_command
 
-    from workflows.cli import app
+    from workflows.cli.app import app
 
     verbs = get_command(app).commands
     text = (ROOT / page).read_text()

@@ -37,71 +37,77 @@ from typer.testing import CliRunner
 
 import preprocessing
 from mfcore.codecs.oobleck import OobleckConfig
-from mfcore.codecs.text import T5Config
+from mfcore.codecs.t5 import T5Config
 from mfcore.codecs.wan import WanConfig
 from mfcore.flow import TimeConfig
 from mfcore.model.transformer import AVTransformer
 from mfcore.types import AUDIO
 from preprocessing.config import PreprocessConfig
-from preprocessing.corpora import LAYOUTS
-from preprocessing.lease import LOCK, Lease
-from preprocessing.likeness import DUPLICATES
-from preprocessing.likeness import SCHEMA as DUPLICATES_SCHEMA
-from preprocessing.lipsync import SyncConfig
-from preprocessing.machines import MOST
-from preprocessing.manifest import DATASET_FILE, SOURCES_FILE
-from preprocessing.probe import MediaError
-from preprocessing.reader import open_dataset
-from preprocessing.record import Rejected
-from preprocessing.schema import CLIPS, REJECTS, SCHEMA_VERSION, SOURCES, columns
-from preprocessing.storage import TEMPORARY, Store
-from preprocessing.transcribe import WhisperConfig
+from preprocessing.dataset.near_duplicates import DUPLICATES
+from preprocessing.dataset.near_duplicates import SCHEMA as DUPLICATES_SCHEMA
+from preprocessing.dataset.reader import open_dataset
+from preprocessing.dataset.schema import CLIPS, REJECTS, SCHEMA_VERSION, SOURCES, columns
+from preprocessing.dataset.units import DATASET_FILE, SOURCES_FILE
+from preprocessing.io.lease import LOCK, Lease
+from preprocessing.io.ray_resources import MOST
+from preprocessing.io.storage import TEMPORARY, Store
+from preprocessing.media.probe import MediaError
+from preprocessing.records import Rejected
+from preprocessing.sources.corpora import LAYOUTS
+from preprocessing.steps.av_sync import SyncConfig
+from preprocessing.steps.transcribe import WhisperConfig
+from tests.helpers.analytic_models import LinearGaussian, linear_clips
+from tests.helpers.checkpoint_parts import CARD, PROGRESS
+from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.published_study import published_study_dir
-from tests.mfcore.analytic import LinearGaussian, linear_clips
-from tests.workflows.dataset import write_dataset
-from tests.workflows.exports import random_card
-from tests.workflows.test_checkpoint import CARD, PROGRESS
-from tests.workflows.test_train import EVERY_PART_AT_ONCE, SMALL
-from workflows import cluster, config_io, console, demo, doctor, environment, head, inspection, presets, report, table
-from workflows.bench import memory as bench_memory
+from tests.helpers.random_exports import random_card
+from tests.helpers.small_training import EVERY_PART_AT_ONCE, SMALL
+from workflows import demo, doctor
 from workflows.bench import preprocess as bench_preprocess
-from workflows.bench import steps as bench_steps
+from workflows.bench import preprocess_memory as bench_memory
 from workflows.bench import stream as bench_stream
 from workflows.bench import train as bench_train
-from workflows.bench.products import OverProducts
-from workflows.bench.turns import Turn, Variant
-from workflows.checkpoint import MODEL, OUTCOME, RECORD
-from workflows.cli import app
-from workflows.config import Stage
-from workflows.evaluate import evaluate
-from workflows.fleet import server
-from workflows.generate import generate
-from workflows.geometry import geometry
-from workflows.loop import STUDENT
-from workflows.measures import FAILURES
-from workflows.plan import on_paper
-from workflows.scores import METRICS as SWEEP_METRICS
-from workflows.stages import STAGES
-from workflows.study import report as study_report
+from workflows.bench import train_worker as bench_steps
+from workflows.bench.matmul_overhead import OverProducts
+from workflows.bench.variants import Turn, Variant
+from workflows.checkpoints.layout import MODEL, OUTCOME, RECORD
+from workflows.checkpoints.store import COMPLETE
+from workflows.cli import output
+from workflows.cli.app import app
+from workflows.config import presets, serialization
+from workflows.config.latent_shapes import geometry
+from workflows.config.run import Stage
+from workflows.config.stages import STAGES
+from workflows.data import inspect
+from workflows.evaluation import csv_report, mlflow_report
+from workflows.evaluation.evaluate import evaluate
+from workflows.evaluation.metrics.generic import FAILURES
+from workflows.evaluation.metrics.registry import METRICS as SWEEP_METRICS
+from workflows.inference.generate import generate
+from workflows.jobs import job_server, local_head, records, submit
+from workflows.study import study as study_report
 from workflows.study.config import SAMPLING, study_preset
 from workflows.study.methods import GROUPS, METHODS
-from workflows.study.run import COST, ROW, check_folder, study_methods
-from workflows.study.tables import DRIFTING, SHOWN
-from workflows.study.training import BEGUN
-from workflows.study.units import JOINT, REAL, WEIGHTS, Unit, all_units, run_unit
-from workflows.study.units import LOG as STUDY_LOG
-from workflows.tracking import ARTIFACTS, KIND, LATE, METRICS, ONCE, PARAMS, PARENT, STEP, JsonLines
-from workflows.train import train
+from workflows.study.results_table import DRIFTING, SHOWN
+from workflows.study.scheduler import COST, ROW, check_folder, study_methods
+from workflows.study.tasks import JOINT, REAL, WEIGHTS, Unit, all_units, run_unit
+from workflows.study.tasks import LOG as STUDY_LOG
+from workflows.study.trainer import BEGUN
+from workflows.tracking.mlflow_sync import NOTE, Sent, write_note
+from workflows.tracking.mlflow_tracker import KIND, PARENT
+from workflows.tracking.tracker import ARTIFACTS, LATE, METRICS, ONCE, PARAMS, STEP, JsonLines
 from workflows.training import worker
-from workflows.training.alarms import ALARMS, FIRST_USE, Alarms, HistoryWatch, Liveliness, ScoreGap, compare
-from workflows.training.delivery import NOTE, Sent, write_note
-from workflows.training.meter import Meter
-from workflows.training.notice import STOP
-from workflows.training.pulse import BEATS, Pulse
-from workflows.training.request import FIXED, FREE
+from workflows.training.checkpointing import PARTS
+from workflows.training.collapse_alarms import ALARMS, FIRST_USE, Alarms, HistoryWatch, Liveliness, ScoreGap, compare
+from workflows.training.cost_estimate import on_paper
+from workflows.training.heartbeat import BEATS, Pulse
+from workflows.training.loop import STUDENT
+from workflows.training.metrics import Meter
+from workflows.training.preemption import STOP
+from workflows.training.resolve import FIXED, FREE
 from workflows.training.samples import DRIFT, FOLDER, LOOKS, Look, modes, training_samples
-from workflows.training.saving import PARTS
-from workflows.training.shelf import COMPLETE
+from workflows.training.train import train
+from workflows.utils import environment
 
 FROZEN = Path(__file__).with_name("stored_names.json")
 TINY_NETWORK = ("model.dim=32", "model.layers=1", "model.heads=2", "data.chunks=[2,2]")
@@ -214,16 +220,16 @@ def command_line(_: "Material") -> Any:
         "name": app.info.name,
         "commands": described(get_command(app)),
         "exit codes": {
-            "failed": console.FAILED,
-            "wrong input": console.WRONG_INPUT,
-            "exit code of a job unknown": cluster.UNKNOWN_EXIT,
+            "failed": output.FAILED,
+            "wrong input": output.WRONG_INPUT,
+            "exit code of a job unknown": submit.UNKNOWN_EXIT,
         },
         "environment variables": {
             "working directory": environment.BASE,
-            "traceback": console.TRACEBACK,
+            "traceback": output.TRACEBACK,
             "resources of a cluster": MOST,
-            "temporary folder of a head": head.TEMP,
-            "ports of a head": list(head.PORTS),
+            "temporary folder of a head": local_head.TEMP,
+            "ports of a head": list(local_head.PORTS),
             "defaults": environment.DEFAULTS,
         },
     }
@@ -283,12 +289,12 @@ def other_configurations(material: "Material") -> Any:
     }
     check_folder(study_preset("quick"), material.folder / "study of quick")
     return {
-        "preprocess": config_io.dump(default),
+        "preprocess": serialization.dump(default),
         "preprocess, as stored": default.resolved(),
         "preprocess, fingerprint": default.fingerprint,
-        "pretrained": {name: config_io.dump(config) for name, config in pretrained.items()},
+        "pretrained": {name: serialization.dump(config) for name, config in pretrained.items()},
         "toy world": json.loads((material.toy_clips / "_toyworld.json").read_text()),
-        "study": {name: config_io.dump(study_preset(name)) for name in ("toy-study", "quick")},
+        "study": {name: serialization.dump(study_preset(name)) for name in ("toy-study", "quick")},
         "study, as stored": keys_of(material.folder / "study of quick", "study.json"),
     }
 
@@ -339,7 +345,7 @@ def file_names(_: "Material") -> Any:
             "late": LATE,
             "once": ONCE,
             "experiment tags": KIND,
-            "experiments": [report.EXPERIMENT, inspection.EXPERIMENT, study_report.EXPERIMENT],
+            "experiments": [mlflow_report.EXPERIMENT, inspect.EXPERIMENT, study_report.EXPERIMENT],
         },
         "corpora": sorted(LAYOUTS),
     }
@@ -366,10 +372,10 @@ def small_records(material: "Material") -> Any:
         "files": contents_of(folder),
         "heartbeat": heartbeat(folder),
         "lease": lease,
-        "model card": config_io.dump(CARD),
-        "model card of stage mutual": types_of(config_io.dump(random_card("mutual"))),
-        "progress": config_io.dump(PROGRESS),
-        "head": types_of(asdict(head.Head(cluster="c", address="a", temp="t"))),
+        "model card": serialization.dump(CARD),
+        "model card of stage mutual": types_of(serialization.dump(random_card("mutual"))),
+        "progress": serialization.dump(PROGRESS),
+        "head": types_of(asdict(local_head.Head(cluster="c", address="a", temp="t"))),
     }
 
 
@@ -395,7 +401,7 @@ def dataset_schemas(_: "Material") -> Any:
         "duplicates": schema_of(DUPLICATES_SCHEMA),
         "read": {name: columns(names) for name, names in presets.MODALITIES.items()},
         "reasons": reject_reasons(),
-        "histograms": sorted(inspection.COLUMNS),
+        "histograms": sorted(inspect.COLUMNS),
     }
 
 
@@ -435,7 +441,7 @@ def tensor_names(_: "Material") -> Any:
         for stage in STAGE_NAMES:
             known = geometry(name)
             config = presets.preset(name, stage, known.shapes(known.padded((64, 64))))
-            config = config_io.change(config, config_io.parse_sets(["model.layers=2"]))
+            config = serialization.change(config, serialization.parse_sets(["model.layers=2"]))
             with torch.device("meta"):
                 found[f"{name} {stage}"] = tensors_of(list(AVTransformer(config.model).state_dict()))
     return found
@@ -454,7 +460,7 @@ def metric_names(material: "Material") -> Any:
         "by window while training": sorted(DRIFT),
         "modes": {stage: list(modes(stage)) for stage in STAGE_NAMES},
         "headline": {stage: [STAGES[stage].headline, *STAGES[stage].trained] for stage in STAGE_NAMES},
-        "table": content_of(table.write([], material.folder / "table.csv")),
+        "table": content_of(csv_report.write([], material.folder / "table.csv")),
         "study": {"shown": list(SHOWN), "drifting": list(DRIFTING), "row": sorted(ROW), "cost": sorted(COST)},
     }
 
@@ -514,7 +520,7 @@ def quick_results(material: "Material") -> Any:
         "manifest": corpus(material.folder),
         "doctor": checks(),
         "status": jobs(material.folder),
-        "error": types_of(mfctl("inspect", "nowhere", code=console.WRONG_INPUT)),
+        "error": types_of(mfctl("inspect", "nowhere", code=output.WRONG_INPUT)),
     }
 
 
@@ -543,7 +549,7 @@ def checks() -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "run", run)
-        result = console.plain(doctor.doctor())
+        result = output.plain(doctor.doctor())
     return {"result": types_of(result), "names": [check["name"] for check in result["checks"]]}
 
 
@@ -556,10 +562,10 @@ def jobs(folder: Path) -> Any:
             ended = SimpleNamespace(is_terminal=lambda: True, value="SUCCEEDED")
             return SimpleNamespace(status=ended, driver_exit_code=0, message="")
 
-    job = cluster.Job(id="raysubmit_1", address="http://host:8265", command=["doctor"], submitted=1.0)
+    job = records.Job(id="raysubmit_1", address="http://host:8265", command=["doctor"], submitted=1.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, server.client.__name__, lambda address: Client())
-        cluster._record(job)
+        patch.setattr(job_server, job_server.client.__name__, lambda address: Client())
+        submit._record(job)
         return {
             "one": types_of(mfctl("status", job.id)),
             "all": types_of(mfctl("status")),
@@ -639,13 +645,13 @@ def run_of(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "files": files_in(folder),
         "contents": contents_of(folder),
-        "result": types_of(console.plain(result)),
+        "result": types_of(output.plain(result)),
     }
 
 
 def study_folder(material: "Material") -> Any:
     """Return methods, units, files, keys and metric names of a study of two trainings."""
-    out, config = material.folder / "study", config_io.change(study_preset("quick"), SMALL_STUDY)
+    out, config = material.folder / "study", serialization.change(study_preset("quick"), SMALL_STUDY)
     check_folder(config, out)
     scored = [Unit(kind="score", method=name, seed=0, mode=mode, steps=1) for name, mode in SCORED.items()]
     for unit in (*(Unit(kind="train", method=name, seed=0) for name in (JOINT, "mutual")), *scored):
@@ -782,8 +788,8 @@ def sweep(material: "Material") -> Any:
     return {
         "files": files_in(out),
         "contents": contents_of(out),
-        "result": types_of(console.plain(result)),
-        "demo": types_of(console.plain(summary)),
+        "result": types_of(output.plain(result)),
+        "demo": types_of(output.plain(summary)),
     }
 
 
@@ -799,7 +805,7 @@ def generated(material: "Material") -> Any:
         seconds=1.0,
     )
     return {
-        "generate": types_of(console.plain(made)),
+        "generate": types_of(output.plain(made)),
         "reconstruct": types_of(mfctl("reconstruct", str(material.toy_data), clip, str(material.folder / "r.mp4"))),
     }
 
@@ -812,7 +818,7 @@ def streamed(_: "Material") -> Any:
         result = bench_stream.bench_stream(chunks=9, rounds=1, steps=1, device="cpu", sets=TINY_NETWORK[:3])
     finally:
         bench_stream.EARLY, bench_stream.CACHED_AT = early, cached
-    return types_of(console.plain(result))
+    return types_of(output.plain(result))
 
 
 def published_study(material: "Material") -> Any:
@@ -840,7 +846,7 @@ def published_study(material: "Material") -> Any:
     return {
         "files": files_in(out),
         "contents": {name: keys_of(out, name) for name in made},
-        "result": types_of(console.plain(result)),
+        "result": types_of(output.plain(result)),
     }
 
 

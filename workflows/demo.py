@@ -16,19 +16,19 @@ from typing import Any
 from urllib.parse import unquote
 
 from preprocessing.config import PreprocessConfig
-from preprocessing.mp4 import write_mp4
-from preprocessing.reader import open_dataset
-from preprocessing.toyworld import ToyConfig, draw_truth, render_frames, write_toyworld
-from workflows import environment
-from workflows.checkpoint import write_json
-from workflows.config import Stage
-from workflows.console import progress
-from workflows.evaluate import evaluate
-from workflows.generate import generate
-from workflows.inspection import inspect
-from workflows.preprocess import preprocess
-from workflows.train import train
+from preprocessing.dataset.reader import open_dataset
+from preprocessing.media.mp4_writer import write_mp4
+from preprocessing.toyworld.world import ToyConfig, draw_truth, render_frames, write_toyworld
+from workflows.config.run import Stage
+from workflows.data.build import preprocess
+from workflows.data.inspect import inspect
+from workflows.evaluation.evaluate import evaluate
+from workflows.inference.generate import generate
 from workflows.training.samples import training_samples
+from workflows.training.train import train
+from workflows.utils import environment
+from workflows.utils.json_io import write_json
+from workflows.utils.progress import progress
 
 STAGES: tuple[Stage, ...] = ("video", "audio", "joint", "mutual")
 PARENTS: dict[Stage, tuple[Stage, ...]] = {"video": (), "audio": (), "joint": ("video", "audio"), "mutual": ("joint",)}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from workflows.environment import tracking_uri
+from workflows.utils.environment import tracking_uri
 
 GIB = 2**30
 DISK_FOR_DEMO = 3 * GIB

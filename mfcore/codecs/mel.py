@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mfcore.codecs.dct import cosines
-from mfcore.codecs.phase import Frames, PhaseDecoder
+from mfcore.codecs.phase_reconstruction import Frames, PhaseDecoder
 from mfcore.timeline import LatentClock, audio_clock
 
 # Power that counts as silence, added before the logarithm and taken off after it. Power is per window energy: a sine

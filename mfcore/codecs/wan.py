@@ -18,14 +18,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from mfcore.codecs.pretrained import (
-    compute_device,
-    compute_dtype,
-    located,
-    model_folder,
-    read_config,
-    weights_digest,
-)
+from mfcore.codecs.pretrained import compute_device, compute_dtype, located, model_folder, read_config, weights_digest
 from mfcore.codecs.stats import LatentStats
 from mfcore.timeline import LatentClock, video_clock
 

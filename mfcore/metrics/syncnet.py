@@ -22,7 +22,7 @@ from scipy.fft import dct
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-from mfcore.metrics.sync import SyncReading
+from mfcore.metrics.av_sync import SyncReading
 
 FPS, RATE, FACE = 25, 16000, 224
 _WINDOW = 5  # frames

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mfcore.model.attention import attend, heads_apart, heads_first, heads_together
-from mfcore.model.cache import KeyValue
 from mfcore.model.config import ModelConfig
+from mfcore.model.kv_cache import KeyValue
 from mfcore.model.rope import Turn, rotate
 
 RMS_EPS, LAYER_EPS = 1e-6, 1e-5  # added to the variance

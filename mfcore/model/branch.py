@@ -13,12 +13,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mfcore.beside import beside
+from mfcore.device import beside
 from mfcore.model.attention import additive
 from mfcore.model.block import Block, TextTokens, modulate
-from mfcore.model.cache import Positions
-from mfcore.model.caption import Caption, origin
+from mfcore.model.caption_cache import Caption, origin
 from mfcore.model.config import BranchConfig, ModelConfig
+from mfcore.model.kv_cache import Positions
 from mfcore.model.rope import time_angles, turn
 from mfcore.types import Condition, Stream
 

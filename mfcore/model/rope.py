@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mfcore.beside import beside
+from mfcore.device import beside
 from mfcore.model.config import ModelConfig
 
 BASE = 100.0

@@ -10,18 +10,18 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from mfcore.beside import beside
+from mfcore.device import beside
 from mfcore.model.attention import Mask, Sight, attend, heads_first
 from mfcore.model.block import Heard, TextTokens
 from mfcore.model.branch import Branch
-from mfcore.model.cache import KeyValue, LayeredMemory, Positions, Recall
-from mfcore.model.caption import Caption
-from mfcore.model.compiled import AS_WRITTEN
+from mfcore.model.caption_cache import Caption
+from mfcore.model.compile import AS_WRITTEN
 from mfcore.model.config import ModelConfig
 from mfcore.model.init import initialise
-from mfcore.model.ring import RingMemory
+from mfcore.model.kv_cache import KeyValue, LayeredMemory, Positions, Recall
+from mfcore.model.ring_cache import RingMemory
 from mfcore.model.rope import Turn, angles, rotate, turn
-from mfcore.model.sequence import SequenceGroup
+from mfcore.model.sequence_parallel import SequenceGroup
 from mfcore.types import AUDIO, MODALITIES, VIDEO, Condition, Levels, Stream, Streams
 
 SINK = -1  # chunk number of the sink

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from mfcore.objectives.mutual import Mutual
-from mfcore.objectives.recipe import MutualConfig, RowKind
+from mfcore.objectives.mutual_config import MutualConfig, RowKind
 
 
 def teacher_forcing(config: MutualConfig) -> FlowMatching:

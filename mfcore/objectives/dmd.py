@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from mfcore.beside import beside
+from mfcore.device import beside
 from mfcore.flow import noised, velocity
 from mfcore.objectives.flow_matching import flow_matching_loss
-from mfcore.objectives.terms import Term, chunk_means
-from mfcore.steps import Context, Schedule, levels, solver_step
+from mfcore.objectives.losses import Term, chunk_means
+from mfcore.solver import Context, Schedule, levels, solver_step
 from mfcore.types import Levels, Stream, Streams
 
 

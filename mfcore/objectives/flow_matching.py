@@ -6,15 +6,14 @@ Letters: B samples, K chunks.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mfcore.beside import beside
+from mfcore.device import beside
 from mfcore.flow import TimeConfig, noised, training_times, velocity
-from mfcore.objectives.terms import OneRound, StepInfo, Term, chunk_means
+from mfcore.objectives.losses import OneRound, StepInfo, Term, chunk_means
 from mfcore.rng import normal_rows, uniform_rows
-from mfcore.steps import Context, past
+from mfcore.solver import Context, past
 from mfcore.types import AVBatch, Levels, Streams, VelocityModel
 
 
@@ -89,27 +88,3 @@ class FlowMatching(OneRound):
         eps = draw_noise(batch.streams, info.seed, "flow_matching", batch.samples)
         t = draw_levels(self.config.time, batch.streams, info.seed, "flow_matching/level", batch.samples)
         return {"student": flow_matching_terms(context, batch.streams, eps, t)}
-
-
-def history_use(model: VelocityModel, batch: AVBatch, config: TimeConfig, seed: int) -> dict[str, float]:
-    """Loss on another clip's history over loss on the true one, per modality: 1 means that history is ignored."""
-    losses = history_losses(model, batch, config, seed)
-    return {m: some["other"] / some["own"] for m, some in losses.items()}
-
-
-@torch.no_grad()
-def history_losses(model: VelocityModel, batch: AVBatch, config: TimeConfig, seed: int) -> dict[str, dict[str, float]]:
-    """Mean flow-matching loss by modality, of every clip after its "own" history and after that of an "other" clip."""
-    if len(batch.samples) < 2:
-        raise ValueError("history use compares a clip with another one: give a batch of at least two clips")
-    eps = draw_noise(batch.streams, seed, "history_use", batch.samples)
-    t = draw_levels(config, batch.streams, seed, "history_use/level", batch.samples)
-    shuffled = {m: s.with_latents(s.latents.roll(1, dims=0)) for m, s in batch.streams.items()}
-    own, other = (
-        flow_matching_terms(Context(model=model, cond=batch.cond).remember(past(h), None), batch.streams, eps, t)
-        for h in (batch.streams, shuffled)
-    )
-    return {
-        a.modality: {"own": float(a.values.mean()), "other": float(b.values.mean())}
-        for a, b in zip(own, other, strict=True)
-    }

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mfcore.objectives.flow_matching import draw_noise
-from mfcore.objectives.recipe import MutualConfig, RowKind
-from mfcore.objectives.terms import StepInfo
+from mfcore.objectives.losses import StepInfo
+from mfcore.objectives.mutual_config import MutualConfig, RowKind
 from mfcore.rng import generator
 from mfcore.rollout import coupled_starts, join_chunks, rollout
-from mfcore.steps import Context, Schedule, denoise, finishing_schedule, past, schedule
+from mfcore.solver import Context, Schedule, denoise, finishing_schedule, past, schedule
 from mfcore.types import AVBatch, Stream, Streams, VelocityModel
 
 Use = Literal["unseen", "judged", "moved"]

@@ -24,24 +24,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mfcore.beside import beside
+from mfcore.device import beside
 from mfcore.flow import noised
 from mfcore.objectives.dmd import dmd_terms, jump_to_data
 from mfcore.objectives.flow_matching import draw_levels, draw_noise, flow_matching_loss, flow_matching_terms
-from mfcore.objectives.histories import (
-    Control,
-    Histories,
-    draw_control,
-    label_of,
-    replaced,
-    where,
-    write_histories,
-)
-from mfcore.objectives.recipe import MutualConfig
+from mfcore.objectives.histories import Control, Histories, draw_control, label_of, replaced, where, write_histories
+from mfcore.objectives.losses import StepInfo, Term
+from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.objectives.shortcut import draw_depth, dyadic_intervals, shortcut_loss, shortcut_target
-from mfcore.objectives.terms import StepInfo, Term
 from mfcore.rng import uniform_rows
-from mfcore.steps import Context, Query, ask, past
+from mfcore.solver import Context, Query, ask, past
 from mfcore.types import AVBatch, Stream, Streams, VelocityModel
 
 LEAST_TAU = 0.02  # below it both scores see the sample itself, and their difference is network error

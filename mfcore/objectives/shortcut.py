@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mfcore.beside import numbers
+from mfcore.device import numbers
 from mfcore.flow import expand, move_streams, noised, shift_time
-from mfcore.objectives.terms import Term, chunk_means
+from mfcore.objectives.losses import Term, chunk_means
 from mfcore.rng import uniform_rows
-from mfcore.steps import Context, Mode
+from mfcore.solver import Context, Mode
 from mfcore.types import Levels, Streams
 
 BaseRule = Literal["midpoint", "two_midpoints", "euler"]

@@ -19,11 +19,12 @@ import psutil
 import pytest
 import ray
 
-from tests.cluster.steps import logged_steps
-from workflows import head as heads
-from workflows.checkpoint import OUTCOME, read_json
-from workflows.fleet.server import ask
-from workflows.inspection import inspect
+from tests.helpers.run_log import logged_steps
+from workflows.checkpoints.layout import OUTCOME
+from workflows.data.inspect import inspect
+from workflows.jobs import local_head as heads
+from workflows.jobs.job_server import ask
+from workflows.utils.json_io import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_NODE = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
@@ -49,7 +50,7 @@ CONFIG: dict[str, Any] = {
     "idle_timeout_minutes": 0.25,
     "provider": {
         "type": "external",
-        "module": "tests.cluster.provider.MortalMachines",
+        "module": "tests.helpers.ray_node_provider.MortalMachines",
         "launch_multiple": True,
         "head_node_id": HEAD_NODE,
         "use_node_id_as_ip": True,  # else all machines here are one to the autoscaler

@@ -15,9 +15,10 @@ import jsonschema
 import pytest
 import yaml
 
-from workflows.fleet import placement, rayjob
-from workflows.fleet.target import read_target
-from workflows.fleet.words import check_places, understand
+from workflows.cli.parse import understand
+from workflows.jobs import kuberay, resources
+from workflows.jobs.command import check_places
+from workflows.jobs.targets import read_target
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -187,7 +188,7 @@ def test_kuberays_crds_take_the_file(name: str) -> None:
 def test_kuberays_crds_take_what_submit_makes_of_the_file(name: str) -> None:
     if not CRDS.is_dir():
         pytest.skip(ELSEWHERE)
-    made = rayjob.render(
+    made = kuberay.render(
         load(f"kuberay/{name}"), ["doctor", "--json"], {"MFCTL_CWD": "/shared", "AWS_PROFILE": "a b"}, {"GPU": 1.0}
     )
     jsonschema.Draft7Validator(crd_schema("ray.io_rayjobs.yaml", "v1")).validate(made)
@@ -241,7 +242,7 @@ def test_the_entrypoints_are_commands_that_their_pods_can_run(name: str) -> None
     target = read_target(str(CLUSTER / "kuberay" / name))
     python, module, package, *argv = target.config["spec"]["entrypoint"].split()
     assert (python, module, package) == ("python", "-m", "workflows.cli")
-    placement.check(placement.needs(understand(argv, "/shared")), target.machines, name)
+    resources.check(resources.needs(understand(argv, "/shared")), target.machines, name)
 
 
 # ----------------------------------------------------------------------------------------------------------- placement
@@ -261,9 +262,9 @@ def test_the_entrypoints_are_commands_that_their_pods_can_run(name: str) -> None
 )
 def test_every_stage_fits_on_some_machines_of_the_clouds(name: str, words: str) -> None:
     target = read_target(str(CLUSTER / name))
-    need = placement.needs(understand(words.split(), "/shared"))
+    need = resources.needs(understand(words.split(), "/shared"))
     assert need is not None
-    placement.check(need, target.machines, name)
+    resources.check(need, target.machines, name)
 
 
 def submissions() -> list[str]:
@@ -285,7 +286,7 @@ def test_the_commands_of_the_pages_are_taken_and_fit(line: str, monkeypatch: pyt
     if target.kind != "here":
         check_places(command, target.name, shared)
     if target.machines:
-        placement.check(placement.needs(command), target.machines, target.name)
+        resources.check(resources.needs(command), target.machines, target.name)
 
 
 # ------------------------------------------------------------------------------------------------- images, MLflow, all
@@ -415,7 +416,7 @@ def test_pods_know_the_same_limit(name: str) -> None:
 
 def test_the_command_of_the_evaluating_job_has_the_gpu() -> None:
     target = read_target(str(CLUSTER / "kuberay" / "rayjob-evaluate.yaml"))
-    own = placement.own_process(understand(target.config["spec"]["entrypoint"].split()[3:], "/shared"), target.machines)
+    own = resources.own_process(understand(target.config["spec"]["entrypoint"].split()[3:], "/shared"), target.machines)
     assert own == {"GPU": target.config["spec"]["entrypointNumGpus"]}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cluster.interval import Fleet, best, daly, expected, lost, simulate
+from tests.helpers.checkpoint_interval_simulation import Fleet, best, daly, expected, lost, simulate
 
 PLAIN = Fleet(mtbf=3600.0, pause=20.0, written=0.0, restart=120.0)
 

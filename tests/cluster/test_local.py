@@ -13,12 +13,13 @@ import fsspec
 import psutil
 import pytest
 
-from preprocessing.toyworld import write_toyworld
-from tests.cluster.steps import logged_steps
-from tests.objectstore import BUCKET, s3_server
-from workflows import head as heads
-from workflows.checkpoint import OUTCOME, read_json
-from workflows.inspection import inspect
+from preprocessing.toyworld.world import write_toyworld
+from tests.helpers.object_store import BUCKET, s3_server
+from tests.helpers.run_log import logged_steps
+from workflows.checkpoints.layout import OUTCOME
+from workflows.data.inspect import inspect
+from workflows.jobs import local_head as heads
+from workflows.utils.json_io import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = str(ROOT / "cluster" / "local.yaml")

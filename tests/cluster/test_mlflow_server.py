@@ -15,7 +15,7 @@ import fsspec
 import psutil
 import pytest
 
-from tests.objectstore import s3_server
+from tests.helpers.object_store import s3_server
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "a-secret-password-51b7"

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.toyworld import write_toyworld
-from tests.cluster.steps import logged_steps
-from workflows.checkpoint import OUTCOME, read_json
-from workflows.inspection import inspect
+from preprocessing.toyworld.world import write_toyworld
+from tests.helpers.run_log import logged_steps
+from workflows.checkpoints.layout import OUTCOME
+from workflows.data.inspect import inspect
+from workflows.utils.json_io import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACES = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
@@ -28,7 +29,7 @@ def test_a_cluster_over_ssh_runs_jobs_that_outlive_its_machines(tmp_path: Path) 
         pytest.skip("this machine allows no namespaces with bridges")
     write_toyworld(tmp_path / "shared" / "clips", clips=12, seconds=3, jobs=1)
     done = subprocess.run(
-        [*NAMESPACES, sys.executable, "-m", "tests.cluster.machines", str(tmp_path)],
+        [*NAMESPACES, sys.executable, "-m", "tests.helpers.network_namespaces", str(tmp_path)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from mfcore.model.attention import attend
-from mfcore.model.compiled import compiled
-from mfcore.model.graphs import Graphed
-from mfcore.model.ring import ring_of
+from mfcore.model.compile import compiled
+from mfcore.model.cuda_graphs import Graphed
+from mfcore.model.ring_cache import ring_of
 from mfcore.rollout import join_chunks, noise_starts, rollout
-from mfcore.steps import Context, levels, schedule
+from mfcore.solver import Context, levels, schedule
 from mfcore.types import AUDIO, VIDEO
-from tests.mfcore.test_attention import qkv, sight
-from tests.mfcore.test_streaming import MOST, PLAN
-from tests.mfcore.tiny import SHAPES, TIMELINE, batch, network
+from tests.helpers.attention_inputs import qkv, sight
+from tests.helpers.streaming import MOST, PLAN
+from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, network
 from workflows.bench.stream import bench_stream
 from workflows.bench.train import bench_train
 

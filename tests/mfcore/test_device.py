@@ -9,17 +9,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfcore.flow import TimeConfig
-from mfcore.metrics.history import mode_history_use
-from mfcore.model.ring import ring_of
+from mfcore.metrics.history_use import mode_history_use
+from mfcore.model.ring_cache import ring_of
 from mfcore.objectives import baselines
 from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
-from mfcore.objectives.recipe import MutualConfig
-from mfcore.objectives.terms import StepInfo, total
+from mfcore.objectives.losses import StepInfo, total
+from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.rollout import noise_starts, rollout
-from mfcore.steps import Context, levels
+from mfcore.solver import Context, levels
 from mfcore.types import AUDIO, VIDEO
-from tests.mfcore.test_streaming import MOST, PLAN
-from tests.mfcore.tiny import SHAPES, TIMELINE, batch, network
+from tests.helpers.streaming import MOST, PLAN
+from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, network
 
 ELSEWHERE = torch.device("meta")
 

@@ -20,7 +20,7 @@ from mfcore.flow import (
     velocity,
 )
 from mfcore.types import AUDIO, VIDEO
-from tests.mfcore.analytic import stream
+from tests.helpers.analytic_models import stream
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

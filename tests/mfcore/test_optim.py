@@ -6,7 +6,7 @@ from torch import nn
 
 from mfcore.optim import OptimConfig, adamw, learning_rate
 from mfcore.weights import joined, load_strict
-from tests.mfcore.tiny import network
+from tests.helpers.tiny_model import network
 
 
 def test_the_rate_rises_then_falls_along_a_half_cosine():

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mfcore.rollout import coupled_starts, join_chunks, noise_starts, rollout
-from mfcore.steps import Context, finishing_schedule, schedule
+from mfcore.solver import Context, finishing_schedule, schedule
 from mfcore.types import AUDIO, VIDEO
-from tests.mfcore.analytic import GaussianModel, LinearGaussian, condition, linear_clips, stream
-from tests.mfcore.tiny import SHAPES, TIMELINE, batch, network
+from tests.helpers.analytic_models import GaussianModel, LinearGaussian, condition, linear_clips, stream
+from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, network
 
 SHIFT = {VIDEO: 3.0, AUDIO: 1.0}
 

@@ -12,22 +12,22 @@ import torch
 
 from preprocessing import pipeline
 from preprocessing.config import PreprocessConfig
-from preprocessing.encode import ChannelSums
-from preprocessing.filters import FilterConfig, check_sound
-from preprocessing.lease import LOCK, Lease, LeaseLost, check_token
-from preprocessing.manifest import plan_units
-from preprocessing.media import Decoder
-from preprocessing.mp4 import write_mp4
+from preprocessing.dataset.units import plan_units
+from preprocessing.io.lease import LOCK, Lease, LeaseLost, check_token
+from preprocessing.io.storage import Store
+from preprocessing.media.decoder import Decoder
+from preprocessing.media.mp4_writer import write_mp4
+from preprocessing.media.probe import probe
 from preprocessing.pipeline import build_encoders, process_source, span_plan
-from preprocessing.probe import probe
-from preprocessing.record import Clip, Rejected, Source, Word
-from preprocessing.sidecar import attach_text
-from preprocessing.source import find_sources
-from preprocessing.storage import Store
-from preprocessing.toyworld import write_toyworld
-from preprocessing.units import run_unit
-from tests.preprocessing.flashbeep import numbered_frames, read_numbers, sound
-from tests.preprocessing.mediafolder import FPS, RATE, make_folder, silent_black, write_clip
+from preprocessing.records import Clip, Rejected, Source, Word
+from preprocessing.runner import run_unit
+from preprocessing.sources.discovery import find_sources
+from preprocessing.sources.sidecar import attach_text
+from preprocessing.steps.encode import ChannelSums
+from preprocessing.steps.quality_filters import FilterConfig, check_sound
+from preprocessing.toyworld.world import write_toyworld
+from tests.helpers.av_clock_media import numbered_frames, read_numbers, sound
+from tests.helpers.media_folder import FPS, RATE, make_folder, silent_black, write_clip
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2)
 

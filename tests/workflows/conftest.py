@@ -5,8 +5,8 @@ from fractions import Fraction
 import pytest
 
 from preprocessing.config import PreprocessConfig
-from preprocessing.toyworld import write_toyworld
-from workflows.preprocess import preprocess
+from preprocessing.toyworld.world import write_toyworld
+from workflows.data.build import preprocess
 
 
 @pytest.fixture(scope="session")

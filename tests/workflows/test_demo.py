@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.media import probe
+from preprocessing.media.probe import probe
 from workflows.demo import Story, repeat_words, tell
 
 SMALL = ("steps=6", "eval_every=6", "log_every=3", "data.batch=8", "model.dim=32", "model.heads=2")

@@ -11,19 +11,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from preprocessing.config import PreprocessConfig
-from preprocessing.mp4 import file_url
-from preprocessing.probe import MediaError, probe
-from preprocessing.source import find_sources
-from preprocessing.storage import local_path
-from workflows.bench.memory import Watch
-from workflows.bench.plain import plain_pipeline
-from workflows.preprocess import preprocess
-from workflows.training.launch import ray_running
+from preprocessing.io.storage import local_path
+from preprocessing.media.mp4_writer import file_url
+from preprocessing.media.probe import MediaError, probe
+from preprocessing.sources.discovery import find_sources
+from workflows.bench.process_monitor import Watch
+from workflows.bench.ray_data_baseline import plain_pipeline
+from workflows.data.build import preprocess
+from workflows.utils.ray_runtime import ray_running
 
 BAR = 0.75  # of the limit, with sources of a minute and more
 
@@ -154,16 +153,3 @@ def render(result: Mapping[str, Any]) -> str:
     lines.append(f"peak memory of all processes {result['peak_rss_bytes'] / 1e6:.0f} MB, object store apart")
     shares = sorted(result["share_by_step"].items(), key=lambda item: -item[1])
     return "\n".join([*lines, "time by step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares)])
-
-
-def memory_files(folder: Path, clips: int, seconds: int = 100) -> int:
-    """Write sources that together give about ``clips`` clips of a second, and return how many there are."""
-    first = folder / "000000.mp4"
-    picture = f"testsrc2=s=64x64:r=24:d={seconds + 1}"
-    sound = f"sine=f=300:d={seconds + 1}:r=16000"
-    command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", picture, "-f", "lavfi", "-i", sound]
-    subprocess.run([*command, "-c:v", "libx264", "-preset", "ultrafast", "-threads", "1", str(first)], check=True)
-    count = -(-clips // seconds)
-    for number in range(1, count):
-        (folder / f"{number:06d}.mp4").hardlink_to(first)
-    return count

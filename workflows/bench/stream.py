@@ -12,23 +12,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mfcore.model.compiled import AS_WRITTEN
+from mfcore.model.compile import AS_WRITTEN
 from mfcore.model.config import ModelConfig
-from mfcore.model.counts import Load, chunk_flops
-from mfcore.model.graphs import check_switches, switched
+from mfcore.model.cuda_graphs import check_switches, switched
+from mfcore.model.flops import Load, chunk_flops
 from mfcore.model.transformer import AVTransformer
 from mfcore.rollout import join_chunks
-from mfcore.steps import Context, denoise
+from mfcore.solver import Context, denoise
 from mfcore.timeline import Timeline
 from mfcore.types import VIDEO, Condition, VelocityModel
-from workflows import config_io, presets
-from workflows.bench import limits
-from workflows.bench.decoding import decode_ms
-from workflows.bench.network import random_network, weight_bytes
-from workflows.bench.streams import CAPTION, WORDS, Streamed, latents_of, noise_condition
-from workflows.geometry import FPS, Geometry, geometry, usual_size
-from workflows.memory import free_bytes, refuse_what_does_not_fit
-from workflows.precision import DTYPES, Precision, usual
+from workflows.bench import roofline
+from workflows.bench.random_network import random_network, weight_bytes
+from workflows.bench.stream_runner import CAPTION, WORDS, Streamed, decode_ms, latents_of, noise_condition
+from workflows.config import presets, serialization
+from workflows.config.latent_shapes import FPS, Geometry, geometry, usual_size
+from workflows.inference.precision import DTYPES, Precision, usual
+from workflows.training.memory_check import free_bytes, refuse_what_does_not_fit
+from workflows.utils import timing
 
 PAPER_FPS = {(192, 336): 30.0, (480, 768): 12.0, (704, 1280): 3.5}  # 7B + 7B, 4 to 8 evaluations, one GPU
 EARLY = 20  # chunks after which a stream's window is full
@@ -97,7 +97,7 @@ def resolve(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size, known = size or usual_size(preset), geometry(preset)
     config = presets.preset(preset, "joint", known.shapes(size))
-    config = config_io.change(config, config_io.parse_sets(sets))
+    config = serialization.change(config, serialization.parse_sets(sets))
     return Plan(
         preset=preset,
         size=size,
@@ -149,7 +149,7 @@ def load_of(plan: Plan) -> Load:
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    rates = [limits.matmul_rate(plan.device, plan.dtype)]
+    rates = [roofline.matmul_rate(plan.device, plan.dtype)]
     net = random_network(plan.model, plan.device, plan.dtype)
     cond = noise_condition(plan.model, plan.timeline, plan.device)
     model = switched(net, compile=plan.compile, graphs=plan.graphs)
@@ -158,15 +158,15 @@ def measure(plan: Plan) -> dict[str, Any]:
     first_s = [make().run(1)[0] for _ in range(3)]
     late, early = make(), make()
     times = late.run(EARLY)
-    held = limits.held_bytes(plan.device)
+    held = roofline.held_bytes(plan.device)
     times += late.run(plan.chunks - EARLY)
-    growth = limits.held_bytes(plan.device) / held
+    growth = roofline.held_bytes(plan.device) / held
     early.run(EARLY)
     turns = [(late.run(1)[0], early.run(1)[0]) for _ in range(plan.rounds)]
     del late, early
-    rates.append(limits.matmul_rate(plan.device, plan.dtype))
-    timing = {"first": first_s, "chunks": times[EARLY:], "ratios": [a / b for a, b in turns], "rates": rates}
-    return summary(plan, timing, growth, gained(plan, net, model, cond) | without_cache(plan, net, cond))
+    rates.append(roofline.matmul_rate(plan.device, plan.dtype))
+    timings = {"first": first_s, "chunks": times[EARLY:], "ratios": [a / b for a, b in turns], "rates": rates}
+    return summary(plan, timings, growth, gained(plan, net, model, cond) | without_cache(plan, net, cond))
 
 
 def gained(plan: Plan, net: AVTransformer, model: VelocityModel, cond: Condition) -> dict[str, Any]:
@@ -200,11 +200,11 @@ def without_cache(plan: Plan, net: AVTransformer, cond: Condition) -> dict[str, 
     cached: list[float] = []
     gap = 0.0
     for _ in range(max(3, plan.rounds // 3)):
-        remembered_s, context = limits.timed(plan.device, bare.remember, history, None)
-        made_s, (made, _) = limits.timed(plan.device, denoise, context, start, ring.plan)
+        remembered_s, context = timing.timed(plan.device, bare.remember, history, None)
+        made_s, (made, _) = timing.timed(plan.device, denoise, context, start, ring.plan)
         again = ring.from_here(kept).remember(last, None)  # has heard the caption, as a stream has
-        own_s, (own, _) = limits.timed(plan.device, denoise, again, start, ring.plan)
-        stored_s, _ = limits.timed(plan.device, again.remember, own, None)
+        own_s, (own, _) = timing.timed(plan.device, denoise, again, start, ring.plan)
+        stored_s, _ = timing.timed(plan.device, again.remember, own, None)
         whole.append(plan.steps * remembered_s + made_s)
         once.append(remembered_s + made_s)
         cached.append(own_s + stored_s)
@@ -221,9 +221,9 @@ def _gap(one: Tensor, other: Tensor) -> float:
 
 
 def summary(
-    plan: Plan, timing: Mapping[str, Sequence[float]], growth: float, compared: Mapping[str, Any]
+    plan: Plan, timings: Mapping[str, Sequence[float]], growth: float, compared: Mapping[str, Any]
 ) -> dict[str, Any]:
-    chunk_s, rate = median(timing["chunks"]), median(timing["rates"])
+    chunk_s, rate = median(timings["chunks"]), median(timings["rates"])
     frames = float(FPS) * plan.model.chunk_seconds
     flops = chunk_flops(plan.model, load_of(plan), plan.steps)
     paper = PAPER_FPS.get(plan.size)
@@ -246,12 +246,12 @@ def summary(
         "paper_fps": paper,
         "over_paper": None if paper is None else frames / chunk_s / paper,
         "seconds_per_second": plan.model.chunk_seconds / chunk_s,
-        "first_chunk_s": median(timing["first"]),
+        "first_chunk_s": median(timings["first"]),
         "chunk_ms_p50": 1e3 * chunk_s,
-        "chunk_ms_p99": 1e3 * quantiles(timing["chunks"], n=100)[98],
-        "late_over_early": median(timing["ratios"]),
+        "chunk_ms_p99": 1e3 * quantiles(timings["chunks"], n=100)[98],
+        "late_over_early": median(timings["ratios"]),
         "memory_late_over_early": growth,
-        "peak_memory_bytes": limits.peak_bytes(),
+        "peak_memory_bytes": timing.peak_bytes(),
         "gflop_per_chunk": flops / 1e9,
         "flops_per_s": flops / chunk_s,
         "matmul_flops_per_s": rate,

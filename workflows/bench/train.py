@@ -25,16 +25,16 @@ from typing import Any, Literal, cast
 
 import torch
 
-from mfcore.model.compiled import check_compiler
-from mfcore.objectives.recipe import MutualConfig
-from workflows import config_io, presets
-from workflows.bench import data as noise
-from workflows.bench.launch import launch
-from workflows.bench.steps import BARE, Measured, Plan, work
-from workflows.bench.turns import Variant
-from workflows.config import RunConfig
-from workflows.geometry import CHUNKS, geometry, usual_size
-from workflows.memory import refuse_training
+from mfcore.model.compile import check_compiler
+from mfcore.objectives.mutual_config import MutualConfig
+from workflows.bench import synthetic_data as noise
+from workflows.bench.launcher import launch
+from workflows.bench.train_worker import BARE, Measured, Plan, work
+from workflows.bench.variants import Variant
+from workflows.config import presets, serialization
+from workflows.config.latent_shapes import CHUNKS, geometry, usual_size
+from workflows.config.run import RunConfig
+from workflows.training.memory_check import refuse_training
 
 BAR = 1.05  # of ray_zero1 over bare
 LEAST_STEP_S = 0.5  # shorter steps are reported, but the bar is not for them
@@ -99,7 +99,7 @@ def resolve(
     chunks, rows = config.data.chunks[1], config.data.batch * workers
     data = replace(config.data, chunks=(chunks, chunks), batch=rows)
     config = replace(config, data=data, engine=replace(config.engine, workers=workers, use_gpu=_gpu()))
-    config = config_io.change(config, config_io.parse_sets(sets))
+    config = serialization.change(config, serialization.parse_sets(sets))
     if config.data.chunks[1] > CHUNKS:
         raise ValueError(f"the clips of the bench hold {CHUNKS} chunks, data.chunks={config.data.chunks}")
     return replace(config, data=replace(config.data, batch=config.shares * _rows(config, tokens)))

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 from mfcore.ema import EmaConfig
 from mfcore.flow import TimeConfig
 from mfcore.metrics.windows import parse_windows
-from mfcore.model.adapter import FakeConfig
 from mfcore.model.config import BranchConfig, ModelConfig
-from mfcore.objectives.recipe import MutualConfig
+from mfcore.model.lora import FakeConfig
+from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO
-from workflows.study import world
+from workflows.study import latent_world
 
 
 def _settings() -> MutualConfig:
@@ -41,20 +41,20 @@ class StudyConfig:
 
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig(
-            branches={m: BranchConfig(channels=c, data_std=0.5) for m, c in world.CHANNELS.items()},
+            branches={m: BranchConfig(channels=c, data_std=0.5) for m, c in latent_world.CHANNELS.items()},
             dim=64,
             layers=3,
             heads=4,
             mlp_ratio=2.0,
-            text_dim=world.WORD_DIM,
-            chunk_seconds=float(world.CHUNK_SECONDS),
+            text_dim=latent_world.WORD_DIM,
+            chunk_seconds=float(latent_world.CHUNK_SECONDS),
             window_chunks=4,
             local_start=True,
             chunk_phase=True,
             word_horizon_seconds=0.5,
         )
     )
-    voices: int = world.VOICES
+    voices: int = latent_world.VOICES
     joint_steps: int = 3000  # shared by all methods of a seed
     joint_batch: int = 16  # clips per step
     joint_chunks: tuple[int, ...] = (6, 10)  # of each, drawn per step
@@ -90,8 +90,10 @@ class StudyConfig:
         for window in parse_windows(self.windows):
             if window.end > longest:
                 raise ValueError(f"windows: {window.name} ends after the longest clip, at {longest:g} s")
-            if window.end - window.start < 2 * world.CHUNK_SECONDS:
-                raise ValueError(f"windows: {window.name} is shorter than two chunks, {2 * world.CHUNK_SECONDS} s")
+            if window.end - window.start < 2 * latent_world.CHUNK_SECONDS:
+                raise ValueError(
+                    f"windows: {window.name} is shorter than two chunks, {2 * latent_world.CHUNK_SECONDS} s"
+                )
         begins = max(self.method.real_until, self.method.free_from, self.method.fake_from, self.method.dmd_from)
         if begins >= self.steps:
             raise ValueError(

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from mfcore.model.adapter import FakeConfig
+from mfcore.model.lora import FakeConfig
 from mfcore.objectives import baselines
-from mfcore.objectives.recipe import MutualConfig
-from mfcore.objectives.terms import Objective
-from mfcore.steps import Mode
+from mfcore.objectives.losses import Objective
+from mfcore.objectives.mutual_config import MutualConfig
+from mfcore.solver import Mode
 from workflows.study.config import StudyConfig
 
 ABLATION_COUNTS = (4, 8)  # where bars are: there are many ablations, and 50 steps cost as much as all others

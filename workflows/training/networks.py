@@ -1,23 +1,27 @@
 """The networks of a run and the engines that train them: student, average, and in the mutual stage the fake score."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
 from mfcore.ema import Ema
-from mfcore.model.adapter import LowRankCopy
-from mfcore.model.compiled import AS_WRITTEN, check_compiler, compiled
-from mfcore.model.transformer import networks_in
+from mfcore.model.compile import AS_WRITTEN, check_compiler, compiled
+from mfcore.model.lora import LowRankCopy
+from mfcore.model.transformer import build_model, networks_in
 from mfcore.optim import OptimConfig
-from workflows.config import RunConfig
-from workflows.engine import Engine, build_engine
-from workflows.engine_config import EngineConfig
-from workflows.stages import STAGES
-from workflows.training import ranks
+from mfcore.types import AUDIO, VIDEO
+from mfcore.weights import joined, load_strict
+from workflows.checkpoints.load import load_weights
+from workflows.config.run import EngineConfig, RunConfig, Stage
+from workflows.config.stages import STAGES
+from workflows.training.engines.base import Engine, build_engine
+from workflows.training.pretrained_init import load_wan
+from workflows.utils import distributed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +69,8 @@ def build_networks(config: RunConfig, student: nn.Module) -> Networks:
 def equip(nets: Iterable[nn.Module], engine: EngineConfig) -> None:
     """Let networks run as ``engine`` says; called by all ranks. NoCompiler where blocks cannot be compiled."""
     if engine.compile:
-        check_compiler(ranks.device())
-    sequence = ranks.sequence_group(engine.sequence)
+        check_compiler(distributed.device())
+    sequence = distributed.sequence_group(engine.sequence)
     for part in (part for net in nets for part in networks_in(net)):
         part.recompute, part.sequence = engine.recompute, sequence
         part.code = compiled() if engine.compile else AS_WRITTEN
@@ -77,3 +81,18 @@ def fake_score(config: RunConfig, student: nn.Module, ema: Ema) -> nn.Module:
     if config.fake.rank is None:
         return copy.deepcopy(student)
     return LowRankCopy(ema.module, config.fake, config.seed)
+
+
+def initial_network(config: RunConfig, parents: Mapping[Stage, Path]) -> nn.Module:
+    """The student before its first step: the parents' EMA weights, or fresh ones and what ``init_video`` names."""
+    model = build_model(config.model, config.seed)
+    if config.init_video:
+        load_wan(model, config.model, config.init_video)
+    if not parents:
+        return model
+    weights = {stage: load_weights(path) for stage, path in parents.items()}
+    if config.stage == "joint":
+        load_strict(model, joined({VIDEO: weights["video"], AUDIO: weights["audio"]}), "the two parents")
+    else:
+        load_strict(model, next(iter(weights.values())), str(next(iter(parents.values()))))
+    return model

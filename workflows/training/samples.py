@@ -15,21 +15,26 @@ from typing import Any
 from torch import nn
 
 from mfcore.metrics.windows import PUBLISHED, parse_windows
-from mfcore.steps import Mode
-from preprocessing.mp4 import write_mp4
-from workflows import config_io
-from workflows.checkpoint import OUTCOME, RECORD, ModelCard, load_export, read_json, write_json
-from workflows.config import RunConfig, Stage
-from workflows.generate import sampling
-from workflows.heldout import HeldOut, Signals, frame_rate, real_signals, select
-from workflows.instruments import Instruments, parse_weights
-from workflows.measures import Real
-from workflows.readings import Reader, Reading
-from workflows.sampler import decode, generate
-from workflows.scores import score_windows
-from workflows.streamer import Sampling, Streamer
-from workflows.training import ranks
-from workflows.training.alarms import Liveliness, compare, liveliness
+from mfcore.solver import Mode
+from preprocessing.media.mp4_writer import write_mp4
+from workflows.checkpoints.layout import OUTCOME, RECORD
+from workflows.checkpoints.load import load_export
+from workflows.checkpoints.model_card import ModelCard
+from workflows.config import serialization
+from workflows.config.run import RunConfig, Stage
+from workflows.evaluation.clip_features import Reading
+from workflows.evaluation.feature_models import Instruments, parse_weights
+from workflows.evaluation.feature_reader import Reader
+from workflows.evaluation.held_out import HeldOut, frame_rate, select
+from workflows.evaluation.metrics.generic import Real
+from workflows.evaluation.metrics.registry import score_windows
+from workflows.evaluation.sampling import decode, generate
+from workflows.evaluation.signals import Signals, real_signals
+from workflows.inference.pipeline import Streamer
+from workflows.inference.sampling import Sampling, sampling
+from workflows.training.collapse_alarms import Liveliness, compare, liveliness
+from workflows.utils import distributed
+from workflows.utils.json_io import read_json, write_json
 
 MULTI_STEPS = 8  # fewer than `mfctl generate` takes: this is a look, not a measurement
 REFERENCE = 8  # real clips that distances are measured against
@@ -163,7 +168,7 @@ class Sampler:
 def sampler_of(run_dir: Path) -> Sampler:
     """From the run's own record."""
     record: dict[str, Any] = read_json(run_dir / RECORD)
-    return Sampler(run_dir, record["data"], config_io.load(RunConfig, record["config"]))
+    return Sampler(run_dir, record["data"], serialization.load(RunConfig, record["config"]))
 
 
 def training_samples(run_dir: Path) -> list[Path]:
@@ -171,5 +176,5 @@ def training_samples(run_dir: Path) -> list[Path]:
     step = read_json(run_dir / OUTCOME)["progress"]["step"]
     if not look_path(run_dir, step).exists():
         model, card = load_export(run_dir)
-        sampler_of(run_dir).look(model.to(ranks.device()), card, step)
+        sampler_of(run_dir).look(model.to(distributed.device()), card, step)
     return [Path(path) for path in read_look(look_path(run_dir, step)).files]

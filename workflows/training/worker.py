@@ -7,42 +7,45 @@ from pathlib import Path
 from typing import Any
 
 from mfcore.ema import Ema
-from mfcore.model.compiled import NoCompiler
+from mfcore.model.compile import NoCompiler
 from mfcore.types import AVBatch
-from preprocessing.lease import LeaseLost, check_token
-from preprocessing.reader import ClipDataset, open_dataset
-from preprocessing.storage import Store
-from workflows import config_io
-from workflows.checkpoint import (
-    OUTCOME,
-    RECORD,
-    ModelCard,
-    Progress,
-    checkpoints_of,
-    newest_whole,
-    read_json,
-    restore,
-    write_json,
+from preprocessing.dataset.reader import open_dataset
+from preprocessing.io.lease import LeaseLost, check_token
+from preprocessing.io.storage import Store
+from workflows.checkpoints.layout import OUTCOME, RECORD
+from workflows.checkpoints.model_card import ModelCard
+from workflows.checkpoints.store import Shelf, checkpoints_of
+from workflows.config import serialization
+from workflows.config.run import RunConfig, Stage
+from workflows.config.stages import STAGES
+from workflows.data.batches import Clips, Share, TrainingBatches, clips_of, held_out_batches
+from workflows.data.clip_loader import prefetched
+from workflows.data.collate import Assembly
+from workflows.tracking.mlflow_sync import open_training_tracker
+from workflows.tracking.tracker import PARAMS, Silent, Tracker
+from workflows.training import preemption
+from workflows.training.async_samples import Snapshots
+from workflows.training.checkpointing import CheckpointWriter, newest_whole, restore
+from workflows.training.collapse_alarms import HistoryWatch
+from workflows.training.engines.base import NonFiniteError
+from workflows.training.heartbeat import BEATS, Pulse
+from workflows.training.loop import (
+    Stopped,
+    Surroundings,
+    count_tokens,
+    evaluate_terms,
+    loop_config,
+    run_loop,
 )
-from workflows.config import RunConfig, Stage
-from workflows.data import Assembly, Clips, Share, TrainingBatches, held_out_batches
-from workflows.engine import NonFiniteError
-from workflows.loop import LoopConfig, Stopped, Surroundings, evaluate_terms, run_loop
-from workflows.memory import DoesNotFit, refuse_together
-from workflows.stages import STAGES, held_out_objective, initial_network, objective_of, schedule_position
-from workflows.tracking import PARAMS, Silent, Tracker
-from workflows.training import notice, ranks
-from workflows.training.alarms import HistoryWatch
-from workflows.training.delivery import open_training_tracker
-from workflows.training.looks import Looks
-from workflows.training.networks import build_networks
-from workflows.training.notice import Notices
-from workflows.training.pulse import BEATS, Pulse
+from workflows.training.memory_check import DoesNotFit, refuse_together
+from workflows.training.networks import build_networks, initial_network
+from workflows.training.objectives import held_out_objective, objective_of, schedule_position
+from workflows.training.preemption import Notices
+from workflows.training.progress import Progress
+from workflows.training.sample_callback import Looks
 from workflows.training.samples import Sampler
-from workflows.training.saving import CheckpointWriter
-from workflows.training.shelf import Shelf
-from workflows.training.supply import prefetched
-from workflows.training.validation import Snapshots
+from workflows.utils import distributed
+from workflows.utils.json_io import read_json, write_json
 
 LOG = "log.txt"
 
@@ -68,19 +71,19 @@ def work(job: Job, leaving: Callable[[], str] = lambda: "", aside: Snapshots | N
     is raised to the launcher, which starts it again elsewhere. ``aside``: takes the weights of looks that the launcher
     has made while training goes on; None: rank 0 makes them.
     """
-    notice.listen()
+    preemption.listen()
     tracker = _tracker(job)
-    pulse = Pulse(job.run_dir / BEATS, ranks.rank())
+    pulse = Pulse(job.run_dir / BEATS, distributed.rank())
     try:
         progress = _train(job, tracker, pulse, Notices(job.run_dir, job.token, leaving), aside)
     except (NonFiniteError, DoesNotFit, NoCompiler) as error:
         _finish(job, tracker, {"error": str(error)})
     except Stopped as error:
-        if any(ranks.gather(leaving())):
+        if any(distributed.gather(leaving())):
             raise
         _finish(job, tracker, {"stopped": str(error)})
     else:
-        _finish(job, tracker, {"progress": config_io.dump(progress)})
+        _finish(job, tracker, {"progress": serialization.dump(progress)})
     finally:
         pulse.close()
         if aside is not None:
@@ -88,7 +91,7 @@ def work(job: Job, leaving: Callable[[], str] = lambda: "", aside: Snapshots | N
 
 
 def _train(job: Job, tracker: Tracker, pulse: Pulse, notices: Notices, aside: Snapshots | None) -> Progress:
-    config, device = job.config, ranks.device()
+    config, device = job.config, distributed.device()
     refuse_together(config)
     nets = build_networks(config, initial_network(config, job.parents).to(device))
     engines, ema = nets.engines, nets.ema
@@ -96,10 +99,10 @@ def _train(job: Job, tracker: Tracker, pulse: Pulse, notices: Notices, aside: Sn
     shelf = Shelf(checkpoints_of(job.run_dir, config.checkpoint.to))
     if saved := newest_whole(shelf, lambda text: _say(job, text)):
         start = restore(shelf, saved, engines, ema)
-        _say(job, f"{config.stage} goes on from step {start.step} on {ranks.world()} workers")
+        _say(job, f"{config.stage} goes on from step {start.step} on {distributed.world()} workers")
     train, held_out, assembly = _splits(job)
     together = config.engine.sequence
-    share = Share(rank=ranks.rank() // together, world=ranks.world() // together, unit=config.unit)
+    share = Share(rank=distributed.rank() // together, world=distributed.world() // together, unit=config.unit)
     batches = TrainingBatches(train, assembly, config.data, config.seed, share)
     every = replace(share, unit=1)
     judged = [b.to(device) for b in held_out_batches(held_out, assembly, config.data, config.seed, every)]
@@ -154,27 +157,6 @@ def _looks(job: Job, ema: Ema, tracker: Tracker, pulse: Pulse, judged: list[AVBa
     return Looks(job.run_dir, job.config, job.card, ema, sampler, tracker, pulse, say, watch if looped else None, aside)
 
 
-def loop_config(config: RunConfig) -> LoopConfig:
-    return LoopConfig(
-        name=config.stage,
-        seed=config.seed,
-        steps=config.steps,
-        batch=config.data.batch,
-        log_every=config.log_every,
-        eval_every=config.eval_every,
-        save_every=config.checkpoint.every,
-        sequence=config.engine.sequence,
-        skip_nonfinite=config.skip_nonfinite,
-    )
-
-
-def count_tokens(config: RunConfig, batch: AVBatch) -> int:
-    """Tokens that the network attends with, head and history not counted."""
-    return sum(
-        s.latents.shape[0] * s.latents.shape[1] * config.model.branches[m].tokens for m, s in batch.streams.items()
-    )
-
-
 def _splits(job: Job) -> tuple[Clips, Clips, Assembly]:
     plan, config = STAGES[job.config.stage], job.config.data
     train, held_out = open_dataset(job.data, plan.modalities).held_out(config.held_out)
@@ -182,22 +164,10 @@ def _splits(job: Job) -> tuple[Clips, Clips, Assembly]:
     return clips_of(train), clips_of(held_out), assembly
 
 
-def clips_of(dataset: ClipDataset) -> Clips:
-    """The clips of a dataset, to be read a row group at a time."""
-    return Clips(
-        lengths=dataset.lengths,
-        read=dataset.clip,
-        groups=dataset.groups,
-        shapes=dataset.shapes,
-        load=dataset.load,
-        ids=dataset.ids,
-    )
-
-
 def _facts(job: Job, tracker: Tracker, progress: Progress) -> dict[str, Any]:
     """``run.json`` of a checkpoint, but for the progress: the run's record, and where its schedules stand."""
     position = schedule_position(job.config, progress.step)
-    return read_json(job.run_dir / RECORD) | {"mlflow_run": tracker.run_id, "workers": ranks.world(), **position}
+    return read_json(job.run_dir / RECORD) | {"mlflow_run": tracker.run_id, "workers": distributed.world(), **position}
 
 
 def _is_ours(job: Job) -> bool:
@@ -210,12 +180,12 @@ def _is_ours(job: Job) -> bool:
 
 def _tracker(job: Job) -> Tracker:
     """Rank 0's: the run's log, continued when the run was begun before."""
-    if ranks.rank() != 0:
+    if distributed.rank() != 0:
         return Silent()
     tracker = training_tracker(job.config, job.data, job.run_dir, job.tracking_uri, lambda text: _say(job, text))
     if not (job.run_dir / PARAMS).exists():
         tracker.artifact(job.run_dir / RECORD, "configuration")
-        tracker.params(config_io.flatten(config_io.dump(job.config)))
+        tracker.params(serialization.flatten(serialization.dump(job.config)))
     return tracker
 
 
@@ -227,13 +197,13 @@ def training_tracker(config: RunConfig, data: str, run_dir: Path, uri: str, say:
 
 def _finish(job: Job, tracker: Tracker, outcome: dict[str, Any]) -> None:
     tracker.finish(failed="error" in outcome)
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         write_json(job.run_dir / OUTCOME, {**outcome, "token": job.token, "mlflow_run": tracker.run_id})
-    ranks.barrier()
+    distributed.barrier()
 
 
 def _say(job: Job, text: str) -> None:
     """A line for people; the driver shows the file as it grows."""
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         with (job.run_dir / LOG).open("a") as file:
             file.write(text + "\n")

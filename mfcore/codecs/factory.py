@@ -1,0 +1,72 @@
+"""From the ids that travel with a model back to the codecs that made its latents."""
+
+import re
+from fractions import Fraction
+
+import torch
+
+from mfcore.codecs.base import Codec, TextCodec
+from mfcore.codecs.dct import DctCodec, DctConfig
+from mfcore.codecs.hashed_words import HashedWords
+from mfcore.codecs.mel import MelCodec, MelConfig
+from mfcore.codecs.oobleck import OobleckCodec, OobleckConfig
+from mfcore.codecs.t5 import T5Config, T5Words
+from mfcore.codecs.wan import WanCodec, WanConfig
+from mfcore.timeline import LatentClock
+
+VideoConfig = DctConfig | WanConfig
+AudioConfig = MelConfig | OobleckConfig
+
+
+def make_codec(config: VideoConfig | AudioConfig, device: torch.device | str | None = None) -> Codec:
+    """The codec of a configuration; pretrained ones compute on ``device``, by default a GPU if there is one."""
+    if isinstance(config, DctConfig):
+        return DctCodec(config)
+    if isinstance(config, MelConfig):
+        return MelCodec(config)
+    return WanCodec(config, device) if isinstance(config, WanConfig) else OobleckCodec(config, device)
+
+
+def build_codec(codec_id: str, clock: LatentClock, folder: str = "", device: torch.device | str | None = None) -> Codec:
+    """The codec of this id; ``clock`` (of the dataset or the model) gives the frame rate, which an id does not hold.
+
+    ``folder``: where a pretrained codec looks for its weights first, when they are needed.
+    """
+    # Of two numbers with one letter the first counts: the last part may be a digest that looks like one.
+    numbers = {key: int(value) for key, value in reversed(re.findall(r"/([a-z])(\d+)(?=/|$)", codec_id))}
+    name, weights = codec_id.split("/")[0], codec_id.rsplit("/", 1)[-1]
+    try:
+        config = _config(name, numbers, clock.rate, weights, folder)
+    except KeyError:
+        raise ValueError(
+            f"unknown codec {codec_id!r}: this mfctl knows dct-v1, mel-v1, wan-v1 and oobleck-v1; update it, or encode "
+            "the data again"
+        ) from None
+    codec = make_codec(config, device)
+    if codec.id != codec_id:
+        raise ValueError(
+            f"codec {codec_id!r} was made by another version (this one makes {codec.id!r}): encode the data again"
+        )
+    return codec
+
+
+def _config(name: str, n: dict[str, int], rate: Fraction, weights: str, folder: str) -> VideoConfig | AudioConfig:
+    """``n``: the numbers of an id by their letters. KeyError for a name or an id that is not known."""
+    if name == "dct-v1":
+        return DctConfig(channels=n["c"], block=n["b"], group=n["g"], fps=rate * n["g"])
+    if name == "mel-v1":
+        return MelConfig(sample_rate=n["r"], window=n["w"], hop=n["h"], mels=n["m"], group=n["g"], channels=n["c"])
+    if name == "wan-v1":
+        return WanConfig(channels=n["c"], block=n["b"], weights=weights, fps=rate * n["g"], folder=folder)
+    if name == "oobleck-v1":
+        return OobleckConfig(channels=n["c"], sample_rate=n["r"], hop=n["h"], weights=weights, folder=folder)
+    raise KeyError(name)
+
+
+def build_text_codec(codec_id: str, folder: str = "", device: torch.device | str | None = None) -> TextCodec:
+    """The text encoder of this id."""
+    if match := re.fullmatch(r"words-v([12])/d(\d+)", codec_id):
+        return HashedWords(width=int(match[2]), version=int(match[1]))
+    if match := re.fullmatch(r"t5-v1/d(\d+)/([0-9a-f]+)", codec_id):
+        return T5Words(T5Config(width=int(match[1]), weights=match[2], folder=folder), device)
+    raise ValueError(f"unknown text codec {codec_id!r}: this mfctl knows words-v1, words-v2 and t5-v1")

@@ -1,0 +1,117 @@
+"""Named per-sample loss terms, and the one place where they are weighed and averaged."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mfcore.device import beside
+from mfcore.types import AVBatch, VelocityModel
+
+LEVEL_BINS = 4
+PLACES = ("first", "middle", "last")  # of a chunk in its clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One loss of one modality, a mean over the elements of each chunk, not yet averaged over samples and chunks."""
+
+    name: str  # e.g. "flow_matching"
+    modality: str
+    values: Float[Tensor, "B K"]
+    weight: float = 1.0
+    level: Float[Tensor, "B K"] | None = None  # noise level, for reporting by bin
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}/{self.modality}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """Where the run stands; every draw of an objective is a function of this and of sample numbers."""
+
+    seed: int
+    step: int  # optimizer steps done before this one
+    stage_step: int  # the same, counted from the start of the stage
+
+
+class Objective(Protocol):
+    """Loss terms for each trained network, by its name: "student", and "fake" where there is a fake score.
+
+    ``models`` holds "student" always, "ema" and "fake" where the objective names them in ``needs``.
+    """
+
+    @property
+    def needs(self) -> Sequence[str]: ...
+
+    def __call__(
+        self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
+    ) -> dict[str, list[Term]]: ...
+
+    def rounds(
+        self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
+    ) -> Iterator[dict[str, list[Term]]]:
+        """The terms of the call, then, one round each, those of networks that take further updates in the same step.
+
+        A round is computed when it is asked for: after the networks that it names have taken the update before.
+        """
+        ...
+
+
+class OneRound:
+    """The rounds of an objective whose networks take one update each."""
+
+    def rounds(
+        self: Objective, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
+    ) -> Iterator[dict[str, list[Term]]]:
+        yield self(models, batch, info)
+
+
+def chunk_means(squares: Tensor, chunk: Int64[Tensor, " n"]) -> Float[Tensor, "B K"]:
+    """Mean over the elements of each chunk of a (B, n, C, ...) tensor, in float32."""
+    per_latent = squares.float().flatten(2).mean(-1)
+    counts = chunk.unique_consecutive(return_counts=True)[1]  # on the CPU, where nothing waits for it
+    if bool((counts == counts[0]).all()):
+        return per_latent.unflatten(1, (len(counts), -1)).mean(-1)
+    sums = per_latent.new_zeros(per_latent.shape[0], len(counts))
+    return sums.index_add(1, beside(chunk - chunk[0], per_latent), per_latent) / beside(counts, per_latent)
+
+
+def total(terms: Iterable[Term]) -> Tensor:
+    """The scalar to differentiate: sum over terms of weight * mean over samples and chunks."""
+    parts = [term.weight * term.values.mean() for term in terms if term.values.numel()]
+    if not parts:
+        raise ValueError("an objective produced no loss term: check its weights and rows")
+    return torch.stack(parts).sum()
+
+
+def report(terms: Iterable[Term]) -> dict[str, float]:
+    """Unweighted means: by term and modality, by noise bin where the level is known, and by place of the chunk.
+
+    ``KEY``, ``KEY/t0`` (clean) .. ``KEY/t3`` (noise), ``KEY/chunk_first``, ``KEY/chunk_middle``, ``KEY/chunk_last``.
+    """
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for term in terms:
+        if not term.values.numel():
+            continue
+        values = term.values.detach()
+        parts[term.key].append(values.flatten())
+        if term.level is not None:
+            bins = (term.level.to(values.device) * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1)
+            for b in range(LEVEL_BINS):
+                parts[f"{term.key}/t{b}"].append(values[bins == b])
+        place = chunk_places(values.shape[1]).to(values.device)
+        for b, name in enumerate(PLACES):
+            parts[f"{term.key}/chunk_{name}"].append(values[:, place == b].flatten())
+    whole = {key: torch.cat(pieces) for key, pieces in parts.items()}
+    return {key: float(values.mean()) for key, values in whole.items() if values.numel()}
+
+
+def chunk_places(chunks: int) -> Int64[Tensor, " K"]:
+    """Index into ``PLACES`` of every chunk: thirds of the clip; two chunks are the first and the last."""
+    return (torch.arange(chunks) * 2 / max(1, chunks - 1)).round().long()

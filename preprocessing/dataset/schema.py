@@ -1,0 +1,261 @@
+"""One Parquet row = one clip: the columns, how a row is made, how it is read back.
+
+The first block of columns has names, types and axis orders of FastVideo's text-to-video-and-audio (t2va) schema:
+tensors are ``<name>_bytes, _shape, _dtype``, video latents (C, T, h, w), audio latents (C, T), text (L, D), so data
+moves both ways. The second block is ours. In a uni-modal set the columns of the other modality are null.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float, Float64
+from PIL import Image
+from torch import Tensor
+
+from mfcore.types import AUDIO, VIDEO
+from preprocessing.records import Clip, Word
+
+SCHEMA_VERSION = 1
+ROW_GROUP = 16  # clips
+
+
+def _tensor_fields(name: str) -> list[pa.Field]:
+    return [
+        pa.field(f"{name}_bytes", pa.binary()),
+        pa.field(f"{name}_shape", pa.list_(pa.int64())),
+        pa.field(f"{name}_dtype", pa.string()),
+    ]
+
+
+CLIPS = pa.schema(
+    [
+        # FastVideo t2va
+        pa.field("id", pa.string()),
+        *_tensor_fields("vae_latent"),
+        *_tensor_fields("audio_latent"),
+        *_tensor_fields("text_embedding"),
+        pa.field("file_name", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("media_type", pa.string()),
+        pa.field("width", pa.int64()),
+        pa.field("height", pa.int64()),
+        pa.field("num_frames", pa.int64()),
+        pa.field("duration_sec", pa.float64()),
+        pa.field("fps", pa.float64()),
+        pa.field("audio_sample_rate", pa.int64()),
+        # ours
+        pa.field("source_uri", pa.string()),
+        pa.field("span_start_sec", pa.float64()),
+        pa.field(
+            "transcript",
+            pa.list_(pa.struct([("word", pa.string()), ("start", pa.float64()), ("end", pa.float64())])),
+        ),
+        *_tensor_fields("transcript_embedding"),
+        pa.field("first_frame_png", pa.binary()),
+        pa.field("sync_offset_sec", pa.float64()),
+        pa.field("sync_confidence", pa.float64()),
+        pa.field("video_latent_times", pa.list_(pa.float64())),
+        pa.field("audio_latent_times", pa.list_(pa.float64())),
+        # added later: a dataset may lack them
+        pa.field("source_content", pa.string()),
+        pa.field("source_fps", pa.float64()),
+        pa.field("loudness_db", pa.float64()),
+        pa.field("transcript_source", pa.string()),  # manifest, sidecar, whisper/...; null: there is no transcript
+        pa.field("fingerprint", pa.binary()),  # what near-duplicates are found by
+    ],
+    metadata={"mfctl_schema_version": str(SCHEMA_VERSION)},
+)
+
+REJECTS = pa.schema(
+    [
+        pa.field("uri", pa.string()),
+        pa.field("span_start_sec", pa.float64()),  # null: the source as a whole
+        pa.field("span_end_sec", pa.float64()),
+        pa.field("step", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+    ]
+)
+
+SOURCES = pa.schema(
+    [
+        pa.field("uri", pa.string()),
+        pa.field("size", pa.int64()),
+        pa.field("fingerprint", pa.string()),
+        pa.field("unit", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("transcript", CLIPS.field("transcript").type),
+        pa.field("duplicate_of", pa.string()),  # added later: a dataset may lack it
+    ]
+)
+
+_COMMON = [
+    *("id", "caption", "source_uri", "span_start_sec", "transcript"),
+    *(f"{name}_{part}" for name in ("text_embedding", "transcript_embedding") for part in ("bytes", "shape", "dtype")),
+]
+_OF_MODALITY = {
+    VIDEO: ["vae_latent_bytes", "vae_latent_shape", "vae_latent_dtype", "first_frame_png"],
+    AUDIO: ["audio_latent_bytes", "audio_latent_shape", "audio_latent_dtype"],
+}
+
+
+def columns(modalities: Sequence[str]) -> list[str]:
+    """The columns that reading clips of these modalities touches."""
+    return _COMMON + [name for m in modalities for name in _OF_MODALITY[m]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTensors:
+    """One clip as the trainer reads it. Latents are raw: whiten them with statistics from the model or the dataset."""
+
+    id: str
+    video: Float[Tensor, "n C h w"] | None  # the first latent is the first frame alone
+    audio: Float[Tensor, "n C"] | None
+    chunks: int  # whole chunks present in every modality that was read
+    caption: str
+    caption_embedding: Float[Tensor, "L D"]
+    words: Float[Tensor, "W D"]
+    word_times: Float64[Tensor, "W 2"]  # seconds since the start of the clip
+    transcript: tuple[Word, ...]
+    first_frame_png: bytes | None
+    source_uri: str
+    span_start_sec: float
+
+
+# ---------------------------------------------------------------------------------------------------------- clip -> row
+
+
+def _pack(name: str, array: np.ndarray[Any, Any] | None) -> dict[str, Any]:
+    if array is None:
+        return {f"{name}_{part}": None for part in ("bytes", "shape", "dtype")}
+    return {f"{name}_bytes": array.tobytes(), f"{name}_shape": list(array.shape), f"{name}_dtype": str(array.dtype)}
+
+
+def _png(frame: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def to_row(
+    clip: Clip, *, id: str, file_name: str, fps: float, sample_rate: int, times: dict[str, list[float]], dtype: str
+) -> dict[str, Any]:
+    """A row of CLIPS from a clip that went through every step. ``dtype``: float32 or float16, of the latents."""
+    assert clip.latents is not None
+    assert clip.caption_embedding is not None
+    assert clip.words_embedding is not None
+    kind = np.dtype(dtype)
+    video, audio = clip.latents.get(VIDEO), clip.latents.get(AUDIO)
+    frames = None if clip.frames is None else len(clip.frames)
+    height, width = (None, None) if clip.frames is None else clip.frames.shape[1:3]
+    return {
+        "id": id,
+        **_pack("vae_latent", None if video is None else video.transpose(0, 1).contiguous().numpy().astype(kind)),
+        **_pack("audio_latent", None if audio is None else audio.transpose(0, 1).contiguous().numpy().astype(kind)),
+        **_pack("text_embedding", clip.caption_embedding.numpy()),
+        "file_name": file_name,
+        "caption": clip.caption,
+        "media_type": {(True, True): "video_with_audio", (True, False): "video"}.get(
+            (video is not None, audio is not None), "audio"
+        ),
+        "width": width,
+        "height": height,
+        "num_frames": frames,
+        "duration_sec": frames / fps if frames is not None else clip.span[1] - clip.span[0],
+        "fps": fps if frames is not None else None,
+        "audio_sample_rate": sample_rate if audio is not None else None,
+        "source_uri": clip.source.uri,
+        "span_start_sec": clip.span[0],
+        "transcript": [asdict(word) for word in clip.transcript],
+        "transcript_source": clip.transcript_source or None,
+        **_pack("transcript_embedding", clip.words_embedding.numpy()),
+        "first_frame_png": None if clip.frames is None else _png(clip.frames[0]),
+        "sync_offset_sec": clip.sync[0] if clip.sync else None,
+        "sync_confidence": clip.sync[1] if clip.sync else None,
+        "fingerprint": clip.fingerprint,
+        "video_latent_times": times.get(VIDEO),
+        "audio_latent_times": times.get(AUDIO),
+        "source_content": clip.content,
+        "source_fps": clip.source_fps,
+        "loudness_db": clip.loudness_db,
+    }
+
+
+class RowWriter:
+    """Rows into one local Parquet file, a row group at a time, so that a unit never holds more than ROW_GROUP clips."""
+
+    def __init__(self, path: Path, schema: pa.Schema = CLIPS) -> None:
+        self.path, self.rows = path, 0
+        self._schema = schema
+        self._waiting: list[dict[str, Any]] = []
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False, write_statistics=False)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._waiting.append(row)
+        self.rows += 1
+        if len(self._waiting) == ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.Table.from_pylist(self._waiting, schema=self._schema))
+            self._waiting = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- row -> clip
+
+
+def _unpack(row: dict[str, Any], name: str) -> Tensor | None:
+    data = row.get(f"{name}_bytes")
+    if data is None:
+        return None
+    array = np.frombuffer(data, dtype=row[f"{name}_dtype"]).reshape(row[f"{name}_shape"])
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _time_first(latents: Tensor | None) -> Tensor | None:
+    return None if latents is None else latents.transpose(0, 1).contiguous()
+
+
+def from_row(row: dict[str, Any], chunks: int) -> ClipTensors:
+    """What ``to_row`` wrote, as float32 tensors with time first. Columns that were not read count as absent."""
+    words = tuple(Word(**word) for word in row["transcript"] or [])
+    caption, spoken = _unpack(row, "text_embedding"), _unpack(row, "transcript_embedding")
+    assert caption is not None
+    assert spoken is not None
+    return ClipTensors(
+        id=row["id"],
+        video=_time_first(_unpack(row, "vae_latent")),
+        audio=_time_first(_unpack(row, "audio_latent")),
+        chunks=chunks,
+        caption=row["caption"],
+        caption_embedding=caption,
+        words=spoken,
+        word_times=torch.tensor([[w.start, w.end] for w in words], dtype=torch.float64).reshape(-1, 2),
+        transcript=words,
+        first_frame_png=row.get("first_frame_png"),
+        source_uri=row["source_uri"],
+        span_start_sec=row["span_start_sec"],
+    )
+
+
+def latent_counts(row: dict[str, Any]) -> dict[str, int]:
+    """Latents per modality that a row holds, among the columns that were read (the first-frame latent included)."""
+    shapes = {VIDEO: row.get("vae_latent_shape"), AUDIO: row.get("audio_latent_shape")}
+    return {modality: int(shape[1]) for modality, shape in shapes.items() if shape is not None}

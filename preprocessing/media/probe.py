@@ -1,0 +1,215 @@
+"""Probe media with ffprobe: streams, and the timestamps at which their decoded frames and samples begin."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from preprocessing.io.errors import Outage
+from preprocessing.io.processes import guarded
+from preprocessing.media.mp4_writer import file_url
+
+STALL_SECONDS = 60.0
+DECODER_BYTES = 4 << 30  # of memory for ffmpeg: 16 reference frames of 8K in 10 bits, and HDR on top
+# Codes with which ffmpeg ends when something else ended it, and the signal: 255 is what it makes of a polite one.
+KILLED = {-signal.SIGKILL: signal.SIGKILL, -signal.SIGTERM: signal.SIGTERM, 255: signal.SIGTERM}
+_NO_MEMORY = ("Cannot allocate memory", "get_buffer() failed")
+
+
+class MediaError(ValueError):
+    """A file that cannot be probed or decoded. ``reason`` is a short stable word, ``detail`` what ffmpeg said."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoInfo:
+    index: int  # stream number in the file
+    width: int  # coded pixels, before rotation and pixel aspect
+    height: int
+    pixel_aspect: float = 1.0  # width of a pixel over its height, before rotation
+    rotation: int = 0  # quarter turns in degrees, as the file says; ffmpeg applies it when it decodes
+    fps: float  # average rate as the header claims it; 0 when unknown
+    start: float  # timestamp of the first decoded frame, seconds
+    transfer: str  # colour transfer, e.g. bt709 or smpte2084
+    matrix: str  # colour matrix; "" when the file does not say
+    interlaced: bool
+
+    @property
+    def shown(self) -> tuple[float, float]:
+        """(height, width) as a viewer sees it, in pixels of the coded height: upright and with square pixels."""
+        height, width = float(self.height), self.width * self.pixel_aspect
+        return (width, height) if self.rotation % 180 else (height, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioInfo:
+    index: int  # stream number in the file
+    sample_rate: int
+    channels: int
+    start: float  # timestamp of the first decoded sample, seconds; nan when none was among the first packets
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaInfo:
+    """What a file holds. Timestamps are the container's own; ``origin`` is the one a player shows as 0."""
+
+    video: VideoInfo | None
+    audio: AudioInfo | None
+    origin: float
+    duration: float  # as the header claims it; 0 when unknown
+
+    @property
+    def start(self) -> float:
+        """Timestamp of the first decoded frame, or sample where there is no picture."""
+        if self.video is not None:
+            return self.video.start
+        assert self.audio is not None, "probe never returns a file without streams"
+        return self.audio.start
+
+
+def lacked_memory(said: Sequence[str]) -> bool:
+    """Whether ffmpeg complained of too little memory."""
+    return any(words in line for line in said for words in _NO_MEMORY)
+
+
+def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float, memory: int) -> dict[str, Any]:
+    wanted = (
+        "format=start_time,duration:stream=index,codec_type,codec_name,width,height,avg_frame_rate,sample_rate,channels,"
+        "color_transfer,color_space,field_order,sample_aspect_ratio:stream_disposition=default,attached_pic:"
+        "stream_side_data=rotation:stream_tags=rotate:"
+        "frame=stream_index,best_effort_timestamp_time,pts_time,interlaced_frame"
+    )
+    command = ["ffprobe", "-v", "error", "-of", "json", "-show_entries", wanted, "-show_frames"]
+    command += ["-read_intervals", packets, "-i", file_url(path)]
+    try:
+        done = subprocess.run(
+            guarded(command, memory),
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise MediaError("timeout", f"ffprobe did not finish within {timeout:.0f} s") from None
+    if done.returncode in KILLED:
+        raise MediaError("killed", f"something ended ffprobe with {KILLED[done.returncode].name}")
+    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    if lacked_memory(said):
+        raise MediaError("memory", f"its first frames need more than {memory >> 20} MiB to decode")
+    facts: dict[str, Any] = json.loads(done.stdout or b"{}")
+    if not facts.get("streams"):
+        raise MediaError("unreadable", said[-1].split(": ")[-1] if said else "no streams")
+    if 0 < len(facts.get("frames", [])) < 2 * len(said):  # encrypted or damaged: a complaint for every other frame
+        raise MediaError("corrupt", f"{len(said)} decoding errors in {len(facts['frames'])} frames: {said[-1][-100:]}")
+    return facts
+
+
+def _first_times(facts: dict[str, Any]) -> dict[int, float]:
+    """Stream number -> timestamp of its first decoded frame or block of samples."""
+    first: dict[int, float] = {}
+    for frame in facts.get("frames", []):
+        stamp = frame.get("best_effort_timestamp_time", frame.get("pts_time"))
+        if stamp is not None and "stream_index" in frame:
+            first.setdefault(int(frame["stream_index"]), float(stamp))
+    return first
+
+
+def _choose(streams: list[dict[str, Any]], kind: str, track: int | None = None) -> dict[str, Any] | None:
+    """The stream marked as default, else the first; cover pictures and streams without a known codec do not count.
+
+    ``track``: the stream of this number among those of its kind (0: the first), if it is usable.
+    """
+    if track is not None:
+        streams = [s for s in streams if s.get("codec_type") == kind][track : track + 1]
+    usable = [
+        s
+        for s in streams
+        if s.get("codec_type") == kind
+        and s.get("codec_name", "unknown") not in ("unknown", "none")
+        and not s.get("disposition", {}).get("attached_pic")
+        and (kind == "audio" or int(s.get("width", 0)) > 0)
+        and (kind == "video" or int(s.get("sample_rate", 0)) > 0)
+    ]
+    return max(usable, key=lambda s: s.get("disposition", {}).get("default", 0), default=None)
+
+
+def _rate(text: str) -> float:
+    up, _, down = text.partition("/")
+    return float(up) / float(down) if float(down or 1) else 0.0
+
+
+def probe(
+    path: str | os.PathLike[str],
+    *,
+    timeout: float = STALL_SECONDS,
+    memory: int = DECODER_BYTES,
+    audio_track: int | None = None,
+) -> MediaInfo:
+    """What is in a file, from its header and its first decoded frames. ``audio_track``: 0 is the first one; None: the
+    one that the file marks as default.
+
+    Raises MediaError: ``unreadable`` (not media, truncated, empty), ``corrupt`` (its start decodes to noise: damaged or
+    encrypted), ``timeout``, ``memory`` (more than so many bytes), ``killed`` (by something else: says nothing about the
+    file). Outage without ffmpeg.
+    """
+    if shutil.which("ffprobe") is None:
+        raise Outage("ffprobe is not installed: install ffmpeg (`mfctl doctor` says how)")
+    if not os.path.isfile(path):
+        raise MediaError("unreadable", "no regular file" if os.path.exists(path) else "no such file")
+    facts = _ffprobe(path, "%+#64", timeout, memory)
+    first = _first_times(facts)
+    video, audio = _choose(facts["streams"], "video"), _choose(facts["streams"], "audio", audio_track)
+    if any(s is not None and s["index"] not in first for s in (video, audio)):
+        # A stream that begins late, or a picture hidden behind packets that an edit list discards.
+        first = _first_times(_ffprobe(path, "%+30", timeout, memory)) | first
+    start = float(facts.get("format", {}).get("start_time", 0.0))
+    return MediaInfo(
+        video=_video_info(video, first, any(frame.get("interlaced_frame") for frame in facts.get("frames", []))),
+        audio=_audio_info(audio, first),
+        origin=max(0.0, start),
+        duration=float(facts.get("format", {}).get("duration", 0.0)),
+    )
+
+
+def _video_info(stream: dict[str, Any] | None, first: dict[int, float], fields: bool) -> VideoInfo | None:
+    """``fields``: a decoded frame was flagged as two fields, which headers often keep to themselves."""
+    if stream is None or stream["index"] not in first:
+        return None
+    return VideoInfo(
+        index=stream["index"],
+        width=int(stream["width"]),
+        height=int(stream["height"]),
+        pixel_aspect=_rate(stream.get("sample_aspect_ratio", "1:1").replace(":", "/")) or 1.0,
+        rotation=_rotation(stream),
+        fps=_rate(stream.get("avg_frame_rate", "0/1")),
+        start=first[stream["index"]],
+        transfer=stream.get("color_transfer", ""),
+        matrix=stream.get("color_space", "").replace("unknown", ""),
+        interlaced=fields or stream.get("field_order", "progressive") in ("tt", "bb", "tb", "bt"),
+    )
+
+
+def _rotation(stream: dict[str, Any]) -> int:
+    """Degrees; newer ffprobe says it as side data, older ones as a tag."""
+    said = [data["rotation"] for data in stream.get("side_data_list", []) if "rotation" in data]
+    return round(float((said or [stream.get("tags", {}).get("rotate", 0)])[0]))
+
+
+def _audio_info(stream: dict[str, Any] | None, first: dict[int, float]) -> AudioInfo | None:
+    if stream is None or stream["index"] not in first:
+        return None
+    return AudioInfo(
+        index=stream["index"],
+        sample_rate=int(stream["sample_rate"]),
+        channels=int(stream.get("channels", 1)),
+        start=first[stream["index"]],
+    )

@@ -1,0 +1,274 @@
+"""One work unit -> its files and its marker; and all units, through Ray Data or in this process.
+
+A worker takes a unit, runs every source of it through the steps, writes the unit's files itself and puts its marker
+last; only small summaries travel through Ray. Frames never leave the worker that decoded them.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from math import floor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preprocessing.config import PreprocessConfig
+from preprocessing.dataset.schema import REJECTS, RowWriter, to_row
+from preprocessing.dataset.units import Unit
+from preprocessing.io.errors import Outage, outages
+from preprocessing.io.hashing import canonical, digest
+from preprocessing.io.lease import check_token
+from preprocessing.io.processes import scratch, sweep_scratch
+from preprocessing.io.ray_resources import has_come, most, told_while_waiting
+from preprocessing.io.storage import Store
+from preprocessing.pipeline import Spent, build_encoders, process_sources
+from preprocessing.records import Clip, Rejected, Source
+from preprocessing.sources.discovery import file_name
+from preprocessing.steps.encode import ChannelSums, Encoders, latent_times
+from preprocessing.steps.transcribe import build_whisper
+
+Done = Callable[[dict[str, Any], Mapping[str, float]], None]
+"""Called with a finished unit's marker, and the seconds that each step took in it."""
+
+
+def clip_id(clip: Clip) -> str:
+    """A function of the source's URI and the span."""
+    return digest([clip.source.uri, *(f"{second:.6f}" for second in clip.span)])
+
+
+def bucket(clip: Clip) -> str:
+    """The shape that the clips of a file share: height x width, or that there is only sound."""
+    return "audio" if clip.frames is None else f"{clip.frames.shape[1]}x{clip.frames.shape[2]}"
+
+
+def run_unit(
+    unit: Unit, store: Store, token: str, config: PreprocessConfig, encoders: Encoders, spent: Spent | None = None
+) -> dict[str, Any]:
+    """Process a unit, publish its files, then its marker, which is returned.
+
+    LeaseLost when no longer ours; Outage when a disk is full, or a place of sources or of the store fails.
+    """
+    spent = spent or Spent()
+    with scratch() as folder:
+        with (
+            outages(tempfile.gettempdir(), hint=" (or set TMPDIR to another disk)"),
+            _Files(folder, config, encoders, spent) as files,
+        ):
+            for source, clip in process_sources(unit.sources, config, encoders, spent):
+                files.add(source, clip)
+        check_token(store, token)
+        published = [
+            _publish(store, file.path, kind, f"{kind}/{unit.name}{suffix}.parquet", file.rows)
+            for kind, suffix, file in files.written()
+        ]
+    marker = {
+        "unit": unit.name,
+        "fingerprint": config.fingerprint,
+        "files": [file for file in published if file],
+        "sources": len(unit.sources),
+        **files.counts(),
+    }
+    check_token(store, token)
+    store.write(unit.marker, canonical(marker).encode())
+    return marker
+
+
+class _Files:
+    """The rows of a unit: accepted clips in a local file for each bucket, rejects in one."""
+
+    def __init__(self, folder: Path, config: PreprocessConfig, encoders: Encoders, spent: Spent) -> None:
+        self._folder, self._config, self._encoders, self._spent = folder, config, encoders, spent
+        self._sums = {m: ChannelSums.zero(codec.channels) for m, codec in encoders.codecs.items()}
+        self._seconds, self._reasons, self._whole_sources = 0.0, Counter[str](), 0
+        self._clips: dict[str, RowWriter] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> "_Files":
+        self._rejects = self._open.enter_context(RowWriter(self._folder / "rejects.parquet", REJECTS))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with self._spent.step("write"):
+            self._open.__exit__(*error)
+
+    def add(self, source: Source, clip: Clip | Rejected) -> None:
+        with self._spent.step("write"):
+            if isinstance(clip, Rejected):
+                self._rejects.add(_reject_row(source, clip))
+                self._reasons[clip.reason] += 1
+                self._whole_sources += clip.span is None
+                return
+            name = bucket(clip)
+            if name not in self._clips:
+                self._clips[name] = self._open.enter_context(RowWriter(self._folder / f"{name}.parquet"))
+            self._clips[name].add(_row(clip, self._config, self._encoders))
+            self._seconds += clip.span[1] - clip.span[0]
+            for modality, latents in (clip.latents or {}).items():
+                self._sums[modality].add(latents, self._encoders.timeline.clocks[modality].head)
+
+    def written(self) -> list[tuple[str, str, RowWriter]]:
+        """Kind, suffix of its name, and file."""
+        clips = [("clips", f"-{name}", self._clips[name]) for name in sorted(self._clips)]
+        return [*clips, ("rejects", "", self._rejects)]
+
+    def counts(self) -> dict[str, Any]:
+        """What the unit's marker says of its rows."""
+        return {
+            "accepted": sum(file.rows for file in self._clips.values()),
+            "rejects_by_reason": dict(sorted(self._reasons.items())),
+            "rejected_sources": self._whole_sources,
+            "seconds": round(self._seconds, 6),
+            "sums": {m: s.to_json() for m, s in self._sums.items()},
+        }
+
+
+def _row(clip: Clip, config: PreprocessConfig, encoders: Encoders) -> dict[str, Any]:
+    assert clip.latents is not None
+    return to_row(
+        clip,
+        id=clip_id(clip),
+        file_name=file_name(clip.source.uri),
+        fps=float(config.fps),
+        sample_rate=config.sample_rate,
+        times=latent_times(clip.latents, encoders.timeline),
+        dtype=config.latent_dtype,
+    )
+
+
+def _reject_row(source: Source, rejected: Rejected) -> dict[str, Any]:
+    start, end = rejected.span or (None, None)
+    # ffmpeg prints addresses of its contexts: they differ from run to run, a unit's bytes must not
+    detail = re.sub(r" @ 0x[0-9a-f]+", "", rejected.detail.encode("utf-8", "replace").decode())[:500]
+    return {
+        "uri": source.uri,
+        "span_start_sec": start,
+        "span_end_sec": end,
+        "step": rejected.step,
+        "reason": rejected.reason,
+        "detail": detail,
+    }
+
+
+def _publish(store: Store, local: Path, kind: str, name: str, rows: int) -> dict[str, Any] | None:
+    """Put a file unless it has no rows; its entry in the marker."""
+    if rows == 0:
+        return None
+    data = local.read_bytes()
+    store.put(local, name)
+    return {"kind": kind, "name": name, "rows": rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+# ----------------------------------------------------------------------------------------------------------- all units
+
+
+class _Worker:
+    """One unit in, its marker out, or the outage that stopped it. As a Ray actor it keeps its codecs loaded, on its
+    share of a GPU if it has one."""
+
+    def __init__(self, store_uri: str, token: str, config: PreprocessConfig) -> None:
+        torch.set_num_threads(1)  # one worker per CPU
+        sweep_scratch()
+        self._store, self._token, self._config = Store(store_uri), token, config
+        self._encoders = _kept_encoders(config)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        unit, spent = Unit.from_json(row["unit"]), Spent()
+        try:
+            marker = run_unit(unit, self._store, self._token, self._config, self._encoders, spent)
+        except (Outage, OSError) as error:  # said in words: Ray would wrap it in pages of its own
+            return {"marker": "null", "spent": "{}", "outage": str(error) or repr(error)}
+        return {"marker": canonical(marker), "spent": canonical(spent.seconds), "outage": ""}
+
+
+@lru_cache(maxsize=1)
+def _kept_encoders(config: PreprocessConfig) -> Encoders:
+    """Loaded codecs: a process that is given one unit after the other makes them once."""
+    encoders = build_encoders(config)
+    encoders.load()
+    if config.whisper:
+        build_whisper(config.whisper, config.device)
+    return encoders
+
+
+@lru_cache(maxsize=1)
+def _kept_worker(store_uri: str, token: str, config: PreprocessConfig) -> _Worker:
+    return _Worker(store_uri, token, config)
+
+
+def _work(row: dict[str, Any], store_uri: str, token: str, config: PreprocessConfig) -> dict[str, Any]:
+    """The same as a Ray task: nothing has to be loaded, and processes that stand ready take it."""
+    return _kept_worker(store_uri, token, config)(row)
+
+
+def run_units(units: Sequence[Unit], store: Store, token: str, config: PreprocessConfig, on_done: Done) -> None:
+    """Process all units through Ray Data, or in this process for ``workers=0``. Outage as ``run_unit``."""
+    sweep_scratch()
+    if config.workers == 0:
+        encoders = _kept_encoders(config)
+        for unit in units:
+            spent = Spent()
+            on_done(run_unit(unit, store, token, config, encoders, spent), spent.seconds)
+    elif units:
+        _run_on_ray(units, store, token, config, on_done)
+        sweep_scratch()  # of workers that were killed meanwhile
+        store.sweep()
+
+
+def _run_on_ray(units: Sequence[Unit], store: Store, token: str, config: PreprocessConfig, on_done: Done) -> None:
+    _start_ray()
+    import ray
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its narration is no news to our users
+    workers = _workers(len(units), config, most(ray.cluster_resources()))
+    # One block per unit as far as Ray's bookkeeping allows: a block is what a task takes and what is retried.
+    data = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=min(len(units), 4096))
+    arguments = (store.uri, token, config)
+    # memory 0: else Ray Data asks for as much as a task returned (kilobytes of facts), and an autoscaler that knows its
+    # kinds of machines by CPUs alone, as it does Google's, never brings one for a task that asks for memory.
+    gpus = config.encoder.gpus or None
+    place: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "memory": 0, "concurrency": workers}
+    actor: Any = _Worker  # Ray makes one per worker
+    if config.folders or config.whisper:
+        made = data.map(actor, fn_constructor_args=arguments, **place)
+    else:
+        task: Any = _work  # with arguments of its own behind the row
+        made = data.map(task, fn_args=arguments, **place)
+    asked, there = {"CPU": 1.0, "GPU": gpus or 0.0}, ray.cluster_resources
+    with told_while_waiting(f"machines for {workers} workers", there, seen=has_come(asked, there)):
+        for row in made.iter_rows():
+            if row["outage"]:
+                raise Outage(row["outage"])
+            on_done(json.loads(row["marker"]), json.loads(row["spent"]))
+
+
+def _workers(units: int, config: PreprocessConfig, room: Mapping[str, float]) -> int:
+    """How many at a time. ``room``: what the cluster has or can have; ValueError where that is too little for one."""
+    cpus, gpus = room.get("CPU", 0.0), config.encoder.gpus
+    fit = units
+    if gpus and (cpus or room.get("GPU")):  # a head alone, of no CPUs, does not say what it can bring
+        fit = floor(min(float(units), room.get("GPU", 0.0) / gpus + 1e-9))
+    if not fit:
+        raise ValueError(f"encoder.gpus={gpus}: Ray sees no such share of a GPU here; set encoder.gpus=0 for the CPU")
+    if config.workers is None and cpus < 1:
+        raise ValueError("there is no CPU yet on this cluster, and how many it can bring is not known: set workers=N")
+    return int(min(units, fit, config.workers or cpus))
+
+
+def _start_ray() -> None:
+    """A quiet Ray in this process, unless one runs already or RAY_ADDRESS names a cluster."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else ray.init leaves a token that a later head demands
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves its workers beside anything else
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

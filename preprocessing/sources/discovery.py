@@ -1,0 +1,203 @@
+"""What the user named -> a sorted list of sources: files, folders, globs, s3:// prefixes, manifests.
+
+A manifest (csv, jsonl or parquet) has a column ``uri`` (relative paths count from the manifest's folder) and optionally
+``caption``, ``transcript`` (list of {word, start, end}, or that as JSON), ``start`` and ``end`` in seconds since the
+file's origin (one of them may be missing). A part of a file is its own source; its URI ends in the media fragment
+``#t=start,end``.
+"""
+
+import csv
+import filecmp
+import glob
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from math import inf
+from typing import Any
+from urllib.parse import quote, unquote
+
+import pyarrow.parquet as pq
+
+from preprocessing.io.errors import outages
+from preprocessing.io.storage import file_system, is_remote, local_path, local_uri
+from preprocessing.records import Source, Word
+
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg"),
+    *(".vob", ".wmv", ".3gp", ".ogv"),
+)
+SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma")
+MEDIA = frozenset(VIDEO_SUFFIXES + SOUND_SUFFIXES)
+MANIFESTS = frozenset([".csv", ".jsonl", ".parquet"])
+_EDGE = 1 << 16  # bytes hashed at each end of a file
+
+
+def split_fragment(uri: str) -> tuple[str, tuple[float, float | None] | None]:
+    """The URI of the file, and the span in seconds that a ``#t=start,end`` fragment names (end None: to the end)."""
+    base, mark, span = uri.partition("#t=")
+    if not mark:
+        return uri, None
+    start, _, end = span.partition(",")
+    return base, (float(start), float(end) if end else None)
+
+
+def find_sources(arguments: Iterable[str]) -> list[Source]:
+    """All sources that the arguments name, each once, sorted by URI. ValueError when an argument names nothing."""
+    found: dict[str, Source] = {}
+    for argument in arguments:
+        named = list(_named(argument))
+        if not named:
+            raise ValueError(
+                f"no media files in {argument}: expected names ending in {', '.join(VIDEO_SUFFIXES[:5])}, ..."
+            )
+        for source in named:
+            found.setdefault(source.uri, source)
+    return [found[uri] for uri in sorted(found)]
+
+
+def _named(argument: str) -> Iterator[Source]:
+    suffix = os.path.splitext(argument)[1].lower()
+    if is_remote(argument):
+        yield from _manifest(argument, suffix) if suffix in MANIFESTS else _remote(argument)
+        return
+    path = local_path(argument) if argument.startswith("file://") else argument
+    if os.path.isdir(path):
+        yield from (_local(p) for p in _walk(path))
+    elif os.path.isfile(path):
+        yield from _manifest(path, suffix) if suffix in MANIFESTS else [_local(path)]
+    elif matches := sorted(glob.glob(path, recursive=True)):
+        yield from (_local(p) for p in matches if os.path.isfile(p))
+    else:
+        raise ValueError(f"no such file or folder: {argument}")
+
+
+def _walk(folder: str) -> Iterator[str]:
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (os.path.join(root, n) for n in sorted(names) if os.path.splitext(n)[1].lower() in MEDIA)
+
+
+def edges(path: str) -> str:
+    """A hash of a file's size and of its first and last 64 KiB: the same for the same file anywhere."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(_EDGE))
+        file.seek(max(0, size - _EDGE))
+        digest.update(file.read(_EDGE))
+    return digest.hexdigest()[:16]
+
+
+def _local(path: str) -> Source:
+    """A file; what cannot be read, or is none (a pipe, a broken link), is a source too, to be rejected later."""
+    try:
+        if os.path.isfile(path):
+            return Source(uri=local_uri(path), size=os.path.getsize(path), fingerprint=edges(path))
+    except OSError:
+        pass
+    return Source(uri=local_uri(path), size=0, fingerprint="unreadable")
+
+
+def same_bytes(one: Source, other: Source) -> bool:
+    """Whether two sources of one size and fingerprint are the same file content, all of it. (In object storage the
+    fingerprint is the ETag, which is of all content.) False where one of them cannot be read."""
+    places = [split_fragment(source.uri)[0] for source in (one, other)]
+    if any(is_remote(place) for place in places):
+        return all(is_remote(place) for place in places)
+    try:
+        return filecmp.cmp(*(local_path(place) for place in places), shallow=False)
+    except OSError:
+        return False
+
+
+def _remote(prefix: str) -> Iterator[Source]:
+    fs, root = file_system(prefix)
+    scheme = prefix.split("://", 1)[0]
+    try:
+        with outages(prefix, bucket=False):
+            fs.invalidate_cache()
+            if glob.has_magic(root) and not fs.exists(root):
+                listed = fs.glob(root, detail=True)
+            else:
+                listed = fs.find(root, detail=True) or ({root: fs.info(root)} if fs.exists(root) else {})
+    except FileNotFoundError:
+        listed = {}
+    for path, facts in sorted(listed.items()):
+        if facts.get("type") == "file" and os.path.splitext(path)[1].lower() in MEDIA:
+            tag = str(facts.get("ETag", facts.get("size"))).strip('"')
+            yield Source(uri=f"{scheme}://{quote(path)}", size=int(facts["size"]), fingerprint=tag)
+
+
+def _manifest(path: str, suffix: str) -> Iterator[Source]:
+    folder = os.path.dirname(path if is_remote(path) else os.path.abspath(path))
+    fs, place = file_system(path if is_remote(path) else os.path.abspath(path))
+    fs.invalidate_cache()
+    with outages(path, bucket=False), fs.open(place, "rb") as file:
+        for number, row in enumerate(_rows(file, suffix), start=1):
+            where = f"{path}, row {number}"
+            uri = row.get("uri") or row.get("path")
+            if not uri:
+                raise ValueError(f"{where}: no `uri`; a manifest needs a column of that name")
+            yield _manifest_source(row, str(uri), folder, where)
+
+
+def _rows(file: Any, suffix: str) -> Iterator[Mapping[str, Any]]:
+    if suffix == ".parquet":
+        yield from pq.read_table(file).to_pylist()
+        return
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")  # names of any bytes
+    yield from csv.DictReader(text) if suffix == ".csv" else (json.loads(line) for line in text if line.strip())
+
+
+def _manifest_source(row: Mapping[str, Any], uri: str, folder: str, where: str) -> Source:
+    caption, words = row.get("caption") or None, parse_words(row.get("transcript"), where)
+    if is_remote(uri) or is_remote(folder):
+        source = next(_remote(uri if is_remote(uri) else f"{folder}/{uri}"), None)
+        if source is None:
+            raise ValueError(f"{where}: no such object: {uri}")
+    else:
+        path = local_path(uri) if uri.startswith("file://") else os.path.join(folder, uri)
+        if not os.path.isfile(path):
+            raise ValueError(f"{where}: no such file: {uri}")
+        source = _local(path)
+    return replace(source, uri=source.uri + _fragment(row, where), caption=caption, transcript=words)
+
+
+def _fragment(row: Mapping[str, Any], where: str) -> str:
+    """``#t=start,end``, in milliseconds where that is exact enough, of a row that names a part of a file."""
+    given = [row.get("start"), row.get("end")]
+    if all(value in (None, "") for value in given):
+        return ""
+    try:
+        start, end = (None if value in (None, "") else float(value) for value in given)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: start and end are seconds, got {given[0]!r} and {given[1]!r}") from None
+    start = start or 0.0
+    if not 0 <= start < (inf if end is None else end) <= inf:
+        raise ValueError(f"{where}: start={start} and end={end} name no part of a file: 0 <= start < end")
+    return f"#t={_seconds(start)},{'' if end is None else _seconds(end)}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def parse_words(value: Any, where: str) -> tuple[Word, ...] | None:
+    """A transcript from JSON, a list of mappings, or nothing; ValueError says where it is malformed."""
+    if value is None or value == "":
+        return None
+    try:
+        listed = json.loads(value) if isinstance(value, str) else value
+        return tuple(Word(word=str(w["word"]), start=float(w["start"]), end=float(w["end"])) for w in listed)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{where}: a transcript is a list of {{word, start, end}}, got {value!r:.80}") from error
+
+
+def file_name(uri: str) -> str:
+    """The last part of a source's name, readable, bytes that are no UTF-8 still percent-encoded."""
+    name = uri.split("#", 1)[0].rsplit("/", 1)[-1]
+    decoded = unquote(name)
+    return name if "\N{REPLACEMENT CHARACTER}" in decoded else decoded

@@ -1,0 +1,76 @@
+"""Caption and transcript of a clip: from the manifest, else from the file beside the source, else recorded as missing.
+
+``NAME.json`` = {"caption": text, "transcript": [{"word", "start", "end"}]}, times in seconds since the source's origin;
+``NAME.srt`` or ``NAME.vtt`` = the transcript where there is none yet; ``NAME.txt`` = the caption. Nothing is ever
+invented.
+"""
+
+import json
+import os
+from dataclasses import replace
+from typing import Any
+from urllib.parse import unquote
+
+from preprocessing.io.errors import outages
+from preprocessing.io.storage import file_system, is_remote, local_path
+from preprocessing.records import Clip, Rejected, Source, Word
+from preprocessing.sources.discovery import parse_words, split_fragment
+from preprocessing.sources.subtitles import parse_subtitles
+
+
+def _beside(uri: str, suffix: str) -> bytes | None:
+    """Content of the file beside a source, or None."""
+    if is_remote(uri):
+        fs, path = file_system(unquote(uri))
+        path = os.path.splitext(path)[0] + suffix
+        with outages(uri):
+            return fs.cat_file(path) if fs.exists(path) else None
+    path = os.path.splitext(local_path(uri))[0] + suffix
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def read_sidecar(source: Source) -> Source:
+    """The source with caption and transcript filled in where its manifest gave none. Rejected when malformed."""
+    if source.caption is not None and source.transcript is not None:
+        return source
+    uri, _ = split_fragment(source.uri)
+    facts = _json_beside(uri)
+    caption, words = source.caption, source.transcript
+    try:
+        if caption is None and "caption" in facts:
+            caption = str(facts["caption"])
+        if words is None:
+            words = parse_words(facts.get("transcript"), "sidecar")
+        for suffix in (".vtt", ".srt"):
+            if words is None and (data := _beside(uri, suffix)) is not None:
+                words = parse_subtitles(data)
+    except ValueError as error:
+        raise Rejected("transcript", "bad_sidecar", str(error)) from error
+    if caption is None and (text := _beside(uri, ".txt")) is not None:
+        caption = text.decode("utf-8", "replace").strip()
+    return replace(source, caption=caption, transcript=words)
+
+
+def _json_beside(uri: str) -> dict[str, Any]:
+    data = _beside(uri, ".json")
+    if data is None:
+        return {}
+    try:
+        facts = json.loads(data)
+    except ValueError as error:
+        raise Rejected("transcript", "bad_sidecar", f"not JSON: {error}") from error
+    return facts if isinstance(facts, dict) else {}
+
+
+def attach_text(clip: Clip) -> Clip:
+    """Caption, and the words whose middle lies in the span, their times shifted to the span and kept inside."""
+    start, end = clip.span[0] + clip.moved, clip.span[1] + clip.moved  # where in the source's sound
+    words = tuple(
+        Word(word=w.word, start=max(0.0, w.start - start), end=min(end - start, w.end - start))
+        for w in clip.source.transcript or ()
+        if start <= (w.start + w.end) / 2 < end
+    )
+    return replace(clip, caption=clip.source.caption or "", transcript=words)

@@ -1,0 +1,270 @@
+"""Read the toy world back from pixels: head, mouth, identity and the free choices, each with its validity.
+
+Analysis by synthesis: the readers know the world's drawing, never a clip's truth. They find colours in places that are
+always visible, then the head by its outline, and compare patches with what ``toydraw`` would have drawn there. They
+work on rendered, encoded, reconstructed and generated frames of any size. ``toyhearing`` reads the sound.
+
+Letters: n frames, H W height and width, K half seconds, P numbers of one patch.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from preprocessing.toyworld import renderer
+from preprocessing.toyworld.choices import ChoiceReading, nearest, reading
+from preprocessing.toyworld.renderer import (
+    BACKGROUNDS,
+    BROWS,
+    FACES,
+    GAZES,
+    HAIRS,
+    HANDS,
+    HEAD,
+    LIGHTS,
+    SHAPES,
+    STYLES,
+    Look,
+)
+from preprocessing.toyworld.voice import VOCABULARY
+from preprocessing.toyworld.world import ToyConfig, half_second_of_frames
+
+Array = NDArray[np.float32]
+Box = tuple[float, float, float, float]  # x0, x1, y0, y1 in units of 1/64 of the side
+
+_EYES: Box = (-15.0, 15.0, -11.5, 3.5)  # boxes relative to the centre of the head
+_FOREHEAD: Box = (-14.0, 14.0, -18.5, -9.5)
+_MOUTH: Box = (-12.0, 12.0, 3.5, 18.0)
+_CHEEKS: Box = (10.0, 12.5, 4.5, 7.5)
+_HEAD: Box = (-25.0, 25.0, -27.0, 19.0)
+_ANYONE = Look(face=0, shape=0, hair=0, style=0, background=0)
+_OPENINGS = np.linspace(0, 1, 9).astype(np.float32)
+_CONTRAST = 1.0  # least distance of two colours that anything is divided by, grey levels: frames may be flat
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameReadings:
+    """What the picture shows."""
+
+    head: NDArray[np.float64]  # [n, 2] displacement of the head from rest, in shares of the frame's side
+    opening: NDArray[np.float64]  # [n] of the mouth, 0 to 1
+    look: Look
+    face_colour: NDArray[np.float64]  # [K, 3] RGB, to see drift
+    choices: dict[str, ChoiceReading]  # gaze, brows, hand, light
+
+
+def read_frames(frames: NDArray[np.uint8], config: ToyConfig) -> FrameReadings:
+    """Read frames uint8 ``[n, H, H, 3]`` of at least one half second; of ``config`` only the frame rate counts."""
+    half = half_second_of_frames(len(frames), config.fps)
+    groups = _groups(half, float(config.fps) / 2)
+    if frames.shape[1] != frames.shape[2] or not groups:
+        raise ValueError(f"frames {frames.shape} at {config.fps} fps: need square frames of at least half a second")
+    video = _Video(frames)
+    wall = np.median(video.box((16, 48, 0, 3.6)), axis=1)
+    background, light = _read_wall(np.stack([wall[g].mean(0) for g in groups]))
+    cheeks = [video.box((HEAD[0] + s * 11.2 - 0.7, HEAD[0] + s * 11.2 + 0.7, 37.5, 40.5)) for s in (-1, 1)]
+    face = np.median(np.concatenate(cheeks, axis=1), axis=(0, 1))
+    hair = np.median(video.box((28, 36, 12.5, 13.5)), axis=(0, 1))
+    head = _find_head(video, wall, face, hair)
+    aligned = video.shifted(head)
+    look = _read_look(aligned, background, light.mode[np.maximum(half, 0).clip(max=len(groups) - 1)], face, hair)
+    eyes, brows = (_medians(aligned.relative(box), groups) for box in (_EYES, _FOREHEAD))
+    skin = np.concatenate([aligned.relative(_mirror(_CHEEKS, s)) for s in (-1, 1)], axis=1)
+    return FrameReadings(
+        head=head.astype(np.float64) / 64,
+        opening=_read_opening(aligned, look),
+        look=look,
+        face_colour=np.stack([np.median(skin[g], axis=(0, 1)) for g in groups]).astype(np.float64),
+        choices={
+            "gaze": reading(*nearest(eyes, _templates(video.size, look, "gaze", GAZES, _EYES))),
+            "brows": reading(*nearest(brows, _templates(video.size, look, "brows", len(BROWS), _FOREHEAD))),
+            "hand": _read_hand(video, wall, look, groups),
+            "light": light,
+        },
+    )
+
+
+class _Video:
+    """Frames as floats, addressed in units of 1/64 of the side."""
+
+    def __init__(self, frames: NDArray[Any]) -> None:
+        self.frames = frames.astype(np.float32)
+        self.size = frames.shape[1]
+
+    def slices(self, box: Box) -> tuple[slice, slice]:
+        x0, x1, y0, y1 = (int(np.clip(round(edge * self.size / 64), 0, self.size)) for edge in box)
+        return slice(y0, max(y1, y0 + 1)), slice(x0, max(x1, x0 + 1))
+
+    def box(self, box: Box) -> Array:
+        """Pixels of a box, ``[n, pixels, 3]``."""
+        part = self.frames[:, *self.slices(box)]
+        return part.reshape(len(part), -1, 3)
+
+    def relative(self, box: Box) -> Array:
+        """Pixels of a box around a head at rest."""
+        return self.box((HEAD[0] + box[0], HEAD[0] + box[1], HEAD[1] + box[2], HEAD[1] + box[3]))
+
+    def shifted(self, by: Array) -> "_Video":
+        """The frames with the head moved back to rest; ``by [n, 2]`` in units. Cubic interpolation: it blurs little."""
+        move = by * self.size / 64
+        low = np.floor(move).astype(np.int64)
+        weights = _cubic(move - low)  # [4, n, 2]
+        near = self._clip(np.arange(-1, self.size + 2) + low[..., None])  # [n, 2, size + 3]
+        moved = np.empty_like(self.frames)
+        for i, frame in enumerate(self.frames):  # one at a time, which stays in the processor's cache
+            rows = _weighed(frame[near[i, 1]], weights[:, i, 1])
+            columns = _weighed(rows[:, near[i, 0]].swapaxes(0, 1), weights[:, i, 0])
+            moved[i] = columns.swapaxes(0, 1)
+        return _Video(moved)
+
+    def _clip(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.clip(index, 0, self.size - 1)
+
+
+def _weighed(near: Array, weights: Array) -> Array:
+    """Sum of four neighbours along the first axis: ``[size + 3, ...]`` to ``[size, ...]``."""
+    size = len(near) - 3
+    out: Array = weights[0] * near[:size]
+    for i in range(1, 4):
+        out += weights[i] * near[i : i + size]
+    return out
+
+
+def _cubic(part: Array) -> Array:
+    """Weights of the four neighbours -1, 0, 1, 2 of a point at ``part`` (0 to 1): Catmull and Rom's cubic."""
+    t = part.astype(np.float32)
+    outer = (-0.5 * t * (1 - t) ** 2, -0.5 * t**2 * (1 - t))
+    inner = (1 + t**2 * (1.5 * t - 2.5), 1 + (1 - t) ** 2 * (1.5 * (1 - t) - 2.5))
+    return np.stack([outer[0], inner[0], inner[1], outer[1]])
+
+
+def _mirror(box: Box, side: int) -> Box:
+    return box if side > 0 else (-box[1], -box[0], box[2], box[3])
+
+
+def _groups(half: NDArray[np.int64], per_half: float) -> list[slice]:
+    """Frames of each half second that is at least half there; the first frame belongs to none."""
+    edges = [np.flatnonzero(half == k) for k in range(half.max() + 1)]
+    return [slice(int(e[0]), int(e[-1]) + 1) for e in edges if len(e) >= per_half / 2]
+
+
+def _medians(patches: Array, groups: list[slice]) -> NDArray[np.float64]:
+    """Median frame of each half second, ``[K, P]``: a blink is shorter than half of it."""
+    return np.stack([np.median(patches[g], axis=0).ravel() for g in groups]).astype(np.float64)
+
+
+def _read_wall(colours: Array) -> tuple[int, ChoiceReading]:
+    """Background of the clip and light of each half second, from the wall's colour ``[K, 3]``."""
+    walls = np.asarray(list(BACKGROUNDS.values()), np.float64)[:, None] * np.asarray(LIGHTS)[:, None]  # [B, L, 3]
+    distance = np.linalg.norm(colours[:, None, None] - walls, axis=-1)
+    background = int(distance.min(-1).sum(0).argmin())
+    mode, residual = nearest(colours.astype(np.float64), walls[background])
+    return background, reading(mode, residual)
+
+
+def _closest(colour: Array, table: dict[str, renderer.Colour]) -> int:
+    return int(np.linalg.norm(np.asarray(list(table.values())) - colour, axis=1).argmin())
+
+
+def _find_head(video: _Video, wall: Array, face: Array, hair: Array) -> Array:
+    """Displacement of the head ``[n, 2]`` in units: by the two sides of its outline, and by the top of the hair."""
+
+    def covered(box: Box) -> Array:
+        """Per frame and pixel 1 where it is clearly not wall: hair and face may both be at the sides."""
+        away = np.linalg.norm(video.frames[:, *video.slices(box)] - wall[:, None, None], axis=-1)
+        return np.clip(
+            (away / np.maximum(np.linalg.norm(face - wall, axis=1), _CONTRAST)[:, None, None] - 0.1) / 0.8, 0, 1
+        )
+
+    left, right = (covered(b).sum(2).mean(1) * 64 / video.size for b in ((6, 20.5, 36, 42), (43.5, 58, 36, 42)))
+    rest = _Video(renderer.draw(video.size, _ANYONE, renderer.still(1)))
+    usual = _hair_depth(rest, rest.frames[:, 0, 0], np.asarray(HAIRS["black"], np.float32))
+    return np.stack([(right - left) / 2, usual - _hair_depth(video, wall, hair)], 1).clip(-5, 5).astype(np.float32)
+
+
+def _hair_depth(video: _Video, wall: Array, hair: Array) -> Array:
+    """Units of hair above the fringe in the middle of the picture, per frame."""
+    toward = (hair - wall) / np.maximum(np.square(hair - wall).sum(1, keepdims=True), _CONTRAST**2)
+    share = np.einsum("nhwc,nc->nhw", video.frames[:, *video.slices((27, 37, 0, 13))] - wall[:, None, None], toward)
+    return share.clip(-0.5, 1).sum(1).mean(1) * np.float32(64 / video.size)
+
+
+def _read_look(aligned: _Video, background: int, light: NDArray[np.int64], face: Array, hair: Array) -> Look:
+    known = {"face": _closest(face, FACES), "hair": _closest(hair, HAIRS), "background": background}
+    common = int(np.bincount(light).argmax())
+    seen = np.median(aligned.relative(_HEAD)[light == common][::2], axis=0).ravel()
+    combos = [(shape, style) for shape in range(len(SHAPES)) for style in range(len(STYLES))]
+    outlines = _outlines(aligned.size, common, **known)
+    shape, style = combos[int(nearest(seen[None].astype(np.float64), outlines)[0][0])]
+    return Look(shape=shape, style=style, **known)
+
+
+@lru_cache(maxsize=64)
+def _outlines(size: int, light: int, face: int, hair: int, background: int) -> NDArray[np.float64]:
+    """Heads of all shapes and styles ``[shapes x styles, P]``."""
+    looks = [
+        Look(face=face, shape=shape, hair=hair, style=style, background=background)
+        for shape in range(len(SHAPES))
+        for style in range(len(STYLES))
+    ]
+    pose = renderer.still(1, light=np.full(1, light))
+    heads = [_Video(renderer.draw(size, look, pose)).relative(_HEAD).ravel() for look in looks]
+    return np.stack(heads).astype(np.float64)
+
+
+@lru_cache(maxsize=256)
+def _templates(size: int, look: Look, choice: str, modes: int, box: Box) -> NDArray[np.float64]:
+    """A patch around a head at rest for each mode of a choice, ``[modes, P]``."""
+    patches = _Video(renderer.draw(size, look, renderer.still(modes, **{choice: np.arange(modes)}))).relative(box)
+    return patches.reshape(modes, -1).astype(np.float64)
+
+
+def _read_hand(video: _Video, wall: Array, look: Look, groups: list[slice]) -> ChoiceReading:
+    return reading(*nearest(_medians(_gloves(video, wall), groups), _hands(video.size, look)))
+
+
+def _gloves(video: _Video, wall: Array) -> Array:
+    """How far from the wall's colour ``[n, 3]`` towards white each pixel beside the head is, whatever the light."""
+    strips = np.concatenate([video.box((0, 12, 0, 57)), video.box((52, 64, 0, 57))], axis=1)
+    white = 250 - wall
+    return np.einsum(
+        "npc,nc->np", strips - wall[:, None], white / np.maximum(np.square(white).sum(1, keepdims=True), _CONTRAST**2)
+    )
+
+
+@lru_cache(maxsize=64)
+def _hands(size: int, look: Look) -> NDArray[np.float64]:
+    video = _Video(renderer.draw(size, look, renderer.still(len(HANDS), hand=np.arange(len(HANDS)))))
+    return _gloves(video, video.frames[:, 0, size // 2]).astype(np.float64)
+
+
+@lru_cache(maxsize=16)
+def _mouths(size: int, face: int) -> Array:
+    """Mouths of all syllables and at rest, in all openings, ``[shapes, openings, P]``."""
+    shapes, levels = len(VOCABULARY) + 1, len(_OPENINGS)
+    pose = renderer.still(
+        shapes * levels,
+        syllable=np.repeat(np.arange(-1, shapes - 1), levels),
+        opening=np.tile(_OPENINGS, shapes),
+    )
+    drawn = renderer.draw(size, replace(_ANYONE, face=face), pose)
+    return _Video(drawn).relative(_MOUTH).reshape(shapes, levels, -1)
+
+
+def _read_opening(aligned: _Video, look: Look) -> NDArray[np.float64]:
+    """Opening of the mouth per frame: the nearest drawn mouth, refined by a parabola through its neighbours."""
+    seen = aligned.relative(_MOUTH).reshape(len(aligned.frames), -1)
+    drawn = _mouths(aligned.size, look.face)
+    shapes, levels, _ = drawn.shape
+    flat = drawn.reshape(shapes * levels, -1)
+    cost = (np.square(flat).sum(1) - 2 * seen @ flat.T).reshape(-1, shapes, levels)
+    rows = np.arange(len(seen))
+    line = cost[rows, cost.min(2).argmin(1)]  # [n, levels] of the nearest shape
+    best = line.argmin(1)
+    mid = best.clip(1, levels - 2)
+    below, here, above = (line[rows, mid + step] for step in (-1, 0, 1))
+    shift = 0.5 * (below - above) / np.maximum(below - 2 * here + above, 1e-6)
+    return (np.clip(mid + shift.clip(-1.5, 1.5), 0, levels - 1) / (levels - 1)).astype(np.float64)

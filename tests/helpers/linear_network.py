@@ -1,0 +1,105 @@
+"""A linear network and batches small enough for many steps, with what makes real ones hard: two calls in one graph,
+a call without gradient between them, a parameter that no loss touches."""
+
+import torch
+from torch import Tensor, nn
+
+from mfcore.objectives.losses import OneRound, StepInfo, Term, chunk_means
+from mfcore.rng import generator, normal_rows
+from mfcore.types import AVBatch, Condition, Levels, Stream, Streams
+
+
+class LinearVelocity(nn.Module):
+    """u = W [x, t, r] + b, the same for every latent of every modality."""
+
+    def __init__(self, channels: int = 3, seed: int = 0) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels + 2, 7)
+        self.out = nn.Linear(7, channels)
+        self.unused = nn.Parameter(torch.ones(5, 3))
+        g = generator(seed, "toy", 0)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=g) * 0.3
+
+    def forward(
+        self,
+        x: Streams,
+        t: Levels,
+        r: Levels,
+        cond: Condition,
+        memory: None = None,
+        *,
+        store: bool = False,
+        trust: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], None]:
+        del cond, memory, store, trust
+        return {m: self._one(s, t[m], r[m]) for m, s in x.items()}, None
+
+    def _one(self, s: Stream, t: Tensor, r: Tensor) -> Tensor:
+        times = torch.stack([t, r], -1)[:, s.chunk]
+        return self.out(torch.tanh(self.hidden(torch.cat([s.latents, times], -1))))
+
+
+class SelfTaught(OneRound):
+    """Regression with a call under no_grad and two calls with gradient before one backward; "fake" has its own loss."""
+
+    needs = ("fake", "ema")
+
+    def __call__(self, models, batch: AVBatch, info: StepInfo) -> dict[str, list[Term]]:
+        s = batch.streams["audio"]
+        eps = normal_rows(info.seed, "eps", batch.samples, s.latents)
+        t = {"audio": torch.full((len(batch.samples), batch.chunks), 0.5)}
+        x = {"audio": s.with_latents(0.5 * s.latents + 0.5 * eps)}
+        zero = {"audio": torch.zeros_like(t["audio"])}
+        with torch.no_grad():
+            taught = models["ema"](x, t, zero, batch.cond)[0]["audio"] + models["fake"](x, t, t, batch.cond)[0]["audio"]
+            models["student"](x, t, t, batch.cond)
+        u = models["student"](x, t, t, batch.cond)[0]["audio"]
+        again = models["student"]({"audio": s.with_latents(u)}, t, zero, batch.cond)[0]["audio"]
+        fake = models["fake"]({"audio": s.with_latents(u.detach())}, t, t, batch.cond)[0]["audio"]
+        values = chunk_means((u - (eps - s.latents)) ** 2, s.chunk)
+        return {
+            "student": [
+                Term(name="fm", modality="audio", values=values, level=t["audio"]),
+                Term(name="self", modality="audio", values=chunk_means((again - taught) ** 2, s.chunk), weight=0.5),
+            ],
+            "fake": [Term(name="fake", modality="audio", values=chunk_means((fake - eps) ** 2, s.chunk))],
+        }
+
+
+class FlowOnly(OneRound):
+    """Plain regression of the velocity."""
+
+    needs = ()
+
+    def __call__(self, models, batch: AVBatch, info: StepInfo) -> dict[str, list[Term]]:
+        s = batch.streams["audio"]
+        eps = normal_rows(info.seed, "eps", batch.samples, s.latents)
+        t = {"audio": torch.full((len(batch.samples), batch.chunks), 0.5)}
+        u = models["student"]({"audio": s.with_latents(0.5 * (s.latents + eps))}, t, t, batch.cond)[0]["audio"]
+        values = chunk_means((u - (eps - s.latents)) ** 2, s.chunk)
+        return {"student": [Term(name="fm", modality="audio", values=values, level=t["audio"])]}
+
+
+def toy_batch(first: int, rows: int, chunks: int = 2, per_chunk: int = 4, channels: int = 3) -> AVBatch:
+    """Rows ``first ..`` of an endless sequence of samples."""
+    samples = torch.arange(first, first + rows)
+    n = chunks * per_chunk
+    latents = normal_rows(1, "toy data", samples, torch.empty(1, n, channels)) * 0.5 + 1
+    stream = Stream(
+        latents=latents,
+        times=torch.arange(n, dtype=torch.float64) / 8,
+        chunk=torch.arange(chunks).repeat_interleave(per_chunk),
+    )
+    none = torch.zeros(rows, 0, 4)
+    cond = Condition(
+        caption=none,
+        caption_mask=torch.zeros(rows, 0, dtype=torch.bool),
+        words=none,
+        words_mask=torch.zeros(rows, 0, dtype=torch.bool),
+        word_times=torch.zeros(rows, 0, 2, dtype=torch.float64),
+        first_frame=None,
+        voice=latents[:, :per_chunk],
+        voice_mask=torch.zeros(rows, dtype=torch.bool),
+    )
+    return AVBatch(streams={"audio": stream}, cond=cond, samples=samples)

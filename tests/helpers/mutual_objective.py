@@ -1,0 +1,113 @@
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from mfcore.flow import TimeConfig
+from mfcore.model.transformer import AVTransformer
+from mfcore.objectives.losses import StepInfo, Term
+from mfcore.objectives.mutual_config import MutualConfig
+from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Levels, Streams, VelocityModel
+from tests.helpers.tiny_model import batch, network
+
+CONFIG = MutualConfig(
+    time=TimeConfig(shift={VIDEO: 2.0, AUDIO: 1.0}), finest=3, strengths=(1, 2), rollout_steps=(1, 2), guidance=2.0
+)
+Models = dict[str, AVTransformer]
+
+
+def trio() -> Models:
+    return {name: network(layers=1, seed=i) for i, name in enumerate(("student", "ema", "fake"))}
+
+
+def four(first: int = 0) -> AVBatch:
+    """One row of each place in the cycle: real, free, coupled, free."""
+    data = batch(rows=4, chunks=3)
+    return replace(data, samples=data.samples + first)
+
+
+def at_step(step: int) -> StepInfo:
+    return StepInfo(seed=0, step=step, stage_step=step)
+
+
+def found(terms: list[Term]) -> dict[str, int]:
+    """Rows of each term, by its name."""
+    return {t.name: t.values.shape[0] for t in terms}
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a network was called. Without ``x`` it was asked for the sink."""
+
+    x: Streams
+    t: Levels
+    r: Levels
+    cond: Condition
+    store: bool
+    trust: torch.Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return self.cond.caption.shape[0]
+
+    @property
+    def chunks(self) -> int:
+        return len(self.x[AUDIO].chunk.unique()) if self.x else 0
+
+    def inputs(self) -> list[tuple]:
+        """What is asked, for every row and chunk, as numbers that compare."""
+        if not self.x:
+            return [("sink", as_numbers(self.cond.first_frame[i])) for i in range(self.rows)]
+        flags = as_numbers(self.cond.caption_mask, self.cond.words_mask)
+        return [
+            (self.store, flags, as_numbers(*(part for m in self.x for part in self._chunk(m, i, k))))
+            for i in range(self.rows)
+            for k in range(self.chunks)
+        ]
+
+    def _chunk(self, m: str, row: int, k: int) -> tuple[torch.Tensor, ...]:
+        stream = self.x[m]
+        here = stream.chunk == stream.chunk[0] + k
+        return stream.latents[row, here], self.t[m][row, k], self.r[m][row, k]
+
+
+@dataclass
+class Watched:
+    """A network that notes how it is called; it answers as the network does."""
+
+    inner: VelocityModel
+    calls: list[Call] = field(default_factory=list)
+
+    def __call__(
+        self, x: Streams, t: Levels, r: Levels, cond: Condition, memory=None, *, store=False, trust=None
+    ) -> tuple:
+        assert not (store and any(s.latents.requires_grad for s in x.values()))  # history is data
+        self.calls.append(Call(x=x, t=t, r=r, cond=cond, store=store, trust=trust))
+        return self.inner(x, t, r, cond, memory, store=store, trust=trust)
+
+    @property
+    def history(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """What was written, latents and labels, a clip at once (roll-outs write chunk by chunk)."""
+        return [(c.x[VIDEO].latents, c.trust) for c in self.calls if c.store and c.chunks > 1]
+
+    @property
+    def sinks(self) -> int:
+        """Rows whose sink was written."""
+        return sum(c.rows for c in self.calls if not c.x)
+
+    @property
+    def written(self) -> int:
+        """Rows x chunks whose keys and values were written."""
+        return sum(c.rows * c.chunks for c in self.calls if c.x and c.store)
+
+    @property
+    def asked(self) -> int:
+        """Rows x chunks whose velocity was asked for."""
+        return sum(c.rows * c.chunks for c in self.calls if c.x and not c.store)
+
+
+def rows_of(terms: list[Term]) -> dict[str, torch.Tensor]:
+    return {t.key: t.values.detach() for t in terms}
+
+
+def as_numbers(*tensors: torch.Tensor) -> tuple:
+    return tuple(float(v) for tensor in tensors for v in tensor.detach().flatten())

@@ -1,0 +1,166 @@
+"""The real loop, engines and checkpoints around a network of a hundred weights: many runs in a second."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from mfcore.ema import Ema, EmaConfig
+from mfcore.objectives.losses import Objective
+from mfcore.optim import OptimConfig
+from tests.helpers.checkpoint_parts import CARD
+from tests.helpers.linear_network import LinearVelocity, SelfTaught, toy_batch
+from workflows.checkpoints.store import Shelf
+from workflows.config.run import EngineConfig
+from workflows.data.batches import Share
+from workflows.tracking.tracker import Silent
+from workflows.training.checkpointing import CheckpointWriter, newest_whole, restore
+from workflows.training.engines.base import build_engine
+from workflows.training.loop import LoopConfig, Surroundings, run_loop
+from workflows.training.progress import Progress
+from workflows.utils import distributed
+
+OPTIM = OptimConfig(lr=1e-2, clip=0.3, warm_up=3)
+
+
+class Kept(Silent):
+    """Remembers what is logged, on every rank."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, float]] = []
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.entries.append({"step": step, **metrics})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """A run of ``steps`` steps in ``root``, or the rest of it."""
+
+    root: str
+    kind: str  # "torch" or a ZeRO stage
+    steps: int = 12
+    until: int | None = None  # step after which a notice arrives
+    batch: int = 12
+    unit: int = 1
+    micro: int | None = None
+    every: int = 1 << 30  # samples between checkpoints
+    objective: Callable[[], Objective] = SelfTaught
+    bad: dict[int, str] = field(default_factory=dict)  # sample number -> "loss" or "gradient" that is not finite there
+    skip: int = 0
+    seed: int = 0  # of the weights before anything is restored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one rank saw."""
+
+    losses: dict[int, dict[str, float]]  # by step: losses and gradient norms
+    weights: dict[str, dict[str, torch.Tensor]]
+    error: Exception | None
+    progress: Progress | None
+    said: list[str]
+
+
+def toy_run(toy: Toy) -> Result:
+    """Called by all ranks together. What the loop raises is part of the result."""
+    config = EngineConfig(kind="torch") if toy.kind == "torch" else EngineConfig(zero_stage=int(toy.kind))
+    nets = {name: LinearVelocity(seed=toy.seed + i) for i, name in enumerate(("student", "fake"))}
+    ema = Ema(nets["student"], EmaConfig(decay=0.9))
+    engines = {name: build_engine(net, OPTIM, config) for name, net in nets.items()}
+    shelf, tracker, said, at = Shelf(Path(toy.root)), Kept(), [], [0]
+    start = Progress(step=0, samples_seen=0, first={}, last={})
+    if name := newest_whole(shelf, said.append):
+        start = restore(shelf, name, engines, ema)
+    saver = CheckpointWriter(
+        shelf, engines=engines, ema=ema, card=CARD, facts=lambda _: {}, keep=9, may_write=lambda: True
+    )
+    error, progress = None, None
+    try:
+        progress = run_loop(
+            LoopConfig(
+                name="toy",
+                seed=0,
+                steps=toy.steps,
+                batch=toy.batch,
+                log_every=1,
+                eval_every=1000,
+                save_every=toy.every,
+                skip_nonfinite=toy.skip,
+            ),
+            start,
+            engines=engines,
+            optims=dict.fromkeys(engines, OPTIM),
+            ema=ema,
+            objective=_Poisoned(toy),
+            batches=_batches(toy, start.step),
+            evaluate=lambda models: {},
+            count_tokens=lambda batch: 1,
+            tracker=tracker,
+            saver=saver,
+            around=Surroundings(
+                notice=lambda: (
+                    "told to" if distributed.rank() == distributed.world() - 1 and at[0] + 1 == toy.until else ""
+                ),
+                beat=lambda step, doing: at.__setitem__(0, step),
+                name_clips=lambda samples: [f"clip-{int(s)}" for s in samples],
+                say=said.append,
+            ),
+        )
+    except (RuntimeError, ValueError) as raised:
+        error = raised
+    saver.close()
+    keep = ("/audio", "grad_norm/")
+    losses = {e["step"]: {k: v for k, v in e.items() if any(word in k for word in keep)} for e in tracker.entries}
+    weights = {name: {k: v.clone() for k, v in engine.weights()} for name, engine in engines.items()}
+    weights["ema"] = {k: v.clone() for k, v in ema.weights()}
+    return Result(losses=losses, weights=weights, error=error, progress=progress, said=said)
+
+
+def _batches(toy: Toy, first: int):
+    share = Share(rank=distributed.rank(), world=distributed.world(), unit=toy.unit)
+    for step in range(first, toy.steps):
+        parts = share.micro_batches(toy.batch, toy.micro)
+        yield [toy_batch(step * toy.batch + part.start, part.stop - part.start) for part in parts]
+
+
+class TwoRounds(SelfTaught):
+    """Another update of the fake score in every step, by other noise."""
+
+    def rounds(self, models, batch, info):
+        yield self(models, batch, info)
+        yield {"fake": self(models, batch, replace(info, seed=info.seed + 1))["fake"]}
+
+
+class _Poisoned:
+    """The objective, with numbers that are not finite at some samples."""
+
+    def __init__(self, toy: Toy) -> None:
+        self._toy, self._objective = toy, toy.objective()
+        self.needs = self._objective.needs
+
+    def __call__(self, models, batch, info):
+        return next(self.rounds(models, batch, info))
+
+    def rounds(self, models, batch, info):
+        for terms in self._objective.rounds(models, batch, info):
+            for row, sample in enumerate(batch.samples.tolist()):
+                self._spoil(terms, row, self._toy.bad.get(sample, ""))
+            yield terms
+
+    def _spoil(self, terms, row, how):
+        if how == "second round" and "student" not in terms:
+            terms["fake"][0].values[row] *= math.nan
+        if how == "loss" and "student" in terms:
+            terms["student"][0].values[row] *= math.nan
+        if how == "gradient" and "student" in terms and torch.is_grad_enabled():
+            terms["student"][0].values.register_hook(lambda g: g * math.inf)
+
+
+def largest_error(one: Result, other: Result, first: int = 1) -> float:
+    """Greatest relative difference of the logged numbers from step ``first`` on."""
+    steps = [step for step in other.losses if step >= first and other.losses[step]]
+    assert steps and all(one.losses[step].keys() == other.losses[step].keys() for step in steps)
+    return max(abs(one.losses[s][k] - v) / abs(v) for s in steps for k, v in other.losses[s].items())

@@ -1,0 +1,97 @@
+"""Every stage as the loop trains it, at a size of milliseconds: what engines are compared by, number by number."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+
+from mfcore.ema import Ema, EmaConfig
+from mfcore.flow import TimeConfig
+from mfcore.model.lora import FakeConfig, LowRankCopy
+from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+from mfcore.objectives.losses import StepInfo, total
+from mfcore.objectives.mutual import Mutual
+from mfcore.objectives.mutual_config import MutualConfig
+from mfcore.optim import OptimConfig
+from mfcore.types import AUDIO, VIDEO, AVBatch
+from tests.helpers.tiny_model import batch, network
+from workflows.config.run import EngineConfig
+from workflows.training.engines.base import build_engine
+from workflows.utils import distributed
+
+TIME = TimeConfig(shift={VIDEO: 2.0, AUDIO: 1.0})
+STAGES = {"video": (VIDEO,), "audio": (AUDIO,), "joint": (VIDEO, AUDIO), "mutual": (VIDEO, AUDIO)}
+OBJECTIVE = MutualConfig(time=TIME, finest=3, strengths=(1, 2), rollout_steps=(1, 2), guidance=2.0)
+ROWS, CHUNKS = 8, 2  # of the global batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duet:
+    """One run: a stage, its engines, and what the fake score is."""
+
+    stage: str
+    engine: EngineConfig
+    rank: int | None = None
+    micros: int = 1  # backward passes per step
+    optim: OptimConfig = OptimConfig(lr=1e-3, clip=0.5, warm_up=0)
+    objective: MutualConfig = OBJECTIVE  # of the mutual stage
+
+
+def rows_of_step(duet: Duet, step: int) -> list[AVBatch]:
+    """This rank's micro-batches: whole cycles of row kinds each."""
+    whole = batch(ROWS, CHUNKS, *STAGES[duet.stage], seed=step)
+    whole = replace(whole, samples=torch.arange(ROWS) + step * ROWS)
+    share = ROWS // distributed.world() // duet.micros
+    first = distributed.rank() * share * duet.micros
+    return [whole.rows(slice(first + i * share, first + (i + 1) * share)) for i in range(duet.micros)]
+
+
+class Running:
+    """The networks of a run and the steps they take."""
+
+    def __init__(self, duet: Duet) -> None:
+        self.duet = duet
+        student = network(*STAGES[duet.stage], layers=1)
+        student.recompute = duet.engine.recompute
+        self.ema = Ema(student, EmaConfig(decay=0.9), duet.engine.autocast)
+        nets = {"student": student}
+        if duet.stage == "mutual":
+            low = FakeConfig(rank=duet.rank, gain=4)
+            nets["fake"] = LowRankCopy(self.ema.module, low, 0) if duet.rank else copy.deepcopy(student)
+        self.nets = nets
+        self.engines = {name: build_engine(net, duet.optim, duet.engine) for name, net in nets.items()}
+        if duet.rank:
+            self.ema.storage = self.engines["fake"].storage
+        flow = FlowMatching(FlowMatchingConfig(time=TIME))
+        self.objective = Mutual(duet.objective) if duet.stage == "mutual" else flow
+
+    def step(self, step: int) -> list[float]:
+        """Mean loss over the ranks and gradient norm of every network."""
+        models = {"ema": self.ema.model} | {name: e.module for name, e in self.engines.items()}
+        info = StepInfo(seed=0, step=step, stage_step=step)
+        losses = dict.fromkeys(self.engines, torch.zeros(()))
+        micros = rows_of_step(self.duet, step)
+        rounds = [self.objective.rounds(models, micro, info) for micro in micros]
+        for turn in range(self.duet.objective.fake_updates):
+            if turn:
+                self.engines["fake"].step(self.duet.optim.lr)
+            for mine in rounds:
+                for name, terms in next(mine).items():
+                    loss = total(terms) / self.duet.micros
+                    self.engines[name].backward(loss)
+                    losses[name] = losses[name] + loss.detach()
+        numbers = [float(distributed.mean(loss.double())) for loss in losses.values()]
+        numbers += [engine.step(self.duet.optim.lr) for engine in self.engines.values()]
+        self.ema.update(self.engines["student"].weights(), step)
+        return numbers
+
+
+def train(duet: Duet, steps: int) -> torch.Tensor:
+    """(steps, 2 * networks): losses and gradient norms."""
+    running = Running(duet)
+    return torch.tensor([running.step(i) for i in range(steps)], dtype=torch.float64)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest relative difference."""
+    return float(((a - b).abs() / b.abs()).max())

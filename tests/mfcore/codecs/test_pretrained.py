@@ -1,0 +1,231 @@
+"""Pretrained codecs, from tiny random weights saved by the real classes: the same numbers, the same clock, no seams."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfcore.codecs import pretrained
+from mfcore.codecs.factory import build_codec, build_text_codec
+from mfcore.codecs.oobleck import OobleckCodec, OobleckConfig, reach, read_oobleck
+from mfcore.codecs.t5 import T5Words, read_t5
+from mfcore.codecs.wan import WanCodec, WanConfig, read_wan
+from mfcore.timeline import Timeline
+from mfcore.types import AUDIO, VIDEO
+from tests.helpers.tiny_pretrained import save_oobleck, save_t5, save_wan
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.delenv(pretrained.CODECS, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module", params=["2.1", "2.2"])
+def wan(request, tmp_path_factory) -> WanCodec:
+    return WanCodec(read_wan(str(save_wan(tmp_path_factory.mktemp("wan"), request.param))), "cpu")
+
+
+@pytest.fixture(scope="module")
+def oobleck(tmp_path_factory) -> OobleckCodec:
+    return OobleckCodec(read_oobleck(str(save_oobleck(tmp_path_factory.mktemp("oobleck")))), "cpu")
+
+
+@pytest.fixture(scope="module", params=["umt5", "t5"])
+def text(request, tmp_path_factory) -> T5Words:
+    return T5Words(read_t5(str(save_t5(tmp_path_factory.mktemp("text"), request.param))), "cpu")
+
+
+def frames(count: int, seed: int = 0) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 32, 48, 3), dtype=torch.uint8, generator=draw)
+
+
+def noise(latents: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(latents, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def pushed(codec, latents, *cuts: int) -> torch.Tensor:
+    decoder = codec.decoder()
+    parts = [decoder.push(part) for part in latents.tensor_split(cuts)]
+    return torch.cat([part for part in [*parts, decoder.flush()] if len(part)])
+
+
+def test_wan_encodes_and_decodes_what_its_class_does(wan):
+    signal = frames(9)
+    latents = wan.encode(signal)
+    channels, block = (16, 8) if wan.channels == 16 else (48, 16)
+    assert latents.shape == (3, channels, 32 // block, 48 // block)
+    assert latents.dtype == torch.float32
+    pixels = signal.permute(3, 0, 1, 2)[None] / 127.5 - 1
+    theirs = wan.model.encode(pixels).latent_dist.mode()
+    assert torch.equal(latents.transpose(0, 1), theirs[0])
+    seen = wan.model.decode(theirs).sample[0].permute(1, 2, 3, 0)
+    difference = wan.decode(latents).float() - (seen + 1) * 127.5
+    assert difference.abs().max() < 0.501  # rounded to whole levels, and no more
+
+
+def test_wan_decodes_by_portions_what_it_decodes_whole(wan):
+    latents = wan.encode(frames(17))
+    whole = wan.decode(latents)
+    assert len(whole) == 17
+    for cuts in ((1,), (1, 2, 3, 4), (0, 3)):
+        assert torch.equal(pushed(wan, latents, *cuts), whole)
+
+
+def test_wan_is_causal_and_drops_what_fills_no_group(wan):
+    signal = frames(13)
+    latents = wan.encode(signal)
+    assert torch.equal(wan.encode(signal[:5]), latents[:2])
+    assert torch.equal(wan.encode(signal[:12]), wan.encode(signal[:9]))
+    assert len(wan.encode(signal[:1])) == 1
+
+
+def test_wan_in_a_batch_is_wan_one_by_one(wan):
+    signals = torch.stack([frames(5, seed) for seed in range(3)])
+    for together, signal in zip(wan.encode_batch(signals), signals, strict=True):
+        assert torch.allclose(together, wan.encode(signal), atol=1e-5)
+
+
+def test_wan_knows_its_clock_its_statistics_and_its_still_channels(wan):
+    clock = wan.clock
+    assert (clock.rate, clock.offset, clock.head) == (6, Fraction(1, 24), 1)
+    assert wan.still == wan.channels
+    assert (wan.published.mean, wan.published.std) == (wan.published.head_mean, wan.published.head_std)
+    if wan.channels == 16:
+        assert wan.published.mean[:2] == (-0.7571, -0.7089)
+        assert wan.published.std[-1] == 1.916
+    else:
+        assert wan.published.std[10] == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("shape", [(5, 30, 48, 3), (0, 32, 48, 3), (5, 32, 48)])
+def test_wan_refuses_what_is_no_video(wan, shape):
+    with pytest.raises(ValueError, match=r"multiples of|video must be"):
+        wan.encode(torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_oobleck_encodes_and_decodes_what_its_class_does(oobleck):
+    sound = torch.rand(5 * 2048, generator=torch.Generator().manual_seed(1)) - 0.5
+    latents = oobleck.encode(sound)
+    theirs = oobleck.model.encode(sound.expand(1, 2, -1)).latent_dist.mode()
+    assert torch.allclose(latents.T, theirs[0], atol=1e-6)
+    heard = oobleck.model.decode(theirs).sample[0].mean(0).clamp(-1, 1)
+    assert torch.allclose(oobleck.decode(latents), heard, atol=1e-5)
+    assert len(oobleck.encode(sound[:-1])) == 5
+    assert len(oobleck.encode(sound[:1])) == 1
+
+
+def test_the_reach_of_an_oobleck_decoder_is_exact(oobleck):
+    """One latent changed: sound changes from ``behind`` latents before it to ``before`` behind it, and no further."""
+    before, behind = reach((8, 8, 4, 4, 2))
+    assert (before, behind) == (10, 10)
+    latents = noise(2 * (before + behind))
+    changed = latents.clone()
+    middle = before + behind
+    changed[middle] += 100  # the outermost taps say little: let them be heard above rounding
+    moved = (oobleck.decode(latents) - oobleck.decode(changed)).abs().reshape(-1, 2048).amax(1).nonzero().flatten()
+    assert (int(moved[0]), int(moved[-1])) == (middle - behind, middle + before)
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3), (11, 22, 33, 44), (7, 40), (0, 0, 59)])
+def test_oobleck_decodes_by_portions_what_it_decodes_whole(oobleck, cuts):
+    latents = noise(60)
+    whole = oobleck.model.decode(latents.T[None]).sample[0].mean(0).clamp(-1, 1)
+    assert torch.allclose(pushed(oobleck, latents, *cuts), whole, atol=2e-6)
+
+
+def test_oobleck_gives_sound_as_soon_as_it_is_final(oobleck):
+    decoder, (_, behind) = oobleck.decoder(), reach((8, 8, 4, 4, 2))
+    given = [len(decoder.push(part)) // 2048 for part in noise(33).split(11)]
+    assert given == [11 - behind, 11, 11]
+    assert len(decoder.flush()) == behind * 2048
+
+
+def test_both_fit_the_timeline(wan, oobleck):
+    line = Timeline(clocks={VIDEO: wan.clock, AUDIO: oobleck.clock}, chunk_seconds=Fraction(1, 2))
+    assert oobleck.clock.rate == Fraction(44100, 2048)
+    assert [line.count(AUDIO, 1, k) for k in range(5)] == [11, 11, 11, 11, 10]
+    seconds = Fraction(1)
+    latents = {
+        VIDEO: len(wan.encode(frames(1 + int(24 * seconds))[:, :16, :16])) - 1,
+        AUDIO: len(oobleck.encode(torch.zeros(int(44100 * seconds)))),
+    }
+    assert line.whole_chunks(latents) == 2
+    assert line.times(VIDEO, 2)[:2].tolist() == [1 / 24, 5 / 24]
+    assert line.times(AUDIO, 2)[1].item() == 2048 / 44100
+
+
+def test_words_have_one_vector_wherever_they_stand(text):
+    vectors = text.encode(["ba", "do", "ba", "bado"])
+    assert vectors.shape == (4, 16)
+    assert torch.equal(vectors[0], vectors[2])
+    assert torch.allclose(text.encode(["do"])[0], vectors[1], atol=1e-5)  # the others only pad it
+    assert not torch.allclose(vectors[0], vectors[3], atol=1e-2)
+    assert text.encode([]).shape == (0, 16)
+    with pytest.raises(ValueError, match="empty word"):
+        text.encode(["a", " "])
+
+
+def test_captions_are_the_states_of_the_encoder(text):
+    caption = text.encode_caption("a red hat and a red wall")
+    ids = text.tokenizer(["a red hat and a red wall"], return_tensors="pt").input_ids
+    assert torch.equal(caption, text.model(input_ids=ids).last_hidden_state[0])
+    assert len(caption) == len(text.tokenize("a red hat and a red wall")) + 1
+    assert text.encode_caption("  ").shape == (0, 16)
+    assert len(text.encode_caption("ab " * 2000)) == 512
+
+
+def test_an_id_finds_its_weights_again(wan, oobleck, text, tmp_path, monkeypatch):
+    """By the folder it was made from, by MFCTL_CODECS, and never other weights."""
+    for codec in (wan, oobleck):
+        again = build_codec(codec.id, codec.clock, codec.config.folder, "cpu")
+        assert (again.id, again.clock, again.channels, again.still) == (
+            codec.id, codec.clock, codec.channels, codec.still,
+        )  # fmt: skip
+        signal = frames(5) if codec is wan else torch.rand(5000)
+        assert torch.equal(again.encode(signal), codec.encode(signal))
+    assert torch.equal(build_text_codec(text.id, text.config.folder, "cpu").encode(["ba"]), text.encode(["ba"]))
+    lost = build_codec(oobleck.id, oobleck.clock, str(tmp_path), "cpu")
+    assert lost.channels == 8  # known without weights
+    with pytest.raises(ValueError, match=r"weights of codec oobleck-v1.*set MFCTL_CODECS"):
+        lost.encode(torch.zeros(10))
+    save_oobleck(tmp_path / "other", seed=1)
+    monkeypatch.setenv(pretrained.CODECS, str(tmp_path))
+    with pytest.raises(ValueError, match="set MFCTL_CODECS"):
+        lost.encode(torch.zeros(10))
+    (tmp_path / "right").symlink_to(oobleck.config.folder)
+    assert len(lost.encode(torch.zeros(10))) == 1
+
+
+def test_folders_that_hold_something_else_are_refused(wan, oobleck, text, tmp_path):
+    for read, folder in (
+        (read_wan, oobleck.config.folder),
+        (read_oobleck, wan.config.folder),
+        (read_t5, str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match="holds no"):
+            read(folder)
+    (tmp_path / "vae").mkdir()
+    config = Path(wan.config.folder, "config.json").read_text()
+    (tmp_path / "vae" / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"no \.safetensors"):
+        read_wan(str(tmp_path))
+    (tmp_path / "vae" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        read_wan(str(tmp_path))
+
+
+def test_contradictory_or_unknown_ids_are_refused(wan):
+    for wrong in ({"fps": Fraction(0)}, {"group": 8}):
+        with pytest.raises(ValueError, match="Wan needs"):
+            WanConfig(**{"channels": 16, "block": 8, "weights": "0", **wrong})
+    for unknown in ("wan-v1", "wan-v9/c1/b1/g4/00", "vocos-v1/c3"):
+        with pytest.raises(ValueError, match="unknown codec"):
+            build_codec(unknown, wan.clock)
+    with pytest.raises(ValueError, match="unknown text codec"):
+        build_text_codec("clip-v1/d8")
+    assert OobleckConfig(channels=64, sample_rate=44100, hop=2048, weights="0").folder == ""

@@ -1,0 +1,298 @@
+"""Metrics against closed forms and planted truths."""
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter1d
+from scipy.special import erf
+
+from mfcore.metrics.av_sync import motion_energy, sound_envelope, sync_offset
+from mfcore.metrics.continuity import lag_one_correlation, pooled_lag_one_correlation, seam_energy, step_energy
+from mfcore.metrics.distributions import entropy, entropy_ratio
+from mfcore.metrics.frechet import frechet_bias, frechet_distance, frechet_interval
+from mfcore.metrics.identity import identity_error, identity_similarity
+from mfcore.metrics.speech import edit_distance, error_rate
+from mfcore.metrics.windows import Window, parse_windows
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+# sync
+
+
+def mouth(times: np.ndarray) -> np.ndarray:
+    """A smooth aperiodic opening, 0 to 1, defined at all times."""
+    return (
+        sum(0.25 * (1 + np.sin(2 * np.pi * f * times + p)) for f, p in ((1.3, 0.4), (2.1, 2), (3.7, 1), (4.6, 5))) / 2
+    )
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.037, -0.12, 0.4])
+def test_sync_finds_a_planted_lag(lag: float):
+    a = mouth(np.arange(0, 10, 1 / 24))
+    b = 3 * mouth(np.arange(0, 10, 1 / 100) - lag) + 1
+    found = sync_offset(a, 24, b, 100, 0.5)
+    assert abs(found.offset_sec - lag) < 0.002
+    assert found.correlation > 0.99
+
+
+def test_sync_of_pictures_and_sound_with_a_planted_lag():
+    times = np.arange(0, 8, 1 / 24)
+    frames = np.zeros((len(times), 32, 32, 3), np.uint8)
+    beats = np.array([0.6, 1.3, 2.4, 2.9, 4.1, 5.5, 6.2, 7.1])
+    moved = erf((times[:, None] - beats) / 0.06 / np.sqrt(2)).sum(1)  # its speed peaks at the beats
+    frames[:, 8:24, 8:24] = (100 + 12 * moved)[:, None, None, None]
+    at = np.arange(8 * 16000) / 16000
+    loud = np.exp(-0.5 * ((at[:, None] - beats - 0.1) / 0.06) ** 2).sum(1)
+    sound = loud * np.sin(2 * np.pi * 300 * at)
+    found = sync_offset(motion_energy(frames), 24, sound_envelope(sound, 16000, 100), 100, 0.5)
+    assert abs(found.offset_sec - 0.1) < 0.005
+    assert found.correlation > 0.9
+
+
+def test_sync_of_unrelated_envelopes_is_weak():
+    a, b = gaussian_filter1d(rng().standard_normal((2, 2000)), 2)
+    assert sync_offset(a, 100, b, 100, 0.5).correlation < 0.3
+
+
+def test_sync_is_antisymmetric():
+    a, b = mouth(np.arange(0, 6, 0.02)), mouth(np.arange(0, 6, 0.02) - 0.06)
+    forth, back = sync_offset(a, 50, b, 50, 0.3), sync_offset(b, 50, a, 50, 0.3)
+    assert forth.offset_sec == pytest.approx(-back.offset_sec, abs=1e-6)
+
+
+@pytest.mark.parametrize("flat", [np.ones(200), np.zeros(0), np.ones(1)])
+def test_sync_of_a_flat_envelope_says_nothing(flat: np.ndarray):
+    assert sync_offset(flat, 24, rng().standard_normal(200), 24, 0.5) == (0.0, 0.0)
+
+
+def test_sync_refuses_rates_of_zero():
+    with pytest.raises(ValueError, match="positive rates"):
+        sync_offset(np.ones(5), 0, np.ones(5), 24, 0.5)
+
+
+def test_motion_energy_belongs_to_its_frame():
+    frames = np.zeros((9, 4, 4, 3), np.uint8)
+    frames[4] = 10  # one flash: the change is centred on it
+    assert motion_energy(frames) == pytest.approx([0, 0, 0, 5, 10, 5, 0, 0, 0])
+
+
+def test_sound_envelope_is_the_level():
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000)
+    envelope = sound_envelope(tone, 16000, 100)
+    assert len(envelope) == 100
+    assert envelope == pytest.approx(0.5 / np.sqrt(2), rel=0.01)
+
+
+# Frechet distance
+
+
+def standardised(n: int, d: int, seed: int = 0) -> np.ndarray:
+    """Samples whose mean is exactly 0 and whose covariance is exactly the identity."""
+    x = rng(seed).standard_normal((n, d))
+    x -= x.mean(0)
+    return x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+
+
+def test_frechet_of_a_set_with_itself_is_zero():
+    x = rng().standard_normal((50, 8))
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    few = x[:4]  # fewer samples than features: singular covariances
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_of_a_shift_is_its_square():
+    x = rng().standard_normal((100, 5))
+    shift = np.array([1.0, -2, 0, 0.5, 3])
+    assert frechet_distance(x, x + shift) == pytest.approx(shift @ shift, rel=1e-9)
+
+
+def test_frechet_of_two_gaussians():
+    # |m|^2 + sum (s_i - t_i)^2 where the covariances commute.
+    s, t = np.array([1.0, 2, 0.1]), np.array([0.5, 3, 0.7])
+    turn = np.linalg.qr(rng(1).standard_normal((3, 3)))[0]
+    a = standardised(200, 3) * s @ turn
+    b = standardised(300, 3, seed=2) * t @ turn + 0.3
+    assert frechet_distance(a, b) == pytest.approx(3 * 0.09 + np.square(s - t).sum(), rel=1e-9)
+
+
+def test_frechet_of_covariances_that_do_not_commute():
+    # tr (A^1/2 B A^1/2)^1/2 = sqrt(tr AB + 2 sqrt(det AB)) for 2 x 2.
+    mix = np.array([[1.0, 0.8], [0.0, 0.6]])
+    a, b = standardised(100, 2), standardised(100, 2, seed=1) @ mix
+    other = mix.T @ mix
+    expected = 2 + np.trace(other) - 2 * np.sqrt(np.trace(other) + 2 * np.sqrt(np.linalg.det(other)))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_with_full_shrinkage_sees_variances_only():
+    mix = np.array([[1.0, 0.8], [0.0, 0.6]])
+    a, b = standardised(100, 2), standardised(100, 2, seed=1) @ mix
+    assert frechet_distance(a, b, shrinkage=1.0) == pytest.approx(0, abs=1e-9)  # both columns have variance 1
+
+
+def test_frechet_interval_covers_a_true_shift_as_often_as_it_says():
+    """60 clips of two rows, 90% intervals; the estimate's own bias costs some of the coverage."""
+    covered = 0
+    for seed in range(40):
+        a, b = (list(rng(2 * seed + i).standard_normal((60, 2, 3)) + i) for i in (0, 1))
+        interval = frechet_interval(a, b, draws=60)
+        assert interval.low < interval.value < interval.high
+        covered += interval.low < 3 < interval.high
+    assert covered >= 30
+    assert interval == frechet_interval(a, b, draws=60)
+
+
+def test_frechet_interval_draws_clips_not_rows():
+    """Rows that repeat within a clip add nothing: the interval is as wide as with one row per clip."""
+    a, b = rng(1).standard_normal((30, 1, 2)), rng(2).standard_normal((30, 1, 2))
+    once, often = (frechet_interval(list(a.repeat(n, 1)), list(b.repeat(n, 1)), draws=200) for n in (1, 10))
+    assert often.high - often.low == pytest.approx(once.high - once.low, rel=0.35)
+
+
+def test_frechet_bias_is_the_distance_of_equal_laws():
+    """Two sets of one law: all of the distance is bias."""
+    draws = [(rng(s).standard_normal((60, 1, 6)), rng(1000 + s).standard_normal((60, 1, 6))) for s in range(12)]
+    value = np.mean([frechet_distance(a[:, 0], b[:, 0]) for a, b in draws])
+    bias = np.mean([frechet_bias(list(a), list(b)) for a, b in draws])
+    assert bias == pytest.approx(value, rel=0.25)
+    assert np.isnan(frechet_bias([np.zeros((5, 2))] * 3, [np.zeros((5, 2))] * 9))
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((1, 3)), np.zeros(3), np.zeros((5, 2)), np.full((5, 3), np.nan), np.zeros((0, 3))]
+)
+def test_frechet_refuses(wrong: np.ndarray):
+    with pytest.raises(ValueError):
+        frechet_distance(wrong, np.ones((4, 3)))
+
+
+# continuity
+
+
+def chain(a: float, border: float, chunks: int = 4000, length: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Unit-variance linear-Gaussian chain with correlation ``a`` inside chunks and ``border`` across their borders."""
+    noise = rng(seed).standard_normal(chunks * length)
+    chunk = np.repeat(np.arange(chunks), length)
+    x = np.empty_like(noise)
+    x[0] = noise[0]
+    for k in range(1, len(x)):
+        r = a if chunk[k] == chunk[k - 1] else border
+        x[k] = r * x[k - 1] + np.sqrt(1 - r * r) * noise[k]
+    return x, chunk
+
+
+def test_seam_energy_of_linear_gaussian_chains():
+    # E (x_k - x_{k-1})^2 = 2 (1 - r) for correlation r.
+    for border in (0.95, 0.85, 0.0):
+        x, chunk = chain(0.95, border)
+        assert seam_energy(x, chunk) == pytest.approx((1 - border) / 0.05, rel=0.06)
+        assert step_energy(x)[np.diff(chunk) == 0].mean() == pytest.approx(0.1, rel=0.05)
+
+
+def test_seam_energy_of_pictures():
+    frames = np.zeros((8, 4, 4, 3), np.uint8)
+    frames[:] = np.array([0, 2, 4, 6, 250, 252, 254, 252])[:, None, None, None]
+    assert seam_energy(frames, np.arange(8) // 4) == pytest.approx(244**2 / 4)  # no uint8 wrap-around
+    assert seam_energy(frames * 0, np.arange(8) // 4) == 1
+
+
+@pytest.mark.parametrize("chunk", [np.zeros(8, int), np.arange(8), np.zeros(3, int)])
+def test_seam_energy_refuses(chunk: np.ndarray):
+    with pytest.raises(ValueError):
+        seam_energy(np.zeros(8), chunk)
+
+
+def test_lag_one_correlation_of_chains():
+    for a in (0.95, 0.5, 0.0):
+        x, _ = chain(a, a)
+        assert lag_one_correlation(x.reshape(16, -1)) == pytest.approx(a, abs=0.02)
+    assert np.isnan(lag_one_correlation(np.ones((2, 5))))
+    with pytest.raises(ValueError):
+        lag_one_correlation(np.ones(5))
+
+
+def test_lag_one_correlation_of_several_coordinates_and_lengths():
+    """Each coordinate about its own mean, weighted by its variance: 0.9 and 0.1 of nine parts and one make 0.82."""
+    slow, fast = chain(0.9, 0.9)[0], chain(0.1, 0.1)[0]
+    both = np.stack([3 * slow / slow.std() + 100, fast / fast.std() - 100], axis=1)
+    cut = len(both) // 3
+    assert pooled_lag_one_correlation([both[:cut], both[cut:], both[:1]]) == pytest.approx(0.82, abs=0.02)
+    assert np.isnan(pooled_lag_one_correlation([both[:1]]))
+
+
+# speech
+
+
+@pytest.mark.parametrize(
+    ("heard", "said", "distance"),
+    [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("abc", "abc", 0), ("flaw", "lawn", 2), ("ab", "ba", 2)],
+)
+def test_edit_distance(heard: str, said: str, distance: int):
+    assert edit_distance(heard, said) == edit_distance(said, heard) == distance
+
+
+def test_error_rate_pools_clips():
+    assert error_rate([["ba", "be"], ["da"]], [["ba", "bo"], ["da", "do"]]) == 2 / 4
+    assert error_rate([["a"] * 9], [["b"] * 3]) == 3
+    with pytest.raises(ValueError, match="nothing is"):
+        error_rate([["a"]], [[]])
+    with pytest.raises(ValueError, match="one transcript per clip"):
+        error_rate([], [["a"]])
+
+
+# identity, windows, choices
+
+
+def test_identity():
+    reference = np.array([1.0, 0, 0, 0])
+    windows = np.array([[1.0, 0, 0, 0], [1, 2, 0, 0], [2, 0, 0, 0]])
+    assert identity_error(windows, reference) == pytest.approx([0, 1, 0.5])
+    assert identity_similarity(windows, reference) == pytest.approx([1, 1 / np.sqrt(5), 1])
+    for metric in (identity_error, identity_similarity):
+        with pytest.raises(ValueError, match="identity needs"):
+            metric(windows, reference[:2])
+
+
+def test_windows():
+    first, second, rest = parse_windows("0-5, 5-15.5,60-")
+    assert [w.name for w in (first, second, rest)] == ["0-5", "5-15.5", "60-"]
+    assert first.slice(24, 1000) == slice(0, 120)
+    assert second.slice(24, 1000) == slice(120, 372)
+    assert rest.slice(24, 1000) == slice(1000, 1000)
+    assert Window(start=0.1).slice(30, 10) == slice(3, 10)  # 0.1 * 30 is above 3 in floating point
+    assert first.covered_by(3)
+    assert not second.covered_by(5)
+
+
+def test_neighbouring_windows_share_nothing_and_lose_nothing():
+    windows = parse_windows("0-5,5-15,15-25,25-")
+    rate = 15.625
+    taken = [i for w in windows for i in range(600)[w.slice(rate, 600)]]
+    assert taken == list(range(600))
+
+
+@pytest.mark.parametrize("text", ["", "5", "5-5", "9-5", "-5", "a-b", "0-5;5-10"])
+def test_windows_refuse(text: str):
+    with pytest.raises(ValueError, match="window"):
+        parse_windows(text)
+
+
+def test_entropy():
+    assert entropy(np.arange(8).repeat(500), 8) == pytest.approx(np.log(8))
+    assert entropy([3] * 50, 8) == 0
+    assert entropy([0] * 900 + [1] * 100, 2) == pytest.approx(-0.9 * np.log(0.9) - 0.1 * np.log(0.1) + 1 / 2000)
+    assert entropy_ratio([0, 1] * 200, np.arange(4).repeat(100), 4) == pytest.approx(0.5, abs=0.01)
+    assert np.isnan(entropy_ratio([0, 1], [0, 0], 4))
+
+
+def test_entropy_correction_helps_small_samples():
+    draws = [entropy(rng(seed).integers(0, 8, 40), 8) for seed in range(200)]
+    assert np.mean(draws) == pytest.approx(np.log(8), abs=0.03)  # 0.09 too low without
+
+
+@pytest.mark.parametrize("wrong", [[], [8], [-1]])
+def test_entropy_refuses(wrong: list[int]):
+    with pytest.raises(ValueError, match="0 .. 7"):
+        entropy(wrong, 8)

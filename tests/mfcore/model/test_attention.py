@@ -1,0 +1,108 @@
+"""One attention, three ways to compute it: they agree, and see what METHOD 4 says."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mfcore.model.attention import Sight, additive, attend
+from mfcore.solver import Context, levels
+from mfcore.types import AUDIO, VIDEO
+from tests.helpers.attention_inputs import qkv, sight
+from tests.helpers.tiny_model import batch, network
+
+
+def test_a_chunk_sees_its_window_and_itself():
+    seen = sight().dense()
+    for q in range(len(sight().chunk)):
+        k = torch.arange(35) // 7
+        history = [(q // 7 - int(c)) in (1, 2) for c in k]
+        assert seen[q].tolist() == history + [int(c) == q // 7 for c in k]
+
+
+@pytest.mark.parametrize(
+    ("groups", "dtype", "tolerance"),
+    [(4, torch.float32, 1e-5), (2, torch.float32, 1e-5), (4, torch.bfloat16, 2e-2), (1, torch.bfloat16, 2e-2)],
+)
+@torch.no_grad()
+def test_backends_differ_by_less_than_the_noise_of_the_type(groups, dtype, tolerance):
+    seen = sight()
+    q, k, v = qkv(seen, dtype, groups)
+    dense, flex = attend(q, k, v, seen.mask("sdpa", q.device)), attend(q, k, v, seen.blocks(q.device))
+    assert dense.dtype == flex.dtype == dtype
+    torch.testing.assert_close(flex, dense, atol=tolerance, rtol=tolerance)
+    keys, values = (x.float().repeat_interleave(4 // groups, 1) for x in (k, v))
+    logits = (q.float() @ keys.mT / 4).masked_fill(~seen.dense(), -torch.inf)
+    torch.testing.assert_close(dense.float(), logits.softmax(-1) @ values, atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+def test_an_additive_mask_is_the_mask_to_the_last_bit():
+    seen = sight()
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = qkv(seen, dtype)
+        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen.dense())
+        assert torch.equal(attend(q, k, v, additive(seen.dense())), plain)
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_layer_turns_no_heads_and_makes_no_mask():
+    """Both are passes over every number that a product has just written. What is copied is the attention's answer, of
+    which each branch gets its rows."""
+    model, data = network(layers=3), batch(2, 4)
+    context = Context(model=model, cond=data.cond).remember(data.streams, None)
+    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
+    given, run = [], model.layer
+    model.layer = lambda *args: given.append(args) or run(*args)
+    context.velocity(data.streams, t, t)
+    with Called() as called:
+        run(*given[-1])
+    assert called.names.count("clone") <= len(data.streams) + 1  # and the keys of the sink, for each chunk
+    assert not {"where", "masked_fill", "masked_fill_", "bitwise_not"} & set(called.names)
+
+
+@torch.no_grad()
+def test_statistics_of_the_softmax_are_float32_for_bfloat16():
+    """A thousand equal keys: sums of bfloat16 would stop growing at 256."""
+    q, k = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16), torch.zeros(1, 1, 1000, 16, dtype=torch.bfloat16)
+    v = torch.ones(1, 1, 1000, 16, dtype=torch.bfloat16)
+    assert torch.equal(attend(q, k, v, None), torch.ones_like(q))
+
+
+@pytest.mark.parametrize("changes", [{}, {"coupled": False}], ids=str)
+@torch.no_grad()
+def test_the_whole_network_by_either_backend(changes, monkeypatch):
+    """Parallel passes over history and noisy chunks, with the sink's copies, and with branches apart."""
+    model, data = network(**changes), batch(rows=2, chunks=4)
+    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
+
+    def answer() -> dict[str, torch.Tensor]:
+        return Context(model=model, cond=data.cond).remember(data.streams, None).velocity(data.streams, t, t)
+
+    dense = answer()
+    monkeypatch.setattr(Sight, "mask", lambda self, backend, device: self.blocks(device))
+    flex = answer()
+    for m in (VIDEO, AUDIO):
+        torch.testing.assert_close(flex[m], dense[m], atol=1e-5, rtol=1e-5)
+
+
+def test_on_a_cpu_the_reference_takes_the_place_of_flex():
+    """Which has no gradient there."""
+    assert isinstance(sight().mask("flex", torch.device("cpu")), torch.Tensor)
+    data = batch(rows=1, chunks=2)
+    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
+    model = network(attention="flex")
+    u = Context(model=model, cond=data.cond).opened().velocity(data.streams, t, t)
+    u[VIDEO].sum().backward()
+    assert model.branch(VIDEO).block(0).qkv.weight.grad is not None

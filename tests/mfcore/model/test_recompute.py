@@ -1,0 +1,53 @@
+"""Running layers again in the backward pass changes what is kept, and no number."""
+
+import torch
+
+from mfcore.model.lora import FakeConfig, LowRankCopy
+from mfcore.objectives.losses import StepInfo, total
+from mfcore.objectives.mutual import Mutual
+from mfcore.solver import Context, levels
+from tests.helpers.mutual_objective import CONFIG, four
+from tests.helpers.tiny_model import batch, network
+
+
+def mutual_step(*, recompute: bool):
+    """Losses and gradients of a mutual step, all three networks."""
+    student, average = network(layers=2), network(layers=2, seed=1)
+    for net in (student, average):
+        net.recompute = recompute
+    fake = LowRankCopy(average, FakeConfig(rank=4), 0)
+    models = {"student": student, "ema": average, "fake": fake}
+    terms = Mutual(CONFIG)(models, four(), StepInfo(seed=0, step=0, stage_step=0))
+    for own in terms.values():
+        total(own).backward()
+    grads = [p.grad for net in (student, fake) for p in net.parameters() if p.grad is not None]
+    return [t.values.detach() for own in terms.values() for t in own], grads
+
+
+def test_losses_and_gradients_are_bit_equal():
+    for one, other in zip(mutual_step(recompute=False), mutual_step(recompute=True), strict=True):
+        assert len(one) == len(other) > 0
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def kept_bytes(*, recompute: bool) -> int:
+    """What a pass keeps for its backward pass, weights not counted."""
+    net, data = network(layers=4), batch(rows=2, chunks=3)
+    net.recompute = recompute
+    t = levels(data.streams, dict.fromkeys(data.streams, 0.5))
+    weights = {p.data_ptr() for p in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if x.data_ptr() not in weights:
+            kept[x.data_ptr()] = x.nbytes
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = Context(model=net, cond=data.cond).opened().velocity(data.streams, t, t)
+        assert all(v.requires_grad for v in out.values())
+    return sum(kept.values())
+
+
+def test_less_is_kept():
+    assert kept_bytes(recompute=True) < 0.25 * kept_bytes(recompute=False)

@@ -1,0 +1,186 @@
+"""Truths about streaming with a ring: it equals recomputation under the window mask, for ever, in constant room."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mfcore.model.ring_cache import RingMemory, ring_of
+from mfcore.rollout import join_chunks, noise_starts, rollout
+from mfcore.solver import Context, denoise
+from mfcore.types import AUDIO, VIDEO, Stream
+from tests.helpers.streaming import CHUNKS, MOST, PLAN, assert_same, in_ring, starts, streamed
+from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, network
+
+
+def recomputed(context: Context, data) -> dict[str, Stream]:
+    """Without a cache: for every chunk the whole prefix again, in one pass under the window mask."""
+    made: list[dict[str, Stream]] = []
+    for start in starts(data):
+        now = context if not made else context.remember(join_chunks(made), None)
+        made.append(denoise(now, start, PLAN)[0])
+    return join_chunks(made)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"window": 1},
+        {"window": 20},
+        {"coupled": False},
+        {"kv_heads": 1},
+        {"word_heads": 1},
+        {"layout": "wan"},
+        {"local_start": False, "chunk_phase": False},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_ring_equals_recomputing_the_prefix_under_the_window_mask(changes):
+    """Of sound a chunk holds 7 or 8 latents, so that the chunks do not take each other's places exactly."""
+    model, data = network(**({"window": 3} | changes)), batch()
+    context = Context(model=model, cond=data.cond)
+    assert {TIMELINE.count(AUDIO, 1, k) for k in range(CHUNKS)} == {7, 8}
+    assert_same(streamed(context, data), recomputed(context, data), 3e-5)
+
+
+@pytest.mark.parametrize("modality", [VIDEO, AUDIO])
+@torch.no_grad()
+def test_one_modality_alone(modality):
+    model, data = network(modality), batch(2, 1, modality)
+    context = Context(model=model, cond=data.cond)
+    shapes = {modality: SHAPES[modality]}
+    plan = {modality: PLAN[modality]}
+    both = [context, in_ring(context)]
+    one, other = (
+        join_chunks(
+            c.clean
+            for c in rollout(some, noise_starts(TIMELINE, shapes, range(6), 0, data.samples, data.cond.caption), plan)
+        )
+        for some in both
+    )
+    assert_same(one, other)
+
+
+@torch.no_grad()
+def test_with_guidance_each_branch_has_a_ring_of_its_own():
+    model, data = network(), batch()
+    context = Context(model=model, cond=data.cond, guidance=3.0)
+    plain = join_chunks(c.clean for c in rollout(context, starts(data), PLAN))
+    assert_same(streamed(context, data), plain, 1e-4)  # guidance amplifies rounding, chunk after chunk
+
+
+@torch.no_grad()
+def test_nothing_is_allocated_or_grows_after_the_start():
+    model, data = network(window=3), batch()
+    context = in_ring(Context(model=model, cond=data.cond))
+    ring = context.memory
+    assert isinstance(ring, RingMemory)
+    places = (ring.k.data_ptr(), ring.v.data_ptr(), ring.bytes)
+    held: list[int] = []
+    for chunk in rollout(context, starts(data, chunks=40), PLAN):
+        assert chunk.before.memory is ring
+        assert (ring.k.data_ptr(), ring.v.data_ptr(), ring.bytes) == places
+        held.append(0 if ring.past_at is None else len(ring.past_at))
+    assert held[0] == 0 and max(held) <= 3 * MOST and min(held[4:]) >= 3 * (MOST - 1)
+
+
+@torch.no_grad()
+def test_a_snapshot_is_continued_more_than_once():
+    model, data = network(), batch()
+    context = Context(model=model, cond=data.cond, guidance=2.0)
+    whole = streamed(context, data)
+    chunks = rollout(in_ring(context), starts(data), PLAN)
+    for _ in range(5):
+        chunk = next(chunks)
+    kept = chunk.context.snapshot()
+    rest = [join_chunks(c.clean for c in chunks)]
+    for _ in range(2):
+        again = rollout(in_ring(kept), starts(data, 5, CHUNKS - 5), PLAN)
+        rest.append(join_chunks(c.clean for c in again))
+    for m in whole:
+        late = whole[m].chunk >= 5
+        assert torch.equal(rest[0][m].latents, whole[m].latents[:, late])
+        for own in rest[1:]:
+            torch.testing.assert_close(own[m].latents, whole[m].latents[:, late], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_and_stacks_of_rings():
+    model, data = network(), batch(rows=3)
+    context = in_ring(Context(model=model, cond=data.cond))
+    whole = [c.clean for c in rollout(context, starts(data), PLAN)]
+    parts = [in_ring(Context(model=model, cond=data.cond)).rows(torch.tensor(i)) for i in ([2], [0, 1])]
+    joined = Context.stack(parts)
+    assert isinstance(joined.memory, RingMemory)
+    order = torch.tensor([2, 0, 1])
+    mixed = [{m: s.rows(order) for m, s in start.items()} for start in starts(data)]
+    again = [c.clean for c in rollout(joined, mixed, PLAN)]
+    assert_same({m: s.rows(order) for m, s in join_chunks(whole).items()}, join_chunks(again))
+
+
+@torch.no_grad()
+def test_streaming_at_hour_three_is_streaming_at_time_zero():
+    """Three hours are a whole number of chunks (0.5 s) and of sound latents (64 ms): the counts are the same."""
+    model, data = network(window=3), batch()
+    early = streamed(Context(model=model, cond=data.cond), data)
+    first, hours = 21600, 10800.0
+    cond = replace(data.cond, word_times=data.cond.word_times + hours)
+    later = [
+        {m: replace(s, chunk=s.chunk + first, times=s.times + hours) for m, s in start.items()}
+        for start in starts(data)
+    ]
+    context = in_ring(Context(model=model, cond=cond))
+    late = join_chunks(c.clean for c in rollout(context, later, PLAN))
+    assert_same(early, late)
+
+
+@torch.no_grad()
+def test_caption_and_transcript_may_change_between_chunks():
+    """History stays as it was said; from the change on the answer is that to the new text."""
+    model, data = network(), batch()
+    draw = torch.Generator().manual_seed(7)
+    other = replace(
+        data.cond,
+        caption=torch.randn(data.cond.caption.shape, generator=draw),
+        words=torch.randn(data.cond.words.shape, generator=draw),
+        word_times=data.cond.word_times + 1.5,
+    )
+    context = Context(model=model, cond=data.cond)
+    conds = [data.cond] * 4 + [other] * (CHUNKS - 4)
+    plain = join_chunks(c.clean for c in rollout(context, starts(data), PLAN, conds=conds))
+    ring, same = streamed(context, data, conds=conds), streamed(context, data)
+    assert_same(ring, plain, 3e-5)
+    for m in ring:
+        late = ring[m].chunk >= 4
+        assert torch.equal(ring[m].latents[:, ~late], same[m].latents[:, ~late])
+        assert not torch.allclose(ring[m].latents[:, late], same[m].latents[:, late], atol=1e-2)
+
+
+@torch.no_grad()
+def test_only_the_caption_changes():
+    model, data = network(), batch()
+    context = Context(model=model, cond=data.cond)
+    other = replace(data.cond, caption=-data.cond.caption)
+    conds = [data.cond] * 3 + [other] * (CHUNKS - 3)
+    changed, same = streamed(context, data, conds=conds), streamed(context, data)
+    assert not torch.allclose(changed[VIDEO].latents, same[VIDEO].latents, atol=1e-2)
+
+
+def test_a_ring_has_no_gradient_and_says_so():
+    model, data = network(), batch()
+    with torch.no_grad():
+        context = in_ring(Context(model=model, cond=data.cond))
+    start = next(iter(starts(data)))
+    t = {m: torch.ones(2, 1) for m in start}
+    with pytest.raises(AssertionError, match="run it without gradient"):
+        context.velocity(start, t, t)
+
+
+@torch.no_grad()
+def test_a_chunk_larger_than_promised_is_refused():
+    model, data = network(), batch()
+    context = Context(model=model, cond=data.cond).opened().with_memories(lambda memory: ring_of(memory, 5))
+    with pytest.raises(ValueError, match=r"a chunk of \d+ tokens does not fit .* chunks of at most 5 tokens"):
+        list(rollout(context, starts(data), PLAN))

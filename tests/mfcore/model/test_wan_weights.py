@@ -1,0 +1,116 @@
+"""Wan's video weights in a video branch: the same output, and an account of every weight."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mfcore.model.config import BranchConfig, ModelConfig
+from mfcore.model.kv_cache import LayeredMemory, Positions
+from mfcore.model.transformer import build_model
+from mfcore.model.wan_weights import take_over
+from mfcore.types import VIDEO, Condition, Stream
+from mfcore.weights import load_strict
+
+LATENTS, SIZE = 3, (4, 6)
+CONFIG = ModelConfig(
+    branches={VIDEO: BranchConfig(channels=16, size=SIZE, patch=(2, 2), data_std=None)},
+    dim=96,
+    layers=2,
+    heads=4,
+    word_heads=1,
+    mlp_ratio=2.5,
+    text_dim=32,
+    chunk_seconds=0.5,
+    window_chunks=2,
+    rope_seconds_scale=6.0,
+    layout="wan",
+)
+
+
+@pytest.fixture(scope="module")
+def wan():
+    """The real class at a tiny size, every weight drawn at random."""
+    module = pytest.importorskip("diffusers.models.transformers.transformer_wan", reason="needs diffusers")
+    torch.manual_seed(0)
+    model = module.WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=24, text_dim=32, ffn_dim=240, num_layers=2, freq_dim=256
+    )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_((0.3 if "norm" in name or "table" in name else 0.05) * torch.randn(p.shape))
+    return model.eval()
+
+
+def condition(caption: torch.Tensor) -> Condition:
+    rows, length = caption.shape[:2]
+    return Condition(
+        caption=caption,
+        caption_mask=torch.ones(rows, length, dtype=torch.bool),
+        words=torch.randn(rows, 3, 32),
+        words_mask=torch.ones(rows, 3, dtype=torch.bool),
+        word_times=torch.tensor([[0.0, 0.2], [0.2, 0.4], [0.4, 0.5]], dtype=torch.float64).expand(rows, 3, 2),
+        first_frame=torch.randn(rows, 16, *SIZE),
+        voice=None,
+        voice_mask=None,
+    )
+
+
+@torch.no_grad()
+def test_one_chunk_is_what_diffusers_makes_of_it(wan):
+    """Without a sink, which Wan does not know; with words, whose attention starts without effect."""
+    model = build_model(CONFIG, 1).eval()
+    load_strict(model, take_over(wan.state_dict(), model.state_dict(), CONFIG).weights, "Wan")
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 16, LATENTS, *SIZE, generator=draw)
+    caption, t = torch.randn(2, 7, 32, generator=draw), torch.tensor([0.35, 0.8])
+    expected = wan(x, t * 1000, caption).sample
+    chunk = Stream(
+        latents=x.transpose(1, 2),
+        times=(torch.arange(LATENTS, dtype=torch.float64) + 0.25) / 6,
+        chunk=torch.zeros(LATENTS, dtype=torch.int64),
+    )
+    nowhere = Positions(**dict.fromkeys(("chunk", "times", "ys", "xs", "branch"), torch.zeros(0, dtype=torch.int64)))
+    memory = LayeredMemory(window=2, sink=(), sink_at=nowhere)
+    level = {VIDEO: t[:, None]}
+    found, _ = model({VIDEO: chunk}, level, level, condition(caption), memory)
+    torch.testing.assert_close(found[VIDEO].transpose(1, 2), expected, atol=1e-4, rtol=1e-4)
+    assert float(expected.std()) > 0.1
+
+
+def test_every_weight_is_accounted_for(wan):
+    model = build_model(CONFIG, 1)
+    extra = wan.state_dict() | {"blocks.0.attn2.add_k_proj.weight": torch.zeros(96, 96)}
+    taken = take_over(extra, model.state_dict(), CONFIG)
+    assert taken.weights.keys() == model.state_dict().keys()
+    assert taken.loaded.keys() | set(taken.initialised) == taken.weights.keys()
+    assert not taken.loaded.keys() & set(taken.initialised)
+    sources = {name for names in taken.loaded.values() for name in names}
+    assert sources == wan.state_dict().keys() and taken.skipped == ["blocks.0.attn2.add_k_proj.weight"]
+    own = ("levels.interval", "levels.trust", "text.words", "text.norm_words", "text.nothing", "absent")
+    assert all(any(part in name for part in own) for name in taken.initialised)
+
+
+def test_what_does_not_fit_is_listed_by_name(wan):
+    model = build_model(CONFIG, 1)
+    weights, own = wan.state_dict(), model.state_dict()
+    with pytest.raises(ValueError, match=r"3 layers: \['blocks\.2\.attn1\.norm_k\.weight', .*missing"):
+        take_over(weights, own, replace(CONFIG, layers=3))
+    other = replace(CONFIG, mlp_ratio=3.0)
+    with pytest.raises(
+        ValueError, match=r"\(6 weights\): branches\.video\.blocks\.0\.mlp\.0\.bias \(240,\) there, \(288,\)"
+    ):
+        take_over(weights, build_model(other, 1).state_dict(), other)
+    with pytest.raises(ValueError, match="use --preset base"):
+        take_over(weights, own, replace(CONFIG, layout="own"))
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_with_all_their_names():
+    small, large = build_model(CONFIG, 0), build_model(replace(CONFIG, word_heads=2), 0)
+    with pytest.raises(ValueError) as caught:
+        load_strict(large, small.state_dict(), "the file")
+    named = [n for n, p in large.named_parameters() if p.shape != small.state_dict()[n].shape]
+    assert len(named) == 10 and all(name in str(caught.value) for name in named)
+    deeper = build_model(replace(CONFIG, layers=3), 0)
+    with pytest.raises(ValueError, match=r"another network: .*blocks\.2\.table\.weight.* missing"):
+        load_strict(deeper, small.state_dict(), "the file")

@@ -1,0 +1,118 @@
+"""An object store that answers badly, or not at all: a run is complete in the end or says why not, and never half."""
+
+import hashlib
+import random
+import threading
+from dataclasses import replace
+from fractions import Fraction
+
+import fsspec
+import pytest
+
+from preprocessing.config import PreprocessConfig
+from preprocessing.io import storage
+from preprocessing.io.errors import Outage
+from preprocessing.io.lease import LOCK
+from preprocessing.io.storage import Store
+from tests.helpers.media_folder import make_folder, write_clip
+from tests.helpers.object_store import BUCKET, FaultProxy, s3_at, s3_server
+from workflows.data.build import preprocess
+from workflows.data.inspect import inspect
+
+pytestmark = pytest.mark.slow
+CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2)
+MEDIA = f"s3://{BUCKET}/media"
+
+
+def quiet(*_) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The port of an S3 server with five sources in it."""
+    folder = tmp_path_factory.mktemp("faults")
+    make_folder(folder / "media")
+    with s3_server(folder / "log") as port:
+        fsspec.filesystem("s3").put(f"{folder}/media/", f"{MEDIA}/", recursive=True)
+        yield port
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server) -> dict[str, str]:
+    preprocess([MEDIA], f"s3://{BUCKET}/undisturbed", CONFIG, progress=quiet)
+    return content(f"s3://{BUCKET}/undisturbed")
+
+
+def content(place: str) -> dict[str, str]:
+    fs = fsspec.filesystem("s3")
+    fs.invalidate_cache()
+    root = place.removeprefix("s3://")
+    return {path.removeprefix(root): hashlib.sha256(fs.cat_file(path)).hexdigest() for path in fs.find(root)}
+
+
+class Faults:
+    """Of the next connections some, drawn with a seed, go wrong; never more than three in a row."""
+
+    def __init__(self, kinds: tuple[str, ...], share: float, seed: int = 1) -> None:
+        self._draw, self._kinds, self._share, self._row = random.Random(seed), kinds, share, 0
+        self._turn = threading.Lock()
+
+    def __call__(self) -> str:
+        with self._turn:
+            bad = self._row < 3 and self._draw.random() < self._share
+            self._row = self._row + 1 if bad else 0
+            return self._draw.choice(self._kinds) if bad else ""
+
+
+def test_a_run_over_a_bad_line_is_the_one_over_a_good_line(server, undisturbed, monkeypatch):
+    monkeypatch.setattr(storage, "SILENCE_SECONDS", 2)
+    kinds = ("refuse", "503", "silent", "torn up 100", "torn up 3000", "torn down 200", "torn down 5000")
+    with FaultProxy(server, Faults(kinds, share=0.6)) as proxy:
+        with s3_at(proxy.port):
+            preprocess([MEDIA], f"s3://{BUCKET}/bad-line", CONFIG, progress=quiet)
+        assert all(proxy.seen[kind] for kind in ("refuse", "503", "torn up", "torn down")), proxy.seen
+    assert content(f"s3://{BUCKET}/bad-line") == undisturbed
+
+
+@pytest.mark.parametrize("kind", ["refuse", "503", "silent", "torn up 2000"])
+def test_a_store_that_stays_away_stops_the_run_and_the_same_command_resumes(kind, server, undisturbed, monkeypatch):
+    monkeypatch.setattr(storage, "SILENCE_SECONDS", 2)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    place = f"s3://{BUCKET}/away-{kind.split()[0]}"
+    broken = threading.Event()
+
+    def after_a_unit(*_) -> None:
+        broken.set()
+        fsspec.filesystem("s3").clear_instance_cache()
+        proxy.hang_up()
+
+    with (
+        FaultProxy(server, lambda: kind if broken.is_set() else "") as proxy,
+        s3_at(proxy.port),
+        pytest.raises(Outage, match="same command again"),
+    ):
+        preprocess([MEDIA], place, CONFIG, progress=after_a_unit)
+    there = content(place)
+    assert all(undisturbed[name] == value for name, value in there.items() if name.startswith(("/clips", "/_done")))
+    with s3_at(server):
+        Store(place).remove(LOCK)  # or wait for a minute
+        preprocess([MEDIA], place, CONFIG, progress=quiet)
+    assert content(place) == undisturbed
+
+
+def test_a_vanished_bucket_stops_the_run_and_the_same_command_resumes(server, tmp_path):
+    for name, seconds in (("a", 2.2), ("b", 2.4)):
+        write_clip(tmp_path / f"{name}.mp4", seconds)
+    fs = fsspec.filesystem("s3")
+    fs.mkdir("volatile")
+
+    def vanish(*_) -> None:
+        fs.invalidate_cache()
+        fs.rm("volatile", recursive=True)
+
+    run = ([str(tmp_path)], "s3://volatile/set", replace(CONFIG, sources_per_unit=1))
+    with pytest.raises(Outage, match=r"(no such bucket|removed\?).*same command again"):
+        preprocess(*run, progress=vanish)
+    fs.mkdir("volatile")
+    assert preprocess(*run, progress=quiet)["accepted"] == 2
+    assert inspect("s3://volatile/set", verify=True)["verified"]

@@ -1,0 +1,162 @@
+"""`mfctl bench stream`: what it promises other tools, and that its numbers are of the real thing."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mfcore.model import compile
+from mfcore.model.cuda_graphs import Graphed
+from mfcore.model.flops import chunk_flops
+from mfcore.types import AUDIO, VIDEO
+from tests.helpers.op_recorder import tape
+from workflows.bench import roofline, stream
+from workflows.bench.random_network import random_network, weight_bytes
+from workflows.bench.stream import bench_stream, parts_of, render
+from workflows.bench.train import bench_train
+from workflows.config.latent_shapes import geometry
+from workflows.config.presets import preset as build
+from workflows.training import memory_check
+
+SMALL = ("model.dim=32", "model.layers=2", "model.heads=2")
+PROMISED = {
+    "fps",
+    "cache_passes",
+    "first_chunk_s",
+    "chunk_ms_p50",
+    "chunk_ms_p99",
+    "late_over_early",
+    "peak_memory_bytes",
+    "flops_per_s",
+    "ratio_to_matmul",
+    "cached_speedup",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Small matrices and short streams: what is measured must be right, not quiet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "EDGE", 128)
+        patch.setattr(stream, "EARLY", 6)
+        patch.setattr(stream, "CACHED_AT", 10)
+        yield
+
+
+@pytest.fixture(scope="module")
+def result():
+    return bench_stream(chunks=9, rounds=2, steps=2, device="cpu", sets=SMALL)
+
+
+def test_the_promised_numbers_are_there_and_are_numbers(result):
+    assert result.keys() >= PROMISED
+    assert json.loads(json.dumps(result)) == result
+    assert 0 < result["fps"] < result["fps_ceiling"] and 0 < result["ratio_to_matmul"] < 1
+    assert result["fps"] == pytest.approx(12e3 / result["chunk_ms_p50"])
+    assert result["decode_ms"].keys() == {VIDEO, AUDIO}
+    assert "paper none at this size" in render(result)
+
+
+def test_a_chunk_with_the_cache_is_the_chunk_without(result):
+    assert result["cached_gap"] < 1e-4
+    assert result["cached_speedup"] > result["cached_speedup_prefix_once"]
+
+
+def test_nothing_is_held_that_grows(result):
+    assert result["memory_late_over_early"] == pytest.approx(1.0, abs=0.002)
+
+
+def test_operations_are_those_of_a_chunk_of_the_padded_size():
+    plan = stream.resolve("full", (192, 336), 4, 500, 5, "cpu", "bf16", ())
+    assert plan.known.padded(plan.size) == (192, 352)
+    assert stream.load_of(plan).tokens == {VIDEO: 3 * 6 * 11, AUDIO: 11}
+    assert chunk_flops(plan.model, stream.load_of(plan), 4) == pytest.approx(12.0e12, rel=0.05)
+    assert parts_of(plan)["weights"] == pytest.approx(2 * 13.9e9, rel=0.05)
+
+
+def test_random_weights_are_those_that_were_counted():
+    model = build("tiny", "joint", geometry("tiny").shapes((64, 64))).model
+    for dtype in (torch.float32, torch.bfloat16):
+        net = random_network(model, torch.device("cpu"), dtype)
+        assert sum(p.nbytes for p in net.parameters()) == weight_bytes(model, dtype)
+        assert net.branch(VIDEO).head.weight.dtype == torch.float32
+        assert net.branch(VIDEO).block(0).qkv.weight.dtype == dtype
+
+
+def test_bfloat16_streams_too():
+    found = bench_stream(chunks=8, rounds=1, steps=1, device="cpu", precision="bf16", sets=SMALL)
+    assert found["precision"] == "bfloat16" and 0 < found["cached_gap"] < 0.5
+
+
+def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(stream, "free_bytes", lambda device: 8_000_000_000)
+    monkeypatch.setattr(stream, "random_network", lambda *_: pytest.fail("allocated"))
+    with pytest.raises(ValueError, match=r"full at 192x336 needs 5\d\.\d GB .* 8\.0 GB are free: what fits: --preset"):
+        bench_stream(preset="full", device="cpu")
+    assert memory_check.free_bytes(torch.device("cpu")) is None or memory_check.free_bytes(torch.device("cpu")) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"chunks": 7}, "--chunks at least 8"),
+        ({"steps": 0}, "--steps and --rounds must be at least 1"),
+        ({"size": (0, 64)}, "both edges must be positive"),
+        ({"preset": "tny"}, "unknown preset 'tny'"),
+        ({"sets": ["model.layer=1"]}, "model.layer"),
+    ],
+)
+def test_wrong_input_is_named(options, said):
+    with pytest.raises(ValueError, match=said):
+        bench_stream(**{"device": "cpu", **options})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_named():
+    with pytest.raises(ValueError, match="torch finds no CUDA device here"):
+        bench_stream(device="cuda")
+
+
+def test_training_that_does_not_fit_is_refused_with_what_would(monkeypatch):
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 60_000_000_000)
+    config = build("full", "joint", geometry("full").shapes((192, 336)))
+    eight = replace(config, engine=replace(config.engine, workers=8, zero_stage=1))
+    with pytest.raises(
+        ValueError, match=r"13\.9B parameters on 8 rank\(s\) at ZeRO stage 1 needs 18\d\.\d GB .*60\.0 GB"
+    ) as said:
+        memory_check.refuse_training(eight, "cpu")
+    assert "--preset base (39" in str(said.value) and "zero_stage=3" not in str(said.value)
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 100_000_000_000)
+    with pytest.raises(ValueError, match=r"what fits: --set engine\.zero_stage=3 \(8\d\.\d GB\), or --preset base"):
+        memory_check.refuse_training(eight, "cpu")
+    memory_check.refuse_training(replace(eight, engine=replace(eight.engine, zero_stage=3)), "cpu")
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 1_000_000)
+    with pytest.raises(memory_check.DoesNotFit, match="needs 180"):
+        memory_check.refuse_together(eight)
+
+
+def test_switches_are_measured_against_the_stream_without_them(monkeypatch):
+    """With passes recorded as on a GPU, and played operator by operator."""
+    monkeypatch.setattr(stream, "refuse", lambda plan: None)
+    monkeypatch.setattr(stream, "switched", lambda net, **switches: Graphed(net, tape))
+    found = bench_stream(chunks=8, rounds=2, steps=2, device="cpu", graphs=True, sets=SMALL)
+    assert found["graphs"] and not found["compile"]
+    assert found["switch_gap"] < 1e-5 and found["switch_speedup"] > 0
+    assert "graphs" in render(found)
+
+
+def test_switches_without_use_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="--graphs records CUDA graphs, and this stream runs on the cpu"):
+        bench_stream(device="cpu", graphs=True)
+    monkeypatch.setattr(compile.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a compiler"):
+        bench_stream(device="cpu", compile=True)
+    with pytest.raises(ValueError, match="needs a compiler"):
+        bench_train(sets=["engine.compile=true"], variants=["ray_torch"])
+    with pytest.raises(ValueError, match=r"leave it off, or set engine\.zero_stage"):
+        bench_train(sets=["engine.compile=true", "engine.zero_stage=3"])
+    with pytest.raises(ValueError, match=r"engine\.sequence 2 must divide engine\.workers, a number: got 1"):
+        bench_train(sets=["engine.sequence=2"])
+    with pytest.raises(ValueError, match=r"engine\.sequence 3 shares out heads: it must divide model\.heads 4"):
+        bench_train(workers=3, sets=["engine.sequence=3"])

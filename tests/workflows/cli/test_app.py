@@ -1,0 +1,243 @@
+"""The command line's contract: verbs, exit codes, what goes to which stream."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray.exceptions import RayTaskError
+from typer.testing import CliRunner
+
+from workflows import doctor
+from workflows.cli import output
+from workflows.cli.app import app
+from workflows.utils import environment
+
+ROOT = Path(__file__).resolve().parents[3]
+VERBS = [
+    "doctor",
+    "demo",
+    "toyworld",
+    "preprocess",
+    "inspect",
+    "reconstruct",
+    "train",
+    "generate",
+    "evaluate",
+    "submit",
+    "status",
+    "logs",
+    "stop",
+    "mlflow",
+]
+
+
+def python(program: str, *, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program]
+    return subprocess.run(
+        command, cwd=cwd, env=_env(variables), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def mfctl(*words: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "workflows.cli", *words]
+    return subprocess.run(
+        command, cwd=cwd, env=_env(variables), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def _env(variables: dict[str, str]) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)} | variables
+
+
+def test_every_verb_is_listed_and_explains_itself_without_torch_or_ray() -> None:
+    listed = mfctl("--help").stdout
+    assert all(f"\n  {verb} " in listed for verb in VERBS)
+    program = f"""
+import sys
+from typer.testing import CliRunner
+from workflows.cli.app import app
+for verb in {VERBS}:
+    result = CliRunner().invoke(app, [verb, "--help"])
+    assert result.exit_code == 0 and "Usage:" in result.output, verb
+assert not {{"torch", "ray", "deepspeed", "mlflow"}} & set(sys.modules)
+"""
+    done = python(program)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["doctr"], "Did you mean 'doctor'?"),
+        (["train", "--stage", "video", "--preste", "tiny"], "--preset"),
+        (["train", "--stage", "vido"], "'video'"),
+        (["toyworld", "out", "--clips", "0"], "greater than or equal to 1"),
+        (["evaluate", "run", "--steps", "1,x"], "--steps takes whole numbers from 1 up separated by commas, got 'x'"),
+        (["stop"], "mfctl stop --head"),
+        (["submit", "nowhere.yaml", "--", "doctor"], "nowhere.yaml does not exist"),
+        (["status", "raysubmit_none"], "no job raysubmit_none"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_a_remedy_and_writes_nothing(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
+    done = mfctl(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["preprocess", "nowhere", "dataset"], "nowhere"),
+        (["preprocess", "a.mp4", "dataset", "--set", "windw_seconds=3"], "did you mean window_seconds?"),
+        (["preprocess", "a.mp4", "dataset", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["inspect", "nowhere"], "nowhere is no dataset"),
+        (["reconstruct", "nowhere", "clip", "out.mp4"], "nowhere is no dataset"),
+        (["train", "--stage", "video", "--data", "nowhere"], "nowhere is no dataset"),
+        (["train", "--stage", "joint"], "mfctl preprocess"),
+        (["generate", "nowhere", "out.mp4"], "nowhere"),
+        (["evaluate", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input_ends_with_2_and_its_name_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1, "one clear message"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ("ValueError('size 7: choose 8')", 2),
+        ("FileNotFoundError('clip.mp4 does not exist')", 2),
+        ("FileExistsError('out.mp4 exists: add --overwrite')", 2),
+        ("RuntimeError('the engine stopped')", 1),
+        ("KeyError('a bug of ours')", 1),
+        ("KeyboardInterrupt()", 1),
+    ],
+)
+def test_input_errors_end_with_2_and_failures_with_1(error: str, code: int) -> None:
+    done = python(_app(f"raise {error}"))
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert ("Traceback" in done.stderr) == (error.startswith(("RuntimeError", "KeyError")))
+
+
+def test_an_input_error_shows_where_it_was_raised_on_request() -> None:
+    assert "Traceback" in python(_app("raise ValueError('x')"), MFCTL_TRACEBACK="1").stderr
+
+
+def test_an_error_inside_a_ray_worker_is_a_failure_whatever_its_type() -> None:
+    error = RayTaskError("f", "trace", ValueError("inside")).as_instanceof_cause()
+    assert isinstance(error, ValueError)
+    assert output.explain(error)[1] == output.FAILED
+
+
+def test_with_json_standard_output_is_one_object_whatever_is_printed() -> None:
+    work = "print('a'); os.write(1, b'b'); subprocess.call(['echo', 'c']); return {'x': float('nan'), 'p': Path('q')}"
+    done = python(_app(work, "as_json=True"))
+    assert json.loads(done.stdout) == {"x": None, "p": "q"}
+    assert done.stdout.count("\n") == 1
+    assert all(letter in done.stderr for letter in "abc")
+
+
+def test_with_json_an_error_is_an_object_too() -> None:
+    done = python(_app("raise ValueError('no')", "as_json=True"))
+    assert (done.returncode, json.loads(done.stdout)) == (2, {"error": "no", "exit_code": 2})
+
+
+def test_without_json_a_result_is_readable_text() -> None:
+    done = python(_app("return {'clips': 3, 'rejects_by_reason': {'no_audio': 1}}"))
+    assert done.stdout == "clips: 3\nrejects_by_reason:\n  no_audio: 1\n"
+
+
+def _app(work: str, options: str = "as_json=False") -> str:
+    return f"""
+import os, subprocess, typer
+from pathlib import Path
+from workflows.cli import output as console
+app = typer.Typer(pretty_exceptions_enable=False)
+@app.command()
+def verb():
+    def work():
+        {work}
+    console.run(work, {options})
+app()
+"""
+
+
+def test_paths_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert environment.absolute("a/../b*.mp4") == str(tmp_path / "b*.mp4")
+    assert environment.absolute("s3://bucket/a") == "s3://bucket/a"
+    assert environment.absolute_if_present("video-1") == "video-1"
+    (tmp_path / "video-1").mkdir()
+    assert environment.absolute_if_present("video-1") == str(tmp_path / "video-1")
+    monkeypatch.setenv(environment.BASE, "/elsewhere")
+    assert environment.absolute("a") == "/elsewhere/a"
+
+
+def test_the_store_is_one_file_under_runs_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert environment.tracking_uri() == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert environment.tracking_uri() == "http://tracking:5000"
+    assert "--backend-store-uri http://tracking:5000" in mfctl("mlflow", "--dry-run").stdout
+
+
+def test_nothing_phones_home_and_the_users_own_choice_is_kept() -> None:
+    program = "from workflows.utils.environment import apply_defaults as a; a(); import os; print(os.environ['{}'])"
+    assert python(program.format("RAY_USAGE_STATS_ENABLED")).stdout == "0\n"
+    assert python(program.format("RAY_AUTH_MODE"), RAY_AUTH_MODE="token").stdout == "token\n"
+
+
+def test_doctor_names_what_to_type_for_a_missing_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check = doctor.ffmpeg()
+    assert check.state == "missing"
+    assert "install ffmpeg" in check.remedy
+    text = doctor.render({"ok": False, "checks": [vars(check)]})
+    assert "no ffmpeg and no ffprobe" in text
+    assert check.remedy in text
+
+
+def test_doctor_sees_an_ffmpeg_without_our_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ffmpeg", "ffprobe"):
+        program = tmp_path / name
+        program.write_text("#!/bin/sh\necho ' A....D aac   AAC'\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert doctor.ffmpeg().detail.endswith("has no encoder libx264")
+
+
+def test_doctor_sees_a_broken_library_and_a_store_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = doctor._imported("thing", "import no_such_thing")
+    assert (broken.state, "no_such_thing" in broken.detail, broken.remedy) == ("missing", True, doctor.INSTALL)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/mlflow.db")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    assert doctor.mlflow_store().state == "missing"
+
+
+@pytest.mark.slow
+def test_doctor_finds_this_installation_complete() -> None:
+    done = mfctl("doctor", "--json")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"]) == (0, True), report
+    assert {"torch", "ray", "deepspeed", "mlflow", "ffmpeg"} <= {
+        c["name"] for c in report["checks"] if c["state"] == "ok"
+    }

@@ -1,0 +1,291 @@
+"""Generation: a stream of chunks becomes a playable file, and every wrong input one clear message."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mfcore.model.cuda_graphs import Graphed
+from mfcore.types import AUDIO, VIDEO
+from preprocessing.dataset.reader import open_dataset
+from preprocessing.media.mp4_writer import write_mp4
+from preprocessing.media.probe import probe
+from tests.helpers.op_recorder import tape
+from tests.helpers.random_exports import random_export
+from workflows.config.presets import preset
+from workflows.inference.generate import generate, portions
+from workflows.inference.inputs import allot, read_transcript
+from workflows.inference.pipeline import Streamer
+from workflows.inference.sampling import Sampling, sampling
+from workflows.training.resolve import latent_shapes, make_card
+
+WORDS = '[{"word": "ba", "start": 0.1, "end": 0.4}, {"word": "do", "start": 0.5, "end": 0.7}]'
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    return {stage: random_export(folder / stage, stage) for stage in ("video", "audio", "mutual")}
+
+
+@pytest.fixture
+def image(tmp_path) -> str:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "first.png")
+    return str(tmp_path / "first.png")
+
+
+@pytest.fixture
+def voice(tmp_path) -> str:
+    sound = 0.3 * np.sin(np.arange(32000) * 0.05).astype(np.float32)
+    write_mp4(tmp_path / "voice.mp4", None, None, sound, 16000)
+    return str(tmp_path / "voice.mp4")
+
+
+def one_condition(streamer: Streamer):
+    frame = torch.randint(0, 255, (*streamer.frame_size, 3), dtype=torch.uint8)
+    words, _ = read_transcript(WORDS)
+    return streamer.condition(caption="a green face", transcript=words, first_frame=frame)
+
+
+def test_portions_are_the_whole(exports):
+    """Decoding chunk by chunk equals decoding all latents at once, and so does generating."""
+    streamer = Streamer.load(exports["mutual"])
+    cond, how = one_condition(streamer), Sampling(steps=2)
+    parts = list(portions(streamer, cond, 4, how))
+    chunks = list(streamer.stream(cond, 4, how, samples=torch.zeros(1, dtype=torch.long)))
+    whole = streamer.decode(cond, chunks, 0)
+    assert torch.equal(torch.cat([p.signals[VIDEO] for p in parts]), whole[VIDEO])
+    torch.testing.assert_close(torch.cat([p.signals[AUDIO] for p in parts]), whole[AUDIO], atol=1e-5, rtol=0)
+    assert len(whole[VIDEO]) == 1 + 4 * 12
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(exports):
+    streamer = Streamer.load(exports["mutual"])
+    cond = one_condition(streamer)
+    pair = type(cond)(**{k: torch.cat([v, v]) for k, v in vars(cond).items()})
+    alone = list(streamer.stream(cond, 2, Sampling(steps=2), samples=torch.tensor([7])))
+    both = list(streamer.stream(pair, 2, Sampling(steps=2), samples=torch.tensor([3, 7])))
+    for a, b in zip(alone, both, strict=True):
+        torch.testing.assert_close(a[VIDEO].latents[0], b[VIDEO].latents[1], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(b[VIDEO].latents[0], b[VIDEO].latents[1])
+
+
+def test_numbers_that_are_not_finite_are_named_by_block_and_chunk(exports):
+    streamer = Streamer.load(exports["mutual"])
+    cond, how = one_condition(streamer), Sampling(steps=2)
+    made = streamer.stream(cond, 4, how)
+    next(made), next(made)
+    broken = streamer.model.branch(AUDIO).block(1).mlp[2].bias
+    broken[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"not finite after block 1: audio chunk 2 \(\d+ of \d+ tokens\)"):
+        next(made)
+    assert streamer.model.guard is None
+    broken[0] = 0.0
+    streamer.model.branch(VIDEO).head.bias[0] = torch.inf
+    with pytest.raises(FloatingPointError, match="chunk 0 is not finite, .* look at the head"):
+        next(streamer.stream(cond, 4, Sampling(steps=1)))
+
+
+def test_recorded_passes_stream_the_same_clip_and_are_blamed_alike(exports, monkeypatch):
+    """With passes recorded as on a GPU, and played operator by operator."""
+    streamer = Streamer.load(exports["mutual"])
+    cond, how = one_condition(streamer), Sampling(steps=2)
+    plain = list(streamer.stream(cond, 8, how))
+    with pytest.raises(ValueError, match="--graphs records CUDA graphs"):
+        streamer.switch(compile=False, graphs=True)
+    monkeypatch.setattr("workflows.inference.pipeline.check_switches", lambda *_, **__: None)
+    monkeypatch.setattr("workflows.inference.pipeline.switched", lambda net, **_: Graphed(net, tape))
+    streamer.switch(compile=False, graphs=True)
+    for a, b in zip(plain, streamer.stream(cond, 8, how), strict=True):
+        torch.testing.assert_close(b[VIDEO].latents, a[VIDEO].latents, atol=1e-5, rtol=1e-5)
+    made = streamer.stream(cond, 8, how)
+    next(made)
+    streamer.model.branch(AUDIO).block(0).mlp[2].bias[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite after block 0: audio chunk 1"):
+        list(made)
+
+
+def test_an_mp4_with_picture_and_sound(exports, image, voice, tmp_path):
+    out = tmp_path / "out.mp4"
+    facts = generate(
+        str(exports["mutual"]), out=str(out), first_frame=image, transcript=WORDS, voice=voice, seconds=1.7, steps=1
+    )
+    info = probe(out)
+    assert (info.video.width, info.video.height, info.video.fps) == (32, 32, 24.0)
+    assert info.audio is not None
+    assert facts["frames"] == 49  # 1.7 s take four chunks, and the first frame
+    assert facts["seconds"] == pytest.approx(49 / 24)
+    assert info.duration == pytest.approx(49 / 24, abs=0.03)
+    assert facts["mode"] == "few"
+    assert facts["first_chunk_s"] > 0
+
+
+def test_a_clip_in_bfloat16_says_so_and_is_nearly_the_clip(exports, image, tmp_path):
+    facts = {}
+    for precision in (None, "fp32", "bf16"):
+        out = tmp_path / f"{precision}.mp4"
+        options = {"first_frame": image, "transcript": WORDS, "seconds": 1.0, "steps": 2}
+        facts[precision] = generate(str(exports["mutual"]), out=str(out), precision=precision, **options)
+    on_gpu = torch.cuda.is_available()
+    assert [f["precision"] for f in facts.values()] == ["bf16" if on_gpu else "fp32", "fp32", "bf16"]
+    files = {name: (tmp_path / f"{name}.mp4").read_bytes() for name in facts}
+    assert files[None] == files["bf16" if on_gpu else "fp32"]
+    assert files["fp32"] != files["bf16"]
+    plain, narrow = (Streamer.load(exports["mutual"], precision=precision) for precision in ("fp32", "bf16"))
+    cond, how = one_condition(plain), Sampling(steps=2)
+    for a, b in zip(plain.stream(cond, 6, how), narrow.stream(cond, 6, how), strict=True):
+        for m in a:
+            gap = (b[m].latents - a[m].latents).abs().mean() / a[m].latents.abs().mean()
+            assert b[m].latents.dtype == torch.float32 and 0 < gap < 0.1
+
+
+def test_bfloat16_is_the_network_s_alone(exports):
+    """Weights of products, what is remembered and asked; not norms, noise levels and output, nor what the caller does
+    between chunks."""
+    streamer = Streamer.load(exports["mutual"], precision="bf16")
+    block = streamer.model.branch(VIDEO).block(0)
+    assert {block.qkv.weight.dtype, block.mlp[0].weight.dtype} == {torch.bfloat16}
+    assert {block.norm_q.weight.dtype, streamer.model.branch(VIDEO).head.weight.dtype} == {torch.float32}
+    seen = []
+    block.qkv.register_forward_hook(lambda _, given, made: seen.append(made.dtype))
+    for _ in streamer.stream(one_condition(streamer), 2, Sampling(steps=1)):
+        assert not torch.is_autocast_enabled("cpu")
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_equal_seeds_give_equal_files_and_other_seeds_others(exports, image, tmp_path):
+    files = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = tmp_path / f"{name}.mp4"
+        generate(str(exports["video"]), out=str(out), first_frame=image, seconds=0.5, steps=1, seed=seed)
+        files.append(out.read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_uni_modal_checkpoints_make_their_own_modality(exports, image, tmp_path):
+    generate(str(exports["video"]), out=str(tmp_path / "v.mp4"), first_frame=image, seconds=0.5, steps=1)
+    generate(str(exports["audio"]), out=str(tmp_path / "a.mp4"), transcript="ba do", seconds=0.5, steps=1)
+    picture, sound = probe(tmp_path / "v.mp4"), probe(tmp_path / "a.mp4")
+    assert picture.video is not None
+    assert picture.audio is None
+    assert sound.video is None
+    assert sound.audio is not None
+
+
+def test_only_the_mutual_stage_defaults_to_few_steps(exports, image, tmp_path):
+    facts = generate(str(exports["audio"]), out=str(tmp_path / "a.mp4"), seconds=0.5, steps=2)
+    assert (facts["mode"], facts["nfe"]) == ("multi", 4)  # guidance doubles
+
+
+def test_plain_text_gets_times_and_says_so(exports, tmp_path):
+    facts = generate(str(exports["audio"]), out=str(tmp_path / "a.mp4"), transcript="Hello there", seconds=0.5, steps=1)
+    assert "allotted" in facts["word_times"]
+    hello, there = allot(["Hello", "there"])
+    assert (hello.word, there.word) == ("Hello", "there"), "as in a dataset: the text codec knows what is the same"
+    assert hello.end - hello.start == pytest.approx(2 / 4.5, abs=1e-3)  # two syllables
+    assert there.start == pytest.approx(hello.end + 0.1, abs=1e-3)
+
+
+def test_text_is_said_whatever_stands_in_it(tmp_path):
+    words, allotted = read_transcript("[laughs] Yes - no.")
+    assert ([w.word for w in words], allotted) == (["[laughs]", "Yes", "no."], True)
+    words, _ = read_transcript("see notes.txt")
+    assert [w.word for w in words] == ["see", "notes.txt"]
+
+
+def test_subtitles_keep_their_times(tmp_path):
+    path = tmp_path / "said.srt"
+    path.write_text("1\n00:00:01,000 --> 00:00:02,000\nHello, you\n")
+    words, allotted = read_transcript(str(path))
+    assert [(w.word, w.start) for w in words] == [("Hello,", 1.0), ("you", pytest.approx(1.667, abs=1e-3))]
+    assert not allotted
+
+
+def test_words_that_come_too_late_are_said(exports, tmp_path, capsys):
+    audio = str(exports["audio"])
+    generate(audio, out=str(tmp_path / "a.mp4"), transcript="ba do ge la so mu", seconds=0.5, steps=1)
+    assert "4 of 6 words begin after the end of the clip, at 0.5 s: ge la so mu" in capsys.readouterr().err
+
+
+def test_a_transcript_file_keeps_its_times(tmp_path):
+    path = tmp_path / "said.json"
+    path.write_text(json.dumps({"transcript": json.loads(WORDS)}))
+    words, allotted = read_transcript(str(path))
+    assert not allotted
+    assert [(w.word, w.start) for w in words] == [("ba", 0.1), ("do", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"first_frame": None}, "--first-frame"),
+        ({"first_frame": "nowhere.png"}, "nowhere.png does not exist"),
+        ({"transcript": "nowhere.json"}, "nowhere.json does not exist"),
+        ({"transcript": '[{"wort": "x"}]'}, "transcript"),
+        ({"transcript": '{"words": []}'}, "under `transcript`"),
+        ({"transcript": '[{"word": "x", '}, "not JSON"),
+        ({"transcript": '[{"word": "x", "start": 2, "end": 1}]'}, "'x' goes from 2 s to 1 s"),
+        ({"transcript": "nowhere.srt"}, "nowhere.srt does not exist"),
+        ({"seconds": float("inf")}, "an end"),
+        ({"seconds": float("nan")}, "positive"),
+        ({"voice": "nowhere.wav"}, "nowhere.wav does not exist"),
+        ({"seconds": 0.0}, "positive"),
+        ({"mode": "some"}, "choose few or multi"),
+    ],
+)
+def test_wrong_input_is_one_message_and_writes_nothing(exports, image, tmp_path, change, says):
+    out = tmp_path / "new" / "out.mp4"
+    given = {"first_frame": image, "seconds": 0.5, "steps": 1} | change
+    with pytest.raises(ValueError, match=says):
+        generate(str(exports["mutual"]), out=str(out), **given)
+    assert not out.parent.exists()
+
+
+def test_nothing_is_overwritten(exports, image, tmp_path):
+    out = tmp_path / "mine.mp4"
+    out.write_text("precious")
+    with pytest.raises(ValueError, match="--overwrite"):
+        generate(str(exports["video"]), out=str(out), first_frame=image, seconds=0.5, steps=1)
+    assert out.read_text() == "precious"
+
+
+def test_a_text_file_is_no_first_frame(exports, tmp_path):
+    (tmp_path / "notes.png").write_text("no image")
+    with pytest.raises(ValueError, match="neither an image nor a video"):
+        generate(str(exports["video"]), out=str(tmp_path / "o.mp4"), first_frame=str(tmp_path / "notes.png"))
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_chunk_takes_at_least_one_step(steps):
+    with pytest.raises(ValueError, match=f"--steps {steps}: .*at least 1"):
+        sampling("mutual", mode=None, steps=steps, guidance=None, trust=None, seed=0)
+
+
+def test_more_few_steps_than_were_trained_are_made_and_said(exports, image, tmp_path, capsys):
+    model = exports["mutual"] / "model.json"
+    place = tmp_path / "export"
+    shutil.copytree(exports["mutual"], place)
+    card = json.loads(model.read_text())
+    assert card["few_steps"] is None  # of a checkpoint that does not say nothing is said
+    for known, steps, mode, warned in ((None, 3, "few", 0), (2, 2, "few", 0), (2, 3, "multi", 0), (2, 3, "few", 1)):
+        (place / "model.json").write_text(json.dumps(card | {"few_steps": known}))
+        out = tmp_path / f"{known}-{steps}-{mode}.mp4"
+        generate(str(place), out=str(out), first_frame=image, seconds=0.5, steps=steps, mode=mode)
+        assert capsys.readouterr().err.count("lead away from the data") == warned
+        assert out.stat().st_size > 0
+
+
+def test_a_mutual_run_says_how_many_few_steps_it_trains(toy_data):
+    dataset = open_dataset(toy_data)
+    config = preset("tiny", "mutual", latent_shapes(dataset))
+    assert make_card(config, dataset.meta, {}).few_steps == 2**config.objective.finest
+    alone = replace(config, objective=replace(config.objective, shortcut_weight=0.0, rollout_steps=(2, 4)))
+    assert make_card(alone, dataset.meta, {}).few_steps == 4
+    assert make_card(preset("tiny", "joint", latent_shapes(dataset)), dataset.meta, {}).few_steps is None

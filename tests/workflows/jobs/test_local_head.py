@@ -1,0 +1,137 @@
+"""A command as a Ray job on a head of its own, started and stopped here."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from workflows.jobs import local_head, submit
+
+ROOT = Path(__file__).resolve().parents[3]
+LOCAL = ROOT / "cluster" / "local.yaml"
+
+
+def mfctl(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, run in another folder than the checkout."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "workflows.cli", *words]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def write_yaml(folder: Path, text: str) -> str:
+    path = folder / "cluster.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_local_cluster_file_fulfils_rays_schema_and_is_this_machine() -> None:
+    config = local_head.load_cluster(str(LOCAL))
+    assert local_head.runs_here(config)
+    assert "RAY_AUTH_MODE=" in config["head_start_ray_commands"][0]
+    assert "--dashboard-agent-listen-port=" in config["head_start_ray_commands"][0]
+
+
+def test_a_key_that_ray_does_not_know_is_refused_by_name(here: Path) -> None:
+    path = write_yaml(here, "cluster_name: a\nprovider: {type: local}\nmax_wrokers: 3\n")
+    with pytest.raises(ValueError, match="max_wrokers"):
+        local_head.load_cluster(path)
+
+
+@pytest.mark.parametrize(
+    ("target", "argv", "message"),
+    [
+        ("nowhere.yaml", ["doctor"], "nowhere.yaml does not exist"),
+        ("ftp://host:1", ["doctor"], "no cluster address"),
+        (str(LOCAL), [], "nothing to submit"),
+    ],
+)
+def test_wrong_targets_are_refused_before_anything_starts(
+    here: Path, target: str, argv: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        submit.submit(target, argv)
+    assert not list(here.iterdir())
+
+
+def test_an_unknown_job_is_named_with_the_known_ones(here: Path) -> None:
+    with pytest.raises(ValueError, match="no job raysubmit_x .* known jobs: none"):
+        submit.status("raysubmit_x")
+
+
+def test_the_job_keeps_the_users_folder_and_store(here: Path) -> None:
+    variables = submit._environment(None, elsewhere=False)
+    assert variables["MFCTL_CWD"] == str(here)
+    assert variables["MLFLOW_TRACKING_URI"] == f"sqlite:///{here}/runs/mlflow.db"
+    assert variables["RAY_AUTH_MODE"] == "disabled"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the commands are typed; the head they start is stopped at the end, and nothing of it may be left."""
+    place = tmp_path_factory.mktemp("cluster")
+    yield place
+    record = local_head.read_record(place / "runs/cluster/mfctl-local.json")
+    ended = mfctl("stop", "--head", "--json", cwd=place)
+    assert record is not None
+    assert json.loads(ended.stdout) == {"stopped": [record.address]}
+    assert local_head.processes(record.temp) == []
+    assert not Path(record.temp).exists()
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(480)
+def test_a_job_runs_on_a_head_of_its_own_and_its_exit_code_comes_back(folder: Path) -> None:
+    done = mfctl("submit", "--json", str(LOCAL), "--", "doctor", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["status"], result["exit_code"]) == ("SUCCEEDED", 0)
+    assert f"sqlite:///{folder}/runs/mlflow.db" in done.stderr  # the followed log; the job itself runs in a copy
+
+    wrong = mfctl("submit", str(LOCAL), "--", "inspect", "nothing", cwd=folder)
+    assert wrong.returncode == 2, wrong.stderr
+    assert f"{folder}/nothing" in wrong.stdout
+
+    typo = mfctl("submit", str(LOCAL), "--", "doctor", "--jsno", cwd=folder)
+    assert typo.returncode == 2, typo.stderr
+    assert "No such option: --jsno" in typo.stderr, "said here, before anything is submitted"
+
+    detached = json.loads(mfctl("submit", "--json", "--detach", str(LOCAL), "--", "doctor", cwd=folder).stdout)
+    assert detached["address"] == result["address"], "the second command finds the first one's head"
+    stopped = json.loads(mfctl("stop", "--json", detached["job"], cwd=folder).stdout)
+    assert stopped["status"] in {"STOPPED", "SUCCEEDED"}
+
+    shown = mfctl("status", cwd=folder).stdout
+    assert f"{result['job']} SUCCEEDED (exit code 0): doctor --json" in shown.splitlines()
+    listed = json.loads(mfctl("status", "--json", cwd=folder).stdout)
+    assert listed["heads"] == [{"address": result["address"], "answers": True}]
+    assert [job["exit_code"] for job in listed["jobs"][:2]] == [0, 2]
+    failed = listed["jobs"][1]["job"]
+    assert mfctl("logs", failed, cwd=folder).returncode == 0
+    assert mfctl("logs", "--follow", failed, cwd=folder).returncode == 2, "of the job, as from submit"
+    assert '"name": "mlflow store"' in mfctl("logs", result["job"], cwd=folder).stdout
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(480)
+def test_a_training_stage_runs_as_a_job_and_writes_where_the_user_is(folder: Path) -> None:
+    seconds = ("--set", "window_seconds=3", "--set", "workers=0")
+    for words in (("toyworld", "clips", "--clips", "4", "--seconds", "3"), ("preprocess", "clips", "toy", *seconds)):
+        done = mfctl(*words, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    short = ("steps=2", "data.batch=2", "data.held_out=0.25", "eval_every=2", "log_every=1")
+    sets = [word for value in short for word in ("--set", value)]
+    done = mfctl("submit", str(LOCAL), "--", "train", "--stage", "video", "--data", "toy", *sets, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"run_dir: {folder}/runs/video-" in done.stdout
+    assert list(folder.glob("runs/video-*/checkpoints/*/COMPLETE"))
+    assert (folder / "runs/mlflow.db").is_file()

@@ -1,0 +1,449 @@
+"""What `mfctl submit` refuses before anything starts, what travels with a job, and RayJobs through kubectl."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from preprocessing.io.ray_resources import MOST
+from workflows.cli.app import app
+from workflows.cli.parse import understand
+from workflows.jobs import job_server, kuberay, resources, submit
+from workflows.jobs.command import check_places, check_secrets
+from workflows.jobs.job_server import Cluster, check_versions
+from workflows.jobs.resources import Machines, Need
+from workflows.jobs.targets import read_target
+from workflows.jobs.working_dir import pack
+
+ROOT = Path(__file__).resolve().parents[3]
+AWS, ONPREM = str(ROOT / "cluster" / "aws.yaml"), str(ROOT / "cluster" / "onprem.yaml")
+TRAIN_JOB = str(ROOT / "cluster" / "kuberay" / "rayjob-train.yaml")
+SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLE"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MFCTL_TRACKER", "MFCTL_CWD"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------ refused before submission
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("preprocess clips s3://b/data", "clips is a path of this machine.*s3://.*--shared"),
+        ("preprocess s3://b/clips data", "data is a path of this machine"),
+        ("train --stage video --data s3://b/data", "train keeps its runs.*--shared /shared"),
+        ("train --stage vidio --data s3://b/data", "vidio"),
+        ("tarin --stage video", "is no command"),
+        ("train --stage video --set checkpoint.to=/here/runs", "checkpoint.to=/here/runs is a path"),
+    ],
+)
+@pytest.mark.parametrize("target", [AWS, ONPREM, TRAIN_JOB])
+def test_what_other_machines_could_not_do_is_refused(here: Path, target: str, words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        submit.submit(target, words.split())
+    assert not list(here.iterdir())
+
+
+def test_a_shared_folder_makes_paths_under_it_good(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    words = ["train", "--stage", "video", "--data", "toy", "--from", "runs/v"]
+    command = understand(words, "/shared/me")
+    assert set(command.places.values()) == {"/shared/me/toy", "runs/v"} or "/shared/me/toy" in command.places.values()
+    check_places(understand(words[:5], "/shared/me"), AWS, "/shared/me")
+    with pytest.raises(ValueError, match="/elsewhere/toy is a path of this machine"):
+        check_places(understand([*words[:4], "/elsewhere/toy"], "/shared"), AWS, "/shared")
+
+
+@pytest.mark.parametrize("uri", [None, "sqlite:////shared/mlflow.db", "file:///shared/mlruns", "runs"])
+def test_a_store_that_one_machine_writes_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, uri: str | None
+) -> None:
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ValueError, match=r"MLFLOW_TRACKING_URI=.*cluster/mlflow"):
+        submit.submit(AWS, ["train", "--stage", "video", "--data", "s3://b/d"], shared="/shared")
+
+
+@pytest.mark.parametrize(
+    ("target", "sets", "message"),
+    [
+        (AWS, "engine.workers=64", "64 processes with CPU 1, GPU 1 each, and .*aws.yaml has room for 32"),
+        (TRAIN_JOB, "engine.workers=9", "9 processes .* has room for 8"),
+        (AWS, "engine.resource=tpu", "tpu 1.* has room for 0"),
+    ],
+)
+def test_more_than_the_file_can_ever_give_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, target: str, sets: str, message: str
+) -> None:
+    monkeypatch.setenv("MFCTL_TRACKER", "json")
+    words = ["train", "--stage", "joint", "--preset", "base", "--data", "s3://b/d", "--set", sets]
+    with pytest.raises(ValueError, match=message):
+        submit.submit(target, words, shared="/shared")
+
+
+def test_room_is_counted_by_whole_processes() -> None:
+    machines = [
+        Machines(name="a", resources={"CPU": 4, "GPU": 2}, most=3),
+        Machines(name="b", resources={"CPU": 64}, most=9),
+    ]
+    assert resources.room(machines, {"CPU": 1, "GPU": 1}) == 6
+    assert resources.room(machines, {"CPU": 3}) == 3 + 9 * 21
+    assert resources.room(machines, {"CPU": 1 / 3}) == 3 * 12 + 9 * 192
+    resources.check(Need(what="x", bundle={"GPU": 1}, count=6), machines, "t")
+    with pytest.raises(ValueError, match=r"x needs room for 7 .* room for 6 .*a: up to 3 with CPU 4, GPU 2"):
+        resources.check(Need(what="x", bundle={"GPU": 1}, count=7), machines, "t")
+
+
+@pytest.mark.parametrize(
+    ("ray", "python", "message"),
+    [("2.9.3", None, "runs Ray 2.9.3, here is"), (None, "3.9.18", "runs Python 3.9.18, here is .*--python")],
+)
+def test_other_versions_are_named_with_both_numbers(ray: str | None, python: str | None, message: str) -> None:
+    import platform
+
+    import ray as here
+
+    found = Cluster(ray=ray or here.__version__, python=python or platform.python_version(), nodes=[])
+    with pytest.raises(ValueError, match=message):
+        check_versions(found, "http://host:8265", None)
+    if python:
+        check_versions(found, "http://host:8265", "/opt/python")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "ray://127.0.0.1:9"])
+def test_a_job_server_that_does_not_answer_is_one_message(
+    here: Path, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app(["submit", address, "--", "doctor"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert f"no Ray job server answers at {address}" in said and "is the cluster up" in said
+    assert "Traceback" not in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"])
+def test_a_server_that_is_silent_or_another_is_not_waited_for(
+    here: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    monkeypatch.setattr(job_server, "KNOCK_LIMIT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connections.append(listener.accept()[0])
+                    connections[-1].sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        port = listener.getsockname()[1]
+        with pytest.raises(
+            job_server.Unreachable, match=f"what answers at http://127.0.0.1:{port} is no Ray job server"
+        ):
+            submit.submit(f"http://127.0.0.1:{port}", ["doctor"])
+        for connection in connections:
+            connection.close()
+
+
+def test_the_loopback_of_another_machine_is_not_ours() -> None:
+    with pytest.raises(job_server.Unreachable, match=r"ssh -L 8265:127.0.0.1:8265 head.example"):
+        job_server._refuse_another_machine("ray://head.example:10001", "http://127.0.0.1:8265")
+    job_server._refuse_another_machine("ray://127.0.0.1:10001", "http://127.0.0.1:8265")
+    job_server._refuse_another_machine("ray://head.example:10001", "http://10.0.0.5:8265")
+
+
+def test_other_kubernetes_files_are_refused_by_what_they_hold() -> None:
+    with pytest.raises(ValueError, match=r"holds a RayCluster.*port-forward"):
+        read_target(str(ROOT / "cluster" / "kuberay" / "raycluster.yaml"))
+
+
+# -------------------------------------------------------------------------------------------------------- what travels
+
+
+def tree(folder: Path) -> Path:
+    """A small checkout in which somebody keeps secrets."""
+    files = {
+        "workflows/a.py": "print()",
+        "runs/x/log": "r",
+        "data/y": "d",
+        ".env": SECRET,
+        "deep/.env.local": SECRET,
+        "deep/id_rsa": SECRET,
+        "deep/my.pem": SECRET,
+        "aws_credentials.json": SECRET,
+        "cluster/mlflow/secrets/s3": SECRET,
+        "ignored.txt": "i",
+        ".gitignore": "ignored.txt\n",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_runs_data_and_keys_stay_here(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with zipfile.ZipFile(pack(tree(tmp_path / "tree"), tmp_path / "out")) as packed:
+        names = {info.filename for info in packed.infolist() if not info.is_dir()}
+        assert names == {"workflows/a.py", ".gitignore"}
+        assert all(SECRET.encode() not in packed.read(name) for name in names)
+
+
+def test_this_tree_packs_small_and_whole(tmp_path: Path) -> None:
+    archive = pack(ROOT, tmp_path)
+    assert archive.stat().st_size < 5 * 2**20
+    with zipfile.ZipFile(archive) as packed:
+        names = set(packed.namelist())
+    assert {"workflows/cli/app.py", "mfcore/flow.py", "pyproject.toml"} <= names
+    assert not [name for name in names if name.startswith((".git/", "runs/", ".venv"))]
+
+
+def test_a_large_tree_and_a_secret_in_a_file_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tree(tmp_path / "tree")
+    (place / "weights.bin").write_bytes(os.urandom(2**20))
+    with pytest.raises(ValueError, match=r"1.0 MB, over the limit .* weights.bin"):
+        pack(place, tmp_path, most=2**19)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    (tmp_path / "again").mkdir()
+    (place / "notebook.py").write_text(f"key = '{SECRET}'")
+    with pytest.raises(ValueError, match="notebook.py holds the value of AWS_SECRET_ACCESS_KEY") as caught:
+        pack(place, place.parent / "again")
+    assert SECRET not in str(caught.value)
+
+
+def test_credentials_travel_by_reference_only(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", SECRET)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    monkeypatch.setenv("AWS_PROFILE", "training")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
+    variables = submit._environment("/shared", elsewhere=True)
+    assert SECRET not in str(variables)
+    assert variables["AWS_PROFILE"] == "training"
+    assert variables["AWS_ENDPOINT_URL"] == "http://minio:9000"
+    assert variables["MFCTL_CWD"] == "/shared"
+    assert "MLFLOW_TRACKING_URI" not in variables, "a store of this machine is none of theirs"
+    job = kuberay.render(read_target(TRAIN_JOB).config, ["doctor"], variables, {})
+    assert SECRET not in json.dumps(job)
+
+
+def test_a_password_in_an_address_or_a_word_is_refused_without_being_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    for words, variables in (
+        (["preprocess", f"s3://user:{SECRET}@bucket/x"], {}),
+        (["train", "--set", f"x={SECRET}"], {}),
+        ([], {"MLFLOW_TRACKING_URI": f"postgresql://mlflow:{SECRET}@host/mlflow"}),
+    ):
+        with pytest.raises(ValueError, match="password|holds the value of AWS_SECRET_ACCESS_KEY") as caught:
+            check_secrets(words, variables)
+        assert SECRET not in str(caught.value)
+    check_secrets(["preprocess", "s3://b/x"], {"MLFLOW_TRACKING_URI": "http://mlflow:5000"})
+
+
+# --------------------------------------------------------------------------------------- where a command computes
+
+
+HEAD_ALONE = Machines(name="head", resources={}, most=1)
+PLAIN = Machines(name="plain", resources={"CPU": 16.0}, most=32)
+WITH_GPUS = Machines(name="gpus", resources={"CPU": 48.0, "GPU": 4.0}, most=8)
+
+
+@pytest.mark.parametrize(
+    ("words", "on_gpus", "on_plain"),
+    [
+        ("evaluate runs/a --steps 1,2", {"GPU": 1.0}, {"CPU": 1.0}),
+        ("evaluate runs/a --steps 1,2 --workers 4", {}, {}),  # Ray's workers do it
+        ("generate runs/a a.mp4", {"GPU": 1.0}, {"CPU": 1.0}),
+        ("study --device cuda", {"GPU": 1.0}, {"CPU": 1.0}),
+        ("study", {"CPU": 1.0}, {"CPU": 1.0}),
+        ("train --stage video --data s3://b/d", {}, {}),
+        ("preprocess s3://b/c s3://b/d", {}, {}),
+        ("evaluate --help", {}, {}),
+    ],
+)
+def test_what_computes_in_its_own_process_does_not_do_so_on_the_head(
+    words: str, on_gpus: dict[str, float], on_plain: dict[str, float]
+) -> None:
+    command = understand(words.split(), "/shared")
+    assert resources.own_process(command, [HEAD_ALONE, PLAIN, WITH_GPUS]) == on_gpus
+    assert resources.own_process(command, [HEAD_ALONE, PLAIN]) == on_plain
+    assert resources.own_process(command, [HEAD_ALONE]) == {}
+
+
+def test_a_job_knows_what_its_cluster_can_bring() -> None:
+    """GPU machines' CPUs are not for preprocessing where there are others."""
+    assert resources.in_all([HEAD_ALONE, PLAIN, WITH_GPUS]) == {"CPU": 512.0, "GPU": 32.0}
+    assert resources.in_all([HEAD_ALONE, WITH_GPUS]) == {"CPU": 384.0, "GPU": 32.0}
+    assert resources.in_all([HEAD_ALONE]) == {}
+    for target in (AWS, str(ROOT / "cluster" / "gcp.yaml"), TRAIN_JOB):
+        promised = json.loads(submit._promised(read_target(target))[MOST])
+        assert promised == resources.in_all(read_target(target).machines)
+        assert promised["GPU"] > 0
+    assert submit._promised(read_target(ONPREM)) == {}, "its machines are all there"
+
+
+def test_preprocessing_on_gpus_needs_some() -> None:
+    need = resources.needs(understand(["preprocess", "s3://b/c", "s3://b/d", "--set", "encoder.gpus=0.25"]))
+    assert need == Need(what="preprocess", bundle={"CPU": 1.0, "GPU": 0.25}, count=1)
+    with pytest.raises(ValueError, match="has room for 0"):
+        resources.check(need, [HEAD_ALONE, PLAIN], "plain.yaml")
+    resources.check(need, [HEAD_ALONE, PLAIN, WITH_GPUS], "both.yaml")
+
+
+def test_a_job_asks_for_what_its_own_process_needs() -> None:
+    asked: list[dict[str, object]] = []
+
+    class Client:
+        def submit_job(self, **words: object) -> str:
+            asked.append(words)
+            return "a job"
+
+    for own in ({"GPU": 1.0}, {"CPU": 1.0}, {}):
+        assert submit._submit_when_ready(Client(), ["python"], {}, own) == "a job"
+    assert [{k: v for k, v in words.items() if "num" in k} for words in asked] == [
+        {"entrypoint_num_gpus": 1.0},
+        {"entrypoint_num_cpus": 1.0},
+        {},
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- RayJobs
+
+KUBECTL = """#!{python}
+# Stands where kubectl would: keeps what it is given, answers as KubeRay does.
+import json, pathlib, sys
+folder = pathlib.Path({folder!r})
+with (folder / "calls").open("a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+verb = sys.argv[1]
+if verb == "create":
+    given = json.load(sys.stdin)
+    (folder / "given.json").write_text(json.dumps(given))
+    print(json.dumps({{"metadata": {{"name": given["metadata"]["generateName"] + "x7k2p"}}}}))
+elif verb == "get":
+    message = "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars): ..."
+    queue = folder / "states"
+    states = json.loads(queue.read_text()) if queue.exists() else [["FAILED", "Failed"]]
+    if len(states) > 1:
+        queue.write_text(json.dumps(states[1:]))
+    word, deployed = states[0]
+    print(json.dumps({{"status": {{"jobStatus": word, "jobDeploymentStatus": deployed, "message": message}}}}))
+elif verb == "logs":
+    print("what the job said")
+elif verb == "patch":
+    print("patched")
+"""
+
+
+@pytest.fixture
+def kubectl(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = here / "kubernetes"
+    folder.mkdir()
+    program = folder / "kubectl"
+    program.write_text(KUBECTL.format(python=sys.executable, folder=str(folder)))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def test_a_rayjob_carries_our_command_and_gives_back_its_exit_code(
+    kubectl: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.mlflow.svc:5000")
+    words = ["train", "--stage", "joint", "--data", "s3://b/d"]
+    result = submit.submit(TRAIN_JOB, words, shared="/shared")
+    assert (result["job"], result["status"], result["exit_code"]) == ("mutual-forcing-train-x7k2p", "FAILED", 2)
+    assert "what the job said" in capfd.readouterr().out
+    given = json.loads((kubectl / "given.json").read_text())
+    assert given["spec"]["entrypoint"] == "python -m workflows.cli train --stage joint --data s3://b/d"
+    environment = yaml.safe_load(given["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert environment["MLFLOW_TRACKING_URI"] == "http://mlflow.mlflow.svc:5000"
+    assert given["spec"]["rayClusterSpec"] == read_target(TRAIN_JOB).config["spec"]["rayClusterSpec"]
+
+    assert submit.status(result["job"])["exit_code"] == 2
+    submit.logs(result["job"])
+    submit.stop(result["job"])
+    calls = [json.loads(line) for line in (kubectl / "calls").read_text().splitlines()]
+    assert ["patch", "rayjob", result["job"], "--type", "merge", "-p", '{"spec": {"suspend": true}}'] in calls
+
+
+def test_a_rayjob_that_computes_by_itself_asks_for_a_gpu(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.mlflow.svc:5000")
+    file = str(ROOT / "cluster" / "kuberay" / "rayjob-evaluate.yaml")
+    for words, own in ((["evaluate", "runs/a"], 1.0), (["train", "--stage", "joint", "--data", "s3://b/d"], None)):
+        submit.submit(file, words, shared="/shared", detach=True)
+        spec = json.loads((kubectl / "given.json").read_text())["spec"]
+        assert spec.get("entrypointNumGpus") == own
+        assert MOST in yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
+
+
+def test_an_attempt_that_failed_is_not_the_end_of_a_rayjob(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KubeRay says FAILED and Retrying at once, and begins another."""
+    monkeypatch.setattr(kuberay, "POLL_S", 0.01)
+    states = [["", "Initializing"], ["RUNNING", "Running"], ["FAILED", "Running"], ["FAILED", "Retrying"]]
+    states += [["", "Retrying"], ["", ""], ["", "Initializing"], ["RUNNING", "Running"], ["SUCCEEDED", "Running"]]
+    (kubectl / "states").write_text(json.dumps([*states, ["SUCCEEDED", "Complete"]]))
+    kuberay.follow("mine")
+    assert kuberay.summary("mine")["exit_code"] == 0
+    calls = [json.loads(line)[0] for line in (kubectl / "calls").read_text().splitlines()]
+    assert calls.count("logs") == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "deployed", "status", "code"),
+    [
+        ("", "Suspended", "STOPPED", 2),  # by `mfctl stop`
+        ("STOPPED", "Complete", "STOPPED", 2),
+        ("FAILED", "Complete", "FAILED", 2),
+        ("FAILED", "Retrying", "Retrying", None),
+        ("", "Failed", "FAILED", 2),
+        ("RUNNING", "Running", "RUNNING", None),
+        ("", "", "PENDING", None),
+        ("RUNNING", "Suspending", "RUNNING", None),
+    ],
+)
+def test_the_states_of_a_rayjob(kubectl: Path, word: str, deployed: str, status: str, code: int | None) -> None:
+    (kubectl / "states").write_text(json.dumps([[word, deployed]]))
+    found = kuberay.summary("mine")
+    assert (found["status"], found["exit_code"]) == (status, code)
+
+
+def test_a_cluster_that_kubectl_cannot_reach_is_one_message(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "kubectl").write_text("#!/bin/sh\necho 'The connection to the server was refused' >&2\nexit 1\n")
+    (here / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(
+        RuntimeError, match="kubectl create failed: The connection .* was refused .*get-contexts|current-context"
+    ):
+        submit.submit(TRAIN_JOB, ["preprocess", "s3://b/c", "s3://b/d", "--set", "workers=0"], shared="/shared")
+
+
+@pytest.mark.slow
+def test_an_unreachable_head_is_one_message_with_the_command_that_starts_it(here: Path) -> None:
+    file = here / "mine.yaml"
+    text = (
+        Path(ONPREM).read_text().replace("10.0.0.10", "127.0.0.9").replace("file_mounts:", "file_mounts: {}\nmetadata:")
+    )
+    file.write_text(text)
+    command = [sys.executable, "-m", "workflows.cli", "submit", str(file), "--", "doctor"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "no head of" in done.stderr and "ray up -y" in done.stderr

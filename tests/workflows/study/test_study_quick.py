@@ -1,0 +1,39 @@
+"""``mfctl study --quick`` as a user runs it: a few CPU minutes of training, so directions only."""
+
+import pytest
+
+from workflows.study.config import study_preset
+from workflows.study.results_table import EARLY, LATE, Table
+from workflows.study.scheduler import read_costs, read_rows, run_study, study_methods
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Table:
+    out = tmp_path_factory.mktemp("quick")
+    methods = study_methods(["quick"], [0])
+    outcome = run_study(study_preset("quick"), out, methods, workers=2, device="cpu", minutes=None)
+    assert outcome.done and not outcome.failed
+    return Table(read_rows(out), read_costs(out))
+
+
+@pytest.mark.parametrize("window", [EARLY, LATE])
+def test_one_step_of_the_few_step_mode_is_far_better_than_one_euler_step(table, window):
+    few = table.get("frechet", "mutual", "few", 1, window).mean
+    assert few < 0.6 * table.get("frechet", "teacher_forcing", "multi", 1, window).mean
+
+
+def test_four_steps_keep_identity_better_than_four_euler_steps(table):
+    few = table.get("identity_error", "mutual", "few", 4, LATE).mean
+    assert few < 0.8 * table.get("identity_error", "teacher_forcing", "multi", 4, LATE).mean
+
+
+def test_the_literal_reading_unlearns_history(table):
+    """What only history carries: the slow state falls behind, and another clip's history would do nearly as well."""
+    ours, literal = (table.get("lag1", m, "few", 4, LATE).mean for m in ("mutual", "literal"))
+    assert literal < 0.95 < ours
+    for modality in ("video", "audio"):
+        assert table.history_use("literal", modality).mean < 0.9 * table.history_use("mutual", modality).mean
+    frechet = {m: table.get("frechet", m, "few", 4, LATE).mean for m in ("mutual", "literal")}
+    assert frechet["mutual"] < 0.8 * frechet["literal"]

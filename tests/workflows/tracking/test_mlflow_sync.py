@@ -1,0 +1,263 @@
+"""A lost MLflow server costs a training nothing: no stop, no wait, no number lost or doubled."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.latent_dataset import write_dataset
+from tests.helpers.small_training import SMALL
+from workflows.tracking import mlflow_sync
+from workflows.tracking.mlflow_sync import Delivered, in_order, open_training_tracker, read_note, unsent
+from workflows.tracking.mlflow_tracker import Mlflow
+from workflows.tracking.tracker import LATE, STEP, JsonLines, read_lines
+from workflows.training import worker
+from workflows.training.train import train
+
+pytest.importorskip("mlflow", reason="mlflow is not installed")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(mlflow_sync, "WAITS", (0.2, 1.0))
+    monkeypatch.setattr(mlflow_sync, "START_SECONDS", 30.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+def opened(folder: Path, uri: str, said: list[str]) -> Delivered:
+    tracker = open_training_tracker(folder, uri=uri, experiment="train", tags={"stage": "video"}, say=said.append)
+    assert isinstance(tracker, Delivered)
+    return tracker
+
+
+def log_steps(tracker: Delivered, steps: range) -> float:
+    """The longest that any step had to wait for its log, in seconds."""
+    longest = 0.0
+    for step in steps:
+        began = time.perf_counter()
+        tracker.log(step, {STEP: 4.0 * step, "loss/video": 1 / (step + 1), "nan": float("nan")})
+        longest = max(longest, time.perf_counter() - began)
+        time.sleep(0.01)
+    return longest
+
+
+def steps_in(uri: str, run: str | None, key: str = "loss/video") -> list[int]:
+    from mlflow import MlflowClient
+
+    assert run is not None
+    return [metric.step for metric in MlflowClient(tracking_uri=uri).get_metric_history(run, key)]
+
+
+def sqlite(folder: Path) -> str:
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> str:
+    """One store for all: making its tables takes seconds."""
+    return sqlite(tmp_path_factory.mktemp("store"))
+
+
+@contextmanager
+def mute_server() -> Iterator[str]:
+    """It accepts connections and never answers."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_server_that_hangs_costs_no_time_and_the_next_one_gets_everything(tmp_path, store, monkeypatch):
+    run, said = tmp_path / "run", []
+    (tmp_path / "sample.mp4").write_bytes(b"mp4")
+    with mute_server() as uri, monkeypatch.context() as patch:
+        patch.setattr(mlflow_sync, "START_SECONDS", 0.2)
+        patch.setattr(mlflow_sync, "FLUSH_SECONDS", 0.5)
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # longer than any pause of a machine
+        tracker = opened(run, uri, said)
+        tracker.params({"steps": 30})
+        assert log_steps(tracker, range(30)) < 4
+        tracker.artifact(tmp_path / "sample.mp4", "samples")
+        began = time.perf_counter()
+        tracker.finish()
+        assert time.perf_counter() - began < 8
+        assert unsent(run, uri)
+    assert tracker.run_id is None
+    assert "30 log entries, 1 files and the parameters wait in" in said[-1], said
+    later = opened(run, store, said)
+    later.finish()
+    assert steps_in(store, later.run_id) == list(range(30))
+    facts = later._sender._connected()._client.get_run(later.run_id)
+    assert (facts.data.params, facts.data.tags["stage"]) == ({"steps": "30"}, "video")
+    assert [f.path for f in later._sender._connected()._client.list_artifacts(later.run_id, "samples")]
+    later._sender._connected().finish()
+    assert not unsent(run, store)
+
+
+def test_what_arrived_without_an_answer_counts_once(tmp_path, store, monkeypatch):
+    lost = {"_start": 1, "send": 2, "params": 1, "artifact": 1, "finish": 1}
+    for name in lost:
+        whole = getattr(Mlflow, name)
+
+        def half(self, *args, name=name, whole=whole, **kwargs):
+            answer = whole(self, *args, **kwargs)
+            if lost[name]:
+                lost[name] -= 1
+                raise ConnectionResetError("the answer was lost")
+            return answer
+
+        monkeypatch.setattr(Mlflow, name, half)
+    said: list[str] = []
+    tracker = opened(tmp_path / "once", store, said)
+    tracker.params({"a": 1})
+    log_steps(tracker, range(20))
+    (tmp_path / "x.txt").write_text("x")
+    tracker.artifact(tmp_path / "x.txt")
+    tracker.finish()
+    assert not any(lost.values())
+    assert steps_in(store, tracker.run_id) == list(range(20))
+    assert steps_in(store, tracker.run_id, "nan") == list(range(20))
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=store)
+    runs = client.search_runs([client.get_run(tracker.run_id).info.experiment_id], "attributes.run_name = 'once'")
+    assert [(r.info.run_id, r.info.status) for r in runs] == [(tracker.run_id, "FINISHED")]
+    assert not any("did not take" in line for line in said), said
+
+
+def test_a_killed_process_leaves_its_log_to_the_next_one(tmp_path, store):
+    """It wrote to step 9, sent nothing, and died in the middle of a line; the run goes on from step 6."""
+    lines = JsonLines(tmp_path / "killed")
+    for step in range(10):
+        lines.log(step, {STEP: step, "loss/video": 0.5})
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "ti')
+    tracker = opened(tmp_path / "killed", store, [])
+    log_steps(tracker, range(6, 15))
+    tracker.finish()
+    assert steps_in(store, tracker.run_id) == list(range(15))
+    assert [entry["step"] for entry in read_lines(tmp_path / "killed" / "metrics.jsonl")] == list(range(15))
+
+
+def test_a_worker_that_outlives_its_driver_adds_no_step_twice():
+    entries = [{"step": s, STEP: 4 * s} for s in (0, 2, 4, 6, 4, 6, 8)]
+    assert [e["step"] for e in in_order(entries, -1)] == [0, 2, 4, 6, 8]
+    assert [e["step"] for e in in_order(entries, 4)] == [6, 8]
+    assert in_order([{"step": 8, "alarm/on": 1.0}], 8), "an addition to the last step"
+    assert in_order([{"step": 3, LATE: True, "alarm/on": 1.0}], 8), "said late, of any step"
+
+
+def test_a_run_of_an_older_version_goes_on_in_its_mlflow_run(tmp_path, store):
+    """``mlflow.json`` held the run's id and nothing else, and its metrics were in MLflow alone."""
+    old = Mlflow(store, "train", "old", None, {})
+    for step in range(3):
+        old.log(step, {STEP: 4.0 * step, "loss/video": 1.0})
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "mlflow.json").write_text(json.dumps({"uri": store, "run": old.run_id}))
+    tracker = opened(tmp_path / "old", store, [])
+    log_steps(tracker, range(1, 6))
+    tracker.finish()
+    assert tracker.run_id == old.run_id
+    assert steps_in(store, old.run_id) == [0, 1, 2, 3, 4, 5]
+    assert read_note(tmp_path / "old", store).run == old.run_id
+
+
+def test_a_training_whose_server_was_away_is_sent_by_the_same_command(tmp_path, store, monkeypatch):
+    """It begins, trains and ends without an answer; nothing is trained again, and MLflow gets one whole run."""
+    command = {"data": write_dataset(tmp_path / "set"), "sets": SMALL, "runs_dir": tmp_path, "run": "v"}
+    with mute_server() as uri, monkeypatch.context() as patch:
+        patch.setattr(mlflow_sync, "START_SECONDS", 0.1)
+        patch.setattr(mlflow_sync, "FLUSH_SECONDS", 0.1)
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        away = train("video", launch=worker.work, **command)
+    assert (away["mlflow_run"], away["samples_seen"]) == (None, 32)
+    assert "the same command sends them" in (tmp_path / "v" / "log.txt").read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    sent = train("video", launch=None, **command)
+    assert steps_in(store, sent["mlflow_run"], STEP) == [0, 2, 4, 6, 8]
+    assert train("video", launch=None, **command) == sent
+    assert steps_in(store, sent["mlflow_run"], STEP) == [0, 2, 4, 6, 8]
+
+
+class Server:
+    """A real MLflow server over a SQLite store, that can be killed, stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with closing(socket.create_server(("127.0.0.1", 0))) as free:
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._folder = folder
+        self.start()
+
+    def start(self) -> None:
+        store, files = f"sqlite:///{self._folder}/server.db", self._folder / "files"
+        words = ["server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        words += ["--backend-store-uri", store, "--artifacts-destination", str(files)]
+        env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self._folder / "server.log").open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", *words], stdout=log, stderr=log, env=env, start_new_session=True
+            )
+        self._wait()
+
+    def _wait(self) -> None:
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise TimeoutError(f"no server: see {self._folder}/server.log")
+
+    def signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
+        if number == signal.SIGKILL:
+            self._process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_real_server_killed_hung_and_gone_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    (tmp_path / "sample.mp4").write_bytes(b"mp4")
+    server, said = Server(tmp_path), []
+    try:
+        tracker = opened(tmp_path / "run", server.uri, said)
+        run = tracker.run_id
+        waited = [log_steps(tracker, range(50))]
+        server.signal(signal.SIGKILL)
+        waited += [log_steps(tracker, range(50, 300))]
+        server.start()
+        waited += [log_steps(tracker, range(300, 400))]
+        server.signal(signal.SIGSTOP)  # requests arrive, and are carried out when their sender has given them up
+        waited += [log_steps(tracker, range(400, 900))]
+        server.signal(signal.SIGCONT)
+        tracker.artifact(tmp_path / "sample.mp4", "samples")
+        waited += [log_steps(tracker, range(900, 1000))]
+        server.signal(signal.SIGKILL)
+        monkeypatch.setattr(mlflow_sync, "FLUSH_SECONDS", 3.0)
+        waited += [log_steps(tracker, range(1000, 1010))]
+        tracker.finish()
+        assert "did not take the whole log" in said[-1]
+        server.start()
+        monkeypatch.setattr(mlflow_sync, "FLUSH_SECONDS", 60.0)
+        opened(tmp_path / "run", server.uri, said).finish()
+        assert steps_in(server.uri, run) == list(range(1010))
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=server.uri)
+        assert [f.path for f in client.list_artifacts(run, "samples")] == ["samples/sample.mp4"]
+        assert client.get_run(run).info.status == "FINISHED"
+        print("longest wait of a step, seconds:", [f"{w:.4f}" for w in waited])
+        assert max(waited) < 0.5
+    finally:
+        server.signal(signal.SIGKILL)

@@ -1,0 +1,34 @@
+"""What a mutual run keeps between its steps: the low-rank fake score against a full copy of the network."""
+
+import pytest
+from torch import Tensor
+
+from mfcore.objectives.losses import StepInfo, total
+from tests.helpers.two_rank_training import Duet, Running, rows_of_step
+from workflows.config.run import EngineConfig
+
+
+def state_bytes(rank: int | None) -> int:
+    """Weights, average, gradients and moments of one step, each storage counted once."""
+    running = Running(Duet(stage="mutual", engine=EngineConfig(kind="torch", workers=1), rank=rank))
+    models = {"ema": running.ema.model} | {name: e.module for name, e in running.engines.items()}
+    terms = running.objective(models, rows_of_step(running.duet, 0)[0], StepInfo(seed=0, step=0, stage_step=0))
+    tensors: list[Tensor] = []
+    for name, engine in running.engines.items():
+        engine.backward(total(terms[name]))
+    for net in (*running.nets.values(), running.ema.module):
+        for p in net.parameters():
+            tensors += [p, *([p.grad] if p.grad is not None else [])]
+    sizes = {t.data_ptr(): t.nbytes for t in tensors}
+    for engine in running.engines.values():
+        engine.step(1e-4)
+    moments = [
+        t.nbytes for e in running.engines.values() for k, t in e.snapshot().tensors.items() if k.startswith("exp_avg")
+    ]
+    return sum(sizes.values()) + sum(moments)
+
+
+@pytest.mark.timeout(300)
+def test_a_low_rank_fake_score_keeps_at_most_six_tenths():
+    """At width 32; rank 1 there is the share of the weights that the presets have (rank = width / 32)."""
+    assert state_bytes(1) <= 0.6 * state_bytes(None)

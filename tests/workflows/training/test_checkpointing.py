@@ -1,0 +1,94 @@
+"""A checkpoint exists when COMPLETE does; what is in it rebuilds the network without anything else."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.checkpoint_parts import CARD, PROGRESS, parts, writer
+from tests.helpers.tiny_model import batch
+from workflows.checkpoints.load import find_export, load_export
+from workflows.checkpoints.store import COMPLETE, Shelf, complete
+from workflows.training.checkpointing import SaveError, newest_whole, restore
+from workflows.training.progress import Progress
+
+
+def saved(root: Path | str, engines, ema, progress: Progress = PROGRESS) -> Path:
+    """The place of a checkpoint that is written."""
+    saver = writer(root, engines, ema)
+    place = saver.save(progress)
+    saver.wait()
+    return Path(place)
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    engines, ema = parts(0)
+    folder = saved(tmp_path / "checkpoints", engines, ema)
+    others, average = parts(1)
+    assert restore(Shelf(folder.parent), folder.name, others, average) == PROGRESS
+    for (name, a), (_, b) in zip(engines["student"].weights(), others["student"].weights(), strict=True):
+        assert torch.equal(a, b), name
+    assert all(torch.equal(a, average.state_dict()[name]) for name, a in ema.state_dict().items())
+    listed = json.loads((folder / COMPLETE).read_text())["files"].keys()
+    assert listed == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {COMPLETE}
+
+
+@pytest.mark.parametrize("place", [".", "checkpoints/{name}", "checkpoints/{name}/export"])
+def test_an_export_is_found_from_run_checkpoint_or_itself(tmp_path, place):
+    engines, ema = parts(0)
+    folder = saved(tmp_path / "checkpoints", engines, ema)
+    model, card = load_export(tmp_path / place.format(name=folder.name))
+    assert card == CARD
+    clips = batch(1, 2, "audio")
+    level = {"audio": torch.full((1, 2), 0.5)}
+    with torch.no_grad():
+        expected = ema.module(clips.streams, level, level, clips.cond)[0]["audio"]
+        assert torch.equal(model(clips.streams, level, level, clips.cond)[0]["audio"], expected)
+        raw, _ = load_export(folder, "raw")
+    assert torch.equal(dict(raw.named_parameters())[name := next(iter(ema.state_dict()))],
+                       dict(engines["student"].weights())[name])  # fmt: skip
+
+
+def test_partial_checkpoints_do_not_exist_and_old_ones_go(tmp_path):
+    engines, ema = parts(0)
+    root = tmp_path / "checkpoints"
+    (root / "000000000099-dead" / "export").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        find_export(tmp_path)
+    for n in (1, 2, 3):
+        saved(root, engines, ema, Progress(step=n, samples_seen=4 * n, first={}, last={}))
+    assert [p.name.split("-")[0] for p in sorted(root.iterdir())] == ["000000000008", "000000000012"]
+    assert complete(root) == sorted(root.iterdir())
+
+
+def test_a_driver_that_lost_the_run_completes_nothing(tmp_path):
+    engines, ema = parts(0)
+    saver = writer(tmp_path, engines, ema, ours=False)
+    saver.save(PROGRESS)
+    with pytest.raises(SaveError, match="belongs to another driver"):
+        saver.wait()
+    assert complete(tmp_path) == []
+
+
+def test_damage_is_seen_and_the_checkpoint_before_it_used(tmp_path):
+    engines, ema = parts(0)
+    before = saved(tmp_path, engines, ema)
+    folder = saved(tmp_path, engines, ema, replace(PROGRESS, step=4, samples_seen=16))
+    victim = folder / "export" / "raw.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    told = []
+    assert newest_whole(Shelf(tmp_path), told.append) == before.name
+    assert "raw.safetensors is damaged" in told[0]
+
+
+@pytest.mark.parametrize(("make", "message"), [(False, "does not exist"), (True, "neither a run, a checkpoint nor")])
+def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, make, message):
+    place = tmp_path / "x"
+    if make:
+        place.mkdir()
+    with pytest.raises(ValueError, match=message):
+        load_export(place)

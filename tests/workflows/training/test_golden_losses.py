@@ -1,0 +1,57 @@
+"""Losses of every stage against those on file, so that no change of numbers goes unnoticed.
+
+Ten steps of each stage on one plain process: losses and gradient norms in full (``float.hex``), in ``tests/golden``.
+After a change that is meant to change them, look at how much they moved, then write them anew and say why:
+
+    python -m tests.workflows.training.test_golden_losses
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfcore.optim import OptimConfig
+from tests.helpers.two_rank_training import Duet, train
+from workflows.config.run import EngineConfig
+
+FOLDER = Path(__file__).parents[2] / "golden"
+STEPS = 10
+TOLERANCE = 1e-6  # relative; libraries of matrix products sum in different orders
+ROLLED = 1e-5  # where a network is run on its own output: two processors were seen to differ by 3.4e-6
+PLAIN = EngineConfig(kind="torch", workers=1)
+OPTIM = OptimConfig(lr=2e-4, warm_up=0)  # slow: what two machines differ by must not grow
+DUETS = {stage: Duet(stage=stage, engine=PLAIN, optim=OPTIM) for stage in ("video", "audio", "joint", "mutual")}
+DUETS["mutual-low-rank"] = Duet(stage="mutual", engine=PLAIN, optim=OPTIM, rank=4)
+
+
+def columns(duet: Duet) -> list[str]:
+    nets = ("student", "fake") if duet.stage == "mutual" else ("student",)
+    return [f"loss/{n}" for n in nets] + [f"grad_norm/{n}" for n in nets]
+
+
+def numbers(name: str) -> dict[str, list[str]]:
+    torch.set_num_threads(1)
+    rows = train(DUETS[name], STEPS)
+    return {key: [x.hex() for x in rows[:, i].tolist()] for i, key in enumerate(columns(DUETS[name]))}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", DUETS)
+def test_losses_are_those_on_file(name):
+    kept = json.loads((FOLDER / f"{name}.json").read_text())
+    now = numbers(name)
+    tolerance = ROLLED if DUETS[name].stage == "mutual" else TOLERANCE
+    assert now.keys() == kept.keys()
+    for key, values in kept.items():
+        expected = [float.fromhex(x) for x in values]
+        assert [float.fromhex(x) for x in now[key]] == pytest.approx(expected, rel=tolerance), (
+            f"{key} of stage {name} moved. If it was meant to: python -m tests.workflows.training.test_golden_losses"
+        )
+
+
+if __name__ == "__main__":
+    for name in DUETS:
+        (FOLDER / f"{name}.json").write_text(json.dumps(numbers(name), indent=1) + "\n")
+        print(f"wrote {FOLDER / name}.json")

@@ -1,0 +1,97 @@
+"""What people are told while a run trains: speed, time left, a bar or plain lines."""
+
+import io
+import sys
+
+import pytest
+
+from workflows.training import metrics
+from workflows.training.metrics import Meter, duration, line, short
+from workflows.training.progress import Progress
+from workflows.utils.progress import training_display
+
+
+def test_speed_is_of_training_and_time_left_of_everything(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    watch = Meter()
+    for _ in range(2):  # each step: 1 s of waiting, 3 s of computing
+        now += 1
+        watch.got_batch()
+        now += 3
+        watch.add(8, 400)
+        watch.pause()
+    with watch.apart():
+        now += 8  # samples
+    with watch.saving():
+        now += 2
+    found = watch.read(left=32)
+    assert found["speed/samples_per_s"] == 16 / 10
+    assert found["speed/tokens_per_s"] == 800 / 10
+    assert found["speed/data_wait_s"] == 1.0
+    assert found["speed/data_wait_share"] == 0.2
+    assert found["speed/checkpoint_s"] == 2.0
+    assert found["speed/left_s"] == 32 * 18 / 16
+    assert 0.01 < found["memory/rss_gib"] < 100
+    now += 2
+    watch.add(8, 400)
+    again = watch.read(left=24)
+    assert again["speed/samples_per_s"] == 4.0, "since the last entry"
+    assert again["speed/left_s"] == 24 * 20 / 24, "at the mean of the run"
+    assert "speed/checkpoint_s" not in again
+
+
+def test_a_line_has_step_losses_speed_and_time_left():
+    progress = Progress(step=20, samples_seen=160, first={"flow_matching/video": 2.5}, last={})
+    log = {
+        "flow_matching/video": 1.25,
+        "flow_matching/video/t0": 9.0,
+        "held_out/flow_matching/video": 1.5,
+        "lr/fake": 1,
+    }
+    log |= {"speed/samples_per_s": 12.34, "speed/tokens_per_s": 45_678.0, "speed/left_s": 199.2, "alarm/raised": 1.0}
+    assert line("video", 300, progress, log) == (
+        "video 20/300  flow_matching/video 1.2500  held_out/flow_matching/video 1.5000  "
+        "12.3 samples/s  45.7k tokens/s  3 min 20 s left"
+    )
+    assert line("video", 300, progress, {}) == "video 20/300  held_out/flow_matching/video 2.5000"
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (60, "1 min 0 s"), (7501, "2 h 5 min")])
+def test_durations(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_three_digits():
+    assert [short(n) for n in (9.5, 950, 1234, 4.56e6)] == ["9.5", "950", "1.23k", "4.56M"]
+
+
+LINES = ("video goes on from step 4", "video 5/10  loss 1.25  9 samples/s", "no samples: [red] is a folder [/x]")
+
+
+def test_elsewhere_than_on_a_terminal_lines_stay_as_they_are(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    with training_display() as show:
+        for text in LINES:
+            show(text)
+    assert out.getvalue().splitlines() == list(LINES)
+
+
+def test_a_terminal_shows_a_bar_with_the_latest_losses(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "stderr", out)
+    with training_display() as show:
+        for text in LINES:
+            show(text)
+    text = out.getvalue()
+    assert "5/10" in text
+    assert "loss 1.25  9 samples/s" in text
+    assert "video goes on from step 4" in text
+    assert "no samples: [red] is a folder [/x]" in text, "paths are not read as colours"

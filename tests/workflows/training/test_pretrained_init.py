@@ -1,0 +1,93 @@
+"""`mfctl train --init-video-from`: Wan's weights from a folder as diffusers saves it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mfcore.model.config import BranchConfig
+from mfcore.types import VIDEO
+from workflows.config import presets
+from workflows.config.latent_shapes import geometry
+from workflows.training.cost_estimate import on_paper
+from workflows.training.networks import initial_network
+from workflows.training.pretrained_init import taken_over
+
+TINY = (
+    "model.dim=48",
+    "model.layers=2",
+    "model.heads=2",
+    "model.word_heads=1",
+    "model.mlp_ratio=2",
+    "model.text_dim=32",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The real class, saved in several files."""
+    module = pytest.importorskip("diffusers.models.transformers.transformer_wan", reason="needs diffusers")
+    torch.manual_seed(0)
+    model = module.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, text_dim=32, ffn_dim=96, num_layers=2, freq_dim=256
+    )
+    place = tmp_path_factory.mktemp("wan")
+    model.save_pretrained(place / "transformer", max_shard_size="100KB")
+    assert len(list((place / "transformer").glob("*.safetensors"))) > 1
+    return place
+
+
+def config(folder, **changes):
+    start = presets.preset("base", "video", geometry("base").shapes((32, 32)))
+    sizes = {"dim": 48, "layers": 2, "heads": 2, "word_heads": 1, "mlp_ratio": 2.0, "text_dim": 32}
+    return replace(start, init_video=str(folder), model=replace(start.model, **(sizes | changes)))
+
+
+def test_a_run_starts_from_the_weights_of_the_folder(folder):
+    torch.manual_seed(0)
+    model = initial_network(config(folder), {})
+    fresh = initial_network(replace(config(folder), init_video=None), {})
+    wan: dict[str, torch.Tensor] = {}
+    for path in (folder / "transformer").glob("*.safetensors"):
+        wan |= load_file(path)
+    own = model.state_dict()
+    assert torch.equal(
+        own["branches.video.levels.level.0.weight"], wan["condition_embedder.time_embedder.linear_1.weight"]
+    )
+    assert torch.equal(own["branches.video.blocks.1.mlp.2.bias"], wan["blocks.1.ffn.net.2.bias"])
+    words = "branches.video.text.words.weight"
+    assert torch.equal(own[words], fresh.state_dict()[words])
+
+
+def test_the_table_says_where_every_weight_comes_from(folder):
+    sets = [*TINY, f"init_video={json.dumps(str(folder))}"]
+    shown = on_paper("video", "base", sets, None)["init_video"]
+    assert "loaded          2 x branches.video.blocks.*.mlp.0.weight" in shown
+    assert "blocks.*.ffn.net.0.proj.weight" in shown
+    assert "initialised     1 x branches.video.text.words.weight" in shown
+    assert "skipped" not in shown
+    assert taken_over(replace(config(folder), init_video=None)) == {}
+
+
+def test_folders_that_do_not_fit_are_refused_with_the_reason(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        taken_over(config(tmp_path))
+    with pytest.raises(ValueError, match="num_attention_heads 2 there, 3 here"):
+        taken_over(config(folder, heads=3, dim=72))
+    with pytest.raises(ValueError, match=r"mlp\.0\.bias \(96,\) there, \(144,\) here; .*mlp\.0\.weight"):
+        taken_over(config(folder, mlp_ratio=3.0))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(ValueError, match="is a FluxTransformer2DModel: name the folder"):
+        taken_over(config(tmp_path))
+    branches = {VIDEO: BranchConfig(channels=48, size=(4, 4), patch=(2, 2), data_std=None)}
+    with pytest.raises(ValueError, match=r"embed\.weight \(48, 64\) there, \(48, 192\) here"):
+        taken_over(config(folder, branches=branches))
+
+
+def test_other_stages_start_from_runs(folder):
+    joint = presets.preset("base", "joint", geometry("base").shapes((32, 32)))
+    with pytest.raises(ValueError, match="stage joint starts from finished runs"):
+        replace(joint, init_video=str(folder))

@@ -1,0 +1,155 @@
+"""Ray Train on two workers: whatever dies at whatever moment, losses and weights are those of an undisturbed run."""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import training_driver
+from tests.helpers.latent_dataset import write_dataset
+from tests.helpers.small_training import SMALL
+from workflows.checkpoints.load import load_weights
+from workflows.checkpoints.store import Shelf
+from workflows.config.serialization import load
+from workflows.tracking.tracker import read_lines
+from workflows.training import worker
+from workflows.training.progress import Progress
+from workflows.training.train import train
+from workflows.utils.json_io import read_json
+
+STEPS = 60
+TWO = ("engine.kind=deepspeed", "engine.workers=2", "data.batch=8", f"steps={STEPS}", "log_every=1", "eval_every=20")
+EVERY = 5  # steps between checkpoints
+STAGES = {
+    "audio": (*SMALL, *TWO, f"checkpoint.every={EVERY * 8}"),
+    "mutual": (
+        *SMALL,
+        *TWO,
+        f"checkpoint.every={EVERY * 8}",
+        "objective.real_until=4",
+        "objective.free_from=8",
+        "objective.fake_from=12",
+        "objective.dmd_from=16",
+        "objective.rollout_steps=[2]",
+    ),
+}
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A dataset, and the runs that stage mutual starts from."""
+    folder = tmp_path_factory.mktemp("survival")
+    data = write_dataset(folder / "set")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFCTL_TRACKER", "json")
+        for stage in ("video", "audio", "joint"):
+            train(stage, data=data, sets=SMALL, runs_dir=folder / "parents", run=stage, launch=worker.work)
+    return folder, data
+
+
+def begin(stage: str, world, runs_dir: Path):
+    folder, data = world
+    parents = {"init_from": [str(folder / "parents" / "joint")]} if stage == "mutual" else {}
+    return training_driver.start(stage, data=data, runs_dir=runs_dir, sets=STAGES[stage], **parents)
+
+
+@pytest.fixture(scope="module", params=list(STAGES))
+def whole(request, world, tmp_path_factory):
+    """An undisturbed run of a stage."""
+    runs_dir = tmp_path_factory.mktemp(f"whole-{request.param}")
+    process = begin(request.param, world, runs_dir)
+    assert process.wait() == 0, training_driver.text(runs_dir)
+    return request.param, runs_dir
+
+
+def losses(runs_dir: Path) -> list[dict[str, float]]:
+    """Every logged number that is not a speed."""
+    timed = ("time", "data_wait", "samples_per_s", "tokens_per_s", "checkpoint", "memory", "_s")
+    lines = read_lines(runs_dir / "a" / "metrics.jsonl")
+    return [{k: v for k, v in entry.items() if not any(word in k for word in timed)} for entry in lines]
+
+
+def check_equal(runs_dir: Path, whole: Path) -> None:
+    mine, theirs = losses(runs_dir), losses(whole)
+    assert [entry["step"] for entry in mine] == list(range(STEPS + 1)), "every step is logged once"
+    assert len(mine[-1]) > 6
+    assert mine == theirs
+    for weights in ("ema", "raw"):
+        a, b = load_weights(runs_dir / "a", weights), load_weights(whole / "a", weights)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def resumed_from(runs_dir: Path) -> list[int]:
+    """Steps from which the run went on."""
+    return [int(t.split()[0]) for t in (runs_dir / "a" / "log.txt").read_text().split("goes on from step ")[1:]]
+
+
+def test_a_worker_killed_at_a_random_moment_costs_at_most_one_interval(whole, world, tmp_path):
+    stage, undisturbed = whole
+    victim, at = random.randrange(2), random.randrange(EVERY + 1, STEPS - EVERY)
+    print(f"rank {victim} of {stage} is killed after step {at}")
+    process = begin(stage, world, tmp_path)
+    training_driver.wait_for(tmp_path, f"{stage} {at}/{STEPS} ", process)
+    training_driver.workers(process)[victim].send_signal(signal.SIGKILL)
+    assert process.wait() == 0, training_driver.text(tmp_path)
+    (step,) = resumed_from(tmp_path)
+    assert at - step <= 2 * EVERY, "one interval, and that of the checkpoint being written"
+    check_equal(tmp_path, undisturbed)
+
+
+def test_a_driver_killed_at_a_random_moment_goes_on_by_the_same_command(whole, world, tmp_path):
+    stage, undisturbed = whole
+    at = random.randrange(EVERY + 1, STEPS // 2)  # workers outlive their driver by a second or two, some dozen steps
+    print(f"the driver of {stage} is killed after step {at}")
+    process = begin(stage, world, tmp_path)
+    training_driver.wait_for(tmp_path, f"{stage} {at}/{STEPS} ", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process = begin(stage, world, tmp_path)
+    assert process.wait() == 0, training_driver.text(tmp_path)
+    by_a_driver = f"{stage} {STEPS}/{STEPS} " in training_driver.text(
+        tmp_path
+    )  # else workers that outlived theirs were done
+    assert len(resumed_from(tmp_path)) == (1 if by_a_driver else 0)
+    check_equal(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("who", ["worker", "driver"])
+def test_a_notice_saves_at_once_and_ends_the_run(whole, world, tmp_path, who):
+    stage, undisturbed = whole
+    if stage != "audio":
+        pytest.skip("the same for every stage")
+    process = begin(stage, world, tmp_path)
+    training_driver.wait_for(tmp_path, f"{stage} 7/{STEPS} ", process)
+    target = training_driver.workers(process)[1] if who == "worker" else process
+    target.send_signal(signal.SIGTERM)
+    assert process.wait() == 1, training_driver.text(tmp_path)
+    assert "run the same command to go on" in training_driver.text(tmp_path)
+    shelf = Shelf(tmp_path / "a" / "checkpoints")
+    saved = load(Progress, read_json(Path(shelf.where(shelf.complete()[-1]), "run.json"))["progress"])
+    assert f"stopped after step {saved.step} of {STEPS}" in training_driver.text(tmp_path)
+    assert 7 <= saved.step < STEPS
+    process = begin(stage, world, tmp_path)
+    assert process.wait() == 0, training_driver.text(tmp_path)
+    assert resumed_from(tmp_path) == [saved.step]
+    check_equal(tmp_path, undisturbed)
+
+
+def test_a_stopped_rank_is_named_within_a_minute(world, tmp_path):
+    process = begin("audio", world, tmp_path)
+    training_driver.wait_for(tmp_path, f"audio 7/{STEPS} ", process)
+    victim = training_driver.workers(process)[1]
+    victim.send_signal(signal.SIGSTOP)
+    try:
+        took = training_driver.wait_for(tmp_path, "no sign of life", process)
+    finally:
+        victim.send_signal(signal.SIGCONT)
+    assert took < 60
+    line = next(line for line in training_driver.text(tmp_path).splitlines() if "no sign of life" in line)
+    assert line.startswith("rank ") and f"(process {victim.pid} on " in line and "it was at step " in line
+    assert process.wait() == 0, training_driver.text(tmp_path)
+    assert "is back, at step" in training_driver.text(tmp_path)

@@ -1,0 +1,108 @@
+"""What every rank of ``mfctl bench train`` does: the same steps by every variant, in turns.
+
+All variants are built in the same processes and take turns of a few steps, A B C A B C ..., so whatever else happens on
+the machine hits all of them alike; a variant is compared with the bare loop of the same round. The variants with an
+engine are ``workflows.loop.run_loop`` itself with networks, batches and prefetching of a training run. A turn logs at
+its end, so more often than a run does.
+"""
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from workflows.bench import roofline
+from workflows.bench.matmul_overhead import OverProducts, over_products
+from workflows.bench.reference_loop import bare_loop
+from workflows.bench.variants import Turn, Turns, Variant, own_batches, place
+from workflows.config.run import RunConfig
+from workflows.training.loop import count_tokens
+from workflows.training.networks import initial_network
+from workflows.utils import distributed, timing
+
+BARE = "bare"
+PROBE = 2  # steps before the first round: the second one sees the moments that the first one has made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the ranks are asked for."""
+
+    config: RunConfig
+    variants: Mapping[str, Variant]
+    rounds: int
+    turn: int  # steps of a variant in a round
+    threads: int  # of a process, on a CPU
+    profiled: tuple[str, ...] = ()  # variants of which a profile is made after the last round
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What rank 0 knows at the end."""
+
+    turns: dict[str, list[Turn]]  # one for each round, of the rank that took longest
+    state_bytes: dict[str, int]  # weights, gradients, moments and average, per rank
+    over_products: OverProducts
+    flops_per_s: list[float]  # of large matrix products, per rank, all ranks at once
+    flops: int  # of a step, per rank
+    tokens: int  # of a step, per rank
+    parameters: int  # of the student
+    threads: int
+    peak_memory_bytes: int  # of a rank, all variants together
+    profiles: dict[str, str]
+
+
+def work(plan: Plan) -> Measured:
+    """Everything, on one rank."""
+    if distributed.device().type == "cpu":
+        torch.set_num_threads(plan.threads)
+    batches = own_batches(plan.config)
+    first = [place(batches.step(step)) for step in range(PROBE)]
+    dense = replace(plan.config, model=replace(plan.config.model, attention="sdpa"))  # what is useful is the same
+    flops = roofline.count_flops(lambda: bare_loop(dense).run(first[:1], 0, 1))
+    turns: dict[str, Turns] = {}
+    state_bytes: dict[str, int] = {}
+    for name, variant in plan.variants.items():
+        gc.collect()
+        before = roofline.live_bytes()
+        turns[name] = Turns(plan.config, variant)
+        state_bytes[name] = turns[name].probe(first) - before
+    timed, rates = rounds(plan, turns)
+    return Measured(
+        turns=timed,
+        state_bytes=state_bytes,
+        over_products=over_products(dense, first[0][0], plan.rounds),
+        flops_per_s=rates,
+        flops=flops,
+        tokens=sum(count_tokens(plan.config, micro) for micro in first[0]),
+        parameters=sum(p.numel() for p in initial_network(plan.config, {}).parameters()),
+        threads=torch.get_num_threads(),
+        peak_memory_bytes=max(distributed.gather(timing.peak_bytes())),
+        profiles={name: profiled(turns[name], plan.turn) for name in plan.profiled},
+    )
+
+
+def rounds(plan: Plan, turns: Mapping[str, Turns]) -> tuple[dict[str, list[Turn]], list[float]]:
+    """The turns of every variant, and the rate of matrix products in every round."""
+    timed: dict[str, list[Turn]] = {name: [] for name in turns}
+    rates: list[float] = []
+    for number in range(plan.rounds + 1):
+        for name, own in turns.items():
+            slowest = max(distributed.gather(own.turn(plan.turn)), key=lambda turn: turn.step_s)
+            timed[name] += [slowest] if number else []  # round 0 warms up
+        distributed.barrier()
+        rate = roofline.matmul_rate(distributed.device(), plan.config.engine.autocast or torch.float32)
+        rates += [min(distributed.gather(rate))] if number else []
+    return timed, rates
+
+
+def profiled(own: Turns, steps: int) -> str:
+    """Where a turn's time goes: the eight dearest operators."""
+    gpu = torch.cuda.is_available()
+    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if gpu else [])
+    with torch.profiler.profile(activities=kinds) as profile:
+        own.turn(steps)
+    return profile.key_averages().table(
+        sort_by="self_cuda_time_total" if gpu else "self_cpu_time_total", row_limit=8, max_name_column_width=48
+    )

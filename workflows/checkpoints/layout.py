@@ -1,0 +1,3 @@
+MODEL = "model.json"
+RECORD = "run.json"
+OUTCOME = "outcome.json"

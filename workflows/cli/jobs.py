@@ -1,0 +1,103 @@
+"""The verbs about Ray jobs: submit, status, logs, stop. Part of the command line in ``cli.py``."""
+
+import shlex
+from typing import Annotated, Any
+
+import typer
+
+from workflows.cli import output
+from workflows.cli.options import Json
+
+app = typer.Typer()
+
+JobId = Annotated[str | None, typer.Argument(metavar="JOB", help="As `mfctl submit` and `mfctl status` print it.")]
+
+
+@app.command()
+def submit(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A cluster file, an address, or a RayJob's file.")],
+    argv: Annotated[list[str], typer.Argument(metavar="-- VERB...", help="The mfctl command to run there.")],
+    *,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait; see `mfctl logs --follow JOB`.")] = False,
+    python: Annotated[str | None, typer.Option(metavar="PATH", help="The interpreter on the cluster.")] = None,
+    shared: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="Mounted on all machines of the cluster: runs and relative paths are there."
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run an mfctl command as a Ray job, follow its logs and end with its exit code."""
+
+    def work() -> Any:
+        from workflows.jobs.submit import submit as run_submit
+
+        return run_submit(target, argv, detach=detach, python=python, shared=shared)
+
+    output.run(work, as_json=json, code=lambda done: done["exit_code"] or 0)
+
+
+@app.command()
+def status(job: JobId = None, *, json: Json = False) -> None:
+    """One job, or all jobs and heads started from this folder."""
+
+    def work() -> Any:
+        from workflows.jobs.submit import status as run_status
+
+        return run_status(job)
+
+    output.run(work, as_json=json, render=_status_lines if job is None else None)
+
+
+def _status_lines(known: dict[str, Any]) -> str:
+    """A line for each head and job."""
+    lines = [f"head {h['address']} {'answers' if h['answers'] else 'does not answer'}" for h in known["heads"]]
+    for job in known["jobs"]:
+        code = job.get("exit_code")
+        state = job["status"] if code is None else f"{job['status']} (exit code {code})"
+        lines.append(f"{job['job']} {state}: {shlex.join(job['command'])}")
+    return "\n".join(lines) or "no heads, no jobs: nothing was submitted from this folder"
+
+
+@app.command()
+def logs(
+    job: Annotated[str, typer.Argument(metavar="JOB")],
+    *,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job ends, with its exit code.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Print what a job has written."""
+
+    def work() -> Any:
+        from workflows.jobs.submit import logs as run_logs
+
+        return run_logs(job, follow=follow)
+
+    def code(done: dict[str, Any]) -> int:
+        return (done["exit_code"] or 0) if follow else 0
+
+    output.run(work, as_json=json, render=lambda done: f"[{done['job']} {done['status']}]", code=code)
+
+
+@app.command()
+def stop(
+    job: JobId = None,
+    *,
+    head: Annotated[
+        bool, typer.Option("--head", help="Stop the heads that submit started here, and their jobs.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Stop a job, or with --head the Ray head on this machine that `mfctl submit` started."""
+
+    def work() -> Any:
+        from workflows.jobs import submit
+
+        if (job is None) != head:
+            raise ValueError("name one thing to stop: `mfctl stop JOB` or `mfctl stop --head`")
+        return submit.stop_head() if job is None else submit.stop(job)
+
+    output.run(work, as_json=json)

@@ -1,0 +1,61 @@
+from typing import Annotated, Any, Literal
+
+import typer
+
+from workflows.cli import output
+from workflows.cli.options import Config, DryRun, Json, Preset, Sets
+from workflows.utils import environment
+
+
+def train(
+    *,
+    stage: Annotated[Literal["video", "audio", "joint", "mutual"], typer.Option(help="What to train.")],
+    data: Annotated[
+        str | None,
+        typer.Option(parser=environment.absolute, metavar="DATASET", help="Default: the newest dataset under runs/."),
+    ] = None,
+    init_from: Annotated[
+        list[str],
+        typer.Option(
+            "--from",
+            parser=environment.absolute_if_present,
+            metavar="RUN",
+            default_factory=list,
+            show_default=False,
+            help="Finished runs to start from; default: the latest ones under runs/. May be repeated.",
+        ),
+    ],
+    init_video_from: Annotated[
+        str | None,
+        typer.Option(
+            parser=environment.absolute, metavar="DIR", help="Start from Wan's video weights in this folder (base)."
+        ),
+    ] = None,
+    run: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run; the same name resumes.")] = None,
+    preset: Preset = "tiny",
+    sets: Sets,
+    config: Config = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Train one stage on Ray Train and DeepSpeed. The same command again resumes."""
+
+    def work() -> Any:
+        from json import dumps as quoted
+
+        from workflows.training.samples import training_samples
+        from workflows.training.train import train as run_train
+
+        return run_train(
+            stage,
+            data=data,
+            init_from=init_from,
+            preset=preset,
+            sets=[*sets, *([f"init_video={quoted(init_video_from)}"] if init_video_from else [])],
+            config_file=config,
+            run=run,
+            dry_run=dry_run,
+            sample=training_samples,
+        )
+
+    output.run(work, as_json=json)

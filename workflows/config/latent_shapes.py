@@ -1,0 +1,112 @@
+"""Latents of known codecs by their shapes alone: what counting and benches need of data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+
+from mfcore.codecs.dct import DctCodec
+from mfcore.codecs.mel import MelCodec
+from mfcore.model.config import ModelConfig
+from mfcore.timeline import LatentClock, Timeline, audio_clock, video_clock
+from mfcore.types import AUDIO, VIDEO
+
+FPS = Fraction(24)
+CHUNK_SECONDS = Fraction(1, 2)
+CHUNKS = 20  # of a usual clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentShapes:
+    """What a network must know of its latents."""
+
+    channels: Mapping[str, int]
+    size: Mapping[str, tuple[int, int]]  # height and width; (1, 1) for audio
+    still: Mapping[str, int]  # leading channels that the first frame shares with later latents
+    text_dim: int
+    chunk_seconds: float
+    chunks: int  # whole chunks of a usual clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """What codecs of picture, sound and text make of a clip."""
+
+    name: str
+    channels: dict[str, int]
+    still: dict[str, int]  # channels that a first frame shares with later latents
+    clocks: dict[str, LatentClock]
+    pixels: int  # edge of the square that a latent stands for
+    multiple: int  # that pictures are padded to, pixels
+    text_dim: int
+
+    def timeline(self, modalities: Sequence[str] = (VIDEO, AUDIO)) -> Timeline:
+        return Timeline(clocks={m: self.clocks[m] for m in modalities}, chunk_seconds=CHUNK_SECONDS)
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in pixels, grown to what the codec and the patches can take. ValueError for none."""
+        if min(size) < 1:
+            raise ValueError(f"a picture of {size[0]}x{size[1]} pixels: both edges must be positive")
+        height, width = (self.multiple * ceil(edge / self.multiple) for edge in size)
+        return height, width
+
+    def shapes(self, size: tuple[int, int]) -> LatentShapes:
+        """Of pictures of ``size`` pixels, height and width."""
+        height, width = self.padded(size)
+        return LatentShapes(
+            channels=self.channels,
+            size={VIDEO: (height // self.pixels, width // self.pixels), AUDIO: (1, 1)},
+            still=self.still,
+            text_dim=self.text_dim,
+            chunk_seconds=float(CHUNK_SECONDS),
+            chunks=CHUNKS,
+        )
+
+
+def _embedded() -> Geometry:
+    video, audio = DctCodec(), MelCodec()
+    return Geometry(
+        name="the embedded codecs",
+        channels={VIDEO: video.channels, AUDIO: audio.channels},
+        still={VIDEO: video.still, AUDIO: audio.still},
+        clocks={VIDEO: video.clock, AUDIO: audio.clock},
+        pixels=video.config.block,
+        multiple=video.config.block,
+        text_dim=64,
+    )
+
+
+def _published(wan: str, channels: int, pixels: int) -> Geometry:
+    """Wan's picture, Stable Audio 2's sound, UMT5-XXL's text; patches are two latents wide."""
+    return Geometry(
+        name=f"Wan {wan}, Stable Audio 2 and UMT5-XXL",
+        channels={VIDEO: channels, AUDIO: 64},
+        still={VIDEO: channels, AUDIO: 0},
+        clocks={VIDEO: video_clock(FPS, 4), AUDIO: audio_clock(44100, 2048)},
+        pixels=pixels,
+        multiple=2 * pixels,
+        text_dim=4096,
+    )
+
+
+EMBEDDED = _embedded()
+WAN_2_1 = _published("2.1", 16, 8)
+WAN_2_2 = _published("2.2", 48, 16)
+
+
+def geometry(preset: str) -> Geometry:
+    """Of the codecs that a preset is meant for."""
+    return {"tiny": EMBEDDED, "base": WAN_2_1}.get(preset, WAN_2_2)
+
+
+def known_by(model: ModelConfig) -> Geometry:
+    """Of the codecs that a network is made for, by the shapes that it takes. ValueError for none."""
+    for known in (EMBEDDED, WAN_2_2, WAN_2_1):
+        if known.text_dim == model.text_dim and all(known.channels[m] == b.channels for m, b in model.branches.items()):
+            return known
+    raise ValueError("no codec known here has these channels and this width of text: leave them as the preset has them")
+
+
+def usual_size(preset: str) -> tuple[int, int]:
+    """Height and width in pixels: the toy world's, or the least of the paper's."""
+    return (64, 64) if preset == "tiny" else (192, 336)

@@ -1,0 +1,218 @@
+"""Whole configurations by size. A preset is a function of the stage and of the latents it is to learn."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from math import gcd
+from typing import Literal
+
+from mfcore.ema import EmaConfig
+from mfcore.flow import TimeConfig
+from mfcore.model.config import BranchConfig, ModelConfig
+from mfcore.model.lora import FakeConfig
+from mfcore.objectives.flow_matching import FlowMatchingConfig
+from mfcore.objectives.mutual_config import MutualConfig
+from mfcore.optim import OptimConfig
+from mfcore.types import AUDIO, VIDEO
+from workflows.config.latent_shapes import LatentShapes
+from workflows.config.run import CheckpointConfig, DataConfig, EngineConfig, RunConfig, Stage
+
+MODALITIES: dict[Stage, tuple[str, ...]] = {
+    "video": (VIDEO,),
+    "audio": (AUDIO,),
+    "joint": (VIDEO, AUDIO),
+    "mutual": (VIDEO, AUDIO),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What distinguishes one preset's network from another's."""
+
+    dim: int
+    layers: int
+    heads: int
+    mlp_ratio: float = 4.0  # feed-forward width over dim
+    patch: tuple[int, int]  # latent positions merged into a token, height and width, where the size allows
+    window_chunks: int
+    longest: int  # chunks of the longest training clip
+    shift: Mapping[str, float]
+    data_std: Mapping[str, float | None] = field(default_factory=lambda: {VIDEO: 0.5, AUDIO: 0.5})
+    layout: Literal["own", "wan"] = "own"
+    word_heads: int | None = None
+    rope_seconds_scale: float = 8.0
+    attention: Literal["sdpa", "flex"] = "flex"
+
+
+def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
+    patches = {m: (gcd(size.patch[0], h), gcd(size.patch[1], w)) for m, (h, w) in shapes.size.items()}
+    return ModelConfig(
+        branches={
+            m: BranchConfig(
+                channels=shapes.channels[m],
+                size=shapes.size[m],
+                patch=patches[m],
+                data_std=size.data_std[m],
+                anchor=shapes.still[m] if size.data_std[m] is not None else 0,
+            )
+            for m in MODALITIES[stage]
+        },
+        dim=size.dim,
+        layers=size.layers,
+        mlp_ratio=size.mlp_ratio,
+        heads=size.heads,
+        word_heads=size.word_heads,
+        attention=size.attention,
+        layout=size.layout,
+        local_start=size.layout == "own",
+        chunk_phase=True,
+        rope_seconds_scale=size.rope_seconds_scale,
+        text_dim=shapes.text_dim,
+        chunk_seconds=shapes.chunk_seconds,
+        window_chunks=size.window_chunks,
+    )
+
+
+def _lengths(shapes: LatentShapes, size: Size) -> tuple[int, int]:
+    """Chunks of a training clip; the longest exceeds the window, else the truncated state is never trained."""
+    return min(3, shapes.chunks), max(1, min(size.longest, shapes.chunks))
+
+
+def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
+    """A CPU, the toy world, minutes. Sizes: docs/dev/lab-notes/2026-11-20-tiny-network-size.md."""
+    size = Size(
+        dim=128,
+        layers=3,
+        heads=4,
+        mlp_ratio=2.0,
+        patch=(2, 8),  # bands: eyes, mouth and hands are not cut down the middle
+        window_chunks=4,
+        longest=8,
+        shift={VIDEO: 3.0, AUDIO: 3.0},
+        data_std={VIDEO: 0.15, AUDIO: 0.2},
+        attention="sdpa",
+    )
+    time = TimeConfig(shift={m: size.shift[m] for m in MODALITIES[stage]})
+    model, engine = _model(stage, shapes, size), EngineConfig(zero_stage=1, workers=2)
+    data = DataConfig(batch=16, chunks=_lengths(shapes, size), whitening={VIDEO: 0.3, AUDIO: 0.5})
+    if stage == "mutual":
+        return RunConfig(
+            stage=stage,
+            steps=140,
+            model=model,
+            objective=MutualConfig(
+                time=time,
+                finest=3,  # rungs that no sampler uses cost training
+                strengths=(2, 3),
+                rollout_steps=(4,),
+                guidance=1.25,
+                shortcut_weight=2.0,  # its term is near 0.03, flow matching's near 0.5
+                dmd_weight=0.02,  # its normalised gradient is of order 1: a third would drown both
+                real_until=115,  # a roll-out makes a step three times as long
+                free_from=120,
+                fake_from=120,
+                dmd_from=128,
+                dmd_ramp=5,
+            ),
+            optim=OptimConfig(lr=2e-3, warm_up=10, final=0.05),
+            fake_optim=OptimConfig(lr=2e-3, warm_up=5),
+            ema=EmaConfig(decay=0.9),
+            data=replace(data, batch=8, chunks=(data.chunks[0], min(6, data.chunks[1]))),
+            engine=engine,
+            checkpoint=CheckpointConfig(every=40 * 8),
+            log_every=5,
+            eval_every=30,
+        )
+    return RunConfig(
+        stage=stage,
+        steps={"video": 240, "audio": 300, "joint": 200}[stage],
+        model=model,
+        objective=FlowMatchingConfig(time=time),
+        optim=OptimConfig(lr=6e-3 if stage != "joint" else 4e-3, warm_up=30, clip=1.0, final=0.1),
+        ema=EmaConfig(decay=0.98),
+        data=data,
+        engine=engine,
+        checkpoint=CheckpointConfig(every=200 * data.batch),
+        log_every=20,
+        eval_every=100,
+    )
+
+
+def _recipe(
+    stage: Stage, shapes: LatentShapes, size: Size, *, batch: int, steps: dict[Stage, int], lr: float
+) -> RunConfig:
+    """The paper's recipe (METHOD 5) at any size: AdamW 0.9/0.95, decay 0.02, clip 0.5, EMA 0.999 then 0.99."""
+    time = TimeConfig(shift={m: size.shift[m] for m in MODALITIES[stage]})
+    mutual = MutualConfig(
+        time=time, guidance=5.0, real_until=1000, free_from=3000, fake_from=3000, dmd_from=3200, dmd_ramp=1000
+    )
+    return RunConfig(
+        stage=stage,
+        steps=steps[stage],
+        model=_model(stage, shapes, size),
+        objective=mutual if stage == "mutual" else FlowMatchingConfig(time=time),
+        optim=OptimConfig(lr=lr, warm_up=1000),
+        fake=FakeConfig(rank=size.dim // 32, gain=16.0),
+        fake_optim=OptimConfig(lr=4 * lr, warm_up=200) if stage == "mutual" else None,
+        ema=EmaConfig(decay=0.99 if stage == "mutual" else 0.999),
+        data=DataConfig(batch=batch, micro=4, chunks=_lengths(shapes, size)),
+        engine=EngineConfig(zero_stage=2, workers=8, use_gpu=True, precision="bf16"),
+        checkpoint=CheckpointConfig(every=1000 * batch, keep=3),
+        log_every=20,
+        eval_every=1000,
+    )
+
+
+def small(stage: Stage, shapes: LatentShapes) -> RunConfig:
+    """About 100M parameters with both branches, one GPU."""
+    size = Size(dim=512, layers=8, heads=8, patch=(2, 2), window_chunks=8, longest=16, shift={VIDEO: 3.0, AUDIO: 1.0})
+    steps: dict[Stage, int] = {"video": 50_000, "audio": 50_000, "joint": 30_000, "mutual": 10_000}
+    config = _recipe(stage, shapes, size, batch=64, steps=steps, lr=2e-4)
+    return replace(config, engine=replace(config.engine, workers=1, zero_stage=1))
+
+
+def base(stage: Stage, shapes: LatentShapes) -> RunConfig:
+    """About 1.3B parameters in each branch, one node. Branches are built as Wan 2.1 1.3B, whose weights the video
+    branch can start from (``--init-video-from``), and read a transcript besides."""
+    size = Size(
+        dim=1536,
+        layers=30,
+        heads=12,
+        mlp_ratio=8960 / 1536,
+        patch=(2, 2),
+        window_chunks=10,
+        longest=20,
+        shift={VIDEO: 5.0, AUDIO: 1.0},
+        data_std={VIDEO: None, AUDIO: 0.5},  # Wan's output is the velocity itself
+        layout="wan",
+        word_heads=3,
+        rope_seconds_scale=6.0,  # Wan counts latents: 24 frames a second, four to a latent
+    )
+    steps: dict[Stage, int] = {"video": 200_000, "audio": 200_000, "joint": 100_000, "mutual": 20_000}
+    config = _recipe(stage, shapes, size, batch=128, steps=steps, lr=1e-4)
+    return replace(config, engine=replace(config.engine, recompute=True))
+
+
+def full(stage: Stage, shapes: LatentShapes) -> RunConfig:
+    """About 7B parameters in each branch, as the paper."""
+    size = Size(
+        dim=4096, layers=20, heads=32, patch=(2, 2), window_chunks=10, longest=20, shift={VIDEO: 5.0, AUDIO: 1.0}
+    )
+    steps: dict[Stage, int] = {"video": 400_000, "audio": 400_000, "joint": 100_000, "mutual": 20_000}
+    batch = 256 if stage in ("video", "audio") else 128
+    config = _recipe(stage, shapes, size, batch=batch, steps=steps, lr=5e-5)
+    return replace(config, engine=replace(config.engine, zero_stage=3, workers=32, recompute=True))
+
+
+PRESETS: dict[str, Callable[[Stage, LatentShapes], RunConfig]] = {
+    "tiny": tiny,
+    "small": small,
+    "base": base,
+    "full": full,
+}
+
+
+def preset(name: str, stage: Stage, shapes: LatentShapes) -> RunConfig:
+    """ValueError lists the presets that exist."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name](stage, shapes)

@@ -1,0 +1,192 @@
+"""The whole configuration of a training run. Parts stand beside what they configure; this file puts them together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from mfcore.ema import EmaConfig
+from mfcore.model.config import ModelConfig
+from mfcore.model.lora import FakeConfig
+from mfcore.objectives.flow_matching import FlowMatchingConfig
+from mfcore.objectives.mutual_config import MutualConfig
+from mfcore.optim import OptimConfig
+
+Stage = Literal["video", "audio", "joint", "mutual"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run is saved, and how much of it is kept."""
+
+    every: int  # samples between checkpoints
+    keep: int = 2  # latest complete checkpoints that stay
+    to: str | None = None  # path or URI (s3://bucket/prefix) that keeps them, by the name of the run; None: its folder
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ValueError(f"checkpoint.every and checkpoint.keep must be at least 1, got {self.every}, {self.keep}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Batches of a run, and what is dropped from their conditions."""
+
+    batch: int  # clips per optimizer step, over all ranks
+    micro: int | None = None  # clips per rank and backward pass; None: the rank's whole share at once
+    chunks: tuple[int, int]  # fewest and most chunks of a training clip, drawn for every step
+    shuffle: int = 32  # batches whose clips are mixed with each other; a rank holds its part of so many in memory
+    held_out: float = 0.1  # share of the sources kept for evaluation
+    held_out_clips: int = 16  # clips of an evaluation
+    drop_both: float = 0.1  # chance that caption and transcript are both hidden (guidance)
+    drop_caption: float = 0.05  # chance that the caption alone is hidden
+    drop_words: float = 0.05  # chance that the transcript alone is hidden
+    drop_voice: float = 0.5  # chance that no reference voice is given
+    prefetch: int = 2  # batches prepared ahead
+    whitening: Mapping[str, float] = field(default_factory=dict[str, float])  # power of a channel's spread that is
+    # divided out, per modality; 1 (each channel has spread 1) where none is given. Later stages inherit it.
+
+    def __post_init__(self) -> None:
+        counts = (self.batch, self.micro or 1, self.shuffle, self.held_out_clips, self.prefetch)
+        if min(counts) < 1 or self.micro == 0:
+            raise ValueError(
+                "data.batch, data.micro, data.shuffle, data.held_out_clips and data.prefetch must be at least 1, got "
+                f"{self.batch}, {self.micro}, {self.shuffle}, {self.held_out_clips} and {self.prefetch}"
+            )
+        if not 1 <= self.chunks[0] <= self.chunks[1]:
+            raise ValueError(f"data.chunks must be (fewest, most) with 1 <= fewest <= most, got {self.chunks}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"data.held_out must be between 0 and 1, got {self.held_out}")
+        chances = (self.drop_both, self.drop_caption, self.drop_words, self.drop_voice)
+        if min(chances) < 0 or max(chances) > 1 or sum(chances[:3]) > 1:
+            raise ValueError(
+                "the data.drop_* chances must be in [0, 1], those of caption and transcript 1 at most in sum"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a run is spread over processes."""
+
+    kind: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards: nothing, moments, + gradients, + weights
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the network's arithmetic; weights and moments stay float32
+    offload_optimizer: bool = False  # float32 weights and moments in CPU memory, updated there; ZeRO 1 to 3
+    recompute: bool = False  # run layers again in the backward pass instead of keeping what is inside them
+    compile: bool = False  # blocks through torch.compile; ZeRO 0 to 2
+    sequence: int = 1  # processes that share the tokens of the same clips (Ulysses); divides workers and heads
+    workers: int | tuple[int, int] = 2  # processes, one per GPU or sharing cores; (fewest, most): as there is room
+    use_gpu: bool = False
+    resource: str | None = None  # a custom Ray resource, one for every process: the machines meant for training
+    max_failures: int = 2  # restarts from the latest checkpoint before the run is given up
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.fewest <= self.most:
+            raise ValueError(f"engine.workers is a number or [fewest, most], at least 1: got {self.workers}")
+        if self.offload_optimizer and (self.kind == "torch" or self.zero_stage == 0):
+            raise ValueError(
+                "engine.offload_optimizer moves what ZeRO shards: with it, set engine.kind=deepspeed and "
+                f"engine.zero_stage to 1, 2 or 3; got {self.kind}, {self.zero_stage}"
+            )
+        if self.sequence < 1 or self.fewest % self.sequence or (self.sequence > 1 and self.fewest != self.most):
+            raise ValueError(
+                f"engine.sequence {self.sequence} must divide engine.workers, a number: got {self.workers}"
+            )
+        if self.compile and (self.kind, self.zero_stage) == ("deepspeed", 3):
+            raise ValueError(
+                "engine.compile makes one piece of what ZeRO-3 gathers weight by weight: leave it off, or set "
+                "engine.zero_stage to 2 or less"
+            )
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What networks compute in, if not float32."""
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+    @property
+    def fewest(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run: with the dataset and the runs it starts from, it determines every number."""
+
+    stage: Stage
+    seed: int = 0
+    steps: int  # optimizer steps of the stage
+    model: ModelConfig
+    init_video: str | None = None  # folder of Wan's video weights to start from, as diffusers saves them; stage video
+    objective: FlowMatchingConfig | MutualConfig
+    optim: OptimConfig
+    fake: FakeConfig = field(default_factory=FakeConfig)  # what the fake score is; mutual only
+    fake_optim: OptimConfig | None = None  # of the fake-score network; mutual only
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    data: DataConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig
+    log_every: int = 10  # steps between log lines
+    eval_every: int = 100  # steps between held-out evaluations (also made before the first and after the last step)
+    sample_every: int = 0  # samples seen between looks at generated clips (and one at the end); 0: only after the end
+    sample_clips: int = 2  # held-out clips of each look
+    sample_weights: tuple[str, ...] = ()  # networks that measure them, as KIND=PLACE; see `mfctl evaluate --weights`
+    skip_nonfinite: int = 0  # steps that may be left out because a loss or gradient is not finite, before the run stops
+
+    def __post_init__(self) -> None:
+        if self.init_video and self.stage != "video":
+            raise ValueError(f"init_video is for stage video: stage {self.stage} starts from finished runs (--from)")
+        if self.sample_every < 0 or self.sample_clips < 1:
+            raise ValueError(
+                f"sample_every must be at least 0 and sample_clips at least 1, got {self.sample_every}, "
+                f"{self.sample_clips}"
+            )
+        if self.steps < 1 or self.log_every < 1 or self.eval_every < 1 or self.skip_nonfinite < 0:
+            raise ValueError("steps, log_every and eval_every must be at least 1, skip_nonfinite at least 0")
+        mutual = isinstance(self.objective, MutualConfig)
+        if mutual != (self.stage == "mutual"):
+            raise ValueError(f"stage {self.stage} does not train with {type(self.objective).__name__}")
+        if mutual and self.fake_optim is None:
+            raise ValueError("stage mutual needs fake_optim, the optimizer of the fake-score network")
+        if isinstance(self.objective, MutualConfig) and self.objective.share_history and self.fake.rank is None:
+            raise ValueError(
+                "objective.share_history gives the fake score the teacher's keys and values, which a full copy drifts "
+                "away from: set fake.rank, or objective.share_history=false"
+            )
+        if self.data.batch < self.shares * self.unit:
+            raise ValueError(
+                f"data.batch {self.data.batch} is too small for engine.workers {self.engine.most}: each of them needs "
+                f"at least {self.unit} of its clips"
+            )
+        if self.model.heads % self.engine.sequence or self.model.key_heads % self.engine.sequence:
+            raise ValueError(
+                f"engine.sequence {self.engine.sequence} shares out heads: it must divide model.heads "
+                f"{self.model.heads} and model.kv_heads {self.model.key_heads}"
+            )
+        if self.data.batch % self.unit or (self.data.micro or self.unit) % self.unit:
+            raise ValueError(
+                f"data.batch {self.data.batch} and data.micro {self.data.micro} must hold whole cycles of the "
+                f"{self.unit} row kinds of the mutual stage: make them multiples of {self.unit}"
+            )
+
+    @property
+    def shares(self) -> int:
+        """Parts of the batch that are computed side by side, at most."""
+        return self.engine.most // self.engine.sequence
+
+    @property
+    def unit(self) -> int:
+        """Clips that stay together on one rank and in one backward pass.
+
+        Mutual: row kinds go by sample number, and their losses are means over the rows of a kind. With whole cycles of
+        kinds everywhere, means over parts of the batch combine into the mean over all of it.
+        """
+        return len(self.objective.rows) if isinstance(self.objective, MutualConfig) else 1
+
+    @property
+    def total_samples(self) -> int:
+        return self.steps * self.data.batch

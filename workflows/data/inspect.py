@@ -1,0 +1,265 @@
+"""What is in a dataset: counts, rejects with examples, histograms, a contact sheet; the same as a run in MLflow."""
+
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from mfcore.types import AUDIO, VIDEO
+from preprocessing.dataset.near_duplicates import find_duplicates
+from preprocessing.dataset.reader import ClipDataset, duplicates, open_dataset, read_facts
+from preprocessing.dataset.units import read_markers, read_units, total
+from preprocessing.dataset.units import verify as verify_files
+from preprocessing.io.hashing import canonical, difference
+from preprocessing.io.storage import Store, fetched
+from preprocessing.media.decoder import Decoder
+from preprocessing.media.probe import MediaError, probe
+from preprocessing.sources.discovery import split_fragment
+from workflows.config.serialization import flatten
+from workflows.data.build import summary_of
+from workflows.data.reconstruct import decoded
+from workflows.tracking.mlflow_tracker import open_tracker
+from workflows.tracking.tracker import tracking_uri
+from workflows.utils import figures
+
+COLUMNS = {"duration_sec": "duration, s", "source_fps": "frames per second of the source",
+           "sync_offset_sec": "sound after picture, s", "loudness_db": "loudness, dBFS"}  # fmt: skip
+BINS = 20
+EXAMPLES = 3  # of each reason
+SHEET_ACCEPTED, SHEET_REJECTED = 8, 4
+EXPERIMENT = "preprocess"
+
+
+@dataclass
+class Rejects:
+    """The rejects of one step and reason: how many, and some of them."""
+
+    count: int = 0
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def inspect(
+    dataset: str, *, verify: bool = False, sheet: str | None = None, near_duplicates: bool = False
+) -> dict[str, Any]:
+    """Counts, rejects, histograms, codecs and clocks of a dataset; with ``verify`` checksums and accounting are
+    recomputed from its files (ValueError says what is wrong); with ``sheet`` a PNG of accepted and rejected clips is
+    written: frames over waveform and transcript; with ``near_duplicates`` clips that look, move and sound like another
+    are looked for and written down, and are left out from then on."""
+    if sheet is not None and (Path(sheet).exists() or not Path(sheet).absolute().parent.is_dir()):
+        raise ValueError(f"--sheet {sheet}: name a file that does not exist yet, in a folder that does")
+    store = Store(dataset)
+    facts = read_facts(store)
+    if not facts["complete"]:
+        raise ValueError(f"{dataset} is unfinished: run the same `mfctl preprocess` command again")
+    summary = summary_of(facts)
+    summary |= {"modality": facts["config"]["modality"], "codecs": facts["codecs"], "clocks": facts["clocks"]}
+    if verify:
+        _verify(store, facts)
+        summary["verified"] = True
+    if near_duplicates:
+        find_duplicates(store)
+    summary["near_duplicates"] = len(duplicates(store))
+    rejects = read_rejects(store)
+    summary["rejects"] = {
+        name: {"count": found.count, "examples": [_example(row) for row in found.examples]}
+        for name, found in rejects.items()
+    }
+    summary["histograms"] = {name: _histogram(values) for name, values in read_values(store).items() if values}
+    summary["transcripts"] = read_transcripts(store)
+    if sheet is not None:
+        contact_sheet(open_dataset(dataset), rejects, Path(sheet))
+        summary["sheet"] = str(sheet)
+    return summary
+
+
+def _verify(store: Store, facts: dict[str, Any]) -> None:
+    problems = verify_files(store)
+    units = read_units(store)
+    if not problems:
+        again = total(read_markers(store, units))
+        if canonical(again) != canonical(facts["counts"]):
+            problems = difference(facts["counts"], again, "counts.")
+    if problems:
+        lines = "\n  ".join(problems[:20])
+        raise ValueError(f"{store.uri} does not add up:\n  {lines}\nremove it and preprocess its sources again")
+
+
+# ---------------------------------------------------------------------------------------------------- what the rows say
+
+
+def _files(store: Store, kind: str) -> list[str]:
+    markers = (json.loads(store.read(name)) for name in store.names("_done"))
+    return [file["name"] for marker in markers for file in marker["files"] if file["kind"] == kind]
+
+
+def read_values(store: Store) -> dict[str, list[float]]:
+    """What is drawn as histograms, of every accepted clip that has it, by column."""
+    values: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    for name in _files(store, "clips"):
+        with store.open(name) as handle:
+            file = pq.ParquetFile(handle)
+            present = [column for column in COLUMNS if column in file.schema_arrow.names]
+            table = file.read(present, use_threads=False)
+        for column in present:
+            values[column] += [value for value in table[column].to_pylist() if value is not None]
+    return values
+
+
+def read_transcripts(store: Store) -> dict[str, int]:
+    """Accepted clips by where their transcript is from; those of older datasets, which do not say so, are left out."""
+    found: Counter[str] = Counter()
+    for name in _files(store, "clips"):
+        with store.open(name) as handle:
+            file = pq.ParquetFile(handle)
+            if "transcript_source" in file.schema_arrow.names:
+                said = file.read(["transcript_source"], use_threads=False)["transcript_source"].to_pylist()
+                found.update(source or "missing" for source in said)
+    return dict(sorted(found.items()))
+
+
+def read_rejects(store: Store) -> dict[str, Rejects]:
+    """Rejects by ``step/reason``, the commonest first."""
+    found: dict[str, Rejects] = {}
+    for name in _files(store, "rejects"):
+        with store.open(name) as handle:
+            rows = pq.ParquetFile(handle).read(use_threads=False).to_pylist()
+        for row in rows:
+            group = found.setdefault(f"{row['step']}/{row['reason']}", Rejects())
+            group.count += 1
+            if len(group.examples) < EXAMPLES:
+                group.examples.append(row)
+    return dict(sorted(found.items(), key=lambda item: (-item[1].count, item[0])))
+
+
+def _example(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("uri", "span_start_sec", "span_end_sec", "detail")}
+
+
+def _histogram(values: Sequence[float]) -> dict[str, Any]:
+    counts, edges = np.histogram(values, BINS)
+    return {"counts": counts.tolist(), "edges": edges.tolist(), "median": float(np.median(values))}
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """For people."""
+    lines = [
+        f"{summary['sources']} sources = {summary['spans']} spans: {summary['accepted']} accepted "
+        f"({summary['hours']:.2f} hours), {summary['rejected']} rejected",
+        f"{summary['modality']}, codecs {', '.join(summary['codecs'].values())}, fingerprint {summary['fingerprint']}",
+    ]
+    for name, found in summary["rejects"].items():
+        first = found["examples"][0]
+        lines.append(f"{found['count']:8d} {name}: for example {first['uri']} ({first['detail'][:100]})")
+    for name, drawn in summary["histograms"].items():
+        edges = drawn["edges"]
+        lines.append(f"{COLUMNS[name]:>32}  {edges[0]:9.3g} {_bars(drawn['counts'])} {edges[-1]:<9.3g}")
+        lines[-1] += f" median {drawn['median']:.3g}"
+    lines += ["files, checksums and accounting are right"] if summary.get("verified") else []
+    return "\n".join([*lines, *([f"sheet: {summary['sheet']}"] if "sheet" in summary else [])])
+
+
+def _bars(counts: Sequence[int]) -> str:
+    """A histogram in one line; ASCII, taller is denser."""
+    shades = " .:-=+*#%@"
+    most = max(counts)
+    return "[" + "".join(shades[-(-count * (len(shades) - 1) // most)] for count in counts) + "]"
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def contact_sheet(clips: ClipDataset, rejects: Mapping[str, Rejects], path: Path) -> None:
+    """Clips spread evenly over the dataset as its codecs keep them, then rejected spans of different reasons."""
+    count = min(SHEET_ACCEPTED, len(clips))
+    strips = [_accepted(clips, i * len(clips) // count) for i in range(count)]
+    spans = [(reason, row) for reason, found in rejects.items() for row in found.examples[:1]]
+    config = clips.meta.config
+    strips += [_rejected(reason, row, config) for reason, row in spans[:SHEET_REJECTED]]
+    figures.sheet(strips, path, f"{len(clips)} clips; below, in red, what was rejected", columns=8)
+
+
+def _accepted(clips: ClipDataset, number: int) -> figures.Strip:
+    clip = clips.clip(number)
+    frames, sound = decoded(clips, clip.video, VIDEO), decoded(clips, clip.audio, AUDIO)
+    said = " ".join(word.word for word in clip.transcript) or clip.caption or "(no words)"
+    return figures.Strip(
+        label=f"{clip.id[:8]}\n{clip.chunks * float(clips.meta.chunk_seconds):g} s",
+        frames=frames,
+        sound=sound,
+        seconds=clip.chunks * float(clips.meta.chunk_seconds),
+        words=said,
+    )
+
+
+def _rejected(reason: str, row: Mapping[str, Any], config: Mapping[str, Any]) -> figures.Strip:
+    """What the source shows there, if it is still there and can be decoded at all."""
+    start, end = row["span_start_sec"] or 0.0, row["span_end_sec"]
+    seconds = min(10.0, (end or start + 4.0) - start)
+    frames, sound = _look(row["uri"], start, seconds, config)
+    blank = np.full((32, 32, 3), 200, np.uint8)
+    return figures.Strip(
+        label=reason.replace("/", "\n"),
+        frames=blank[None] if frames is None or not len(frames) else frames,
+        sound=sound,
+        seconds=max(seconds, 0.1),
+        words=f"{row['uri'].rsplit('/', 1)[-1]}: {row['detail']}",
+        alarming=True,
+    )
+
+
+def _look(uri: str, start: float, seconds: float, config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Frames and sound of a part of a source; None where there is nothing to see or hear."""
+    size = tuple(config.get("sizes", [config.get("size")])[0])
+    try:
+        with fetched(split_fragment(uri)[0]) as path:
+            info = probe(path, timeout=10.0)
+            rate, at = int(config["audio"]["sample_rate"]), info.origin + start
+            with Decoder(
+                path, info, fps=Fraction(12), size=size, sample_rate=rate, fit="pad", start=at, stall_seconds=10.0
+            ) as one:
+                return one.read(max(1, round(12 * seconds)))
+    except (MediaError, OSError, KeyError):
+        return None, None
+
+
+# --------------------------------------------------------------------------------------------------------------- MLflow
+
+
+def record(dataset: str, spent: Mapping[str, float], runs_dir: str) -> str | None:
+    """One run with the dataset's numbers, settings and plots; its id. A failure is said: the dataset is done anyway."""
+    try:
+        return _record(dataset, spent, runs_dir)
+    except Exception as error:  # a server that is away, a store of another version
+        print(f"not recorded in MLflow: {error}", file=sys.stderr)
+        return None
+
+
+def _record(dataset: str, spent: Mapping[str, float], runs_dir: str) -> str | None:
+    store = Store(dataset)
+    facts, values, rejects = read_facts(store), read_values(store), read_rejects(store)
+    summary, name = summary_of(facts), dataset.rstrip("/").rsplit("/", 1)[-1]
+    tracker = open_tracker(
+        uri=tracking_uri(runs_dir), folder=Path(runs_dir) / EXPERIMENT / name, experiment=EXPERIMENT, name=name
+    )
+    tracker.params({"dataset": dataset, "fingerprint": facts["fingerprint"], **flatten(facts["config"])})
+    numbers = {key: float(value) for key, value in summary.items() if isinstance(value, int | float)}
+    numbers |= {f"rejected/{reason}": float(found.count) for reason, found in rejects.items()}
+    numbers |= {f"seconds/{step}": value for step, value in spent.items()}
+    numbers |= {f"median/{key}": float(np.median(found)) for key, found in values.items() if found}
+    tracker.log(0, numbers)
+    with tempfile.TemporaryDirectory() as folder:
+        shown = {COLUMNS[key]: found for key, found in values.items() if found}
+        if shown:
+            tracker.artifact(figures.histograms(shown, Path(folder, "histograms.png"), name))
+        contact_sheet(open_dataset(dataset), rejects, sheet := Path(folder, "sheet.png"))
+        tracker.artifact(sheet)
+    tracker.finish()
+    return tracker.run_id

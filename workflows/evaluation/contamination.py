@@ -1,0 +1,62 @@
+"""Was a checkpoint trained on what it is tested with? Clips by id, sources by name and by content."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from preprocessing.dataset.reader import open_dataset
+from preprocessing.dataset.units import read_units
+from preprocessing.io.storage import Store
+from workflows.evaluation.held_out import HeldOut
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """What a sweep's prompts share with a checkpoint's training clips."""
+
+    clips: tuple[str, ...]  # ids of prompts
+    sources: Mapping[str, str]  # URI of a prompt's source -> fingerprint of its content
+    unknown: str | None = None  # why it could not be found out
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        if self.unknown is not None:
+            return {"unknown": self.unknown}
+        return {"clips": list(self.clips), "sources": dict(self.sources)}
+
+
+def find_overlap(held: HeldOut, uri: str, trained_on: str | None, held_out: float) -> Overlap:
+    """``uri``: dataset of the prompts; ``held_out``: share of its own dataset that the training kept away."""
+    if trained_on is None:
+        return Overlap(clips=(), sources={}, unknown="the checkpoint does not say what it was trained with")
+    try:
+        training, _ = open_dataset(trained_on).held_out(held_out)
+        contents = _contents(trained_on)
+        ours = contents if trained_on == uri else _contents(uri)
+    except (ValueError, OSError) as error:
+        return Overlap(clips=(), sources={}, unknown=f"its training set cannot be read: {error}")
+    ids, names = set(training.ids), training.sources
+    known = {contents.get(name, name) for name in names}
+    clips = [p.clip for p in held.prompts]
+    shared = [c for c in clips if c.id in ids or c.source_uri in names or ours.get(c.source_uri) in known]
+    return Overlap(
+        clips=tuple(c.id for c in shared),
+        sources={c.source_uri: ours.get(c.source_uri, "unknown") for c in shared},
+    )
+
+
+def _contents(uri: str) -> dict[str, str]:
+    """URI of every source of a dataset -> fingerprint of its content."""
+    return {s.uri: s.fingerprint for unit in read_units(Store(uri)) for s in unit.sources}
+
+
+def warnings(found: Mapping[str, Overlap]) -> Sequence[str]:
+    """A line for each checkpoint (by label) that has seen some of the prompts, or may have."""
+    lines: list[str] = []
+    for label, overlap in found.items():
+        if overlap.clips:
+            names = ", ".join(overlap.clips[:3]) + (" ..." if len(overlap.clips) > 3 else "")
+            lines.append(f"{label} was trained on {len(overlap.clips)} of these clips: {names}; its scores are no test")
+        elif overlap.unknown is not None:
+            lines.append(f"{label}: overlap with its training set is not known: {overlap.unknown}")
+    return lines

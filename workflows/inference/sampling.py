@@ -1,0 +1,50 @@
+from dataclasses import dataclass
+
+from mfcore.solver import Mode, evaluations
+
+MULTI_STEPS = 50
+GUIDANCE = 1.5  # of the multi-step mode
+FEW_STEPS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How chunks are sampled."""
+
+    mode: Mode = "few"
+    steps: int = 4
+    guidance: float = 1.0  # of the multi-step mode; the few-step mode has it built in
+    trust: float | None = None  # label of the generated history; None: 1 in few-step mode, no label in multi-step mode
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps {self.steps}: at least one step is needed")
+        if self.mode not in ("few", "multi"):
+            raise ValueError(f"unknown mode {self.mode!r}: choose few or multi")
+
+    @property
+    def nfe(self) -> int:
+        """Denoising evaluations per chunk."""
+        return evaluations(self.steps, self.guidance)
+
+    @property
+    def label(self) -> float | None:
+        """The trust label in force."""
+        return self.trust if self.trust is not None else (1.0 if self.mode == "few" else None)
+
+
+def sampling(
+    stage: str, *, mode: Mode | None, steps: int | None, guidance: float | None, trust: float | None, seed: int
+) -> Sampling:
+    """Defaults by stage: only the mutual stage has trained the few-step mode. ValueError for fewer than one step."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps {steps}: a chunk needs at least 1 solver step")
+    mode = mode or ("few" if stage == "mutual" else "multi")
+    return Sampling(
+        mode=mode,
+        steps=steps or (FEW_STEPS if mode == "few" else MULTI_STEPS),
+        guidance=guidance if guidance is not None else (1.0 if mode == "few" else GUIDANCE),
+        trust=trust,
+        seed=seed,
+    )

@@ -1,0 +1,234 @@
+"""A Ray head on this machine: started from a cluster file, found again, and stopped without touching any other.
+
+Each head has a temporary folder of its own, and every process of it shows that folder: in its command line, in its
+environment, or among its open files. That is how ``stop`` knows ours, where ``ray stop`` would end every Ray on the
+machine.
+"""
+
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jsonschema
+import psutil
+import yaml
+
+from workflows.utils.environment import DEFAULTS
+
+TEMP = "MFCTL_TEMP"
+PORTS = ("RAY_PORT", "DASHBOARD_PORT", "AGENT_PORT", "CLIENT_PORT", "METRICS_PORT")
+PARTS = {"gcs_server", "raylet"}  # without which a head runs nothing
+START_LIMIT_S = 120
+STOP_LIMIT_S = 5  # then they are made to: a raylet may wait long for its workers
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A head that runs, or ran, on this machine."""
+
+    cluster: str  # cluster_name of its file
+    address: str  # http address of its job server
+    temp: str  # its temporary folder: sessions, logs; also its mark
+
+    def answers(self) -> bool:
+        """Whether all of it lives: the job server alone replies on, and another on the same port does not count."""
+        return {process.name() for process in processes(self.temp)} >= PARTS and job_server_answers(self.address)
+
+
+def job_server_answers(address: str, limit_s: float = 5.0) -> bool:
+    """Whether Ray's job server replies there in time; one that asks for a token does, too."""
+    try:
+        with urllib.request.urlopen(f"{address}/api/version", timeout=limit_s) as reply:
+            return "ray_version" in json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403)
+    except (OSError, ValueError):
+        return False
+
+
+def load_cluster(path: str) -> dict:
+    """The cluster file, checked against the schema that the installed Ray ships."""
+    try:
+        config = yaml.safe_load(Path(path).read_text())
+        jsonschema.validate(config, _ray_schema())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    except jsonschema.ValidationError as error:
+        where = ".".join(str(part) for part in error.absolute_path) or "top level"
+        raise ValueError(f"{path} is no Ray cluster file: {error.message} (at {where})") from error
+    return config
+
+
+def runs_here(config: dict) -> bool:
+    """Whether the cluster file describes a head on this very machine."""
+    return config["provider"]["type"] == "local" and config["provider"].get("head_ip") in LOOPBACK
+
+
+def ensure_head(config: dict, state: Path) -> Head:
+    """The head of this cluster file: the one recorded under ``state`` when it still answers, else a new one."""
+    record = state / f"{config['cluster_name']}.json"
+    with _locked(record.with_suffix(".lock")):
+        head = read_record(record)
+        if head is not None and head.answers():
+            return head
+        if head is not None:
+            stop_processes(head)
+        head = _start(config)
+        record.write_text(json.dumps(asdict(head), indent=1))
+        return head
+
+
+def stop_heads(state: Path) -> list[str]:
+    """Stop every head recorded under ``state``; the addresses of those that were running."""
+    stopped = []
+    for record in sorted(state.glob("*.json")):
+        head = read_record(record)
+        assert head is not None
+        if stop_processes(head):
+            stopped.append(head.address)
+        shutil.rmtree(head.temp, ignore_errors=True)
+        record.unlink()
+        record.with_suffix(".lock").unlink(missing_ok=True)
+    return stopped
+
+
+def read_record(record: Path) -> Head | None:
+    return Head(**json.loads(record.read_text())) if record.exists() else None
+
+
+def processes(temp: str) -> list[psutil.Process]:
+    """The running processes of the head with this temporary folder, those that they started included."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # another user's, or gone meanwhile: not ours
+            if process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid() and _shows(process, temp):
+                found |= {p.pid: p for p in [process, *process.children(recursive=True)]}
+    return [process for process in found.values() if _lives(process)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _shows(process: psutil.Process, temp: str) -> bool:
+    """Ray's workers write their title over their environment and command line; their log files stay open."""
+    return (
+        any(temp in part for part in process.cmdline())
+        or process.environ().get(TEMP) == temp
+        or any(file.path.startswith(temp) for file in process.open_files())
+    )
+
+
+def stop_processes(head: Head) -> bool:
+    """Ask the head's processes to end, then make them; whether there were any."""
+    first = processes(head.temp)
+    for process in first:
+        _signal(process, psutil.Process.terminate)
+    psutil.wait_procs(first, timeout=STOP_LIMIT_S)
+    deadline = time.monotonic() + STOP_LIMIT_S
+    while (left := processes(head.temp)) and time.monotonic() < deadline:
+        for process in left:
+            _signal(process, psutil.Process.kill)
+        psutil.wait_procs(left, timeout=1)
+    return bool(first)
+
+
+def _signal(process: psutil.Process, act: Callable[[psutil.Process], None]) -> None:
+    with suppress(psutil.NoSuchProcess):
+        act(process)
+
+
+def _start(config: dict) -> Head:
+    """Run the file's start commands with free ports and a temporary folder of their own; wait for the job server."""
+    ports = _free_ports()
+    # short: Ray puts Unix sockets there, whose paths may not exceed 107 bytes
+    temp = tempfile.mkdtemp(prefix="mfctl-", dir="/tmp")
+    address = f"http://127.0.0.1:{ports['MFCTL_DASHBOARD_PORT']}"
+    head = Head(cluster=config["cluster_name"], address=address, temp=temp)
+    environment = _start_environment() | ports | {TEMP: temp}
+    try:
+        for command in config.get("head_start_ray_commands", []):
+            _run_start_command(command, environment)
+        _wait_until_answering(head)
+    except BaseException:
+        stop_processes(head)
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+    return head
+
+
+def _run_start_command(command: str, environment: dict[str, str]) -> None:
+    """As Ray does on a remote head: each line in a shell. Its output goes to a file, which background processes may
+    keep open (a pipe would never end)."""
+    with tempfile.TemporaryFile("w+") as output:
+        code = subprocess.call(
+            ["bash", "-c", command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=START_LIMIT_S,
+        )
+        output.seek(0)
+        if code != 0:
+            raise RuntimeError(f"the head did not start: `{command}` ended with exit code {code}:\n{output.read()}")
+
+
+def _start_environment() -> dict[str, str]:
+    """This process's environment, our defaults, this interpreter first on PATH, and no address of another cluster."""
+    environment = DEFAULTS | dict(os.environ)
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        environment.pop(name, None)
+    return environment
+
+
+def _free_ports() -> dict[str, str]:
+    """A free port for every variable of the cluster file that the user has not set."""
+    with ExitStack() as held:
+        ports = {}
+        for name in (f"MFCTL_{port}" for port in PORTS):
+            listener = held.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            ports[name] = os.environ.get(name) or str(listener.getsockname()[1])
+        return ports
+
+
+def _wait_until_answering(head: Head) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while not head.answers():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the Ray head started, but its job server at {head.address} does not answer")
+        time.sleep(0.3)
+
+
+@contextmanager
+def _locked(path: Path) -> Generator[None]:
+    """One process at a time looks for a head or starts it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _ray_schema() -> dict:
+    spec = importlib.util.find_spec("ray")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("ray is not installed: type `make venv`")
+    return json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())

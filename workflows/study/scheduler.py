@@ -1,0 +1,240 @@
+"""``mfctl study``: all units of a study on so many processes, then the table."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workflows.config.serialization import differences
+from workflows.study.config import SAMPLING, StudyConfig
+from workflows.study.methods import GROUPS, METHODS
+from workflows.study.results_table import SHOWN
+from workflows.study.tasks import JOINT, LOG, REAL, WEIGHTS, OutOfTime, Unit, all_units, missing, run_unit
+from workflows.study.trainer import BEGUN
+from workflows.utils.json_io import damaged, read_json, write_json
+
+POLL_SECONDS = 1.0
+ROW = {"method", "mode", "steps", "nfe", "guidance", "seed", "window"}
+COST = {"method", "seed", "steps", "history_use", "state_bytes", "cpu_seconds", "seconds"}
+
+
+def study_seeds(text: str) -> list[int]:
+    """``3`` is how many, from 0 on; ``3,4`` are these two. ValueError for what is neither."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts if part.strip() or len(parts) == 1):
+        raise ValueError(f"--seeds {text}: give how many, such as 3, or which, such as 3,4,5")
+    which = [int(part) for part in parts if part.strip()]
+    seeds = which if len(parts) > 1 else list(range(which[0]))
+    if not seeds:
+        raise ValueError(f"--seeds {text}: a study needs at least one")
+    return sorted(set(seeds))
+
+
+def study_methods(names: Sequence[str], seeds: Sequence[int]) -> dict[str, Sequence[int]]:
+    """Which seeds each method is run with: the core ones and those that are named with all, others of a group with
+    the first.
+    """
+    wanted: dict[str, Sequence[int]] = {}
+    for name in names:
+        for method in GROUPS.get(name, (name,)):
+            whole = method in GROUPS["core"] or method in names
+            wanted[method] = seeds if whole else seeds[:1]
+    unknown = [name for name in wanted if name not in METHODS]
+    if unknown:
+        raise ValueError(f"no method {', '.join(unknown)}: choose from {', '.join([*GROUPS, *METHODS])}")
+    return wanted
+
+
+def check_folder(config: StudyConfig, out: Path) -> None:
+    """A study goes on only with the configuration that it began with."""
+    path = out / "study.json"
+    if path.exists():
+        odd = _differences(path, config)
+        if odd:
+            raise ValueError(f"{out} holds a study with other settings ({'; '.join(odd)}): choose a new folder")
+        return
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: --out names the folder of a study")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no study: choose a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(config))
+    except OSError as error:
+        raise ValueError(f"cannot keep a study in {out}: {error.strerror}") from None
+
+
+def _differences(path: Path, config: StudyConfig, *, but: Collection[str] = ()) -> list[str]:
+    """``a.b: 1 -> 2`` for what ``config`` has otherwise than the study of this file."""
+    wanted = json.loads(json.dumps(asdict(config)))
+    try:
+        found = read_json(path)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged, or of another program: choose a new folder")
+    kept, here = ({k: v for k, v in some.items() if k not in but} for some in (found, wanted))
+    return differences(kept, here)
+
+
+def take_networks(config: StudyConfig, source: Path, out: Path, methods: dict[str, Sequence[int]]) -> int:
+    """Copy the trained networks of ``methods`` in the study in ``source`` that ``out`` has not; how many they were.
+
+    ValueError where ``config`` would have trained them in another way: they may only be sampled in one.
+    """
+    path = source / "study.json"
+    if not path.exists():
+        raise ValueError(f"{source} holds no study: give the folder that --out named for one")
+    odd = _differences(path, config, but=SAMPLING)
+    if odd:
+        raise ValueError(
+            f"the networks in {source} were trained with other settings ({'; '.join(odd)}): give the same ones "
+            f"with --set; only {', '.join(SAMPLING)} may differ"
+        )
+    check_folder(config, out)
+    taken = 0
+    for unit in all_units(config, methods):
+        if unit.kind != "train":
+            continue
+        record, folder = unit.result(source), unit.result(out).parent
+        if (folder / record.name).exists() or not record.exists() or not (record.parent / WEIGHTS).exists():
+            continue
+        if (folder / BEGUN).exists():  # a training of this study's own goes on
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, LOG, record.name):  # the record last: it says that a training is done
+            if (record.parent / name).exists():
+                shutil.copy(record.parent / name, folder / name)
+        taken += 1
+    return taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a study was left."""
+
+    done: bool  # False: the time was up, and the same call goes on
+    failed: dict[str, str] = field(default_factory=dict)  # units by name, with what went wrong
+
+
+def run_study(
+    config: StudyConfig,
+    out: Path,
+    methods: dict[str, Sequence[int]],
+    *,
+    workers: int,
+    device: str,
+    minutes: float | None,
+    say: Any = print,
+) -> Outcome:
+    """Do what is missing. A unit that fails takes those that need it with it, and no other."""
+    if minutes is not None and minutes <= 0:
+        raise ValueError(f"--minutes {minutes:g}: give more than none, or leave it out for no limit")
+    check_folder(config, out)
+    deadline = float("inf") if minutes is None else time.time() + 60 * minutes
+    left = missing(out, all_units(config, methods))
+    total, failed = len(left), dict[str, str]()
+    if not left:
+        return Outcome(done=True)
+    with pool_of(workers) as pool:
+        running: dict[Future[None], Unit] = {}
+        while left or running:
+            for unit in list(_ready(left, out)):
+                if len(running) >= workers or time.time() > deadline:
+                    break
+                left.remove(unit)
+                running[pool.submit(run_unit, config, out, unit, device, deadline)] = unit
+            if not running:
+                return Outcome(done=False, failed=failed)
+            done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                unit = running.pop(future)
+                try:
+                    future.result()
+                except OutOfTime as stop:
+                    say(str(stop))
+                    left.append(unit)
+                except BrokenProcessPool:
+                    raise
+                except Exception as error:
+                    if not isinstance(error, ValueError):  # no wrong number, a fault: where it is
+                        traceback.print_exception(error)
+                    failed[unit.name] = f"{type(error).__name__}: {error}"
+                    lost = _that_need(unit, left)
+                    left = [other for other in left if other not in lost]
+                    say(f"{unit.name} failed, and with it {len(lost)} units that need it: {failed[unit.name]}")
+                else:
+                    say(f"{total - len(left) - len(running) - len(failed)} of {total}: {unit.name}")
+    return Outcome(done=True, failed=failed)
+
+
+def _that_need(unit: Unit, among: Sequence[Unit]) -> list[Unit]:
+    """Those that cannot be done without ``unit``, at once or through another."""
+    found: list[Unit] = []
+    for other in among:  # what is needed comes first
+        if other.needs == unit or other.needs in found:
+            found.append(other)
+    return found
+
+
+def _ready(left: Sequence[Unit], out: Path) -> Iterator[Unit]:
+    yield from (unit for unit in left if unit.ready(out))
+
+
+def pool_of(workers: int) -> ProcessPoolExecutor:
+    """So many processes, which end with this one."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(workers,))
+
+
+def _begin(workers: int) -> None:
+    """A process of the pool: has its share of the threads, and ends when the one that started it is gone, however."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)  # what was saved is whole, and the same command goes on from there
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """All scores on disk. ValueError names a file that holds none."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted((out / "rows").glob("*.json")):
+        some = read_json(path)
+        if not isinstance(some, list) or not some or not all(_is_row(row) for row in some):
+            raise damaged(path)
+        rows += some
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict):
+        return False
+    known = row.get("method") in {JOINT, REAL, *METHODS}
+    return known and row.keys() >= ROW and row["metrics"].keys() >= set(SHOWN)
+
+
+def read_costs(out: Path) -> list[dict[str, Any]]:
+    """What each finished training took. ValueError names a file that does not say it."""
+    costs: list[dict[str, Any]] = []
+    for path in sorted(out.glob("seed-*/*/train.json")):
+        cost = read_json(path)
+        if not isinstance(cost, dict) or not cost.keys() >= COST:
+            raise damaged(path)
+        costs.append(cost)
+    return costs

@@ -1,0 +1,169 @@
+"""The whole of ``mfctl study``: settings, units, and what is made of their rows."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workflows.config import serialization
+from workflows.study.claims import bars
+from workflows.study.config import study_preset
+from workflows.study.results_table import Table, title
+from workflows.study.scheduler import read_costs, read_rows, run_study, study_methods, study_seeds, take_networks
+from workflows.study.tables import markdown
+from workflows.study.tasks import all_units, missing
+from workflows.tracking.mlflow_tracker import mlflow_is_here, open_tracker
+from workflows.utils.json_io import read_json, write_json
+
+EXPERIMENT = "study"
+
+
+def study(
+    *,
+    out: str,
+    preset: str,
+    seeds: str,
+    methods: Sequence[str],
+    device: str,
+    workers: int,
+    minutes: float | None,
+    sets: Sequence[str],
+    dry_run: bool,
+    tracking: str,
+    networks: str | None = None,
+) -> dict[str, Any]:
+    """Do what is missing of a study in ``out``, then write its results, page and plots, and log them.
+
+    What failed is named in ``failed``, with its error; the page is of what did not.
+
+    ``networks``: folder of another study, whose trained networks are sampled in another way here.
+    """
+    config = serialization.change(study_preset(preset), serialization.parse_sets(sets))
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device {device}: torch knows no such device; give cpu, cuda or cuda:1") from None
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU here; leave the option out to run on CPU")
+    wanted = study_methods([name.strip() for name in methods], study_seeds(seeds))
+    if dry_run:
+        return {"config": serialization.dump(config), "methods": {m: list(s) for m, s in wanted.items()}}
+    folder = Path(out)
+    if networks:
+        taken = take_networks(config, Path(networks), folder, wanted)
+        own = [unit.name for unit in missing(folder, all_units(config, wanted)) if unit.kind == "train"]
+        print(
+            f"{taken} trained networks taken from {networks}"
+            + (f"; it has none of {', '.join(own)}: they are trained here" if own else ""),
+            file=sys.stderr,
+        )
+    outcome = run_study(
+        config,
+        folder,
+        wanted,
+        workers=workers,
+        device=device,
+        minutes=minutes,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    left = {"results": None, "done": outcome.done, "failed": outcome.failed}
+    if not outcome.done:
+        return left | {"next": "the time was up: the same command goes on"}
+    if outcome.failed and not read_rows(folder):
+        return left | {"next": "nothing was scored: the same command tries again"}
+    return _publish(folder, max(config.counts), tracking, serialization.dump(config), device) | {
+        "failed": outcome.failed
+    }
+
+
+def _publish(folder: Path, most: int, tracking: str, config: dict[str, Any], device: str) -> dict[str, Any]:
+    rows, costs = read_rows(folder), read_costs(folder)
+    table = Table(rows, costs)
+    results = folder / "results.json"
+    results.write_text(json.dumps(rows, indent=1))
+    page = folder / "results.md"
+    page.write_text(_head(costs, device) + markdown(table, most))
+    pictures = _pictures(rows, folder)
+    claims = [vars(bar) for bar in bars(table, most)]
+    (folder / "bars.json").write_text(json.dumps(claims, indent=1))
+    parent = _log(folder, table, [results, page, *pictures], tracking, config)
+    return {
+        "results": str(results),
+        "mlflow_parent_run": parent,
+        "page": page.read_text(),
+        "bars": claims,
+        "plots": [str(path) for path in pictures],
+        "done": True,
+    }
+
+
+def _head(costs: Sequence[dict[str, Any]], device: str) -> str:
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    hours = sum(cost["seconds"] for cost in costs) / 3600
+    made = f"commit {commit}, " if commit else ""
+    return (
+        f"# Study\n\nMade by {made}torch {torch.__version__} on {device}; training took {hours:.1f} hours in all.\n\n"
+    )
+
+
+def _pictures(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    try:
+        from workflows.study import plots
+    except ModuleNotFoundError as missing:  # a GPU machine may have torch alone: the same command draws elsewhere
+        print(f"no plots here: {missing.name} is not installed", file=sys.stderr)
+        return []
+    return plots.draw(rows, folder)
+
+
+def _log(folder: Path, table: Table, files: Sequence[Path], uri: str, config: dict[str, Any]) -> str | None:
+    """A parent run with the page, and a run per method and mode whose step is the number of evaluations.
+
+    ``mlflow.json`` notes what one store has got: another gets everything, and the same one again what has changed.
+    """
+    note, store = folder / "mlflow.json", uri if mlflow_is_here() else "json"
+    known: dict[str, Any] = read_json(note, default={})
+    if known.get("store") != store:
+        known = {"store": store, "parent": None, "runs": {}}
+    opened = partial(open_tracker, uri=uri, experiment=EXPERIMENT)
+    parent = opened(folder=folder / "log", name=folder.name, run_id=known["parent"])
+    known["parent"] = parent.run_id
+    parent.params(serialization.flatten(config))
+    for path in files:
+        parent.artifact(path)
+    for method, mode, guided in dict.fromkeys((k[0], k[1], k[3]) for k in table.order if k[2]):
+        name = f"{method}-{mode}" + ("-guided" if guided else "")
+        points = _points(table, method, mode, guided)
+        digest = hashlib.sha256(json.dumps(points).encode()).hexdigest()
+        had = known["runs"].get(name, {})
+        if had.get("digest") == digest:
+            continue
+        place, tags = folder / "log" / name, {"method": title(method)}
+        child = opened(folder=place, name=name, run_id=had.get("run"), parent=parent.run_id, tags=tags)
+        for nfe, metrics in points.items():
+            child.log(nfe, metrics)
+        child.finish()
+        known["runs"][name] = {"run": child.run_id, "digest": digest}
+        write_json(note, known)
+    parent.finish()
+    write_json(note, known)
+    return parent.run_id
+
+
+def _points(table: Table, method: str, mode: str, guided: bool) -> dict[int, dict[str, float]]:
+    """Means over seeds of every metric of every window, by number of evaluations."""
+    points: dict[int, dict[str, float]] = defaultdict(dict)
+    for key in table.order:
+        if (key[0], key[1], key[3]) == (method, mode, guided) and key[2]:
+            steps, window = key[2], key[4]
+            values = {f"{window}/{name}": value.mean for name, value in table.of(*key).items()}
+            points[steps * (1 + guided)] |= values
+    return points

@@ -1,0 +1,140 @@
+"""One network of the study and how it trains: plain PyTorch, clips drawn on the fly, resumable at any step."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mfcore.ema import Ema
+from mfcore.model.lora import LowRankCopy
+from mfcore.objectives.losses import Objective, StepInfo, report, total
+from mfcore.optim import OptimConfig, learning_rate
+from mfcore.rng import uniform_rows
+from mfcore.types import AVBatch, VelocityModel
+from workflows.config.run import EngineConfig
+from workflows.study import latent_world
+from workflows.study.config import StudyConfig
+from workflows.training.engines.base import Engine, NonFiniteError, build_engine
+from workflows.utils.json_io import read_json, write_json
+
+BEGUN = "step.json"  # where a training stands
+SILENT = 0.15  # share of clips without transcript, for guidance (METHOD 4; there is no caption here)
+
+
+def training_batch(config: StudyConfig, seed: int, step: int) -> AVBatch:
+    """The clips of a step, a function of (seed, step): none is ever seen twice."""
+    samples = torch.arange(config.batch) + step * config.batch
+    pick = float(uniform_rows(seed, "study/length", [step], 1))
+    batch = latent_world.draw_clips(seed, samples, config.chunks[int(pick * len(config.chunks))], config.voices).batch
+    silent = uniform_rows(seed, "study/silent", samples, 1)[:, 0] < SILENT
+    return AVBatch(streams=batch.streams, cond=batch.cond.drop(caption=silent, words=silent), samples=samples)
+
+
+class Trainer:
+    """A student, its average, and a fake score where the objective has one.
+
+    ``teacher``: what the objective knows as "ema", if it is another network than the student's average.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        objective: Objective,
+        student: nn.Module,
+        *,
+        seed: int,
+        steps: int,
+        optim: OptimConfig,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.config, self.objective, self.seed, self.steps = config, objective, seed, steps
+        self.ema, self._teacher = Ema(student, config.ema), teacher
+        self.device = next(student.parameters()).device
+        self.optims = {"student": optim}
+        nets = {"student": student}
+        if "fake" in objective.needs:
+            nets["fake"] = copy.deepcopy(student)
+            if config.fake.rank is not None:
+                nets["fake"] = LowRankCopy(self.ema.module, config.fake, seed)
+            self.optims["fake"] = replace(optim, lr=optim.lr * config.fake_ratio, final=config.fake_final)
+        plain = EngineConfig(kind="torch", workers=1)
+        self.engines: dict[str, Engine] = {n: build_engine(net, self.optims[n], plain) for n, net in nets.items()}
+        self.models: Mapping[str, VelocityModel] = {n: e.module for n, e in self.engines.items()} | {
+            "ema": teacher or self.ema.model  # pyright: ignore[reportAssignmentType]
+        }
+        self.step = 0
+
+    def train_step(self, *, told: bool = True) -> dict[str, float]:
+        """One step of every network: means of the terms, and the norm of each network's gradient before clipping.
+
+        ``told``: whether anybody reads the means; each is a number that the CPU waits for.
+        """
+        batch = training_batch(self.config, self.seed, self.step).to(self.device)
+        info = StepInfo(seed=self.seed, step=self.step, stage_step=self.step)
+        seen, taught = dict[str, float](), False
+        for terms in self.objective.rounds(self.models, batch, info):
+            for name, own in terms.items():
+                if not own:  # the fake score learns alone at first
+                    continue
+                loss = total(own)
+                if not torch.isfinite(loss):
+                    raise NonFiniteError(f"step {self.step}: the loss of the network {name!r} is {float(loss)}")
+                self.engines[name].backward(loss)
+                if told:
+                    seen |= {key: value for key, value in report(own).items() if key.count("/") == 1}
+            taught = taught or bool(terms.get("student"))
+            if terms.get("fake"):
+                seen |= self._move("fake")
+        if taught:
+            seen |= self._move("student")
+        self.ema.update(self.engines["student"].weights(), self.step)
+        self.step += 1
+        return seen
+
+    def _move(self, name: str) -> dict[str, float]:
+        lr = learning_rate(self.optims[name], self.step, self.steps)
+        return {f"gradient_norm/{name}": self.engines[name].step(lr)}
+
+    def state_bytes(self) -> int:
+        """Bytes that training holds: weights, gradients and two moments of what it trains, the average, the teacher.
+
+        All float32. A low-rank fake score brings its own terms only.
+        """
+        trained = sum(w.numel() for e in self.engines.values() for _, w in e.weights())
+        kept = [self.ema.module, *([self._teacher] if self._teacher is not None else [])]
+        return 4 * (4 * trained + sum(p.numel() for net in kept for p in net.parameters()))
+
+    def save(self, folder: Path) -> None:
+        """State of all networks; the file with the step comes last, and the folder of the state before goes then."""
+        now = folder / f"state-{self.step:06d}"
+        now.mkdir(parents=True, exist_ok=True)
+        for name, engine in self.engines.items():
+            engine.snapshot().write(now, name)
+        save_file({n: w.detach().cpu().contiguous() for n, w in self.ema.weights()}, now / "ema.safetensors")
+        write_json(folder / BEGUN, {"step": self.step})
+        for old in folder.glob("state-*"):
+            if old != now:
+                _remove(old)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from the last ``save`` into ``folder``, if there was one and it is still there."""
+        if not (folder / BEGUN).exists():
+            return
+        step = read_json(folder / BEGUN)["step"]
+        state = folder / f"state-{step:06d}"
+        if not (state / "ema.safetensors").exists():
+            return  # only what is small was kept
+        self.step = step
+        self.ema.load_state_dict(load_file(state / "ema.safetensors", device=str(self.device)))
+        for name, engine in self.engines.items():
+            engine.load(state, name)
+
+
+def _remove(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()

@@ -1,0 +1,198 @@
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mfcore.ema import Storage, WholeWeights
+from mfcore.optim import OptimConfig, adamw
+from mfcore.types import VelocityModel
+from workflows.config.run import EngineConfig
+from workflows.training.engines import zero3
+from workflows.training.engines.gradients import GradientWatch, set_lr, trained
+from workflows.training.engines.state import MOMENTS, SavedState, Snapshot, take_snapshot
+
+LARGEST_BUCKET = 500_000_000  # elements that DeepSpeed gathers before it sends gradients; it allocates them all at once
+STAY_WHOLE = 100_000  # elements: smaller weights stay gathered on every rank at ZeRO-3
+
+
+class DeepSpeedEngine:
+    """DeepSpeed at ZeRO stage 0 to 3 around the same torch AdamW."""
+
+    def __init__(self, module: nn.Module, optim: OptimConfig, config: EngineConfig) -> None:
+        self._ds = _deepspeed()
+        self._zero = config.zero_stage
+        self._optim = optim
+        self._trained = trained(module)
+        self._watch = GradientWatch(self._trained.values())
+        self._optimizer = adamw(module, optim)
+        with contextlib.redirect_stdout(sys.stderr):
+            self._engine, *_ = self._ds.initialize(
+                model=module, optimizer=self._optimizer, config=self._settings(config), dist_init_required=False
+            )
+        if self._zero == 3:
+            zero3.round_once(self._ds)
+        self._norm = 0.0
+        self._steps = 0
+        if self._zero == 0:  # DeepSpeed does not report the norm at stage 0: clip where it can be seen
+            self._optimizer.register_step_pre_hook(self._clip)
+
+    def _settings(self, config: EngineConfig) -> dict[str, Any]:
+        offload = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "managed_gradient_accumulation": False,  # we say when a step ends
+            "gradient_clipping": self._optim.clip if self._zero else 0.0,
+            "zero_optimization": {
+                "stage": self._zero,
+                "overlap_comm": False,
+                "reduce_bucket_size": min(LARGEST_BUCKET, sum(p.numel() for p in self._trained.values())),
+                "stage3_param_persistence_threshold": STAY_WHOLE,
+                **offload,
+            },
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # its own needs a compiler; torch's takes the same steps as elsewhere
+            "torch_autocast": {
+                "enabled": config.autocast is not None,
+                "dtype": "bfloat16",
+                # ranks exchange float32: else weights that are gathered whole (the average's, an export's) are rounded
+                "lower_precision_safe_modules": [],
+            },
+        }
+
+    def _clip(self, *_: Any) -> None:
+        self._norm = float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._optim.clip))
+
+    @property
+    def module(self) -> VelocityModel:
+        return cast(VelocityModel, self._engine)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    @property
+    def bad_gradient(self) -> Tensor:
+        return self._watch.flag
+
+    def step(self, lr: float) -> float:
+        set_lr(self._optimizer, lr)
+        self._engine.step()
+        self._watch.clear()
+        self._steps += 1
+        return self._norm if self._zero == 0 else float(self._engine.get_global_grad_norm())
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, p in self._trained.items():
+            with self._whole(p):
+                yield name, p.detach()
+
+    @property
+    def storage(self) -> Storage:
+        return zero3.Zero3Weights(self._ds) if self._zero == 3 else WholeWeights()
+
+    def _whole(self, p: nn.Parameter, *, change: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """The parameter unsharded; with ``change``, what rank 0 makes of it inside is kept."""
+        return zero3.whole(self._ds, p, change=change) if self._zero == 3 else contextlib.nullcontext()
+
+    def discard(self) -> None:
+        """The ordinary way of a step, which clears what each stage keeps where, but for the update itself."""
+        self._optimizer.step = lambda closure=None: None  # hides the method of the class
+        try:
+            self._engine.step()
+        finally:
+            del self._optimizer.step
+        self._watch.clear()
+
+    def snapshot(self) -> Snapshot:
+        if self._steps:
+            self._link_moments()
+        return take_snapshot(self._tensors(), self._steps)
+
+    def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        for name, p in self._trained.items():
+            with self._whole(p):
+                yield "weight", name, p.detach()
+            for key in MOMENTS if self._steps else ():
+                yield key, name, self._moment(p, key)
+
+    def _moment(self, p: nn.Parameter, key: str) -> Tensor:
+        if self._zero == 0:
+            return self._optimizer.state[p][key]
+        return self._ds.utils.safe_get_full_optimizer_state(p, key)
+
+    @torch.no_grad()
+    def load(self, folder: Path, name: str) -> None:
+        state = SavedState(folder, name)
+        state.check(self._shapes())
+        if state.steps:
+            self._start_moments(state.steps)
+            self._link_moments()
+        for key, p in self._trained.items():
+            value = state.read("weight", key).to(p.device)
+            with self._whole(p, change=True):
+                p.copy_(value)
+            self._put(p, value)
+            for moment in MOMENTS if state.has("exp_avg", key) else ():
+                self._put(p, state.read(moment, key).to(value.device), moment)
+        self._steps = state.steps
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._trained.items()}
+
+    def _put(self, p: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Set this rank's part of the float32 weight (no key) or of a moment."""
+        tools = self._ds.utils
+        if self._zero == 0:
+            if key:
+                self._optimizer.state[p][key].copy_(value)
+        elif self._zero == 3:
+            mine = zero3.part(value)
+            if key:
+                tools.safe_set_local_optimizer_state(p, mine, key)
+            else:
+                tools.safe_set_local_fp32_param(p, mine)
+        elif key:
+            tools.safe_set_full_optimizer_state(p, value, key)
+        else:
+            tools.safe_set_full_fp32_param(p, value)
+
+    def _start_moments(self, steps: int) -> None:
+        """Zero moments at ``steps``: DeepSpeed makes them at its first step only, and a load comes before it."""
+        if self._zero == 3:
+            flats = self._engine.optimizer.fp32_partitioned_groups_flat
+        else:
+            flats = [p for group in self._optimizer.param_groups for p in group["params"]]
+        for flat in flats:
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            self._optimizer.state[flat] = {"step": torch.tensor(float(steps)), **moments}
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed's per-parameter access see the moments of all groups.
+
+        It links them once, after the first step of the *first* group, when those of other groups do not exist yet.
+        """
+        if self._zero in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _deepspeed() -> Any:
+    """The module, with its compilers off and its chatter away from standard output (which carries ``--json``)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ compiler runs for minutes at the first start
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed.* is deprecated")
+    with contextlib.redirect_stdout(sys.stderr):
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return deepspeed

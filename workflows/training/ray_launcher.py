@@ -1,0 +1,224 @@
+"""A training job on Ray Train: workers, their restarts, their number, and notices that machines are about to go."""
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from preprocessing.io.ray_resources import told_while_waiting
+from workflows.checkpoints.model_card import ModelCard
+from workflows.config.run import EngineConfig
+from workflows.training import preemption
+from workflows.training.async_samples import Snapshots, room_for_looks
+from workflows.training.heartbeat import BEATS
+from workflows.training.worker import Job
+from workflows.utils import distributed
+from workflows.utils.ray_runtime import ray_running, worker_environment
+
+T = TypeVar("T")
+GROW_EVERY = 30.0  # seconds between looks for room for more workers, where their number may vary
+
+
+def launch_on_ray(job: Job) -> None:
+    """Run the job on Ray Train: in the Ray that is running, else in one started for it in this process.
+
+    A worker that dies is replaced, and all go on from the latest checkpoint, up to ``engine.max_failures`` times. With
+    ``engine.workers = [fewest, most]`` the run goes on with those for which there is room, and grows when there is
+    more: Ray Train stops all workers for that and starts them again, from the latest checkpoint.
+    """
+    # the notice comes after ray.init, which takes SIGTERM for itself
+    with ray_running(job.config.engine.most), preemption.passed_on(job.run_dir, job.token):
+        _fit(job)
+
+
+def with_a_gpu(work: Callable[[Path], T], run_dir: Path, engine: EngineConfig) -> T:
+    """``work(run_dir)`` where the run's network can be run. The process that leads a run may be on a machine without a
+    GPU, as the head of a cluster is: then Ray finds it one.
+    """
+    import torch
+
+    if not engine.use_gpu or torch.cuda.is_available():
+        return work(run_dir)
+    import ray
+
+    with ray_running(1):
+        if "RAY_ADDRESS" not in os.environ and not ray.cluster_resources().get("GPU"):
+            return work(run_dir)  # no cluster, where one could come
+        extra = {engine.resource: 1.0} if engine.resource else {}
+        task: Any = ray.remote(num_cpus=1, num_gpus=1, resources=extra, runtime_env=worker_environment())(work)
+        return ray.get(task.remote(run_dir))
+
+
+def _fit(job: Job) -> None:
+    import ray
+    from ray.train import FailureConfig, LoggingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchTrainer
+
+    scaling = _scaling(job.config.engine)
+    room = room_for_looks(job.config.engine, scaling.resources_per_worker, ray.available_resources())
+    aside = bool(room) and job.config.sample_every > 0
+    trainer = TorchTrainer(
+        _entrance(),
+        train_loop_config={"job": pickle.dumps(job), "aside": aside},
+        validation_config=_validation(job.run_dir, room) if aside else None,
+        torch_config=_listening("nccl" if job.config.engine.use_gpu else "gloo"),
+        scaling_config=scaling,
+        run_config=RayRunConfig(
+            name=job.token,  # its store knows ASCII alone, and a run may have any name
+            storage_path=str(job.run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=job.config.engine.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            worker_runtime_env=worker_environment(),
+        ),
+    )
+    each = ", ".join(f"{name} {amount:g}" for name, amount in (scaling.resources_per_worker or {}).items())
+    what = f"machines for {job.config.engine.fewest} workers with {each} each"
+    with told_while_waiting(what, ray.cluster_resources, seen=_stirs(job.run_dir / BEATS)):
+        trainer.fit()
+
+
+def _stirs(beats: Path) -> Callable[[], bool]:
+    """Whether a worker has given a sign of life since now."""
+
+    def found() -> dict[str, float]:
+        return {path.name: path.stat().st_mtime for path in beats.glob("*.json")}
+
+    before = found()
+    return lambda: found() != before
+
+
+def _validation(run_dir: Path, room: Mapping[str, float]) -> Any:
+    """Ray Train's asynchronous validation: looks, one at a time, each in a process of its own."""
+    from ray.train import ValidationConfig
+
+    place = str(run_dir)
+
+    def validate(checkpoint: Any, **_: Any) -> dict[str, float]:  # made here, so that it is pickled by value
+        from pathlib import Path
+
+        from workflows.training.async_samples import look_at
+
+        return look_at(Path(checkpoint.path), Path(place))
+
+    resources = {"num_cpus": room["CPU"], "num_gpus": room.get("GPU", 0)}
+    return ValidationConfig(validate, ray_remote_kwargs={**resources, "runtime_env": worker_environment()})
+
+
+def snapshots(card: ModelCard) -> Snapshots:
+    """Weights for looks, reported to Ray Train from below the folder where it wants its checkpoints."""
+    from ray.train import Checkpoint, CheckpointUploadMode, get_context, report
+
+    def hand_over(folder: Path) -> None:
+        mine = Checkpoint.from_directory(str(folder)) if distributed.rank() == 0 else None
+        report({}, mine, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD, validation=mine is not None)
+
+    storage: Any = get_context().get_storage()
+    return Snapshots(Path(storage.experiment_fs_path), card, hand_over)
+
+
+def _scaling(engine: EngineConfig) -> Any:
+    import ray
+    from ray.train import ScalingConfig
+
+    fixed = engine.fewest == engine.most
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    # an elastic run counts whole CPUs: Ray Train cannot tell how many fractions fit on a machine
+    resources = {"CPU": min(1.0, cpus / engine.most) if fixed else 1.0}
+    return ScalingConfig(
+        num_workers=engine.most if fixed else (engine.fewest, engine.most),
+        use_gpu=engine.use_gpu,
+        resources_per_worker=resources
+        | ({"GPU": 1.0} if engine.use_gpu else {})
+        | ({engine.resource: 1.0} if engine.resource else {}),
+        elastic_resize_monitor_interval_s=GROW_EVERY,
+    )
+
+
+def share_cores() -> None:
+    """Let the workers of a machine use all its cores: Ray gives each as many threads as it has CPUs by right, one.
+
+    How many those are the cluster knows better: the machine's own count does not see the limit of a container.
+    """
+    import ray
+    import torch
+    from ray.train import get_context
+
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    cores = min(os.cpu_count() or 1, int(node["Resources"].get("CPU", 1)))
+    torch.set_num_threads(max(1, cores // get_context().get_local_world_size()))
+
+
+def use_rays_network() -> None:
+    """Let gloo listen at this machine's address in the cluster, where GLOO_SOCKET_IFNAME does not say otherwise.
+
+    By itself gloo takes what the machine's own name resolves to: Debian's 127.0.1.1, or the loopback where the name is
+    unknown. There no other machine finds it, and all of them wait.
+    """
+    import psutil
+    import ray
+
+    mine = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if mine in {address.address for address in addresses}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _entrance() -> Callable[[dict[str, Any]], None]:
+    """The function of every worker. Made here, so that it is pickled by value: Ray's own processes, which hand it on,
+    need not find our packages."""
+
+    def enter(settings: dict[str, Any]) -> None:
+        import pickle
+
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        from workflows.training.ray_launcher import share_cores, snapshots
+        from workflows.training.worker import work
+
+        def leaving() -> str:
+            # ray.train.get_preemption_info() is a barrier by way of an actor; the ranks agree by themselves
+            info = get_train_context().preemption_context.preemption_info
+            return f"a machine of ranks {info.preempted_ranks} is about to go" if info else ""
+
+        share_cores()
+        job = pickle.loads(settings["job"])
+        work(job, leaving, snapshots(job.card) if settings["aside"] else None)
+
+    return enter
+
+
+def _listening(backend: str) -> Any:
+    """Ray's set-up of torch.distributed on the cluster's network, after which every worker takes SIGTERM for a notice.
+
+    A worker trains in a thread, where signals cannot be asked for; what a backend executes runs in the main one.
+    """
+    from ray.train.torch import TorchConfig
+
+    def listen() -> None:
+        from workflows.training import preemption
+
+        preemption.listen()
+
+    def find_network() -> None:
+        from workflows.training.ray_launcher import use_rays_network
+
+        use_rays_network()
+
+    class Backend(TorchConfig().backend_cls):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(find_network)
+            super().on_start(worker_group, backend_config)
+
+        def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+            super().on_training_start(worker_group, backend_config)
+            worker_group.execute(listen)
+
+    class Listening(TorchConfig):
+        @property
+        def backend_cls(self):
+            return Backend
+
+    return Listening(backend=backend)

@@ -1,0 +1,262 @@
+"""What a `mfctl train` command asks for: configuration, data and parents, found where the command leaves them open, and
+what of it a run that goes on may not change."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mfcore.model.config import ModelConfig
+from mfcore.types import AUDIO, VIDEO
+from preprocessing.dataset.reader import ClipDataset, DatasetMeta, open_dataset
+from preprocessing.io.storage import is_remote
+from workflows.checkpoints.layout import OUTCOME, RECORD
+from workflows.checkpoints.load import find_export, load_card
+from workflows.checkpoints.model_card import ModelCard
+from workflows.config import presets, serialization
+from workflows.config.latent_shapes import LatentShapes
+from workflows.config.run import RunConfig, Stage
+from workflows.config.stages import STAGES
+from workflows.evaluation.feature_models import parse_weights
+from workflows.training.objectives import few_steps
+from workflows.training.progress import Progress
+from workflows.utils import environment
+from workflows.utils.json_io import read_json
+
+FREE = (
+    *("engine", "checkpoint", "log_every", "sample_every", "sample_clips", "sample_weights", "skip_nonfinite"),
+    *("data.micro", "data.prefetch"),
+)
+"""Settings that a run may change when it goes on: they move no number by more than rounding."""
+FIXED = ("engine.precision",)
+"""Those below FREE that it may not."""
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a command line resolves to."""
+
+    config: RunConfig
+    data: str
+    dataset: ClipDataset
+    parents: dict[Stage, Path]  # export folders
+    run_dir: Path
+
+    def record(self) -> dict[str, Any]:
+        """What was asked for. A command that differs in any of it but the settings of FREE is another run."""
+        return {
+            "stage": self.config.stage,
+            "config": serialization.dump(self.config),
+            "data": self.data,
+            "dataset": {"fingerprint": self.dataset.meta.fingerprint, "clips": len(self.dataset)},
+            "from": {stage: str(path) for stage, path in self.parents.items()},
+        }
+
+
+def resolve(
+    stage: Stage,
+    data: str | None,
+    init_from: Sequence[str],
+    preset: str,
+    sets: Sequence[str],
+    config_file: str | None,
+    run: str | None,
+    runs: Path,
+) -> Request:
+    """Fill in what the command leaves open: from the run's own record if it was begun, else the latest there is."""
+    if run is not None and (not run or run in (".", "..") or Path(run).name != run):
+        raise ValueError(f"--run {run!r} is no name of a folder in {runs}: leave out slashes")
+    begun = runs / run / RECORD if run else None
+    known = read_json(begun) if begun and begun.exists() else {}
+    named = list(init_from) or list(known.get("from", {}).values())
+    parents, uri = all_of(
+        lambda: find_parents(stage, named, runs), lambda: str(data or known.get("data") or latest_dataset(runs))
+    )
+    dataset = open_dataset(uri, STAGES[stage].modalities)
+    if not len(dataset):
+        raise ValueError(f"{uri} holds no accepted clip: `mfctl inspect {uri}` tells why")
+    config = presets.preset(preset, stage, latent_shapes(dataset))
+    if config_file:
+        config = serialization.change(config, serialization.read_file(config_file))
+    config = serialization.change(config, serialization.parse_sets(sets))
+    if config.checkpoint.to is not None:
+        config = replace(config, checkpoint=replace(config.checkpoint, to=environment.absolute(config.checkpoint.to)))
+    parse_weights(config.sample_weights)  # refuses what is not there
+    if config.stage != stage:
+        raise ValueError(f"--stage {stage} contradicts the setting stage={config.stage}")
+    request = Request(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / (run or ""))
+    name = run or f"{stage}-{_digest(request)}"
+    return Request(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / name)
+
+
+def all_of(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
+    """Both values, or one ValueError that says everything that is missing."""
+    found: list[Any] = []
+    missing: list[str] = []
+    for find in (first, second):
+        try:
+            found.append(find())
+        except ValueError as error:
+            missing.append(str(error))
+    if missing:
+        raise ValueError("; ".join(missing))
+    return found[0], found[1]
+
+
+def latest_dataset(runs: Path) -> str:
+    """The finished dataset under ``runs`` that was written last."""
+    found = [p for depth in range(3) for p in runs.glob("*/" * depth + "_dataset.json") if read_json(p).get("complete")]
+    if not found:
+        raise ValueError(
+            f"no finished dataset under {runs}: make one with `mfctl preprocess SRC {runs}/dataset`, "
+            "or name one with --data DATASET"
+        )
+    return str(max(found, key=lambda p: p.stat().st_mtime).parent)
+
+
+def find_parents(stage: Stage, named: Sequence[str], runs: Path) -> dict[Stage, Path]:
+    """The export folder of one run for each parent stage: the named ones, else the latest finished under ``runs``."""
+    plan = STAGES[stage]
+    exports = [_named_export(name, runs) for name in named]
+    parents = check_parents(stage, [(load_card(export).stage, export) for export in exports])
+    missing: list[str] = []
+    for parent in plan.parents:
+        if parent not in parents:
+            try:
+                parents[parent] = _latest_export(stage, parent, runs)
+            except ValueError as error:
+                missing.append(str(error))
+    if missing:
+        raise ValueError("; ".join(missing))
+    return {parent: parents[parent] for parent in plan.parents}
+
+
+def _named_export(name: str, runs: Path) -> Path:
+    if is_remote(name):
+        return find_export(name)
+    path = Path(environment.absolute(name))
+    if not path.exists() and (runs / name).exists():
+        path = runs / name
+    if (path / RECORD).exists() and not (path / "export").is_dir() and finished(path) is None:
+        raise ValueError(f"the run {path} is not finished: run its command again, or name one of its checkpoints")
+    return find_export(path)
+
+
+def _latest_export(stage: Stage, parent: Stage, runs: Path) -> Path:
+    outcomes = [p for depth in (1, 2) for p in runs.glob("*/" * depth + OUTCOME)]
+    done = [p.parent for p in outcomes if finished(p.parent) and read_json(p.parent / RECORD)["stage"] == parent]
+    if not done:
+        raise ValueError(
+            f"stage {stage} starts from a finished {parent} run and there is none under {runs}: "
+            f"run `mfctl train --stage {parent}` first, or name one with --from RUN"
+        )
+    return find_export(max(done, key=lambda path: (path / OUTCOME).stat().st_mtime))
+
+
+def _digest(request: Request) -> str:
+    return hashlib.sha256(repr(identity(request.record())).encode()).hexdigest()[:8]
+
+
+def identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run cannot change, by flat name."""
+
+    def free(name: str) -> bool:
+        setting = name.removeprefix("config.")
+        return setting not in FIXED and any(setting == f or setting.startswith(f"{f}.") for f in FREE)
+
+    return {name: value for name, value in serialization.flatten(record).items() if not free(name)}
+
+
+def finished(run_dir: Path) -> Progress | None:
+    """The final progress of a run that reached its end."""
+    place = run_dir / OUTCOME
+    facts = read_json(place) if place.exists() else {}
+    return serialization.load(Progress, facts["progress"]) if "progress" in facts else None
+
+
+def latent_shapes(dataset: ClipDataset) -> LatentShapes:
+    """What the first clip shows of the latents."""
+    clip, meta = dataset.clip(0), dataset.meta
+    latents = {VIDEO: clip.video, AUDIO: clip.audio}
+    sizes = {m: tuple(x.shape[2:]) or (1, 1) for m, x in latents.items() if x is not None}
+    return LatentShapes(
+        channels={m: x.shape[1] for m, x in latents.items() if x is not None},
+        size={m: (size[0], size[1]) for m, size in sizes.items()},
+        still={m: meta.codec(m).still for m in sizes},
+        text_dim=clip.caption_embedding.shape[-1],
+        chunk_seconds=float(meta.chunk_seconds),
+        chunks=clip.chunks,
+    )
+
+
+def make_card(config: RunConfig, meta: DatasetMeta, parents: Mapping[Stage, Path]) -> ModelCard:
+    """What the run will write into ``model.json``: statistics are inherited from the parents, else frozen here.
+
+    ValueError when a parent is of another stage or size, or the dataset holds latents that it was not trained on.
+    """
+    plan = STAGES[config.stage]
+    cards: dict[Stage, ModelCard] = {stage: load_card(path) for stage, path in parents.items()}
+    stats = {m: meta.stats[m].softened(config.data.whitening.get(m, 1.0)) for m in plan.modalities}
+    for stage, card in cards.items():
+        _check_parent(stage, parents[stage], card, config, meta)
+        stats |= card.stats
+    return ModelCard(
+        model=config.model,
+        stage=config.stage,
+        codecs={m: meta.codecs[m] for m in plan.modalities},
+        stats=stats,
+        clocks={m: meta.clocks[m] for m in plan.modalities},
+        chunk_seconds=meta.chunk_seconds,
+        text_codec=meta.text_codec,
+        folders={name: meta.folders[name] for name in (*plan.modalities, "text") if name in meta.folders},
+        shift=dict(config.objective.time.shift),
+        dataset=meta.fingerprint,
+        few_steps=few_steps(config.objective),
+    )
+
+
+def _check_parent(stage: Stage, path: Path, card: ModelCard, config: RunConfig, meta: DatasetMeta) -> None:
+    if card.stage != stage:
+        raise ValueError(f"{path} is of stage {card.stage}; stage {config.stage} starts from {_names(config.stage)}")
+    mine, theirs = _size(config.model), _size(card.model)
+    if mine != theirs or any(config.model.branches[m] != b for m, b in card.model.branches.items()):
+        odd = [f"{k} {theirs[k]} there, {mine[k]} here" for k in mine if mine[k] != theirs[k]] or [
+            "its branches differ"
+        ]
+        raise ValueError(f"{path} is of another size: {'; '.join(odd)}. Use the same --preset and --set for both")
+    for m in card.codecs:
+        if card.codecs[m] != meta.codecs.get(m) or card.clocks[m] != meta.clocks.get(m):
+            raise ValueError(
+                f"{path} was trained on {m} latents of {card.codecs[m]}, this dataset holds {meta.codecs.get(m)}: "
+                "preprocess with the same codec settings"
+            )
+    if card.chunk_seconds != meta.chunk_seconds or card.text_codec != meta.text_codec:
+        raise ValueError(
+            f"{path} was trained with chunks of {float(card.chunk_seconds)} s and text of {card.text_codec}, "
+            f"this dataset has {float(meta.chunk_seconds)} s and {meta.text_codec}: preprocess with the same settings"
+        )
+
+
+def _size(model: ModelConfig) -> dict[str, object]:
+    return {k: v for k, v in vars(model).items() if k not in ("branches", "coupled", "attention")}
+
+
+def _names(stage: Stage) -> str:
+    parents = STAGES[stage].parents
+    return " and ".join(f"a finished {parent} run" for parent in parents) or "nothing (leave out --from)"
+
+
+def check_parents(stage: Stage, found: Sequence[tuple[Stage, Path]]) -> dict[Stage, Path]:
+    """One run for each parent stage. ValueError says what is missing, doubled or of no use."""
+    parents: dict[Stage, Path] = {}
+    for parent, path in found:
+        if parent not in STAGES[stage].parents:
+            raise ValueError(f"{path} is of stage {parent}; stage {stage} starts from {_names(stage)}")
+        if parent in parents:
+            raise ValueError(f"--from names two {parent} runs, {parents[parent]} and {path}: choose one")
+        parents[parent] = path
+    return parents

@@ -1,0 +1,115 @@
+"""What a run sees of itself while it trains: samples with their scores, history use, and the alarms.
+
+A look is made in line, by rank 0 while the others wait; or aside, by somebody who is given a copy of the weights
+(``workflows.training.validation``) and whose word comes when training has gone on. Either way its numbers are logged
+at the step of the weights, and nothing that training draws from is touched.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from mfcore.ema import Ema, WholeWeights
+from mfcore.model.transformer import build_model
+from workflows.checkpoints.model_card import ModelCard
+from workflows.config.run import RunConfig
+from workflows.tracking.tracker import LATE, METRICS, Tracker, read_lines
+from workflows.training.async_samples import Snapshots
+from workflows.training.collapse_alarms import Alarms, HistoryWatch, ScoreGap
+from workflows.training.progress import Progress
+from workflows.training.samples import FOLDER, LOOKS, Look, Sampler, look_path, read_look
+from workflows.utils import distributed
+
+Say = Callable[[str], None]
+
+
+class Published:
+    """Puts finished looks into a run's log, each once: what the log on disk has is not put there again."""
+
+    def __init__(self, run_dir: Path, alarms: Alarms, say: Say) -> None:
+        self._run_dir, self._alarms, self._say = run_dir, alarms, say
+        self._known = {e["step"] for e in read_lines(run_dir / METRICS) if LATE in e}
+
+    def waiting(self) -> list[Look]:
+        """In the order of steps."""
+        found = [read_look(p) for p in sorted((self._run_dir / LOOKS).glob("step-*.json")) if self._new(p)]
+        self._known |= {look.step for look in found}
+        return found
+
+    def _new(self, path: Path) -> bool:
+        return int(path.stem.removeprefix("step-")) not in self._known
+
+    def publish(self, looks: Sequence[Look], tracker: Tracker) -> None:
+        for look in looks:
+            tracker.log(look.step, look.numbers or {"sample/failed": 1.0}, late=True)
+            if look.error:
+                self._say(f"no samples at step {look.step}: {look.error}")
+                continue
+            for path in look.files:
+                tracker.artifact(Path(path), FOLDER)
+            tracker.artifact(look_path(self._run_dir, look.step), LOOKS)
+            seconds = look.numbers["sample/seconds"]
+            self._say(f"samples of step {look.step} made in {seconds:.1f} s, {FOLDER}/step-{look.step:08d}-*")
+            self._alarms.update("samples", look.wrong, look.step)
+
+
+class Looks:
+    """Called by all ranks at every step's end."""
+
+    def __init__(
+        self, run_dir: Path, config: RunConfig, card: ModelCard, ema: Ema, sampler: Sampler, tracker: Tracker,
+        beat: Callable[[int, str], object], say: Say, watch: HistoryWatch | None, aside: Snapshots | None,
+    ) -> None:  # fmt: skip
+        self._run_dir, self._config, self._card, self._ema, self._sampler = run_dir, config, card, ema, sampler
+        self._tracker, self._beat, self._gap, self._watch, self._aside = tracker, beat, ScoreGap(), watch, aside
+        self._alarms = Alarms(run_dir, say)
+        self._published = Published(run_dir, self._alarms, say)
+
+    def __call__(self, progress: Progress, log: Mapping[str, float]) -> dict[str, float]:
+        """Numbers to log besides ``log``."""
+        numbers, wrong = self._gap.read(log)
+        if distributed.rank() == 0 and numbers:
+            self._alarms.update("fake score", wrong, progress.step)
+        numbers |= self._history(progress.step)
+        if self.due(progress):
+            self._look(progress.step)
+        if distributed.rank() == 0 and self._config.sample_every and (log or self.due(progress)):
+            self._published.publish(self._published.waiting(), self._tracker)
+        return numbers
+
+    def _history(self, step: int) -> dict[str, float]:
+        if self._watch is None or (step % self._config.eval_every and step != self._config.steps):
+            return {}
+        numbers, wrong = self._watch.read(self._ema.model)
+        if distributed.rank() == 0:
+            self._alarms.update("history", wrong, step)
+        return numbers
+
+    def due(self, progress: Progress) -> bool:
+        every, seen = self._config.sample_every, progress.samples_seen
+        if not every:
+            return False
+        return progress.step == self._config.steps or seen // every > (seen - self._config.data.batch) // every
+
+    def _look(self, step: int) -> None:
+        if distributed.from_first(look_path(self._run_dir, step).exists()):
+            return  # of an earlier attempt: the same weights
+        model = whole_network(self._ema, self._card)
+        if self._aside is not None:
+            self._aside.give(model, step)
+            return
+        if distributed.rank() == 0:
+            self._beat(step - 1, "making samples after")  # the others have beaten for this step that they wait
+            self._sampler.look(model, self._card, step)
+        distributed.barrier()
+
+
+def whole_network(ema: Ema, card: ModelCard) -> nn.Module:
+    """The average as a network that one rank can run alone. Called by all ranks."""
+    if type(ema.storage) is WholeWeights:
+        return ema.module
+    weights = ema.state_dict()
+    model = build_model(card.model, 0)
+    model.load_state_dict(weights)
+    return model.to(next(iter(weights.values())).device).eval().requires_grad_(False)

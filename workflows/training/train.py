@@ -1,0 +1,265 @@
+"""``mfctl train``: settle what is to be trained, refuse what cannot be, and have Ray Train run it.
+
+Nothing is written before everything was checked. A run is a folder:
+
+    run.json      what was asked for: stage, resolved configuration, dataset, parents, versions
+    metrics.jsonl, params.json, artifacts.jsonl, mlflow.json   see ``workflows.training.delivery``
+    samples/, looks/, alarms.json   generated clips, what they score, and what is wrong with them
+    checkpoints/  see ``workflows.checkpoint``; elsewhere with the setting checkpoint.to
+    ranks/        signs of life of the workers
+    log.txt       what people are shown while it trains
+    outcome.json  put last: the final progress, or why the run stopped
+"""
+
+import importlib.metadata
+import platform
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from preprocessing.io.lease import Lease
+from preprocessing.io.storage import Store
+from workflows.checkpoints.layout import OUTCOME, RECORD
+from workflows.checkpoints.store import Shelf, checkpoints_of, join
+from workflows.config import serialization
+from workflows.config.run import Stage
+from workflows.config.stages import STAGES, headline
+from workflows.tracking.mlflow_sync import unsent
+from workflows.tracking.tracker import tracking_uri
+from workflows.training import cost_estimate
+from workflows.training.async_samples import look_at_the_rest, the_rest
+from workflows.training.collapse_alarms import Alarms, raised
+from workflows.training.heartbeat import BEATS, watched
+from workflows.training.loop import Stopped
+from workflows.training.pretrained_init import taken_over
+from workflows.training.progress import Progress
+from workflows.training.ray_launcher import launch_on_ray, with_a_gpu
+from workflows.training.resolve import Request, finished, identity, make_card, resolve
+from workflows.training.sample_callback import Published
+from workflows.training.samples import look_path
+from workflows.training.worker import LOG, Job, training_tracker
+from workflows.utils import environment
+from workflows.utils.json_io import read_json, write_json
+from workflows.utils.progress import training_display
+
+Launch = Callable[[Job], None]
+"""Runs ``workflows.training.worker.work`` on all ranks of a job and returns when they are done."""
+Sample = Callable[[Path], list[Path]]
+"""Makes sample files from a finished run's folder, unless they are there."""
+
+
+def train(
+    stage: Stage,
+    *,
+    data: str | None = None,
+    init_from: Sequence[str] = (),
+    preset: str = "tiny",
+    sets: Sequence[str] = (),
+    config_file: str | None = None,
+    run: str | None = None,
+    runs_dir: str | Path = "runs",
+    dry_run: bool = False,
+    launch: Launch | None = None,
+    sample: Sample | None = None,
+) -> dict[str, Any]:
+    """Train one stage; the same call again resumes, or says that the run is finished.
+
+    ``launch``: default Ray Train. ``sample``: called with the run's folder when training has ended. ValueError, before
+    anything is written, when the request cannot be met.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}")
+    runs = Path(environment.absolute(str(runs_dir)))
+    try:
+        request = resolve(stage, data, init_from, preset, sets, config_file, run, runs)
+    except ValueError as missing:
+        if dry_run and not data and not init_from:
+            return cost_estimate.on_paper(stage, preset, sets, config_file) | {"missing": str(missing)}
+        raise
+    card = make_card(request.config, request.dataset.meta, request.parents)
+    start = taken_over(request.config)
+    if dry_run:
+        return {
+            **request.record(),
+            "run_dir": str(request.run_dir),
+            "costs": cost_estimate.costs(request.config, card.timeline),
+            **start,
+        }
+    _say(start.get("init_video", ""))
+    _check_record(request)
+    with _lease(request.run_dir) as lease, _checkpoint_lease(request):
+        if finished(request.run_dir) is None:
+            _check_checkpoint(request)
+            _begin(request)
+            job = Job(
+                config=request.config,
+                card=card,
+                data=request.data,
+                parents=request.parents,
+                run_dir=request.run_dir,
+                tracking_uri=tracking_uri(runs),
+                token=lease.token,
+            )
+            log = request.run_dir / LOG
+            with _shown(log), watched(request.run_dir / BEATS, lambda text: _add_line(log, text)):
+                (launch or launch_on_ray)(job)
+            _raise_if_failed(request.run_dir, lease.token)
+        _conclude(request, sample, tracking_uri(runs), on_ray=launch is None)
+    return _result(request)
+
+
+def _check_record(request: Request) -> None:
+    """Refuse to go on with a run that was begun otherwise."""
+    place = request.run_dir / RECORD
+    if not place.exists():
+        if request.run_dir.exists() and any(p.name != "_lock" for p in request.run_dir.iterdir()):
+            raise ValueError(f"{request.run_dir} exists and is no training run: choose another name with --run")
+        return
+    _refuse_another(f"the run {request.run_dir}", read_json(place), request.record())
+
+
+def _check_checkpoint(request: Request) -> None:
+    """Refuse a checkpoint of other settings or other data; it may stand where other runs keep theirs, too."""
+    shelf = Shelf(checkpoints_of(request.run_dir, request.config.checkpoint.to))
+    if saved := shelf.complete():
+        record = {key: request.record()[key] for key in ("stage", "config", "dataset")}  # places may have other names
+        _refuse_another(f"the checkpoint {shelf.where(saved[-1])}", shelf.read(saved[-1], RECORD), record)
+
+
+def _refuse_another(what: str, begun: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """ValueError when what was begun differs from ``record`` in a value that a run cannot change."""
+    begun = {key: value for key, value in begun.items() if key in record}
+    if lines := serialization.differences(identity(begun), identity(record)):
+        more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
+        raise ValueError(
+            f"{what} was begun with other settings: {'; '.join(lines[:4])}{more}. "
+            "Use the old ones to go on with it, or another --run name to start anew"
+        )
+
+
+def _lease(run_dir: Path) -> Lease:
+    return Lease(Store(str(run_dir)))
+
+
+def _checkpoint_lease(request: Request) -> AbstractContextManager[object]:
+    """Of the place of the checkpoints, where that is another one: machines may share it and not the runs' folder."""
+    to = request.config.checkpoint.to
+    place = join(to, request.run_dir.name) if to else request.run_dir
+    return nullcontext() if place == request.run_dir else Lease(Store(str(place)))
+
+
+def _begin(request: Request) -> None:
+    """Write the record of a run as it now is; forget the outcome of one that failed."""
+    names = ("torch", "deepspeed", "ray", "mlflow", "mutual-forcing")
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in names}
+    write_json(request.run_dir / RECORD, {**request.record(), "versions": versions})
+    (request.run_dir / OUTCOME).unlink(missing_ok=True)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def _shown(log: Path) -> Iterator[None]:
+    """Show what the workers add to their log, without the noise of Ray's own processes."""
+    stop = threading.Event()
+    start = log.stat().st_size if log.exists() else 0
+
+    def follow(show: Callable[[str], None]) -> None:
+        place, rest = start, b""
+        while True:
+            ended = stop.wait(0.3)
+            if log.exists():
+                with log.open("rb") as file:
+                    file.seek(place)
+                    new = file.read()
+                place += len(new)
+                *lines, rest = (rest + new).split(b"\n")
+                for line in lines:
+                    show(line.decode(errors="replace"))
+            if ended:
+                return
+
+    with training_display() as show:
+        thread = threading.Thread(target=follow, args=(show,), name="log", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _raise_if_failed(run_dir: Path, token: str) -> None:
+    place = run_dir / OUTCOME
+    outcome = read_json(place) if place.exists() else {}
+    if outcome.get("token") != token:
+        raise RuntimeError(f"the workers of {run_dir} ended without an outcome: see their log above")
+    if "error" in outcome:
+        raise RuntimeError(outcome["error"])
+    if "stopped" in outcome:
+        raise Stopped(outcome["stopped"])
+
+
+def _add_line(log: Path, text: str) -> None:
+    with log.open("a") as file:
+        file.write(text + "\n")
+
+
+def _conclude(request: Request, sample: Sample | None, uri: str, *, on_ray: bool) -> None:
+    """Once per run: its samples. At every call: what the log or MLflow has not got yet, and what alarms are on."""
+    run_dir, place, engine = request.run_dir, request.run_dir / OUTCOME, request.config.engine
+    outcome = read_json(place)
+
+    def computed(work: Callable[[Path], Any], *, is_done: bool) -> Any:
+        return with_a_gpu(work, run_dir, engine) if on_ray and not is_done else work(run_dir)
+
+    computed(look_at_the_rest, is_done=not the_rest(run_dir))
+    if sample is not None and "samples" not in outcome:
+        made = computed(sample, is_done=look_path(run_dir, outcome["progress"]["step"]).exists())
+        outcome["samples"] = [str(path) for path in made]
+    published = Published(run_dir, Alarms(run_dir, _say), _say)
+    if (looks := published.waiting()) or unsent(run_dir, uri):
+        tracker = training_tracker(request.config, request.data, run_dir, uri, _say)
+        published.publish(looks, tracker)
+        tracker.finish()
+        outcome["mlflow_run"] = tracker.run_id
+    outcome["alarms"] = raised(run_dir)
+    write_json(place, outcome)
+    if outcome["alarms"]:
+        _say(f"ALARM still on at the end of {run_dir}: {'; '.join(outcome['alarms'])}. Look at its samples")
+
+
+def _say(text: str) -> None:
+    if text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _result(request: Request) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    outcome = read_json(request.run_dir / OUTCOME)
+    shelf = Shelf(checkpoints_of(request.run_dir, request.config.checkpoint.to))
+    progress = serialization.load(Progress, outcome["progress"])
+    plan = STAGES[request.config.stage]
+    return {
+        "run_dir": str(request.run_dir),
+        "stage": request.config.stage,
+        "samples_seen": progress.samples_seen,
+        "losses": {
+            "first": headline(plan, progress.first),
+            "last": headline(plan, progress.last),
+            "held_out_first": progress.first,
+            "held_out_last": progress.last,
+        },
+        "checkpoint": shelf.where(shelf.complete()[-1]),
+        "mlflow_run": outcome["mlflow_run"],
+        "samples": outcome.get("samples", []),
+        "alarms": outcome.get("alarms", []),
+    }

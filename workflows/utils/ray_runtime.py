@@ -1,0 +1,32 @@
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from workflows.utils import environment
+
+
+@contextmanager
+def ray_running(workers: int) -> Iterator[None]:
+    """The Ray that is running, or one started for the time in this process, with a CPU for each of ``workers``."""
+    environment.apply_defaults()
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        # a submitted job joins its cluster, whose size is not ours to say
+        cpus = None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, workers)
+        ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def worker_environment() -> dict[str, dict[str, str]]:
+    """A runtime environment in which Ray's workers find our packages, and nothing phones home."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"env_vars": {"PYTHONPATH": path, **environment.DEFAULTS}}
