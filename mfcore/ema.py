@@ -27,12 +27,12 @@ class EmaConfig:
             raise ValueError(f"the EMA decay must be in [0, 1), got {self.decay}")
 
 
-def decay_at(config: EmaConfig, step: int) -> float:
+def ema_decay(config: EmaConfig, step: int) -> float:
     """Share of the old average that update number ``step`` (from 0) keeps."""
     return min(config.decay, (1 + step) / (10 + step)) if config.warm_up else config.decay
 
 
-class Storage(Protocol):
+class WeightAccess(Protocol):
     """Where frozen weights are kept: an engine may hold a part of each on every rank. Called by all ranks together."""
 
     def places(self, p: nn.Parameter, value: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
@@ -44,7 +44,7 @@ class Storage(Protocol):
         ...
 
 
-class WholeWeights:
+class ReplicatedWeights:
     """Every rank keeps everything."""
 
     def places(self, p: nn.Parameter, value: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
@@ -60,7 +60,7 @@ class Ema:
     def __init__(self, module: nn.Module, config: EmaConfig, autocast: torch.dtype | None = None) -> None:
         self.config = config
         self.module = copy.deepcopy(module).float().eval().requires_grad_(False)
-        self.storage: Storage = WholeWeights()
+        self.storage: WeightAccess = ReplicatedWeights()
         self._autocast = autocast
         self._weights = dict(self.module.named_parameters())
 
@@ -77,7 +77,7 @@ class Ema:
     @torch.no_grad()
     def update(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
         """Move towards ``weights``, (name, tensor) pairs of every parameter of the network."""
-        keep = decay_at(self.config, step)
+        keep = ema_decay(self.config, step)
         seen = 0
         for name, weight in weights:
             for mine, theirs in self.storage.places(self._weights[name], weight.detach().float()):

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mfcore.device import beside
-from mfcore.types import AUDIO, Levels, Stream, Streams
+from mfcore.device import to_device_of
+from mfcore.types import AUDIO, NoiseLevels, Stream, Streams
 
 
 def interpolate(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def noise_from_velocity(xt: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return xt + (1 - t) * v
 
 
-def move(xt: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
+def step_along(xt: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """x_r = x_t - (t - r) u: one step along the average velocity."""
     return xt - (t - r) * u
 
@@ -81,30 +81,34 @@ def training_times(config: TimeConfig, draws: Float[Tensor, "*batch 3"], modalit
     return shift_time(t, config.shift[modality]).float()
 
 
-def expand(level: Float[Tensor, "B K"], chunk: Tensor, like: Tensor) -> Tensor:
+def expand_levels(level: Float[Tensor, "B K"], chunk: Tensor, like: Tensor) -> Tensor:
     """A level per chunk -> a level per latent, shaped to multiply ``like`` (B, n, C, ...).
 
     Chunk numbers are counted from the first one in ``chunk``. Levels are never narrower than float32: in bfloat16 a
     small t - r is lost.
     """
-    per_latent = level.index_select(1, beside(chunk - chunk[0], level))
+    per_latent = level.index_select(1, to_device_of(chunk - chunk[0], level))
     dtype = torch.promote_types(like.dtype, torch.float32)
     return per_latent.reshape(per_latent.shape + (1,) * (like.ndim - 2)).to(dtype)
 
 
-def noise_streams(streams: Streams, eps: dict[str, Tensor], t: Levels) -> dict[str, Tensor]:
+def noise_streams(streams: Streams, eps: dict[str, Tensor], t: NoiseLevels) -> dict[str, Tensor]:
     """x_t of every modality."""
-    return {m: interpolate(s.latents, eps[m], expand(t[m], s.chunk, s.latents)) for m, s in streams.items()}
+    return {m: interpolate(s.latents, eps[m], expand_levels(t[m], s.chunk, s.latents)) for m, s in streams.items()}
 
 
-def noised(streams: Streams, eps: dict[str, Tensor], t: Levels) -> dict[str, Stream]:
+def add_noise(streams: Streams, eps: dict[str, Tensor], t: NoiseLevels) -> dict[str, Stream]:
     """The streams at level t: the input of a network."""
     return {m: streams[m].with_latents(x) for m, x in noise_streams(streams, eps, t).items()}
 
 
-def move_streams(x: Streams, u: dict[str, Tensor], t: Levels, r: Levels) -> Streams:
+def move_streams(x: Streams, u: dict[str, Tensor], t: NoiseLevels, r: NoiseLevels) -> Streams:
     """One step of every modality."""
     return {
-        m: s.with_latents(move(s.latents, u[m], expand(t[m], s.chunk, s.latents), expand(r[m], s.chunk, s.latents)))
+        m: s.with_latents(
+            step_along(
+                s.latents, u[m], expand_levels(t[m], s.chunk, s.latents), expand_levels(r[m], s.chunk, s.latents)
+            )
+        )
         for m, s in x.items()
     }

@@ -31,7 +31,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (config.final + (1 - config.final) * 0.5 * (1 + cos(pi * min(1.0, progress))))
 
 
-def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trainable weights: matrices decay, vectors (biases, gains, single embeddings) do not."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mfcore.device import beside
+from mfcore.device import to_device_of
 
 
 def generator(seed: int, stream: str, index: int) -> torch.Generator:
@@ -22,7 +22,7 @@ def generator(seed: int, stream: str, index: int) -> torch.Generator:
 def normal_rows(seed: int, stream: str, samples: Sequence[int] | Tensor, like: Tensor) -> Tensor:
     """Standard normal noise shaped like ``like`` whose row i depends on ``samples[i]`` alone."""
     rows = [torch.randn(like.shape[1:], generator=generator(seed, stream, int(i))) for i in samples]
-    return beside(torch.stack(rows), like, like.dtype)
+    return to_device_of(torch.stack(rows), like, like.dtype)
 
 
 def uniform_rows(seed: int, stream: str, samples: Sequence[int] | Tensor, *shape: int) -> Tensor:

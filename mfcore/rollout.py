@@ -9,34 +9,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mfcore.flow import noised
+from mfcore.flow import add_noise
 from mfcore.rng import normal_rows
-from mfcore.solver import Context, Mode, Schedule, denoise, levels
+from mfcore.solver import DenoiserContext, Mode, Schedule, constant_levels, denoise
 from mfcore.timeline import Timeline
 from mfcore.types import Condition, Stream, Streams
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
+class GeneratedChunk:
     """One finished chunk."""
 
     clean: dict[str, Stream]
-    stash: dict[str, Stream] | None  # the state at the exit step, before it was taken
-    before: Context  # what it was made from
+    exit_state: dict[str, Stream] | None  # the state at the exit step, before it was taken
+    before: DenoiserContext  # what it was made from
     trust: Float[Tensor, " B"] | None
     forget: bool
 
     @cached_property
-    def context(self) -> Context:
+    def context(self) -> DenoiserContext:
         """Remembers this chunk: continue, or snapshot, from here. Written when first asked for: nobody reads the
         keys and values of the last chunk of a clip."""
         data = {m: s.with_latents(s.latents.detach()) for m, s in self.clean.items()}
-        after = self.before.remember(data, self.trust)
-        return after.advance(int(next(iter(data.values())).chunk[-1]) + 1) if self.forget else after
+        after = self.before.append_history(data, self.trust)
+        return after.evict_before(int(next(iter(data.values())).chunk[-1]) + 1) if self.forget else after
 
 
 def rollout(
-    context: Context,
+    context: DenoiserContext,
     starts: Iterable[Streams],
     plan: Schedule,
     *,
@@ -45,7 +45,7 @@ def rollout(
     exit_step: int | None = None,
     forget: bool = True,
     conds: Iterable[Condition] | None = None,
-) -> Iterator[Chunk]:
+) -> Iterator[GeneratedChunk]:
     """Generate one chunk per item of ``starts`` (its state at ``plan``'s first level), each seeing those before it.
 
     ``exit_step`` j keeps the state at level t_j. ``trust`` labels the history that is written, ``forget`` lets go of
@@ -58,12 +58,12 @@ def rollout(
     Gradient, where it is enabled: a chunk's runs through its own steps from ``exit_step`` on (without one: none),
     which read memory as data; the memory's runs through the passes that write it, which read chunks as data.
     """
-    context = context if context.memory is not None else context.opened()
+    context = context if context.memory is not None else context.prefill()
     chunk = None
     for start, cond in zip(starts, repeat(context.cond) if conds is None else conds, strict=False):
         context = replace(chunk.context if chunk else context, cond=cond)
         clean, stash = denoise(context, start, plan, mode=mode, exit_step=exit_step)
-        chunk = Chunk(clean=clean, stash=stash, before=context, trust=trust, forget=forget)
+        chunk = GeneratedChunk(clean=clean, exit_state=stash, before=context, trust=trust, forget=forget)
         yield chunk
 
 
@@ -98,7 +98,7 @@ def coupled_starts(
     real: Streams, eps: dict[str, Tensor], strength: Mapping[str, Tensor], chunks: int
 ) -> Iterator[dict[str, Stream]]:
     """Each real chunk noised to t = s, so that finishing it stays with the clip (METHOD 6, coupled history)."""
-    starts = noised(real, eps, levels(real, strength))
+    starts = add_noise(real, eps, constant_levels(real, strength))
     for k in range(chunks):
         yield {m: s.chunks(k, k + 1) for m, s in starts.items()}
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from mfcore.device import numbers
+from mfcore.device import row_indices
 
 VIDEO = "video"
 AUDIO = "audio"
@@ -36,7 +36,7 @@ class Stream:
         return Stream(latents=self.latents[:, keep], times=self.times[keep], chunk=self.chunk[keep])
 
     def rows(self, index: Tensor | slice) -> "Stream":
-        return self.with_latents(self.latents[numbers(index, self.latents)])
+        return self.with_latents(self.latents[row_indices(index, self.latents)])
 
     def to(self, device: torch.device | str) -> "Stream":
         """Move the latents; times and chunk numbers stay on the CPU, where masks and angles are made."""
@@ -61,7 +61,7 @@ class Condition:
     voice_mask: Bool[Tensor, " B"] | None  # True where a reference voice is given
 
     def rows(self, index: Tensor | slice) -> "Condition":
-        there = numbers(index, self.caption)
+        there = row_indices(index, self.caption)
         return self._each(lambda part: part[there])
 
     def to(self, device: torch.device | str) -> "Condition":
@@ -86,7 +86,7 @@ class Condition:
             words_mask=self.words_mask & ~words[:, None],
         )
 
-    def null(self) -> "Condition":
+    def unconditional(self) -> "Condition":
         """The unconditional branch of guidance: no caption, no transcript; first frame and voice stay."""
         return replace(
             self,
@@ -121,18 +121,18 @@ class AVBatch:
         )
 
 
-Levels = Mapping[str, Float[Tensor, "B K"]]
+NoiseLevels = Mapping[str, Float[Tensor, "B K"]]
 """Modality -> noise level of every chunk."""
 
 
-class Memory(Protocol):
+class KVCache(Protocol):
     """Keys and values of what came before: the sink (first frame, voice), and the history of the clip."""
 
-    def detach(self) -> "Memory":
+    def detach(self) -> "KVCache":
         """The same memory as data: no gradient reaches what wrote it."""
         ...
 
-    def rows(self, index: Tensor) -> "Memory":
+    def rows(self, index: Tensor) -> "KVCache":
         """The memory of some rows of the batch."""
         ...
 
@@ -141,11 +141,11 @@ class Memory(Protocol):
         """The rows of all parts, one after the other; all remember the same chunks."""
         ...
 
-    def advance(self, chunk: int) -> "Memory":
+    def evict_before(self, chunk: int) -> "KVCache":
         """Forget what ``chunk`` and later ones can no longer see: keeps streaming at constant cost."""
         ...
 
-    def snapshot(self) -> "Memory":
+    def snapshot(self) -> "KVCache":
         """What is remembered, as a value that later passes do not change."""
         ...
 
@@ -154,7 +154,7 @@ class Memory(Protocol):
 class Holdable(Protocol):
     """A memory with which something may be kept from pass to pass."""
 
-    def held(self) -> Memory:
+    def shared_passes(self) -> KVCache:
         """The same memory, for passes over the same chunks between which no weight changes and whose gradients are
         taken together: what they have in common is found out once.
         """
@@ -173,11 +173,11 @@ class VelocityModel(Protocol):
     def __call__(
         self,
         x: Streams,
-        t: Levels,
-        r: Levels,
+        t: NoiseLevels,
+        r: NoiseLevels,
         cond: Condition,
-        memory: Memory | None = None,
+        memory: KVCache | None = None,
         *,
         store: bool = False,
         trust: Float[Tensor, " B"] | None = None,
-    ) -> tuple[dict[str, Tensor], Memory | None]: ...
+    ) -> tuple[dict[str, Tensor], KVCache | None]: ...

@@ -8,7 +8,7 @@ Weights = Mapping[str, Tensor]
 SHARD_BYTES = 5_000_000_000  # of a file
 
 
-def sharded(name: str, weights: Weights, most: int = SHARD_BYTES) -> dict[str, dict[str, Tensor]]:
+def shard_weights(name: str, weights: Weights, most: int = SHARD_BYTES) -> dict[str, dict[str, Tensor]]:
     """File names and what they hold: ``name.safetensors``, or ``name-00001-of-00003.safetensors`` and so on, whole
     tensors in their order, where one file would hold more than ``most`` bytes."""
     parts: list[dict[str, Tensor]] = [{}]
@@ -30,7 +30,7 @@ def branch_weights(weights: Weights, modality: str) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def joined(parts: Mapping[str, Weights]) -> dict[str, Tensor]:
+def merge_branches(parts: Mapping[str, Weights]) -> dict[str, Tensor]:
     """A coupled network from uni-modal ones: each branch from the network of its modality.
 
     Coupling adds no weight: queries, keys and values of the branches meet in one attention (METHOD 4).

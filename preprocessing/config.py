@@ -11,7 +11,7 @@ from mfcore.codecs.factory import AudioConfig, VideoConfig
 from mfcore.codecs.mel import MelConfig
 from mfcore.codecs.t5 import T5Config
 from mfcore.types import AUDIO, VIDEO
-from preprocessing.io.hashing import canonical, digest
+from preprocessing.io.hashing import canonical_json, content_hash
 from preprocessing.media.probe import DECODER_BYTES
 from preprocessing.media.scene_cuts import SceneConfig
 from preprocessing.steps.av_sync import SyncConfig
@@ -89,7 +89,7 @@ class PreprocessConfig:
         """Where pretrained networks compute."""
         return "cuda" if self.encoder.gpus else "cpu"
 
-    def size_for(self, shown: tuple[float, float]) -> tuple[int, int]:
+    def target_size(self, shown: tuple[float, float]) -> tuple[int, int]:
         """The size for a picture seen as (height, width): the nearest shape, of that the largest that enlarges
         nothing, else the smallest."""
 
@@ -101,14 +101,14 @@ class PreprocessConfig:
         return min(self.sizes, key=distance)
 
     @property
-    def folders(self) -> dict[str, str]:
+    def weight_folders(self) -> dict[str, str]:
         """Where pretrained weights are, by modality (and ``text``)."""
         used = {**{m: {VIDEO: self.video, AUDIO: self.audio}[m] for m in self.modalities}, "text": self.text}
         return {name: folder for name, part in used.items() if (folder := getattr(part, "folder", ""))}
 
     def resolved(self) -> dict[str, Any]:
         """The configuration as plain JSON values, without what changes nothing in the dataset."""
-        values: dict[str, Any] = json.loads(canonical(asdict(self)))
+        values: dict[str, Any] = json.loads(canonical_json(asdict(self)))
         del values["workers"]
         for part in ("video", "audio", "text", "whisper"):
             (values[part] or {}).pop("folder", None)  # the digest of the weights stays
@@ -118,4 +118,4 @@ class PreprocessConfig:
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.resolved())
+        return content_hash(self.resolved())

@@ -9,39 +9,39 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from mfcore.codecs.factory import make_codec
-from mfcore.codecs.hashed_words import HashedWords
-from mfcore.codecs.t5 import T5Words
+from mfcore.codecs.factory import codec_from_config
+from mfcore.codecs.hashed_words import HashedWordEncoder
+from mfcore.codecs.t5 import T5TextEncoder
 from mfcore.timeline import Timeline, whole_frames
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.config import PreprocessConfig
-from preprocessing.io.errors import Outage
-from preprocessing.io.storage import fetched
+from preprocessing.io.errors import InfrastructureError
+from preprocessing.io.storage import local_copy
 from preprocessing.media.decoder import Decoder
 from preprocessing.media.probe import MediaError, MediaInfo, probe
 from preprocessing.records import Clip, Rejected, Source
-from preprocessing.sources.discovery import edges, split_fragment
+from preprocessing.sources.discovery import edge_fingerprint, split_fragment
 from preprocessing.sources.sidecar import attach_text, read_sidecar
 from preprocessing.spans import SpanPlan
 from preprocessing.steps.av_sync import build_estimator, check_sync
-from preprocessing.steps.encode import Encoders, encode, encode_ahead
+from preprocessing.steps.encode import Encoders, encode_clip, encode_prefetched
 from preprocessing.steps.fingerprint import fingerprint
-from preprocessing.steps.quality_filters import check_duration, check_picture, check_sound, check_source
-from preprocessing.steps.segment import cut
+from preprocessing.steps.quality_filters import check_audio, check_duration, check_source, check_video
+from preprocessing.steps.segment import cut_spans
 from preprocessing.steps.transcribe import transcribe, whisper_folder
 
 _OF_DECODING = ("timeout", "memory", "killed")
-ATTEMPTS = 5  # at a source whose decoder something else ends (a lack of memory, a hand)
+MAX_DECODER_ATTEMPTS = 5  # at a source whose decoder something else ends (a lack of memory, a hand)
 
 
-class Spent:
+class StepTimer:
     """Seconds by step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def step(self, name: str) -> Generator[None]:
+    def measure(self, name: str) -> Generator[None]:
         began = time.perf_counter()
         try:
             yield
@@ -54,8 +54,12 @@ def build_encoders(config: PreprocessConfig) -> Encoders:
     build_estimator(config.sync)  # says now, and not of every clip, that weights are missing
     if config.whisper:
         whisper_folder(config.whisper)  # the same
-    codecs = {m: make_codec({VIDEO: config.video, AUDIO: config.audio}[m], config.device) for m in config.modalities}
-    words = T5Words(config.text, config.device) if config.text else HashedWords(config.text_width, config.words)
+    codecs = {
+        m: codec_from_config({VIDEO: config.video, AUDIO: config.audio}[m], config.device) for m in config.modalities
+    }
+    words = (
+        T5TextEncoder(config.text, config.device) if config.text else HashedWordEncoder(config.text_width, config.words)
+    )
     timeline = Timeline(clocks={m: c.clock for m, c in codecs.items()}, chunk_seconds=config.chunk_seconds)
     return Encoders(codecs=codecs, words=words, timeline=timeline)
 
@@ -79,7 +83,7 @@ def span_plan(config: PreprocessConfig, timeline: Timeline) -> SpanPlan:
         frames=[max(1, whole_frames(end, config.fps)) for end in ends],
         samples=[whole_frames(reach(AUDIO, k), Fraction(config.sample_rate)) for k in counts],
         step=round(most * config.chunk_seconds * config.fps),
-        least=config.min_chunks,
+        min_chunks=config.min_chunks,
         chunk=config.chunk_seconds * config.fps,
     )
 
@@ -87,15 +91,15 @@ def span_plan(config: PreprocessConfig, timeline: Timeline) -> SpanPlan:
 # --------------------------------------------------------------------------------------------------------------- steps
 
 
-def clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[tuple[str, Callable[[Clip], Clip]]]:
+def build_clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[tuple[str, Callable[[Clip], Clip]]]:
     """What every clip goes through after it was cut and before it is encoded, in order."""
     plan = span_plan(config, encoders.timeline)
     least = plan.frames[config.min_chunks]
     fps, rate = float(config.fps), config.sample_rate
     return [
         ("duration", partial(check_duration, least=least, fps=fps, sample_rate=rate)),
-        ("picture", partial(check_picture, config=config.filters)),
-        ("sound", partial(check_sound, config=config.filters)),
+        ("picture", partial(check_video, config=config.filters)),
+        ("sound", partial(check_audio, config=config.filters)),
         ("sync", partial(check_sync, config=config.sync, plan=plan, fps=config.fps, sample_rate=rate)),
         ("fingerprint", partial(fingerprint, sample_rate=rate)),
         ("text", attach_text),
@@ -113,21 +117,23 @@ def _check_streams(info: MediaInfo, config: PreprocessConfig) -> None:
         check_source(info.video, config.filters)
 
 
-def cut_source(source: Source, config: PreprocessConfig, plan: SpanPlan, spent: Spent) -> Generator[Clip | Rejected]:
+def cut_source(
+    source: Source, config: PreprocessConfig, plan: SpanPlan, spent: StepTimer
+) -> Generator[Clip | Rejected]:
     """Sidecar, probe, decode, cut: the clips of one source, one at a time."""
     if source.duplicate_of is not None:
         raise Rejected("duplicates", "duplicate", f"same bytes as {source.duplicate_of}")
     brought = "manifest" if source.transcript is not None else "sidecar"
     source = read_sidecar(source)
     base, within = split_fragment(source.uri)
-    with fetched(base) as path:
-        with spent.step("probe"):
+    with local_copy(base) as path:
+        with spent.measure("probe"):
             info = probe(
                 path, timeout=config.stall_seconds, memory=config.decoder_bytes, audio_track=config.audio_track
             )
         _check_streams(info, config)
         known: dict[str, Any] = {
-            "content": edges(path),
+            "content": edge_fingerprint(path),
             "source_fps": info.video.fps if info.video else None,
             "transcript_source": "" if source.transcript is None else brought,
         }
@@ -135,7 +141,7 @@ def cut_source(source: Source, config: PreprocessConfig, plan: SpanPlan, spent: 
             path,
             info,
             fps=config.fps,
-            size=config.sizes[0] if info.video is None else config.size_for(info.video.shown),
+            size=config.sizes[0] if info.video is None else config.target_size(info.video.display_size),
             sample_rate=config.sample_rate,
             streams=(VIDEO in config.modalities, AUDIO in config.modalities),
             fit=config.fit,
@@ -144,44 +150,46 @@ def cut_source(source: Source, config: PreprocessConfig, plan: SpanPlan, spent: 
             memory=config.decoder_bytes,
             cut_score=config.scenes.threshold,
         ) as decoder:
-            for clip in cut(decoder, info, source, plan, config.scenes, until=None if within is None else within[1]):
+            for clip in cut_spans(
+                decoder, info, source, plan, config.scenes, until=None if within is None else within[1]
+            ):
                 yield clip if isinstance(clip, Rejected) else replace(clip, **known)
 
 
 def process_source(
-    source: Source, config: PreprocessConfig, encoders: Encoders, spent: Spent | None = None
+    source: Source, config: PreprocessConfig, encoders: Encoders, spent: StepTimer | None = None
 ) -> Iterator[Clip | Rejected]:
     """Every span of a source, finished or rejected. No failure of a source or a step leaves this function."""
     return (found for _, found in process_sources([source], config, encoders, spent))
 
 
 def process_sources(
-    sources: Sequence[Source], config: PreprocessConfig, encoders: Encoders, spent: Spent | None = None
+    sources: Sequence[Source], config: PreprocessConfig, encoders: Encoders, spent: StepTimer | None = None
 ) -> Generator[tuple[Source, Clip | Rejected]]:
     """Every span of the sources, in order. With pretrained codecs clips of one shape that follow each other are encoded
     together, while the next ones are decoded."""
-    spent = spent or Spent()
+    spent = spent or StepTimer()
 
     def one(clip: Clip) -> Clip | Rejected:
-        return _through(clip, [("encode", partial(encode, encoders=encoders))], spent)
+        return _through(clip, [("encode", partial(encode_clip, encoders=encoders))], spent)
 
-    prepared = ((source, found) for source in sources for found in prepare_source(source, config, encoders, spent))
-    if config.folders:
-        yield from encode_ahead(prepared, one, encoders, config.encoder)
+    prepared = ((source, found) for source in sources for found in prepare_clips(source, config, encoders, spent))
+    if config.weight_folders:
+        yield from encode_prefetched(prepared, one, encoders, config.encoder)
         return
     for source, found in prepared:
         yield source, found if isinstance(found, Rejected) else one(found)
 
 
-def prepare_source(
-    source: Source, config: PreprocessConfig, encoders: Encoders, spent: Spent
+def prepare_clips(
+    source: Source, config: PreprocessConfig, encoders: Encoders, spent: StepTimer
 ) -> Iterator[Clip | Rejected]:
     """Every span of a source, ready to be encoded or rejected."""
-    plan, steps = span_plan(config, encoders.timeline), clip_steps(config, encoders)
+    plan, steps = span_plan(config, encoders.timeline), build_clip_steps(config, encoders)
     clips = _patiently(partial(cut_source, source, config, plan, spent))
     try:
         while True:
-            with spent.step("decode"):  # the time that was spent waiting for ffmpeg; probing counts in it too
+            with spent.measure("decode"):  # the time that was spent waiting for ffmpeg; probing counts in it too
                 clip = next(clips, None)
             if clip is None:
                 return
@@ -190,7 +198,7 @@ def prepare_source(
         yield rejected
     except MediaError as error:
         yield Rejected("decode" if error.reason in _OF_DECODING else "probe", error.reason, error.detail)
-    except Outage:
+    except InfrastructureError:
         raise
     except (FileNotFoundError, PermissionError) as error:
         yield Rejected("probe", "unreadable", f"{type(error).__name__}: {error}")
@@ -203,7 +211,7 @@ def prepare_source(
 def _patiently(cut: Callable[[], Generator[Clip | Rejected]]) -> Generator[Clip | Rejected]:
     """All that ``cut`` gives, from the start again where its decoder was killed: what was given is passed over."""
     given = 0
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, MAX_DECODER_ATTEMPTS + 1):
         with closing(cut()) as clips:
             try:
                 for clip in islice(clips, given, None):
@@ -211,19 +219,19 @@ def _patiently(cut: Callable[[], Generator[Clip | Rejected]]) -> Generator[Clip 
                     yield clip
                 return
             except MediaError as error:
-                if error.reason != "killed" or attempt == ATTEMPTS:
+                if error.reason != "killed" or attempt == MAX_DECODER_ATTEMPTS:
                     raise
 
 
-def _through(clip: Clip, steps: Sequence[tuple[str, Callable[[Clip], Clip]]], spent: Spent) -> Clip | Rejected:
+def _through(clip: Clip, steps: Sequence[tuple[str, Callable[[Clip], Clip]]], spent: StepTimer) -> Clip | Rejected:
     span = clip.span
     for name, step in steps:
         try:
-            with spent.step(name):
+            with spent.measure(name):
                 clip = step(clip)
         except Rejected as rejected:
             return Rejected(rejected.step, rejected.reason, rejected.detail, span)
-        except Outage:
+        except InfrastructureError:
             raise
         except Exception as error:  # as above
             return Rejected(name, "error", f"{type(error).__name__}: {error}", span)

@@ -22,49 +22,54 @@ import torch
 
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.schema import REJECTS, RowWriter, to_row
-from preprocessing.dataset.units import Unit
-from preprocessing.io.errors import Outage, outages
-from preprocessing.io.hashing import canonical, digest
-from preprocessing.io.lease import check_token
-from preprocessing.io.processes import scratch, sweep_scratch
-from preprocessing.io.ray_resources import has_come, most, told_while_waiting
+from preprocessing.dataset.units import WorkUnit
+from preprocessing.io.errors import InfrastructureError, translate_storage_errors
+from preprocessing.io.hashing import canonical_json, content_hash
+from preprocessing.io.lease import verify_lease
+from preprocessing.io.processes import delete_stale_scratch, scratch_dir
+from preprocessing.io.ray_resources import max_resources, report_while_waiting, resources_available
 from preprocessing.io.storage import Store
-from preprocessing.pipeline import Spent, build_encoders, process_sources
+from preprocessing.pipeline import StepTimer, build_encoders, process_sources
 from preprocessing.records import Clip, Rejected, Source
-from preprocessing.sources.discovery import file_name
-from preprocessing.steps.encode import ChannelSums, Encoders, latent_times
-from preprocessing.steps.transcribe import build_whisper
+from preprocessing.sources.discovery import display_name
+from preprocessing.steps.encode import Encoders, RunningMoments, latent_times
+from preprocessing.steps.transcribe import load_whisper
 
-Done = Callable[[dict[str, Any], Mapping[str, float]], None]
+OnUnitDone = Callable[[dict[str, Any], Mapping[str, float]], None]
 """Called with a finished unit's marker, and the seconds that each step took in it."""
 
 
-def clip_id(clip: Clip) -> str:
+def clip_id_of(clip: Clip) -> str:
     """A function of the source's URI and the span."""
-    return digest([clip.source.uri, *(f"{second:.6f}" for second in clip.span)])
+    return content_hash([clip.source.uri, *(f"{second:.6f}" for second in clip.span)])
 
 
-def bucket(clip: Clip) -> str:
+def shape_bucket(clip: Clip) -> str:
     """The shape that the clips of a file share: height x width, or that there is only sound."""
     return "audio" if clip.frames is None else f"{clip.frames.shape[1]}x{clip.frames.shape[2]}"
 
 
-def run_unit(
-    unit: Unit, store: Store, token: str, config: PreprocessConfig, encoders: Encoders, spent: Spent | None = None
+def process_unit(
+    unit: WorkUnit,
+    store: Store,
+    token: str,
+    config: PreprocessConfig,
+    encoders: Encoders,
+    spent: StepTimer | None = None,
 ) -> dict[str, Any]:
     """Process a unit, publish its files, then its marker, which is returned.
 
     LeaseLost when no longer ours; Outage when a disk is full, or a place of sources or of the store fails.
     """
-    spent = spent or Spent()
-    with scratch() as folder:
+    spent = spent or StepTimer()
+    with scratch_dir() as folder:
         with (
-            outages(tempfile.gettempdir(), hint=" (or set TMPDIR to another disk)"),
+            translate_storage_errors(tempfile.gettempdir(), hint=" (or set TMPDIR to another disk)"),
             _Files(folder, config, encoders, spent) as files,
         ):
             for source, clip in process_sources(unit.sources, config, encoders, spent):
                 files.add(source, clip)
-        check_token(store, token)
+        verify_lease(store, token)
         published = [
             _publish(store, file.path, kind, f"{kind}/{unit.name}{suffix}.parquet", file.rows)
             for kind, suffix, file in files.written()
@@ -76,17 +81,17 @@ def run_unit(
         "sources": len(unit.sources),
         **files.counts(),
     }
-    check_token(store, token)
-    store.write(unit.marker, canonical(marker).encode())
+    verify_lease(store, token)
+    store.write(unit.marker, canonical_json(marker).encode())
     return marker
 
 
 class _Files:
     """The rows of a unit: accepted clips in a local file for each bucket, rejects in one."""
 
-    def __init__(self, folder: Path, config: PreprocessConfig, encoders: Encoders, spent: Spent) -> None:
+    def __init__(self, folder: Path, config: PreprocessConfig, encoders: Encoders, spent: StepTimer) -> None:
         self._folder, self._config, self._encoders, self._spent = folder, config, encoders, spent
-        self._sums = {m: ChannelSums.zero(codec.channels) for m, codec in encoders.codecs.items()}
+        self._sums = {m: RunningMoments.zeros(codec.channels) for m, codec in encoders.codecs.items()}
         self._seconds, self._reasons, self._whole_sources = 0.0, Counter[str](), 0
         self._clips: dict[str, RowWriter] = {}
         self._open = ExitStack()
@@ -96,17 +101,17 @@ class _Files:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with self._spent.step("write"):
+        with self._spent.measure("write"):
             self._open.__exit__(*error)
 
     def add(self, source: Source, clip: Clip | Rejected) -> None:
-        with self._spent.step("write"):
+        with self._spent.measure("write"):
             if isinstance(clip, Rejected):
                 self._rejects.add(_reject_row(source, clip))
                 self._reasons[clip.reason] += 1
                 self._whole_sources += clip.span is None
                 return
-            name = bucket(clip)
+            name = shape_bucket(clip)
             if name not in self._clips:
                 self._clips[name] = self._open.enter_context(RowWriter(self._folder / f"{name}.parquet"))
             self._clips[name].add(_row(clip, self._config, self._encoders))
@@ -134,8 +139,8 @@ def _row(clip: Clip, config: PreprocessConfig, encoders: Encoders) -> dict[str, 
     assert clip.latents is not None
     return to_row(
         clip,
-        id=clip_id(clip),
-        file_name=file_name(clip.source.uri),
+        id=clip_id_of(clip),
+        file_name=display_name(clip.source.uri),
         fps=float(config.fps),
         sample_rate=config.sample_rate,
         times=latent_times(clip.latents, encoders.timeline),
@@ -162,7 +167,7 @@ def _publish(store: Store, local: Path, kind: str, name: str, rows: int) -> dict
     if rows == 0:
         return None
     data = local.read_bytes()
-    store.put(local, name)
+    store.upload(local, name)
     return {"kind": kind, "name": name, "rows": rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -175,17 +180,17 @@ class _Worker:
 
     def __init__(self, store_uri: str, token: str, config: PreprocessConfig) -> None:
         torch.set_num_threads(1)  # one worker per CPU
-        sweep_scratch()
+        delete_stale_scratch()
         self._store, self._token, self._config = Store(store_uri), token, config
         self._encoders = _kept_encoders(config)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        unit, spent = Unit.from_json(row["unit"]), Spent()
+        unit, spent = WorkUnit.from_json(row["unit"]), StepTimer()
         try:
-            marker = run_unit(unit, self._store, self._token, self._config, self._encoders, spent)
-        except (Outage, OSError) as error:  # said in words: Ray would wrap it in pages of its own
+            marker = process_unit(unit, self._store, self._token, self._config, self._encoders, spent)
+        except (InfrastructureError, OSError) as error:  # said in words: Ray would wrap it in pages of its own
             return {"marker": "null", "spent": "{}", "outage": str(error) or repr(error)}
-        return {"marker": canonical(marker), "spent": canonical(spent.seconds), "outage": ""}
+        return {"marker": canonical_json(marker), "spent": canonical_json(spent.seconds), "outage": ""}
 
 
 @lru_cache(maxsize=1)
@@ -194,7 +199,7 @@ def _kept_encoders(config: PreprocessConfig) -> Encoders:
     encoders = build_encoders(config)
     encoders.load()
     if config.whisper:
-        build_whisper(config.whisper, config.device)
+        load_whisper(config.whisper, config.device)
     return encoders
 
 
@@ -208,27 +213,31 @@ def _work(row: dict[str, Any], store_uri: str, token: str, config: PreprocessCon
     return _kept_worker(store_uri, token, config)(row)
 
 
-def run_units(units: Sequence[Unit], store: Store, token: str, config: PreprocessConfig, on_done: Done) -> None:
+def process_units(
+    units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig, on_done: OnUnitDone
+) -> None:
     """Process all units through Ray Data, or in this process for ``workers=0``. Outage as ``run_unit``."""
-    sweep_scratch()
+    delete_stale_scratch()
     if config.workers == 0:
         encoders = _kept_encoders(config)
         for unit in units:
-            spent = Spent()
-            on_done(run_unit(unit, store, token, config, encoders, spent), spent.seconds)
+            spent = StepTimer()
+            on_done(process_unit(unit, store, token, config, encoders, spent), spent.seconds)
     elif units:
         _run_on_ray(units, store, token, config, on_done)
-        sweep_scratch()  # of workers that were killed meanwhile
-        store.sweep()
+        delete_stale_scratch()  # of workers that were killed meanwhile
+        store.delete_temporary()
 
 
-def _run_on_ray(units: Sequence[Unit], store: Store, token: str, config: PreprocessConfig, on_done: Done) -> None:
+def _run_on_ray(
+    units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig, on_done: OnUnitDone
+) -> None:
     _start_ray()
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its narration is no news to our users
-    workers = _workers(len(units), config, most(ray.cluster_resources()))
+    workers = _workers(len(units), config, max_resources(ray.cluster_resources()))
     # One block per unit as far as Ray's bookkeeping allows: a block is what a task takes and what is retried.
     data = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=min(len(units), 4096))
     arguments = (store.uri, token, config)
@@ -237,16 +246,16 @@ def _run_on_ray(units: Sequence[Unit], store: Store, token: str, config: Preproc
     gpus = config.encoder.gpus or None
     place: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "memory": 0, "concurrency": workers}
     actor: Any = _Worker  # Ray makes one per worker
-    if config.folders or config.whisper:
+    if config.weight_folders or config.whisper:
         made = data.map(actor, fn_constructor_args=arguments, **place)
     else:
         task: Any = _work  # with arguments of its own behind the row
         made = data.map(task, fn_args=arguments, **place)
     asked, there = {"CPU": 1.0, "GPU": gpus or 0.0}, ray.cluster_resources
-    with told_while_waiting(f"machines for {workers} workers", there, seen=has_come(asked, there)):
+    with report_while_waiting(f"machines for {workers} workers", there, seen=resources_available(asked, there)):
         for row in made.iter_rows():
             if row["outage"]:
-                raise Outage(row["outage"])
+                raise InfrastructureError(row["outage"])
             on_done(json.loads(row["marker"]), json.loads(row["spent"]))
 
 

@@ -11,9 +11,9 @@ class SpanPlan:
     frames: Sequence[int]  # frames that k whole chunks take, at index k, up to the longest span
     samples: Sequence[int]  # samples that the latents of k whole chunks describe, where the source has them
     step: int  # frames from the start of a full span to the start of the next
-    least: int  # chunks of the shortest span
+    min_chunks: int  # chunks of the shortest span
     chunk: Fraction  # frames of a chunk
 
-    def boundary(self, frame: int) -> int:
+    def next_boundary(self, frame: int) -> int:
         """The first frame from this one on with which a chunk begins."""
         return ceil(ceil(frame / self.chunk) * self.chunk)

@@ -4,8 +4,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 
-from workflows.utils.environment import BASE, apply_defaults
+from workflows.utils.environment import CWD_ENV, apply_defaults
 
 apply_defaults()
-for name in (BASE, "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+for name in (CWD_ENV, "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
     os.environ.pop(name, None)

@@ -46,14 +46,14 @@ from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.near_duplicates import DUPLICATES
 from preprocessing.dataset.near_duplicates import SCHEMA as DUPLICATES_SCHEMA
 from preprocessing.dataset.reader import open_dataset
-from preprocessing.dataset.schema import CLIPS, REJECTS, SCHEMA_VERSION, SOURCES, columns
+from preprocessing.dataset.schema import CLIPS, REJECTS, SCHEMA_VERSION, SOURCES, columns_for
 from preprocessing.dataset.units import DATASET_FILE, SOURCES_FILE
 from preprocessing.io.lease import LOCK, Lease
-from preprocessing.io.ray_resources import MOST
+from preprocessing.io.ray_resources import PROMISED_RESOURCES_ENV
 from preprocessing.io.storage import TEMPORARY, Store
 from preprocessing.media.probe import MediaError
 from preprocessing.records import Rejected
-from preprocessing.sources.corpora import LAYOUTS
+from preprocessing.sources.corpora import CORPORA
 from preprocessing.steps.av_sync import SyncConfig
 from preprocessing.steps.transcribe import WhisperConfig
 from tests.helpers.analytic_models import LinearGaussian, linear_clips
@@ -68,45 +68,53 @@ from workflows.bench import preprocess_memory as bench_memory
 from workflows.bench import stream as bench_stream
 from workflows.bench import train as bench_train
 from workflows.bench import train_worker as bench_steps
-from workflows.bench.matmul_overhead import OverProducts
-from workflows.bench.variants import Turn, Variant
-from workflows.checkpoints.layout import MODEL, OUTCOME, RECORD
-from workflows.checkpoints.store import COMPLETE
+from workflows.bench.matmul_overhead import MatmulOverhead
+from workflows.bench.variants import RoundTiming, Variant
+from workflows.checkpoints.layout import METADATA_FILE, OUTCOME_FILE, RUN_FILE
+from workflows.checkpoints.store import COMPLETE_FILE
 from workflows.cli import output
 from workflows.cli.app import app
 from workflows.config import presets, serialization
-from workflows.config.latent_shapes import geometry
+from workflows.config.latent_shapes import geometry_for_preset
 from workflows.config.run import Stage
 from workflows.config.stages import STAGES
 from workflows.data import inspect
 from workflows.evaluation import csv_report, mlflow_report
-from workflows.evaluation.evaluate import evaluate
-from workflows.evaluation.metrics.generic import FAILURES
+from workflows.evaluation.evaluate import evaluate_checkpoints
+from workflows.evaluation.metrics.generic import FAILURE_PREDICATES
 from workflows.evaluation.metrics.registry import METRICS as SWEEP_METRICS
-from workflows.inference.generate import generate
+from workflows.inference.generate import generate_clip
 from workflows.jobs import job_server, local_head, records, submit
 from workflows.study import study as study_report
 from workflows.study.config import SAMPLING, study_preset
 from workflows.study.methods import GROUPS, METHODS
-from workflows.study.results_table import DRIFTING, SHOWN
-from workflows.study.scheduler import COST, ROW, check_folder, study_methods
-from workflows.study.tasks import JOINT, REAL, WEIGHTS, Unit, all_units, run_unit
-from workflows.study.tasks import LOG as STUDY_LOG
-from workflows.study.trainer import BEGUN
-from workflows.tracking.mlflow_sync import NOTE, Sent, write_note
-from workflows.tracking.mlflow_tracker import KIND, PARENT
-from workflows.tracking.tracker import ARTIFACTS, LATE, METRICS, ONCE, PARAMS, STEP, JsonLines
+from workflows.study.results_table import COLUMNS, DRIFT_COLUMNS
+from workflows.study.scheduler import COST_COLUMNS, ROW_COLUMNS, claim_study_dir, select_methods
+from workflows.study.tasks import JOINT_KEY, REAL_KEY, WEIGHTS, StudyTask, plan_tasks, run_task
+from workflows.study.tasks import LOG_FILE as STUDY_LOG
+from workflows.study.trainer import STEP_FILE
+from workflows.tracking.mlflow_sync import SYNC_STATE_FILE, SyncState, save_sync_state
+from workflows.tracking.mlflow_tracker import EXPERIMENT_TAGS, PARENT_RUN_TAG
+from workflows.tracking.tracker import ARTIFACTS, DEDUP_TAG, LATE_KEY, METRICS, PARAMS, STEP_KEY, JsonLinesTracker
 from workflows.training import worker
-from workflows.training.checkpointing import PARTS
-from workflows.training.collapse_alarms import ALARMS, FIRST_USE, Alarms, HistoryWatch, Liveliness, ScoreGap, compare
-from workflows.training.cost_estimate import on_paper
-from workflows.training.heartbeat import BEATS, Pulse
+from workflows.training.checkpointing import PARTS_DIR
+from workflows.training.collapse_alarms import (
+    ALARMS,
+    BASELINE_FILE,
+    AlarmStore,
+    CollapseStatistics,
+    FakeScoreRatio,
+    HistoryUseMonitor,
+    compare_to_real,
+)
+from workflows.training.cost_estimate import estimate_without_dataset
+from workflows.training.heartbeat import HEARTBEAT_DIR, Heartbeat
 from workflows.training.loop import STUDENT
-from workflows.training.metrics import Meter
-from workflows.training.preemption import STOP
-from workflows.training.resolve import FIXED, FREE
-from workflows.training.samples import DRIFT, FOLDER, LOOKS, Look, modes, training_samples
-from workflows.training.train import train
+from workflows.training.metrics import ThroughputMeter
+from workflows.training.preemption import STOP_FILE
+from workflows.training.resolve import IMMUTABLE_EXCEPTIONS, MUTABLE_SETTINGS
+from workflows.training.samples import DRIFT_METRICS, FOLDER, LOOKS, SampleReport, final_samples, sampling_modes
+from workflows.training.train import train_stage
 from workflows.utils import environment
 
 FROZEN = Path(__file__).with_name("stored_names.json")
@@ -174,7 +182,7 @@ def contents_of(folder: Path) -> dict[str, Any]:
 
 def content_of(path: Path) -> Any:
     """Return the names stored in one file; None for a file without names, such as a video."""
-    if path.suffix == ".json" or path.name == COMPLETE:
+    if path.suffix == ".json" or path.name == COMPLETE_FILE:
         return types_of(json.loads(path.read_text()))
     if path.suffix == ".jsonl":
         return merged([types_of(json.loads(line)) for line in path.read_text().splitlines()])
@@ -225,12 +233,12 @@ def command_line(_: "Material") -> Any:
             "exit code of a job unknown": submit.UNKNOWN_EXIT,
         },
         "environment variables": {
-            "working directory": environment.BASE,
+            "working directory": environment.CWD_ENV,
             "traceback": output.TRACEBACK,
-            "resources of a cluster": MOST,
-            "temporary folder of a head": local_head.TEMP,
+            "resources of a cluster": PROMISED_RESOURCES_ENV,
+            "temporary folder of a head": local_head.TEMP_ENV,
             "ports of a head": list(local_head.PORTS),
-            "defaults": environment.DEFAULTS,
+            "defaults": environment.DEFAULT_ENV,
         },
     }
 
@@ -270,7 +278,11 @@ def parameter_of(parameter: Any) -> tuple[str, dict[str, Any]]:
 
 def training_configurations(_: "Material") -> Any:
     """Return the configuration of every preset and stage, keys and values, and what ``--dry-run`` prints."""
-    plans = {f"{name} {stage}": on_paper(stage, name, (), None) for name in presets.PRESETS for stage in STAGE_NAMES}
+    plans = {
+        f"{name} {stage}": estimate_without_dataset(stage, name, (), None)
+        for name in presets.PRESETS
+        for stage in STAGE_NAMES
+    }
     return {
         "values": {name: plan["config"] for name, plan in plans.items()},
         "dry run": {name: types_of({**plan, "config": None}) for name, plan in plans.items()},
@@ -287,14 +299,14 @@ def other_configurations(material: "Material") -> Any:
         "whisper": WhisperConfig(weights="w"),
         "syncnet": SyncConfig(estimator="syncnet", weights="w"),
     }
-    check_folder(study_preset("quick"), material.folder / "study of quick")
+    claim_study_dir(study_preset("quick"), material.folder / "study of quick")
     return {
-        "preprocess": serialization.dump(default),
+        "preprocess": serialization.to_dict(default),
         "preprocess, as stored": default.resolved(),
         "preprocess, fingerprint": default.fingerprint,
-        "pretrained": {name: serialization.dump(config) for name, config in pretrained.items()},
+        "pretrained": {name: serialization.to_dict(config) for name, config in pretrained.items()},
         "toy world": json.loads((material.toy_clips / "_toyworld.json").read_text()),
-        "study": {name: serialization.dump(study_preset(name)) for name in ("toy-study", "quick")},
+        "study": {name: serialization.to_dict(study_preset(name)) for name in ("toy-study", "quick")},
         "study, as stored": keys_of(material.folder / "study of quick", "study.json"),
     }
 
@@ -302,8 +314,8 @@ def other_configurations(material: "Material") -> Any:
 def setting_names(_: "Material") -> Any:
     """Return configuration keys that the code names as text."""
     return {
-        "may change on resume": sorted(FREE),
-        "may not change on resume": sorted(FIXED),
+        "may change on resume": sorted(MUTABLE_SETTINGS),
+        "may not change on resume": sorted(IMMUTABLE_EXCEPTIONS),
         "of sampling in a study": sorted(SAMPLING),
     }
 
@@ -315,39 +327,44 @@ def file_names(_: "Material") -> Any:
     """Return the constants that name files, folders, fields and tags."""
     return {
         "run": {
-            "record": RECORD,
-            "outcome": OUTCOME,
-            "log": worker.LOG,
+            "record": RUN_FILE,
+            "outcome": OUTCOME_FILE,
+            "log": worker.LOG_FILE,
             "metrics": METRICS,
             "parameters": PARAMS,
             "artifacts": ARTIFACTS,
-            "state of delivery": NOTE,
+            "state of delivery": SYNC_STATE_FILE,
             "alarms": ALARMS,
-            "first history use": FIRST_USE,
-            "heartbeats": BEATS,
+            "first history use": BASELINE_FILE,
+            "heartbeats": HEARTBEAT_DIR,
             "samples": FOLDER,
             "reports on samples": LOOKS,
-            "request to stop": STOP,
+            "request to stop": STOP_FILE,
             "lease": LOCK,
             "temporary": TEMPORARY,
         },
-        "checkpoint": {"model card": MODEL, "marker": COMPLETE, "parts": PARTS, "trained network": STUDENT},
+        "checkpoint": {
+            "model card": METADATA_FILE,
+            "marker": COMPLETE_FILE,
+            "parts": PARTS_DIR,
+            "trained network": STUDENT,
+        },
         "dataset": {
             "facts": DATASET_FILE,
             "sources": SOURCES_FILE,
             "duplicates": DUPLICATES,
             "version": SCHEMA_VERSION,
         },
-        "study": {"weights": WEIGHTS, "log": STUDY_LOG, "step": BEGUN, "joint": JOINT, "real": REAL},
+        "study": {"weights": WEIGHTS, "log": STUDY_LOG, "step": STEP_FILE, "joint": JOINT_KEY, "real": REAL_KEY},
         "tracking": {
-            "parent": PARENT,
-            "step": STEP,
-            "late": LATE,
-            "once": ONCE,
-            "experiment tags": KIND,
+            "parent": PARENT_RUN_TAG,
+            "step": STEP_KEY,
+            "late": LATE_KEY,
+            "once": DEDUP_TAG,
+            "experiment tags": EXPERIMENT_TAGS,
             "experiments": [mlflow_report.EXPERIMENT, inspect.EXPERIMENT, study_report.EXPERIMENT],
         },
-        "corpora": sorted(LAYOUTS),
+        "corpora": sorted(CORPORA),
     }
 
 
@@ -356,14 +373,14 @@ def small_records(material: "Material") -> Any:
     folder = material.folder / "records"
     folder.mkdir()
     said: list[str] = []
-    Alarms(folder, said.append).update("samples", {"motion/few": "motion is low"}, 3)
-    watch = HistoryWatch(folder, [linear_clips(8, 4, 0)], TimeConfig(shift={AUDIO: 1.0}), 0)
-    watch.read(LinearGaussian(0.95, 0.0, 0.1))
-    write_note(folder, Sent(uri="sqlite:///mlflow.db", key="k"))
-    Look(step=4, numbers={"sample/sync/few": 1.0}, error="").write(folder)
-    log = JsonLines(folder)
-    log.log(1, {STEP: 8.0})
-    log.log(1, {STEP: 8.0}, late=True)
+    AlarmStore(folder, said.append).update("samples", {"motion/few": "motion is low"}, 3)
+    watch = HistoryUseMonitor(folder, [linear_clips(8, 4, 0)], TimeConfig(shift={AUDIO: 1.0}), 0)
+    watch.measure(LinearGaussian(0.95, 0.0, 0.1))
+    save_sync_state(folder, SyncState(uri="sqlite:///mlflow.db", key="k"))
+    SampleReport(step=4, numbers={"sample/sync/few": 1.0}, error="").write(folder)
+    log = JsonLinesTracker(folder)
+    log.log(1, {STEP_KEY: 8.0})
+    log.log(1, {STEP_KEY: 8.0}, late=True)
     log.params({"a.b": 1})
     log.artifact(folder / ALARMS, "configuration")
     with Lease(Store(str(folder))):
@@ -372,22 +389,22 @@ def small_records(material: "Material") -> Any:
         "files": contents_of(folder),
         "heartbeat": heartbeat(folder),
         "lease": lease,
-        "model card": serialization.dump(CARD),
-        "model card of stage mutual": types_of(serialization.dump(random_card("mutual"))),
-        "progress": serialization.dump(PROGRESS),
-        "head": types_of(asdict(local_head.Head(cluster="c", address="a", temp="t"))),
+        "model card": serialization.to_dict(CARD),
+        "model card of stage mutual": types_of(serialization.to_dict(random_card("mutual"))),
+        "progress": serialization.to_dict(PROGRESS),
+        "head": types_of(asdict(local_head.LocalHead(cluster="c", address="a", temp="t"))),
     }
 
 
 def heartbeat(folder: Path) -> Any:
     """Return the name and the key types of a heartbeat file."""
-    pulse = Pulse(folder / BEATS, 0)
+    pulse = Heartbeat(folder / HEARTBEAT_DIR, 0)
     try:
         deadline = time.monotonic() + 10
-        while not (files := sorted((folder / BEATS).glob("[0-9]*.json"))):
+        while not (files := sorted((folder / HEARTBEAT_DIR).glob("[0-9]*.json"))):
             assert time.monotonic() < deadline, "no heartbeat was written"
             time.sleep(0.01)
-        return {files[0].name: keys_of(folder / BEATS, files[0].name)}
+        return {files[0].name: keys_of(folder / HEARTBEAT_DIR, files[0].name)}
     finally:
         pulse.close()
 
@@ -399,9 +416,9 @@ def dataset_schemas(_: "Material") -> Any:
         "rejects": schema_of(REJECTS),
         "sources": schema_of(SOURCES),
         "duplicates": schema_of(DUPLICATES_SCHEMA),
-        "read": {name: columns(names) for name, names in presets.MODALITIES.items()},
+        "read": {name: columns_for(names) for name, names in presets.MODALITIES.items()},
         "reasons": reject_reasons(),
-        "histograms": sorted(inspect.COLUMNS),
+        "histograms": sorted(inspect.HISTOGRAM_COLUMNS),
     }
 
 
@@ -439,9 +456,9 @@ def tensor_names(_: "Material") -> Any:
     found: dict[str, Any] = {}
     for name in presets.PRESETS:
         for stage in STAGE_NAMES:
-            known = geometry(name)
-            config = presets.preset(name, stage, known.shapes(known.padded((64, 64))))
-            config = serialization.change(config, serialization.parse_sets(["model.layers=2"]))
+            known = geometry_for_preset(name)
+            config = presets.build_preset(name, stage, known.shapes(known.padded((64, 64))))
+            config = serialization.apply_overrides(config, serialization.parse_overrides(["model.layers=2"]))
             with torch.device("meta"):
                 found[f"{name} {stage}"] = tensors_of(list(AVTransformer(config.model).state_dict()))
     return found
@@ -456,12 +473,17 @@ def metric_names(material: "Material") -> Any:
         "speed": speed_names(),
         "alarms": alarm_names(material.folder),
         "sweep": [list(metric.names) for metric in SWEEP_METRICS],
-        "failures": sorted(FAILURES),
-        "by window while training": sorted(DRIFT),
-        "modes": {stage: list(modes(stage)) for stage in STAGE_NAMES},
+        "failures": sorted(FAILURE_PREDICATES),
+        "by window while training": sorted(DRIFT_METRICS),
+        "modes": {stage: list(sampling_modes(stage)) for stage in STAGE_NAMES},
         "headline": {stage: [STAGES[stage].headline, *STAGES[stage].trained] for stage in STAGE_NAMES},
-        "table": content_of(csv_report.write([], material.folder / "table.csv")),
-        "study": {"shown": list(SHOWN), "drifting": list(DRIFTING), "row": sorted(ROW), "cost": sorted(COST)},
+        "table": content_of(csv_report.write_csv([], material.folder / "table.csv")),
+        "study": {
+            "shown": list(COLUMNS),
+            "drifting": list(DRIFT_COLUMNS),
+            "row": sorted(ROW_COLUMNS),
+            "cost": sorted(COST_COLUMNS),
+        },
     }
 
 
@@ -472,31 +494,31 @@ def speed_names() -> list[str]:
         patch.setattr(torch.cuda, "utilization", lambda: 50)
         for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
             patch.setattr(torch.cuda, name, lambda: 0)
-        meter = Meter()
+        meter = ThroughputMeter()
         with meter.saving():
-            meter.add(8, 100)
-        return sorted(meter.read(8))
+            meter.count(8, 100)
+        return sorted(meter.collect(8))
 
 
 def alarm_names(folder: Path) -> dict[str, list[str]]:
     """Return the names of the numbers and alarms of a collapsed run."""
-    lively = Liveliness(
+    lively = CollapseStatistics(
         motion=1.0, power=1.0, finite=True, variance={"video": 1.0}, seam={"video": 1.0}, lag1={"video": 0.9}
     )
-    dead = Liveliness(
+    dead = CollapseStatistics(
         motion=0.0, power=0.0, finite=False, variance={"video": 0.0}, seam={"video": 9.0}, lag1={"video": 0.0}
     )
-    numbers, wrong = compare("few", dead, lively)
-    watch = HistoryWatch(folder, [linear_clips(8, 4, 0)], TimeConfig(shift={AUDIO: 1.0}), 0)
-    watch.read(LinearGaussian(0.95, 0.0, 0.1))
-    use, lost = watch.read(LinearGaussian(0.07, 0.0, 1.0))
+    numbers, wrong = compare_to_real("few", dead, lively)
+    watch = HistoryUseMonitor(folder, [linear_clips(8, 4, 0)], TimeConfig(shift={AUDIO: 1.0}), 0)
+    watch.measure(LinearGaussian(0.95, 0.0, 0.1))
+    use, lost = watch.measure(LinearGaussian(0.07, 0.0, 1.0))
     log = {f"{term}/video/t1": value for term, value in (("flow_matching", 1.0), ("fake_score", 0.01))}
-    gap = ScoreGap()
-    readings = [gap.read(log | {"fake_score/video": 0.01}) for _ in range(10)]
+    gap = FakeScoreRatio()
+    readings = [gap.measure(log | {"fake_score/video": 0.01}) for _ in range(10)]
     return {
         "numbers": sorted(numbers | readings[-1][0] | use),
         "alarms": sorted(wrong | readings[-1][1] | lost),
-        "statistics": sorted(lively.numbers),
+        "statistics": sorted(lively.as_metrics),
     }
 
 
@@ -549,7 +571,7 @@ def checks() -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "run", run)
-        result = output.plain(doctor.doctor())
+        result = output.to_json_types(doctor.run_checks())
     return {"result": types_of(result), "names": [check["name"] for check in result["checks"]]}
 
 
@@ -562,9 +584,9 @@ def jobs(folder: Path) -> Any:
             ended = SimpleNamespace(is_terminal=lambda: True, value="SUCCEEDED")
             return SimpleNamespace(status=ended, driver_exit_code=0, message="")
 
-    job = records.Job(id="raysubmit_1", address="http://host:8265", command=["doctor"], submitted=1.0)
+    job = records.SubmittedJob(id="raysubmit_1", address="http://host:8265", command=["doctor"], submitted=1.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job_server, job_server.client.__name__, lambda address: Client())
+        patch.setattr(job_server, job_server.connect.__name__, lambda address: Client())
         submit._record(job)
         return {
             "one": types_of(mfctl("status", job.id)),
@@ -575,19 +597,19 @@ def jobs(folder: Path) -> Any:
 
 def bench_results(_: "Material") -> Any:
     """Return the keys of the results of ``mfctl bench`` from the functions that assemble them."""
-    turn = Turn(step_s=1.0, wait_s=0.0, cpu_s=1.0, loss=1.0)
-    names = (bench_steps.BARE, "ray_zero1")
-    plan = bench_steps.Plan(
-        config=bench_train.resolve("joint", "tiny", 1, 1, ()),
+    turn = RoundTiming(step_s=1.0, wait_s=0.0, cpu_s=1.0, loss=1.0)
+    names = (bench_steps.REFERENCE_VARIANT, "ray_zero1")
+    plan = bench_steps.TrainBenchPlan(
+        config=bench_train.bench_config("joint", "tiny", 1, 1, ()),
         variants=dict.fromkeys(names, Variant()),
         rounds=1,
         turn=1,
         threads=1,
     )
-    measured = bench_steps.Measured(
+    measured = bench_steps.TrainBenchResult(
         turns={name: [turn] for name in names},
         state_bytes=dict.fromkeys(names, 1),
-        over_products=OverProducts(forward=1.0, block=1.0),
+        over_products=MatmulOverhead(forward=1.0, block=1.0),
         flops_per_s=[1.0],
         flops=1,
         tokens=1,
@@ -596,7 +618,7 @@ def bench_results(_: "Material") -> Any:
         peak_memory_bytes=1,
         profiles={},
     )
-    media = bench_preprocess.Turn(
+    media = bench_preprocess.Measurement(
         wall_s=1.0, cpu_s=1.0, counts={"accepted": 1, "hours": 1.0}, spent={"decode": 1.0}, peak_rss_bytes=1
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -605,8 +627,8 @@ def bench_results(_: "Material") -> Any:
         growth = bench_memory.bench_memory(few=1, many=2, workers=1)
     turns = {name: [media] for name in ("limit", "ours", "plain")}
     return {
-        "train": types_of(bench_train.summary(plan, measured, {"ray_zero2": "not measured"})),
-        "train, variants": [*bench_train.VARIANTS, *bench_train.OF_MUTUAL, *bench_train.OTHERS],
+        "train": types_of(bench_train.summarize(plan, measured, {"ray_zero2": "not measured"})),
+        "train, variants": [*bench_train.VARIANTS, *bench_train.MUTUAL_VARIANTS, *bench_train.OTHER_VARIANTS],
         "preprocess": types_of(bench_preprocess._summary(turns, 1, 1)),
         "preprocess --memory": types_of(growth),
     }
@@ -645,28 +667,28 @@ def run_of(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "files": files_in(folder),
         "contents": contents_of(folder),
-        "result": types_of(output.plain(result)),
+        "result": types_of(output.to_json_types(result)),
     }
 
 
 def study_folder(material: "Material") -> Any:
     """Return methods, units, files, keys and metric names of a study of two trainings."""
-    out, config = material.folder / "study", serialization.change(study_preset("quick"), SMALL_STUDY)
-    check_folder(config, out)
-    scored = [Unit(kind="score", method=name, seed=0, mode=mode, steps=1) for name, mode in SCORED.items()]
-    for unit in (*(Unit(kind="train", method=name, seed=0) for name in (JOINT, "mutual")), *scored):
-        run_unit(config, out, unit, "cpu", float("inf"))
-    planned = all_units(study_preset("toy-study"), study_methods(["all", "ablations"], [0]))
+    out, config = material.folder / "study", serialization.apply_overrides(study_preset("quick"), SMALL_STUDY)
+    claim_study_dir(config, out)
+    scored = [StudyTask(kind="score", method=name, seed=0, mode=mode, steps=1) for name, mode in SCORED.items()]
+    for unit in (*(StudyTask(kind="train", method=name, seed=0) for name in (JOINT_KEY, "mutual")), *scored):
+        run_task(config, out, unit, "cpu", float("inf"))
+    planned = plan_tasks(study_preset("toy-study"), select_methods(["all", "ablations"], [0]))
     return {
         "methods": {name: [m.key, list(m.modes), list(m.counts or ())] for name, m in METHODS.items()},
         "groups": {name: list(methods) for name, methods in GROUPS.items()},
-        "units": [f"{unit.name} {unit.result(Path())}" for unit in planned],
+        "units": [f"{unit.name} {unit.result_path(Path())}" for unit in planned],
         "files": files_in(out),
         "contents": contents_of(out),
     }
 
 
-SCORED: dict[str, Literal["few", "multi"]] = {"mutual": "few", JOINT: "multi", REAL: "multi"}
+SCORED: dict[str, Literal["few", "multi"]] = {"mutual": "few", JOINT_KEY: "multi", REAL_KEY: "multi"}
 SMALL_STUDY: dict[str, Any] = {
     "model": {"dim": 16, "layers": 1, "heads": 1},
     "joint_batch": 4,
@@ -731,7 +753,7 @@ class Material:
     def sampled(self) -> dict[Stage, dict[str, Any]]:
         """Train every stage on playable clips and make samples; return the results by stage."""
         sets = ("data.held_out=0.5", "sample_every=8")
-        return trained(str(self.toy_data), self.folder / "sampled", sets, sample=training_samples)
+        return trained(str(self.toy_data), self.folder / "sampled", sets, sample=final_samples)
 
 
 def trained(data: str, runs: Path, sets: Sequence[str] = (), **more: Any) -> dict[Stage, dict[str, Any]]:
@@ -740,14 +762,14 @@ def trained(data: str, runs: Path, sets: Sequence[str] = (), **more: Any) -> dic
     for stage in STAGE_NAMES:
         own = ("steps=4", "fake.rank=2", *EVERY_PART_AT_ONCE) if stage == "mutual" else ("steps=2", "eval_every=2")
         parents = [found[parent]["run_dir"] for parent in STAGES[stage].parents]
-        found[stage] = train(
+        found[stage] = train_stage(
             stage,
             data=data,
             init_from=parents,
             sets=(*SMALL, *own, *sets),
             run=stage,
             runs_dir=runs,
-            launch=worker.work,
+            launch=worker.run_worker,
             **more,
         )
     return found
@@ -775,7 +797,7 @@ def without_alarms(value: Any) -> Any:
 def sweep(material: "Material") -> Any:
     """Return what a sweep stores and prints, and the summary of a demo with it."""
     out = material.folder / "sweep"
-    result = evaluate(
+    result = evaluate_checkpoints(
         [material.sampled["mutual"]["run_dir"]],
         steps=[1],
         clips=2,
@@ -784,12 +806,12 @@ def sweep(material: "Material") -> Any:
         out=str(out),
         progress=lambda done, of: None,
     )
-    summary = demo.summarise(material.toy_dataset, material.sampled, result, result, samples=[], took={"sweep": 1.0})
+    summary = demo.summarize(material.toy_dataset, material.sampled, result, result, samples=[], took={"sweep": 1.0})
     return {
         "files": files_in(out),
         "contents": contents_of(out),
-        "result": types_of(output.plain(result)),
-        "demo": types_of(output.plain(summary)),
+        "result": types_of(output.to_json_types(result)),
+        "demo": types_of(output.to_json_types(summary)),
     }
 
 
@@ -797,7 +819,7 @@ def generated(material: "Material") -> Any:
     """Return the results of ``mfctl generate`` and ``mfctl reconstruct``."""
     clip = open_dataset(str(material.toy_data)).clip(0).id
     source = str(min(material.toy_clips.glob("*.mp4")))
-    made = generate(
+    made = generate_clip(
         material.sampled["mutual"]["run_dir"],
         out=str(material.folder / "g.mp4"),
         first_frame=source,
@@ -805,32 +827,32 @@ def generated(material: "Material") -> Any:
         seconds=1.0,
     )
     return {
-        "generate": types_of(output.plain(made)),
+        "generate": types_of(output.to_json_types(made)),
         "reconstruct": types_of(mfctl("reconstruct", str(material.toy_data), clip, str(material.folder / "r.mp4"))),
     }
 
 
 def streamed(_: "Material") -> Any:
     """Return the result of ``mfctl bench stream`` on a tiny network."""
-    early, cached = bench_stream.EARLY, bench_stream.CACHED_AT
-    bench_stream.EARLY, bench_stream.CACHED_AT = 6, 10
+    early, cached = bench_stream.EARLY_CHUNKS, bench_stream.CACHED_AT
+    bench_stream.EARLY_CHUNKS, bench_stream.CACHED_AT = 6, 10
     try:
         result = bench_stream.bench_stream(chunks=9, rounds=1, steps=1, device="cpu", sets=TINY_NETWORK[:3])
     finally:
-        bench_stream.EARLY, bench_stream.CACHED_AT = early, cached
-    return types_of(output.plain(result))
+        bench_stream.EARLY_CHUNKS, bench_stream.CACHED_AT = early, cached
+    return types_of(output.to_json_types(result))
 
 
 def published_study(material: "Material") -> Any:
     """Return what ``mfctl study`` stores and prints when all its units are done."""
     out = material.folder / "published"
     patterns = ["study.json", "seed-0/joint/train.json", "seed-0/mutual/train.json"]
-    patterns += [f"rows/seed-0-{name}-*.json" for name in (JOINT, "mutual", REAL)]
+    patterns += [f"rows/seed-0-{name}-*.json" for name in (JOINT_KEY, "mutual", REAL_KEY)]
     for file in (file for pattern in patterns for file in published_study_dir().glob(pattern)):
         target = out / file.relative_to(published_study_dir())
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes())
-    result = study_report.study(
+    result = study_report.run_study(
         out=str(out),
         preset="toy-study",
         seeds="1",
@@ -846,7 +868,7 @@ def published_study(material: "Material") -> Any:
     return {
         "files": files_in(out),
         "contents": {name: keys_of(out, name) for name in made},
-        "result": types_of(output.plain(result)),
+        "result": types_of(output.to_json_types(result)),
     }
 
 
@@ -867,7 +889,7 @@ def tracked(_: "Material") -> Any:
 
 def names_of_run(client: Any, run: Any) -> dict[str, list[str]]:
     """Return the names that one MLflow run holds."""
-    own = [tag for tag in run.data.tags if not tag.startswith("mlflow.") or tag == PARENT]
+    own = [tag for tag in run.data.tags if not tag.startswith("mlflow.") or tag == PARENT_RUN_TAG]
     return {
         "tags": sorted(own),
         "params": sorted(run.data.params),
@@ -910,7 +932,13 @@ def prepared(folder: Path, tracker: Literal["json", "mlflow"]) -> Iterator[Mater
     """Yield material in an empty ``folder`` that is the current directory, with the environment of a fresh shell."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name in (environment.BASE, "MFCTL_TRACKER", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        for name in (
+            environment.CWD_ENV,
+            "MFCTL_TRACKER",
+            "MLFLOW_TRACKING_URI",
+            "RAY_ADDRESS",
+            "RAY_API_SERVER_ADDRESS",
+        ):
             patch.delenv(name, raising=False)
         if tracker == "json":
             patch.setenv("MFCTL_TRACKER", tracker)

@@ -18,17 +18,17 @@ from urllib.parse import unquote
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.media.mp4_writer import write_mp4
-from preprocessing.toyworld.world import ToyConfig, draw_truth, render_frames, write_toyworld
+from preprocessing.toyworld.world import ToyConfig, render_frames, sample_truth, write_toyworld
 from workflows.config.run import Stage
-from workflows.data.build import preprocess
-from workflows.data.inspect import inspect
-from workflows.evaluation.evaluate import evaluate
-from workflows.inference.generate import generate
-from workflows.training.samples import training_samples
-from workflows.training.train import train
+from workflows.data.build import build_dataset
+from workflows.data.inspect import inspect_dataset
+from workflows.evaluation.evaluate import evaluate_checkpoints
+from workflows.inference.generate import generate_clip
+from workflows.training.samples import final_samples
+from workflows.training.train import train_stage
 from workflows.utils import environment
 from workflows.utils.json_io import write_json
-from workflows.utils.progress import progress
+from workflows.utils.progress import progress_bar
 
 STAGES: tuple[Stage, ...] = ("video", "audio", "joint", "mutual")
 PARENTS: dict[Stage, tuple[Stage, ...]] = {"video": (), "audio": (), "joint": ("video", "audio"), "mutual": ("joint",)}
@@ -36,7 +36,7 @@ HELD_OUT = 0.1  # share of the clips that no stage is trained on, as in the pres
 
 
 @dataclass(frozen=True, kw_only=True)
-class Story:
+class DemoConfig:
     """Size and folders of one demo."""
 
     out: Path
@@ -53,7 +53,7 @@ class Story:
         return self.out / "clips"
 
     @property
-    def damaged(self) -> Path:
+    def broken_files(self) -> Path:
         return self.out / "damaged"
 
     @property
@@ -67,29 +67,29 @@ class Story:
 
 def demo(out: str) -> dict[str, Any]:
     """The story at its usual size; returns what ``summary.json`` holds."""
-    return tell(Story(out=Path(out)))
+    return run_demo(DemoConfig(out=Path(out)))
 
 
-def tell(story: Story) -> dict[str, Any]:
+def run_demo(story: DemoConfig) -> dict[str, Any]:
     """Run the story and write ``summary.json``."""
     story.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", environment.tracking_uri())
     took: dict[str, float] = {}
-    with chapter("toy world", took):
+    with section("toy world", took):
         make_clips(story)
-    with chapter("preprocess", took):
+    with section("preprocess", took):
         config = PreprocessConfig(window_seconds=Fraction(story.window))
-        counts = preprocess([str(story.clips), str(story.damaged)], str(story.dataset), config)
+        counts = build_dataset([str(story.clips), str(story.broken_files)], str(story.dataset), config)
         sheet = story.out / "contact_sheet.png"
-        inspect(str(story.dataset), verify=True, sheet=None if sheet.exists() else str(sheet))
+        inspect_dataset(str(story.dataset), verify=True, sheet=None if sheet.exists() else str(sheet))
     stages: dict[str, Any] = {}
     for stage in STAGES:
-        with chapter(f"train {stage}", took):
-            stages[stage] = train_stage(story, stage)
-    with chapter("samples", took):
+        with section(f"train {stage}", took):
+            stages[stage] = run_stage(story, stage)
+    with section("samples", took):
         samples = make_samples(story, stages)
-    with chapter("sweep", took):
-        sweep = evaluate(
+    with section("sweep", took):
+        sweep = evaluate_checkpoints(
             [stages["mutual"]["run_dir"]],
             data=str(story.dataset),
             steps=story.steps,
@@ -98,8 +98,8 @@ def tell(story: Story) -> dict[str, Any]:
             windows=f"0-{story.window / 2},{story.window / 2}-{story.window}",
             out=str(story.out / "sweep"),
         )
-    with chapter("the joint checkpoint, for comparison", took):
-        before = evaluate(
+    with section("the joint checkpoint, for comparison", took):
+        before = evaluate_checkpoints(
             [stages["joint"]["run_dir"]],
             data=str(story.dataset),
             steps=[4],
@@ -108,14 +108,14 @@ def tell(story: Story) -> dict[str, Any]:
             clips=story.sweep_clips,
             out=str(story.out / "sweep_joint"),
         )
-    summary = summarise(counts, stages, sweep, before, samples, took)
+    summary = summarize(counts, stages, sweep, before, samples, took)
     write_json(story.out / "summary.json", summary)
-    print(farewell(story, summary), file=sys.stderr, flush=True)
+    print(closing_message(story, summary), file=sys.stderr, flush=True)
     return summary
 
 
 @contextmanager
-def chapter(title: str, took: dict[str, float]) -> Iterator[None]:
+def section(title: str, took: dict[str, float]) -> Iterator[None]:
     """Announce a part of the story and keep how long it took."""
     print(f"== {title}", file=sys.stderr, flush=True)
     began = time.monotonic()
@@ -124,9 +124,9 @@ def chapter(title: str, took: dict[str, float]) -> Iterator[None]:
     print(f"== {title}: {took[title]:.0f} s", file=sys.stderr, flush=True)
 
 
-def make_clips(story: Story) -> None:
+def make_clips(story: DemoConfig) -> None:
     """The toy world, and beside it two files such as every collection has: one without sound, one that is no media."""
-    with progress("clips") as show:
+    with progress_bar("clips") as show:
         write_toyworld(
             story.clips,
             clips=story.clips_made,
@@ -138,28 +138,28 @@ def make_clips(story: Story) -> None:
             jobs=os.cpu_count() or 1,
             progress_callback=show,
         )
-    story.damaged.mkdir(exist_ok=True)
-    silent, pointer = story.damaged / "no_sound.mp4", story.damaged / "pointer.mp4"
+    story.broken_files.mkdir(exist_ok=True)
+    silent, pointer = story.broken_files / "no_sound.mp4", story.broken_files / "pointer.mp4"
     if not silent.exists():
         world = ToyConfig(seconds=story.seconds, seed=story.seed)
-        write_mp4(silent, render_frames(draw_truth(world, story.clips_made)), world.fps)
+        write_mp4(silent, render_frames(sample_truth(world, story.clips_made)), world.fps)
     if not pointer.exists():
         pointer.write_text("version 1: a pointer, not a clip\n")
 
 
-def train_stage(story: Story, stage: Stage) -> dict[str, Any]:
-    return train(
+def run_stage(story: DemoConfig, stage: Stage) -> dict[str, Any]:
+    return train_stage(
         stage,
         data=str(story.dataset),
         init_from=[str(story.out / parent) for parent in PARENTS[stage]],
         sets=story.sets,
         run=stage,
         runs_dir=story.out,
-        sample=training_samples,
+        sample=final_samples,
     )
 
 
-def make_samples(story: Story, stages: Mapping[str, Any]) -> list[str]:
+def make_samples(story: DemoConfig, stages: Mapping[str, Any]) -> list[str]:
     """A sample of every stage, and one four times as long as any training clip."""
     for stage, facts in stages.items():
         steps = 4 if stage == "mutual" else 16
@@ -168,7 +168,7 @@ def make_samples(story: Story, stages: Mapping[str, Any]) -> list[str]:
     return sorted(str(path) for path in story.samples.glob("*.mp4"))
 
 
-def make_sample(story: Story, run_dir: Path, name: str, *, seconds: float, steps: int) -> Path:
+def make_sample(story: DemoConfig, run_dir: Path, name: str, *, seconds: float, steps: int) -> Path:
     """Continue a held-out clip's first frame with its transcript (repeated for as long as it takes)."""
     target = story.samples / name
     if target.exists():
@@ -176,7 +176,7 @@ def make_sample(story: Story, run_dir: Path, name: str, *, seconds: float, steps
     source = held_out_source(story)
     words = json.loads(source.with_suffix(".json").read_text())
     repeated = repeat_words(words["transcript"], story.seconds, seconds)
-    generate(
+    generate_clip(
         str(run_dir),
         out=str(target),
         first_frame=str(source),
@@ -199,13 +199,13 @@ def repeat_words(words: Sequence[Mapping[str, Any]], period: float, seconds: flo
     ]
 
 
-def held_out_source(story: Story) -> Path:
+def held_out_source(story: DemoConfig) -> Path:
     """The file of the first clip that no stage was trained on."""
-    _, held_out = open_dataset(str(story.dataset)).held_out(HELD_OUT)
+    _, held_out = open_dataset(str(story.dataset)).split(HELD_OUT)
     return Path(unquote(held_out.clip(0).source_uri.removeprefix("file://")))
 
 
-def summarise(
+def summarize(
     counts: Mapping[str, Any],
     stages: Mapping[str, Any],
     sweep: Mapping[str, Any],
@@ -229,9 +229,9 @@ def summarise(
             }
             for name, facts in stages.items()
         },
-        "sweep": [sweep_row(row) for row in whole_clips(sweep) if row["mode"] != "real"],
-        "real": [sweep_row(row) for row in whole_clips(sweep) if row["mode"] == "real"],
-        "joint": [sweep_row(row) for row in whole_clips(before) if row["mode"] != "real"],
+        "sweep": [sweep_row(row) for row in whole_clip_rows(sweep) if row["mode"] != "real"],
+        "real": [sweep_row(row) for row in whole_clip_rows(sweep) if row["mode"] == "real"],
+        "joint": [sweep_row(row) for row in whole_clip_rows(before) if row["mode"] != "real"],
         "mlflow_uri": os.environ["MLFLOW_TRACKING_URI"],
         "mlflow_parent_run": sweep["mlflow_parent_run"],
         "samples": samples,
@@ -240,7 +240,7 @@ def summarise(
     }
 
 
-def whole_clips(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
+def whole_clip_rows(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of a sweep that are about clips as a whole, not about a window of them."""
     return [row for row in json.loads(Path(sweep["results"]).read_text()) if row["window"] == "all"]
 
@@ -251,7 +251,7 @@ def sweep_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return facts | {name: row["metrics"].get(name) for name in names}
 
 
-def farewell(story: Story, summary: Mapping[str, Any]) -> str:
+def closing_message(story: DemoConfig, summary: Mapping[str, Any]) -> str:
     """What to look at, and how."""
     plots = "\n".join(f"  {path}" for path in summary["plots"])
     samples = "\n".join(f"  {path}" for path in summary["samples"])

@@ -23,7 +23,7 @@ INSTALL = "python -m pip install -c constraints.txt -e '.[dev]'   (or: make venv
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class CheckResult:
     """One line of the report."""
 
     name: str
@@ -32,14 +32,14 @@ class Check:
     remedy: str = ""  # what to type
 
 
-def doctor() -> dict:
+def run_checks() -> dict:
     """All checks, run side by side. ``ok`` is True when nothing needed is missing."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         checks = list(pool.map(lambda check: check(), CHECKS))
     return {"ok": all(c.state != "missing" for c in checks), "checks": [vars(c) for c in checks]}
 
 
-def render(report: dict) -> str:
+def format_report(report: dict) -> str:
     """The report as text, one line per check and the command to type under what is missing."""
     lines = []
     for check in report["checks"]:
@@ -52,13 +52,13 @@ def render(report: dict) -> str:
     return "\n".join(lines)
 
 
-def python_version() -> Check:
+def python_version() -> CheckResult:
     tested = (3, 11) <= sys.version_info[:2] <= (3, 12)
     detail = f"{platform.python_version()} at {sys.executable}" + ("" if tested else " (tested: 3.11 and 3.12)")
-    return Check(name="python", state="ok", detail=detail)
+    return CheckResult(name="python", state="ok", detail=detail)
 
 
-def torch_and_gpus() -> Check:
+def torch_and_gpus() -> CheckResult:
     probe = (
         "import torch; n = torch.cuda.device_count(); "
         "print(torch.__version__, f'CUDA {torch.version.cuda}' if n else 'CPU only', "
@@ -67,42 +67,44 @@ def torch_and_gpus() -> Check:
     return _imported("torch", probe)
 
 
-def ray() -> Check:
+def ray() -> CheckResult:
     return _imported("ray", "import ray, ray.data, ray.train; print(ray.__version__)")
 
 
-def deepspeed() -> Check:
+def deepspeed() -> CheckResult:
     return _imported("deepspeed", "import deepspeed; print(); print(deepspeed.__version__)")
 
 
-def mlflow() -> Check:
+def mlflow() -> CheckResult:
     return _imported("mlflow", "import mlflow; print(mlflow.__version__)")
 
 
-def parquet() -> Check:
+def parquet() -> CheckResult:
     return _imported("pyarrow", "import pyarrow.parquet, pyarrow; print(pyarrow.__version__)")
 
 
-def s3() -> Check:
+def s3() -> CheckResult:
     check = _imported("s3fs", "import s3fs; print(s3fs.__version__)")
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     return replace(check, detail=f"{check.detail}, endpoint {endpoint}") if endpoint else check
 
 
-def pretrained() -> Check:
+def pretrained() -> CheckResult:
     absent = [name for name in ("diffusers", "transformers") if importlib.util.find_spec(name) is None]
     if not absent:
-        return Check(name="pretrained", state="ok", detail="diffusers and transformers are installed")
+        return CheckResult(name="pretrained", state="ok", detail="diffusers and transformers are installed")
     remedy = "python -m pip install -c constraints.txt -e '.[pretrained]'"
-    return Check(name="pretrained", state="optional", detail=f"without {', '.join(absent)}", remedy=remedy)
+    return CheckResult(name="pretrained", state="optional", detail=f"without {', '.join(absent)}", remedy=remedy)
 
 
-def ffmpeg() -> Check:
+def ffmpeg() -> CheckResult:
     """The programs ffmpeg and ffprobe, and the two encoders that write our mp4 files."""
     remedy = "sudo apt-get install ffmpeg" if shutil.which("apt-get") else "brew install ffmpeg"
     absent = [name for name in ("ffmpeg", "ffprobe") if shutil.which(name) is None]
     if absent:
-        return Check(name="ffmpeg", state="missing", detail=f"no {' and no '.join(absent)} on PATH", remedy=remedy)
+        return CheckResult(
+            name="ffmpeg", state="missing", detail=f"no {' and no '.join(absent)} on PATH", remedy=remedy
+        )
     version = _output(["ffmpeg", "-version"]).split("\n")[0].split(" Copyright")[0]
     listed = {
         line.split()[1] for line in _output(["ffmpeg", "-hide_banner", "-encoders"]).splitlines() if line.split()[1:]
@@ -110,46 +112,50 @@ def ffmpeg() -> Check:
     lacking = [name for name in ("libx264", "aac") if name not in listed]
     if lacking:
         detail = f"{version} has no encoder {' and '.join(lacking)}"
-        return Check(name="ffmpeg", state="missing", detail=detail, remedy=f"{remedy}   (a build with these encoders)")
-    return Check(name="ffmpeg", state="ok", detail=f"{version}, encoders libx264 and aac")
+        return CheckResult(
+            name="ffmpeg", state="missing", detail=detail, remedy=f"{remedy}   (a build with these encoders)"
+        )
+    return CheckResult(name="ffmpeg", state="ok", detail=f"{version}, encoders libx264 and aac")
 
 
-def mlflow_store() -> Check:
+def mlflow_store() -> CheckResult:
     """Whether the tracking store can be written; nothing is created."""
     uri = tracking_uri()
     name = "mlflow store"
     if not uri.startswith("sqlite:///"):
-        return Check(name=name, state="ok", detail=f"{_without_password(uri)} (a server: not contacted)")
+        return CheckResult(name=name, state="ok", detail=f"{_without_password(uri)} (a server: not contacted)")
     database = Path(uri.removeprefix("sqlite:///"))
     place = database if database.exists() else next(p for p in database.parents if p.exists())
     if os.access(place, os.W_OK):
-        return Check(name=name, state="ok", detail=uri)
+        return CheckResult(name=name, state="ok", detail=uri)
     remedy = "export MLFLOW_TRACKING_URI=sqlite:////a/folder/you/may/write/mlflow.db"
-    return Check(name=name, state="missing", detail=f"{place} cannot be written", remedy=remedy)
+    return CheckResult(name=name, state="missing", detail=f"{place} cannot be written", remedy=remedy)
 
 
-def disk() -> Check:
+def disk() -> CheckResult:
     free = shutil.disk_usage(Path.cwd()).free
     detail = f"{free / GIB:.1f} GiB free under {Path.cwd()}"
     if free >= DISK_FOR_DEMO:
-        return Check(name="disk", state="ok", detail=detail)
+        return CheckResult(name="disk", state="ok", detail=detail)
     remedy = f"free some space, or work in another folder: the demo wants {DISK_FOR_DEMO // GIB} GiB"
-    return Check(name="disk", state="missing", detail=detail, remedy=remedy)
+    return CheckResult(name="disk", state="missing", detail=detail, remedy=remedy)
 
 
-def shared_memory() -> Check:
+def shared_memory() -> CheckResult:
     """Ray keeps objects there; without enough of it Ray falls back to files, which is slow but works."""
     if not Path("/dev/shm").is_dir():
-        return Check(name="shared memory", state="ok", detail="no /dev/shm here: Ray uses files")
+        return CheckResult(name="shared memory", state="ok", detail="no /dev/shm here: Ray uses files")
     free = shutil.disk_usage("/dev/shm").free
     detail = f"{free / GIB:.1f} GiB free in /dev/shm"
     if free >= SHARED_MEMORY:
-        return Check(name="shared memory", state="ok", detail=detail)
+        return CheckResult(name="shared memory", state="ok", detail=detail)
     remedy = "in a container: docker run --shm-size=2g ..., else: sudo mount -o remount,size=2g /dev/shm"
-    return Check(name="shared memory", state="optional", detail=f"{detail}: Ray falls back to files", remedy=remedy)
+    return CheckResult(
+        name="shared memory", state="optional", detail=f"{detail}: Ray falls back to files", remedy=remedy
+    )
 
 
-CHECKS: tuple[Callable[[], Check], ...] = (
+CHECKS: tuple[Callable[[], CheckResult], ...] = (
     python_version,
     torch_and_gpus,
     ffmpeg,
@@ -165,18 +171,18 @@ CHECKS: tuple[Callable[[], Check], ...] = (
 )
 
 
-def _imported(name: str, program: str) -> Check:
+def _imported(name: str, program: str) -> CheckResult:
     """Run ``program`` in a fresh interpreter: a broken import breaks nothing here, and what it prints stays there."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=IMPORT_LIMIT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return Check(name=name, state="missing", detail=f"import took over {IMPORT_LIMIT_S} s", remedy=INSTALL)
+        return CheckResult(name=name, state="missing", detail=f"import took over {IMPORT_LIMIT_S} s", remedy=INSTALL)
     if done.returncode == 0:
-        return Check(name=name, state="ok", detail=done.stdout.strip().splitlines()[-1])
+        return CheckResult(name=name, state="ok", detail=done.stdout.strip().splitlines()[-1])
     reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return Check(name=name, state="missing", detail=reason, remedy=INSTALL)
+    return CheckResult(name=name, state="missing", detail=reason, remedy=INSTALL)
 
 
 def _output(command: list[str]) -> str:

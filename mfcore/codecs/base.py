@@ -37,7 +37,7 @@ class Codec(Protocol):
     def channels(self) -> int: ...
 
     @property
-    def still(self) -> int:
+    def static_channels(self) -> int:
         """Leading channels in which a still picture has one value in the first and in all later latents; sound: 0."""
         ...
 
@@ -45,7 +45,7 @@ class Codec(Protocol):
     def clock(self) -> LatentClock: ...
 
     @property
-    def published(self) -> LatentStats | None:
+    def published_stats(self) -> LatentStats | None:
         """Whitening statistics that come with the codec; None: they are measured on the data."""
         ...
 

@@ -64,7 +64,7 @@ class DctCodec:
     the first that do not fill a group are dropped.
     """
 
-    published = None
+    published_stats = None
 
     def __init__(self, config: DctConfig | None = None) -> None:
         self.config = config or DctConfig()
@@ -81,7 +81,7 @@ class DctCodec:
         return self.config.channels
 
     @property
-    def still(self) -> int:
+    def static_channels(self) -> int:
         """Where the orders of the frame's and the group's coefficients part."""
         frame, group = (_order(self.config, n) for n in (1, self.config.group))
         return int((frame == group).all(axis=1).cumprod().sum())
@@ -102,7 +102,7 @@ class DctCodec:
         self._check(signal)
         groups = (len(signal) - 1) // self.config.group
         first, rest = signal[:1], signal[1 : 1 + groups * self.config.group]
-        return torch.cat([self._frame.analyse(first), self._group.analyse(rest)])
+        return torch.cat([self._frame.analyze(first), self._group.analyze(rest)])
 
     def encode_batch(self, signals: UInt8[Tensor, "b f H W 3"]) -> Float[Tensor, "b n C h w"]:
         """The same of clips of one length."""
@@ -154,7 +154,7 @@ class _Basis:
     def __init__(self, config: DctConfig, frames: int) -> None:
         self.block, self.frames = config.block, frames
         order = _order(config, frames)
-        waves = np.einsum("ti,uj,vk->tuvijk", *(cosines(n) for n in (frames, config.block, config.block)))
+        waves = np.einsum("ti,uj,vk->tuvijk", *(dct_matrix(n) for n in (frames, config.block, config.block)))
         kept = waves[order[:, 0], order[:, 1], order[:, 2]]  # (C, g, p, p)
         # A constant block of value 1 has the coefficient sqrt(g p p) before this scaling.
         gain = _GAIN / np.sqrt(frames * config.block**2)
@@ -166,7 +166,7 @@ class _Basis:
     def _matrix(kept: Float64[np.ndarray, "C g p q"], colour: Float64[np.ndarray, "C 3"]) -> Tensor:
         return torch.from_numpy(rearrange(np.einsum("cgpq,cr->cgpqr", kept, colour), "c g p q r -> c (g p q r)"))
 
-    def analyse(self, frames: UInt8[Tensor, "f H W 3"]) -> Float[Tensor, "n C h w"]:
+    def analyze(self, frames: UInt8[Tensor, "f H W 3"]) -> Float[Tensor, "n C h w"]:
         portions = frames.split(self._portion(frames.shape[1:].numel()) * self.frames)
         return torch.cat([self._analyse(portion) for portion in portions])
 
@@ -208,7 +208,7 @@ class _Basis:
         return (self._synthesis * 127.5).float(), torch.full(self._synthesis.shape[1:], 127.5)
 
 
-def cosines(n: int) -> Float64[np.ndarray, "n n"]:
+def dct_matrix(n: int) -> Float64[np.ndarray, "n n"]:
     """Orthonormal DCT-II, frequency by position."""
     k, i = np.arange(n)[:, None], np.arange(n)
     scale = np.where(k == 0, np.sqrt(1 / n), np.sqrt(2 / n))

@@ -7,10 +7,10 @@ import torch
 
 from mfcore.codecs.base import Codec, TextCodec
 from mfcore.codecs.dct import DctCodec, DctConfig
-from mfcore.codecs.hashed_words import HashedWords
+from mfcore.codecs.hashed_words import HashedWordEncoder
 from mfcore.codecs.mel import MelCodec, MelConfig
 from mfcore.codecs.oobleck import OobleckCodec, OobleckConfig
-from mfcore.codecs.t5 import T5Config, T5Words
+from mfcore.codecs.t5 import T5Config, T5TextEncoder
 from mfcore.codecs.wan import WanCodec, WanConfig
 from mfcore.timeline import LatentClock
 
@@ -18,7 +18,7 @@ VideoConfig = DctConfig | WanConfig
 AudioConfig = MelConfig | OobleckConfig
 
 
-def make_codec(config: VideoConfig | AudioConfig, device: torch.device | str | None = None) -> Codec:
+def codec_from_config(config: VideoConfig | AudioConfig, device: torch.device | str | None = None) -> Codec:
     """The codec of a configuration; pretrained ones compute on ``device``, by default a GPU if there is one."""
     if isinstance(config, DctConfig):
         return DctCodec(config)
@@ -27,7 +27,9 @@ def make_codec(config: VideoConfig | AudioConfig, device: torch.device | str | N
     return WanCodec(config, device) if isinstance(config, WanConfig) else OobleckCodec(config, device)
 
 
-def build_codec(codec_id: str, clock: LatentClock, folder: str = "", device: torch.device | str | None = None) -> Codec:
+def codec_from_id(
+    codec_id: str, clock: LatentClock, folder: str = "", device: torch.device | str | None = None
+) -> Codec:
     """The codec of this id; ``clock`` (of the dataset or the model) gives the frame rate, which an id does not hold.
 
     ``folder``: where a pretrained codec looks for its weights first, when they are needed.
@@ -42,7 +44,7 @@ def build_codec(codec_id: str, clock: LatentClock, folder: str = "", device: tor
             f"unknown codec {codec_id!r}: this mfctl knows dct-v1, mel-v1, wan-v1 and oobleck-v1; update it, or encode "
             "the data again"
         ) from None
-    codec = make_codec(config, device)
+    codec = codec_from_config(config, device)
     if codec.id != codec_id:
         raise ValueError(
             f"codec {codec_id!r} was made by another version (this one makes {codec.id!r}): encode the data again"
@@ -63,10 +65,10 @@ def _config(name: str, n: dict[str, int], rate: Fraction, weights: str, folder: 
     raise KeyError(name)
 
 
-def build_text_codec(codec_id: str, folder: str = "", device: torch.device | str | None = None) -> TextCodec:
+def text_codec_from_id(codec_id: str, folder: str = "", device: torch.device | str | None = None) -> TextCodec:
     """The text encoder of this id."""
     if match := re.fullmatch(r"words-v([12])/d(\d+)", codec_id):
-        return HashedWords(width=int(match[2]), version=int(match[1]))
+        return HashedWordEncoder(width=int(match[2]), version=int(match[1]))
     if match := re.fullmatch(r"t5-v1/d(\d+)/([0-9a-f]+)", codec_id):
-        return T5Words(T5Config(width=int(match[1]), weights=match[2], folder=folder), device)
+        return T5TextEncoder(T5Config(width=int(match[1]), weights=match[2], folder=folder), device)
     raise ValueError(f"unknown text codec {codec_id!r}: this mfctl knows words-v1, words-v2 and t5-v1")

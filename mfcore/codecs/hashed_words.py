@@ -23,7 +23,7 @@ _PLACE = 0.5  # weight of the position beside the word
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")  # letters and digits, apostrophes inside
 
 
-class HashedWords:
+class HashedWordEncoder:
     """Vectors ``(L, width)`` of words; a :class:`mfcore.codecs.base.TextCodec`."""
 
     def __init__(self, width: int = 64, version: int = 2) -> None:

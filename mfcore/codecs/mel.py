@@ -15,8 +15,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mfcore.codecs.dct import cosines
-from mfcore.codecs.phase_reconstruction import Frames, PhaseDecoder
+from mfcore.codecs.dct import dct_matrix
+from mfcore.codecs.phase_reconstruction import PhaseDecoder, StftFrames
 from mfcore.timeline import LatentClock, audio_clock
 
 # Power that counts as silence, added before the logarithm and taken off after it. Power is per window energy: a sine
@@ -74,11 +74,11 @@ class MelCodec:
     magnitudes, not phases: the sound is heard as the same, its waveform is another one.
     """
 
-    published = None
+    published_stats = None
 
     def __init__(self, config: MelConfig | None = None) -> None:
         self.config = c = config or MelConfig()
-        self._frames = Frames(window=c.window, hop=c.hop)
+        self._frames = StftFrames(window=c.window, hop=c.hop)
         bank = torch.from_numpy(mel_filterbank(c.sample_rate, c.window, c.mels)).float()
         self._width = bank.sum(1)  # bins per band, weighted
         self._bank = bank / self._width[:, None]  # band power = weighted mean of bin powers
@@ -97,7 +97,7 @@ class MelCodec:
         return self.config.channels
 
     @property
-    def still(self) -> int:
+    def static_channels(self) -> int:
         return 0
 
     @property
@@ -154,7 +154,7 @@ class MelCodec:
     def _band_power(self, signal: Float[Tensor, " samples"]) -> Float[Tensor, "n g m"]:
         whole = pad(signal[None], (0, -len(signal) % self.config.samples))
         margin = self._frames.overlap // 2
-        spectra = self._frames.analyse(pad(whole, (margin, margin), mode="reflect"))[0]
+        spectra = self._frames.analyze(pad(whole, (margin, margin), mode="reflect"))[0]
         power = spectra.abs().square() / self._energy
         return rearrange(power @ self._bank.T.to(power.device), "(n g) m -> n g m", g=self.config.group)
 
@@ -208,5 +208,5 @@ def _basis(config: MelConfig) -> Float[Tensor, "C gm"]:
     """Rows: the cosines over (time, band) that are kept, orthonormal, cheapest first."""
     t, q = np.indices((config.group, config.mels)).reshape(2, -1)
     kept = np.argsort((q + _BREADTH) * (1 + _TIME * t), kind="stable")[: config.channels]
-    rows = np.einsum("ct,cm->ctm", cosines(config.group)[t[kept]], cosines(config.mels)[q[kept]])
+    rows = np.einsum("ct,cm->ctm", dct_matrix(config.group)[t[kept]], dct_matrix(config.mels)[q[kept]])
     return torch.from_numpy(rearrange(rows, "c t m -> c (t m)")).float()

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mfcore.codecs.pretrained import compute_device, located, model_folder, read_config, weights_digest
+from mfcore.codecs.pretrained import compute_device, locate_weights, model_folder, read_config, weights_digest
 from mfcore.timeline import LatentClock, audio_clock
 
 _CLASS = "AutoencoderOobleck"
@@ -37,7 +37,7 @@ class OobleckConfig:
     folder: str = ""  # where the weights were last seen; changes nothing
 
 
-def read_oobleck(folder: str) -> OobleckConfig:
+def oobleck_config_from_folder(folder: str) -> OobleckConfig:
     """The configuration of the autoencoder in ``folder`` (or its ``vae/``). ValueError when there is none."""
     place = model_folder(folder, "vae", (_CLASS,), "Stable Audio autoencoder (diffusers AutoencoderOobleck)")
     facts = read_config(place / "config.json")
@@ -53,7 +53,7 @@ def read_oobleck(folder: str) -> OobleckConfig:
     )
 
 
-def reach(ratios: Sequence[int]) -> tuple[int, int]:
+def receptive_field(ratios: Sequence[int]) -> tuple[int, int]:
     """Latents before and behind latent i that its S samples depend on, for a decoder with these upsampling ratios.
 
     From the last sample back to the latents through every layer: a convolution of k taps, dilation d and padding p
@@ -75,7 +75,7 @@ class OobleckCodec:
     The weights load at first use.
     """
 
-    published = None
+    published_stats = None
 
     def __init__(self, config: OobleckConfig, device: torch.device | str | None = None) -> None:
         self.config = config
@@ -91,7 +91,7 @@ class OobleckCodec:
         return self.config.channels
 
     @property
-    def still(self) -> int:
+    def static_channels(self) -> int:
         return 0
 
     @property
@@ -103,7 +103,9 @@ class OobleckCodec:
         """diffusers' AutoencoderOobleck on the codec's device. ValueError when it is not found."""
         from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
 
-        folder = located(self.config.weights, self.config.folder, lambda f: read_oobleck(f).weights, self.id)
+        folder = locate_weights(
+            self.config.weights, self.config.folder, lambda f: oobleck_config_from_folder(f).weights, self.id
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch has another weight_norm now; diffusers uses this one
             model: Any = AutoencoderOobleck.from_pretrained(
@@ -149,7 +151,7 @@ class OobleckDecoder:
 
     def __init__(self, model: Any, device: torch.device, hop: int) -> None:
         self._model, self._device, self._hop = model, device, hop
-        self._before, self._behind = reach(model.config.downsampling_ratios[::-1])
+        self._before, self._behind = receptive_field(model.config.downsampling_ratios[::-1])
         self._kept: Tensor = torch.zeros(0, model.config.decoder_input_channels)  # context, then what is not heard yet
         self._context = 0  # latents at the start of _kept whose sound has been given
 

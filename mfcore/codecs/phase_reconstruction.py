@@ -27,7 +27,7 @@ _THIN = 0.1  # at the outer ends of a clip a single taper falls to 0; its square
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frames:
+class StftFrames:
     """Short-time frames under a Hann window: frame j covers the samples [j H - M, j H - M + N)."""
 
     window: int  # N, samples
@@ -45,7 +45,7 @@ class Frames:
     def taper(self, device: torch.device) -> Float[Tensor, " N"]:
         return _hann(self.window, device)
 
-    def analyse(self, signal: Float[Tensor, "b samples"]) -> Complex[Tensor, "b k F"]:
+    def analyze(self, signal: Float[Tensor, "b samples"]) -> Complex[Tensor, "b k F"]:
         """Spectra of the windows that fit into ``signal``; the first one begins at its first sample."""
         return torch.fft.rfft(signal.unfold(-1, self.window, self.hop) * self.taper(signal.device))
 
@@ -57,7 +57,7 @@ class Frames:
             total[:, j * self.hop : (j + k) * self.hop] += piece
         return total
 
-    def resynthesise(self, spectra: Complex[Tensor, "b k F"]) -> Float[Tensor, "b samples"]:
+    def synthesize(self, spectra: Complex[Tensor, "b k F"]) -> Float[Tensor, "b samples"]:
         """Overlapped tapered windows, still to be divided by :meth:`weight`."""
         return self.overlap_add(torch.fft.irfft(spectra, n=self.window) * self.taper(spectra.device))
 
@@ -78,7 +78,7 @@ class PhaseDecoder:
     share the weight, so the level holds to the first and last sample.
     """
 
-    def __init__(self, frames: Frames, iterations: int) -> None:
+    def __init__(self, frames: StftFrames, iterations: int) -> None:
         self._frames, self._iterations = frames, iterations
         self._waiting: Float[Tensor, "b block F"] | None = None  # magnitudes of the block to be committed next
         self._foreseen: Complex[Tensor, "b k F"] | None = None  # its spectra as the look-ahead left them
@@ -107,7 +107,7 @@ class PhaseDecoder:
         """Fix the first ``block`` frames for good; the others only help to find their phases."""
         frames, begins = self._frames, self._tail is None
         spectra = self._iterate(magnitudes)
-        sound = self._with_tail(frames.resynthesise(spectra[:, :block]))
+        sound = self._with_tail(frames.synthesize(spectra[:, :block]))
         weight = self._with_tail_weight(frames.weight(block, magnitudes.device))
         step = block * frames.hop
         self._foreseen = spectra[:, block:]
@@ -120,7 +120,7 @@ class PhaseDecoder:
 
         def project(spectra: Tensor) -> Tensor:
             """Spectra of the signal whose windows come nearest to ``spectra``, in least squares."""
-            return self._frames.analyse(_divide(self._with_tail(self._frames.resynthesise(spectra)), weight))
+            return self._frames.analyze(_divide(self._with_tail(self._frames.synthesize(spectra)), weight))
 
         spectra = self._start(magnitudes, project)
         before = None
@@ -154,7 +154,7 @@ class PhaseDecoder:
 
 
 def _begin(
-    goes_on: Complex[Tensor, "b k F"], magnitudes: Float[Tensor, "b k F"], frames: Frames
+    goes_on: Complex[Tensor, "b k F"], magnitudes: Float[Tensor, "b k F"], frames: StftFrames
 ) -> Complex[Tensor, "b k F"]:
     """``goes_on`` where it explains the magnitudes; the phases of a pulse where they rise; noise where neither holds.
 

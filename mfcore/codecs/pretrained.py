@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-CODECS = "MFCTL_CODECS"
+CODECS_ENV = "MFCTL_CODECS"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16  # read of every file of weights: gigabytes need not be hashed to tell two apart
 
 
@@ -24,7 +24,7 @@ def model_folder(folder: str, inside: str, kinds: Sequence[str], what: str) -> P
     ValueError when neither does.
     """
     for place in (Path(folder), Path(folder, inside)):
-        if (config := place / "config.json").is_file() and kind_of(read_config(config)) in kinds:
+        if (config := place / "config.json").is_file() and model_kind(read_config(config)) in kinds:
             return place
     raise ValueError(
         f"{folder} holds no {what}: name the folder with its config.json and safetensors, or the one above {inside}/"
@@ -39,7 +39,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def kind_of(config: dict[str, Any]) -> str:
+def model_kind(config: dict[str, Any]) -> str:
     """The diffusers class or the transformers type that a ``config.json`` is for."""
     return str(config.get("_class_name") or config.get("model_type"))
 
@@ -69,12 +69,12 @@ def _sampled(path: Path) -> bytes:
     return digest.digest()
 
 
-def located(weights: str, hint: str, digest_of: Callable[[str], str], codec_id: str) -> str:
+def locate_weights(weights: str, hint: str, digest_of: Callable[[str], str], codec_id: str) -> str:
     """The folder whose weights have this digest: ``hint``, a folder of ``MFCTL_CODECS``, or one directly inside those.
 
     ValueError says how to name it.
     """
-    listed = [Path(name) for name in os.environ.get(CODECS, "").split(os.pathsep) if name]
+    listed = [Path(name) for name in os.environ.get(CODECS_ENV, "").split(os.pathsep) if name]
     inside = [child for place in listed if place.is_dir() for child in sorted(place.iterdir()) if child.is_dir()]
     for place in [*([Path(hint)] if hint else []), *listed, *inside]:
         try:
@@ -84,7 +84,7 @@ def located(weights: str, hint: str, digest_of: Callable[[str], str], codec_id: 
             continue  # another model's folder
     remembered = f"{hint} (where it was made) does not hold them" if hint else "no folder is known"
     raise ValueError(
-        f"the weights of codec {codec_id} are needed and {remembered}: set {CODECS} to the folder that does "
+        f"the weights of codec {codec_id} are needed and {remembered}: set {CODECS_ENV} to the folder that does "
         f"(several are separated by {os.pathsep!r})"
     )
 

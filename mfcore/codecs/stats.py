@@ -26,7 +26,7 @@ class LatentStats:
         if any(s <= 0 for s in self.std + self.head_std):
             raise ValueError("latent statistics hold a standard deviation <= 0: recompute them from more clips")
 
-    def softened(self, power: float) -> "LatentStats":
+    def soften(self, power: float) -> "LatentStats":
         """The same with spreads raised to ``power``, scaled so that whitened latents keep a mean square of 1.
 
         1: every channel has spread 1. Towards 0: channels keep the proportions in which they make up the signal, so

@@ -16,9 +16,9 @@ from torch import Tensor
 from mfcore.codecs.pretrained import (
     compute_device,
     compute_dtype,
-    kind_of,
-    located,
+    locate_weights,
     model_folder,
+    model_kind,
     read_config,
     weights_digest,
 )
@@ -37,7 +37,7 @@ class T5Config:
     folder: str = ""  # where the weights were last seen; changes nothing
 
 
-def read_t5(folder: str) -> T5Config:
+def t5_config_from_folder(folder: str) -> T5Config:
     """The configuration of the encoder in ``folder``: model and tokenizer together, or in ``text_encoder/`` and
     ``tokenizer/``. ValueError when there is none."""
     place = model_folder(folder, "text_encoder", _KINDS, "UMT5 or T5 encoder")
@@ -51,7 +51,7 @@ def _tokenizer_folder(folder: str) -> Path:
     return inside if inside.is_dir() else Path(folder)
 
 
-class T5Words:
+class T5TextEncoder:
     """A :class:`mfcore.codecs.base.TextCodec` of pretrained vectors, as the encoder gives them (not normalised).
 
     A caption is one vector per token, in context. A word of a transcript is encoded by itself, the mean over its
@@ -69,7 +69,9 @@ class T5Words:
 
     @cached_property
     def _folder(self) -> str:
-        return located(self.config.weights, self.config.folder, lambda f: read_t5(f).weights, self.id)
+        return locate_weights(
+            self.config.weights, self.config.folder, lambda f: t5_config_from_folder(f).weights, self.id
+        )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -85,7 +87,7 @@ class T5Words:
         logging.disable_progress_bar()
 
         place = model_folder(self._folder, "text_encoder", _KINDS, "UMT5 or T5 encoder")
-        kind: Any = UMT5EncoderModel if kind_of(read_config(place / "config.json")) == "umt5" else T5EncoderModel
+        kind: Any = UMT5EncoderModel if model_kind(read_config(place / "config.json")) == "umt5" else T5EncoderModel
         model: Any = kind.from_pretrained(
             str(place), dtype=compute_dtype(self.device), local_files_only=True, use_safetensors=True
         )

@@ -18,7 +18,14 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from mfcore.codecs.pretrained import compute_device, compute_dtype, located, model_folder, read_config, weights_digest
+from mfcore.codecs.pretrained import (
+    compute_device,
+    compute_dtype,
+    locate_weights,
+    model_folder,
+    read_config,
+    weights_digest,
+)
 from mfcore.codecs.stats import LatentStats
 from mfcore.timeline import LatentClock, video_clock
 
@@ -42,7 +49,7 @@ class WanConfig:
             raise ValueError(f"Wan needs positive fps, channels and block, and group={_GROUP}; got {self}")
 
 
-def read_wan(folder: str, fps: Fraction = Fraction(24)) -> WanConfig:
+def wan_config_from_folder(folder: str, fps: Fraction = Fraction(24)) -> WanConfig:
     """The configuration of the autoencoder in ``folder`` (or its ``vae/``). ValueError when there is none."""
     place = model_folder(folder, "vae", (_CLASS,), "Wan autoencoder (diffusers AutoencoderKLWan)")
     facts = read_config(place / "config.json")
@@ -78,7 +85,7 @@ class WanCodec:
         return self.config.channels
 
     @property
-    def still(self) -> int:
+    def static_channels(self) -> int:
         """All: every latent is described by the same channels."""
         return self.config.channels
 
@@ -87,7 +94,7 @@ class WanCodec:
         return video_clock(Fraction(self.config.fps), self.config.group)
 
     @property
-    def published(self) -> LatentStats:
+    def published_stats(self) -> LatentStats:
         """Mean and standard deviation per channel, from the model's own configuration."""
         facts = read_config(self._folder / "config.json")
         mean, std = tuple(map(float, facts["latents_mean"])), tuple(map(float, facts["latents_std"]))
@@ -95,7 +102,9 @@ class WanCodec:
 
     @cached_property
     def _folder(self) -> Path:
-        folder = located(self.config.weights, self.config.folder, lambda f: read_wan(f).weights, self.id)
+        folder = locate_weights(
+            self.config.weights, self.config.folder, lambda f: wan_config_from_folder(f).weights, self.id
+        )
         return model_folder(folder, "vae", (_CLASS,), "Wan autoencoder")
 
     @cached_property

@@ -55,11 +55,11 @@ def motion_energy(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
     """
     if len(frames) < 2:
         return np.zeros(len(frames))
-    change = np.abs(np.diff(grey_levels(frames), axis=0)).mean((1, 2)).astype(np.float64)
+    change = np.abs(np.diff(to_grayscale(frames), axis=0)).mean((1, 2)).astype(np.float64)
     return (np.concatenate([change[:1], change]) + np.concatenate([change, change[-1:]])) / 2
 
 
-def grey_levels(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+def to_grayscale(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Mean of the three colours, ``(f, H, W, 3)`` to ``(f, H, W)``, 0 to 255."""
     grey = frames[..., 0].astype(np.float32)
     grey += frames[..., 1]
@@ -121,7 +121,7 @@ def _parabola(scores: NDArray[np.float64], best: int) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------- picture against sound
 
 
-class SyncReading(NamedTuple):
+class SyncResult(NamedTuple):
     """What an estimator says of a clip."""
 
     offset_sec: float  # seconds by which the sound comes later than the picture
@@ -133,7 +133,7 @@ class SyncEstimator(Protocol):
 
     def __call__(
         self, frames: NDArray[np.uint8], fps: float, sound: NDArray[np.floating[Any]], sample_rate: int
-    ) -> SyncReading: ...
+    ) -> SyncResult: ...
 
 
 _BLOCKS = 8  # a side: a mouth fills one of them in a portrait
@@ -160,15 +160,17 @@ class MotionSync:
 
     def __call__(
         self, frames: NDArray[np.uint8], fps: float, sound: NDArray[np.floating[Any]], sample_rate: int
-    ) -> SyncReading:
-        return self.read(blocks_of(frames), fps, sound, sample_rate)
+    ) -> SyncResult:
+        return self.estimate(block_statistics(frames), fps, sound, sample_rate)
 
-    def read(self, seen: "Blocks", fps: float, sound: NDArray[np.floating[Any]], sample_rate: int) -> SyncReading:
+    def estimate(
+        self, seen: "BlockStatistics", fps: float, sound: NDArray[np.floating[Any]], sample_rate: int
+    ) -> SyncResult:
         """The same from what ``blocks_of`` keeps of a picture."""
         rate = fps * _STEPS
         pressure = sound_envelope(sound, sample_rate, rate, box=1 / fps)
         if min(len(seen.level), len(pressure) // _STEPS) < max(_LEAST_FRAMES, 2 * self.max_lag * fps):
-            return SyncReading(0.0, 0.0)
+            return SyncResult(0.0, 0.0)
         slow = round(_SLOW * fps)
         pairs = [
             (_fast(seen.level, slow), _fast(pressure, slow * _STEPS)),
@@ -180,21 +182,21 @@ class MotionSync:
         chance = _score([_lagged(picture, _rotations(heard, len(picture), reach)) for picture, heard in pairs]).max()
         best = int(scores.argmax())
         if scores[best] < 1e-6 or chance < 1e-6:
-            return SyncReading(0.0, 0.0)
+            return SyncResult(0.0, 0.0)
         step, height = _parabola(scores, best)
-        return SyncReading(float((lags[best] + step) / rate), height / float(chance))
+        return SyncResult(float((lags[best] + step) / rate), height / float(chance))
 
 
-class Blocks(NamedTuple):
+class BlockStatistics(NamedTuple):
     """What ``MotionSync`` needs of a picture: 8 x 8 blocks of every frame, ``(f, 64)`` each."""
 
     level: NDArray[np.float64]
     motion: NDArray[np.float64]
 
 
-def blocks_of(frames: NDArray[np.uint8]) -> Blocks:
-    grey = grey_levels(frames)
-    return Blocks(_block_levels(grey), _block_motion(grey))
+def block_statistics(frames: NDArray[np.uint8]) -> BlockStatistics:
+    grey = to_grayscale(frames)
+    return BlockStatistics(_block_levels(grey), _block_motion(grey))
 
 
 def _block_levels(levels: NDArray[np.float32]) -> NDArray[np.float64]:

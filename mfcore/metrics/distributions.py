@@ -20,12 +20,12 @@ def kl_divergence(p: NDArray[np.floating[Any]], q: NDArray[np.floating[Any]]) ->
         return float((p[seen] * np.log(p[seen] / q[seen])).sum())
 
 
-def smoothed(counts: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+def smoothed_distribution(counts: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
     """Shares of ``counts (c,)`` with half an observation added to each class: none has probability 0."""
     return (counts + 0.5) / (counts.sum() + 0.5 * len(counts))
 
 
-def entropy(choices: NDArray[np.integer] | Sequence[int], modes: int) -> float:
+def mode_entropy(choices: NDArray[np.integer] | Sequence[int], modes: int) -> float:
     """Entropy in nats of observed modes 0 .. ``modes`` - 1; 0 for one mode, log(modes) for equal shares.
 
     Plug-in estimate with the Miller-Madow correction, (modes seen - 1) / (2 n), capped at log(modes).
@@ -40,7 +40,7 @@ def entropy_ratio(
     choices: NDArray[np.integer] | Sequence[int], data: NDArray[np.integer] | Sequence[int], modes: int
 ) -> float:
     """Entropy of a model's choices / entropy of the data's: 1 keeps the variety, 0 is collapse, nan without any."""
-    ours, theirs = entropy(choices, modes), entropy(data, modes)
+    ours, theirs = mode_entropy(choices, modes), mode_entropy(data, modes)
     return ours / theirs if theirs > 0 else float("nan")
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mfcore.metrics.speech import at_rate
+from mfcore.metrics.speech import resample
 
 SEGMENT = 2.0  # seconds
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -28,19 +28,19 @@ Frames = NDArray[np.uint8]
 Sound = NDArray[np.floating[Any]]
 
 
-class PictureFeatures(Protocol):
+class VideoEncoder(Protocol):
     """``(k, d)`` of frames ``(f, H, W, 3)``."""
 
     def __call__(self, frames: Frames, fps: float) -> Features: ...
 
 
-class SoundFeatures(Protocol):
+class AudioEncoder(Protocol):
     """``(k, d)`` of mono sound."""
 
     def __call__(self, sound: Sound, sample_rate: int) -> Features: ...
 
 
-class VideoMae:
+class VideoMAE:
     """Mean of VideoMAE's last tokens over 16 frames (as many as the network takes) spread evenly over each segment."""
 
     def __init__(self, folder: str, device: str = "cpu") -> None:
@@ -58,7 +58,7 @@ class VideoMae:
         return torch.cat(rows).numpy() if rows else np.zeros((0, config.hidden_size))
 
 
-class Faces:
+class FaceEncoder:
     """Pooled vector of an image network (a face recogniser in transformers' layout) of the middle frame of a segment.
 
     It sees the square in the middle of the picture: give clips cut to one face, as for LSE.
@@ -80,12 +80,12 @@ class Faces:
         return pooled.flatten(1).float().cpu().numpy()
 
 
-class Clap:
+class CLAP:
     """CLAP's vector of each segment, of length 1."""
 
     def __init__(self, folder: str, device: str = "cpu") -> None:
         self._model = _load("ClapModel", folder).to(device)
-        self._segments = SoundSegments("ClapFeatureExtractor", folder, device)
+        self._segments = AudioSegmenter("ClapFeatureExtractor", folder, device)
 
     @torch.inference_mode()
     def __call__(self, sound: Sound, sample_rate: int) -> Features:
@@ -97,12 +97,12 @@ class Clap:
         return found.float().cpu().numpy()
 
 
-class SoundClasses:
+class AudioClassifier:
     """Probabilities ``(k, c)`` of a sound classifier such as AST, for the divergence of what is heard."""
 
     def __init__(self, folder: str, device: str = "cpu") -> None:
         self._model = _load("AutoModelForAudioClassification", folder).to(device)
-        self._segments = SoundSegments("AutoFeatureExtractor", folder, device)
+        self._segments = AudioSegmenter("AutoFeatureExtractor", folder, device)
 
     @torch.inference_mode()
     def __call__(self, sound: Sound, sample_rate: int) -> Features:
@@ -112,7 +112,7 @@ class SoundClasses:
         return self._model(**inputs).logits.softmax(-1).float().cpu().numpy()
 
 
-class SoundSegments:
+class AudioSegmenter:
     """Segments of a sound as a published network takes them."""
 
     def __init__(self, extractor: str, folder: str, device: str) -> None:
@@ -121,7 +121,7 @@ class SoundSegments:
     def __call__(self, sound: Sound, sample_rate: int) -> Any | None:
         """The network's keyword arguments; None where there is no sound."""
         rate = self._prepare.sampling_rate
-        parts = _segments(at_rate(sound, sample_rate, rate), rate)
+        parts = _segments(resample(sound, sample_rate, rate), rate)
         return self._prepare(parts, sampling_rate=rate, return_tensors="pt").to(self._device) if parts else None
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mfcore.flow import TimeConfig, noised
-from mfcore.objectives.flow_matching import draw_levels, draw_noise, flow_matching_loss, flow_matching_terms
-from mfcore.solver import Context, Mode, past
+from mfcore.flow import TimeConfig, add_noise
+from mfcore.objectives.flow_matching import draw_noise, draw_noise_levels, flow_matching_loss, flow_matching_terms
+from mfcore.solver import DenoiserContext, Mode, history_of
 from mfcore.types import AVBatch, Stream, VelocityModel
 
 
@@ -24,13 +24,13 @@ def mode_history_use(
     if len(batch.samples) < 2 or batch.chunks < 2:
         raise ValueError("history use compares a clip with another one: give two or more clips of two or more chunks")
     eps = draw_noise(batch.streams, seed, "history_use", batch.samples)
-    t = draw_levels(config, batch.streams, seed, "history_use/level", batch.samples)
+    t = draw_noise_levels(config, batch.streams, seed, "history_use/level", batch.samples)
     r = t if mode == "multi" else {m: torch.zeros_like(x) for m, x in t.items()}
     label = None if trust is None else torch.full((len(batch.samples),), trust, device=batch.cond.caption.device)
 
     def errors(history: Mapping[str, Stream]) -> dict[str, Tensor]:
-        context = Context(model=model, cond=batch.cond).remember(past(history), label)
-        u = context.velocity(noised(batch.streams, eps, t), t, r)
+        context = DenoiserContext(model=model, cond=batch.cond).append_history(history_of(history), label)
+        u = context.velocity(add_noise(batch.streams, eps, t), t, r)
         terms = flow_matching_loss(u, batch.streams, eps, t)
         # The first chunk has no history, whoever's it is.
         return {term.modality: term.values[:, 1:].mean() for term in terms}
@@ -52,10 +52,12 @@ def history_losses(model: VelocityModel, batch: AVBatch, config: TimeConfig, see
     if len(batch.samples) < 2:
         raise ValueError("history use compares a clip with another one: give a batch of at least two clips")
     eps = draw_noise(batch.streams, seed, "history_use", batch.samples)
-    t = draw_levels(config, batch.streams, seed, "history_use/level", batch.samples)
+    t = draw_noise_levels(config, batch.streams, seed, "history_use/level", batch.samples)
     shuffled = {m: s.with_latents(s.latents.roll(1, dims=0)) for m, s in batch.streams.items()}
     own, other = (
-        flow_matching_terms(Context(model=model, cond=batch.cond).remember(past(h), None), batch.streams, eps, t)
+        flow_matching_terms(
+            DenoiserContext(model=model, cond=batch.cond).append_history(history_of(h), None), batch.streams, eps, t
+        )
         for h in (batch.streams, shuffled)
     )
     return {

@@ -17,7 +17,7 @@ SHIFT = 15  # frames either way
 Vectors = NDArray[np.floating[Any]]
 
 
-class LipVectors(Protocol):
+class LipEmbeddingModel(Protocol):
     """Vectors ``(n, D)`` of lips and of sound, ``FPS`` a second, of equal number."""
 
     def __call__(
@@ -25,7 +25,7 @@ class LipVectors(Protocol):
     ) -> tuple[Vectors, Vectors]: ...
 
 
-class LipSync(NamedTuple):
+class LipSyncError(NamedTuple):
     """Lip-sync error of one clip."""
 
     distance: float  # LSE-D, lower is better
@@ -33,7 +33,7 @@ class LipSync(NamedTuple):
     offset_sec: float  # by which the sound is late
 
 
-def lip_sync(lips: Vectors, sound: Vectors, shift: int = SHIFT) -> LipSync | None:
+def lip_sync_error(lips: Vectors, sound: Vectors, shift: int = SHIFT) -> LipSyncError | None:
     """From vectors ``(n, D)``; None below two frames. Beyond the ends of the sound there are zeros, as published."""
     if len(lips) != len(sound):
         raise ValueError(f"{len(lips)} vectors of lips but {len(sound)} of sound: give one of each per frame")
@@ -43,7 +43,7 @@ def lip_sync(lips: Vectors, sound: Vectors, shift: int = SHIFT) -> LipSync | Non
     shifts = range(2 * shift + 1)
     means = np.array([np.linalg.norm(lips - around[i : i + len(lips)], axis=1).mean() for i in shifts])
     least = int(means.argmin())
-    return LipSync(
+    return LipSyncError(
         distance=float(means[least]),
         confidence=float(np.median(means) - means[least]),
         offset_sec=(least - shift) / FPS,

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mfcore.metrics.av_sync import grey_levels, sound_envelope
+from mfcore.metrics.av_sync import sound_envelope, to_grayscale
 
 CLIPPED = 0.999  # of full scale: samples from here on are taken for cut off
 QUIET = 1e-3  # root mean square below which nothing can be heard, -60 dB
@@ -18,17 +18,17 @@ def rms(sound: Sound) -> float:
     return float(np.sqrt(np.square(sound, dtype=np.float64).mean()))
 
 
-def decibel(level: Any) -> Any:
+def to_decibels(level: Any) -> Any:
     """Of full scale, not below -60."""
     return 20 * np.log10(np.maximum(level, QUIET))
 
 
-def clipping(sound: Sound) -> float:
+def clipped_fraction(sound: Sound) -> float:
     """Share of samples at full scale or above; nan without samples."""
     return float((np.abs(sound) >= CLIPPED).mean()) if len(sound) else float("nan")
 
 
-def silence(sound: Sound, sample_rate: int) -> float:
+def silent_fraction(sound: Sound, sample_rate: int) -> float:
     """Share of tenths of a second in which nothing can be heard; nan without samples."""
     return float((sound_envelope(sound, sample_rate, _WINDOWS) < QUIET).mean()) if len(sound) else float("nan")
 
@@ -45,7 +45,7 @@ def sharpness(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
     if min(frames.shape[1:3]) < 3:
         return np.zeros(len(frames))
     parts = [frames[i : i + _AT_ONCE] for i in range(0, len(frames), _AT_ONCE)]
-    return np.concatenate([np.zeros(0), *(_laplacian(grey_levels(part)) for part in parts)])
+    return np.concatenate([np.zeros(0), *(_laplacian(to_grayscale(part)) for part in parts)])
 
 
 def _laplacian(grey: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ Units = Sequence[Hashable]
 Sound = NDArray[np.floating[Any]]
 
 
-class Recogniser(Protocol):
+class SpeechRecognizer(Protocol):
     """What is said in mono ``sound``, as plain text; empty where nothing is heard."""
 
     def __call__(self, sound: Sound, sample_rate: int) -> str: ...
@@ -45,12 +45,12 @@ def error_rate(heard: Sequence[Units], said: Sequence[Units]) -> float:
     return sum(edit_distance(h, s) for h, s in zip(heard, said, strict=True)) / total
 
 
-def plain_words(text: str) -> list[str]:
+def normalize_words(text: str) -> list[str]:
     """Words in lower case without punctuation; apostrophes inside a word stay. Numerals are not spelled out."""
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower().replace("\u2019", "'"))
 
 
-def at_rate(sound: Sound, sample_rate: int, rate: int = RATE) -> NDArray[np.float32]:
+def resample(sound: Sound, sample_rate: int, rate: int = RATE) -> NDArray[np.float32]:
     """Resampled, band-limited."""
     if sample_rate == rate or not len(sound):
         return sound.astype(np.float32)
@@ -77,7 +77,7 @@ class Whisper:
 
     @torch.inference_mode()
     def __call__(self, sound: Sound, sample_rate: int) -> str:
-        wave, extractor = at_rate(sound, sample_rate), self._processor.feature_extractor
+        wave, extractor = resample(sound, sample_rate), self._processor.feature_extractor
         pieces = [wave[i : i + extractor.n_samples] for i in range(0, len(wave), extractor.n_samples)]
         return " ".join(self._piece(piece) for piece in pieces).strip()
 
@@ -87,7 +87,7 @@ class Whisper:
         this says; of a model that names none a phrase's time is shared out over its words by their letters."""
         from transformers import AutomaticSpeechRecognitionPipeline
 
-        wave, seconds = at_rate(sound, sample_rate), len(sound) / sample_rate
+        wave, seconds = resample(sound, sample_rate), len(sound) / sample_rate
         exact = getattr(self._model.generation_config, "alignment_heads", None) is not None
         listen: Any = AutomaticSpeechRecognitionPipeline(
             model=self._model,
@@ -128,7 +128,7 @@ class PocketSphinx:
         self._decoder: Any = Decoder(samprate=RATE, loglevel="FATAL")
 
     def __call__(self, sound: Sound, sample_rate: int) -> str:
-        wave = np.clip(at_rate(sound, sample_rate) * 32767, -32768, 32767).astype(np.int16)
+        wave = np.clip(resample(sound, sample_rate) * 32767, -32768, 32767).astype(np.int16)
         if not len(wave):
             return ""
         self._decoder.start_utt()

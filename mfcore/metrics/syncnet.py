@@ -22,7 +22,7 @@ from scipy.fft import dct
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-from mfcore.metrics.av_sync import SyncReading
+from mfcore.metrics.av_sync import SyncResult
 
 FPS, RATE, FACE = 25, 16000, 224
 _WINDOW = 5  # frames
@@ -107,10 +107,10 @@ class SyncNetSync:
 
     def __call__(
         self, frames: NDArray[np.uint8], fps: float, sound: NDArray[np.floating[Any]], sample_rate: int
-    ) -> SyncReading:
+    ) -> SyncResult:
         """``frames`` (f, H, W, 3) of a face at any size and rate, mono ``sound`` at any rate."""
         lips, heard = self.vectors(frames, fps, sound, sample_rate)
-        return offset_of(torch.from_numpy(lips), torch.from_numpy(heard)) if len(lips) > 1 else SyncReading(0.0, 0.0)
+        return best_offset(torch.from_numpy(lips), torch.from_numpy(heard)) if len(lips) > 1 else SyncResult(0.0, 0.0)
 
     def vectors(
         self, frames: NDArray[np.uint8], fps: float, sound: NDArray[np.floating[Any]], sample_rate: int
@@ -129,14 +129,14 @@ class SyncNetSync:
         return torch.cat([tower(part.float().to(self._device)).float().cpu() for part in windows.split(_WINDOWS)])
 
 
-def offset_of(lips: Float[Tensor, "b D"], heard: Float[Tensor, "b D"], shift: int = _SHIFT) -> SyncReading:
+def best_offset(lips: Float[Tensor, "b D"], heard: Float[Tensor, "b D"], shift: int = _SHIFT) -> SyncResult:
     """The shift at which the mean distance is least; beyond the ends of the sound there are zeros, as published."""
     around = pad(heard, (0, 0, shift, shift))
     distances = torch.stack(
         [torch.nn.functional.pairwise_distance(lips, around[i : i + len(lips)]).mean() for i in range(2 * shift + 1)]
     )
     least = int(distances.argmin())
-    return SyncReading((least - shift) / FPS, float(distances.median() - distances[least]))
+    return SyncResult((least - shift) / FPS, float(distances.median() - distances[least]))
 
 
 def face_windows(frames: NDArray[np.uint8], fps: float) -> Float[Tensor, "b 3 5 224 224"]:

@@ -4,14 +4,14 @@ import re
 from dataclasses import dataclass
 from math import ceil, inf
 
-PUBLISHED = "0-5,5-15,15-25,25-60,60-120"
+DEFAULT_WINDOWS = "0-5,5-15,15-25,25-60,60-120"
 """The windows of METHOD 9: papers test 25 s, drift shows beyond."""
 
 _FORM = re.compile(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
+class TimeWindow:
     """The times [start, end) in seconds; an ``end`` of infinity is the end of the clip."""
 
     start: float
@@ -36,17 +36,17 @@ class Window:
         return self.start < seconds
 
 
-def parse_windows(text: str) -> tuple[Window, ...]:
+def parse_windows(text: str) -> tuple[TimeWindow, ...]:
     """Windows of a list such as ``0-5,5-15,60-``."""
     return tuple(_parse(part.strip()) for part in text.split(","))
 
 
-def _parse(text: str) -> Window:
+def _parse(text: str) -> TimeWindow:
     match = _FORM.fullmatch(text)
     if match is None:
         raise ValueError(f"'{text}' is no window of time: write start-end in seconds, e.g. 0-5, or 60- for the rest")
     start, end = match.groups()
-    return Window(start=float(start), end=inf if end is None else float(end))
+    return TimeWindow(start=float(start), end=inf if end is None else float(end))
 
 
 def _first(seconds: float, rate: float) -> int:

@@ -28,7 +28,7 @@ Mask = Float[Tensor, "*#B q k"] | BlockMask | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
+class AttentionVisibility:
     """Which keys each query sees: those of its own track whose run of chunks holds the query's chunk."""
 
     chunk: Int64[Tensor, " q"]
@@ -59,10 +59,10 @@ class Sight:
         if backend == "flex" and device.type == "cuda":
             return self.blocks(device)
         dense = self.dense()
-        return None if bool(dense.all()) else additive(dense.to(device, non_blocking=True))
+        return None if bool(dense.all()) else additive_mask(dense.to(device, non_blocking=True))
 
 
-def additive(seen: Bool[Tensor, "*#B q k"]) -> Float[Tensor, "*#B q k"]:
+def additive_mask(seen: Bool[Tensor, "*#B q k"]) -> Float[Tensor, "*#B q k"]:
     """As a mask for ``attend``, which would make this of it in every layer: 0 where ``seen``, else minus infinity."""
     return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
 
@@ -85,17 +85,17 @@ def attend(
 # Views by torch's own names: einops takes 4 us to find each, in a stream a tenth of a pass.
 
 
-def heads_apart(x: Float[Tensor, "B N He"], width: int) -> Float[Tensor, "B N H e"]:
+def split_heads(x: Float[Tensor, "B N He"], width: int) -> Float[Tensor, "B N H e"]:
     """Heads of ``width`` numbers, side by side as a product leaves them."""
     return x.unflatten(-1, (-1, width))
 
 
-def heads_together(x: Float[Tensor, "B H N e"]) -> Float[Tensor, "B N He"]:
+def merge_heads(x: Float[Tensor, "B H N e"]) -> Float[Tensor, "B N He"]:
     """What ``attend`` returns, token by token."""
     return x.transpose(1, 2).flatten(2)
 
 
-def heads_first(x: Float[Tensor, "B N H e"]) -> Float[Tensor, "B H N e"]:
+def transpose_heads(x: Float[Tensor, "B N H e"]) -> Float[Tensor, "B H N e"]:
     """For ``attend``, without a copy: until then a token's heads lie side by side, as a product leaves them."""
     return x.transpose(1, 2)
 

@@ -12,16 +12,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mfcore.model.attention import attend, heads_apart, heads_first, heads_together
+from mfcore.model.attention import attend, merge_heads, split_heads, transpose_heads
 from mfcore.model.config import ModelConfig
 from mfcore.model.kv_cache import KeyValue
-from mfcore.model.rope import Turn, rotate
+from mfcore.model.rope import Rotation, rotate
 
 RMS_EPS, LAYER_EPS = 1e-6, 1e-5  # added to the variance
 KEYS_VALUES = "b n (two h e) -> two b n h e"
 
 
-class HeadNorm(nn.Module):
+class PerHeadRMSNorm(nn.Module):
     """RMS norm over a head, with a learned scale and, where attention is to begin local, a learned offset.
 
     The offset is what makes attention local from the start: an equal constant in query and key adds
@@ -40,7 +40,7 @@ class HeadNorm(nn.Module):
         return torch.addcmul(self.offset.to(x.dtype), F.rms_norm(x, x.shape[-1:], eps=RMS_EPS).to(x.dtype), weight)
 
 
-class WidthNorm(nn.Module):
+class FullWidthRMSNorm(nn.Module):
     """RMS norm over all heads together, with a learned scale (Wan's layout)."""
 
     def __init__(self, width: int) -> None:
@@ -50,16 +50,16 @@ class WidthNorm(nn.Module):
     def forward(self, x: Float[Tensor, "B N H e"]) -> Tensor:
         flat = x.flatten(2)
         y = F.rms_norm(flat, flat.shape[-1:], self.weight.to(x.dtype), eps=RMS_EPS).to(x.dtype)
-        return heads_apart(y, x.shape[3])
+        return split_heads(y, x.shape[3])
 
 
 def query_key_norm(config: ModelConfig, heads: int, *, offset: bool = False) -> nn.Module:
     if config.layout == "wan":
-        return WidthNorm(heads * config.head_dim)
-    return HeadNorm(config.head_dim, offset=offset)
+        return FullWidthRMSNorm(heads * config.head_dim)
+    return PerHeadRMSNorm(config.head_dim, offset=offset)
 
 
-class Table(nn.Module):
+class ModulationTable(nn.Module):
     """A block's own share of the modulation, added to what all blocks of the branch have in common."""
 
     def __init__(self, parts: int, dim: int) -> None:
@@ -79,12 +79,12 @@ class TextTokens:
     caption_mask: Float[Tensor, "B 1 1 1+L"]  # to be added to logits
     words: Float[Tensor, "B 1+W d"]
     words_mask: Float[Tensor, "B 1 N 1+W"]  # the same: words near each token's time
-    words_turn: Turn  # of W words
-    token_turn: Turn  # of N tokens
+    words_turn: Rotation  # of W words
+    token_turn: Rotation  # of N tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heard:
+class TextKeyValues:
     """Keys and values of the conditions in one block: they do not depend on the noise level."""
 
     caption: KeyValue
@@ -97,33 +97,33 @@ class TextAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim, self.head_dim = config.dim, config.head_dim
-        reading = config.reading_heads * config.head_dim
+        reading = config.transcript_heads * config.head_dim
         self.widths = [dim, reading]
         self.query = nn.Linear(dim, dim + reading)
         self.caption = nn.Linear(dim, 2 * dim)
         self.words = nn.Linear(dim, 2 * reading)
         self.norm_caption_q, self.norm_caption_k = (query_key_norm(config, config.heads) for _ in range(2))
-        self.norm_words_q, self.norm_words_k = (HeadNorm(config.head_dim, offset=True) for _ in range(2))
+        self.norm_words_q, self.norm_words_k = (PerHeadRMSNorm(config.head_dim, offset=True) for _ in range(2))
         self.out = nn.Linear(dim + reading, dim)
 
-    def hear_caption(self, caption: Float[Tensor, "B 1+L d"]) -> KeyValue:
+    def project_caption(self, caption: Float[Tensor, "B 1+L d"]) -> KeyValue:
         k, v = rearrange(self.caption(caption), KEYS_VALUES, two=2, e=self.head_dim)
-        return KeyValue(heads_first(self.norm_caption_k(k)), heads_first(v))
+        return KeyValue(transpose_heads(self.norm_caption_k(k)), transpose_heads(v))
 
-    def hear(self, text: TextTokens, caption: KeyValue | None = None) -> Heard:
+    def project_text(self, text: TextTokens, caption: KeyValue | None = None) -> TextKeyValues:
         """``caption``: what ``hear_caption`` makes of its tokens, if known."""
         k, v = rearrange(self.words(text.words), KEYS_VALUES, two=2, e=self.head_dim)
         # "nothing said" stands at no time: a zero key gives the same logit wherever the token stands
         k = F.pad(rotate(self.norm_words_k(k[:, 1:]), text.words_turn), (0, 0, 0, 0, 1, 0))
-        words = KeyValue(heads_first(k), heads_first(v))
-        return Heard(caption=caption or self.hear_caption(text.caption), words=words)
+        words = KeyValue(transpose_heads(k), transpose_heads(v))
+        return TextKeyValues(caption=caption or self.project_caption(text.caption), words=words)
 
-    def forward(self, x: Float[Tensor, "B N d"], text: TextTokens, heard: Heard) -> Float[Tensor, "B N d"]:
-        about, said = (heads_apart(q, self.head_dim) for q in self.query(x).split(self.widths, dim=-1))
-        about = attend(heads_first(self.norm_caption_q(about)), heard.caption.k, heard.caption.v, text.caption_mask)
+    def forward(self, x: Float[Tensor, "B N d"], text: TextTokens, heard: TextKeyValues) -> Float[Tensor, "B N d"]:
+        about, said = (split_heads(q, self.head_dim) for q in self.query(x).split(self.widths, dim=-1))
+        about = attend(transpose_heads(self.norm_caption_q(about)), heard.caption.k, heard.caption.v, text.caption_mask)
         said = rotate(self.norm_words_q(said), text.token_turn)
-        said = attend(heads_first(said), heard.words.k, heard.words.v, text.words_mask)
-        return self.out(torch.cat([heads_together(about), heads_together(said)], dim=-1))
+        said = attend(transpose_heads(said), heard.words.k, heard.words.v, text.words_mask)
+        return self.out(torch.cat([merge_heads(about), merge_heads(said)], dim=-1))
 
 
 def modulate(
@@ -150,7 +150,7 @@ class Block(nn.Module):
         dim, self.head_dim = config.dim, config.head_dim
         keys = config.key_heads * config.head_dim
         self.widths = [dim, keys, keys]
-        self.table = Table(6, dim)
+        self.table = ModulationTable(6, dim)
         self.qkv = nn.Linear(dim, dim + 2 * keys)
         self.norm_q, self.norm_k = (
             query_key_norm(config, heads, offset=config.local_start) for heads in (config.heads, config.key_heads)
@@ -159,7 +159,7 @@ class Block(nn.Module):
         self.norm_text = nn.LayerNorm(dim, eps=LAYER_EPS)
         self.text = TextAttention(config)
         self.mlp = nn.Sequential(
-            nn.Linear(dim, config.hidden), nn.GELU(approximate="tanh"), nn.Linear(config.hidden, dim)
+            nn.Linear(dim, config.mlp_width), nn.GELU(approximate="tanh"), nn.Linear(config.mlp_width, dim)
         )
 
     def modulation(self, shared: Float[Tensor, "B K pd"], chunk: Tensor | None) -> tuple[Tensor, ...]:
@@ -174,7 +174,7 @@ class Block(nn.Module):
     def project(self, x: Float[Tensor, "B N d"], mod: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, N, H, e), keys (normed, not rotated) and values, both (B, N, G, e)."""
         q, k, v = (
-            heads_apart(part, self.head_dim)
+            split_heads(part, self.head_dim)
             for part in self.qkv(modulate(x, mod[0], mod[1])).split(self.widths, dim=-1)
         )
         return self.norm_q(q), self.norm_k(k), v
@@ -185,10 +185,10 @@ class Block(nn.Module):
         attended: Float[Tensor, "B H N e"],
         mod: tuple[Tensor, ...],
         text: TextTokens,
-        heard: Heard | None,
+        heard: TextKeyValues | None,
     ) -> Tensor:
         """Residual updates: attention output, text attention (``heard`` of ``text``, if known), feed-forward."""
-        rows = heads_together(attended).contiguous()  # of others a product adds no bias by itself
+        rows = merge_heads(attended).contiguous()  # of others a product adds no bias by itself
         x = gated(x, mod[2], self.out(rows))
-        x = x + self.text(self.norm_text(x), text, heard or self.text.hear(text))
+        x = x + self.text(self.norm_text(x), text, heard or self.text.project_text(text))
         return gated(x, mod[5], self.mlp(modulate(x, mod[3], mod[4])))

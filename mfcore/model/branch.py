@@ -13,13 +13,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mfcore.device import beside
-from mfcore.model.attention import additive
+from mfcore.device import to_device_of
+from mfcore.model.attention import additive_mask
 from mfcore.model.block import Block, TextTokens, modulate
-from mfcore.model.caption_cache import Caption, origin
+from mfcore.model.caption_cache import CachedCaption, tensor_versions
 from mfcore.model.config import BranchConfig, ModelConfig
-from mfcore.model.kv_cache import Positions
-from mfcore.model.rope import time_angles, turn
+from mfcore.model.kv_cache import TokenPositions
+from mfcore.model.rope import rotation, time_angles
 from mfcore.types import Condition, Stream
 
 DURATION_FEATURES = 128  # of the length of a word
@@ -27,11 +27,11 @@ Span = tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]
 """Levels t and r of a call."""
 NOISE_SCALE = 1000.0  # noise levels in [0, 1] are embedded like the integer steps 0..1000
 DURATION_SCALE = 100.0
-PHASES = 4  # waves per chunk, 1 to this many, that tell where in it a latent starts
+PHASE_FREQUENCIES = 4  # waves per chunk, 1 to this many, that tell where in it a latent starts
 FEW_WORDS = 32  # of a transcript that is read whole by every pass
 
 
-def fourier(x: Float[Tensor, "*batch"], scale: float, features: int) -> Float[Tensor, "*batch f"]:
+def fourier_features(x: Float[Tensor, "*batch"], scale: float, features: int) -> Float[Tensor, "*batch f"]:
     """Cosines and sines of x * scale at log-spaced frequencies, always float32: bf16 would blur t - r (METHOD 2)."""
     phase = x.float()[..., None] * scale * _frequencies(features // 2, x.device)
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
@@ -84,7 +84,7 @@ class LevelEmbedding(nn.Module):
         return self.shared(active), self.final(e if self.wan else active)
 
     def _features(self, level: Tensor) -> Tensor:
-        return fourier(level, NOISE_SCALE, self.features)
+        return fourier_features(level, NOISE_SCALE, self.features)
 
 
 class TextInput(nn.Module):
@@ -103,11 +103,11 @@ class TextInput(nn.Module):
     ) -> tuple[Float[Tensor, "B 1+L d"], Float[Tensor, "B 1+W d"]]:
         """``caption``: its tokens, if known."""
         seconds = (cond.word_times[..., 1] - cond.word_times[..., 0]).float()
-        lengths = fourier(seconds, DURATION_SCALE, DURATION_FEATURES).to(cond.words.dtype)
+        lengths = fourier_features(seconds, DURATION_SCALE, DURATION_FEATURES).to(cond.words.dtype)
         words = self.words(torch.cat([cond.words, lengths], dim=-1))
-        return self.about(cond.caption) if caption is None else caption, self._after_nothing(1, words)
+        return self.embed_caption(cond.caption) if caption is None else caption, self._after_nothing(1, words)
 
-    def about(self, caption: Float[Tensor, "B L D"]) -> Float[Tensor, "B 1+L d"]:
+    def embed_caption(self, caption: Float[Tensor, "B L D"]) -> Float[Tensor, "B 1+L d"]:
         """The caption's tokens."""
         return self._after_nothing(0, self.refine(self.caption(caption)))
 
@@ -131,44 +131,44 @@ class Branch(nn.Module):
         self.text = TextInput(model)
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
         self.head = nn.Linear(model.dim, config.width)
-        self.phase = nn.Linear(2 * PHASES, model.dim, bias=False) if model.chunk_phase else None
+        self.phase = nn.Linear(2 * PHASE_FREQUENCIES, model.dim, bias=False) if model.chunk_phase else None
         if config.anchor:
             self.anchor = nn.Embedding(1, config.anchor)  # share of the first frame that stays, per channel
 
     def block(self, layer: int) -> Block:
         return cast(Block, self.blocks[layer])
 
-    def patches(self, stream: Stream) -> Float[Tensor, "B N p"]:
+    def patchify(self, stream: Stream) -> Float[Tensor, "B N p"]:
         """Latents cut into tokens."""
         x = stream.latents if stream.latents.ndim == 5 else stream.latents[..., None, None]
         (p, q), (h, w) = self.config.patch, self.config.grid
         return rearrange(x, "b n c (h p) (w q) -> b (n h w) (c p q)", p=p, q=q, h=h, w=w)
 
-    def unpatch(self, tokens: Float[Tensor, "B N p"], like: Tensor) -> Tensor:
+    def unpatchify(self, tokens: Float[Tensor, "B N p"], like: Tensor) -> Tensor:
         """Inverse of ``patches``, in the shape of ``like``."""
         (p, q), (h, w) = self.config.patch, self.config.grid
         x = rearrange(tokens, "b (n h w) (c p q) -> b n c (h p) (w q)", p=p, q=q, h=h, w=w)
         return x.reshape(like.shape)
 
-    def tokens(self, stream: Stream, mine: slice, phases: Float[Tensor, "N 2p"] | None) -> Float[Tensor, "B N d"]:
+    def embed_tokens(self, stream: Stream, mine: slice, phases: Float[Tensor, "N 2p"] | None) -> Float[Tensor, "B N d"]:
         """The ``mine`` among its tokens, embedded; ``phases`` of these, where the network has them."""
-        tokens = self.embed(self.patches(stream)[:, mine])
+        tokens = self.embed(self.patchify(stream)[:, mine])
         return tokens if self.phase is None or phases is None else tokens + self.phase(phases)
 
-    def phases(self, at: Positions, like: Tensor) -> Float[Tensor, "N 2p"]:
+    def phases(self, at: TokenPositions, like: Tensor) -> Float[Tensor, "N 2p"]:
         """How far into its chunk each token starts: cosines and sines of 1, 2 .. whole waves per chunk, from float64.
 
         The first latents of a chunk are nearer to what is known than its last ones, and vary less given it.
         """
         chunks = at.times / self.model.chunk_seconds
-        turns = 2 * math.pi * chunks[:, None] * torch.arange(1, PHASES + 1, dtype=torch.float64)
-        return beside(torch.cat([turns.cos(), turns.sin()], dim=-1), like, like.dtype)
+        turns = 2 * math.pi * chunks[:, None] * torch.arange(1, PHASE_FREQUENCIES + 1, dtype=torch.float64)
+        return to_device_of(torch.cat([turns.cos(), turns.sin()], dim=-1), like, like.dtype)
 
-    def positions(self, stream: Stream, branch: int) -> Positions:
+    def positions(self, stream: Stream, branch: int) -> TokenPositions:
         """Where each token of the stream stands."""
         (h, w), n = self.config.grid, stream.times.shape[0]
         ys, xs = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        return Positions(
+        return TokenPositions(
             chunk=stream.chunk.repeat_interleave(h * w),
             times=stream.times.repeat_interleave(h * w),
             ys=ys.flatten().repeat(n),
@@ -178,24 +178,24 @@ class Branch(nn.Module):
 
     def sink_tokens(self, stream: Stream, present: Bool[Tensor, " B"] | None) -> Float[Tensor, "B N d"]:
         """Tokens of the first frame or of the reference voice; rows without one get the learned stand-in."""
-        tokens = self.embed_sink(self.patches(stream))
+        tokens = self.embed_sink(self.patchify(stream))
         if present is None:
             return tokens
         absent = self.absent(torch.zeros((), dtype=torch.long, device=tokens.device))
         return torch.where(present[:, None, None], tokens, absent.to(tokens.dtype))
 
-    def caption(self, caption: Float[Tensor, "B L D"], kept: Caption | None) -> Caption:
+    def cached_caption(self, caption: Float[Tensor, "B L D"], kept: CachedCaption | None) -> CachedCaption:
         """What a stream keeps of a caption: ``kept``, if that is made of the same caption and weights."""
         layers = [self.block(layer).text for layer in range(self.model.layers)]
         read = (self.text, *(part for text in layers for part in (text.caption, text.norm_caption_k)))
-        now = origin([caption, *(weight for part in read for weight in part.parameters())])
-        if kept and kept.origin.still(now):
+        now = tensor_versions([caption, *(weight for part in read for weight in part.parameters())])
+        if kept and kept.origin.is_current(now):
             return kept
-        tokens = self.text.about(caption)
-        return Caption(tokens=tokens, layers=[text.hear_caption(tokens) for text in layers], origin=now)
+        tokens = self.text.embed_caption(caption)
+        return CachedCaption(tokens=tokens, layers=[text.project_caption(tokens) for text in layers], origin=now)
 
     def text_tokens(
-        self, cond: Condition, at: Positions, *, silent: bool, caption: Caption | None = None
+        self, cond: Condition, at: TokenPositions, *, silent: bool, caption: CachedCaption | None = None
     ) -> TextTokens:
         """Embedded conditions for tokens at ``at``. ``silent``: the sink reads none, it outlives their change.
 
@@ -209,18 +209,18 @@ class Branch(nn.Module):
         # Wan's weights know no such token beside a caption
         alone = ~seen.any(1, keepdim=True) if self.model.layout == "wan" else one
         middle = cond.word_times.mean(-1)
-        gap = (middle[:, None, :] - beside(at.times, middle)[None, :, None]).abs()
+        gap = (middle[:, None, :] - to_device_of(at.times, middle)[None, :, None]).abs()
         near = (gap <= self.model.word_horizon_seconds) & cond.words_mask[:, None, :] & (not silent)
         return TextTokens(
             caption=about,
-            caption_mask=additive(torch.cat([alone, seen], dim=1)[:, None, None]),
+            caption_mask=additive_mask(torch.cat([alone, seen], dim=1)[:, None, None]),
             words=words,
-            words_mask=additive(torch.cat([one[:, None].expand(-1, len(at), -1), near], dim=2)[:, None]),
-            words_turn=turn(time_angles(middle, self.model)[:, :, None], words),
-            token_turn=turn(time_angles(at.times, self.model)[:, None], words),
+            words_mask=additive_mask(torch.cat([one[:, None].expand(-1, len(at), -1), near], dim=2)[:, None]),
+            words_turn=rotation(time_angles(middle, self.model)[:, :, None], words),
+            token_turn=rotation(time_angles(at.times, self.model)[:, None], words),
         )
 
-    def _heard(self, cond: Condition, at: Positions) -> Condition:
+    def _heard(self, cond: Condition, at: TokenPositions) -> Condition:
         """Without the words of a long transcript that no token at ``at`` can reach: the cost of a chunk does not grow
         with what is said before and after it."""
         if cond.words.shape[1] <= FEW_WORDS:
@@ -253,17 +253,17 @@ class Branch(nn.Module):
         """
         shift, scale = (part if runs is None else part[:, runs] for part in final.float()[:, :, None].chunk(2, dim=-1))
         with torch.autocast(x.device.type, enabled=False):
-            correction = self.unpatch(self.head(modulate(x.float(), shift, 1 + scale)), noisy)
+            correction = self.unpatchify(self.head(modulate(x.float(), shift, 1 + scale)), noisy)
         if self.config.data_std is None:
             return correction
         per_latent = chunk[:: self.config.tokens]
         t, r = (level.float()[:, per_latent].reshape(-1, len(per_latent), *(1,) * (noisy.ndim - 2)) for level in span)
         gain, spread = gaussian_flow(t, r, self.config.data_std)
-        mean, noisy = self.mean(first), noisy.float()
+        mean, noisy = self.anchor_mean(first), noisy.float()
         base = gain * noisy if mean is None else gain * (noisy - (1 - t) * mean) - mean
         return torch.addcmul(base, spread, correction)
 
-    def mean(self, first: Float[Tensor, "B C h w"] | None) -> Tensor | None:
+    def anchor_mean(self, first: Float[Tensor, "B C h w"] | None) -> Tensor | None:
         """What is known of every latent before the network looks: anchored channels of the first frame; None: 0."""
         if not self.config.anchor or first is None:
             return None

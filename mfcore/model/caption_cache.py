@@ -17,7 +17,7 @@ from mfcore.model.kv_cache import KeyValue
 
 
 @dataclass(frozen=True)
-class Origin:
+class TensorVersions:
     """What something was computed from, as it was then, and the precision of products in it."""
 
     parts: tuple[Tensor, ...]
@@ -25,19 +25,19 @@ class Origin:
     versions: tuple[int, ...] | None  # None: not counted
     autocast: torch.dtype | None
 
-    def still(self, now: "Origin") -> bool:
+    def is_current(self, now: "TensorVersions") -> bool:
         """Whether the same computation gives the same again."""
         counted = self.versions is not None and self.versions == now.versions and self.autocast == now.autocast
         same = self.places == now.places and all(a is b for a, b in zip(self.parts, now.parts, strict=True))
         return counted and same
 
 
-def origin(parts: Iterable[Tensor]) -> Origin:
+def tensor_versions(parts: Iterable[Tensor]) -> TensorVersions:
     """Of what is computed from ``parts`` now."""
     kept = tuple(parts)
     kind = kept[0].device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return Origin(
+    return TensorVersions(
         parts=kept,
         places=tuple((part.data_ptr(), part.dtype) for part in kept),
         versions=None if any(part.is_inference() for part in kept) else tuple(part._version for part in kept),
@@ -46,9 +46,9 @@ def origin(parts: Iterable[Tensor]) -> Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Caption:
+class CachedCaption:
     """A caption in one branch: its embedded tokens, and their keys and values in every layer."""
 
     tokens: Float[Tensor, "B 1+L d"]
     layers: list[KeyValue]
-    origin: Origin
+    origin: TensorVersions

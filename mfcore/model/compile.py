@@ -13,31 +13,31 @@ from torch import Tensor
 
 from mfcore.model.block import Block
 
-MOST_SHAPES = 64  # of one part: of training, streaming, the sink, with and without gradient
+MAX_RECOMPILES = 64  # of one part: of training, streaming, the sink, with and without gradient
 
 
-class NoCompiler(ValueError):
+class CompilerNotFoundError(ValueError):
     """torch.compile cannot work on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockCode:
+class BlockKernels:
     """Called with the block first."""
 
     project: Callable[..., tuple[Tensor, Tensor, Tensor]] = Block.project
     update: Callable[..., Tensor] = Block.update
 
 
-AS_WRITTEN = BlockCode()
+EAGER = BlockKernels()
 
 
 @cache
-def compiled(backend: str = "inductor") -> BlockCode:
+def compile_block(backend: str = "inductor") -> BlockKernels:
     """Compiled where they are first called with tensors of other shapes or kinds; nothing is left to Python inside."""
     dynamo = cast(Any, torch)._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_SHAPES)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_RECOMPILES)
     project, update = (torch.compile(part, backend=backend, fullgraph=True) for part in (Block.project, Block.update))
-    return BlockCode(project=cast(Any, project), update=cast(Any, update))
+    return BlockKernels(project=cast(Any, project), update=cast(Any, update))
 
 
 def check_compiler(device: torch.device) -> None:
@@ -48,7 +48,7 @@ def check_compiler(device: torch.device) -> None:
     if not on_cpu and importlib.util.find_spec("triton") is None:
         missing.append("Triton (pip install triton)")
     if missing:
-        raise NoCompiler(
+        raise CompilerNotFoundError(
             f"compiling blocks for {device.type} needs {' and '.join(missing)}, not found here: install it "
             "(apt-get install g++), name it in CC or CXX, or leave engine.compile and --compile off"
         )

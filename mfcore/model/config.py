@@ -68,7 +68,7 @@ class ModelConfig:
             raise ValueError(
                 f"dim {self.dim} / heads {self.heads} must be a multiple of 8 (rotary: half time, quarters space)"
             )
-        if self.heads % self.key_heads or not 1 <= self.reading_heads <= self.heads:
+        if self.heads % self.key_heads or not 1 <= self.transcript_heads <= self.heads:
             raise ValueError(
                 f"kv_heads {self.kv_heads} must divide heads {self.heads}, word_heads {self.word_heads} lie between 1 "
                 "and heads"
@@ -90,12 +90,12 @@ class ModelConfig:
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
-    def reading_heads(self) -> int:
+    def transcript_heads(self) -> int:
         """Heads of the attention to the transcript."""
         return self.heads if self.word_heads is None else self.word_heads
 
     @property
-    def hidden(self) -> int:
+    def mlp_width(self) -> int:
         """Width inside the feed-forward part."""
         return round(self.dim * self.mlp_ratio)
 

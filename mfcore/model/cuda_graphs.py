@@ -14,20 +14,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mfcore.model.compile import AS_WRITTEN, check_compiler, compiled
-from mfcore.model.kv_cache import LayeredMemory
-from mfcore.model.ring_cache import RingMemory
-from mfcore.model.transformer import AVTransformer, Scene
-from mfcore.types import Condition, Levels, Streams, VelocityModel
+from mfcore.model.compile import EAGER, check_compiler, compile_block
+from mfcore.model.kv_cache import LayeredKVCache
+from mfcore.model.ring_cache import RingKVCache
+from mfcore.model.transformer import AVTransformer, PreparedPass
+from mfcore.types import Condition, NoiseLevels, Streams, VelocityModel
 
 Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], object]]]
 """Runs some work; its result, and what runs it again in the same places of memory, the result included."""
 
-MOST_GRAPHS = 32  # a window that fills needs two or three for every chunk of it; the longest unused one goes first
+MAX_GRAPHS = 32  # a window that fills needs two or three for every chunk of it; the longest unused one goes first
 WARM_UPS = 2
 
 
-def cuda_graph(work: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
+def capture_cuda_graph(work: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
     """The recorder for CUDA. ``work`` must not copy from the CPU, nor wait for a number."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -48,13 +48,13 @@ class _Graph:
 
     calls: dict[str, Tensor]  # what differs between the calls for a chunk
     scenes: dict[str, Tensor]  # what differs between chunks
-    scene: Scene  # that was copied last
-    ring: "ref[RingMemory]"  # whose places are written
+    scene: PreparedPass  # that was copied last
+    ring: "ref[RingKVCache]"  # whose places are written
     made: Any
     play: Callable[[], object]
 
 
-def check_switches(device: torch.device, *, compile: bool, graphs: bool) -> None:
+def check_inference_optimizations(device: torch.device, *, compile: bool, graphs: bool) -> None:
     """ValueError where a switch has no use, or not what it needs."""
     if graphs and device.type != "cuda":
         raise ValueError(f"--graphs records CUDA graphs, and this stream runs on the {device.type}: leave it out")
@@ -62,16 +62,16 @@ def check_switches(device: torch.device, *, compile: bool, graphs: bool) -> None
         check_compiler(device)
 
 
-def switched(net: AVTransformer, *, compile: bool, graphs: bool) -> VelocityModel:
+def apply_inference_optimizations(net: AVTransformer, *, compile: bool, graphs: bool) -> VelocityModel:
     """What streams as ``net`` does: its blocks compiled or not, its passes recorded or not."""
-    net.code = compiled() if compile else AS_WRITTEN
-    return cast(VelocityModel, Graphed(net) if graphs else net)
+    net.code = compile_block() if compile else EAGER
+    return cast(VelocityModel, CUDAGraphModel(net) if graphs else net)
 
 
-class Graphed:
+class CUDAGraphModel:
     """``net`` for streaming: the same answers. A VelocityModel; calls without a ring go to ``net`` itself."""
 
-    def __init__(self, net: AVTransformer, record: Record = cuda_graph, most: int = MOST_GRAPHS) -> None:
+    def __init__(self, net: AVTransformer, record: Record = capture_cuda_graph, most: int = MAX_GRAPHS) -> None:
         self.net, self._record, self._most = net, record, most
         self._graphs: dict[Any, _Graph] = {}
         self.recorded = 0  # how often
@@ -79,31 +79,31 @@ class Graphed:
     def __call__(
         self,
         x: Streams,
-        t: Levels,
-        r: Levels,
+        t: NoiseLevels,
+        r: NoiseLevels,
         cond: Condition,
-        memory: LayeredMemory | RingMemory | None = None,
+        memory: LayeredKVCache | RingKVCache | None = None,
         *,
         store: bool = False,
         trust: Float[Tensor, " B"] | None = None,
-    ) -> tuple[dict[str, Tensor], LayeredMemory | RingMemory | None]:
-        if not x or not isinstance(memory, RingMemory):
+    ) -> tuple[dict[str, Tensor], LayeredKVCache | RingKVCache | None]:
+        if not x or not isinstance(memory, RingKVCache):
             return self.net(x, t, r, cond, memory, store=store, trust=trust)
         scene, ring = self.net.prepare(x, cond, memory, store=store)[0], memory
         call = {"x": {m: s.latents for m, s in x.items()}, "t": t, "r": r, "trust": trust if store else None}
         made = self._played(x, call, scene, cond, ring, store=store)
         if store:
-            return {}, ring.keep(scene.at)
+            return {}, ring.commit_chunk(scene.at)
         return {m: velocity.clone() for m, velocity in made.items()}, ring
 
     def _played(
-        self, x: Streams, call: dict[str, Any], scene: Scene, cond: Condition, ring: RingMemory, *, store: bool
+        self, x: Streams, call: dict[str, Any], scene: PreparedPass, cond: Condition, ring: RingKVCache, *, store: bool
     ) -> Any:
         calls, scenes = dict(_leaves(call)), dict(_leaves(_on_device(scene, cond)))
         kind = next(iter(calls.values())).device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         shapes = tuple((name, part.shape, part.dtype) for name, part in (*calls.items(), *scenes.items()))
-        key = (store, id(ring), ring.used, autocast, shapes)
+        key = (store, id(ring), ring.used_slots, autocast, shapes)
         graph = self._graphs.pop(key, None)
         if graph is None or graph.ring() is not ring:
             graph = self._recorded(x, call, scene, cond, ring, store=store)
@@ -119,7 +119,7 @@ class Graphed:
         return graph.made
 
     def _recorded(
-        self, x: Streams, call: dict[str, Any], scene: Scene, cond: Condition, ring: RingMemory, *, store: bool
+        self, x: Streams, call: dict[str, Any], scene: PreparedPass, cond: Condition, ring: RingKVCache, *, store: bool
     ) -> _Graph:
         calls = {name: part.clone() for name, part in _leaves(call)}
         scenes = {name: part.clone() for name, part in _leaves(_on_device(scene, cond))}
@@ -131,9 +131,9 @@ class Graphed:
 
         def work() -> Any:
             if not store:
-                return self.net.evaluate(streams, own["t"], own["r"], first, still, ring)
-            layers = self.net.write(streams, own["t"], own["r"], own["trust"], still, ring)
-            ring.put(len(layers) - 1, layers[-1])
+                return self.net.predict_velocity(streams, own["t"], own["r"], first, still, ring)
+            layers = self.net.write_cache(streams, own["t"], own["r"], own["trust"], still, ring)
+            ring.write_layer(len(layers) - 1, layers[-1])
             return layers
 
         kind = next(iter(calls.values())).device.type
@@ -146,7 +146,7 @@ class Graphed:
         return _Graph(calls, scenes, scene, ref(ring), made, play)
 
 
-def _on_device(scene: Scene, cond: Condition) -> dict[str, Any]:
+def _on_device(scene: PreparedPass, cond: Condition) -> dict[str, Any]:
     """What a pass reads on its device besides the call's own tensors; clocks and positions stay on the CPU."""
     names = ("local", "runs", "own_runs", "phases", "text", "heard", "turn", "mask")
     return {name: getattr(scene, name) for name in names} | {"first": cond.first_frame}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mfcore.model.branch import DURATION_FEATURES, PHASES
+from mfcore.model.branch import DURATION_FEATURES, PHASE_FREQUENCIES
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import AVTransformer
 from mfcore.timeline import Timeline
@@ -20,7 +20,7 @@ FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class ChunkWorkload:
     """A chunk in a stream: what it is made of and what it may look at."""
 
     tokens: Mapping[str, int]  # of the chunk, by modality
@@ -29,7 +29,7 @@ class Load:
     words: int  # transcript tokens within reach
 
 
-def parameters(config: ModelConfig) -> dict[str, int]:
+def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Weights by branch, and "total". The network is built without memory for them."""
     with torch.device("meta"):
         net = AVTransformer(config)
@@ -37,21 +37,21 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     return each | {"total": sum(p.numel() for p in net.parameters())}
 
 
-def chunk_load(config: ModelConfig, timeline: Timeline, *, caption: int, words: int) -> Load:
+def steady_state_workload(config: ModelConfig, timeline: Timeline, *, caption: int, words: int) -> ChunkWorkload:
     """A chunk late in a stream, with a full window of history. The sink is a frame and a chunk of the voice."""
     each = {m: timeline.max_count(m) * b.tokens for m, b in config.branches.items()}
     sink = sum(b.tokens if m == VIDEO else each[m] for m, b in config.branches.items())
     seen = sink + (config.window_chunks + 1) * sum(each.values())
-    return Load(tokens=each, seen=seen, caption=caption, words=words)
+    return ChunkWorkload(tokens=each, seen=seen, caption=caption, words=words)
 
 
-def forward_flops(config: ModelConfig, load: Load) -> int:
+def forward_flops(config: ModelConfig, load: ChunkWorkload) -> int:
     """Operations of one evaluation of one chunk: matrix products and attention."""
     parts = _multiplications(config, load)
     return 2 * (config.layers * (parts.project + parts.rest) + parts.ends + parts.caption + parts.words)
 
 
-def chunk_flops(config: ModelConfig, load: Load, steps: int) -> int:
+def chunk_flops(config: ModelConfig, load: ChunkWorkload, steps: int) -> int:
     """Operations of a chunk of a stream: ``steps`` evaluations, and the pass that writes keys and values.
 
     The words are read once, the caption is that of the chunk before; of the writing pass the last layer ends with its
@@ -75,22 +75,22 @@ class _Parts:
     words: int  # the same of the transcript
 
 
-def _multiplications(config: ModelConfig, load: Load) -> _Parts:
+def _multiplications(config: ModelConfig, load: ChunkWorkload) -> _Parts:
     """Per token and layer: d^2 + 2 d g queries, keys, values; d^2 out; 2 d^2 + 2 d w text queries and out; 2 d h
     feed-forward; 2 d S attention; 2 d (caption + 1) + 2 w (words + 1) text attention, a token "nothing here" standing
     before both. Per text token the embedding, and in each layer 2 d^2 or 2 d w keys and values. Per chunk and branch
     the embeddings of level and interval, and the modulation made of them; per token its phase.
     """
     d, features, wan = config.dim, config.level_features, config.layout == "wan"
-    g, w = config.key_heads * config.head_dim, config.reading_heads * config.head_dim
+    g, w = config.key_heads * config.head_dim, config.transcript_heads * config.head_dim
     tokens = sum(load.tokens.values())
     text_attention = 2 * d * (load.caption + 1) + 2 * w * (load.words + 1)
-    rest = d * d + 2 * d * (d + w) + 2 * d * config.hidden + 2 * d * load.seen + text_attention
+    rest = d * d + 2 * d * (d + w) + 2 * d * config.mlp_width + 2 * d * load.seen + text_attention
     caption = load.caption * (config.text_dim * d + (d * d if wan else 0))
     words = load.words * (config.text_dim + DURATION_FEATURES) * d
     caption_keys, word_keys = (config.layers * 2 * d * n for n in (d * (load.caption + 1), w * (load.words + 1)))
     level = 2 * (features * d + d * d) + 6 * d * d + (0 if wan else 2 * d * d)
-    phases = tokens * 2 * PHASES * d if config.chunk_phase else 0
+    phases = tokens * 2 * PHASE_FREQUENCIES * d if config.chunk_phase else 0
     out = sum(n * config.branches[m].width * d for m, n in load.tokens.items())
     return _Parts(
         project=tokens * d * (d + 2 * g),
@@ -108,7 +108,7 @@ def cache_bytes_per_second(config: ModelConfig, timeline: Timeline, element: int
     return round(2 * config.layers * config.key_heads * config.head_dim * element * per_second)
 
 
-def state_bytes(weights: int, ranks: int, stage: int) -> int:
+def training_state_bytes(weights: int, ranks: int, stage: int) -> int:
     """Bytes of float32 weights, gradients, two moments and the average on each of ``ranks`` at ZeRO ``stage``.
 
     Stage 1 shares the moments out, 2 the gradients too, 3 the weights too; the average stays whole on each rank.

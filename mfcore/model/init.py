@@ -10,7 +10,7 @@ from mfcore.rng import generator
 LOCALITY = 1.0
 
 
-def initialise(model: nn.Module, seed: int) -> None:
+def initialize(model: nn.Module, seed: int) -> None:
     """Fill every parameter; each draws from a generator of its own name, so branches do not disturb each other.
 
     ============================================  ==============================================================

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from mfcore.device import beside, numbers
-from mfcore.model.rope import Turn, rotate
+from mfcore.device import row_indices, to_device_of
+from mfcore.model.rope import Rotation, rotate
 from mfcore.types import MODALITIES
 
 
@@ -36,7 +36,7 @@ class KeyValue:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Positions:
+class TokenPositions:
     """Where the tokens of one pass stand: chunk, seconds, row, column and branch number of each."""
 
     chunk: Int64[Tensor, " N"]
@@ -48,15 +48,15 @@ class Positions:
     def __len__(self) -> int:
         return self.chunk.shape[0]
 
-    def join(self, other: "Positions") -> "Positions":
-        return Positions(**{k: torch.cat([v, vars(other)[k]]) for k, v in vars(self).items()})
+    def join(self, other: "TokenPositions") -> "TokenPositions":
+        return TokenPositions(**{k: torch.cat([v, vars(other)[k]]) for k, v in vars(self).items()})
 
-    def where(self, keep: Tensor | slice) -> "Positions":
-        return Positions(**{k: v[keep] for k, v in vars(self).items()})
+    def select(self, keep: Tensor | slice) -> "TokenPositions":
+        return TokenPositions(**{k: v[keep] for k, v in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayeredMemory:
+class LayeredKVCache:
     """Sink keys are kept unrotated, because their offset is constant and not their position; past keys are rotated.
 
     Values, never changed in place: a memory may be shared by many passes, snapshotted by keeping it, and continued.
@@ -64,80 +64,80 @@ class LayeredMemory:
 
     window: int  # chunks of history that a chunk may see
     sink: tuple[KeyValue, ...]
-    sink_at: Positions
+    sink_at: TokenPositions
     past: tuple[KeyValue, ...] = ()
-    past_at: Positions | None = None
+    past_at: TokenPositions | None = None
     scenes: dict[bool, Any] | None = field(default=None, init=False, repr=False, compare=False)
     """Where it is held: what the last passes over it, without gradient and with it, have in common. A memory that is
     made of this one is not."""
 
-    def held(self) -> "LayeredMemory":
+    def shared_passes(self) -> "LayeredKVCache":
         same = replace(self)
         object.__setattr__(same, "scenes", {})
         return same
 
-    def detach(self) -> "LayeredMemory":
+    def detach(self) -> "LayeredKVCache":
         return replace(self, sink=tuple(kv.detach() for kv in self.sink), past=tuple(kv.detach() for kv in self.past))
 
-    def rows(self, index: Tensor) -> "LayeredMemory":
-        there = numbers(index, self.sink[0].k) if self.sink else index
+    def rows(self, index: Tensor) -> "LayeredKVCache":
+        there = row_indices(index, self.sink[0].k) if self.sink else index
         return replace(
             self, sink=tuple(kv.rows(there) for kv in self.sink), past=tuple(kv.rows(there) for kv in self.past)
         )
 
     @classmethod
-    def stack(cls, parts: Sequence["LayeredMemory"]) -> "LayeredMemory":
+    def stack(cls, parts: Sequence["LayeredKVCache"]) -> "LayeredKVCache":
         """The rows of all parts, which remember the same chunks, one after the other."""
         alike = [p.by_chunk() for p in parts]
         sink = tuple(KeyValue.stack(layer) for layer in zip(*(p.sink for p in alike), strict=True))
         past = tuple(KeyValue.stack(layer) for layer in zip(*(p.past for p in alike), strict=True))
         return replace(alike[0], sink=sink, past=past)
 
-    def by_chunk(self) -> "LayeredMemory":
+    def by_chunk(self) -> "LayeredKVCache":
         """Tokens by chunk, then by branch, as a roll-out writes them; a whole clip is written branch by branch."""
         if self.past_at is None:
             return self
         order = (self.past_at.chunk * len(MODALITIES) + self.past_at.branch).argsort(stable=True)
         return self if bool((order.diff() == 1).all()) else self._tokens(order)
 
-    def append(self, layers: list[KeyValue], at: Positions) -> "LayeredMemory":
+    def append(self, layers: list[KeyValue], at: TokenPositions) -> "LayeredKVCache":
         """A memory that also holds the (rotated) keys and the values of the tokens ``at``."""
         if self.past_at is None:
             return replace(self, past=tuple(layers), past_at=at)
         past = tuple(old.join(new) for old, new in zip(self.past, layers, strict=True))
         return replace(self, past=past, past_at=self.past_at.join(at))
 
-    def advance(self, chunk: int) -> "LayeredMemory":
+    def evict_before(self, chunk: int) -> "LayeredKVCache":
         """Forget chunks that ``chunk`` and its successors cannot see."""
         if self.past_at is None:
             return self
         keep = self.past_at.chunk >= chunk - self.window
         return self if bool(keep.all()) else self._tokens(keep.nonzero()[:, 0])
 
-    def _tokens(self, index: Tensor) -> "LayeredMemory":
+    def _tokens(self, index: Tensor) -> "LayeredKVCache":
         """The past tokens of these numbers."""
         assert self.past_at is not None
-        place = beside(index, self.past[0].k)
+        place = to_device_of(index, self.past[0].k)
         past = tuple(KeyValue(kv.k.index_select(2, place), kv.v.index_select(2, place)) for kv in self.past)
-        return replace(self, past=past, past_at=self.past_at.where(index))
+        return replace(self, past=past, past_at=self.past_at.select(index))
 
-    def snapshot(self) -> "LayeredMemory":
+    def snapshot(self) -> "LayeredKVCache":
         return self
 
     @property
-    def bytes(self) -> int:
+    def num_bytes(self) -> int:
         """Bytes held by keys and values."""
         tensors = [t for kv in (*self.sink, *self.past) for t in (kv.k, kv.v)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recall:
+class CacheView:
     """A memory as the chunks of one pass see it: a copy of the sink for each of them, then the past."""
 
-    memory: LayeredMemory
+    memory: LayeredKVCache
     copies: int
-    turn: Turn  # of each copy's tokens, to the edge of its chunk's window
+    turn: Rotation  # of each copy's tokens, to the edge of its chunk's window
 
     def join(self, layer: int, own: KeyValue) -> KeyValue:
         """What the pass attends to in a layer; its own keys and values come last."""

@@ -17,7 +17,7 @@ from mfcore.rng import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class FakeConfig:
+class FakeScoreConfig:
     """What the fake score of the mutual stage is."""
 
     rank: int | None = None  # of its terms on the average network; None: a full copy of the student
@@ -30,10 +30,10 @@ class FakeConfig:
             raise ValueError(f"fake.gain must be positive, got {self.gain}")
 
 
-class LowRankLinear(nn.Module):
+class LoRALinear(nn.Module):
     """y = W x + b + gain B A x, with W and b of a frozen linear layer. B starts at 0."""
 
-    def __init__(self, linear: nn.Linear, config: FakeConfig, draw: torch.Generator) -> None:
+    def __init__(self, linear: nn.Linear, config: FakeScoreConfig, draw: torch.Generator) -> None:
         super().__init__()
         assert config.rank is not None
         rank = min(config.rank, linear.in_features, linear.out_features)
@@ -50,14 +50,14 @@ class LowRankLinear(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias) + self.gain * self.up(self.down(x))
 
 
-class LowRankCopy(nn.Module):
+class LoRAModel(nn.Module):
     """``base``, frozen, and a network that adds low-rank terms to each of its linear layers; a call runs the latter.
 
     Both stand below this module because engines that shard weights gather them by module: an engine of this module
     serves calls of ``base`` as well. Trainable are the terms only.
     """
 
-    def __init__(self, base: nn.Module, config: FakeConfig, seed: int) -> None:
+    def __init__(self, base: nn.Module, config: FakeScoreConfig, seed: int) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         shared = {id(p): p for p in base.parameters()}
@@ -66,7 +66,7 @@ class LowRankCopy(nn.Module):
             if isinstance(layer, nn.Linear):
                 parent, _, own = name.rpartition(".")
                 draw = generator(seed, f"adapter/{name}", 0)
-                setattr(self.adapted.get_submodule(parent), own, LowRankLinear(layer, config, draw))
+                setattr(self.adapted.get_submodule(parent), own, LoRALinear(layer, config, draw))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.adapted(*args, **kwargs)

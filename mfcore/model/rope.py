@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mfcore.device import beside
+from mfcore.device import to_device_of
 from mfcore.model.config import ModelConfig
 
 BASE = 100.0
@@ -19,22 +19,22 @@ WAN_BASE = 10000.0
 
 
 @dataclass(frozen=True)
-class Turn:
+class Rotation:
     """By how much each channel pair (i, i + dim/2) of each token is turned: for both of its channels."""
 
     cos: Float[Tensor, "*N dim"]
     sin: Float[Tensor, "*N dim"]  # the first half negative
 
 
-def turn(angle: Float[Tensor, "*N half"], like: Tensor) -> Turn:
+def rotation(angle: Float[Tensor, "*N half"], like: Tensor) -> Rotation:
     """From angles in float64. Never narrower than float32; on the device of ``like``."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     cos, sin = angle.cos(), angle.sin()
     both = (torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
-    return Turn(*(beside(part, like, dtype) for part in both))
+    return Rotation(*(to_device_of(part, like, dtype) for part in both))
 
 
-def rotate(x: Float[Tensor, "*batch N dim"], by: Turn) -> Tensor:
+def rotate(x: Float[Tensor, "*batch N dim"], by: Rotation) -> Tensor:
     """Turn channel pairs (i, i + dim/2) of ``x``: a cos - b sin, b cos + a sin."""
     return torch.addcmul(x * by.cos, x.roll(x.shape[-1] // 2, dims=-1), by.sin).to(x.dtype)
 
@@ -43,7 +43,7 @@ def _frequencies(pairs: int, base: float, like: Tensor) -> Tensor:
     return base ** (-torch.arange(pairs, dtype=torch.float64, device=like.device) / pairs)
 
 
-def angles(times: Tensor, ys: Tensor, xs: Tensor, config: ModelConfig) -> Float[Tensor, "*N half"]:
+def rotation_angles(times: Tensor, ys: Tensor, xs: Tensor, config: ModelConfig) -> Float[Tensor, "*N half"]:
     """Angles of every channel pair, float64: half a head's width per token.
 
     ``times`` in seconds, ``ys`` and ``xs`` in tokens, all of one shape.

@@ -42,7 +42,7 @@ class SequenceGroup:
         ends = torch.tensor(self.counts(tokens)).cumsum(0).tolist()
         return [slice(end - count, end) for end, count in zip(ends, self.counts(tokens), strict=True)]
 
-    def by_head(self, x: Float[Tensor, "B H n e"], counts: Sequence[int]) -> Float[Tensor, "B H/P N e"]:
+    def scatter_heads(self, x: Float[Tensor, "B H n e"], counts: Sequence[int]) -> Float[Tensor, "B H/P N e"]:
         """All tokens, rank after rank, of this rank's heads. ``counts``: tokens of each rank."""
         batch, heads, own, width = x.shape
         mine = heads // self.size
@@ -51,7 +51,7 @@ class SequenceGroup:
         parts = [part.view(batch, mine, c, width) for part, c in zip(got, counts, strict=True)]
         return torch.cat(parts, dim=2)
 
-    def by_token(self, x: Float[Tensor, "B H/P N e"], counts: Sequence[int]) -> Float[Tensor, "B H n e"]:
+    def gather_heads(self, x: Float[Tensor, "B H/P N e"], counts: Sequence[int]) -> Float[Tensor, "B H n e"]:
         """This rank's tokens of all heads."""
         batch, mine, _, width = x.shape
         own = counts[self.rank]
@@ -59,7 +59,7 @@ class SequenceGroup:
         got = self._exchange(sent, [batch * mine * c * width for c in counts], [batch * mine * own * width] * self.size)
         return torch.cat([part.view(batch, mine, own, width) for part in got], dim=1)
 
-    def whole(self, x: Float[Tensor, "B n d"], counts: Sequence[int]) -> Float[Tensor, "B N d"]:
+    def all_gather_tokens(self, x: Float[Tensor, "B n d"], counts: Sequence[int]) -> Float[Tensor, "B N d"]:
         """All tokens of a branch on every rank. The gradient is the sum of what all of them make of these tokens."""
         batch, own, width = x.shape
         sent = x.expand(self.size, batch, own, width)

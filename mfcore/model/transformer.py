@@ -10,30 +10,30 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from mfcore.device import beside
-from mfcore.model.attention import Mask, Sight, attend, heads_first
-from mfcore.model.block import Heard, TextTokens
+from mfcore.device import to_device_of
+from mfcore.model.attention import AttentionVisibility, Mask, attend, transpose_heads
+from mfcore.model.block import TextKeyValues, TextTokens
 from mfcore.model.branch import Branch
-from mfcore.model.caption_cache import Caption
-from mfcore.model.compile import AS_WRITTEN
+from mfcore.model.caption_cache import CachedCaption
+from mfcore.model.compile import EAGER
 from mfcore.model.config import ModelConfig
-from mfcore.model.init import initialise
-from mfcore.model.kv_cache import KeyValue, LayeredMemory, Positions, Recall
-from mfcore.model.ring_cache import RingMemory
-from mfcore.model.rope import Turn, angles, rotate, turn
+from mfcore.model.init import initialize
+from mfcore.model.kv_cache import CacheView, KeyValue, LayeredKVCache, TokenPositions
+from mfcore.model.ring_cache import RingKVCache
+from mfcore.model.rope import Rotation, rotate, rotation, rotation_angles
 from mfcore.model.sequence_parallel import SequenceGroup
-from mfcore.types import AUDIO, MODALITIES, VIDEO, Condition, Levels, Stream, Streams
+from mfcore.types import AUDIO, MODALITIES, VIDEO, Condition, NoiseLevels, Stream, Streams
 
 SINK = -1  # chunk number of the sink
 
 
 @dataclass(frozen=True)
-class Scene:
+class PreparedPass:
     """What passes over the same chunks have in common, whatever the noise level."""
 
     cond: Condition
     times: dict[str, Tensor]
-    at: Positions
+    at: TokenPositions
     here: dict[str, list[slice]]  # of each branch's tokens those of each rank, where ranks share them; else all
     sizes: list[int]  # of each branch the tokens that this rank computes
     shared: list[int]  # of all branches together the tokens that each rank computes
@@ -42,11 +42,11 @@ class Scene:
     own_runs: dict[str, Tensor | None]  # of the tokens that this rank computes
     phases: dict[str, Tensor] | None  # of the tokens that this rank computes, where the network has them
     text: dict[str, TextTokens]
-    heard: dict[str, list[Heard]] | None  # by layer, where several passes will ask for it
-    turn: Turn
+    heard: dict[str, list[TextKeyValues]] | None  # by layer, where several passes will ask for it
+    turn: Rotation
     mask: Mask
 
-    def fits(self, x: Streams, cond: Condition) -> bool:
+    def is_reusable(self, x: Streams, cond: Condition) -> bool:
         """Whether it is that of another pass too."""
         same = self.cond is cond and self.times.keys() == x.keys()
         return same and all(torch.equal(s.times, self.times[m]) for m, s in x.items())
@@ -56,9 +56,9 @@ class Scene:
 class _Pass:
     """What every layer of one pass needs besides the tokens."""
 
-    scene: Scene
+    scene: PreparedPass
     shared: dict[str, Tensor]  # modulation by branch
-    seen: Recall | RingMemory
+    seen: CacheView | RingKVCache
 
 
 class AVTransformer(nn.Module):
@@ -73,38 +73,44 @@ class AVTransformer(nn.Module):
         names = [m for m in MODALITIES if m in config.branches]
         self.branches = nn.ModuleDict({m: Branch(config, config.branches[m]) for m in names})
         self.recompute = False  # run layers again in the backward pass instead of keeping what is inside them
-        self.code = AS_WRITTEN  # what runs the blocks
+        self.code = EAGER  # what runs the blocks
         self.sequence: SequenceGroup | None = None  # ranks that share the tokens of the same clips
         self.guard: Callable[[str], object] | None = None  # told what leaves a block not finite; looking takes time
 
     def forward(
         self,
         x: Streams,
-        t: Levels,
-        r: Levels,
+        t: NoiseLevels,
+        r: NoiseLevels,
         cond: Condition,
-        memory: LayeredMemory | RingMemory | None = None,
+        memory: LayeredKVCache | RingKVCache | None = None,
         *,
         store: bool = False,
         trust: Float[Tensor, " B"] | None = None,
-    ) -> tuple[dict[str, Tensor], LayeredMemory | RingMemory | None]:
+    ) -> tuple[dict[str, Tensor], LayeredKVCache | RingKVCache | None]:
         memory = memory if memory is not None else self._sink(cond)
         if not x:
             return {}, memory
         scene, seen = self.prepare(x, cond, memory, store=store)
         if store:
-            return {}, memory.append(self.write(x, t, r, trust, scene, seen), scene.at)
-        return self.evaluate(x, t, r, cond.first_frame, scene, seen), memory
+            return {}, memory.append(self.write_cache(x, t, r, trust, scene, seen), scene.at)
+        return self.predict_velocity(x, t, r, cond.first_frame, scene, seen), memory
 
-    def evaluate(
-        self, x: Streams, t: Levels, r: Levels, first: Tensor | None, scene: Scene, seen: Recall | RingMemory
+    def predict_velocity(
+        self,
+        x: Streams,
+        t: NoiseLevels,
+        r: NoiseLevels,
+        first: Tensor | None,
+        scene: PreparedPass,
+        seen: CacheView | RingKVCache,
     ) -> dict[str, Tensor]:
         """Velocities, once it is known who sees whom. Nothing in here waits for the device or comes from the CPU."""
         levels = {m: self.branch(m).levels(t[m], r[m], None) for m in x}
         hidden, _ = self._layers(self._embed(x, scene), _Pass(scene, {m: v[0] for m, v in levels.items()}, seen))
         if self.sequence:
             counts = {m: [s.stop - s.start for s in spans] for m, spans in scene.here.items()}
-            hidden = {m: self.sequence.whole(h, counts[m]) for m, h in hidden.items()}
+            hidden = {m: self.sequence.all_gather_tokens(h, counts[m]) for m, h in hidden.items()}
         return {
             m: self.branch(m).velocity(
                 h,
@@ -118,17 +124,23 @@ class AVTransformer(nn.Module):
             for m, h in hidden.items()
         }
 
-    def write(
-        self, x: Streams, t: Levels, r: Levels, trust: Tensor | None, scene: Scene, seen: Recall | RingMemory
+    def write_cache(
+        self,
+        x: Streams,
+        t: NoiseLevels,
+        r: NoiseLevels,
+        trust: Tensor | None,
+        scene: PreparedPass,
+        seen: CacheView | RingKVCache,
     ) -> list[KeyValue]:
         """Keys and values of every layer for clean chunks, as ``evaluate`` is for noisy ones."""
         shared = {m: self.branch(m).levels(t[m], r[m], trust)[0] for m in x}
         return self._written(self._embed(x, scene), _Pass(scene, shared, seen))
 
-    def _embed(self, x: Streams, scene: Scene) -> dict[str, Tensor]:
+    def _embed(self, x: Streams, scene: PreparedPass) -> dict[str, Tensor]:
         """The tokens that this rank computes."""
         phases = scene.phases or {}
-        return {m: self.branch(m).tokens(s, self._mine(scene.here[m]), phases.get(m)) for m, s in x.items()}
+        return {m: self.branch(m).embed_tokens(s, self._mine(scene.here[m]), phases.get(m)) for m, s in x.items()}
 
     def _mine(self, spans: list[slice]) -> slice:
         return spans[self.sequence.rank if self.sequence else 0]
@@ -136,7 +148,7 @@ class AVTransformer(nn.Module):
     def branch(self, modality: str) -> Branch:
         return cast(Branch, self.branches[modality])
 
-    def _sink(self, cond: Condition) -> LayeredMemory:
+    def _sink(self, cond: Condition) -> LayeredKVCache:
         """Keys and values of first frame and voice: clean, before everything, reading no text."""
         streams = sink_streams(cond, self.config)
         present = {VIDEO: None, AUDIO: cond.voice_mask}
@@ -144,39 +156,39 @@ class AVTransformer(nn.Module):
         some = next(iter(streams.values())).latents
         zero = some.new_zeros(some.shape[0], 1, dtype=torch.float32)
         shared = {m: self.branch(m).levels(zero, zero, None)[0] for m in streams}
-        empty = LayeredMemory(window=self.config.window_chunks, sink=(), sink_at=at.where(at.chunk != SINK))
+        empty = LayeredKVCache(window=self.config.window_chunks, sink=(), sink_at=at.select(at.chunk != SINK))
         scene, seen = self.prepare(streams, cond, empty, store=True)
         hidden = {
             m: self.branch(m).sink_tokens(s, present[m])[:, self._mine(scene.here[m])] for m, s in streams.items()
         }
         layers = self._written(hidden, _Pass(scene, shared, seen), rotated=False)
-        return LayeredMemory(window=self.config.window_chunks, sink=tuple(layers), sink_at=at)
+        return LayeredKVCache(window=self.config.window_chunks, sink=tuple(layers), sink_at=at)
 
-    def _places(self, x: Streams) -> dict[str, Positions]:
+    def _places(self, x: Streams) -> dict[str, TokenPositions]:
         """Of the tokens of a pass, by branch."""
         return {m: self.branch(m).positions(s, MODALITIES.index(m)) for m, s in x.items()}
 
-    def _ordered(self, parts: Mapping[str, Positions]) -> Positions:
+    def _ordered(self, parts: Mapping[str, TokenPositions]) -> TokenPositions:
         """All of them in the order in which attention has them: rank by rank, branch by branch."""
         spans = {m: self._spans(len(p)) for m, p in parts.items()}
-        ordered = [parts[m].where(spans[m][rank]) for rank in range(len(next(iter(spans.values())))) for m in parts]
-        return reduce(Positions.join, ordered)
+        ordered = [parts[m].select(spans[m][rank]) for rank in range(len(next(iter(spans.values())))) for m in parts]
+        return reduce(TokenPositions.join, ordered)
 
     def _spans(self, tokens: int) -> list[slice]:
         return self.sequence.spans(tokens) if self.sequence else [slice(0, tokens)]
 
     def prepare(
-        self, x: Streams, cond: Condition, memory: LayeredMemory | RingMemory, *, store: bool
-    ) -> tuple[Scene, Recall | RingMemory]:
+        self, x: Streams, cond: Condition, memory: LayeredKVCache | RingKVCache, *, store: bool
+    ) -> tuple[PreparedPass, CacheView | RingKVCache]:
         """What does not depend on noise levels: positions, who sees whom, the text; a ring is told of its chunk."""
         some = next(iter(x.values())).latents
-        if isinstance(memory, RingMemory):
+        if isinstance(memory, RingKVCache):
             return self._streamed(x, some, cond, memory), memory
         gradient = torch.is_grad_enabled()
         kept = None if store or memory.scenes is None else memory.scenes.get(gradient)
-        if kept is not None and kept[0].fits(x, cond):
+        if kept is not None and kept[0].is_reusable(x, cond):
             scene, copies, sink_turn = kept
-            return scene, Recall(memory=replace(memory), copies=copies, turn=sink_turn)
+            return scene, CacheView(memory=replace(memory), copies=copies, turn=sink_turn)
         own = self._places(x)
         at = self._ordered(own)
         # the sink is short: no kernel needs to be made before a stream begins
@@ -189,41 +201,41 @@ class AVTransformer(nn.Module):
         if memory.scenes is not None and not store:
             memory.scenes[gradient] = scene, copies, sink_turn  # nothing that knows the memory: it would never go
         # without the scenes: layers that are run again keep what they read until then
-        return scene, Recall(memory=replace(memory), copies=copies, turn=sink_turn)
+        return scene, CacheView(memory=replace(memory), copies=copies, turn=sink_turn)
 
-    def _streamed(self, x: Streams, like: Tensor, cond: Condition, ring: RingMemory) -> Scene:
+    def _streamed(self, x: Streams, like: Tensor, cond: Condition, ring: RingKVCache) -> PreparedPass:
         """All evaluations of a chunk share a scene; all that the ring holds is visible to that chunk."""
-        scene = cast(Scene | None, ring.scene)
-        if scene is None or not scene.fits(x, cond):
+        scene = cast(PreparedPass | None, ring.scene)
+        if scene is None or not scene.is_reusable(x, cond):
             own = self._places(x)
             at = self._ordered(own)
             if scene is None or ring.chunk != int(at.chunk[0]):
-                ring.begin(at, self._sink_turn(at, ring.sink_at, like))
-            mask = None if self.config.coupled else ring.sight(at).mask("sdpa", like.device)
+                ring.begin_chunk(at, self._sink_turn(at, ring.sink_at, like))
+            mask = None if self.config.coupled else ring.visibility(at).mask("sdpa", like.device)
             for m in x:
-                ring.captions[m] = self.branch(m).caption(cond.caption, ring.captions.get(m))
+                ring.captions[m] = self.branch(m).cached_caption(cond.caption, ring.captions.get(m))
             ring.scene = scene = self._scene(x, own, at, like, cond, mask, ring.captions)
         return scene
 
     def _scene(
         self,
         x: Streams,
-        own: dict[str, Positions],
-        at: Positions,
+        own: dict[str, TokenPositions],
+        at: TokenPositions,
         like: Tensor,
         cond: Condition,
         mask: Mask,
-        captions: Mapping[str, Caption] | None = None,
-    ) -> Scene:
+        captions: Mapping[str, CachedCaption] | None = None,
+    ) -> PreparedPass:
         """``captions``: where several passes share the scene, those that are known, by branch."""
         is_sink = bool((at.chunk == SINK).all())
         here = {m: self._spans(len(p)) for m, p in own.items()}
-        mine = {m: p.where(self._mine(here[m])) for m, p in own.items()}
+        mine = {m: p.select(self._mine(here[m])) for m, p in own.items()}
         about = captions or {}
         text = {m: self.branch(m).text_tokens(cond, p, silent=is_sink, caption=about.get(m)) for m, p in mine.items()}
-        local = {m: beside(p.chunk - p.chunk[0], like) for m, p in own.items()}
+        local = {m: to_device_of(p.chunk - p.chunk[0], like) for m, p in own.items()}
         runs = {m: None if _even(p.chunk) else local[m] for m, p in own.items()}
-        return Scene(
+        return PreparedPass(
             cond=cond,
             times={m: s.times for m, s in x.items()},
             at=at,
@@ -236,16 +248,16 @@ class AVTransformer(nn.Module):
             phases={m: self.branch(m).phases(p, like) for m, p in mine.items()} if self.config.chunk_phase else None,
             text=text,
             heard={m: self._hear(m, text[m], about.get(m)) for m in x} if captions is not None else None,
-            turn=turn(angles(at.times, at.ys, at.xs, self.config)[:, None], like),
+            turn=rotation(rotation_angles(at.times, at.ys, at.xs, self.config)[:, None], like),
             mask=mask,
         )
 
-    def _hear(self, modality: str, text: TextTokens, caption: Caption | None) -> list[Heard]:
+    def _hear(self, modality: str, text: TextTokens, caption: CachedCaption | None) -> list[TextKeyValues]:
         layers = [self.branch(modality).block(layer).text for layer in range(self.config.layers)]
         known = caption.layers if caption else [None] * len(layers)
-        return [layer.hear(text, about) for layer, about in zip(layers, known, strict=True)]
+        return [layer.project_text(text, about) for layer, about in zip(layers, known, strict=True)]
 
-    def _sight(self, at: Positions, memory: LayeredMemory, *, store: bool) -> Sight:
+    def _sight(self, at: TokenPositions, memory: LayeredKVCache, *, store: bool) -> AttentionVisibility:
         """Keys in order: a copy of the sink per chunk, the past, the tokens of this pass."""
         window, chunks, past = self.config.window_chunks, at.chunk.unique(), memory.past_at
         copies = chunks.repeat_interleave(len(memory.sink_at))
@@ -254,7 +266,7 @@ class AVTransformer(nn.Module):
             [memory.sink_at.branch.repeat(len(chunks)), *([] if past is None else [past.branch]), at.branch]
         )
         apart = 0 if self.config.coupled else 1
-        return Sight(
+        return AttentionVisibility(
             chunk=at.chunk,
             first=torch.cat([copies, before + 1, at.chunk]),
             last=torch.cat([copies, before + window, at.chunk + (window if store else 0)]),
@@ -268,14 +280,14 @@ class AVTransformer(nn.Module):
         """Run all layers but the ``last`` ones; also the keys and values of this pass, rotated unless the sink's."""
         kept: list[KeyValue] = []
         for layer in range(self.config.layers - last):
-            run = self._recomputed if self.recompute and torch.is_grad_enabled() else self.layer
+            run = self._recomputed if self.recompute and torch.is_grad_enabled() else self.run_layer
             hidden, own = run(layer, hidden, step, rotated)
             kept.append(own)
-            if self.guard and (odd := not_finite(hidden, self._chunks(step.scene))):
+            if self.guard and (odd := find_non_finite(hidden, self._chunks(step.scene))):
                 self.guard(f"activations are not finite after block {layer}: {odd}")
         return hidden, kept
 
-    def _chunks(self, scene: Scene) -> tuple[Tensor, ...]:
+    def _chunks(self, scene: PreparedPass) -> tuple[Tensor, ...]:
         """Of the tokens that this rank computes, by branch."""
         first = sum(scene.shared[: self.sequence.rank if self.sequence else 0])
         return scene.at.chunk[first : first + sum(scene.sizes)].split(scene.sizes)
@@ -284,7 +296,7 @@ class AVTransformer(nn.Module):
         """Keys and values of every layer: what a memory holds. Of the last layer nothing else is computed."""
         hidden, kept = self._layers(hidden, step, rotated=rotated, last=1)
         _, _, k, v = self._project(self.config.layers - 1, hidden, step)
-        return [*kept, KeyValue(heads_first(rotate(k, step.scene.turn) if rotated else k), heads_first(v))]
+        return [*kept, KeyValue(transpose_heads(rotate(k, step.scene.turn) if rotated else k), transpose_heads(v))]
 
     def _project(
         self, layer: int, hidden: dict[str, Tensor], step: _Pass
@@ -296,19 +308,19 @@ class AVTransformer(nn.Module):
         q, k, v = (torch.cat(part, dim=1) for part in parts)
         if self.sequence:
             shared = step.scene.shared
-            q, k, v = (self.sequence.by_head(heads_first(p), shared).transpose(1, 2) for p in (q, k, v))
+            q, k, v = (self.sequence.scatter_heads(transpose_heads(p), shared).transpose(1, 2) for p in (q, k, v))
         return mods, q, k, v
 
-    def layer(
+    def run_layer(
         self, layer: int, hidden: dict[str, Tensor], step: _Pass, rotated: bool
     ) -> tuple[dict[str, Tensor], KeyValue]:
         """One block of each branch and the attention between them; also the keys and values of the pass."""
         scene = step.scene
         mods, q, k, v = self._project(layer, hidden, step)
-        own = KeyValue(heads_first(rotate(k, scene.turn)), heads_first(v))
+        own = KeyValue(transpose_heads(rotate(k, scene.turn)), transpose_heads(v))
         keys = step.seen.join(layer, own)
-        answer = attend(heads_first(rotate(q, scene.turn)), keys.k, keys.v, scene.mask)
-        answer = self.sequence.by_token(answer, scene.shared) if self.sequence else answer
+        answer = attend(transpose_heads(rotate(q, scene.turn)), keys.k, keys.v, scene.mask)
+        answer = self.sequence.gather_heads(answer, scene.shared) if self.sequence else answer
         out = answer.split(scene.sizes, dim=2)
         hidden = {
             m: self.code.update(
@@ -321,19 +333,19 @@ class AVTransformer(nn.Module):
             )
             for m, o in zip(hidden, out, strict=True)
         }
-        return hidden, own if rotated else KeyValue(heads_first(k), own.v)
+        return hidden, own if rotated else KeyValue(transpose_heads(k), own.v)
 
     def _recomputed(self, *args: Any) -> tuple[dict[str, Tensor], KeyValue]:
         """A layer of which only what goes in and comes out is kept until the backward pass."""
         # no early stop: engines that shard weights count entries into and exits from every module
         with set_checkpoint_early_stop(False):
-            return cast(Any, checkpoint(self.layer, *args, use_reentrant=False, preserve_rng_state=False))
+            return cast(Any, checkpoint(self.run_layer, *args, use_reentrant=False, preserve_rng_state=False))
 
-    def _sink_turn(self, at: Positions, sink: Positions, like: Tensor) -> Turn:
+    def _sink_turn(self, at: TokenPositions, sink: TokenPositions, like: Tensor) -> Rotation:
         """Of the sink's copies, one per chunk of the pass, (copies, tokens, half), to the edge of its window."""
         edge = (at.chunk.unique() - self.config.window_chunks).double() * self.config.chunk_seconds
         times = edge[:, None] + sink.times
-        return turn(angles(times, sink.ys.expand_as(times), sink.xs.expand_as(times), self.config), like)
+        return rotation(rotation_angles(times, sink.ys.expand_as(times), sink.xs.expand_as(times), self.config), like)
 
 
 def _even(chunk: Int64[Tensor, " N"]) -> bool:
@@ -342,7 +354,7 @@ def _even(chunk: Int64[Tensor, " N"]) -> bool:
     return bool((counts == counts[0]).all())
 
 
-def not_finite(hidden: dict[str, Tensor], chunks: tuple[Tensor, ...]) -> str:
+def find_non_finite(hidden: dict[str, Tensor], chunks: tuple[Tensor, ...]) -> str:
     """The branches with numbers that are not finite, and the first chunk (of ``chunks``, one for each token); or ""."""
     odd: list[str] = []
     for (m, h), chunk in zip(hidden.items(), chunks, strict=True):
@@ -354,7 +366,7 @@ def not_finite(hidden: dict[str, Tensor], chunks: tuple[Tensor, ...]) -> str:
     return ", ".join(odd)
 
 
-def networks_in(module: nn.Module) -> list[AVTransformer]:
+def find_transformers(module: nn.Module) -> list[AVTransformer]:
     """Those that ``module`` is made of, itself among them."""
     return [part for part in module.modules() if isinstance(part, AVTransformer)]
 
@@ -385,5 +397,5 @@ def _sink_stream(latents: Tensor, seconds: float) -> Stream:
 def build_model(config: ModelConfig, seed: int) -> AVTransformer:
     """A freshly initialised network; equal seeds give equal weights."""
     model = AVTransformer(config)
-    initialise(model, seed)
+    initialize(model, seed)
     return model

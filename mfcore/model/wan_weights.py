@@ -22,7 +22,7 @@ KINDS = ("weight", "bias")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taken:
+class WeightMapping:
     """A branch's weights, and where they came from."""
 
     weights: dict[str, Tensor]  # by full name
@@ -31,7 +31,7 @@ class Taken:
     skipped: list[str]  # Wan's names of what has no place here
 
 
-def take_over(wan: Weights, own: Weights, config: ModelConfig) -> Taken:
+def map_wan_weights(wan: Weights, own: Weights, config: ModelConfig) -> WeightMapping:
     """The video branch of ``own`` with the weights of ``wan``. ValueError lists every name that is missing or does not
     fit."""
     grouped = config.key_heads != config.heads
@@ -52,7 +52,7 @@ def take_over(wan: Weights, own: Weights, config: ModelConfig) -> Taken:
         except (RuntimeError, ValueError, EinopsError):  # parts that do not even go together
             unlike[name] = wan[names[0]]
     check_shapes(kept, made | unlike, "Wan's weights")
-    return Taken(
+    return WeightMapping(
         weights=kept | {name: weight.to(kept[name].dtype) for name, weight in made.items()},
         loaded={name: names for name, names, _ in rules},
         initialised=sorted(kept.keys() - made.keys()),

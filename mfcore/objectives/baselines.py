@@ -6,55 +6,55 @@ of their own as teacher name "ema" in ``needs`` like all others: whoever trains 
 
 from dataclasses import replace
 
-from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
-from mfcore.objectives.mutual import Mutual
+from mfcore.objectives.flow_matching import FlowMatchingConfig, FlowMatchingObjective
+from mfcore.objectives.mutual import MutualForcingObjective
 from mfcore.objectives.mutual_config import MutualConfig, RowKind
 
 
-def teacher_forcing(config: MutualConfig) -> FlowMatching:
+def teacher_forcing(config: MutualConfig) -> FlowMatchingObjective:
     """Flow matching on real history, and nothing else."""
-    return FlowMatching(FlowMatchingConfig(time=config.time))
+    return FlowMatchingObjective(FlowMatchingConfig(time=config.time))
 
 
-def shortcut_forced(config: MutualConfig) -> Mutual:
+def shortcut_forced(config: MutualConfig) -> MutualForcingObjective:
     """Flow matching and ShortCut, both on real history."""
-    return Mutual(replace(_rows(config, "real"), dmd_weight=0.0))
+    return MutualForcingObjective(replace(_rows(config, "real"), dmd_weight=0.0))
 
 
-def dmd_forced(config: MutualConfig) -> Mutual:
+def dmd_forced(config: MutualConfig) -> MutualForcingObjective:
     """Flow matching on real history; DMD on single chunks made after real history."""
-    return Mutual(_dmd_at_once(_rows(config, "forced")))
+    return MutualForcingObjective(_dmd_at_once(_rows(config, "forced")))
 
 
-def dmd_self_forcing(config: MutualConfig) -> Mutual:
+def dmd_self_forcing(config: MutualConfig) -> MutualForcingObjective:
     """DMD alone on the model's own roll-outs, as Self-Forcing does it; its teacher is a frozen copy."""
-    return Mutual(_dmd_at_once(_rows(config, "free")))
+    return MutualForcingObjective(_dmd_at_once(_rows(config, "free")))
 
 
-def hybrid_forced(config: MutualConfig) -> Mutual:
+def hybrid_forced(config: MutualConfig) -> MutualForcingObjective:
     """All three terms of the full method, with the loop cut: every history is real."""
-    return Mutual(_rows(config, "forced"))
+    return MutualForcingObjective(_rows(config, "forced"))
 
 
-def shortcut_only(config: MutualConfig) -> Mutual:
+def shortcut_only(config: MutualConfig) -> MutualForcingObjective:
     """The full method without DMD."""
-    return Mutual(replace(config, dmd_weight=0.0))
+    return MutualForcingObjective(replace(config, dmd_weight=0.0))
 
 
-def dmd_only(config: MutualConfig) -> Mutual:
+def dmd_only(config: MutualConfig) -> MutualForcingObjective:
     """The full method without ShortCut."""
-    return Mutual(replace(config, shortcut_weight=0.0))
+    return MutualForcingObjective(replace(config, shortcut_weight=0.0))
 
 
-def literal(config: MutualConfig) -> Mutual:
+def literal_mutual_forcing(config: MutualConfig) -> MutualForcingObjective:
     """The literal reading: flow matching regresses real chunks on histories that were rolled out from noise."""
     rows: list[RowKind] = ["free" if kind == "free" else "literal" for kind in config.rows]
-    return Mutual(replace(config, rows=tuple(rows)))
+    return MutualForcingObjective(replace(config, rows=tuple(rows)))
 
 
-def mutual_forcing(config: MutualConfig) -> Mutual:
+def mutual_forcing(config: MutualConfig) -> MutualForcingObjective:
     """The full method: coupled and free history."""
-    return Mutual(config)
+    return MutualForcingObjective(config)
 
 
 def _rows(config: MutualConfig, kind: RowKind) -> MutualConfig:

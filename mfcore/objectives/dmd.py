@@ -6,24 +6,24 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from mfcore.device import beside
-from mfcore.flow import noised, velocity
+from mfcore.device import to_device_of
+from mfcore.flow import add_noise, velocity
 from mfcore.objectives.flow_matching import flow_matching_loss
-from mfcore.objectives.losses import Term, chunk_means
-from mfcore.solver import Context, Schedule, levels, solver_step
-from mfcore.types import Levels, Stream, Streams
+from mfcore.objectives.losses import LossTerm, chunk_means
+from mfcore.solver import DenoiserContext, Schedule, constant_levels, solver_step
+from mfcore.types import NoiseLevels, Stream, Streams
 
 
-def jump_to_data(context: Context, stash: Streams, plan: Schedule, exit_step: int) -> dict[str, Stream]:
+def denoise_in_one_step(context: DenoiserContext, stash: Streams, plan: Schedule, exit_step: int) -> dict[str, Stream]:
     """From the stashed state at level t_j to t = 0 in one call, with gradient.
 
     An ablation: samplers that re-noise x_0 predictions leave a roll-out so. A flow map finishes its schedule.
     """
-    t, r = (levels(stash, {m: line[j] for m, line in plan.items()}) for j in (exit_step, -1))
+    t, r = (constant_levels(stash, {m: line[j] for m, line in plan.items()}) for j in (exit_step, -1))
     return dict(solver_step(context, stash, t, r, "few"))
 
 
-def normalised_gap(
+def normalized_score_difference(
     v_real: Tensor, v_fake: Tensor, v_sample: Tensor, chunk: Int64[Tensor, " n"], floor: float
 ) -> Tensor:
     """g = (v_real - v_fake) / max(mean |v_real - v_sample|, floor), the mean per sample, chunk and modality.
@@ -31,7 +31,7 @@ def normalised_gap(
     ``v_sample = eps - y``. g points from real to fake in x_0 (the level cancels): samples move along minus g.
     """
     scale = chunk_means((v_real - v_sample).abs(), chunk).clamp_min(floor)
-    per_latent = scale[:, beside(chunk - chunk[0], scale)]
+    per_latent = scale[:, to_device_of(chunk - chunk[0], scale)]
     return (v_real - v_fake) / per_latent.reshape(per_latent.shape + (1,) * (v_real.ndim - 2))
 
 
@@ -39,12 +39,19 @@ def normalised_gap(
 class DmdTerms:
     """The student's terms, and the fake score's own flow-matching terms from the same evaluation."""
 
-    student: list[Term]
-    fake: list[Term]
+    student: list[LossTerm]
+    fake: list[LossTerm]
 
 
 def dmd_terms(
-    y: Streams, real: Context, fake: Context, eps: dict[str, Tensor], tau: Levels, *, weight: float, floor: float = 1e-3
+    y: Streams,
+    real: DenoiserContext,
+    fake: DenoiserContext,
+    eps: dict[str, Tensor],
+    tau: NoiseLevels,
+    *,
+    weight: float,
+    floor: float = 1e-3,
 ) -> DmdTerms:
     """L = 1/2 mean (y - stopgrad(y - g))^2 for the student; flow matching on stopgrad(y) for the fake score.
 
@@ -52,15 +59,15 @@ def dmd_terms(
     belongs to the fake score alone.
     """
     still = {m: s.with_latents(s.latents.detach()) for m, s in y.items()}
-    x = noised(still, eps, tau)
+    x = add_noise(still, eps, tau)
     with torch.no_grad():
         v_real = real.velocity(x, tau, tau)
     v_fake = fake.velocity(x, tau, tau)
-    student: list[Term] = []
+    student: list[LossTerm] = []
     for m, s in y.items():
         v_sample = velocity(still[m].latents, eps[m])
-        g = normalised_gap(v_real[m].float(), v_fake[m].detach().float(), v_sample, s.chunk, floor)
+        g = normalized_score_difference(v_real[m].float(), v_fake[m].detach().float(), v_sample, s.chunk, floor)
         goal = (s.latents - g).detach()
         pull = chunk_means(0.5 * (s.latents - goal) ** 2, s.chunk)
-        student.append(Term(name="dmd", modality=m, values=pull, weight=weight, level=tau[m]))
+        student.append(LossTerm(name="dmd", modality=m, values=pull, weight=weight, level=tau[m]))
     return DmdTerms(student=student, fake=flow_matching_loss(v_fake, still, eps, tau, name="fake_score"))

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from mfcore.device import beside
-from mfcore.flow import TimeConfig, noised, training_times, velocity
-from mfcore.objectives.losses import OneRound, StepInfo, Term, chunk_means
+from mfcore.device import to_device_of
+from mfcore.flow import TimeConfig, add_noise, training_times, velocity
+from mfcore.objectives.losses import LossTerm, SingleRound, StepInfo, chunk_means
 from mfcore.rng import normal_rows, uniform_rows
-from mfcore.solver import Context, past
-from mfcore.types import AVBatch, Levels, Streams, VelocityModel
+from mfcore.solver import DenoiserContext, history_of
+from mfcore.types import AVBatch, NoiseLevels, Streams, VelocityModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,27 +29,27 @@ def draw_noise(streams: Streams, seed: int, name: str, samples: Tensor) -> dict[
     return {m: normal_rows(seed, f"{name}/{m}", samples, s.latents) for m, s in streams.items()}
 
 
-def draw_levels(
+def draw_noise_levels(
     config: TimeConfig, streams: Streams, seed: int, name: str, samples: Tensor
 ) -> dict[str, Float[Tensor, "B K"]]:
     """A training level for each chunk of each sample."""
     some = next(iter(streams.values()))
     chunks = int(some.chunk[-1] - some.chunk[0]) + 1
     draws = uniform_rows(seed, name, samples, chunks, 3)
-    return {m: beside(training_times(config, draws, m), s.latents) for m, s in streams.items()}
+    return {m: to_device_of(training_times(config, draws, m), s.latents) for m, s in streams.items()}
 
 
 def flow_matching_terms(
-    context: Context,
+    context: DenoiserContext,
     clean: Streams,
     eps: dict[str, Tensor],
-    t: Levels,
+    t: NoiseLevels,
     *,
     name: str = "flow_matching",
     weight: float = 1.0,
-) -> list[Term]:
+) -> list[LossTerm]:
     """mean (u(x_t, t, t) - (eps - x_0))^2 per sample, chunk and modality; ``context`` holds the history."""
-    u = context.velocity(noised(clean, eps, t), t, t)
+    u = context.velocity(add_noise(clean, eps, t), t, t)
     return flow_matching_loss(u, clean, eps, t, name=name, weight=weight)
 
 
@@ -57,14 +57,14 @@ def flow_matching_loss(
     u: Mapping[str, Tensor],
     clean: Streams,
     eps: dict[str, Tensor],
-    t: Levels,
+    t: NoiseLevels,
     *,
     name: str = "flow_matching",
     weight: float = 1.0,
-) -> list[Term]:
+) -> list[LossTerm]:
     """The same of velocities ``u`` that are known already."""
     return [
-        Term(
+        LossTerm(
             name=name,
             modality=m,
             values=chunk_means((u[m].float() - velocity(s.latents, eps[m])) ** 2, s.chunk),
@@ -75,7 +75,7 @@ def flow_matching_loss(
     ]
 
 
-class FlowMatching(OneRound):
+class FlowMatchingObjective(SingleRound):
     """The objective of the stages video, audio and joint."""
 
     needs = ("student",)
@@ -83,8 +83,12 @@ class FlowMatching(OneRound):
     def __init__(self, config: FlowMatchingConfig) -> None:
         self.config = config
 
-    def __call__(self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo) -> dict[str, list[Term]]:
-        context = Context(model=models["student"], cond=batch.cond).remember(past(batch.streams), None)
+    def __call__(
+        self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
+    ) -> dict[str, list[LossTerm]]:
+        context = DenoiserContext(model=models["student"], cond=batch.cond).append_history(
+            history_of(batch.streams), None
+        )
         eps = draw_noise(batch.streams, info.seed, "flow_matching", batch.samples)
-        t = draw_levels(self.config.time, batch.streams, info.seed, "flow_matching/level", batch.samples)
+        t = draw_noise_levels(self.config.time, batch.streams, info.seed, "flow_matching/level", batch.samples)
         return {"student": flow_matching_terms(context, batch.streams, eps, t)}

@@ -12,15 +12,15 @@ from mfcore.objectives.losses import StepInfo
 from mfcore.objectives.mutual_config import MutualConfig, RowKind
 from mfcore.rng import generator
 from mfcore.rollout import coupled_starts, join_chunks, rollout
-from mfcore.solver import Context, Schedule, denoise, finishing_schedule, past, schedule
+from mfcore.solver import DenoiserContext, Schedule, denoise, history_of, schedule, single_step_schedule
 from mfcore.types import AVBatch, Stream, Streams, VelocityModel
 
-Use = Literal["unseen", "judged", "moved"]
+SampleUse = Literal["unseen", "judged", "moved"]
 """Samples that nobody looks at, that the fake score learns from, that DMD moves with gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Control:
+class StepDraws:
     """What is drawn once per step, alike on all ranks: it shapes control flow."""
 
     strength: float  # of coupled history
@@ -30,7 +30,7 @@ class Control:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Samples:
+class RolloutSamples:
     """Rows made by the few-step mode, with gradient from the exit step on where DMD moves them."""
 
     rows: Tensor
@@ -45,8 +45,8 @@ class _Written:
     rows: Tensor
     strength: float
     streams: dict[str, Stream]
-    student: Context
-    samples: Samples | None = None
+    student: DenoiserContext
+    samples: RolloutSamples | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,41 +55,41 @@ class Histories:
 
     streams: dict[str, Stream]
     strength: Tensor  # (B,)
-    student: Context
-    samples: Samples | None  # what DMD judges
+    student: DenoiserContext
+    samples: RolloutSamples | None  # what DMD judges
 
 
-def where(config: MutualConfig, batch: AVBatch, step: int, *kinds: RowKind) -> Tensor:
+def rows_of_kind(config: MutualConfig, batch: AVBatch, step: int, *kinds: RowKind) -> Tensor:
     """Numbers of the rows of these kinds."""
-    return torch.tensor([i for i, s in enumerate(batch.samples) if config.kind(int(s), step) in kinds]).long()
+    return torch.tensor([i for i, s in enumerate(batch.samples) if config.row_kind(int(s), step) in kinds]).long()
 
 
-def label_of(config: MutualConfig, strength: Tensor) -> Tensor | None:
+def trust_label(config: MutualConfig, strength: Tensor) -> Tensor | None:
     """The trust label of history of this strength, where there are labels."""
     return strength if config.trust_label else None
 
 
-def draw_control(config: MutualConfig, streams: Streams, info: StepInfo) -> Control:
+def draw_step(config: MutualConfig, streams: Streams, info: StepInfo) -> StepDraws:
     draw = generator(info.seed, "mutual/control", info.step)
     shift = {m: config.time.shift[m] for m in streams}
     strength = 2.0 ** -_choose(config.strengths, draw)
     plan = schedule(_choose(config.rollout_steps, draw), shift)
     exit_step = int(torch.randint(len(next(iter(plan.values()))) - 1, (), generator=draw))
-    return Control(strength=strength, finish=finishing_schedule(strength, shift), plan=plan, exit_step=exit_step)
+    return StepDraws(strength=strength, finish=single_step_schedule(strength, shift), plan=plan, exit_step=exit_step)
 
 
 def write_histories(
-    config: MutualConfig, model: VelocityModel, batch: AVBatch, control: Control, info: StepInfo, samples: Use
+    config: MutualConfig, model: VelocityModel, batch: AVBatch, control: StepDraws, info: StepInfo, samples: SampleUse
 ) -> Histories:
     """Step 1: online weights, few-step mode. What the roll-out wrote to go on is what step 3 reads.
 
     ``samples``: what DMD does with those of this step.
     """
-    student = Context(model=model, cond=batch.cond).opened()
+    student = DenoiserContext(model=model, cond=batch.cond).prefill()
     left = samples == "moved" or (samples == "judged" and config.jump_exit)  # the fake score learns what DMD will move
     exit_step = control.exit_step if left else None
-    real, coupled, forced = (where(config, batch, info.stage_step, k) for k in ("real", "coupled", "forced"))
-    rolled = where(config, batch, info.stage_step, "free", "literal")
+    real, coupled, forced = (rows_of_kind(config, batch, info.stage_step, k) for k in ("real", "coupled", "forced"))
+    rolled = rows_of_kind(config, batch, info.stage_step, "free", "literal")
     written: list[_Written] = []
     if len(real):
         written.append(_given(student, batch, real))
@@ -102,26 +102,28 @@ def write_histories(
         written.append(_forced(given, batch, control.plan, exit_step, info) if samples != "unseen" else given)
     streams, strength = dict(batch.streams), torch.zeros(len(batch.samples), device=batch.cond.caption.device)
     for part in written:
-        streams = replaced(streams, part.streams, part.rows)
+        streams = replace_rows(streams, part.streams, part.rows)
         strength[part.rows] = part.strength
     place = torch.cat([part.rows for part in written]).argsort()
     return Histories(
         streams=streams,
         strength=strength,
-        student=Context.stack([part.student for part in written]).rows(place),
+        student=DenoiserContext.stack([part.student for part in written]).rows(place),
         samples=written[-1].samples,
     )
 
 
-def _given(student: Context, batch: AVBatch, rows: Tensor) -> _Written:
+def _given(student: DenoiserContext, batch: AVBatch, rows: Tensor) -> _Written:
     """The clip's own chunks."""
     own = dict(batch.rows(rows).streams)
-    return _Written(rows=rows, strength=0.0, streams=own, student=student.rows(rows).remember(past(own), None))
+    return _Written(
+        rows=rows, strength=0.0, streams=own, student=student.rows(rows).append_history(history_of(own), None)
+    )
 
 
 def _rolled(
     config: MutualConfig,
-    student: Context,
+    student: DenoiserContext,
     batch: AVBatch,
     rows: Tensor,
     plan: Schedule,
@@ -133,16 +135,16 @@ def _rolled(
     part = batch.rows(rows)
     eps = draw_noise(part.streams, info.seed, "mutual/history", part.samples)
     starts = coupled_starts(part.streams, eps, {m: line[0] for m, line in plan.items()}, part.chunks)
-    label = label_of(config, torch.full((len(rows),), strength, device=part.cond.caption.device))
+    label = trust_label(config, torch.full((len(rows),), strength, device=part.cond.caption.device))
     made = list(rollout(student.rows(rows), starts, plan, trust=label, exit_step=exit_step, forget=False))
     streams = join_chunks(c.clean for c in made)
-    stash = None if exit_step is None else join_chunks(c.stash for c in made if c.stash is not None)
+    stash = None if exit_step is None else join_chunks(c.exit_state for c in made if c.exit_state is not None)
     return _Written(
         rows=rows,
         strength=strength,
         streams=streams,
         student=made[-1].before,
-        samples=Samples(rows=rows, streams=streams, stash=stash),
+        samples=RolloutSamples(rows=rows, streams=streams, stash=stash),
     )
 
 
@@ -152,14 +154,14 @@ def _forced(given: _Written, batch: AVBatch, plan: Schedule, exit_step: int | No
     eps = draw_noise(part.streams, info.seed, "mutual/history", part.samples)
     start = {m: s.with_latents(eps[m]) for m, s in part.streams.items()}
     made, stash = denoise(given.student, start, plan, exit_step=exit_step)
-    return replace(given, samples=Samples(rows=given.rows, streams=made, stash=stash))
+    return replace(given, samples=RolloutSamples(rows=given.rows, streams=made, stash=stash))
 
 
 def _choose(values: tuple[int, ...], draw: torch.Generator) -> int:
     return values[int(torch.randint(len(values), (), generator=draw))]
 
 
-def replaced(streams: Mapping[str, Stream], part: Streams, rows: Tensor) -> dict[str, Stream]:
+def replace_rows(streams: Mapping[str, Stream], part: Streams, rows: Tensor) -> dict[str, Stream]:
     """``streams`` with some rows replaced, as data."""
     out: dict[str, Stream] = {}
     for m, s in streams.items():

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mfcore.device import beside
+from mfcore.device import to_device_of
 from mfcore.types import AVBatch, VelocityModel
 
 LEVEL_BINS = 4
@@ -17,7 +17,7 @@ PLACES = ("first", "middle", "last")  # of a chunk in its clip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Term:
+class LossTerm:
     """One loss of one modality, a mean over the elements of each chunk, not yet averaged over samples and chunks."""
 
     name: str  # e.g. "flow_matching"
@@ -51,11 +51,11 @@ class Objective(Protocol):
 
     def __call__(
         self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
-    ) -> dict[str, list[Term]]: ...
+    ) -> dict[str, list[LossTerm]]: ...
 
     def rounds(
         self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
-    ) -> Iterator[dict[str, list[Term]]]:
+    ) -> Iterator[dict[str, list[LossTerm]]]:
         """The terms of the call, then, one round each, those of networks that take further updates in the same step.
 
         A round is computed when it is asked for: after the networks that it names have taken the update before.
@@ -63,12 +63,12 @@ class Objective(Protocol):
         ...
 
 
-class OneRound:
+class SingleRound:
     """The rounds of an objective whose networks take one update each."""
 
     def rounds(
         self: Objective, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
-    ) -> Iterator[dict[str, list[Term]]]:
+    ) -> Iterator[dict[str, list[LossTerm]]]:
         yield self(models, batch, info)
 
 
@@ -79,10 +79,10 @@ def chunk_means(squares: Tensor, chunk: Int64[Tensor, " n"]) -> Float[Tensor, "B
     if bool((counts == counts[0]).all()):
         return per_latent.unflatten(1, (len(counts), -1)).mean(-1)
     sums = per_latent.new_zeros(per_latent.shape[0], len(counts))
-    return sums.index_add(1, beside(chunk - chunk[0], per_latent), per_latent) / beside(counts, per_latent)
+    return sums.index_add(1, to_device_of(chunk - chunk[0], per_latent), per_latent) / to_device_of(counts, per_latent)
 
 
-def total(terms: Iterable[Term]) -> Tensor:
+def total_loss(terms: Iterable[LossTerm]) -> Tensor:
     """The scalar to differentiate: sum over terms of weight * mean over samples and chunks."""
     parts = [term.weight * term.values.mean() for term in terms if term.values.numel()]
     if not parts:
@@ -90,7 +90,7 @@ def total(terms: Iterable[Term]) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def report(terms: Iterable[Term]) -> dict[str, float]:
+def summarize_terms(terms: Iterable[LossTerm]) -> dict[str, float]:
     """Unweighted means: by term and modality, by noise bin where the level is known, and by place of the chunk.
 
     ``KEY``, ``KEY/t0`` (clean) .. ``KEY/t3`` (noise), ``KEY/chunk_first``, ``KEY/chunk_middle``, ``KEY/chunk_last``.
@@ -105,13 +105,13 @@ def report(terms: Iterable[Term]) -> dict[str, float]:
             bins = (term.level.to(values.device) * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1)
             for b in range(LEVEL_BINS):
                 parts[f"{term.key}/t{b}"].append(values[bins == b])
-        place = chunk_places(values.shape[1]).to(values.device)
+        place = chunk_thirds(values.shape[1]).to(values.device)
         for b, name in enumerate(PLACES):
             parts[f"{term.key}/chunk_{name}"].append(values[:, place == b].flatten())
     whole = {key: torch.cat(pieces) for key, pieces in parts.items()}
     return {key: float(values.mean()) for key, values in whole.items() if values.numel()}
 
 
-def chunk_places(chunks: int) -> Int64[Tensor, " K"]:
+def chunk_thirds(chunks: int) -> Int64[Tensor, " K"]:
     """Index into ``PLACES`` of every chunk: thirds of the clip; two chunks are the first and the last."""
     return (torch.arange(chunks) * 2 / max(1, chunks - 1)).round().long()

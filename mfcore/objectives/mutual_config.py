@@ -55,7 +55,7 @@ class MutualConfig:
         if self.dmd_from < self.fake_from:
             raise ValueError("DMD needs a fake score that has learned: dmd_from must not come before fake_from")
 
-    def kind(self, sample: int, step: int) -> RowKind:
+    def row_kind(self, sample: int, step: int) -> RowKind:
         """What row number ``sample`` is at this step of the stage."""
         kind = self.rows[sample % len(self.rows)]
         if step < self.real_until:

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mfcore.device import numbers
-from mfcore.flow import expand, move_streams, noised, shift_time
-from mfcore.objectives.losses import Term, chunk_means
+from mfcore.device import row_indices
+from mfcore.flow import add_noise, expand_levels, move_streams, shift_time
+from mfcore.objectives.losses import LossTerm, chunk_means
 from mfcore.rng import uniform_rows
-from mfcore.solver import Context, Mode
-from mfcore.types import Levels, Streams
+from mfcore.solver import DenoiserContext, Mode
+from mfcore.types import NoiseLevels, Streams
 
 BaseRule = Literal["midpoint", "two_midpoints", "euler"]
 """How the multi-step mode gives the average velocity over an interval of the deepest level."""
@@ -28,12 +28,12 @@ BaseRule = Literal["midpoint", "two_midpoints", "euler"]
 class Intervals:
     """Top, middle and bottom level of an interval per chunk and modality."""
 
-    t: Levels
-    m: Levels
-    r: Levels
+    t: NoiseLevels
+    m: NoiseLevels
+    r: NoiseLevels
 
     def rows(self, index: Tensor) -> "Intervals":
-        there = numbers(index, next(iter(self.t.values())))
+        there = row_indices(index, next(iter(self.t.values())))
         return Intervals(**{k: {m: v[there] for m, v in levels.items()} for k, levels in vars(self).items()})
 
 
@@ -57,13 +57,13 @@ def draw_depth(
     return torch.where(is_finest, torch.full_like(coarse, finest), coarse)
 
 
-def midpoint_target(multi: Context, x: Streams, at: Intervals) -> dict[str, Tensor]:
+def midpoint_target(multi: DenoiserContext, x: Streams, at: Intervals) -> dict[str, Tensor]:
     """v(x_m, m) with x_m = x_t - (t - m) v(x_t, t): average velocity over [r, t], second order in its length."""
     middle = move_streams(x, multi.velocity(x, at.t, at.t), at.t, at.m)
     return multi.velocity(middle, at.m, at.m)
 
 
-def two_midpoints_target(multi: Context, x: Streams, at: Intervals) -> dict[str, Tensor]:
+def two_midpoints_target(multi: DenoiserContext, x: Streams, at: Intervals) -> dict[str, Tensor]:
     """The midpoint rule over [m, t], then over [r, m]: a quarter of its error, at twice its calls."""
     upper_half, lower_half = _halves(at)
     upper = midpoint_target(multi, x, upper_half)
@@ -81,17 +81,17 @@ def _joined(upper: Mapping[str, Tensor], lower: Mapping[str, Tensor], x: Streams
     """[(t - m) upper + (m - r) lower] / (t - r): under a time shift the halves differ, a plain mean would be wrong."""
     out: dict[str, Tensor] = {}
     for m, s in x.items():
-        t, mid, r = (expand(level[m], s.chunk, s.latents) for level in (at.t, at.m, at.r))
+        t, mid, r = (expand_levels(level[m], s.chunk, s.latents) for level in (at.t, at.m, at.r))
         out[m] = ((t - mid) * upper[m] + (mid - r) * lower[m]) / (t - r)
     return out
 
 
-def euler_target(multi: Context, x: Streams, at: Intervals) -> dict[str, Tensor]:
+def euler_target(multi: DenoiserContext, x: Streams, at: Intervals) -> dict[str, Tensor]:
     """Two Euler halves of the multi-step mode, of first order: an ablation of the midpoint rule at equal cost."""
     return halves_target(multi, x, at, mode="multi")
 
 
-def halves_target(context: Context, x: Streams, at: Intervals, *, mode: Mode = "few") -> dict[str, Tensor]:
+def halves_target(context: DenoiserContext, x: Streams, at: Intervals, *, mode: Mode = "few") -> dict[str, Tensor]:
     """[(t - m) u(x_t, t, m) + (m - r) u(x_m, m, r)] / (t - r)."""
     upper = context.velocity(x, at.t, at.m if mode == "few" else at.t)
     lower = context.velocity(move_streams(x, upper, at.t, at.m), at.m, at.r if mode == "few" else at.m)
@@ -100,42 +100,42 @@ def halves_target(context: Context, x: Streams, at: Intervals, *, mode: Mode = "
 
 @torch.no_grad()
 def shortcut_target(
-    teacher: Context, x: Streams, at: Intervals, is_finest: Tensor, base: BaseRule = "midpoint"
+    teacher: DenoiserContext, x: Streams, at: Intervals, is_finest: Tensor, base: BaseRule = "midpoint"
 ) -> dict[str, Tensor]:
     """Targets of mixed rows: the guided ``base`` rule where ``is_finest``, elsewhere two unguided halves."""
     out = {m: torch.empty_like(s.latents, dtype=torch.float32) for m, s in x.items()}
     base_target = {"midpoint": midpoint_target, "two_midpoints": two_midpoints_target, "euler": euler_target}[base]
-    for rows, rule, context in ((is_finest, base_target, teacher), (~is_finest, halves_target, teacher.plain())):
+    for rows, rule, context in ((is_finest, base_target, teacher), (~is_finest, halves_target, teacher.unguided())):
         index = rows.nonzero()[:, 0]
         if len(index):
-            part = rule(context.rows(index).held(), {m: s.rows(index) for m, s in x.items()}, at.rows(index))
+            part = rule(context.rows(index).shared_passes(), {m: s.rows(index) for m, s in x.items()}, at.rows(index))
             for m, value in part.items():
                 out[m][index] = value.float()
     return out
 
 
 def shortcut_terms(
-    student: Context,
-    teacher: Context,
+    student: DenoiserContext,
+    teacher: DenoiserContext,
     clean: Streams,
     eps: dict[str, Tensor],
     at: Intervals,
     is_finest: Tensor,
     *,
     weight: float = 1.0,
-) -> list[Term]:
+) -> list[LossTerm]:
     """mean (u(x_t, t, r) - target)^2 per sample, chunk and modality."""
-    x = noised(clean, eps, at.t)
+    x = add_noise(clean, eps, at.t)
     target = shortcut_target(teacher, x, at, is_finest)
     return shortcut_loss(student.velocity(x, at.t, at.r), target, clean, at, weight=weight)
 
 
 def shortcut_loss(
     u: Mapping[str, Tensor], target: Mapping[str, Tensor], clean: Streams, at: Intervals, *, weight: float = 1.0
-) -> list[Term]:
+) -> list[LossTerm]:
     """The same of velocities ``u`` and targets that are known already."""
     return [
-        Term(
+        LossTerm(
             name="shortcut",
             modality=m,
             values=chunk_means((u[m].float() - target[m]) ** 2, s.chunk),

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from preprocessing.io.storage import Store
-from preprocessing.steps.fingerprint import _PARTS
+from preprocessing.steps.fingerprint import FINGERPRINT_PARTS
 
 DUPLICATES = "_duplicates.parquet"
 SCHEMA = pa.schema([pa.field("id", pa.string()), pa.field("kept", pa.string()), pa.field("likeness", pa.float64())])
@@ -34,7 +34,7 @@ _ROWS = 4096  # fingerprints made numbers at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class DuplicatePair:
     """Two clips that are alike; the cosine of the part in which they are least so."""
 
     one: int
@@ -47,10 +47,10 @@ def find_duplicates(store: Store) -> dict[str, tuple[str, float]]:
 
     Of a group the longest clip is kept, of equals the one with the smallest id.
     """
-    rows = [row for name in store.names("clips") for row in _rows(store, name)]
+    rows = [row for name in store.list_files("clips") for row in _rows(store, name)]
     rows.sort(key=lambda row: row[0])
     ids, seconds, prints = [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
-    pairs = list(alike(prints, seconds))
+    pairs = list(find_pairs(prints, seconds))
     found = _grouped(ids, seconds, pairs)
     table = pa.table(
         {
@@ -77,7 +77,7 @@ def _rows(store: Store, name: str) -> Iterator[tuple[str, float, bytes]]:
         yield row["id"], row["duration_sec"], row["fingerprint"]
 
 
-def alike(prints: Sequence[bytes], seconds: Sequence[float]) -> Iterator[Pair]:
+def find_pairs(prints: Sequence[bytes], seconds: Sequence[float]) -> Iterator[DuplicatePair]:
     """Pairs that look, move and sound the same and are of about one length: those that connect every group."""
     whole = np.frombuffer(b"".join(prints), np.int8).reshape(len(prints), -1)
     groups = _Groups(len(prints))
@@ -85,19 +85,19 @@ def alike(prints: Sequence[bytes], seconds: Sequence[float]) -> Iterator[Pair]:
         leaders: list[int] = []  # the first clip of each group among the members
         for i in members:
             for leader in leaders:
-                if groups.apart(leader, i) and (likeness := compare(whole, seconds, leader, i)) is not None:
+                if groups.apart(leader, i) and (likeness := similarity(whole, seconds, leader, i)) is not None:
                     groups.join(leader, i)
-                    yield Pair(one=leader, other=i, likeness=likeness)
+                    yield DuplicatePair(one=leader, other=i, likeness=likeness)
             if len(leaders) < _GROUPS and all(groups.apart(leader, i) for leader in leaders):
                 leaders.append(i)
 
 
-def compare(whole: NDArray[np.int8], seconds: Sequence[float], one: int, other: int) -> float | None:
+def similarity(whole: NDArray[np.int8], seconds: Sequence[float], one: int, other: int) -> float | None:
     """How alike two clips are in the part in which they are least so; None: not enough, or of another length."""
     if abs(seconds[one] - seconds[other]) > 0.1 * max(seconds[one], seconds[other]):
         return None
     cosines: list[float] = []
-    for name, a, b in zip(_PARTS, _parts(whole[one][None]), _parts(whole[other][None]), strict=True):
+    for name, a, b in zip(FINGERPRINT_PARTS, _parts(whole[one][None]), _parts(whole[other][None]), strict=True):
         if a.any() or b.any():
             cosines.append(float(a[0] @ b[0]))
             if cosines[-1] < _LEAST[name]:
@@ -107,7 +107,7 @@ def compare(whole: NDArray[np.int8], seconds: Sequence[float], one: int, other: 
 
 def _parts(rows: NDArray[np.int8]) -> list[NDArray[np.float32]]:
     """Each part of some fingerprints, of length 1 (or 0 where there is nothing)."""
-    wide = np.split(rows.astype(np.float32), np.cumsum(list(_PARTS.values()))[:-1], axis=1)
+    wide = np.split(rows.astype(np.float32), np.cumsum(list(FINGERPRINT_PARTS.values()))[:-1], axis=1)
     return [part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-6) for part in wide]
 
 
@@ -150,7 +150,9 @@ class _Groups:
         self._above[self.top(one)] = self.top(other)
 
 
-def _grouped(ids: Sequence[str], seconds: Sequence[float], pairs: Sequence[Pair]) -> dict[str, tuple[str, float]]:
+def _grouped(
+    ids: Sequence[str], seconds: Sequence[float], pairs: Sequence[DuplicatePair]
+) -> dict[str, tuple[str, float]]:
     """Clip -> (kept, likeness) for those that go, sorted by id."""
     together, likeness = _Groups(len(ids)), dict[int, float]()
     for pair in pairs:

@@ -15,19 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mfcore.codecs.base import Codec
-from mfcore.codecs.factory import build_codec
+from mfcore.codecs.factory import codec_from_id
 from mfcore.codecs.stats import LatentStats
 from mfcore.timeline import LatentClock, Timeline
 from mfcore.types import VIDEO
-from preprocessing.dataset.schema import SCHEMA_VERSION, ClipTensors, columns, from_row, latent_counts
+from preprocessing.dataset.schema import SCHEMA_VERSION, ClipTensors, columns_for, from_row, latent_counts
 from preprocessing.io.storage import Store
 
-CACHED_BYTES = 256 << 20  # of row groups kept in memory
-OPENED = 16  # files whose index is read side by side: each costs a few round trips to object storage
+CACHE_BYTES = 256 << 20  # of row groups kept in memory
+PARALLEL_OPENS = 16  # files whose index is read side by side: each costs a few round trips to object storage
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetMeta:
+class DatasetMetadata:
     """What ``_dataset.json`` says."""
 
     config: Mapping[str, Any]  # resolved preprocessing configuration
@@ -46,7 +46,7 @@ class DatasetMeta:
 
     def codec(self, modality: str) -> Codec:
         """The codec that made the latents of a modality."""
-        return build_codec(self.codecs[modality], self.clocks[modality], self.folders.get(modality, ""))
+        return codec_from_id(self.codecs[modality], self.clocks[modality], self.folders.get(modality, ""))
 
     def timeline(self, modalities: Sequence[str] | None = None) -> Timeline:
         """The clocks of these modalities (default: all), cut into the chunks the clips were cut for."""
@@ -54,9 +54,9 @@ class DatasetMeta:
         return Timeline(clocks={m: self.clocks[m] for m in names}, chunk_seconds=self.chunk_seconds)
 
 
-def parse_meta(facts: Mapping[str, Any]) -> DatasetMeta:
+def parse_metadata(facts: Mapping[str, Any]) -> DatasetMetadata:
     """DatasetMeta from the JSON of ``_dataset.json``."""
-    return DatasetMeta(
+    return DatasetMetadata(
         config=facts["config"],
         fingerprint=facts["fingerprint"],
         codecs=facts["codecs"],
@@ -72,7 +72,7 @@ def parse_meta(facts: Mapping[str, Any]) -> DatasetMeta:
     )
 
 
-def read_facts(store: Store) -> dict[str, Any]:
+def read_metadata_json(store: Store) -> dict[str, Any]:
     """The JSON of ``_dataset.json``; ValueError when the place is no dataset or of another schema version."""
     try:
         facts: dict[str, Any] = json.loads(store.read("_dataset.json"))
@@ -107,7 +107,9 @@ class ClipDataset:
     (``held_out``) share the cache.
     """
 
-    def __init__(self, store: Store, meta: DatasetMeta, places: Sequence[_Place], modalities: tuple[str, ...]) -> None:
+    def __init__(
+        self, store: Store, meta: DatasetMetadata, places: Sequence[_Place], modalities: tuple[str, ...]
+    ) -> None:
         self.meta, self.modalities = meta, modalities
         self._store, self._places = store, list(places)
         self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
@@ -158,7 +160,7 @@ class ClipDataset:
         place = self._places[i]
         return self._cached(place.file, place.group).slice(place.row, 1).to_pylist()[0]
 
-    def load(self, numbers: Sequence[int]) -> list[Callable[[], ClipTensors]]:
+    def load_clips(self, numbers: Sequence[int]) -> list[Callable[[], ClipTensors]]:
         """Clips for training, which never looks at the picture of the first frame: that one is left out.
 
         Each row group among them is read once, on the calling thread. What comes back for a clip holds its row as
@@ -178,17 +180,17 @@ class ClipDataset:
         key = (file, group)
         if key not in self._cache:
             self._cache[key] = self._read_group(file, group)
-            while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > CACHED_BYTES:
+            while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > CACHE_BYTES:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
 
     def _read_group(self, file: str, group: int, without: Sequence[str] = ()) -> pa.Table:
-        names = [name for name in columns(self.modalities) if name not in without]
+        names = [name for name in columns_for(self.modalities) if name not in without]
         with self._store.open(file) as handle:  # a large dataset has more files than a process may hold open
             return pq.ParquetFile(handle).read_row_group(group, columns=names, use_threads=False)
 
-    def held_out(self, fraction: float) -> tuple["ClipDataset", "ClipDataset"]:
+    def split(self, fraction: float) -> tuple["ClipDataset", "ClipDataset"]:
         """(training clips, held-out clips), split by a hash of the source's content (of its URI in older sets).
 
         Clips of one source stay together, wherever the source lies, and growth of the dataset moves none across. (In a
@@ -219,22 +221,22 @@ def open_dataset(uri: str, modalities: Sequence[str] | None = None) -> ClipDatas
     ValueError when it is no dataset, unfinished, or lacks a modality.
     """
     store = Store(uri)
-    facts = read_facts(store)
-    meta = parse_meta(facts)
+    facts = read_metadata_json(store)
+    meta = parse_metadata(facts)
     wanted = meta.modalities if modalities is None else tuple(modalities)
     if missing := [m for m in wanted if m not in meta.clocks]:
         raise ValueError(f"{uri} has no {missing[0]}: it was made with --modality {facts['config']['modality']}")
     if not facts["complete"]:
         raise ValueError(f"{uri} is unfinished: run the same `mfctl preprocess` command again")
-    dropped = duplicates(store)
-    with ThreadPoolExecutor(OPENED) as pool:
+    dropped = excluded_ids(store)
+    with ThreadPoolExecutor(PARALLEL_OPENS) as pool:
         files = list(pool.map(partial(_places, store, timeline=meta.timeline(wanted)), _clip_files(store)))
     places = [place for file in files for place in file if place.id not in dropped]
     return ClipDataset(store, meta, sorted(places, key=lambda p: p.id), wanted)
 
 
 def _clip_files(store: Store) -> list[str]:
-    markers = (json.loads(store.read(name)) for name in store.names("_done"))
+    markers = (json.loads(store.read(name)) for name in store.list_files("_done"))
     return [file["name"] for marker in markers for file in marker["files"] if file["kind"] == "clips"]
 
 
@@ -263,7 +265,7 @@ def _places(store: Store, name: str, timeline: Timeline) -> list[_Place]:
     ]
 
 
-def duplicates(store: Store) -> set[str]:
+def excluded_ids(store: Store) -> set[str]:
     """Ids that a duplicate pass marked for removal."""
     if not store.exists("_duplicates.parquet"):
         return set()

@@ -107,7 +107,7 @@ _OF_MODALITY = {
 }
 
 
-def columns(modalities: Sequence[str]) -> list[str]:
+def columns_for(modalities: Sequence[str]) -> list[str]:
     """The columns that reading clips of these modalities touches."""
     return _COMMON + [name for m in modalities for name in _OF_MODALITY[m]]
 

@@ -16,17 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from preprocessing.dataset.schema import SOURCES
-from preprocessing.io.hashing import canonical, digest
+from preprocessing.io.hashing import canonical_json, content_hash
 from preprocessing.io.storage import Store
 from preprocessing.records import Source, Word
-from preprocessing.sources.discovery import same_bytes
+from preprocessing.sources.discovery import has_same_content
 
 SOURCES_FILE = "_sources.parquet"
 DATASET_FILE = "_dataset.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class WorkUnit:
     """A fixed group of sources, processed and published together."""
 
     name: str
@@ -38,10 +38,10 @@ class Unit:
 
     def to_json(self) -> str:
         """Text that ``from_json`` turns into an equal unit: how a unit travels to a worker."""
-        return canonical({"name": self.name, "sources": [asdict(source) for source in self.sources]})
+        return canonical_json({"name": self.name, "sources": [asdict(source) for source in self.sources]})
 
     @classmethod
-    def from_json(cls, text: str) -> "Unit":
+    def from_json(cls, text: str) -> "WorkUnit":
         facts = json.loads(text)
         return cls(name=facts["name"], sources=tuple(_source(row) for row in facts["sources"]))
 
@@ -61,7 +61,7 @@ def _source(row: Mapping[str, Any]) -> Source:
 # ------------------------------------------------------------------------------------------------------ sources, units
 
 
-def read_units(store: Store) -> list[Unit]:
+def read_units(store: Store) -> list[WorkUnit]:
     """The units planned so far, in order."""
     if not store.exists(SOURCES_FILE):
         return []
@@ -70,12 +70,17 @@ def read_units(store: Store) -> list[Unit]:
     grouped: dict[str, list[Source]] = {}
     for row in rows:
         grouped.setdefault(row["unit"], []).append(_source(row))
-    return [Unit(name=name, sources=tuple(sources)) for name, sources in grouped.items()]
+    return [WorkUnit(name=name, sources=tuple(sources)) for name, sources in grouped.items()]
 
 
 def plan_units(
-    known: Sequence[Unit], sources: Iterable[Source], per_unit: int, fingerprint: str, *, keep_duplicates: bool = False
-) -> list[Unit]:
+    known: Sequence[WorkUnit],
+    sources: Iterable[Source],
+    per_unit: int,
+    fingerprint: str,
+    *,
+    keep_duplicates: bool = False,
+) -> list[WorkUnit]:
     """The known units and, for sources that none of them holds, new units behind them.
 
     A new source with the bytes of an earlier one is marked: which one is kept thus depends on all sources and not on
@@ -96,8 +101,8 @@ def plan_units(
     units = list(known)
     for at in range(0, len(fresh), per_unit):
         group = tuple(fresh[at : at + per_unit])
-        name = f"{len(units):06d}-{digest([fingerprint, [asdict(s) for s in group]], 8)}"
-        units.append(Unit(name=name, sources=group))
+        name = f"{len(units):06d}-{content_hash([fingerprint, [asdict(s) for s in group]], 8)}"
+        units.append(WorkUnit(name=name, sources=group))
     return units
 
 
@@ -108,7 +113,7 @@ def _marked(known: Sequence[Source], fresh: Sequence[Source]) -> list[Source]:
     marked: list[Source] = []
     for number, source in enumerate([*known, *fresh]):
         group = kept.setdefault((source.size, source.fingerprint, source.uri.partition("#t=")[2]), [])
-        same = next((other for other in group if number >= len(known) and same_bytes(other, source)), None)
+        same = next((other for other in group if number >= len(known) and has_same_content(other, source)), None)
         if number >= len(known):
             marked.append(source if same is None else replace(source, duplicate_of=same.uri))
         if same is None and source.duplicate_of is None:
@@ -116,7 +121,7 @@ def _marked(known: Sequence[Source], fresh: Sequence[Source]) -> list[Source]:
     return marked
 
 
-def write_units(store: Store, units: Sequence[Unit]) -> None:
+def write_units(store: Store, units: Sequence[WorkUnit]) -> None:
     """Put ``_sources.parquet``."""
     rows = [asdict(source) | {"unit": unit.name} for unit in units for source in unit.sources]
     buffer = io.BytesIO()
@@ -124,12 +129,12 @@ def write_units(store: Store, units: Sequence[Unit]) -> None:
     store.write(SOURCES_FILE, buffer.getvalue())
 
 
-def finished(store: Store) -> set[str]:
+def finished_units(store: Store) -> set[str]:
     """Names of the units whose marker is there."""
-    return {name.removeprefix("_done/").removesuffix(".json") for name in store.names("_done")}
+    return {name.removeprefix("_done/").removesuffix(".json") for name in store.list_files("_done")}
 
 
-def read_markers(store: Store, units: Iterable[Unit]) -> Iterator[dict[str, Any]]:
+def read_markers(store: Store, units: Iterable[WorkUnit]) -> Iterator[dict[str, Any]]:
     """The markers of these units, one at a time; they must be finished."""
     return (json.loads(store.read(unit.marker)) for unit in units)
 
@@ -138,7 +143,7 @@ def read_markers(store: Store, units: Iterable[Unit]) -> Iterator[dict[str, Any]
 
 
 @dataclass
-class Totals:
+class DatasetCounts:
     """What markers add up to."""
 
     accepted: int = 0
@@ -169,18 +174,18 @@ class Totals:
         }
 
 
-def total(markers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def sum_counts(markers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The counts of all these markers."""
-    totals = Totals()
+    totals = DatasetCounts()
     for marker in markers:
         totals.add(marker)
     return totals.counts()
 
 
-def verify(store: Store) -> list[str]:
+def verify_dataset(store: Store) -> list[str]:
     """Recompute checksums and the accounting from the files themselves; what is wrong, one line each."""
     units = read_units(store)
-    done = finished(store)
+    done = finished_units(store)
     wrong = [
         f"unit {u.name} is not finished: run the same preprocess command again" for u in units if u.name not in done
     ]
@@ -190,11 +195,11 @@ def verify(store: Store) -> list[str]:
         marker = json.loads(store.read(unit.marker))
         expected |= {file["name"] for file in marker["files"]}
         wrong += _verify_unit(store, unit, marker)
-    present = {name for folder in ("clips", "rejects") for name in store.names(folder)}
+    present = {name for folder in ("clips", "rejects") for name in store.list_files(folder)}
     return wrong + [f"{name} belongs to no finished unit" for name in sorted(present - expected)]
 
 
-def _verify_unit(store: Store, unit: Unit, marker: Mapping[str, Any]) -> list[str]:
+def _verify_unit(store: Store, unit: WorkUnit, marker: Mapping[str, Any]) -> list[str]:
     wrong: list[str] = []
     uris: Counter[str] = Counter()
     rows: Counter[str] = Counter()

@@ -10,12 +10,12 @@ _UNKNOWN_TO_S3 = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch",
 _AGAIN = "then run the same command again: it goes on where it stopped"
 
 
-class Outage(RuntimeError):
+class InfrastructureError(RuntimeError):
     """The machine or its storage fails, whichever clip it is. The message says what to do."""
 
 
 @contextmanager
-def outages(place: str, hint: str = "", bucket: bool = True) -> Generator[None]:
+def translate_storage_errors(place: str, hint: str = "", bucket: bool = True) -> Generator[None]:
     """Errors of reading and writing at ``place`` become Outage with the remedy, to which ``hint`` adds.
 
     That something is absent, there already or forbidden stays the error that it is; ``bucket`` says whether its absence
@@ -25,18 +25,20 @@ def outages(place: str, hint: str = "", bucket: bool = True) -> Generator[None]:
         yield
     except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         if bucket and "(NoSuchBucket)" in str(error.__cause__):
-            raise Outage(f"{place}: there is no such bucket: make it (again), {_AGAIN}") from error
+            raise InfrastructureError(f"{place}: there is no such bucket: make it (again), {_AGAIN}") from error
         if any(f"({code})" in str(error.__cause__) for code in _UNKNOWN_TO_S3):
-            raise Outage(f"{place}: the credentials are no longer good ({error}): renew them, {_AGAIN}") from error
+            raise InfrastructureError(
+                f"{place}: the credentials are no longer good ({error}): renew them, {_AGAIN}"
+            ) from error
         raise
     except OSError as error:
         if error.errno in _FULL:
-            raise Outage(f"{place}: no space is left ({error}): free some{hint}, {_AGAIN}") from error
-        raise Outage(f"{place} cannot be read or written ({error}): mend that, {_AGAIN}") from error
+            raise InfrastructureError(f"{place}: no space is left ({error}): free some{hint}, {_AGAIN}") from error
+        raise InfrastructureError(f"{place} cannot be read or written ({error}): mend that, {_AGAIN}") from error
     except Exception as error:
         if not _of_object_storage(error):
             raise
-        raise Outage(f"{place} does not answer as it should ({error}): when it does, {_AGAIN}") from error
+        raise InfrastructureError(f"{place} does not answer as it should ({error}): when it does, {_AGAIN}") from error
 
 
 def _of_object_storage(error: Exception) -> bool:

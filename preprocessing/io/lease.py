@@ -15,24 +15,24 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from preprocessing.io.errors import Outage
-from preprocessing.io.processes import process_start
+from preprocessing.io.errors import InfrastructureError
+from preprocessing.io.processes import process_start_time
 from preprocessing.io.storage import Store
 
 LOCK = "_lock"
 LEASE_SECONDS = 60.0
 
 
-class LeaseLost(Outage):
+class LeaseLostError(InfrastructureError):
     """Another driver owns the dataset now, or nobody does."""
 
 
-def check_token(store: Store, token: str) -> None:
+def verify_lease(store: Store, token: str) -> None:
     """LeaseLost unless ``token`` still owns the store."""
     if not (held := _read(store)):
-        raise LeaseLost(f"{store.uri} has lost its {LOCK}: was it emptied or removed? Run the same command again")
+        raise LeaseLostError(f"{store.uri} has lost its {LOCK}: was it emptied or removed? Run the same command again")
     if held.get("token") != token:
-        raise LeaseLost(f"{store.uri} is owned by another driver now: this one stops without writing")
+        raise LeaseLostError(f"{store.uri} is owned by another driver now: this one stops without writing")
 
 
 class Lease:
@@ -45,14 +45,14 @@ class Lease:
         self._renewer = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
-        if not self._store.create(LOCK, self._content()):
+        if not self._store.create_exclusive(LOCK, self._content()):
             held = _read(self._store)
             if (holder := _alive(held)) is not None:
                 raise ValueError(
                     f"{self._store.uri} is being written by {holder}: wait for it, or stop it and try again"
                 )
             self._store.remove(LOCK)
-            if not self._store.create(LOCK, self._content()):
+            if not self._store.create_exclusive(LOCK, self._content()):
                 raise ValueError(f"{self._store.uri}: another driver took over a moment ago: try again later")
         self._renewer.start()
         return self
@@ -60,7 +60,7 @@ class Lease:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
         self._renewer.join()
-        with suppress(Outage):  # else it would hide what went wrong before; the lease runs out by itself
+        with suppress(InfrastructureError):  # else it would hide what went wrong before; the lease runs out by itself
             if _read(self._store).get("token") == self.token:
                 self._store.remove(LOCK)
 
@@ -70,14 +70,14 @@ class Lease:
                 "token": self.token,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "started": process_start(os.getpid()),
+                "started": process_start_time(os.getpid()),
                 "expires": time.time() + self._seconds,
             }
         ).encode()
 
     def _renew(self) -> None:
         while not self._stop.wait(self._seconds / 4):
-            with suppress(Outage, OSError):  # the next time, perhaps; if never, the lease runs out
+            with suppress(InfrastructureError, OSError):  # the next time, perhaps; if never, the lease runs out
                 if _read(self._store).get("token") != self.token:
                     return  # lost: the workers find out by themselves
                 self._store.write(LOCK, self._content())
@@ -94,6 +94,6 @@ def _alive(held: dict[str, Any]) -> str | None:
     """Who holds the lease, or None when it is free, expired, or its process on this machine is gone."""
     if not held or held["expires"] < time.time():
         return None
-    if held["host"] == socket.gethostname() and process_start(held["pid"]) != held["started"]:
+    if held["host"] == socket.gethostname() and process_start_time(held["pid"]) != held["started"]:
         return None
     return f"process {held['pid']} on {held['host']} (lease for another {held['expires'] - time.time():.0f} s)"

@@ -50,7 +50,7 @@ class _Line(Generic[T]):
             self._turn.notify_all()
 
 
-def ahead(items: Generator[T], size: Callable[[T], int], most: int) -> Generator[T]:
+def prefetch(items: Generator[T], size: Callable[[T], int], most: int) -> Generator[T]:
     """The same items in the same order, made by another thread while those that wait are smaller than ``most``.
 
     ``size`` gives bytes; one item may always wait. An exception of ``items`` is raised here, behind the items before
@@ -81,7 +81,7 @@ def ahead(items: Generator[T], size: Callable[[T], int], most: int) -> Generator
         raise failure[0]
 
 
-def runs(items: Iterator[T], key: Callable[[T], object], most: int) -> Generator[list[T]]:
+def group_consecutive(items: Iterator[T], key: Callable[[T], object], most: int) -> Generator[list[T]]:
     """Up to ``most`` items that follow each other and have one key."""
     run: list[T] = []
     for item in items:

@@ -14,7 +14,7 @@ from pathlib import Path
 _SCRATCH = re.compile(r"mfctl-([0-9a-f]{8})-(\d+)-(\d+)-.*")
 
 
-def process_start(pid: int) -> str | None:
+def process_start_time(pid: int) -> str | None:
     """Something that tells a process from a later one with the same number; None when there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
@@ -24,7 +24,7 @@ def process_start(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def guarded(command: Sequence[str], memory: int) -> list[str]:
+def limit_process(command: Sequence[str], memory: int) -> list[str]:
     """A command whose process has at most so many bytes of data, and ends when the thread that started it does.
 
     Where util-linux is not installed it is the command as it was.
@@ -43,18 +43,18 @@ def _installed(program: str) -> bool:
 
 
 @contextmanager
-def scratch() -> Generator[Path]:
+def scratch_dir() -> Generator[Path]:
     """A temporary folder, removed at the end, and by ``sweep_scratch`` if this process is killed before."""
-    name = f"mfctl-{_host()}-{os.getpid()}-{process_start(os.getpid()) or 0}-"
+    name = f"mfctl-{_host()}-{os.getpid()}-{process_start_time(os.getpid()) or 0}-"
     with tempfile.TemporaryDirectory(prefix=name) as folder:
         yield Path(folder)
 
 
-def sweep_scratch() -> None:
+def delete_stale_scratch() -> None:
     """Remove the temporary folders that killed processes of this machine left."""
     for path in Path(tempfile.gettempdir()).glob("mfctl-*"):
         match = _SCRATCH.fullmatch(path.name)
-        if match and match[1] == _host() and match[3] not in ("0", process_start(int(match[2]))):
+        if match and match[1] == _host() and match[3] not in ("0", process_start_time(int(match[2]))):
             shutil.rmtree(path, ignore_errors=True)
 
 

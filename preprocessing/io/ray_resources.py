@@ -7,27 +7,27 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-MOST = "MFCTL_MOST"
+PROMISED_RESOURCES_ENV = "MFCTL_MOST"
 """Set in a submitted job, as JSON: how much of each resource all machines of its cluster's file have together.
 
 Ray tells a job what is there now: on a cluster that starts machines when they are asked for, nothing.
 """
-EVERY_S = 60.0
+REPORT_INTERVAL_S = 60.0
 
 
-def most(now: Mapping[str, float]) -> dict[str, float]:
+def max_resources(now: Mapping[str, float]) -> dict[str, float]:
     """The greatest amount of each resource: what is there ``now``, or what the cluster's file promises."""
-    promised: dict[str, float] = json.loads(os.environ.get(MOST) or "{}")
+    promised: dict[str, float] = json.loads(os.environ.get(PROMISED_RESOURCES_ENV) or "{}")
     return {name: max(now.get(name, 0.0), promised.get(name, 0.0)) for name in {*now, *promised}}
 
 
-def has_come(asked: Mapping[str, float], there: Callable[[], Mapping[str, float]]) -> Callable[[], bool]:
+def resources_available(asked: Mapping[str, float], there: Callable[[], Mapping[str, float]]) -> Callable[[], bool]:
     """Whether a machine for one worker is there: from then on slow work is work, and no waiting."""
     return lambda: all(there().get(name, 0.0) >= amount for name, amount in asked.items())
 
 
 @contextmanager
-def told_while_waiting(
+def report_while_waiting(
     what: str,
     there: Callable[[], Mapping[str, float]],
     *,
@@ -39,7 +39,7 @@ def told_while_waiting(
 
     Ray waits for machines without a word, and for ever: for those that a quota refuses, too.
     """
-    begun, pause = threading.Event(), EVERY_S if every is None else every
+    begun, pause = threading.Event(), REPORT_INTERVAL_S if every is None else every
 
     def tell() -> None:
         waited = 0.0

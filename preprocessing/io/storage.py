@@ -17,11 +17,11 @@ from urllib.parse import quote_from_bytes, unquote, unquote_to_bytes
 
 import fsspec
 
-from preprocessing.io.errors import Outage, outages
-from preprocessing.io.processes import scratch
+from preprocessing.io.errors import InfrastructureError, translate_storage_errors
+from preprocessing.io.processes import scratch_dir
 
 TEMPORARY = ".tmp-"
-SILENCE_SECONDS = 20  # after which a connection to an object store counts as broken
+READ_TIMEOUT_S = 20  # after which a connection to an object store counts as broken
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -48,7 +48,7 @@ def _reaching(
     def decorate(method: "Callable[Concatenate[Store, _P], _T]") -> "Callable[Concatenate[Store, _P], _T]":
         @wraps(method)
         def reaching(store: "Store", *args: _P.args, **kwargs: _P.kwargs) -> _T:
-            with outages(store.uri, bucket=bucket):
+            with translate_storage_errors(store.uri, bucket=bucket):
                 return method(store, *args, **kwargs)
 
         return reaching
@@ -62,7 +62,7 @@ class Store:
     def __init__(self, uri: str) -> None:
         self.uri = uri if is_remote(uri) else os.path.abspath(local_path(uri) if uri.startswith("file://") else uri)
         self.remote = is_remote(uri)
-        self._fs, self._root = file_system(self.uri)
+        self._fs, self._root = filesystem_for(self.uri)
 
     def _full(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -74,7 +74,7 @@ class Store:
         return bool(self._fs.exists(self._full(name)))
 
     @_reaching(bucket=False)
-    def listing(self) -> list[str]:
+    def list_entries(self) -> list[str]:
         """Sorted names of what lies directly in the store, folders too; none when there is no such place."""
         if self.remote:
             self._fs.invalidate_cache()
@@ -93,7 +93,7 @@ class Store:
         return self._fs.open(self._full(name), "rb")
 
     @_reaching(bucket=False)
-    def names(self, folder: str) -> list[str]:
+    def list_files(self, folder: str) -> list[str]:
         """Sorted names of the complete files directly in a folder; none when it is absent."""
         if self.remote:
             self._fs.invalidate_cache()
@@ -113,18 +113,20 @@ class Store:
             temporary.write_bytes(data)
 
     @_reaching(bucket=True)
-    def put(self, local: Path, name: str) -> None:
+    def upload(self, local: Path, name: str) -> None:
         """Put a finished local file, replacing one of that name."""
         if self.remote:
             self._fs.put_file(str(local), self._full(name))
             if (arrived := self._fs.info(self._full(name), refresh=True)["size"]) != local.stat().st_size:
-                raise Outage(f"{self.uri}/{name} arrived with {arrived} of {local.stat().st_size} bytes: try again")
+                raise InfrastructureError(
+                    f"{self.uri}/{name} arrived with {arrived} of {local.stat().st_size} bytes: try again"
+                )
             return
         with self._beside(name) as temporary:
             shutil.copyfile(local, temporary)
 
     @_reaching(bucket=True)
-    def create(self, name: str, data: bytes) -> bool:
+    def create_exclusive(self, name: str, data: bytes) -> bool:
         """Put a file unless one of that name exists; whether it was put. (Object storage: check, then put.)"""
         if self.remote:
             if self.exists(name):
@@ -150,7 +152,7 @@ class Store:
             self._fs.rm_file(self._full(name))
 
     @_reaching(bucket=False)
-    def get(self, name: str, local: Path) -> None:
+    def download(self, name: str, local: Path) -> None:
         """Copy a file to a local path, whole or not at all."""
         temporary = local.with_name(f"{TEMPORARY}{secrets.token_hex(4)}")
         try:
@@ -168,7 +170,7 @@ class Store:
             self._fs.rm(self._full(name), recursive=True)
 
     @_reaching(bucket=True)
-    def sweep(self) -> None:
+    def delete_temporary(self) -> None:
         """Remove temporary files that killed processes of ours left in a local store."""
         if not self.remote and os.path.isdir(self._root):
             for path in Path(self._root).glob(f"**/{TEMPORARY}*"):
@@ -187,7 +189,7 @@ class Store:
 
 
 @contextmanager
-def fetched(uri: str) -> Generator[str]:
+def local_copy(uri: str) -> Generator[str]:
     """A local path with the content of a source: the file itself, or a temporary copy of a remote object.
 
     FileNotFoundError or PermissionError when there is no such object, or it is not for us; Outage for all else.
@@ -195,17 +197,19 @@ def fetched(uri: str) -> Generator[str]:
     if not is_remote(uri):
         yield local_path(uri)
         return
-    fs, path = file_system(unquote(uri))
-    with scratch() as folder:
+    fs, path = filesystem_for(unquote(uri))
+    with scratch_dir() as folder:
         copy = folder / ("source" + os.path.splitext(path)[1])
-        with outages(f"{uri}, or its copy in {tempfile.gettempdir()},", hint=" (or set TMPDIR to another disk)"):
+        with translate_storage_errors(
+            f"{uri}, or its copy in {tempfile.gettempdir()},", hint=" (or set TMPDIR to another disk)"
+        ):
             fs.get_file(path, str(copy))
         yield str(copy)
 
 
-def file_system(uri: str) -> tuple[Any, str]:
+def filesystem_for(uri: str) -> tuple[Any, str]:
     """fsspec filesystem and path of a URI."""
-    return fsspec.core.url_to_fs(uri, **options(uri))
+    return fsspec.core.url_to_fs(uri, **filesystem_options(uri))
 
 
 def _ask_no_leave_to_write() -> None:
@@ -219,7 +223,7 @@ def _ask_no_leave_to_write() -> None:
         handlers.BUILTIN_HANDLERS.remove(asks)
 
 
-def options(uri: str) -> dict[str, Any]:
+def filesystem_options(uri: str) -> dict[str, Any]:
     """How patient a filesystem is. S3: what AWS_MAX_ATTEMPTS and AWS_RETRY_MODE say, by default six attempts with
     growing pauses at errors of the server, broken connections and silence; s3fs repeats broken transfers on top."""
     if uri.split("://", 1)[0] not in ("s3", "s3a"):
@@ -229,5 +233,5 @@ def options(uri: str) -> dict[str, Any]:
         "mode": os.environ.get("AWS_RETRY_MODE", "standard"),
         "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "6")),
     }
-    silence = {"connect_timeout": SILENCE_SECONDS, "read_timeout": SILENCE_SECONDS}
+    silence = {"connect_timeout": READ_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
     return {"config_kwargs": {**silence, "retries": retries}}

@@ -27,10 +27,10 @@ import ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocessing.io.processes import guarded
+from preprocessing.io.processes import limit_process
 from preprocessing.media.ffmpeg_filters import audio_filters, scene_filters, video_filters
 from preprocessing.media.mp4_writer import file_url
-from preprocessing.media.probe import DECODER_BYTES, KILLED, STALL_SECONDS, MediaError, MediaInfo, probe
+from preprocessing.media.probe import DECODER_BYTES, KILL_SIGNALS, STALL_SECONDS, MediaError, MediaInfo, probe
 from preprocessing.records import Frames, Waveform
 
 SEEK_MARGIN = 10.0  # seconds decoded and dropped before a span, so that a coarse seek cannot land behind its start
@@ -141,7 +141,7 @@ class Decoder:
         flags = ("-hide_banner", "-nostdin", "-loglevel", "error", "-filter_threads", "1")
         command = ffmpeg.merge_outputs(*outputs).global_args(*flags).compile()
         self._process = subprocess.Popen(
-            guarded([file_url(path) if word == _INPUT else word for word in command], self._memory),
+            limit_process([file_url(path) if word == _INPUT else word for word in command], self._memory),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -176,19 +176,19 @@ class Decoder:
         for pipe in self._pipes:
             pipe.close()
 
-    def error(self) -> str | None:
+    def failure(self) -> str | None:
         """Read to the end of the file: what ffmpeg said if it failed on the way, else None."""
-        said = self.complaints()
+        said = self.stderr_lines()
         # with reinit_filter=0 ffmpeg goes on without the sound when its format changes: that is a failure here
         changed = [line for line in said if "on the fly is not supported" in line and "audio" in line]
         code = self._exit_code()
-        if code in KILLED:
-            raise MediaError("killed", f"something ended ffmpeg with {KILLED[code].name}")
+        if code in KILL_SIGNALS:
+            raise MediaError("killed", f"something ended ffmpeg with {KILL_SIGNALS[code].name}")
         if code == 0 and not changed:
             return None
         return (changed or said or [f"ffmpeg ended with code {code}"])[-1]
 
-    def complaints(self) -> list[str]:
+    def stderr_lines(self) -> list[str]:
         """Read to the end of the file: every line that ffmpeg said, whether it failed or went on."""
         self._heard_at = time.monotonic()
         while self._open:
@@ -198,13 +198,13 @@ class Decoder:
         return _lines(self._inboxes["error"])
 
     @property
-    def end(self) -> float:
+    def end_seconds(self) -> float:
         """Seconds from output instant 0 to where the longer stream is decoded so far."""
         height, width = self.size
         seen = self._inboxes["video"].received // (3 * height * width) / self.fps
         return max(float(seen), self._inboxes["audio"].received // 4 / self.sample_rate)
 
-    def cuts(self) -> Sequence[int]:
+    def scene_changes(self) -> Sequence[int]:
         """Numbers of the frames, from 0 on, that differ much from the one before; all among those peeked at so far."""
         while any(key.data == "scene" for key, _ in self._selector.select(0)):
             self._pump()
@@ -214,13 +214,13 @@ class Decoder:
         self._cuts += [int(line[6:].split()[0]) for line in whole.splitlines() if line.startswith(b"frame:")]
         return self._cuts
 
-    def ahead(self, samples: int) -> Waveform:
+    def peek_audio(self, samples: int) -> Waveform:
         """The next ``samples`` of sound, which stay to be read; fewer at the end of the sound."""
         self._fill({"audio": 4 * samples})
         sound = self._inboxes["audio"].look(4 * samples)
         return sound[: len(sound) // 4 * 4].view(np.float32)
 
-    def peek(self, frames: int) -> tuple[Frames | None, Waveform | None]:
+    def peek_frames(self, frames: int) -> tuple[Frames | None, Waveform | None]:
         """What ``read`` would give: views of memory that stays as it is. MediaError(timeout) on a stall."""
         height, width = self.size
         frame_bytes = 3 * height * width
@@ -237,7 +237,7 @@ class Decoder:
             picture = self._inboxes["video"].look(frames * frame_bytes).reshape(frames, height, width, 3)
         if self.audio:
             samples = self._sample(self._frame + frames) - first
-            sound = self.ahead(samples)
+            sound = self.peek_audio(samples)
             sound = np.pad(sound, (0, samples - len(sound)))  # sound that ends before the picture
         return picture, sound
 
@@ -245,14 +245,14 @@ class Decoder:
         """Count the next frames and their sound as read."""
         height, width = self.size
         samples = self._sample(self._frame + frames) - self._sample(self._frame)
-        self.peek(frames)
+        self.peek_frames(frames)
         self._inboxes["video"].drop(frames * 3 * height * width)
         self._inboxes["audio"].drop(4 * samples)
         self._frame += frames
 
     def read(self, frames: int) -> tuple[Frames | None, Waveform | None]:
         """The next frames and their sound; fewer at the end of the file. MediaError(timeout) on a stall."""
-        picture, sound = self.peek(frames)
+        picture, sound = self.peek_frames(frames)
         if picture is not None:
             self.skip(len(picture))
         elif sound is not None:
@@ -286,8 +286,8 @@ class Decoder:
         while "error" in self._open and self._inboxes["video"].received - pictures < 4 * _PIPE_BYTES:
             self._pump()
             self._inboxes["audio"].keep(sound + _BEHIND_BYTES)
-        if "error" not in self._open and (code := self._exit_code()) in KILLED:
-            raise MediaError("killed", f"something ended ffmpeg with {KILLED[code].name}")
+        if "error" not in self._open and (code := self._exit_code()) in KILL_SIGNALS:
+            raise MediaError("killed", f"something ended ffmpeg with {KILL_SIGNALS[code].name}")
 
     def _exit_code(self) -> int:
         """Of ffmpeg, which has closed its streams."""
@@ -316,7 +316,7 @@ def _lines(inbox: _Inbox) -> list[str]:
     return inbox.look(len(inbox)).tobytes().decode("utf-8", "replace").strip().splitlines()
 
 
-def decode(
+def decode_range(
     path: str | os.PathLike[str],
     start: float,
     end: float,

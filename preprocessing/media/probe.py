@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocessing.io.errors import Outage
-from preprocessing.io.processes import guarded
+from preprocessing.io.errors import InfrastructureError
+from preprocessing.io.processes import limit_process
 from preprocessing.media.mp4_writer import file_url
 
 STALL_SECONDS = 60.0
 DECODER_BYTES = 4 << 30  # of memory for ffmpeg: 16 reference frames of 8K in 10 bits, and HDR on top
 # Codes with which ffmpeg ends when something else ended it, and the signal: 255 is what it makes of a polite one.
-KILLED = {-signal.SIGKILL: signal.SIGKILL, -signal.SIGTERM: signal.SIGTERM, 255: signal.SIGTERM}
+KILL_SIGNALS = {-signal.SIGKILL: signal.SIGKILL, -signal.SIGTERM: signal.SIGTERM, 255: signal.SIGTERM}
 _NO_MEMORY = ("Cannot allocate memory", "get_buffer() failed")
 
 
@@ -43,7 +43,7 @@ class VideoInfo:
     interlaced: bool
 
     @property
-    def shown(self) -> tuple[float, float]:
+    def display_size(self) -> tuple[float, float]:
         """(height, width) as a viewer sees it, in pixels of the coded height: upright and with square pixels."""
         height, width = float(self.height), self.width * self.pixel_aspect
         return (width, height) if self.rotation % 180 else (height, width)
@@ -75,7 +75,7 @@ class MediaInfo:
         return self.audio.start
 
 
-def lacked_memory(said: Sequence[str]) -> bool:
+def is_out_of_memory(said: Sequence[str]) -> bool:
     """Whether ffmpeg complained of too little memory."""
     return any(words in line for line in said for words in _NO_MEMORY)
 
@@ -91,7 +91,7 @@ def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float, memory:
     command += ["-read_intervals", packets, "-i", file_url(path)]
     try:
         done = subprocess.run(
-            guarded(command, memory),
+            limit_process(command, memory),
             capture_output=True,
             timeout=timeout,
             check=False,
@@ -100,10 +100,10 @@ def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float, memory:
         )
     except subprocess.TimeoutExpired:
         raise MediaError("timeout", f"ffprobe did not finish within {timeout:.0f} s") from None
-    if done.returncode in KILLED:
-        raise MediaError("killed", f"something ended ffprobe with {KILLED[done.returncode].name}")
+    if done.returncode in KILL_SIGNALS:
+        raise MediaError("killed", f"something ended ffprobe with {KILL_SIGNALS[done.returncode].name}")
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    if lacked_memory(said):
+    if is_out_of_memory(said):
         raise MediaError("memory", f"its first frames need more than {memory >> 20} MiB to decode")
     facts: dict[str, Any] = json.loads(done.stdout or b"{}")
     if not facts.get("streams"):
@@ -162,7 +162,7 @@ def probe(
     file). Outage without ffmpeg.
     """
     if shutil.which("ffprobe") is None:
-        raise Outage("ffprobe is not installed: install ffmpeg (`mfctl doctor` says how)")
+        raise InfrastructureError("ffprobe is not installed: install ffmpeg (`mfctl doctor` says how)")
     if not os.path.isfile(path):
         raise MediaError("unreadable", "no regular file" if os.path.exists(path) else "no such file")
     facts = _ffprobe(path, "%+#64", timeout, memory)

@@ -39,14 +39,14 @@ class SceneConfig:
             )
 
 
-class Cuts:
+class SceneCutDetector:
     """The cuts of one source, window after window."""
 
     def __init__(self, config: SceneConfig, flash_frames: int) -> None:
         self._config, self._flash_frames = config, flash_frames
         self._settled = 0  # places before this frame belong to a flash
 
-    def next(self, places: Sequence[int], first: int, frames: Frames) -> int | None:
+    def next_cut(self, places: Sequence[int], first: int, frames: Frames) -> int | None:
         """The first frame behind ``first`` that begins a scene, as far as the frames show it; None: not among them.
 
         ``places``: frames with a high score, ascending, in the count of which ``frames[0]`` has the number ``first``.

@@ -15,7 +15,7 @@ from typing import Any
 
 from preprocessing.records import Word
 from preprocessing.sources.discovery import SOUND_SUFFIXES, VIDEO_SUFFIXES
-from preprocessing.sources.subtitles import shared_out
+from preprocessing.sources.subtitles import distribute_words
 
 Row = dict[str, Any]
 
@@ -73,7 +73,7 @@ def seamless(folder: Path) -> Iterator[Row]:
         yield _row(video, transcript=timed if "metadata:transcript" in facts else None)
 
 
-LAYOUTS: dict[str, Callable[[Path], Iterator[Row]]] = {
+CORPORA: dict[str, Callable[[Path], Iterator[Row]]] = {
     "emilia": emilia,
     "panda70m": panda70m,
     "speakervid": speakervid,
@@ -83,11 +83,11 @@ LAYOUTS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 def write_manifest(layout: str, folder: str, out: str) -> int:
     """Put the manifest of a corpus into a new ``.jsonl``; its rows. ValueError when there is nothing to put in it."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    if layout not in CORPORA:
+        raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(CORPORA)}")
     if not Path(folder).is_dir() or not out.endswith(".jsonl") or Path(out).exists():
         raise ValueError(f"name a folder ({folder}) and a .jsonl that does not exist yet ({out})")
-    rows = [json.dumps(row, ensure_ascii=False) for row in LAYOUTS[layout](Path(folder).resolve())]
+    rows = [json.dumps(row, ensure_ascii=False) for row in CORPORA[layout](Path(folder).resolve())]
     if not rows:
         raise ValueError(
             f"{folder} holds nothing in the layout {layout}: see docs/guides/prepare-data.md for what is expected"
@@ -121,7 +121,7 @@ def _spread(facts: Mapping[str, Any], keys: tuple[str, ...], path: Path) -> list
         return None
     if not isinstance(facts.get("duration"), int | float):
         raise ValueError(f"{path.with_suffix('.json')} has a text and no duration in seconds: add it")
-    return shared_out(text, 0.0, float(facts["duration"]))
+    return distribute_words(text, 0.0, float(facts["duration"]))
 
 
 def _row(path: Path, *, transcript: list[Word] | None = None, **more: Any) -> Row:

@@ -21,8 +21,8 @@ from urllib.parse import quote, unquote
 
 import pyarrow.parquet as pq
 
-from preprocessing.io.errors import outages
-from preprocessing.io.storage import file_system, is_remote, local_path, local_uri
+from preprocessing.io.errors import translate_storage_errors
+from preprocessing.io.storage import filesystem_for, is_remote, local_path, local_uri
 from preprocessing.records import Source, Word
 
 VIDEO_SUFFIXES = (
@@ -80,7 +80,7 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (os.path.join(root, n) for n in sorted(names) if os.path.splitext(n)[1].lower() in MEDIA)
 
 
-def edges(path: str) -> str:
+def edge_fingerprint(path: str) -> str:
     """A hash of a file's size and of its first and last 64 KiB: the same for the same file anywhere."""
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
@@ -95,13 +95,13 @@ def _local(path: str) -> Source:
     """A file; what cannot be read, or is none (a pipe, a broken link), is a source too, to be rejected later."""
     try:
         if os.path.isfile(path):
-            return Source(uri=local_uri(path), size=os.path.getsize(path), fingerprint=edges(path))
+            return Source(uri=local_uri(path), size=os.path.getsize(path), fingerprint=edge_fingerprint(path))
     except OSError:
         pass
     return Source(uri=local_uri(path), size=0, fingerprint="unreadable")
 
 
-def same_bytes(one: Source, other: Source) -> bool:
+def has_same_content(one: Source, other: Source) -> bool:
     """Whether two sources of one size and fingerprint are the same file content, all of it. (In object storage the
     fingerprint is the ETag, which is of all content.) False where one of them cannot be read."""
     places = [split_fragment(source.uri)[0] for source in (one, other)]
@@ -114,10 +114,10 @@ def same_bytes(one: Source, other: Source) -> bool:
 
 
 def _remote(prefix: str) -> Iterator[Source]:
-    fs, root = file_system(prefix)
+    fs, root = filesystem_for(prefix)
     scheme = prefix.split("://", 1)[0]
     try:
-        with outages(prefix, bucket=False):
+        with translate_storage_errors(prefix, bucket=False):
             fs.invalidate_cache()
             if glob.has_magic(root) and not fs.exists(root):
                 listed = fs.glob(root, detail=True)
@@ -133,9 +133,9 @@ def _remote(prefix: str) -> Iterator[Source]:
 
 def _manifest(path: str, suffix: str) -> Iterator[Source]:
     folder = os.path.dirname(path if is_remote(path) else os.path.abspath(path))
-    fs, place = file_system(path if is_remote(path) else os.path.abspath(path))
+    fs, place = filesystem_for(path if is_remote(path) else os.path.abspath(path))
     fs.invalidate_cache()
-    with outages(path, bucket=False), fs.open(place, "rb") as file:
+    with translate_storage_errors(path, bucket=False), fs.open(place, "rb") as file:
         for number, row in enumerate(_rows(file, suffix), start=1):
             where = f"{path}, row {number}"
             uri = row.get("uri") or row.get("path")
@@ -153,7 +153,7 @@ def _rows(file: Any, suffix: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _manifest_source(row: Mapping[str, Any], uri: str, folder: str, where: str) -> Source:
-    caption, words = row.get("caption") or None, parse_words(row.get("transcript"), where)
+    caption, words = row.get("caption") or None, parse_transcript(row.get("transcript"), where)
     if is_remote(uri) or is_remote(folder):
         source = next(_remote(uri if is_remote(uri) else f"{folder}/{uri}"), None)
         if source is None:
@@ -185,7 +185,7 @@ def _seconds(value: float) -> str:
     return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
-def parse_words(value: Any, where: str) -> tuple[Word, ...] | None:
+def parse_transcript(value: Any, where: str) -> tuple[Word, ...] | None:
     """A transcript from JSON, a list of mappings, or nothing; ValueError says where it is malformed."""
     if value is None or value == "":
         return None
@@ -196,7 +196,7 @@ def parse_words(value: Any, where: str) -> tuple[Word, ...] | None:
         raise ValueError(f"{where}: a transcript is a list of {{word, start, end}}, got {value!r:.80}") from error
 
 
-def file_name(uri: str) -> str:
+def display_name(uri: str) -> str:
     """The last part of a source's name, readable, bytes that are no UTF-8 still percent-encoded."""
     name = uri.split("#", 1)[0].rsplit("/", 1)[-1]
     decoded = unquote(name)

@@ -11,19 +11,19 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
-from preprocessing.io.errors import outages
-from preprocessing.io.storage import file_system, is_remote, local_path
+from preprocessing.io.errors import translate_storage_errors
+from preprocessing.io.storage import filesystem_for, is_remote, local_path
 from preprocessing.records import Clip, Rejected, Source, Word
-from preprocessing.sources.discovery import parse_words, split_fragment
+from preprocessing.sources.discovery import parse_transcript, split_fragment
 from preprocessing.sources.subtitles import parse_subtitles
 
 
 def _beside(uri: str, suffix: str) -> bytes | None:
     """Content of the file beside a source, or None."""
     if is_remote(uri):
-        fs, path = file_system(unquote(uri))
+        fs, path = filesystem_for(unquote(uri))
         path = os.path.splitext(path)[0] + suffix
-        with outages(uri):
+        with translate_storage_errors(uri):
             return fs.cat_file(path) if fs.exists(path) else None
     path = os.path.splitext(local_path(uri))[0] + suffix
     if not os.path.isfile(path):
@@ -43,7 +43,7 @@ def read_sidecar(source: Source) -> Source:
         if caption is None and "caption" in facts:
             caption = str(facts["caption"])
         if words is None:
-            words = parse_words(facts.get("transcript"), "sidecar")
+            words = parse_transcript(facts.get("transcript"), "sidecar")
         for suffix in (".vtt", ".srt"):
             if words is None and (data := _beside(uri, suffix)) is not None:
                 words = parse_subtitles(data)

@@ -56,11 +56,11 @@ def _words(said: str, start: float, end: float) -> list[Word]:
     at = [start, *(_seconds(mark.groups()) for mark in _MARK.finditer(said)), end]
     parts = _MARK.sub("\0", said).split("\0")
     for part, begin, stop in zip(parts, at, at[1:], strict=False):
-        words += shared_out(html.unescape(_TAG.sub(" ", part)), begin, stop)
+        words += distribute_words(html.unescape(_TAG.sub(" ", part)), begin, stop)
     return words
 
 
-def shared_out(text: str, start: float, end: float) -> list[Word]:
+def distribute_words(text: str, start: float, end: float) -> list[Word]:
     """The words of a text, each with the share of the time that its letters are of all."""
     names = text.split()
     letters, words, at = sum(len(name) for name in names), list[Word](), start

@@ -79,10 +79,10 @@ def check_sync(clip: Clip, config: SyncConfig, plan: SpanPlan, fps: Fraction, sa
     offset, confidence = round(found.offset_sec, 6), round(found.confidence, 4)
     if not config.shift or offset == 0:
         return replace(clip, sync=(offset, confidence))
-    return replace(shifted(clip, offset, plan, fps, sample_rate), sync=(0.0, confidence))
+    return replace(shift_audio(clip, offset, plan, fps, sample_rate), sync=(0.0, confidence))
 
 
-def shifted(clip: Clip, late: float, plan: SpanPlan, fps: Fraction, sample_rate: int) -> Clip:
+def shift_audio(clip: Clip, late: float, plan: SpanPlan, fps: Fraction, sample_rate: int) -> Clip:
     """The clip with its sound ``late`` seconds earlier, cut to the whole chunks in which both are there.
 
     Sound that came too early has none for the first frames: they are left out. Rejected when too little remains.
@@ -93,7 +93,7 @@ def shifted(clip: Clip, late: float, plan: SpanPlan, fps: Fraction, sample_rate:
     frames, sound = clip.frames[skipped:], clip.waveform[round((skipped / float(fps) + late) * sample_rate) :]
     heard = bisect_right(plan.samples, len(sound)) - 1
     chunks = min(bisect_right(plan.frames, len(frames)) - 1, heard)
-    if chunks < plan.least:
+    if chunks < plan.min_chunks:
         raise Rejected("sync", "too_short", f"{chunks} whole chunks are left when the sound is moved by {late:+.3f} s")
     start = clip.span[0] + skipped / float(fps)
     return replace(

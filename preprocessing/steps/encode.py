@@ -13,7 +13,7 @@ from mfcore.codecs.base import Codec, TextCodec
 from mfcore.codecs.stats import LatentStats
 from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO
-from preprocessing.io.prefetch import ahead, runs
+from preprocessing.io.prefetch import group_consecutive, prefetch
 from preprocessing.records import Clip, Rejected, Source
 
 # A channel that never varies (the colour of a grey corpus) has no scale of its own: it gets this share of the largest.
@@ -47,20 +47,20 @@ class EncoderConfig:
             raise ValueError(f"encoder.batch and ahead_bytes must be at least 1, gpus not negative; got {self}")
 
 
-def encode(clip: Clip, encoders: Encoders) -> Clip:
+def encode_clip(clip: Clip, encoders: Encoders) -> Clip:
     """The clip with the latents of its whole chunks (after each codec's head) and the embeddings of its text."""
     signals: dict[str, Any] = {VIDEO: clip.frames, AUDIO: clip.waveform}
     latents = {m: codec.encode(torch.from_numpy(signals[m])) for m, codec in encoders.codecs.items()}
     return _encoded(clip, latents, encoders)
 
 
-def encode_together(clips: Sequence[Clip], encoders: Encoders) -> list[Clip]:
+def encode_batch(clips: Sequence[Clip], encoders: Encoders) -> list[Clip]:
     """The same of several clips of one shape at once."""
     latents = {m: codec.encode_batch(_signals(clips, m)) for m, codec in encoders.codecs.items()}
     return [_encoded(clip, {m: x[i] for m, x in latents.items()}, encoders) for i, clip in enumerate(clips)]
 
 
-def encode_ahead(
+def encode_prefetched(
     prepared: Generator[tuple[Source, Clip | Rejected]],
     one: Callable[[Clip], Clip | Rejected],
     encoders: Encoders,
@@ -75,8 +75,8 @@ def encode_ahead(
     def kind(item: tuple[Source, Clip | Rejected]) -> tuple[int, ...] | None:
         return _shape(item[1]) if isinstance(item[1], Clip) else None
 
-    with closing(ahead(prepared, waiting_bytes, config.ahead_bytes)) as waiting:
-        for run in runs(waiting, kind, config.batch):
+    with closing(prefetch(prepared, waiting_bytes, config.ahead_bytes)) as waiting:
+        for run in group_consecutive(waiting, kind, config.batch):
             clips = [found for _, found in run if isinstance(found, Clip)]
             done = _encode_run(clips, one, encoders) if clips else [found for _, found in run]
             yield from zip((source for source, _ in run), done, strict=True)
@@ -86,7 +86,7 @@ def _encode_run(
     clips: list[Clip], one: Callable[[Clip], Clip | Rejected], encoders: Encoders
 ) -> Sequence[Clip | Rejected]:
     try:
-        return encode_together(clips, encoders)
+        return encode_batch(clips, encoders)
     except torch.OutOfMemoryError as error:  # the machine's fault, not the clips'
         raise RuntimeError(
             f"{len(clips)} clips together do not fit on the GPU: lower encoder.batch, or raise encoder.gpus so that "
@@ -134,14 +134,14 @@ def latent_times(latents: Mapping[str, Tensor], timeline: Timeline) -> dict[str,
 
 
 @dataclass
-class ChannelSums:
+class RunningMoments:
     """Count, sum and sum of squares of one modality's latents per channel, head and rest apart (float64)."""
 
     head: Tensor  # (3, C)
     rest: Tensor  # (3, C)
 
     @classmethod
-    def zero(cls, channels: int) -> "ChannelSums":
+    def zeros(cls, channels: int) -> "RunningMoments":
         return cls(*(torch.zeros(3, channels, dtype=torch.float64) for _ in range(2)))
 
     def add(self, latents: Tensor, head: int) -> None:
@@ -149,14 +149,14 @@ class ChannelSums:
         self.head += _sums(latents[:head])
         self.rest += _sums(latents[head:])
 
-    def __add__(self, other: "ChannelSums") -> "ChannelSums":
-        return ChannelSums(self.head + other.head, self.rest + other.rest)
+    def __add__(self, other: "RunningMoments") -> "RunningMoments":
+        return RunningMoments(self.head + other.head, self.rest + other.rest)
 
     def to_json(self) -> dict[str, Any]:
         return {"head": self.head.tolist(), "rest": self.rest.tolist()}
 
     @classmethod
-    def from_json(cls, facts: Mapping[str, Any]) -> "ChannelSums":
+    def from_json(cls, facts: Mapping[str, Any]) -> "RunningMoments":
         return cls(*(torch.tensor(facts[part], dtype=torch.float64) for part in ("head", "rest")))
 
     def stats(self) -> LatentStats | None:
@@ -183,8 +183,8 @@ def _moments(sums: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(std.clamp(min=least).tolist())
 
 
-def merge_sums(merged: dict[str, ChannelSums], part: Mapping[str, Any]) -> None:
+def merge_sums(merged: dict[str, RunningMoments], part: Mapping[str, Any]) -> None:
     """Add a unit's sums, as its marker has them, to those of the units before it."""
     for modality, facts in part.items():
-        sums = ChannelSums.from_json(facts)
+        sums = RunningMoments.from_json(facts)
         merged[modality] = merged[modality] + sums if modality in merged else sums

@@ -7,7 +7,7 @@ from preprocessing.records import Clip
 
 _GRID, _INSTANTS, _MOMENTS = 8, 16, 64
 _BANDS = np.geomspace(100, 6000, 9)  # Hz
-_PARTS = {"look": _GRID**2, "motion": _GRID**2 * _INSTANTS, "sound": 8 * _MOMENTS}
+FINGERPRINT_PARTS = {"look": _GRID**2, "motion": _GRID**2 * _INSTANTS, "sound": 8 * _MOMENTS}
 _FULL = 3.0  # standard deviations at the end of a signed byte's range
 
 
@@ -17,8 +17,8 @@ def fingerprint(clip: Clip, sample_rate: int) -> Clip:
     if clip.frames is not None:
         look, motion = _seen(clip.frames)
     sound = np.zeros(0) if clip.waveform is None else _heard(clip.waveform, sample_rate)
-    parts = dict(zip(_PARTS, (look, motion, sound), strict=True))
-    return replace(clip, fingerprint=b"".join(_bytes(parts[name], size) for name, size in _PARTS.items()))
+    parts = dict(zip(FINGERPRINT_PARTS, (look, motion, sound), strict=True))
+    return replace(clip, fingerprint=b"".join(_bytes(parts[name], size) for name, size in FINGERPRINT_PARTS.items()))
 
 
 def _seen(frames: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -58,7 +58,7 @@ def _thumbnails(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return frames[:, ::step, ::step]
 
 
-def check_picture(clip: Clip, config: FilterConfig) -> Clip:
+def check_video(clip: Clip, config: FilterConfig) -> Clip:
     """Reject a black or a frozen picture."""
     if clip.frames is None:
         return clip
@@ -76,7 +76,7 @@ def _level(values: NDArray[np.uint8], share: float) -> int:
     return int(np.searchsorted(counts, share * counts[-1]))
 
 
-def check_sound(clip: Clip, config: FilterConfig) -> Clip:
+def check_audio(clip: Clip, config: FilterConfig) -> Clip:
     """Reject silent or clipped sound; record its level."""
     if clip.waveform is None:
         return clip

@@ -18,8 +18,8 @@ from fractions import Fraction
 import numpy as np
 
 from preprocessing.media.decoder import Decoder
-from preprocessing.media.probe import MediaError, MediaInfo, lacked_memory
-from preprocessing.media.scene_cuts import Cuts, SceneConfig
+from preprocessing.media.probe import MediaError, MediaInfo, is_out_of_memory
+from preprocessing.media.scene_cuts import SceneConfig, SceneCutDetector
 from preprocessing.records import Clip, Frames, Rejected, Source, Waveform
 from preprocessing.spans import SpanPlan
 
@@ -39,7 +39,7 @@ class _Portion:
     cut: int | None  # the scene ends with the frame before this one, which is within ``length``
 
 
-def cut(
+def cut_spans(
     decoder: Decoder,
     info: MediaInfo,
     source: Source,
@@ -64,7 +64,7 @@ def cut(
             yield window.stalled(first, info.duration if until is None else min(until, info.duration), error)
             return
         chunks = bisect_right(plan.frames, portion.length) - 1
-        if chunks >= plan.least:
+        if chunks >= plan.min_chunks:
             yield window.clip(portion, chunks)
             given += 1
         elif given == 0 and (portion.cut or scene) and first + portion.length > scene:
@@ -72,7 +72,7 @@ def cut(
         elif first == 0 and portion.length > 0:
             yield window.whole(portion)
         if portion.cut is not None:
-            first, scene, given = plan.boundary(portion.cut), portion.cut, 0
+            first, scene, given = plan.next_boundary(portion.cut), portion.cut, 0
         elif portion.length == plan.frames[-1]:
             first += plan.step
         else:
@@ -91,7 +91,7 @@ class _Window:
         self.limit = None if until is None else round((until - self.origin) * decoder.fps)
         self._decoder, self._source, self._plan = decoder, source, plan
         self._margin = 0 if scenes.threshold is None else round(scenes.flash_seconds * decoder.fps)
-        self._cuts = None if scenes.threshold is None else Cuts(scenes, self._margin)
+        self._cuts = None if scenes.threshold is None else SceneCutDetector(scenes, self._margin)
         self._at = 0  # frames behind us
 
     def look(self, first: int) -> _Portion:
@@ -100,11 +100,11 @@ class _Window:
         decoder.skip(first - self._at)
         self._at = first
         want = full if self.limit is None else max(0, min(full, self.limit - first))
-        frames, sound = decoder.peek(want + self._margin)
+        frames, sound = decoder.peek_frames(want + self._margin)
         have = min(want, _length(frames, sound, decoder))
         cut = None
         if self._cuts is not None and frames is not None:
-            cut = self._cuts.next(decoder.cuts(), first, frames)
+            cut = self._cuts.next_cut(decoder.scene_changes(), first, frames)
             cut = None if cut is None or cut - first >= have else cut
         if cut is not None:
             return _Portion(first=first, frames=frames, sound=sound, length=cut - first, cut=cut)
@@ -117,7 +117,7 @@ class _Window:
         samples = self._plan.samples[chunks]
         sound = portion.sound
         if sound is not None and len(sound) < samples:
-            sound = self._decoder.ahead(samples)
+            sound = self._decoder.peek_audio(samples)
         return self._clip(portion, self._plan.frames[chunks], sound, samples)
 
     def whole(self, portion: _Portion) -> Clip:
@@ -133,9 +133,9 @@ class _Window:
         )
 
     def short_scene(self, first: int, last: int, plan: SpanPlan) -> Rejected:
-        last = max(first + 1, min(last, round(self._decoder.end * self._decoder.fps)))
+        last = max(first + 1, min(last, round(self._decoder.end_seconds * self._decoder.fps)))
         seconds = float((last - first) / self._decoder.fps)
-        detail = f"a scene of {seconds:.3f} s has no {plan.least} whole chunks"
+        detail = f"a scene of {seconds:.3f} s has no {plan.min_chunks} whole chunks"
         return Rejected("scenes", "short_scene", detail, self._span(first, last))
 
     def stalled(self, first: int, claimed: float, error: MediaError) -> Rejected:
@@ -149,14 +149,14 @@ class _Window:
 
 def _lost(decoder: Decoder, info: MediaInfo, origin: float, frames: int, until: float | None) -> Iterator[Rejected]:
     """What should have followed the ``frames`` that were decoded, if anything."""
-    failure, said = decoder.error(), decoder.complaints()
-    greedy = failure is not None and lacked_memory(said)
+    failure, said = decoder.failure(), decoder.stderr_lines()
+    greedy = failure is not None and is_out_of_memory(said)
     if frames == 0:
         why = failure or "ffmpeg decoded nothing and did not say why"
         raise Rejected("decode", "memory" if greedy else "no_frames", why)
     decoded = origin + float(frames / decoder.fps)
     claimed = info.duration if until is None else min(until, info.duration)
-    missing = claimed - (origin + decoder.end)
+    missing = claimed - (origin + decoder.end_seconds)
     if failure is not None:
         yield Rejected("decode", "memory" if greedy else "decode_error", failure, (decoded, max(decoded, claimed)))
     elif said and missing > min(MISSING_SECONDS, MISSING_SHARE * claimed):

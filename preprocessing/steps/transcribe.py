@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from mfcore.codecs.pretrained import located, model_folder, weights_digest
+from mfcore.codecs.pretrained import locate_weights, model_folder, weights_digest
 from mfcore.metrics.speech import Whisper
 from preprocessing.records import Clip, Word
 
@@ -25,7 +25,7 @@ class WhisperConfig:
         return f"whisper/{self.weights}"
 
 
-def read_whisper(folder: str) -> WhisperConfig:
+def whisper_config(folder: str) -> WhisperConfig:
     """The configuration of the Whisper in ``folder`` (or its ``whisper/``). ValueError when there is none."""
     place = model_folder(folder, "whisper", ("whisper",), "Whisper")
     files = {path for pattern in _TOKENIZER for path in place.glob(pattern)}
@@ -34,12 +34,12 @@ def read_whisper(folder: str) -> WhisperConfig:
 
 def whisper_folder(config: WhisperConfig) -> Path:
     """Where its weights are now. ValueError says how to name the place."""
-    folder = located(config.weights, config.folder, lambda place: read_whisper(place).weights, config.id)
+    folder = locate_weights(config.weights, config.folder, lambda place: whisper_config(place).weights, config.id)
     return model_folder(folder, "whisper", ("whisper",), "Whisper")
 
 
 @cache
-def build_whisper(config: WhisperConfig, device: str) -> Whisper:
+def load_whisper(config: WhisperConfig, device: str) -> Whisper:
     """Loaded, and kept for all clips of a process. ValueError when the weights are gone."""
     return Whisper(str(whisper_folder(config)), device)
 
@@ -49,7 +49,7 @@ def transcribe(clip: Clip, config: WhisperConfig | None, device: str, sample_rat
     one: then nothing is.)"""
     if config is None or clip.waveform is None or clip.source.transcript is not None:
         return clip
-    heard = build_whisper(config, device).words(clip.waveform, sample_rate)
+    heard = load_whisper(config, device).words(clip.waveform, sample_rate)
     return replace(clip, transcript=_in_order(heard), transcript_source=config.id)
 
 

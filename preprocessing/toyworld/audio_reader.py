@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import find_peaks
 
-from preprocessing.toyworld.choices import ChoiceReading, nearest, reading
-from preprocessing.toyworld.voice import HALF_SECOND, TONES, VOCABULARY, VOICES, Voice, Word, speech
+from preprocessing.toyworld.choices import ChoiceReading, make_reading, nearest_mode
+from preprocessing.toyworld.voice import HALF_SECOND, TONES, VOCABULARY, VOICES, TranscriptWord, Voice, synthesize
 from preprocessing.toyworld.world import ToyConfig
 
 Array = NDArray[np.float64]
@@ -31,30 +31,31 @@ _SHORTEST = 0.12  # seconds from one syllable to the next, at least
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoundReadings:
+class AudioReadings:
     """What is heard."""
 
-    syllables: tuple[Word, ...]
+    syllables: tuple[TranscriptWord, ...]
     residual: Array  # [len(syllables)] distance to the syllable read, in units of the distance to its neighbour
     tone: ChoiceReading  # per half second; not present where nobody speaks
     voice: int  # nearest of VOICES, by what most syllables are spoken in; -1 where nobody speaks
     pitch: float  # Hz, nan where nobody speaks
 
 
-def read_sound(waveform: NDArray[np.float32], sample_rate: int, config: ToyConfig) -> SoundReadings:
+def read_audio(waveform: NDArray[np.float32], sample_rate: int, config: ToyConfig) -> AudioReadings:
     """Read mono sound ``[samples]``; of ``config`` only the vocabulary counts. Silence reads as no syllables."""
     halves = max(1, round(len(waveform) / sample_rate / HALF_SECOND))
-    spans = _spans(*envelope(waveform, sample_rate))
+    spans = _spans(*loudness_envelope(waveform, sample_rate))
     if not spans:
-        silent = reading(np.zeros(halves, np.int64), np.full(halves, np.inf), np.zeros(halves, bool))
-        return SoundReadings(syllables=(), residual=np.zeros(0), tone=silent, voice=-1, pitch=float("nan"))
+        silent = make_reading(np.zeros(halves, np.int64), np.full(halves, np.inf), np.zeros(halves, bool))
+        return AudioReadings(syllables=(), residual=np.zeros(0), tone=silent, voice=-1, pitch=float("nan"))
     modes = _spoken(sample_rate)[: config.syllables]  # [S, V, N, C, B]
     heard = _slices(_spectra(waveform, sample_rate), spans)  # [spans, C, B]
     names, voices, residual = _classify(heard, modes)
     voice = int(np.bincount(voices).argmax())
-    return SoundReadings(
+    return AudioReadings(
         syllables=tuple(
-            Word(word=VOCABULARY[s], start=start, end=end) for s, (start, end) in zip(names, spans, strict=True)
+            TranscriptWord(word=VOCABULARY[s], start=start, end=end)
+            for s, (start, end) in zip(names, spans, strict=True)
         ),
         residual=residual,
         tone=_read_tone(heard, modes[names, voice], spans, halves),
@@ -63,7 +64,7 @@ def read_sound(waveform: NDArray[np.float32], sample_rate: int, config: ToyConfi
     )
 
 
-def envelope(waveform: NDArray[np.float32], sample_rate: int, step: float = 0.004) -> tuple[Array, Array]:
+def loudness_envelope(waveform: NDArray[np.float32], sample_rate: int, step: float = 0.004) -> tuple[Array, Array]:
     """Times and loudness (root mean square in a soft window of about 30 ms) every ``step`` seconds."""
     width = max(1, round(0.015 * sample_rate))
     power = np.square(waveform.astype(np.float64))
@@ -133,13 +134,15 @@ def _spoken(sample_rate: int) -> Array:
     """All syllables in all voices and tones as ``_slices`` hears them, ``[S, V, N, C, B]``."""
     length, gap = 0.24, 0.1
     words = [
-        Word(word=name, start=i * (length + gap) + gap, end=(i + 1) * (length + gap))
+        TranscriptWord(word=name, start=i * (length + gap) + gap, end=(i + 1) * (length + gap))
         for i, name in enumerate(VOCABULARY)
     ]
     spans = [(w["start"], w["end"]) for w in words]
     samples = round((words[-1]["end"] + gap) * sample_rate)
     heard = [
-        _slices(_spectra(speech(words, voice, samples=samples, sample_rate=sample_rate, seed=0), sample_rate), spans)
+        _slices(
+            _spectra(synthesize(words, voice, samples=samples, sample_rate=sample_rate, seed=0), sample_rate), spans
+        )
         for voice in (Voice(pitch=pitch, tones=(tone,)) for pitch in VOICES for tone in range(len(TONES)))
     ]
     return np.stack(heard, axis=1).reshape(len(VOCABULARY), len(VOICES), len(TONES), _SLICES, _BANDS)
@@ -167,9 +170,9 @@ def _read_tone(heard: Array, modes: Array, spans: list[tuple[float, float]], hal
         if len(span) >= 3:
             present[k] = True
             observed, tones = heard[span, place].ravel(), modes[span, :, place].transpose(1, 0, 2)
-            found, far = nearest(observed[None], tones.reshape(len(TONES), -1))
+            found, far = nearest_mode(observed[None], tones.reshape(len(TONES), -1))
             mode[k], residual[k] = found[0], far[0]
-    return reading(mode, residual, present)
+    return make_reading(mode, residual, present)
 
 
 def _read_pitch(
@@ -194,7 +197,7 @@ def _read_pitch(
 
 def mouth_correlation(mouth_opening: Array, fps: float, waveform: NDArray[np.float32], sample_rate: int) -> float:
     """Correlation of mouth opening and loudness at offset 0."""
-    times, loud = envelope(waveform, sample_rate)
+    times, loud = loudness_envelope(waveform, sample_rate)
     return _correlation(mouth_opening, np.arange(len(mouth_opening)) / float(fps), times, loud)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-VALID = 0.34
+MAX_RESIDUAL = 0.34
 """Largest distance to the nearest mode, in units of that mode's distance to its neighbour. A half-and-half mixture of
 two modes lies at 0.5 or more from both in pixels; 640 half seconds of the world, reconstructed from latents, stay below
 0.22 in all that is seen, and below 0.32 in tone."""
@@ -27,7 +27,7 @@ class ChoiceReading:
     present: NDArray[np.bool_]  # [K] False where there was nothing to read (no speech: no tone); never valid there
 
 
-def nearest(observed: Array, modes: Array) -> tuple[NDArray[np.int64], Array]:
+def nearest_mode(observed: Array, modes: Array) -> tuple[NDArray[np.int64], Array]:
     """Nearest of ``modes [M, P]`` to each of ``observed [K, P]``, and the residual as in ``ChoiceReading``.
 
     Distances are taken within the span of the modes' differences: blur, noise and whatever else all modes share do
@@ -44,12 +44,12 @@ def nearest(observed: Array, modes: Array) -> tuple[NDArray[np.int64], Array]:
     return mode, distance.min(1) / apart.min(1)[mode]
 
 
-def reading(mode: NDArray[np.int64], residual: Array, present: NDArray[np.bool_] | None = None) -> ChoiceReading:
+def make_reading(mode: NDArray[np.int64], residual: Array, present: NDArray[np.bool_] | None = None) -> ChoiceReading:
     present = np.ones(len(mode), bool) if present is None else present
-    return ChoiceReading(mode=mode, residual=residual, present=present, valid=(residual < VALID) & present)
+    return ChoiceReading(mode=mode, residual=residual, present=present, valid=(residual < MAX_RESIDUAL) & present)
 
 
-def valid_share(choices: Mapping[str, ChoiceReading]) -> float:
+def valid_fraction(choices: Mapping[str, ChoiceReading]) -> float:
     """Share of half seconds in which every choice that can be read is valid; nan when there is none."""
     bad = np.any([~c.valid & c.present for c in choices.values()], axis=0)
     seen = np.any([c.present for c in choices.values()], axis=0)

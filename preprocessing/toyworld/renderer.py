@@ -79,7 +79,7 @@ _MOUTH_TABLES = ((_WIDTH, 1), (_TEETH, 0), (_TONGUES, 0), (_LIP, 0))  # with the
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class Appearance:
     """What stays the same for a whole clip, as positions in the tables above."""
 
     face: int
@@ -103,7 +103,7 @@ class Pose:
     light: NDArray[np.int64]  # [n]
 
 
-def still(n: int, **changes: NDArray[np.generic]) -> Pose:
+def draw_still(n: int, **changes: NDArray[np.generic]) -> Pose:
     """A character at rest for ``n`` frames, with some fields of the pose given."""
     zeros = np.zeros(n, np.float32)
     whole = np.zeros(n, np.int64)
@@ -112,7 +112,7 @@ def still(n: int, **changes: NDArray[np.generic]) -> Pose:
     return Pose(**(rest | free | changes))  # pyright: ignore[reportArgumentType]
 
 
-def draw(size: int, look: Look, pose: Pose) -> NDArray[np.uint8]:
+def draw_frames(size: int, look: Appearance, pose: Pose) -> NDArray[np.uint8]:
     """Frames uint8 ``[n, size, size, 3]`` of the character."""
     board = _Board(size, len(pose.lid))
     light = np.asarray(LIGHTS, np.float32)[pose.light]
@@ -172,7 +172,7 @@ def _ellipse(x: Array, y: Array, rx: Array | float, ry: Array | float, power: in
     return ((radius - 1) * np.minimum(rx, ry)).astype(np.float32)
 
 
-def _draw_head(board: _Board, look: Look, pose: Pose) -> None:
+def _draw_head(board: _Board, look: Appearance, pose: Pose) -> None:
     hair, face = list(HAIRS.values())[look.hair], list(FACES.values())[look.face]
     rx, ry, power = list(SHAPES.values())[look.shape]
     cx, cy = _at(pose, 0, 0)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.toyworld import renderer
-from preprocessing.toyworld.choices import ChoiceReading, nearest, reading
+from preprocessing.toyworld.choices import ChoiceReading, make_reading, nearest_mode
 from preprocessing.toyworld.renderer import (
     BACKGROUNDS,
     BROWS,
@@ -27,10 +27,10 @@ from preprocessing.toyworld.renderer import (
     LIGHTS,
     SHAPES,
     STYLES,
-    Look,
+    Appearance,
 )
 from preprocessing.toyworld.voice import VOCABULARY
-from preprocessing.toyworld.world import ToyConfig, half_second_of_frames
+from preprocessing.toyworld.world import ToyConfig, frame_half_seconds
 
 Array = NDArray[np.float32]
 Box = tuple[float, float, float, float]  # x0, x1, y0, y1 in units of 1/64 of the side
@@ -40,25 +40,25 @@ _FOREHEAD: Box = (-14.0, 14.0, -18.5, -9.5)
 _MOUTH: Box = (-12.0, 12.0, 3.5, 18.0)
 _CHEEKS: Box = (10.0, 12.5, 4.5, 7.5)
 _HEAD: Box = (-25.0, 25.0, -27.0, 19.0)
-_ANYONE = Look(face=0, shape=0, hair=0, style=0, background=0)
+_ANYONE = Appearance(face=0, shape=0, hair=0, style=0, background=0)
 _OPENINGS = np.linspace(0, 1, 9).astype(np.float32)
 _CONTRAST = 1.0  # least distance of two colours that anything is divided by, grey levels: frames may be flat
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrameReadings:
+class VideoReadings:
     """What the picture shows."""
 
     head: NDArray[np.float64]  # [n, 2] displacement of the head from rest, in shares of the frame's side
     opening: NDArray[np.float64]  # [n] of the mouth, 0 to 1
-    look: Look
+    look: Appearance
     face_colour: NDArray[np.float64]  # [K, 3] RGB, to see drift
     choices: dict[str, ChoiceReading]  # gaze, brows, hand, light
 
 
-def read_frames(frames: NDArray[np.uint8], config: ToyConfig) -> FrameReadings:
+def read_video(frames: NDArray[np.uint8], config: ToyConfig) -> VideoReadings:
     """Read frames uint8 ``[n, H, H, 3]`` of at least one half second; of ``config`` only the frame rate counts."""
-    half = half_second_of_frames(len(frames), config.fps)
+    half = frame_half_seconds(len(frames), config.fps)
     groups = _groups(half, float(config.fps) / 2)
     if frames.shape[1] != frames.shape[2] or not groups:
         raise ValueError(f"frames {frames.shape} at {config.fps} fps: need square frames of at least half a second")
@@ -73,14 +73,14 @@ def read_frames(frames: NDArray[np.uint8], config: ToyConfig) -> FrameReadings:
     look = _read_look(aligned, background, light.mode[np.maximum(half, 0).clip(max=len(groups) - 1)], face, hair)
     eyes, brows = (_medians(aligned.relative(box), groups) for box in (_EYES, _FOREHEAD))
     skin = np.concatenate([aligned.relative(_mirror(_CHEEKS, s)) for s in (-1, 1)], axis=1)
-    return FrameReadings(
+    return VideoReadings(
         head=head.astype(np.float64) / 64,
         opening=_read_opening(aligned, look),
         look=look,
         face_colour=np.stack([np.median(skin[g], axis=(0, 1)) for g in groups]).astype(np.float64),
         choices={
-            "gaze": reading(*nearest(eyes, _templates(video.size, look, "gaze", GAZES, _EYES))),
-            "brows": reading(*nearest(brows, _templates(video.size, look, "brows", len(BROWS), _FOREHEAD))),
+            "gaze": make_reading(*nearest_mode(eyes, _templates(video.size, look, "gaze", GAZES, _EYES))),
+            "brows": make_reading(*nearest_mode(brows, _templates(video.size, look, "brows", len(BROWS), _FOREHEAD))),
             "hand": _read_hand(video, wall, look, groups),
             "light": light,
         },
@@ -161,8 +161,8 @@ def _read_wall(colours: Array) -> tuple[int, ChoiceReading]:
     walls = np.asarray(list(BACKGROUNDS.values()), np.float64)[:, None] * np.asarray(LIGHTS)[:, None]  # [B, L, 3]
     distance = np.linalg.norm(colours[:, None, None] - walls, axis=-1)
     background = int(distance.min(-1).sum(0).argmin())
-    mode, residual = nearest(colours.astype(np.float64), walls[background])
-    return background, reading(mode, residual)
+    mode, residual = nearest_mode(colours.astype(np.float64), walls[background])
+    return background, make_reading(mode, residual)
 
 
 def _closest(colour: Array, table: dict[str, renderer.Colour]) -> int:
@@ -180,7 +180,7 @@ def _find_head(video: _Video, wall: Array, face: Array, hair: Array) -> Array:
         )
 
     left, right = (covered(b).sum(2).mean(1) * 64 / video.size for b in ((6, 20.5, 36, 42), (43.5, 58, 36, 42)))
-    rest = _Video(renderer.draw(video.size, _ANYONE, renderer.still(1)))
+    rest = _Video(renderer.draw_frames(video.size, _ANYONE, renderer.draw_still(1)))
     usual = _hair_depth(rest, rest.frames[:, 0, 0], np.asarray(HAIRS["black"], np.float32))
     return np.stack([(right - left) / 2, usual - _hair_depth(video, wall, hair)], 1).clip(-5, 5).astype(np.float32)
 
@@ -192,38 +192,40 @@ def _hair_depth(video: _Video, wall: Array, hair: Array) -> Array:
     return share.clip(-0.5, 1).sum(1).mean(1) * np.float32(64 / video.size)
 
 
-def _read_look(aligned: _Video, background: int, light: NDArray[np.int64], face: Array, hair: Array) -> Look:
+def _read_look(aligned: _Video, background: int, light: NDArray[np.int64], face: Array, hair: Array) -> Appearance:
     known = {"face": _closest(face, FACES), "hair": _closest(hair, HAIRS), "background": background}
     common = int(np.bincount(light).argmax())
     seen = np.median(aligned.relative(_HEAD)[light == common][::2], axis=0).ravel()
     combos = [(shape, style) for shape in range(len(SHAPES)) for style in range(len(STYLES))]
     outlines = _outlines(aligned.size, common, **known)
-    shape, style = combos[int(nearest(seen[None].astype(np.float64), outlines)[0][0])]
-    return Look(shape=shape, style=style, **known)
+    shape, style = combos[int(nearest_mode(seen[None].astype(np.float64), outlines)[0][0])]
+    return Appearance(shape=shape, style=style, **known)
 
 
 @lru_cache(maxsize=64)
 def _outlines(size: int, light: int, face: int, hair: int, background: int) -> NDArray[np.float64]:
     """Heads of all shapes and styles ``[shapes x styles, P]``."""
     looks = [
-        Look(face=face, shape=shape, hair=hair, style=style, background=background)
+        Appearance(face=face, shape=shape, hair=hair, style=style, background=background)
         for shape in range(len(SHAPES))
         for style in range(len(STYLES))
     ]
-    pose = renderer.still(1, light=np.full(1, light))
-    heads = [_Video(renderer.draw(size, look, pose)).relative(_HEAD).ravel() for look in looks]
+    pose = renderer.draw_still(1, light=np.full(1, light))
+    heads = [_Video(renderer.draw_frames(size, look, pose)).relative(_HEAD).ravel() for look in looks]
     return np.stack(heads).astype(np.float64)
 
 
 @lru_cache(maxsize=256)
-def _templates(size: int, look: Look, choice: str, modes: int, box: Box) -> NDArray[np.float64]:
+def _templates(size: int, look: Appearance, choice: str, modes: int, box: Box) -> NDArray[np.float64]:
     """A patch around a head at rest for each mode of a choice, ``[modes, P]``."""
-    patches = _Video(renderer.draw(size, look, renderer.still(modes, **{choice: np.arange(modes)}))).relative(box)
+    patches = _Video(
+        renderer.draw_frames(size, look, renderer.draw_still(modes, **{choice: np.arange(modes)}))
+    ).relative(box)
     return patches.reshape(modes, -1).astype(np.float64)
 
 
-def _read_hand(video: _Video, wall: Array, look: Look, groups: list[slice]) -> ChoiceReading:
-    return reading(*nearest(_medians(_gloves(video, wall), groups), _hands(video.size, look)))
+def _read_hand(video: _Video, wall: Array, look: Appearance, groups: list[slice]) -> ChoiceReading:
+    return make_reading(*nearest_mode(_medians(_gloves(video, wall), groups), _hands(video.size, look)))
 
 
 def _gloves(video: _Video, wall: Array) -> Array:
@@ -236,8 +238,8 @@ def _gloves(video: _Video, wall: Array) -> Array:
 
 
 @lru_cache(maxsize=64)
-def _hands(size: int, look: Look) -> NDArray[np.float64]:
-    video = _Video(renderer.draw(size, look, renderer.still(len(HANDS), hand=np.arange(len(HANDS)))))
+def _hands(size: int, look: Appearance) -> NDArray[np.float64]:
+    video = _Video(renderer.draw_frames(size, look, renderer.draw_still(len(HANDS), hand=np.arange(len(HANDS)))))
     return _gloves(video, video.frames[:, 0, size // 2]).astype(np.float64)
 
 
@@ -245,16 +247,16 @@ def _hands(size: int, look: Look) -> NDArray[np.float64]:
 def _mouths(size: int, face: int) -> Array:
     """Mouths of all syllables and at rest, in all openings, ``[shapes, openings, P]``."""
     shapes, levels = len(VOCABULARY) + 1, len(_OPENINGS)
-    pose = renderer.still(
+    pose = renderer.draw_still(
         shapes * levels,
         syllable=np.repeat(np.arange(-1, shapes - 1), levels),
         opening=np.tile(_OPENINGS, shapes),
     )
-    drawn = renderer.draw(size, replace(_ANYONE, face=face), pose)
+    drawn = renderer.draw_frames(size, replace(_ANYONE, face=face), pose)
     return _Video(drawn).relative(_MOUTH).reshape(shapes, levels, -1)
 
 
-def _read_opening(aligned: _Video, look: Look) -> NDArray[np.float64]:
+def _read_opening(aligned: _Video, look: Appearance) -> NDArray[np.float64]:
     """Opening of the mouth per frame: the nearest drawn mouth, refined by a parabola through its neighbours."""
     seen = aligned.relative(_MOUTH).reshape(len(aligned.frames), -1)
     drawn = _mouths(aligned.size, look.face)

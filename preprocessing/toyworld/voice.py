@@ -42,7 +42,7 @@ _LEVEL = 0.16  # root mean square at the middle of a syllable
 _ROOM = 0.0008  # root mean square of the noise of the room
 
 
-class Word(TypedDict):
+class TranscriptWord(TypedDict):
     """One entry of a transcript: a syllable and its times in seconds."""
 
     word: str
@@ -58,7 +58,7 @@ class Voice:
     tones: tuple[int, ...]  # per half second, positions in TONES; the last one holds on
 
 
-def loudness(transcript: Sequence[Word], times: Array) -> tuple[Array, NDArray[np.int64], Array]:
+def speech_envelope(transcript: Sequence[TranscriptWord], times: Array) -> tuple[Array, NDArray[np.int64], Array]:
     """Envelope (0 to 1), entry of the transcript (-1 in a pause) and place within the syllable (0 to 1) at ``times``.
 
     The mouth opens by the same envelope: a half sine per syllable.
@@ -72,12 +72,12 @@ def loudness(transcript: Sequence[Word], times: Array) -> tuple[Array, NDArray[n
     return np.sin(np.pi * place) * spoken, np.where(spoken, entry, -1), place
 
 
-def speech(
-    transcript: Sequence[Word], voice: Voice, *, samples: int, sample_rate: int, seed: int
+def synthesize(
+    transcript: Sequence[TranscriptWord], voice: Voice, *, samples: int, sample_rate: int, seed: int
 ) -> NDArray[np.float32]:
     """The spoken transcript, float32 ``[samples]`` in [-1, 1], over the quiet noise of a room."""
     points = np.arange(samples * _CONTROL // sample_rate + 2) / _CONTROL
-    envelope, entry, place = loudness(transcript, points)
+    envelope, entry, place = speech_envelope(transcript, points)
     pitch = voice.pitch * (1.03 - 0.06 * place)
     at = np.arange(samples) / sample_rate
     phase = 2 * np.pi * np.cumsum(np.interp(at, points, pitch)) / sample_rate

@@ -34,16 +34,25 @@ from preprocessing.toyworld.renderer import (
     LIGHTS,
     SHAPES,
     STYLES,
-    Look,
+    Appearance,
     Pose,
 )
-from preprocessing.toyworld.voice import MIN_SAMPLE_RATE, TONES, VOCABULARY, VOICES, Voice, Word, loudness, speech
+from preprocessing.toyworld.voice import (
+    MIN_SAMPLE_RATE,
+    TONES,
+    VOCABULARY,
+    VOICES,
+    TranscriptWord,
+    Voice,
+    speech_envelope,
+    synthesize,
+)
 
-HALF = Fraction(1, 2)  # seconds for which a free choice holds
+HALF_SECOND = Fraction(1, 2)  # seconds for which a free choice holds
 CHOICES = {"gaze": GAZES, "brows": len(BROWS), "hand": len(HANDS), "light": len(LIGHTS), "tone": len(TONES)}
 """Free choice -> number of its modes."""
 PERSISTENT = {"hand", "light"}
-STAY = 0.7  # probability that a persistent choice stays for another half second
+STAY_PROBABILITY = 0.7  # probability that a persistent choice stays for another half second
 VERSION = 1  # of the world: clips of different versions differ for the same seed
 _NOTE = "_toyworld.json"
 _BLINK = 0.14  # seconds
@@ -88,7 +97,7 @@ class ToyConfig:
 
     @property
     def half_seconds(self) -> int:
-        return ceil(self.seconds / HALF)
+        return ceil(self.seconds / HALF_SECOND)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +106,9 @@ class ToyTruth:
 
     config: ToyConfig
     index: int
-    look: Look
+    look: Appearance
     voice: int  # position in VOICES
-    transcript: tuple[Word, ...]
+    transcript: tuple[TranscriptWord, ...]
     choices: Mapping[str, tuple[int, ...]]  # per half second
     first: Mapping[str, int]  # the choices that the first frame shows
     blinks: tuple[float, ...]  # seconds at which they start
@@ -110,16 +119,16 @@ class ToyTruth:
         return np.arange(self.config.frames) / float(self.config.fps)
 
 
-def half_second_of_frames(frames: int, fps: Fraction) -> NDArray[np.int64]:
+def frame_half_seconds(frames: int, fps: Fraction) -> NDArray[np.int64]:
     """The half second to which each frame belongs; -1 for the first frame."""
-    return np.asarray([ceil(j / fps / HALF) - 1 for j in range(frames)], np.int64)
+    return np.asarray([ceil(j / fps / HALF_SECOND) - 1 for j in range(frames)], np.int64)
 
 
-def draw_truth(config: ToyConfig, index: int) -> ToyTruth:
+def sample_truth(config: ToyConfig, index: int) -> ToyTruth:
     """Clip ``index`` of the world: a pure function of (configuration, index)."""
     rng = np.random.default_rng([config.seed, index])
     tables = {"face": FACES, "shape": SHAPES, "hair": HAIRS, "style": STYLES, "background": BACKGROUNDS}
-    look = Look(**{name: int(rng.integers(len(table))) for name, table in tables.items()})
+    look = Appearance(**{name: int(rng.integers(len(table))) for name, table in tables.items()})
     chains = {name: _chain(rng, modes, config.half_seconds + 1, name in PERSISTENT) for name, modes in CHOICES.items()}
     return ToyTruth(
         config=config,
@@ -130,7 +139,9 @@ def draw_truth(config: ToyConfig, index: int) -> ToyTruth:
         choices={name: chain[1:] for name, chain in chains.items()},
         first={name: chain[0] for name, chain in chains.items() if name != "tone"},
         blinks=tuple(
-            float(k * HALF) + float(rng.uniform(0.1, 0.3)) for k in range(config.half_seconds) if rng.random() < 0.25
+            float(k * HALF_SECOND) + float(rng.uniform(0.1, 0.3))
+            for k in range(config.half_seconds)
+            if rng.random() < 0.25
         ),
         sway=tuple(
             (float(a * rng.uniform(0.6, 1)), float(a * rng.uniform(0.4, 0.8)), float(f), float(rng.uniform(0, 6.28)))
@@ -145,27 +156,27 @@ def _chain(rng: np.random.Generator, modes: int, length: int, persistent: bool) 
     while len(chain) < length:
         if not persistent:
             chain.append(int(rng.integers(modes)))
-        elif rng.random() < STAY:
+        elif rng.random() < STAY_PROBABILITY:
             chain.append(chain[-1])
         else:
             chain.append((chain[-1] + int(rng.integers(1, modes))) % modes)
     return tuple(chain)
 
 
-def _draw_transcript(rng: np.random.Generator, config: ToyConfig) -> tuple[Word, ...]:
+def _draw_transcript(rng: np.random.Generator, config: ToyConfig) -> tuple[TranscriptWord, ...]:
     """Syllables of 0.2 to 0.28 s in groups of one to three, with pauses between the groups."""
-    words: list[Word] = []
+    words: list[TranscriptWord] = []
     at, group = float(rng.uniform(0.02, 0.12)), 0
     while at + 0.2 <= config.seconds:
         end = min(at + float(rng.uniform(0.2, 0.28)), config.seconds)
         name = config.vocabulary[int(rng.integers(config.syllables))]
-        words.append(Word(word=name, start=round(at, 3), end=round(end, 3)))
+        words.append(TranscriptWord(word=name, start=round(at, 3), end=round(end, 3)))
         group = group - 1 if group else int(rng.integers(0, 3))
         at = end if group else end + float(rng.uniform(0.08, 0.2))
     return tuple(words)
 
 
-def toy_caption(truth: ToyTruth) -> str:
+def caption_of(truth: ToyTruth) -> str:
     """What the caption condition says: colours and hair; not the shape of the face, not the voice."""
     face, hair = list(FACES)[truth.look.face], list(HAIRS)[truth.look.hair]
     style, background = STYLES[truth.look.style], list(BACKGROUNDS)[truth.look.background]
@@ -175,9 +186,9 @@ def toy_caption(truth: ToyTruth) -> str:
 def render_frames(truth: ToyTruth) -> NDArray[np.uint8]:
     """The picture, uint8 ``[n, size, size, 3]`` RGB; frame j shows the world at j / fps."""
     times = truth.frame_times
-    opening, entry, _ = loudness(truth.transcript, times)
+    opening, entry, _ = speech_envelope(truth.transcript, times)
     names = np.asarray([VOCABULARY.index(w["word"]) for w in truth.transcript] + [-1])
-    half = half_second_of_frames(len(times), truth.config.fps)
+    half = frame_half_seconds(len(times), truth.config.fps)
     free = {name: np.asarray([*truth.choices[name], first])[half] for name, first in truth.first.items()}
     sway = [np.sin(2 * np.pi * f * times + phase)[:, None] * [ax, ay] for ax, ay, f, phase in truth.sway]
     pose = Pose(
@@ -187,7 +198,7 @@ def render_frames(truth: ToyTruth) -> NDArray[np.uint8]:
         syllable=names[entry],
         **free,
     )
-    return renderer.draw(truth.config.size, truth.look, pose)
+    return renderer.draw_frames(truth.config.size, truth.look, pose)
 
 
 def _lid(blinks: tuple[float, ...], times: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -197,12 +208,12 @@ def _lid(blinks: tuple[float, ...], times: NDArray[np.float64]) -> NDArray[np.fl
     return np.clip(closed, 0, 1).astype(np.float32)
 
 
-def render_sound(truth: ToyTruth) -> NDArray[np.float32]:
+def render_audio(truth: ToyTruth) -> NDArray[np.float32]:
     """The sound, float32 ``[samples]`` mono."""
     config = truth.config
     voice = Voice(pitch=VOICES[truth.voice], tones=truth.choices["tone"])
     seed = config.seed * 1_000_003 + truth.index
-    return speech(truth.transcript, voice, samples=config.samples, sample_rate=config.sample_rate, seed=seed)
+    return synthesize(truth.transcript, voice, samples=config.samples, sample_rate=config.sample_rate, seed=seed)
 
 
 def clip_name(index: int) -> str:
@@ -213,17 +224,17 @@ def write_clip(out_dir: Path, config: ToyConfig, index: int) -> Path:
     """Write clip ``index`` as mp4 (H.264, AAC) after its JSON sidecar, unless the mp4 is there already."""
     path = out_dir / clip_name(index)
     if not path.exists():
-        truth = draw_truth(config, index)
+        truth = sample_truth(config, index)
         _put(path.with_suffix(".json"), json.dumps(_sidecar(truth), indent=1))
-        write_mp4(path, render_frames(truth), config.fps, render_sound(truth), config.sample_rate)
+        write_mp4(path, render_frames(truth), config.fps, render_audio(truth), config.sample_rate)
     return path
 
 
 def _sidecar(truth: ToyTruth) -> dict[str, object]:
-    opening, _, _ = loudness(truth.transcript, truth.frame_times)
+    opening, _, _ = speech_envelope(truth.transcript, truth.frame_times)
     looks = {name: getattr(truth.look, name) for name in ("face", "shape", "hair", "style", "background")}
     return {
-        "caption": toy_caption(truth),
+        "caption": caption_of(truth),
         "transcript": list(truth.transcript),
         "truth": {
             "index": truth.index,

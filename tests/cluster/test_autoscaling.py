@@ -20,10 +20,10 @@ import pytest
 import ray
 
 from tests.helpers.run_log import logged_steps
-from workflows.checkpoints.layout import OUTCOME
-from workflows.data.inspect import inspect
+from workflows.checkpoints.layout import OUTCOME_FILE
+from workflows.data.inspect import inspect_dataset
 from workflows.jobs import local_head as heads
-from workflows.jobs.job_server import ask
+from workflows.jobs.job_server import query_cluster
 from workflows.utils.json_io import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,14 +68,14 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.fixture(params=["", "1"], ids=["first autoscaler", "the one of ray up"])
-def head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[heads.Head]:
+def head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[heads.LocalHead]:
     """A head of 0 CPUs with one of Ray's two autoscalers, on ports of its own."""
     ports = heads._free_ports()
     gcs = f"{ray.util.get_node_ip_address()}:{ports['MFCTL_RAY_PORT']}"  # the provider's default is port 6379
     temp = tempfile.mkdtemp(prefix="mfctl-", dir="/tmp")
     config = tmp_path_factory.mktemp("fake") / "cluster.json"
     config.write_text(json.dumps(CONFIG | {"provider": CONFIG["provider"] | {"gcs_address": gcs, "machines": temp}}))
-    environment = heads._start_environment() | {heads.TEMP: temp, "RAY_FAKE_CLUSTER": "1", "PYTHONPATH": str(ROOT)}
+    environment = heads._start_environment() | {heads.TEMP_ENV: temp, "RAY_FAKE_CLUSTER": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE, "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     if request.param:
         environment |= {"RAY_enable_autoscaler_v2": request.param, "RAY_CLOUD_INSTANCE_ID": HEAD_NODE}
@@ -83,7 +83,7 @@ def head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     names |= {"ray-client-server-port": "CLIENT", "metrics-export-port": "METRICS"}
     flags = [f"--{flag}={ports[f'MFCTL_{name}_PORT']}" for flag, name in names.items()]
     address = f"http://127.0.0.1:{ports['MFCTL_DASHBOARD_PORT']}"
-    made = heads.Head(cluster="fake", address=address, temp=temp)
+    made = heads.LocalHead(cluster="fake", address=address, temp=temp)
     words = ["ray", "start", "--head", "--num-cpus=0", f"--autoscaling-config={config}", f"--temp-dir={temp}", *flags]
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -94,27 +94,29 @@ def head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     finally:
         heads.stop_processes(made)  # a command that follows a job of it ends with it
         shutil.rmtree(temp, ignore_errors=True)
-        assert heads.processes(temp) == []
+        assert heads.head_processes(temp) == []
 
 
 class Watch:
     """The machines of a cluster over time, and one that can be killed."""
 
-    def __init__(self, head: heads.Head) -> None:
+    def __init__(self, head: heads.LocalHead) -> None:
         self.head, self.seen = head, set[str]()
         from ray.job_submission import JobSubmissionClient
 
         self.client = JobSubmissionClient(head.address)
 
     def kinds(self) -> list[str]:
-        living = [node for node in ask(self.client).nodes if not node["is_head_node"]]
+        living = [node for node in query_cluster(self.client).nodes if not node["is_head_node"]]
         now = ["train" if "trainer" in node["resources_total"] else "preprocess" for node in living]
         self.seen |= set(now)
         return now
 
     def kill_one(self, kind: str) -> None:
         """Its raylet and every process below it, at once; any of those of this kind."""
-        raylets = [p for p in heads.processes(self.head.temp) if p.name() == "raylet" and "--head" not in p.cmdline()]
+        raylets = [
+            p for p in heads.head_processes(self.head.temp) if p.name() == "raylet" and "--head" not in p.cmdline()
+        ]
         found = [p for p in raylets if ("trainer" in " ".join(p.cmdline())) == (kind == "train")]
         victim = random.choice(found)
         for process in [*victim.children(recursive=True), victim]:
@@ -124,7 +126,7 @@ class Watch:
                 continue
 
 
-def submitted(head: heads.Head, shared: Path, words: list[str], log: Path) -> subprocess.Popen[bytes]:
+def submitted(head: heads.LocalHead, shared: Path, words: list[str], log: Path) -> subprocess.Popen[bytes]:
     """`mfctl submit` typed in a folder that no job sees."""
     elsewhere = shared.parent / "typed here"
     elsewhere.mkdir(exist_ok=True)
@@ -155,7 +157,7 @@ def finish(process: subprocess.Popen[bytes], watch: Watch, log: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(1800)
-def test_machines_come_for_a_job_are_lost_and_go_again(head: heads.Head, tmp_path: Path) -> None:
+def test_machines_come_for_a_job_are_lost_and_go_again(head: heads.LocalHead, tmp_path: Path) -> None:
     shared, watch, log = tmp_path / "shared", Watch(head), tmp_path / "log"
     shared.mkdir()
     words = [sys.executable, "-m", "workflows.cli", "toyworld", "clips", "--clips", "12", "--seconds", "3"]
@@ -168,7 +170,7 @@ def test_machines_come_for_a_job_are_lost_and_go_again(head: heads.Head, tmp_pat
     watch.kill_one("preprocess")
     finish(process, watch, log)
     assert watch.seen == {"preprocess"}
-    facts = inspect(str(shared / "data"), verify=True)
+    facts = inspect_dataset(str(shared / "data"), verify=True)
     assert (facts["sources"], facts["accepted"]) == (12, 12)
 
     sets = ("engine.resource=trainer", "engine.workers=2", "engine.kind=torch", "steps=60", "data.batch=4")
@@ -180,7 +182,7 @@ def test_machines_come_for_a_job_are_lost_and_go_again(head: heads.Head, tmp_pat
     watch.kill_one("train")
     finish(process, watch, log)
     assert watch.seen == {"preprocess", "train"}
-    assert read_json(shared / "runs/a" / OUTCOME)["progress"]["step"] == 60
+    assert read_json(shared / "runs/a" / OUTCOME_FILE)["progress"]["step"] == 60
     assert logged_steps(shared / "runs/a") == list(range(61)), "every step, and once"
 
     ended = time.monotonic()

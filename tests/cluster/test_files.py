@@ -15,10 +15,10 @@ import jsonschema
 import pytest
 import yaml
 
-from workflows.cli.parse import understand
+from workflows.cli.parse import parse_command
 from workflows.jobs import kuberay, resources
-from workflows.jobs.command import check_places
-from workflows.jobs.targets import read_target
+from workflows.jobs.command import check_paths
+from workflows.jobs.targets import parse_target
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -188,7 +188,7 @@ def test_kuberays_crds_take_the_file(name: str) -> None:
 def test_kuberays_crds_take_what_submit_makes_of_the_file(name: str) -> None:
     if not CRDS.is_dir():
         pytest.skip(ELSEWHERE)
-    made = kuberay.render(
+    made = kuberay.render_manifest(
         load(f"kuberay/{name}"), ["doctor", "--json"], {"MFCTL_CWD": "/shared", "AWS_PROFILE": "a b"}, {"GPU": 1.0}
     )
     jsonschema.Draft7Validator(crd_schema("ray.io_rayjobs.yaml", "v1")).validate(made)
@@ -239,10 +239,10 @@ def test_kuberay_pods_are_unprivileged_and_share_one_folder(name: str) -> None:
 
 @pytest.mark.parametrize("name", RAY_JOBS)
 def test_the_entrypoints_are_commands_that_their_pods_can_run(name: str) -> None:
-    target = read_target(str(CLUSTER / "kuberay" / name))
+    target = parse_target(str(CLUSTER / "kuberay" / name))
     python, module, package, *argv = target.config["spec"]["entrypoint"].split()
     assert (python, module, package) == ("python", "-m", "workflows.cli")
-    resources.check(resources.needs(understand(argv, "/shared")), target.machines, name)
+    resources.require_capacity(resources.required_resources(parse_command(argv, "/shared")), target.machines, name)
 
 
 # ----------------------------------------------------------------------------------------------------------- placement
@@ -261,10 +261,10 @@ def test_the_entrypoints_are_commands_that_their_pods_can_run(name: str) -> None
     ],
 )
 def test_every_stage_fits_on_some_machines_of_the_clouds(name: str, words: str) -> None:
-    target = read_target(str(CLUSTER / name))
-    need = resources.needs(understand(words.split(), "/shared"))
+    target = parse_target(str(CLUSTER / name))
+    need = resources.required_resources(parse_command(words.split(), "/shared"))
     assert need is not None
-    resources.check(need, target.machines, name)
+    resources.require_capacity(need, target.machines, name)
 
 
 def submissions() -> list[str]:
@@ -280,13 +280,13 @@ def submissions() -> list[str]:
 def test_the_commands_of_the_pages_are_taken_and_fit(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.net:5000")
     monkeypatch.chdir(ROOT)
-    given = understand(line.split()[1:]).values  # its own options, the target, the command
-    target, shared = read_target(given["target"]), given["shared"]
-    command = understand(given["argv"], shared)
+    given = parse_command(line.split()[1:]).values  # its own options, the target, the command
+    target, shared = parse_target(given["target"]), given["shared"]
+    command = parse_command(given["argv"], shared)
     if target.kind != "here":
-        check_places(command, target.name, shared)
+        check_paths(command, target.name, shared)
     if target.machines:
-        resources.check(resources.needs(command), target.machines, target.name)
+        resources.require_capacity(resources.required_resources(command), target.machines, target.name)
 
 
 # ------------------------------------------------------------------------------------------------- images, MLflow, all
@@ -415,8 +415,10 @@ def test_pods_know_the_same_limit(name: str) -> None:
 
 
 def test_the_command_of_the_evaluating_job_has_the_gpu() -> None:
-    target = read_target(str(CLUSTER / "kuberay" / "rayjob-evaluate.yaml"))
-    own = resources.own_process(understand(target.config["spec"]["entrypoint"].split()[3:], "/shared"), target.machines)
+    target = parse_target(str(CLUSTER / "kuberay" / "rayjob-evaluate.yaml"))
+    own = resources.driver_resources(
+        parse_command(target.config["spec"]["entrypoint"].split()[3:], "/shared"), target.machines
+    )
     assert own == {"GPU": target.config["spec"]["entrypointNumGpus"]}
 
 

@@ -16,8 +16,8 @@ import pytest
 from preprocessing.toyworld.world import write_toyworld
 from tests.helpers.object_store import BUCKET, s3_server
 from tests.helpers.run_log import logged_steps
-from workflows.checkpoints.layout import OUTCOME
-from workflows.data.inspect import inspect
+from workflows.checkpoints.layout import OUTCOME_FILE
+from workflows.data.inspect import inspect_dataset
 from workflows.jobs import local_head as heads
 from workflows.utils.json_io import read_json
 
@@ -70,9 +70,9 @@ def kill_the_head_when(
     while not happened():
         assert process.poll() is None, finish(process, 1)
         time.sleep(0.1)
-    head = heads.read_record(folder / "runs/cluster/mfctl-local.json")
+    head = heads.load_record(folder / "runs/cluster/mfctl-local.json")
     assert head is not None
-    for one in heads.processes(head.temp):
+    for one in heads.head_processes(head.temp):
         with suppress(psutil.NoSuchProcess):
             if one.pid != process.pid and part in ("", one.name()):
                 one.kill()
@@ -93,7 +93,7 @@ def test_a_job_that_dies_with_its_head_goes_on_when_it_is_submitted_again(folder
     assert len(before) < 12, "killed in the middle"
     finish(mfctl(folder, *words))
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was done is not done again"
-    facts = inspect(str(folder / "data"), verify=True)
+    facts = inspect_dataset(str(folder / "data"), verify=True)
     assert (facts["sources"], facts["accepted"]) == (12, 12)
 
     more = sets("steps=150", "checkpoint.every=10")
@@ -103,7 +103,7 @@ def test_a_job_that_dies_with_its_head_goes_on_when_it_is_submitted_again(folder
     assert len(logged_steps(folder / "runs/a")) < 150, "killed in the middle"
     said = finish(mfctl(folder, *words))
     assert "audio goes on from step" in said
-    assert read_json(folder / "runs/a" / OUTCOME)["progress"]["step"] == 150
+    assert read_json(folder / "runs/a" / OUTCOME_FILE)["progress"]["step"] == 150
     assert logged_steps(folder / "runs/a") == list(range(151)), "every step, and once"
 
 
@@ -120,14 +120,14 @@ def test_jobs_work_in_object_storage_with_keys_that_nobody_sees(folder: Path, tm
         fsspec.filesystem("s3").clear_instance_cache()
         data = f"s3://{BUCKET}/data"
         said = finish(mfctl(folder, "submit", LOCAL, "--", "preprocess", f"s3://{BUCKET}/clips", data, *PREPROCESS))
-        facts = inspect(data, verify=True)
+        facts = inspect_dataset(data, verify=True)
         assert (facts["sources"], facts["accepted"]) == (12, 12)
         more = sets("steps=4", f"checkpoint.to=s3://{BUCKET}/runs")
         train = ("train", "--stage", "audio", "--data", data, "--run", "b", *SHORT, *more)
         said += finish(mfctl(folder, "submit", LOCAL, "--", *train))
         found = fsspec.filesystem("s3").glob(f"{BUCKET}/runs/b/checkpoints/*/COMPLETE")
         assert len(found) == 1 and not list(folder.glob("runs/b/checkpoints/*"))
-    head = heads.read_record(folder / "runs/cluster/mfctl-local.json")
+    head = heads.load_record(folder / "runs/cluster/mfctl-local.json")
     assert head is not None
     written = [p for p in Path(head.temp).rglob("*") if p.is_file() and not p.is_symlink() and p.stat().st_size < 2**24]
     assert len(written) > 50

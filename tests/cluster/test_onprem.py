@@ -11,8 +11,8 @@ import pytest
 
 from preprocessing.toyworld.world import write_toyworld
 from tests.helpers.run_log import logged_steps
-from workflows.checkpoints.layout import OUTCOME
-from workflows.data.inspect import inspect
+from workflows.checkpoints.layout import OUTCOME_FILE
+from workflows.data.inspect import inspect_dataset
 from workflows.utils.json_io import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,10 +45,10 @@ def test_a_cluster_over_ssh_runs_jobs_that_outlive_its_machines(tmp_path: Path) 
     assert {name: facts[name] for name in codes} == codes, logs
     assert "has room for 0" in (tmp_path / "never.log").read_text()
     assert facts["raylets_left"] == 0
-    found = inspect(str(tmp_path / "shared" / "data"), verify=True)
+    found = inspect_dataset(str(tmp_path / "shared" / "data"), verify=True)
     assert (found["sources"], found["accepted"]) == (12, 12)
     assert len(facts["ranks_on"]) == 2, "training ran across two machines"
-    assert read_json(tmp_path / "shared/runs/a" / OUTCOME)["progress"]["step"] == 60
+    assert read_json(tmp_path / "shared/runs/a" / OUTCOME_FILE)["progress"]["step"] == 60
     assert logged_steps(tmp_path / "shared/runs/a") == list(range(61)), "every step, and once"
     for name in ("train.log", "train_again.log"):
         assert "audio goes on from step" in (tmp_path / name).read_text()

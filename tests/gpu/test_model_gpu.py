@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mfcore.model.attention import attend
-from mfcore.model.compile import compiled
-from mfcore.model.cuda_graphs import Graphed
-from mfcore.model.ring_cache import ring_of
+from mfcore.model.compile import compile_block
+from mfcore.model.cuda_graphs import CUDAGraphModel
+from mfcore.model.ring_cache import to_ring_cache
 from mfcore.rollout import join_chunks, noise_starts, rollout
-from mfcore.solver import Context, levels, schedule
+from mfcore.solver import DenoiserContext, constant_levels, schedule
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.attention_inputs import qkv, sight
 from tests.helpers.streaming import MOST, PLAN
@@ -40,10 +40,10 @@ def test_flex_and_its_gradient_are_those_of_the_dense_mask(groups):
 
 def test_training_gradients_by_either_backend():
     data, gradients = batch(rows=2, chunks=6).to(DEVICE), []
-    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
+    t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
     for attention in ("sdpa", "flex"):
         model = network(attention=attention).to(DEVICE)
-        context = Context(model=model, cond=data.cond).remember(data.streams, None)
+        context = DenoiserContext(model=model, cond=data.cond).append_history(data.streams, None)
         sum(u.square().sum() for u in context.velocity(data.streams, t, t).values()).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for name, dense in gradients[0].items():
@@ -55,8 +55,8 @@ def test_a_stream_on_cuda_is_the_stream_on_a_cpu():
     data, model, made = batch(rows=2, chunks=1), network(), []
     for device in ("cpu", "cuda"):
         here = data.to(device)
-        context = Context(model=model.to(device), cond=here.cond).opened()
-        context = context.with_memories(lambda memory: ring_of(memory, MOST))
+        context = DenoiserContext(model=model.to(device), cond=here.cond).prefill()
+        context = context.map_memories(lambda memory: to_ring_cache(memory, MOST))
         starts = noise_starts(TIMELINE, SHAPES, range(8), 0, data.samples, here.cond.caption)
         made.append(join_chunks(c.clean for c in rollout(context, starts, PLAN)))
     for m in (VIDEO, AUDIO):
@@ -69,8 +69,8 @@ def test_streaming_in_bfloat16_stays_near_float32():
     for on in (False, True):
         starts = noise_starts(TIMELINE, SHAPES, range(2), 0, data.samples.cpu(), data.cond.caption)
         with torch.autocast("cuda", torch.bfloat16, enabled=on):
-            context = Context(model=model, cond=data.cond).opened()
-            context = context.with_memories(lambda memory: ring_of(memory, MOST))
+            context = DenoiserContext(model=model, cond=data.cond).prefill()
+            context = context.map_memories(lambda memory: to_ring_cache(memory, MOST))
             plan = schedule(2, {VIDEO: 1.0, AUDIO: 1.0})
             made.append(join_chunks(c.clean for c in rollout(context, starts, plan)))
     for m in (VIDEO, AUDIO):
@@ -82,7 +82,9 @@ def clip_on(device: torch.device, model, net, data, chunks: int = 14):
     """A streamed clip; caption and transcript change at chunk 8."""
     other = replace(data.cond, caption=-data.cond.caption, word_times=data.cond.word_times + 2.5)
     conds = [data.cond] * 8 + [other] * (chunks - 8)
-    context = Context(model=model, cond=data.cond).opened().with_memories(lambda memory: ring_of(memory, MOST))
+    context = (
+        DenoiserContext(model=model, cond=data.cond).prefill().map_memories(lambda memory: to_ring_cache(memory, MOST))
+    )
     starts = noise_starts(TIMELINE, SHAPES, range(chunks), 0, data.samples.cpu(), data.cond.caption)
     assert next(net.parameters()).device.type == device.type
     return join_chunks(c.clean for c in rollout(context, starts, PLAN, conds=conds))
@@ -93,7 +95,7 @@ def clip_on(device: torch.device, model, net, data, chunks: int = 14):
 def test_cuda_graphs_play_what_the_network_computes(dtype):
     """Shapes differ while the window fills; each is recorded once and played in its places."""
     data, net = batch(rows=2, chunks=1).to(DEVICE), network(window=3).to(DEVICE)
-    graphed = Graphed(net)
+    graphed = CUDAGraphModel(net)
     with torch.autocast("cuda", dtype, enabled=dtype is not None):
         plain = clip_on(DEVICE, net, net, data)
         for _ in range(2):  # rings that are gone must leave nothing behind
@@ -106,8 +108,8 @@ def test_cuda_graphs_play_what_the_network_computes(dtype):
 @torch.no_grad()
 def test_nothing_grows_while_graphs_play():
     data, net = batch(rows=1, chunks=1).to(DEVICE), network(window=3).to(DEVICE)
-    context = Context(model=Graphed(net), cond=data.cond).opened()
-    context = context.with_memories(lambda memory: ring_of(memory, MOST))
+    context = DenoiserContext(model=CUDAGraphModel(net), cond=data.cond).prefill()
+    context = context.map_memories(lambda memory: to_ring_cache(memory, MOST))
     starts = noise_starts(TIMELINE, SHAPES, range(200), 0, data.samples.cpu(), data.cond.caption)
     held = []
     for _ in rollout(context, starts, PLAN):
@@ -120,8 +122,8 @@ def test_nothing_grows_while_graphs_play():
 def test_compiled_blocks_stream_the_same_clip_with_and_without_graphs():
     data, net = batch(rows=2, chunks=1).to(DEVICE), network(window=3).to(DEVICE)
     plain = clip_on(DEVICE, net, net, data)
-    net.code = compiled()
-    for model in (net, Graphed(net)):
+    net.code = compile_block()
+    for model in (net, CUDAGraphModel(net)):
         made = clip_on(DEVICE, model, net, data)
         for m in (VIDEO, AUDIO):
             torch.testing.assert_close(made[m].latents, plain[m].latents, atol=2e-3, rtol=2e-3)  # products in TF32
@@ -129,11 +131,11 @@ def test_compiled_blocks_stream_the_same_clip_with_and_without_graphs():
 
 def test_compiled_blocks_train_the_same():
     data, gradients = batch(rows=2, chunks=4).to(DEVICE), []
-    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
+    t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
     for on in (False, True):
         model = network().to(DEVICE)
-        model.code = compiled() if on else model.code
-        context = Context(model=model, cond=data.cond).remember(data.streams, None)
+        model.code = compile_block() if on else model.code
+        context = DenoiserContext(model=model, cond=data.cond).append_history(data.streams, None)
         sum(u.square().sum() for u in context.velocity(data.streams, t, t).values()).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

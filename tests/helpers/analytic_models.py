@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from mfcore.flow import expand
-from mfcore.types import AUDIO, AVBatch, Condition, Levels, Stream, Streams
+from mfcore.flow import expand_levels
+from mfcore.types import AUDIO, AVBatch, Condition, NoiseLevels, Stream, Streams
 
 
 def spread(variance, t):
@@ -71,7 +71,7 @@ class Nothing:
     def stack(cls, parts):
         return parts[0]
 
-    def advance(self, chunk):
+    def evict_before(self, chunk):
         return self
 
 
@@ -89,13 +89,15 @@ class GaussianModel:
     scale: dict[str, float] = field(default_factory=dict)  # modality -> factor on all of the above; absent: 1
     flow_map: bool = True
 
-    def __call__(self, x: Streams, t: Levels, r: Levels, cond: Condition, memory=None, *, store=False, trust=None):
+    def __call__(
+        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, memory=None, *, store=False, trust=None
+    ):
         given = cond.caption_mask.any(dim=1)
         return {m: self._velocity(m, s, t[m], r[m], given) for m, s in x.items()}, memory or Nothing()
 
     def _velocity(self, m: str, s: Stream, t: Tensor, r: Tensor, given: Tensor) -> Tensor:
         size = self.scale.get(m, 1.0)
-        t, r = (expand(level, s.chunk, s.latents) for level in (t, r if self.flow_map else t))
+        t, r = (expand_levels(level, s.chunk, s.latents) for level in (t, r if self.flow_map else t))
         given = given.reshape(-1, *(1,) * (s.latents.ndim - 1))
         mean = torch.where(given, torch.as_tensor(self.mean), self.null_mean) * size
         std = torch.where(given, self.std, self.null_std) * size
@@ -129,7 +131,7 @@ class Past:
         joined = {m: torch.cat([p.latents[m] for p in parts]) for m in parts[0].latents}
         return replace(parts[0], latents=joined)
 
-    def advance(self, chunk: int) -> "Past":
+    def evict_before(self, chunk: int) -> "Past":
         keep = self.last - (chunk - 1) + 1
         return replace(self, latents={m: v[:, -keep:] for m, v in self.latents.items()})
 
@@ -150,14 +152,16 @@ class LinearGaussian(nn.Module):
     def v(self) -> Tensor:
         return self.log_v.exp()
 
-    def forward(self, x: Streams, t: Levels, r: Levels, cond: Condition, memory=None, *, store=False, trust=None):
+    def forward(
+        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, memory=None, *, store=False, trust=None
+    ):
         past = memory or Past(latents={AUDIO: cond.voice}, last=-1)
         if store:
             return {}, past.append(x)
         return {m: self._velocity(s, t[m], r[m], past.before(m, s)) for m, s in x.items()}, past
 
     def _velocity(self, s: Stream, t: Tensor, r: Tensor, h: Tensor) -> Tensor:
-        t, r = (expand(level, s.chunk, s.latents) for level in (t, r))
+        t, r = (expand_levels(level, s.chunk, s.latents) for level in (t, r))
         return average(s.latents, t, r, self.alpha * h + self.delta, self.v)
 
 

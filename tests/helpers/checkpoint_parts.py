@@ -7,14 +7,14 @@ from mfcore.model.transformer import build_model
 from mfcore.optim import OptimConfig
 from mfcore.timeline import audio_clock
 from tests.helpers.tiny_model import model_config
-from workflows.checkpoints.model_card import ModelCard
-from workflows.checkpoints.store import Shelf
+from workflows.checkpoints.model_card import ExportMetadata
+from workflows.checkpoints.store import CheckpointStore
 from workflows.config.run import EngineConfig
 from workflows.training.checkpointing import CheckpointWriter
 from workflows.training.engines.base import build_engine
 from workflows.training.progress import Progress
 
-CARD = ModelCard(
+CARD = ExportMetadata(
     model=model_config("audio"),
     stage="audio",
     codecs={"audio": "mel"},
@@ -36,7 +36,7 @@ def parts(seed: int):
 
 def writer(root: Path | str, engines, ema, keep: int = 2, *, ours: bool = True) -> CheckpointWriter:
     return CheckpointWriter(
-        Shelf(root),
+        CheckpointStore(root),
         engines=engines,
         ema=ema,
         card=CARD,

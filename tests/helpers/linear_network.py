@@ -4,9 +4,9 @@ a call without gradient between them, a parameter that no loss touches."""
 import torch
 from torch import Tensor, nn
 
-from mfcore.objectives.losses import OneRound, StepInfo, Term, chunk_means
+from mfcore.objectives.losses import LossTerm, SingleRound, StepInfo, chunk_means
 from mfcore.rng import generator, normal_rows
-from mfcore.types import AVBatch, Condition, Levels, Stream, Streams
+from mfcore.types import AVBatch, Condition, NoiseLevels, Stream, Streams
 
 
 class LinearVelocity(nn.Module):
@@ -24,8 +24,8 @@ class LinearVelocity(nn.Module):
     def forward(
         self,
         x: Streams,
-        t: Levels,
-        r: Levels,
+        t: NoiseLevels,
+        r: NoiseLevels,
         cond: Condition,
         memory: None = None,
         *,
@@ -40,12 +40,12 @@ class LinearVelocity(nn.Module):
         return self.out(torch.tanh(self.hidden(torch.cat([s.latents, times], -1))))
 
 
-class SelfTaught(OneRound):
+class SelfTaught(SingleRound):
     """Regression with a call under no_grad and two calls with gradient before one backward; "fake" has its own loss."""
 
     needs = ("fake", "ema")
 
-    def __call__(self, models, batch: AVBatch, info: StepInfo) -> dict[str, list[Term]]:
+    def __call__(self, models, batch: AVBatch, info: StepInfo) -> dict[str, list[LossTerm]]:
         s = batch.streams["audio"]
         eps = normal_rows(info.seed, "eps", batch.samples, s.latents)
         t = {"audio": torch.full((len(batch.samples), batch.chunks), 0.5)}
@@ -60,25 +60,25 @@ class SelfTaught(OneRound):
         values = chunk_means((u - (eps - s.latents)) ** 2, s.chunk)
         return {
             "student": [
-                Term(name="fm", modality="audio", values=values, level=t["audio"]),
-                Term(name="self", modality="audio", values=chunk_means((again - taught) ** 2, s.chunk), weight=0.5),
+                LossTerm(name="fm", modality="audio", values=values, level=t["audio"]),
+                LossTerm(name="self", modality="audio", values=chunk_means((again - taught) ** 2, s.chunk), weight=0.5),
             ],
-            "fake": [Term(name="fake", modality="audio", values=chunk_means((fake - eps) ** 2, s.chunk))],
+            "fake": [LossTerm(name="fake", modality="audio", values=chunk_means((fake - eps) ** 2, s.chunk))],
         }
 
 
-class FlowOnly(OneRound):
+class FlowOnly(SingleRound):
     """Plain regression of the velocity."""
 
     needs = ()
 
-    def __call__(self, models, batch: AVBatch, info: StepInfo) -> dict[str, list[Term]]:
+    def __call__(self, models, batch: AVBatch, info: StepInfo) -> dict[str, list[LossTerm]]:
         s = batch.streams["audio"]
         eps = normal_rows(info.seed, "eps", batch.samples, s.latents)
         t = {"audio": torch.full((len(batch.samples), batch.chunks), 0.5)}
         u = models["student"]({"audio": s.with_latents(0.5 * (s.latents + eps))}, t, t, batch.cond)[0]["audio"]
         values = chunk_means((u - (eps - s.latents)) ** 2, s.chunk)
-        return {"student": [Term(name="fm", modality="audio", values=values, level=t["audio"])]}
+        return {"student": [LossTerm(name="fm", modality="audio", values=values, level=t["audio"])]}
 
 
 def toy_batch(first: int, rows: int, chunks: int = 2, per_chunk: int = 4, channels: int = 3) -> AVBatch:

@@ -10,8 +10,8 @@ import torch
 from mfcore.codecs.stats import LatentStats
 from mfcore.timeline import Timeline, audio_clock, video_clock
 from mfcore.types import AUDIO, VIDEO
-from workflows.data.batches import Clips
-from workflows.data.collate import Assembly
+from workflows.data.batches import ClipSplit
+from workflows.data.collate import BatchCollator
 
 TIMELINE = Timeline(
     clocks={VIDEO: video_clock(Fraction(24), 4), AUDIO: audio_clock(16000, 1024)}, chunk_seconds=Fraction(1, 2)
@@ -20,7 +20,7 @@ STATS = {
     VIDEO: LatentStats(mean=(1.0,) * 6, std=(2.0,) * 6, head_mean=(3.0,) * 6, head_std=(4.0,) * 6),
     AUDIO: LatentStats(mean=(1.0,) * 5, std=(2.0,) * 5),
 }
-ASSEMBLY = Assembly(timeline=TIMELINE, stats=STATS)
+ASSEMBLY = BatchCollator(timeline=TIMELINE, stats=STATS)
 
 
 class FakeClip:
@@ -35,10 +35,10 @@ class FakeClip:
         self.word_times = torch.rand(number % 4, 2, generator=draw, dtype=torch.float64)
 
 
-def clips(count: int, first: int = 0, shortest: int = 6) -> Clips:
+def clips(count: int, first: int = 0, shortest: int = 6) -> ClipSplit:
     """``count`` clips of 6, 7, 8, 6 ... chunks."""
     made = [FakeClip(first + i, shortest + i % 3) for i in range(count)]
-    return Clips(lengths=[c.chunks for c in made], read=made.__getitem__)
+    return ClipSplit(lengths=[c.chunks for c in made], read=made.__getitem__)
 
 
 class Shelves:
@@ -49,8 +49,8 @@ class Shelves:
         self.group = group  # clips in a row group
         self.read: Counter[int] = Counter()
 
-    def clips(self) -> Clips:
-        return Clips(
+    def clips(self) -> ClipSplit:
+        return ClipSplit(
             lengths=[c.chunks for c in self.made],
             read=self.made.__getitem__,
             groups=[i // self.group for i in range(len(self.made))],

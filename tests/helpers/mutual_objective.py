@@ -4,9 +4,9 @@ import torch
 
 from mfcore.flow import TimeConfig
 from mfcore.model.transformer import AVTransformer
-from mfcore.objectives.losses import StepInfo, Term
+from mfcore.objectives.losses import LossTerm, StepInfo
 from mfcore.objectives.mutual_config import MutualConfig
-from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Levels, Streams, VelocityModel
+from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, NoiseLevels, Streams, VelocityModel
 from tests.helpers.tiny_model import batch, network
 
 CONFIG = MutualConfig(
@@ -29,7 +29,7 @@ def at_step(step: int) -> StepInfo:
     return StepInfo(seed=0, step=step, stage_step=step)
 
 
-def found(terms: list[Term]) -> dict[str, int]:
+def found(terms: list[LossTerm]) -> dict[str, int]:
     """Rows of each term, by its name."""
     return {t.name: t.values.shape[0] for t in terms}
 
@@ -39,8 +39,8 @@ class Call:
     """How a network was called. Without ``x`` it was asked for the sink."""
 
     x: Streams
-    t: Levels
-    r: Levels
+    t: NoiseLevels
+    r: NoiseLevels
     cond: Condition
     store: bool
     trust: torch.Tensor | None
@@ -78,7 +78,7 @@ class Watched:
     calls: list[Call] = field(default_factory=list)
 
     def __call__(
-        self, x: Streams, t: Levels, r: Levels, cond: Condition, memory=None, *, store=False, trust=None
+        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, memory=None, *, store=False, trust=None
     ) -> tuple:
         assert not (store and any(s.latents.requires_grad for s in x.values()))  # history is data
         self.calls.append(Call(x=x, t=t, r=r, cond=cond, store=store, trust=trust))
@@ -105,7 +105,7 @@ class Watched:
         return sum(c.rows * c.chunks for c in self.calls if c.x and not c.store)
 
 
-def rows_of(terms: list[Term]) -> dict[str, torch.Tensor]:
+def rows_of(terms: list[LossTerm]) -> dict[str, torch.Tensor]:
     return {t.key: t.values.detach() for t in terms}
 
 

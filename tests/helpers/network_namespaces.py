@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 
 from tests.helpers.run_log import logged_steps
-from workflows.jobs.job_server import ask, client
-from workflows.jobs.targets import connected, read_target
+from workflows.jobs.job_server import connect, query_cluster
+from workflows.jobs.targets import connect_target, parse_target
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD, WORKERS = "10.0.0.10", ("10.0.0.11", "10.0.0.12")
@@ -112,8 +112,8 @@ def mfctl(*words: str, log: str) -> subprocess.Popen[bytes]:
 
 def nodes() -> dict[str, str]:
     """Machines that live, as the cluster says: name -> address."""
-    with connected(read_target(FILE), Path("/tmp")) as address:
-        return {node["node_name"]: node["node_ip"] for node in ask(client(address)).nodes}
+    with connect_target(parse_target(FILE), Path("/tmp")) as address:
+        return {node["node_name"]: node["node_ip"] for node in query_cluster(connect(address)).nodes}
 
 
 def wait_for(count: int) -> None:

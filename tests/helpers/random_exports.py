@@ -12,7 +12,7 @@ from mfcore.codecs.mel import MelCodec
 from mfcore.codecs.stats import LatentStats
 from mfcore.model.transformer import build_model
 from mfcore.types import AUDIO, VIDEO
-from workflows.checkpoints.model_card import ModelCard
+from workflows.checkpoints.model_card import ExportMetadata
 from workflows.config import presets, serialization
 from workflows.config.latent_shapes import LatentShapes
 from workflows.config.run import Stage
@@ -21,24 +21,24 @@ from workflows.utils.json_io import write_json
 CHANNELS = {VIDEO: 48, AUDIO: 64}
 
 
-def random_card(stage: Stage) -> ModelCard:
+def random_card(stage: Stage) -> ExportMetadata:
     """A tiny network over 32 x 32 pixels."""
     codecs = {VIDEO: DctCodec(DctConfig()), AUDIO: MelCodec()}
     shapes = LatentShapes(
         channels=CHANNELS,
         size={VIDEO: (4, 4), AUDIO: (1, 1)},
-        still={VIDEO: 35, AUDIO: 0},
+        static_channels={VIDEO: 35, AUDIO: 0},
         text_dim=16,
         chunk_seconds=0.5,
         chunks=4,
     )
-    config = presets.preset("tiny", stage, shapes)
+    config = presets.build_preset("tiny", stage, shapes)
     names = list(config.model.branches)
     flat = {
         m: LatentStats(mean=(0.1,) * n, std=(0.7,) * n, head_mean=(0.2,) * n, head_std=(0.9,) * n)
         for m, n in CHANNELS.items()
     }
-    return ModelCard(
+    return ExportMetadata(
         model=replace(config.model, dim=32, layers=2, heads=2),
         stage=stage,
         codecs={m: codecs[m].id for m in names},
@@ -60,5 +60,5 @@ def random_export(folder: Path, stage: Stage) -> Path:
     place = folder / "export"
     place.mkdir(parents=True)
     save_file(weights, place / "ema.safetensors")
-    write_json(place / "model.json", serialization.dump(card))
+    write_json(place / "model.json", serialization.to_dict(card))
     return place

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from workflows.training import worker
-from workflows.training.train import train
+from workflows.training.train import train_stage
 
 SMALL = (
     "model.dim=32",
@@ -39,21 +39,21 @@ def no_mlflow(monkeypatch):
 
 
 def run(stage, runs, data, *extra, sets=(), **kwargs):
-    return train(stage, data=data, sets=(*SMALL, *sets), runs_dir=runs, launch=worker.work, **kwargs)
+    return train_stage(stage, data=data, sets=(*SMALL, *sets), runs_dir=runs, launch=worker.run_worker, **kwargs)
 
 
 def killed_at(step: int):
     """A launcher whose process dies while it makes the batch of ``step``."""
 
     def launch(job):
-        class Dying(worker.TrainingBatches):
-            def step(self, number):
+        class Dying(worker.TrainingBatchLoader):
+            def micro_batches(self, number):
                 if number == step:
                     raise KeyboardInterrupt
-                return super().step(number)
+                return super().micro_batches(number)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(worker, "TrainingBatches", Dying)
-            worker.work(job)
+            patch.setattr(worker, "TrainingBatchLoader", Dying)
+            worker.run_worker(job)
 
     return launch

@@ -1,8 +1,8 @@
 import torch
 
-from mfcore.model.ring_cache import ring_of
+from mfcore.model.ring_cache import to_ring_cache
 from mfcore.rollout import join_chunks, noise_starts, rollout
-from mfcore.solver import Context, schedule
+from mfcore.solver import DenoiserContext, schedule
 from mfcore.types import AUDIO, VIDEO, Stream
 from tests.helpers.tiny_model import BRANCHES, SHAPES, TIMELINE
 
@@ -15,12 +15,12 @@ def starts(data, first: int = 0, chunks: int = CHUNKS):
     return noise_starts(TIMELINE, SHAPES, range(first, first + chunks), 0, data.samples, data.cond.caption)
 
 
-def in_ring(context: Context) -> Context:
-    opened = context if context.memory is not None else context.opened()
-    return opened.with_memories(lambda memory: ring_of(memory, MOST))
+def in_ring(context: DenoiserContext) -> DenoiserContext:
+    opened = context if context.memory is not None else context.prefill()
+    return opened.map_memories(lambda memory: to_ring_cache(memory, MOST))
 
 
-def streamed(context: Context, data, chunks: int = CHUNKS, **options) -> dict[str, Stream]:
+def streamed(context: DenoiserContext, data, chunks: int = CHUNKS, **options) -> dict[str, Stream]:
     return join_chunks(c.clean for c in rollout(in_ring(context), starts(data, chunks=chunks), PLAN, **options))
 
 

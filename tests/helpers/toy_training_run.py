@@ -12,20 +12,20 @@ from mfcore.objectives.losses import Objective
 from mfcore.optim import OptimConfig
 from tests.helpers.checkpoint_parts import CARD
 from tests.helpers.linear_network import LinearVelocity, SelfTaught, toy_batch
-from workflows.checkpoints.store import Shelf
+from workflows.checkpoints.store import CheckpointStore
 from workflows.config.run import EngineConfig
-from workflows.data.batches import Share
-from workflows.tracking.tracker import Silent
-from workflows.training.checkpointing import CheckpointWriter, newest_whole, restore
+from workflows.data.batches import RankShard
+from workflows.tracking.tracker import NullTracker
+from workflows.training.checkpointing import CheckpointWriter, latest_intact_checkpoint, load_training_state
 from workflows.training.engines.base import build_engine
-from workflows.training.loop import LoopConfig, Surroundings, run_loop
+from workflows.training.loop import LoopCallbacks, LoopConfig, run_loop
 from workflows.training.progress import Progress
 from workflows.utils import distributed
 
 OPTIM = OptimConfig(lr=1e-2, clip=0.3, warm_up=3)
 
 
-class Kept(Silent):
+class Kept(NullTracker):
     """Remembers what is logged, on every rank."""
 
     def __init__(self) -> None:
@@ -70,10 +70,10 @@ def toy_run(toy: Toy) -> Result:
     nets = {name: LinearVelocity(seed=toy.seed + i) for i, name in enumerate(("student", "fake"))}
     ema = Ema(nets["student"], EmaConfig(decay=0.9))
     engines = {name: build_engine(net, OPTIM, config) for name, net in nets.items()}
-    shelf, tracker, said, at = Shelf(Path(toy.root)), Kept(), [], [0]
+    shelf, tracker, said, at = CheckpointStore(Path(toy.root)), Kept(), [], [0]
     start = Progress(step=0, samples_seen=0, first={}, last={})
-    if name := newest_whole(shelf, said.append):
-        start = restore(shelf, name, engines, ema)
+    if name := latest_intact_checkpoint(shelf, said.append):
+        start = load_training_state(shelf, name, engines, ema)
     saver = CheckpointWriter(
         shelf, engines=engines, ema=ema, card=CARD, facts=lambda _: {}, keep=9, may_write=lambda: True
     )
@@ -100,13 +100,15 @@ def toy_run(toy: Toy) -> Result:
             count_tokens=lambda batch: 1,
             tracker=tracker,
             saver=saver,
-            around=Surroundings(
-                notice=lambda: (
-                    "told to" if distributed.rank() == distributed.world() - 1 and at[0] + 1 == toy.until else ""
+            around=LoopCallbacks(
+                stop_reason=lambda: (
+                    "told to"
+                    if distributed.get_rank() == distributed.get_world_size() - 1 and at[0] + 1 == toy.until
+                    else ""
                 ),
-                beat=lambda step, doing: at.__setitem__(0, step),
-                name_clips=lambda samples: [f"clip-{int(s)}" for s in samples],
-                say=said.append,
+                heartbeat=lambda step, doing: at.__setitem__(0, step),
+                clip_ids=lambda samples: [f"clip-{int(s)}" for s in samples],
+                log=said.append,
             ),
         )
     except (RuntimeError, ValueError) as raised:
@@ -120,7 +122,7 @@ def toy_run(toy: Toy) -> Result:
 
 
 def _batches(toy: Toy, first: int):
-    share = Share(rank=distributed.rank(), world=distributed.world(), unit=toy.unit)
+    share = RankShard(rank=distributed.get_rank(), world=distributed.get_world_size(), unit=toy.unit)
     for step in range(first, toy.steps):
         parts = share.micro_batches(toy.batch, toy.micro)
         yield [toy_batch(step * toy.batch + part.start, part.stop - part.start) for part in parts]

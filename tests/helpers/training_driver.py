@@ -48,10 +48,10 @@ def workers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def main() -> int:
-    from workflows.training.train import train
+    from workflows.training.train import train_stage
 
     try:
-        train(**json.loads(sys.argv[1]))
+        train_stage(**json.loads(sys.argv[1]))
     except RuntimeError as error:
         sys.stderr.write(f"failed: {error}\n")
         return 1

@@ -7,10 +7,10 @@ import torch
 
 from mfcore.ema import Ema, EmaConfig
 from mfcore.flow import TimeConfig
-from mfcore.model.lora import FakeConfig, LowRankCopy
-from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
-from mfcore.objectives.losses import StepInfo, total
-from mfcore.objectives.mutual import Mutual
+from mfcore.model.lora import FakeScoreConfig, LoRAModel
+from mfcore.objectives.flow_matching import FlowMatchingConfig, FlowMatchingObjective
+from mfcore.objectives.losses import StepInfo, total_loss
+from mfcore.objectives.mutual import MutualForcingObjective
 from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO, AVBatch
@@ -41,8 +41,8 @@ def rows_of_step(duet: Duet, step: int) -> list[AVBatch]:
     """This rank's micro-batches: whole cycles of row kinds each."""
     whole = batch(ROWS, CHUNKS, *STAGES[duet.stage], seed=step)
     whole = replace(whole, samples=torch.arange(ROWS) + step * ROWS)
-    share = ROWS // distributed.world() // duet.micros
-    first = distributed.rank() * share * duet.micros
+    share = ROWS // distributed.get_world_size() // duet.micros
+    first = distributed.get_rank() * share * duet.micros
     return [whole.rows(slice(first + i * share, first + (i + 1) * share)) for i in range(duet.micros)]
 
 
@@ -56,14 +56,14 @@ class Running:
         self.ema = Ema(student, EmaConfig(decay=0.9), duet.engine.autocast)
         nets = {"student": student}
         if duet.stage == "mutual":
-            low = FakeConfig(rank=duet.rank, gain=4)
-            nets["fake"] = LowRankCopy(self.ema.module, low, 0) if duet.rank else copy.deepcopy(student)
+            low = FakeScoreConfig(rank=duet.rank, gain=4)
+            nets["fake"] = LoRAModel(self.ema.module, low, 0) if duet.rank else copy.deepcopy(student)
         self.nets = nets
         self.engines = {name: build_engine(net, duet.optim, duet.engine) for name, net in nets.items()}
         if duet.rank:
-            self.ema.storage = self.engines["fake"].storage
-        flow = FlowMatching(FlowMatchingConfig(time=TIME))
-        self.objective = Mutual(duet.objective) if duet.stage == "mutual" else flow
+            self.ema.storage = self.engines["fake"].frozen_weight_access
+        flow = FlowMatchingObjective(FlowMatchingConfig(time=TIME))
+        self.objective = MutualForcingObjective(duet.objective) if duet.stage == "mutual" else flow
 
     def step(self, step: int) -> list[float]:
         """Mean loss over the ranks and gradient norm of every network."""
@@ -77,10 +77,10 @@ class Running:
                 self.engines["fake"].step(self.duet.optim.lr)
             for mine in rounds:
                 for name, terms in next(mine).items():
-                    loss = total(terms) / self.duet.micros
+                    loss = total_loss(terms) / self.duet.micros
                     self.engines[name].backward(loss)
                     losses[name] = losses[name] + loss.detach()
-        numbers = [float(distributed.mean(loss.double())) for loss in losses.values()]
+        numbers = [float(distributed.all_reduce_mean(loss.double())) for loss in losses.values()]
         numbers += [engine.step(self.duet.optim.lr) for engine in self.engines.values()]
         self.ema.update(self.engines["student"].weights(), step)
         return numbers

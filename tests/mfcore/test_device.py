@@ -10,13 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfcore.flow import TimeConfig
 from mfcore.metrics.history_use import mode_history_use
-from mfcore.model.ring_cache import ring_of
+from mfcore.model.ring_cache import to_ring_cache
 from mfcore.objectives import baselines
-from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
-from mfcore.objectives.losses import StepInfo, total
+from mfcore.objectives.flow_matching import FlowMatchingConfig, FlowMatchingObjective
+from mfcore.objectives.losses import StepInfo, total_loss
 from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.rollout import noise_starts, rollout
-from mfcore.solver import Context, levels
+from mfcore.solver import DenoiserContext, constant_levels
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.streaming import MOST, PLAN
 from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, network
@@ -46,8 +46,8 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("changes", [{}, {"layout": "wan"}, {"coupled": False}, {"kv_heads": 1}], ids=str)
 def test_training_mixes_no_devices(changes):
     net, data = network(**changes).to(ELSEWHERE), batch(2, 4).to(ELSEWHERE)
-    t = levels(data.streams, dict.fromkeys(data.streams, 0.5))
-    u = Context(model=net, cond=data.cond).remember(data.streams, None).velocity(data.streams, t, t)
+    t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.5))
+    u = DenoiserContext(model=net, cond=data.cond).append_history(data.streams, None).velocity(data.streams, t, t)
     assert {m: v.shape for m, v in u.items()} == {m: s.latents.shape for m, s in data.streams.items()}
     sum(v.square().sum() for v in u.values()).backward()
     assert net.branch(VIDEO).block(0).qkv.weight.grad.device == ELSEWHERE
@@ -57,7 +57,9 @@ def test_training_mixes_no_devices(changes):
 def test_streaming_mixes_no_devices_and_never_asks_for_a_number():
     """A number would make the CPU wait; on this device asking for one is an error."""
     net, data = network().to(ELSEWHERE), batch(2, 1).to(ELSEWHERE)
-    context = Context(model=net, cond=data.cond).opened().with_memories(lambda memory: ring_of(memory, MOST))
+    context = (
+        DenoiserContext(model=net, cond=data.cond).prefill().map_memories(lambda memory: to_ring_cache(memory, MOST))
+    )
     starts = noise_starts(TIMELINE, SHAPES, range(8), 0, torch.arange(2), data.cond.caption)
     made = [chunk.clean[VIDEO].latents for chunk in rollout(context, starts, PLAN)]
     assert len(made) == 8 and all(x.device == ELSEWHERE for x in made)
@@ -66,11 +68,11 @@ def test_streaming_mixes_no_devices_and_never_asks_for_a_number():
 TIME = TimeConfig(shift={VIDEO: 1.0, AUDIO: 1.0})
 METHOD = MutualConfig(time=TIME, finest=2, strengths=(1,), rollout_steps=(2,), base="two_midpoints", guidance=1.1)
 OBJECTIVES = {
-    "flow_matching": FlowMatching(FlowMatchingConfig(time=TIME)),
+    "flow_matching": FlowMatchingObjective(FlowMatchingConfig(time=TIME)),
     "mutual": baselines.mutual_forcing(METHOD),
     "jump": baselines.mutual_forcing(replace(METHOD, jump_exit=True)),
     "forced": baselines.hybrid_forced(METHOD),
-    "literal": baselines.literal(METHOD),
+    "literal": baselines.literal_mutual_forcing(METHOD),
 }
 
 
@@ -86,7 +88,7 @@ def test_a_step_mixes_no_devices_and_never_asks_for_a_number(name):
     assert copies.made and not copies.waiting
     assert {"student"} < terms.keys() or name == "flow_matching"
     for net, own in terms.items():
-        total(own).backward()
+        total_loss(own).backward()
         assert models[net].branch(VIDEO).block(0).qkv.weight.grad.device == ELSEWHERE
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mfcore.ema import Ema, EmaConfig, decay_at
+from mfcore.ema import Ema, EmaConfig, ema_decay
 
 
 def test_the_average_is_the_weighted_sum_of_the_weights_it_saw():
@@ -28,7 +28,7 @@ def test_small_steps_of_bfloat16_networks_are_not_lost():
 
 def test_the_decay_warms_up():
     config = EmaConfig(decay=0.99)
-    assert [decay_at(config, s) for s in (0, 8, 10**6)] == [0.1, 0.5, 0.99]
+    assert [ema_decay(config, s) for s in (0, 8, 10**6)] == [0.1, 0.5, 0.99]
 
 
 def test_the_copy_is_frozen_and_apart_and_strict():

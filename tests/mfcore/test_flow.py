@@ -8,13 +8,13 @@ import torch
 from mfcore.flow import (
     TimeConfig,
     data_from_velocity,
-    expand,
+    expand_levels,
     interpolate,
-    move,
     move_streams,
     noise_from_velocity,
     noise_streams,
     shift_time,
+    step_along,
     training_times,
     unshift_time,
     velocity,
@@ -34,8 +34,8 @@ def test_conversions_round_trip():
     torch.testing.assert_close(data_from_velocity(xt, v, t), x0, **near)
     torch.testing.assert_close(noise_from_velocity(xt, v, t), eps, **near)
     r = t * 0.3
-    torch.testing.assert_close(move(xt, v, t, r), interpolate(x0, eps, r), **near)
-    torch.testing.assert_close(move(xt, v, t, torch.zeros_like(t)), x0, **near)
+    torch.testing.assert_close(step_along(xt, v, t, r), interpolate(x0, eps, r), **near)
+    torch.testing.assert_close(step_along(xt, v, t, torch.zeros_like(t)), x0, **near)
 
 
 def test_time_zero_is_data_and_one_is_noise():
@@ -67,7 +67,7 @@ def test_levels_are_noised_and_moved_per_chunk_and_modality():
 
 def test_a_level_reaches_every_latent_of_its_chunk():
     chunk = torch.tensor([7, 7, 8, 8, 8])
-    out = expand(torch.tensor([[0.2, 0.9]]), chunk, torch.empty(1, 5, 1, 2, 2))
+    out = expand_levels(torch.tensor([[0.2, 0.9]]), chunk, torch.empty(1, 5, 1, 2, 2))
     assert out.shape == (1, 5, 1, 1, 1)
     torch.testing.assert_close(out.flatten(), torch.tensor([0.2, 0.2, 0.9, 0.9, 0.9]))
 

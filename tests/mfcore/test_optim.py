@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mfcore.optim import OptimConfig, adamw, learning_rate
-from mfcore.weights import joined, load_strict
+from mfcore.optim import OptimConfig, build_adamw, learning_rate
+from mfcore.weights import load_strict, merge_branches
 from tests.helpers.tiny_model import network
 
 
@@ -20,7 +20,7 @@ def test_only_matrices_decay():
     net = nn.Linear(3, 3)
     nn.init.ones_(net.weight)
     nn.init.ones_(net.bias)
-    optimizer = adamw(net, OptimConfig(lr=0.1, weight_decay=0.5))
+    optimizer = build_adamw(net, OptimConfig(lr=0.1, weight_decay=0.5))
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -30,7 +30,7 @@ def test_only_matrices_decay():
 
 def test_a_coupled_network_takes_each_branch_from_its_own_network():
     video, audio, both = network("video", seed=1), network("audio", seed=2), network(seed=3)
-    load_strict(both, joined({"video": video.state_dict(), "audio": audio.state_dict()}), "test")
+    load_strict(both, merge_branches({"video": video.state_dict(), "audio": audio.state_dict()}), "test")
     for net in (video, audio):
         assert all(torch.equal(both.state_dict()[name], value) for name, value in net.state_dict().items())
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mfcore.rollout import coupled_starts, join_chunks, noise_starts, rollout
-from mfcore.solver import Context, finishing_schedule, schedule
+from mfcore.solver import DenoiserContext, schedule, single_step_schedule
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.analytic_models import GaussianModel, LinearGaussian, condition, linear_clips, stream
 from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, network
@@ -16,7 +16,9 @@ SHIFT = {VIDEO: 3.0, AUDIO: 1.0}
 def test_few_steps_of_an_exact_flow_map_reproduce_the_data(steps):
     start = stream(torch.tensor([0.0, 1.0]).reshape(2, 1, 1))
     chunks = rollout(
-        Context(model=GaussianModel(mean=2.0, std=0.3), cond=condition(2)), [{AUDIO: start}], schedule(steps, SHIFT)
+        DenoiserContext(model=GaussianModel(mean=2.0, std=0.3), cond=condition(2)),
+        [{AUDIO: start}],
+        schedule(steps, SHIFT),
     )
     low, high = next(iter(chunks)).clean[AUDIO].latents.flatten().tolist()
     assert (low, high - low) == pytest.approx((2.0, 0.3), abs=1e-5)
@@ -25,7 +27,7 @@ def test_few_steps_of_an_exact_flow_map_reproduce_the_data(steps):
 def test_each_chunk_continues_the_one_before():
     data = linear_clips(3, 4, 0, chunks=6)
     zero = ({AUDIO: stream(torch.zeros(3, 1, 4), first=k)} for k in range(5))
-    chunks = rollout(Context(model=LinearGaussian(0.5, 1.0, 0.1), cond=data.cond), zero, schedule(2, SHIFT))
+    chunks = rollout(DenoiserContext(model=LinearGaussian(0.5, 1.0, 0.1), cond=data.cond), zero, schedule(2, SHIFT))
     h = data.cond.voice
     with torch.no_grad():
         for chunk in chunks:
@@ -39,9 +41,9 @@ def test_coupled_history_is_the_recursion():
     alpha, delta, v, s = 0.8, 0.05, 0.2, 0.25
     data = linear_clips(3, 4, 0, chunks=6)
     eps = {AUDIO: torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))}
-    plan = finishing_schedule(s, {AUDIO: 1.0})
+    plan = single_step_schedule(s, {AUDIO: 1.0})
     starts = coupled_starts(data.streams, eps, {AUDIO: plan[AUDIO][0]}, 5)
-    made = rollout(Context(model=LinearGaussian(alpha, delta, v), cond=data.cond), starts, plan)
+    made = rollout(DenoiserContext(model=LinearGaussian(alpha, delta, v), cond=data.cond), starts, plan)
     history = join_chunks(c.clean for c in made)[AUDIO].latents
     root = (v / ((1 - s) ** 2 * v + s**2)) ** 0.5
     kappa, eta = (1 - s) * root, s * root
@@ -73,7 +75,7 @@ def test_a_snapshot_continues_as_if_nothing_had_happened():
     def starts(chunks: range):
         return noise_starts(TIMELINE, SHAPES, chunks, 0, data.samples, data.cond.caption)
 
-    whole = list(rollout(Context(model=model, cond=data.cond), starts(range(5)), plan))
+    whole = list(rollout(DenoiserContext(model=model, cond=data.cond), starts(range(5)), plan))
     snapshot = whole[2].context
     again = list(rollout(snapshot, starts(range(3, 5)), plan))
     for a, b in zip(whole[3:], again, strict=True):
@@ -86,12 +88,12 @@ def test_the_stash_is_the_state_at_the_exit_level():
     model, data = network(), batch()
     noise = list(noise_starts(TIMELINE, SHAPES, range(2), 0, data.samples, data.cond.caption))
     made = [
-        list(rollout(Context(model=model, cond=data.cond), noise, schedule(3, SHIFT), exit_step=j))
+        list(rollout(DenoiserContext(model=model, cond=data.cond), noise, schedule(3, SHIFT), exit_step=j))
         for j in (None, 0, 2)
     ]
-    assert all(chunk.stash is None for chunk in made[0])
+    assert all(chunk.exit_state is None for chunk in made[0])
     for k, start in enumerate(noise):
         for m in SHAPES:
-            assert torch.equal(made[1][k].stash[m].latents, start[m].latents)  # nothing done before step 0
-            assert not torch.equal(made[2][k].stash[m].latents, start[m].latents)
+            assert torch.equal(made[1][k].exit_state[m].latents, start[m].latents)  # nothing done before step 0
+            assert not torch.equal(made[2][k].exit_state[m].latents, start[m].latents)
             assert torch.equal(made[2][k].clean[m].latents, made[0][k].clean[m].latents)  # keeping it changes nothing

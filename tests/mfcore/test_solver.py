@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from mfcore.objectives.shortcut import Intervals, midpoint_target
-from mfcore.solver import Context, Mode, evaluations, finishing_schedule, levels, schedule, solver_step
+from mfcore.solver import (
+    DenoiserContext,
+    Mode,
+    constant_levels,
+    num_function_evaluations,
+    schedule,
+    single_step_schedule,
+    solver_step,
+)
 from mfcore.types import AUDIO, VIDEO, Stream
 from tests.helpers.analytic_models import GaussianModel, condition, stream
 
@@ -23,10 +31,10 @@ def zero_and_one() -> dict[str, Stream]:
     return {AUDIO: stream(torch.tensor([0.0, 1.0]).reshape(2, 1, 1))}
 
 
-def sample(context: Context, steps: int, mode: Mode, shift: float = 1.0) -> tuple[float, float]:
+def sample(context: DenoiserContext, steps: int, mode: Mode, shift: float = 1.0) -> tuple[float, float]:
     x, plan = zero_and_one(), schedule(steps, {AUDIO: shift})[AUDIO]
     for t, r in itertools.pairwise(plan):
-        x = dict(solver_step(context, x, levels(x, {AUDIO: t}), levels(x, {AUDIO: r}), mode))
+        x = dict(solver_step(context, x, constant_levels(x, {AUDIO: t}), constant_levels(x, {AUDIO: r}), mode))
     return line_of(x[AUDIO])
 
 
@@ -34,14 +42,14 @@ def test_a_schedule_runs_from_noise_to_data_through_the_shift():
     plan = schedule(4, {VIDEO: 5.0, AUDIO: 1.0})
     assert plan[AUDIO].tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert plan[VIDEO].tolist() == pytest.approx([1.0, 15 / 16, 5 / 6, 5 / 8, 0.0])
-    assert finishing_schedule(0.25, {VIDEO: 5.0, AUDIO: 1.0})[VIDEO].tolist() == pytest.approx([5 / 8, 0.0])
+    assert single_step_schedule(0.25, {VIDEO: 5.0, AUDIO: 1.0})[VIDEO].tolist() == pytest.approx([5 / 8, 0.0])
     with pytest.raises(ValueError, match="at least one step"):
         schedule(0, PLAIN)
 
 
 @pytest.mark.parametrize(("steps", "factor"), [(4, 0.6811), (8, 0.8296), (50, 0.9708)])
 def test_euler_steps_shrink_a_gaussian_by_the_known_factor(steps, factor):
-    mean, std = sample(Context(model=GaussianModel(mean=1.5, std=0.5), cond=condition(2)), steps, "multi")
+    mean, std = sample(DenoiserContext(model=GaussianModel(mean=1.5, std=0.5), cond=condition(2)), steps, "multi")
     assert std / 0.5 == pytest.approx(factor, abs=1e-4)
     assert mean == pytest.approx(1.5, abs=1e-5)  # the mean moves on a straight line
 
@@ -49,17 +57,17 @@ def test_euler_steps_shrink_a_gaussian_by_the_known_factor(steps, factor):
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 @pytest.mark.parametrize("steps", [1, 4, 32])
 def test_a_flow_map_is_exact_in_any_number_of_steps(steps, shift):
-    context = Context(model=GaussianModel(mean=1.5, std=0.5), cond=condition(2))
+    context = DenoiserContext(model=GaussianModel(mean=1.5, std=0.5), cond=condition(2))
     assert sample(context, steps, "few", shift) == pytest.approx((1.5, 0.5), abs=1e-5)
 
 
 def guided_sample(model: GaussianModel, weight: float, intervals: int = 64) -> tuple[float, float]:
     """The guided flow solved by the midpoint rule."""
     x = zero_and_one()
-    context = Context(model=model, cond=condition(2), guidance=weight)
+    context = DenoiserContext(model=model, cond=condition(2), guidance=weight)
     plan = schedule(2 * intervals, PLAIN)[AUDIO]
     for j in range(0, 2 * intervals, 2):
-        at = Intervals(**{k: levels(x, {AUDIO: plan[j + i]}) for i, k in enumerate("tmr")})
+        at = Intervals(**{k: constant_levels(x, {AUDIO: plan[j + i]}) for i, k in enumerate("tmr")})
         u = midpoint_target(context, x, at)[AUDIO]
         x = {AUDIO: x[AUDIO].with_latents(x[AUDIO].latents - (plan[j] - plan[j + 2]) * u)}
     return line_of(x[AUDIO])
@@ -81,14 +89,18 @@ def test_guidance_moves_the_mean_along_the_line_of_means(weight):
 
 
 def test_guidance_doubles_the_evaluations_and_weight_one_costs_nothing():
-    assert (evaluations(4, 1.0), evaluations(4, 2.0), evaluations(50, 2.0)) == (4, 8, 100)
-    context = Context(model=GaussianModel(), cond=condition(2), guidance=3.0).opened()
+    assert (num_function_evaluations(4, 1.0), num_function_evaluations(4, 2.0), num_function_evaluations(50, 2.0)) == (
+        4,
+        8,
+        100,
+    )
+    context = DenoiserContext(model=GaussianModel(), cond=condition(2), guidance=3.0).prefill()
     assert context.null_memory is not None
-    assert context.plain().guidance == 1.0
-    assert context.plain().null_memory is None
+    assert context.unguided().guidance == 1.0
+    assert context.unguided().null_memory is None
 
 
 def test_levels_take_a_number_or_one_per_row():
     x = {AUDIO: stream(torch.zeros(2, 3, 1), first=4)}
-    assert levels(x, {AUDIO: 0.5})[AUDIO].tolist() == [[0.5] * 3] * 2
-    assert levels(x, {AUDIO: torch.tensor([0.25, 0.5])})[AUDIO].tolist() == [[0.25] * 3, [0.5] * 3]
+    assert constant_levels(x, {AUDIO: 0.5})[AUDIO].tolist() == [[0.5] * 3] * 2
+    assert constant_levels(x, {AUDIO: torch.tensor([0.25, 0.5])})[AUDIO].tolist() == [[0.25] * 3, [0.5] * 3]

@@ -13,18 +13,18 @@ import torch
 from preprocessing import pipeline
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.units import plan_units
-from preprocessing.io.lease import LOCK, Lease, LeaseLost, check_token
+from preprocessing.io.lease import LOCK, Lease, LeaseLostError, verify_lease
 from preprocessing.io.storage import Store
 from preprocessing.media.decoder import Decoder
 from preprocessing.media.mp4_writer import write_mp4
 from preprocessing.media.probe import probe
 from preprocessing.pipeline import build_encoders, process_source, span_plan
 from preprocessing.records import Clip, Rejected, Source, Word
-from preprocessing.runner import run_unit
+from preprocessing.runner import process_unit
 from preprocessing.sources.discovery import find_sources
 from preprocessing.sources.sidecar import attach_text
-from preprocessing.steps.encode import ChannelSums
-from preprocessing.steps.quality_filters import FilterConfig, check_sound
+from preprocessing.steps.encode import RunningMoments
+from preprocessing.steps.quality_filters import FilterConfig, check_audio
 from preprocessing.toyworld.world import write_toyworld
 from tests.helpers.av_clock_media import numbered_frames, read_numbers, sound
 from tests.helpers.media_folder import FPS, RATE, make_folder, silent_black, write_clip
@@ -85,10 +85,10 @@ def test_sound_ahead_is_read_again(tmp_path):
     path = write_clip(tmp_path / "a.mp4", 3.2)
     with Decoder(path, probe(path), fps=FPS, size=(64, 64), sample_rate=RATE) as decoder:
         decoder.read(24)
-        ahead = decoder.ahead(1000)
+        ahead = decoder.peek_audio(1000)
         assert np.array_equal(decoder.read(24)[1][:1000], ahead)
         decoder.read(1000)
-        assert len(decoder.ahead(10**6)) < 1024  # what the sound codec completed its last frame with
+        assert len(decoder.peek_audio(10**6)) < 1024  # what the sound codec completed its last frame with
 
 
 def test_transcript_is_cut_and_shifted_with_the_span():
@@ -134,9 +134,9 @@ def test_every_bad_clip_has_its_reason(tmp_path):
 def test_clipped_sound_is_rejected_and_loud_sound_is_not():
     wave = sound(2.5, RATE)
     clip = Clip(source=Source(uri="", size=0, fingerprint=""), span=(0, 2.5), frames=None, waveform=wave / wave.max())
-    assert check_sound(clip, FilterConfig()).loudness_db == pytest.approx(-19.27, abs=0.01)
+    assert check_audio(clip, FilterConfig()).loudness_db == pytest.approx(-19.27, abs=0.01)
     with pytest.raises(Rejected, match="clipped"):
-        check_sound(replace(clip, waveform=np.clip(150 * wave, -1, 1)), FilterConfig())
+        check_audio(replace(clip, waveform=np.clip(150 * wave, -1, 1)), FilterConfig())
 
 
 def test_a_truncated_file_keeps_what_was_whole_or_says_why_not(tmp_path):
@@ -186,7 +186,7 @@ def test_a_crash_in_a_step_is_a_reject(tmp_path, monkeypatch):
     def crash(clip, **_):
         raise ZeroDivisionError("step is broken")
 
-    monkeypatch.setattr(pipeline, "encode", crash)
+    monkeypatch.setattr(pipeline, "encode_clip", crash)
     (only,) = spans_of(write_clip(tmp_path / "a.mp4", 2.2))
     assert isinstance(only, Rejected)
     assert (only.step, only.reason, only.detail) == ("encode", "error", "ZeroDivisionError: step is broken")
@@ -230,7 +230,7 @@ def test_a_unit_made_twice_has_the_same_bytes(tmp_path):
     def content(place: Path) -> dict[str, str]:
         store = Store(str(place))
         with Lease(store) as lease:
-            run_unit(units[0], store, lease.token, CONFIG, build_encoders(CONFIG))
+            process_unit(units[0], store, lease.token, CONFIG, build_encoders(CONFIG))
         files = (p for p in place.rglob("*") if p.is_file())
         return {str(p.relative_to(place)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
@@ -242,9 +242,9 @@ def test_a_unit_made_twice_has_the_same_bytes(tmp_path):
 def test_an_orphaned_worker_publishes_nothing(tmp_path):
     store = Store(str(tmp_path / "out"))
     (unit,) = plan_units([], find_sources([str(write_clip(tmp_path / "a.mp4", 2.2))]), 5, CONFIG.fingerprint)
-    with Lease(store), pytest.raises(LeaseLost):
-        run_unit(unit, store, "token of a dead driver", CONFIG, build_encoders(CONFIG))
-    assert store.listing() == []
+    with Lease(store), pytest.raises(LeaseLostError):
+        process_unit(unit, store, "token of a dead driver", CONFIG, build_encoders(CONFIG))
+    assert store.list_entries() == []
 
 
 def test_a_second_driver_is_refused_and_a_dead_one_replaced(tmp_path):
@@ -255,9 +255,9 @@ def test_a_second_driver_is_refused_and_a_dead_one_replaced(tmp_path):
     dead = Lease(store)
     store.write(LOCK, dead._content().replace(b'"pid": ', b'"pid": 9'))  # a process that does not exist
     with Lease(store) as second:
-        check_token(store, second.token)
-        with pytest.raises(LeaseLost):
-            check_token(store, first.token)
+        verify_lease(store, second.token)
+        with pytest.raises(LeaseLostError):
+            verify_lease(store, first.token)
 
 
 def test_statistics_of_parts_are_those_of_the_whole():
@@ -265,10 +265,10 @@ def test_statistics_of_parts_are_those_of_the_whole():
     clips = [
         torch.randn(7, 3, 2, 2, generator=draw) * torch.tensor([1.0, 5.0, 0.2])[:, None, None] + 2 for _ in range(4)
     ]
-    parts = [ChannelSums.zero(3) for _ in clips]
+    parts = [RunningMoments.zeros(3) for _ in clips]
     for part, clip in zip(parts, clips, strict=True):
         part.add(clip, head=1)
-    merged = parts[0] + parts[1] + (parts[2] + ChannelSums.from_json(parts[3].to_json()))
+    merged = parts[0] + parts[1] + (parts[2] + RunningMoments.from_json(parts[3].to_json()))
     stats = merged.stats()
     assert stats is not None
     rest = torch.cat([c[1:] for c in clips]).transpose(0, 1).flatten(1).double()
@@ -291,7 +291,7 @@ def test_rejects_are_rows(tmp_path):
     store = Store(str(tmp_path / "out"))
     (unit,) = plan_units([], find_sources([str(make_folder(tmp_path / "media"))]), 5, CONFIG.fingerprint)
     with Lease(store) as lease:
-        marker = run_unit(unit, store, lease.token, CONFIG, build_encoders(CONFIG))
+        marker = process_unit(unit, store, lease.token, CONFIG, build_encoders(CONFIG))
     rows = pq.read_table(tmp_path / "out" / "rejects" / f"{unit.name}.parquet").to_pylist()
     assert [(r["uri"].rsplit("/", 1)[1], r["reason"]) for r in rows] == [
         ("mute.mp4", "no_audio"),

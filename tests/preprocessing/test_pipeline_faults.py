@@ -17,16 +17,16 @@ import pytest
 
 from preprocessing import pipeline
 from preprocessing.config import PreprocessConfig
-from preprocessing.io.errors import Outage
-from preprocessing.io.processes import scratch, sweep_scratch
+from preprocessing.io.errors import InfrastructureError
+from preprocessing.io.processes import delete_stale_scratch, scratch_dir
 from preprocessing.media.decoder import Decoder
 from preprocessing.media.probe import MediaError, probe
-from preprocessing.pipeline import ATTEMPTS, build_encoders, process_source
+from preprocessing.pipeline import MAX_DECODER_ATTEMPTS, build_encoders, process_source
 from preprocessing.records import Clip, Rejected
 from preprocessing.sources.discovery import find_sources
 from tests.helpers.media_folder import FPS, RATE, write_clip
-from workflows.data.build import preprocess
-from workflows.data.inspect import inspect
+from workflows.data.build import build_dataset
+from workflows.data.inspect import inspect_dataset
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(1), sources_per_unit=2)
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def test_a_clip_that_hangs_is_rejected_and_the_others_are_not(program, tmp_path,
         write_clip(tmp_path / "media" / f"{name}.mp4", seconds)
     monkeypatch.setenv("PATH", stand_in(tmp_path / "bin", program, script))
     config = replace(CONFIG, stall_seconds=3.0)
-    counts = preprocess([str(tmp_path / "media")], str(tmp_path / "out"), config, progress=lambda *_: None)
+    counts = build_dataset([str(tmp_path / "media")], str(tmp_path / "out"), config, progress=lambda *_: None)
     assert (counts["accepted"], counts["rejects_by_reason"]) == (1, {"timeout": 1})
     assert not [p for p in psutil.Process().children(recursive=True) if "1001" in p.cmdline()]
 
@@ -74,10 +74,10 @@ def test_a_decoder_that_stops_half_way_loses_only_the_rest(tmp_path):
     path = write_clip(tmp_path / "long.mp4", 10.0)
 
     class Stopped(Decoder):
-        def peek(self, frames):
+        def peek_frames(self, frames):
             if self._frame >= 48:
                 os.kill(self._process.pid, signal.SIGSTOP)
-            return super().peek(frames)
+            return super().peek_frames(frames)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "Decoder", Stopped)
@@ -137,13 +137,13 @@ def test_a_killed_decoder_is_asked_again_and_gives_the_same(tmp_path, monkeypatc
     path = write_clip(tmp_path / "long.mp4", 5.0)
     config = replace(CONFIG, sizes=((256, 256),))
     undisturbed = spans(path, config)
-    kills = iter(range(ATTEMPTS - 1))
+    kills = iter(range(MAX_DECODER_ATTEMPTS - 1))
 
     class Mortal(Decoder):
-        def peek(self, frames):
+        def peek_frames(self, frames):
             if self._frame >= 24 and next(kills, None) is not None:
                 os.kill(self._process.pid, signal.SIGKILL)
-            return super().peek(frames)
+            return super().peek_frames(frames)
 
     monkeypatch.setattr(pipeline, "Decoder", Mortal)
     again = spans(path, config)
@@ -162,7 +162,7 @@ def test_pipes_and_broken_links_are_sources_that_cannot_be_read(tmp_path):
     write_clip(folder / "good.mp4", 1.2)
     os.mkfifo(folder / "pipe.mp4")
     (folder / "link.mp4").symlink_to("nowhere.mp4")
-    counts = preprocess([str(folder)], str(tmp_path / "out"), CONFIG, progress=lambda *_: None)
+    counts = build_dataset([str(folder)], str(tmp_path / "out"), CONFIG, progress=lambda *_: None)
     assert (counts["sources"], counts["accepted"], counts["rejects_by_reason"]) == (3, 1, {"unreadable": 2})
 
 
@@ -170,7 +170,7 @@ def test_without_ffmpeg_the_run_stops(tmp_path, monkeypatch):
     write_clip(tmp_path / "good.mp4", 1.2)
     (source,) = find_sources([str(tmp_path / "good.mp4")])
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Outage, match="install ffmpeg"):
+    with pytest.raises(InfrastructureError, match="install ffmpeg"):
         list(process_source(source, CONFIG, build_encoders(CONFIG)))
 
 
@@ -200,7 +200,7 @@ def test_no_room_for_a_unit_stops_the_run_and_the_same_command_resumes(tmp_path)
     assert len(errors) == 1 and "no space is left" in errors[0] and "same command again" in errors[0]
     assert len(list((tmp_path / "out" / "_done").iterdir())) == 1
     assert cli(*command, **here).returncode == 0
-    assert inspect(str(tmp_path / "out"), verify=True)["accepted"] == 31
+    assert inspect_dataset(str(tmp_path / "out"), verify=True)["accepted"] == 31
     assert not list((tmp_path / "out").rglob(".tmp-*"))
 
 
@@ -217,22 +217,22 @@ def test_a_full_disk_stops_a_run_on_ray(tmp_path):
         pytest.skip("mounting a file system is not allowed here")
     try:
         config = replace(CONFIG, workers=2, sources_per_unit=1)
-        with pytest.raises(Outage, match=r"no space is left.*same command again"):
-            preprocess([str(tmp_path / "media")], str(disk / "out"), config, progress=lambda *_: None)
+        with pytest.raises(InfrastructureError, match=r"no space is left.*same command again"):
+            build_dataset([str(tmp_path / "media")], str(disk / "out"), config, progress=lambda *_: None)
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
-        preprocess([str(tmp_path / "media")], str(disk / "out"), config, progress=lambda *_: None)
-        assert inspect(str(disk / "out"), verify=True)["accepted"] == 31
+        build_dataset([str(tmp_path / "media")], str(disk / "out"), config, progress=lambda *_: None)
+        assert inspect_dataset(str(disk / "out"), verify=True)["accepted"] == 31
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_folders_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with scratch() as folder:
+    with scratch_dir() as folder:
         gone = folder.with_name(folder.name.replace(f"-{os.getpid()}-", "-4194999-"))
         for stays in (gone, tmp_path / "mfctl-notes", tmp_path / "mfctl-0000abcd-1-2-other-machine"):
             stays.mkdir()
-        sweep_scratch()
+        delete_stale_scratch()
         assert folder.is_dir() and not gone.exists()
         assert sorted(p.name[:9] for p in tmp_path.iterdir() if p != folder) == ["mfctl-000", "mfctl-not"]
     assert not folder.exists()

@@ -20,8 +20,8 @@ import pytest
 from preprocessing.config import PreprocessConfig
 from preprocessing.toyworld.world import write_toyworld
 from tests.helpers.media_folder import write_clip
-from workflows.data.build import preprocess
-from workflows.data.inspect import inspect
+from workflows.data.build import build_dataset
+from workflows.data.inspect import inspect_dataset
 
 KILLS = int(os.environ.get("MFCTL_KILLS", "5"))
 SEED = 20261121
@@ -136,6 +136,6 @@ def test_random_kills_change_nothing(media, tmp_path):
     assert len(struck) == KILLS, f"the job was done after {struck}"
     print(f"killed: {struck}")
     assert list((tmp_path / "scratch").glob("mfctl-*")) == []
-    assert inspect(str(out), verify=True)["verified"]
-    preprocess([str(media)], str(tmp_path / "undisturbed"), CONFIG, progress=lambda *_: None)
+    assert inspect_dataset(str(out), verify=True)["verified"]
+    build_dataset([str(media)], str(tmp_path / "undisturbed"), CONFIG, progress=lambda *_: None)
     assert content(out) == content(tmp_path / "undisturbed")

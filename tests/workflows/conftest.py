@@ -6,7 +6,7 @@ import pytest
 
 from preprocessing.config import PreprocessConfig
 from preprocessing.toyworld.world import write_toyworld
-from workflows.data.build import preprocess
+from workflows.data.build import build_dataset
 
 
 @pytest.fixture(scope="session")
@@ -15,5 +15,5 @@ def toy_data(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("toy")
     write_toyworld(folder / "clips", clips=6, seconds=2.6, jobs=1)
     config = PreprocessConfig(workers=0, window_seconds=Fraction(5, 2))
-    preprocess([str(folder / "clips")], str(folder / "data"), config, progress=lambda *_: None)
+    build_dataset([str(folder / "clips")], str(folder / "data"), config, progress=lambda *_: None)
     return str(folder / "data")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from preprocessing.media.probe import probe
-from workflows.demo import Story, repeat_words, tell
+from workflows.demo import DemoConfig, repeat_words, run_demo
 
 SMALL = ("steps=6", "eval_every=6", "log_every=3", "data.batch=8", "model.dim=32", "model.heads=2")
 
@@ -22,10 +22,10 @@ def test_a_transcript_is_repeated_in_time():
 @pytest.mark.timeout(900)
 def test_the_story_from_clips_to_sweep(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    story = Story(
+    story = DemoConfig(
         out=tmp_path / "demo", clips_made=24, seconds=5.0, window=2.5, steps=(1, 4), sweep_clips=2, sets=SMALL
     )
-    summary = tell(story)
+    summary = run_demo(story)
     assert json.loads((story.out / "summary.json").read_text())["clips"] == summary["clips"] == 26
     assert (summary["accepted"], summary["rejected"]) == (48, 2)  # two windows of every clip
     assert sorted(summary["rejects_by_reason"]) == ["no_audio", "unreadable"]
@@ -38,5 +38,5 @@ def test_the_story_from_clips_to_sweep(tmp_path, monkeypatch):
     for path in summary["samples"]:
         assert probe(path).duration > 2
     assert all(Path(path).stat().st_size > 1000 for path in summary["plots"])
-    again = tell(replace(story))
+    again = run_demo(replace(story))
     assert again["sweep"] == summary["sweep"]  # nothing was done twice

@@ -23,14 +23,14 @@ from preprocessing.steps.encode import EncoderConfig
 from preprocessing.toyworld.world import write_toyworld
 from tests.helpers.small_training import SMALL
 from tests.helpers.tiny_pretrained import save_oobleck, save_t5, save_wan
-from workflows.checkpoints.load import load_card
-from workflows.data.build import preprocess
-from workflows.data.codec_options import with_codecs
-from workflows.data.inspect import inspect
-from workflows.data.reconstruct import reconstruct
-from workflows.inference.generate import generate
+from workflows.checkpoints.load import load_metadata
+from workflows.data.build import build_dataset
+from workflows.data.codec_options import apply_codec_options
+from workflows.data.inspect import inspect_dataset
+from workflows.data.reconstruct import reconstruct_clip
+from workflows.inference.generate import generate_clip
 from workflows.training import worker
-from workflows.training.train import train
+from workflows.training.train import train_stage
 
 pytestmark = pytest.mark.slow  # importing diffusers and transformers alone takes seconds
 STEPS = ("steps=2", "data.batch=2", "data.chunks=[2,2]", "data.held_out=0.3", "eval_every=2", "optim.warm_up=0")
@@ -49,7 +49,7 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config(models) -> PreprocessConfig:
     plain = PreprocessConfig(workers=0, window_seconds=Fraction(1), sources_per_unit=8)
-    return with_codecs(plain, f"wan:{models / 'wan'}", f"oobleck:{models / 'stable'}", f"t5:{models / 't5'}")
+    return apply_codec_options(plain, f"wan:{models / 'wan'}", f"oobleck:{models / 'stable'}", f"t5:{models / 't5'}")
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +63,13 @@ def clips(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def dataset(clips, config, tmp_path_factory) -> str:
     out = str(tmp_path_factory.mktemp("data") / "set")
-    counts = preprocess([str(clips)], out, replace(config, sizes=((32, 32),)), progress=lambda *_: None)
+    counts = build_dataset([str(clips)], out, replace(config, sizes=((32, 32),)), progress=lambda *_: None)
     assert (counts["accepted"], counts["rejected"]) == (4, 1)
     return out
 
 
 def test_rows_hold_the_latents_of_the_named_codecs_on_their_clocks(dataset, models):
-    inspect(dataset, verify=True)
+    inspect_dataset(dataset, verify=True)
     clips = open_dataset(dataset)
     clip, meta = clips.clip(0), clips.meta
     assert (meta.codecs[VIDEO].split("/")[0], meta.codecs[AUDIO].split("/")[0]) == ("wan-v1", "oobleck-v1")
@@ -115,33 +115,33 @@ def test_a_clip_that_cannot_be_encoded_is_rejected_alone(clips, config, monkeypa
 
 def test_the_same_weights_elsewhere_continue_a_dataset_and_others_do_not(dataset, clips, config, models, tmp_path):
     shutil.copytree(models / "wan", tmp_path / "moved")
-    moved = with_codecs(replace(config, sizes=((32, 32),)), f"wan:{tmp_path / 'moved'}")
+    moved = apply_codec_options(replace(config, sizes=((32, 32),)), f"wan:{tmp_path / 'moved'}")
     before = {p: p.stat().st_mtime_ns for p in Path(dataset).rglob("*.parquet")}
-    preprocess([str(clips)], dataset, moved, progress=lambda *_: None)
+    build_dataset([str(clips)], dataset, moved, progress=lambda *_: None)
     assert {p: p.stat().st_mtime_ns for p in Path(dataset).rglob("*.parquet")} == before
     save_wan(tmp_path / "other", seed=1)
-    other = with_codecs(replace(config, sizes=((32, 32),)), f"wan:{tmp_path / 'other'}")
+    other = apply_codec_options(replace(config, sizes=((32, 32),)), f"wan:{tmp_path / 'other'}")
     with pytest.raises(ValueError, match=r"another configuration:\n  video.weights"):
-        preprocess([str(clips)], dataset, other)
+        build_dataset([str(clips)], dataset, other)
 
 
 def test_weights_that_vanished_stop_the_run_and_reject_nothing(clips, config, models, tmp_path):
     shutil.copytree(models / "wan", tmp_path / "wan")
-    gone = with_codecs(replace(config, sizes=((32, 32),)), f"wan:{tmp_path / 'wan'}")
+    gone = apply_codec_options(replace(config, sizes=((32, 32),)), f"wan:{tmp_path / 'wan'}")
     shutil.rmtree(tmp_path / "wan")
-    with pytest.raises(ValueError, match=f"set {pretrained.CODECS}"):
-        preprocess([str(clips)], str(tmp_path / "out"), gone, progress=lambda *_: None)
+    with pytest.raises(ValueError, match=f"set {pretrained.CODECS_ENV}"):
+        build_dataset([str(clips)], str(tmp_path / "out"), gone, progress=lambda *_: None)
     assert not list((tmp_path / "out").rglob("_done/*"))
 
 
 def test_wrong_names_of_codecs_are_refused(models, tmp_path):
     for wrong in ({"video": "wan"}, {"video": "oobleck:x"}, {"audio": "dct"}, {"text": "clip:x"}):
         with pytest.raises(ValueError, match="choose one of"):
-            with_codecs(PreprocessConfig(), **wrong)
+            apply_codec_options(PreprocessConfig(), **wrong)
     with pytest.raises(ValueError, match="holds no"):
-        with_codecs(PreprocessConfig(), f"wan:{tmp_path}")
+        apply_codec_options(PreprocessConfig(), f"wan:{tmp_path}")
     with pytest.raises(ValueError, match="multiples of video.block=16"):
-        replace(with_codecs(PreprocessConfig(), f"wan:{models / 'wan'}"), sizes=((40, 40),))
+        replace(apply_codec_options(PreprocessConfig(), f"wan:{models / 'wan'}"), sizes=((40, 40),))
 
 
 @pytest.fixture(scope="module")
@@ -150,15 +150,15 @@ def trained(dataset, tmp_path_factory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MFCTL_TRACKER", "json")
         for stage in ("video", "audio", "joint"):
-            result = train(stage, data=dataset, sets=(*SMALL, *STEPS), runs_dir=runs, launch=worker.work)
+            result = train_stage(stage, data=dataset, sets=(*SMALL, *STEPS), runs_dir=runs, launch=worker.run_worker)
     return result["run_dir"]
 
 
 def test_a_checkpoint_generates_with_the_codecs_it_remembers(trained, tmp_path, models, monkeypatch):
-    card = load_card(trained)
+    card = load_metadata(trained)
     assert card.folders == {VIDEO: f"{models}/wan", AUDIO: f"{models}/stable", "text": f"{models}/t5"}
     Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / "first.png")
-    facts = generate(
+    facts = generate_clip(
         trained, out=str(tmp_path / "out.mp4"), first_frame=str(tmp_path / "first.png"),
         transcript='[{"word": "ba", "start": 0.1, "end": 0.4}]', caption="a hat", seconds=1.5, steps=1,
     )  # fmt: skip
@@ -169,7 +169,7 @@ def test_a_checkpoint_generates_with_the_codecs_it_remembers(trained, tmp_path, 
 
 def test_a_row_plays_back(dataset, tmp_path):
     clips = open_dataset(dataset)
-    facts = reconstruct(dataset, clips.ids[0], str(tmp_path / "row.mp4"))
+    facts = reconstruct_clip(dataset, clips.ids[0], str(tmp_path / "row.mp4"))
     assert facts["frames"] == 25
     assert probe(tmp_path / "row.mp4").audio.sample_rate == 44100
 
@@ -177,7 +177,7 @@ def test_a_row_plays_back(dataset, tmp_path):
 @pytest.mark.timeout(600)
 def test_ray_actors_make_the_same_dataset(dataset, clips, config, tmp_path):
     """On the CPU, through the same actors that have a share of a GPU elsewhere."""
-    preprocess(
+    build_dataset(
         [str(clips)], str(tmp_path / "out"), replace(config, sizes=((32, 32),), workers=2), progress=lambda *_: None
     )
     here, there = open_dataset(dataset), open_dataset(str(tmp_path / "out"))
@@ -187,4 +187,4 @@ def test_ray_actors_make_the_same_dataset(dataset, clips, config, tmp_path):
         assert torch.equal(mine.audio, theirs.audio)
     gpu = replace(config, sizes=((32, 32),), workers=2, encoder=EncoderConfig(gpus=0.5))
     with pytest.raises(ValueError, match=r"encoder.gpus=0.5: Ray sees no such share"):
-        preprocess([str(clips)], str(tmp_path / "gpu"), gpu, progress=lambda *_: None)
+        build_dataset([str(clips)], str(tmp_path / "gpu"), gpu, progress=lambda *_: None)

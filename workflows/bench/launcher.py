@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from workflows.config.run import EngineConfig
-from workflows.utils.ray_runtime import ray_running, worker_environment
+from workflows.utils.ray_runtime import ray_session, worker_runtime_env
 
 A = TypeVar("A")
 R = TypeVar("R")
 
 
-def launch(function: Callable[[A], R], argument: A, engine: EngineConfig, *, on_ray: bool) -> R:
+def run_on_ranks(function: Callable[[A], R], argument: A, engine: EngineConfig, *, on_ray: bool) -> R:
     """``function(argument)`` on ``engine.most`` ranks; both must be importable by name."""
     if on_ray:
         return _on_ray(function, argument, engine)
-    if engine.most == 1:
+    if engine.max_workers == 1:
         return function(argument)
     return _on_processes(function, argument, engine)
 
 
 def _on_ray(function: Callable[[A], R], argument: A, engine: EngineConfig) -> R:
-    with ray_running(engine.most), tempfile.TemporaryDirectory() as folder:
+    with ray_session(engine.max_workers), tempfile.TemporaryDirectory() as folder:
         return _fit(pickle.dumps((function, argument)), engine, folder)
 
 
@@ -46,15 +46,15 @@ def _fit(call: bytes, engine: EngineConfig, folder: str) -> Any:
         train_loop_config={"call": call},
         torch_config=TorchConfig(backend="nccl" if engine.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=engine.most,
+            num_workers=engine.max_workers,
             use_gpu=engine.use_gpu,
-            resources_per_worker={"CPU": min(1.0, cpus / engine.most), **({"GPU": 1} if engine.use_gpu else {})},
+            resources_per_worker={"CPU": min(1.0, cpus / engine.max_workers), **({"GPU": 1} if engine.use_gpu else {})},
         ),
         run_config=RunConfig(
             name="bench",
             storage_path=folder,
             logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env=worker_environment(),
+            worker_runtime_env=worker_runtime_env(),
         ),
     ).fit()
     assert result.return_value is not None, "Ray Train gave nothing back"
@@ -68,7 +68,7 @@ def _on_processes(function: Callable[[A], R], argument: A, engine: EngineConfig)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        spawn(_enter, (engine, port, folder, function, argument), nprocs=engine.most, join=True)
+        spawn(_enter, (engine, port, folder, function, argument), nprocs=engine.max_workers, join=True)
         return pickle.loads((Path(folder) / "result").read_bytes())
 
 
@@ -82,7 +82,7 @@ def _enter(rank: int, engine: EngineConfig, port: int, folder: str, function: Ca
         "nccl" if engine.use_gpu else "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
-        world_size=engine.most,
+        world_size=engine.max_workers,
     )
     result = function(argument)
     if rank == 0:

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfcore.solver import Context, levels, past
+from mfcore.solver import DenoiserContext, constant_levels, history_of
 from mfcore.types import AVBatch
 from workflows.config.run import RunConfig
-from workflows.training.networks import initial_network
+from workflows.training.networks import build_initial_network
 from workflows.utils import timing
 
-PRODUCTS = ("addmm", "mm", "bmm", "baddbmm")
-ATTENTION = "_scaled_dot_product"
+MATMUL_OPS = ("addmm", "mm", "bmm", "baddbmm")
+ATTENTION_OP = "_scaled_dot_product"
 LEAST_ROUNDS = 15  # the least time of a few rounds is that of a busy machine
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverProducts:
+class MatmulOverhead:
     """Least time of some work over the least time of its matrix products and attention alone."""
 
     forward: float  # the velocities of a batch
@@ -35,7 +35,7 @@ class _Recorded(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in PRODUCTS or name.startswith(ATTENTION):
+        if name in MATMUL_OPS or name.startswith(ATTENTION_OP):
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -45,20 +45,20 @@ class _Recorded(TorchDispatchMode):
 
 
 @torch.no_grad()
-def over_products(config: RunConfig, batch: AVBatch, rounds: int) -> OverProducts:
+def measure_matmul_overhead(config: RunConfig, batch: AVBatch, rounds: int) -> MatmulOverhead:
     """Of a training batch whose history is remembered before; work and products take turns."""
     device = batch.cond.caption.device
-    model: Any = initial_network(config, {}).to(device).eval()
-    t = levels(batch.streams, dict.fromkeys(batch.streams, 0.5))
+    model: Any = build_initial_network(config, {}).to(device).eval()
+    t = constant_levels(batch.streams, dict.fromkeys(batch.streams, 0.5))
     with torch.autocast(device.type, config.engine.autocast, enabled=config.engine.autocast is not None):
-        context = Context(model=model, cond=batch.cond).remember(past(batch.streams), None)
+        context = DenoiserContext(model=model, cond=batch.cond).append_history(history_of(batch.streams), None)
         forward = lambda: context.velocity(batch.streams, t, t)
-        given, run = list[tuple[Any, ...]](), model.layer
-        model.layer = lambda *args: given.append(args) or run(*args)  # hides the method
+        given, run = list[tuple[Any, ...]](), model.run_layer
+        model.run_layer = lambda *args: given.append(args) or run(*args)  # hides the method
         forward()
-        del model.layer
+        del model.run_layer
         block = lambda: run(*given[-1])
-        return OverProducts(
+        return MatmulOverhead(
             forward=_over_products(forward, device, max(rounds, LEAST_ROUNDS)),
             block=_over_products(block, device, max(rounds, LEAST_ROUNDS)),
         )
@@ -67,6 +67,8 @@ def over_products(config: RunConfig, batch: AVBatch, rounds: int) -> OverProduct
 def _over_products(work: Callable[[], object], device: torch.device, rounds: int) -> float:
     with _Recorded() as products:
         work()
-    times = [(timing.timed(device, work)[0], timing.timed(device, products.again)[0]) for _ in range(rounds + 1)]
+    times = [
+        (timing.time_call(device, work)[0], timing.time_call(device, products.again)[0]) for _ in range(rounds + 1)
+    ]
     whole, alone = (min(column) for column in zip(*times[1:], strict=True))
     return whole / alone

@@ -19,16 +19,16 @@ from preprocessing.io.storage import local_path
 from preprocessing.media.mp4_writer import file_url
 from preprocessing.media.probe import MediaError, probe
 from preprocessing.sources.discovery import find_sources
-from workflows.bench.process_monitor import Watch
-from workflows.bench.ray_data_baseline import plain_pipeline
-from workflows.data.build import preprocess
-from workflows.utils.ray_runtime import ray_running
+from workflows.bench.process_monitor import ProcessTreeMonitor
+from workflows.bench.ray_data_baseline import baseline_pipeline
+from workflows.data.build import build_dataset
+from workflows.utils.ray_runtime import ray_session
 
-BAR = 0.75  # of the limit, with sources of a minute and more
+MIN_SPEED_RATIO = 0.75  # of the limit, with sources of a minute and more
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
+class Measurement:
     """What one way of going through the files took."""
 
     wall_s: float
@@ -44,15 +44,15 @@ def bench_preprocess(
     """Medians over the rounds; the keys that ``--json`` promises and more. ValueError when there is no media."""
     paths = [local_path(source.uri) for source in find_sources([folder])]
     config = replace(config, workers=workers, sources_per_unit=1, keep_duplicates=True)
-    ways: dict[str, Callable[[], Turn]] = {
+    ways: dict[str, Callable[[], Measurement]] = {
         "limit": lambda: _limit(paths, config),
         "ours": lambda: _ours(folder, config),
     }
     if with_plain:
         whole = [path for path in paths if _has_both(path)]  # the others stop such a pipeline
         ways["plain"] = lambda: _plain(whole, config)
-    turns: dict[str, list[Turn]] = {name: [] for name in ways}
-    with ray_running(workers):
+    turns: dict[str, list[Measurement]] = {name: [] for name in ways}
+    with ray_session(workers):
         _ours(folder, replace(config, window_seconds=config.chunk_seconds, min_chunks=1))  # starts workers, warms files
         for _ in range(rounds):
             for name, way in ways.items():
@@ -68,7 +68,7 @@ def _has_both(path: str) -> bool:
     return found.video is not None and found.audio is not None
 
 
-def _limit(paths: Sequence[str], config: PreprocessConfig) -> Turn:
+def _limit(paths: Sequence[str], config: PreprocessConfig) -> Measurement:
     height, width = config.sizes[0]
 
     def one(path: str) -> None:
@@ -85,26 +85,30 @@ def _limit(paths: Sequence[str], config: PreprocessConfig) -> Turn:
     return _timed(all_of_them, {})
 
 
-def _ours(folder: str, config: PreprocessConfig) -> Turn:
+def _ours(folder: str, config: PreprocessConfig) -> Measurement:
     spent: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="mfctl-bench-") as out:
-        return _timed(lambda: preprocess([folder], f"{out}/set", config, progress=lambda *_: None, spent=spent), spent)
+        return _timed(
+            lambda: build_dataset([folder], f"{out}/set", config, progress=lambda *_: None, spent=spent), spent
+        )
 
 
-def _plain(paths: Sequence[str], config: PreprocessConfig) -> Turn:
+def _plain(paths: Sequence[str], config: PreprocessConfig) -> Measurement:
     with tempfile.TemporaryDirectory(prefix="mfctl-bench-") as out:
-        return _timed(lambda: {"rows": plain_pipeline(paths, f"{out}/rows", config)}, {})
+        return _timed(lambda: {"rows": baseline_pipeline(paths, f"{out}/rows", config)}, {})
 
 
-def _timed(work: Callable[[], Mapping[str, Any]], spent: Mapping[str, float]) -> Turn:
-    with Watch() as watch:
+def _timed(work: Callable[[], Mapping[str, Any]], spent: Mapping[str, float]) -> Measurement:
+    with ProcessTreeMonitor() as watch:
         began = time.perf_counter()
         counts = work()
         took = time.perf_counter() - began
-    return Turn(wall_s=took, cpu_s=watch.cpu_s, counts=counts, spent=spent, peak_rss_bytes=max(watch.rss, default=0))
+    return Measurement(
+        wall_s=took, cpu_s=watch.cpu_s, counts=counts, spent=spent, peak_rss_bytes=max(watch.rss, default=0)
+    )
 
 
-def _summary(turns: Mapping[str, Sequence[Turn]], workers: int, rounds: int) -> dict[str, Any]:
+def _summary(turns: Mapping[str, Sequence[Measurement]], workers: int, rounds: int) -> dict[str, Any]:
     ours = turns["ours"]
     wall = median(turn.wall_s for turn in ours)
     spent = {name: sum(turn.spent.get(name, 0.0) for turn in ours) for name in ours[0].spent}
@@ -127,7 +131,7 @@ def _summary(turns: Mapping[str, Sequence[Turn]], workers: int, rounds: int) -> 
         "ratio_to_limit_cpu": median(ratios("limit", "cpu_s")),
         "ratio_to_plain_ray_data": median(plain) if plain else None,
         "ratio_to_plain_ray_data_cpu": median(ratios("plain", "cpu_s")) if plain else None,
-        "bar": BAR,
+        "bar": MIN_SPEED_RATIO,
         "wall_s": {name: median(turn.wall_s for turn in own) for name, own in turns.items()},
         "cpu_s": {name: median(turn.cpu_s for turn in own) for name, own in turns.items()},
         "peak_rss_bytes": max(turn.peak_rss_bytes for turn in ours),
@@ -135,7 +139,7 @@ def _summary(turns: Mapping[str, Sequence[Turn]], workers: int, rounds: int) -> 
     }
 
 
-def render(result: Mapping[str, Any]) -> str:
+def format_table(result: Mapping[str, Any]) -> str:
     """The table for people."""
     low, high = result["ratio_to_limit_spread"]
     lines = [

@@ -9,37 +9,37 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.config import PreprocessConfig
-from workflows.bench.process_monitor import Watch
-from workflows.data.build import preprocess
-from workflows.utils.ray_runtime import ray_running
+from workflows.bench.process_monitor import ProcessTreeMonitor
+from workflows.data.build import build_dataset
+from workflows.utils.ray_runtime import ray_session
 
-BAR = 1.10  # memory for many clips over memory for few
+MAX_GROWTH = 1.10  # memory for many clips over memory for few
 
 
 def bench_memory(*, few: int, many: int, workers: int) -> dict[str, Any]:
     """Memory for ``few`` and for ``many`` clips of one second, with the same workers."""
     rows = {clips: _measure(clips, workers) for clips in (few, many)}
     ratio = rows[many]["rss_bytes"] / rows[few]["rss_bytes"]
-    return {"workers": workers, "clips": {str(k): v for k, v in rows.items()}, "memory_ratio": ratio, "bar": BAR}
+    return {"workers": workers, "clips": {str(k): v for k, v in rows.items()}, "memory_ratio": ratio, "bar": MAX_GROWTH}
 
 
 def _measure(clips: int, workers: int) -> Mapping[str, Any]:
-    from workflows.bench.preprocess_memory import memory_files
+    from workflows.bench.preprocess_memory import write_test_videos
 
     config = PreprocessConfig(window_seconds=Fraction(1), sources_per_unit=1, workers=workers, keep_duplicates=True)
-    with tempfile.TemporaryDirectory(prefix="mfctl-bench-") as folder, ray_running(workers):
+    with tempfile.TemporaryDirectory(prefix="mfctl-bench-") as folder, ray_session(workers):
         media = Path(folder, "media")
         media.mkdir()
-        sources = memory_files(media, clips)
+        sources = write_test_videos(media, clips)
         warm = replace(config, min_chunks=1, window_seconds=Fraction(1, 2))
-        preprocess([str(media / "000000.mp4")], f"{folder}/warm", warm, progress=lambda *_: None)
-        with Watch() as watch:
-            counts = preprocess([str(media)], f"{folder}/set", config, progress=lambda *_: None)
-    own, store = watch.level()
+        build_dataset([str(media / "000000.mp4")], f"{folder}/warm", warm, progress=lambda *_: None)
+        with ProcessTreeMonitor() as watch:
+            counts = build_dataset([str(media)], f"{folder}/set", config, progress=lambda *_: None)
+    own, store = watch.peak_level()
     return {"sources": sources, "accepted": counts["accepted"], "rss_bytes": own, "object_store_bytes": store}
 
 
-def render(result: Mapping[str, Any]) -> str:
+def format_table(result: Mapping[str, Any]) -> str:
     """The table for people."""
     lines = [
         f"{row['accepted']:7d} clips of {row['sources']} source(s): {row['rss_bytes'] / 1e6:.0f} MB, "
@@ -51,7 +51,7 @@ def render(result: Mapping[str, Any]) -> str:
     )
 
 
-def memory_files(folder: Path, clips: int, seconds: int = 100) -> int:
+def write_test_videos(folder: Path, clips: int, seconds: int = 100) -> int:
     """Write sources that together give about ``clips`` clips of a second, and return how many there are."""
     first = folder / "000000.mp4"
     picture = f"testsrc2=s=64x64:r=24:d={seconds + 1}"

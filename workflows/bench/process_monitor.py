@@ -7,12 +7,12 @@ from typing import Any, Self
 import numpy as np
 import psutil
 
-EVERY = 0.5  # seconds between two looks
+INTERVAL_S = 0.5  # seconds between two looks
 TICKS = os.sysconf("SC_CLK_TCK")  # per second, of the kernel's accounts
 WARM_UP = 0.2  # share of the looks that is left out
 
 
-class Clock:
+class ProcessTreeCpuClock:
     """CPU seconds of this process and of all below it, those that have ended included.
 
     A process that ends is added to its parent's account, if the parent asks for it. Ray's does not: what such a process
@@ -48,12 +48,12 @@ class Clock:
         return (sum(self._lost.values()) + sum(own + below for own, below, _ in now.values())) / TICKS
 
 
-class Watch:
+class ProcessTreeMonitor:
     """Looks at the memory and the CPU of this process and of all below it while a ``with`` block runs."""
 
     def __init__(self) -> None:
         self.cpu_s = 0.0  # used inside the block, known behind it
-        self._clock = Clock()
+        self._clock = ProcessTreeCpuClock()
         self.rss: list[int] = []  # bytes, shared pages (the object store) left out
         self.store: list[int] = []  # bytes of shared pages of the process that has most: the object store's
         self._stop = threading.Event()
@@ -83,10 +83,10 @@ class Watch:
             self._clock.read()
             self.rss.append(own)
             self.store.append(shared)
-            if self._stop.wait(EVERY):
+            if self._stop.wait(INTERVAL_S):
                 return
 
-    def level(self) -> tuple[int, int]:
+    def peak_level(self) -> tuple[int, int]:
         """95th percentile of own and of shared memory after the warm-up, bytes."""
         first = int(len(self.rss) * WARM_UP)
         return int(np.percentile(self.rss[first:], 95)), int(np.percentile(self.store[first:], 95))

@@ -5,7 +5,7 @@ from torch import nn
 
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import AVTransformer
-from workflows.inference.precision import is_wide
+from workflows.inference.precision import keep_in_fp32
 
 
 def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> AVTransformer:
@@ -14,7 +14,7 @@ def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype
     with torch.device("meta"):
         model = AVTransformer(config)
     for name, parameter in model.named_parameters():
-        kept = torch.empty(parameter.shape, device=device, dtype=torch.float32 if is_wide(name) else dtype)
+        kept = torch.empty(parameter.shape, device=device, dtype=torch.float32 if keep_in_fp32(name) else dtype)
         _replace(model, name, nn.Parameter(kept, requires_grad=False))
     draw = torch.Generator(device).manual_seed(seed)
     for parameter in model.parameters():
@@ -25,11 +25,13 @@ def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype
     return model.eval()
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def random_network_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Of ``random_network``, counted without making it."""
     with torch.device("meta"):
         model = AVTransformer(config)
-    return sum(p.numel() * (torch.float32 if is_wide(name) else dtype).itemsize for name, p in model.named_parameters())
+    return sum(
+        p.numel() * (torch.float32 if keep_in_fp32(name) else dtype).itemsize for name, p in model.named_parameters()
+    )
 
 
 def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -18,7 +18,7 @@ from preprocessing.config import PreprocessConfig
 from preprocessing.pipeline import build_encoders, span_plan
 
 
-def plain_pipeline(paths: Sequence[str], out: str, config: PreprocessConfig) -> int:
+def baseline_pipeline(paths: Sequence[str], out: str, config: PreprocessConfig) -> int:
     """Rows written."""
     import ray
 

@@ -11,31 +11,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mfcore.ema import Ema, decay_at
-from mfcore.objectives.losses import Objective, StepInfo, Term, total
-from mfcore.objectives.mutual import Mutual
+from mfcore.ema import Ema, ema_decay
+from mfcore.objectives.losses import LossTerm, Objective, StepInfo, total_loss
+from mfcore.objectives.mutual import MutualForcingObjective
 from mfcore.objectives.mutual_config import MutualConfig
-from mfcore.optim import OptimConfig, adamw, learning_rate
+from mfcore.optim import OptimConfig, build_adamw, learning_rate
 from mfcore.types import AVBatch
 from workflows.config.run import RunConfig
-from workflows.training.networks import equip, fake_score, initial_network
-from workflows.training.objectives import objective_of
+from workflows.training.networks import build_fake_score, build_initial_network, configure_networks
+from workflows.training.objectives import build_objective
 from workflows.utils import distributed
 
 NEVER = 1 << 30
 
-Rounds = Iterator[dict[str, list[Term]]]
+Rounds = Iterator[dict[str, list[LossTerm]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Critic:
+class FakeScoreUpdates:
     """More updates of the fake score than of the student: so many before each step."""
 
     objective: Objective
     updates: int
 
 
-class BareLoop:
+class ReferenceLoop:
     """Networks, AdamW, an average of the student's weights, and gloo or NCCL where there are two processes.
 
     ``teacher``: what the objective knows as "ema", if it is another network than the average.
@@ -49,18 +49,18 @@ class BareLoop:
         nets: Mapping[str, nn.Module],
         ema: Ema,
         teacher: nn.Module | None = None,
-        critic: Critic | None = None,
+        critic: FakeScoreUpdates | None = None,
     ) -> None:
         self._config, self._objective, self._critic = config, objective, critic
         self._nets, self._ema = nets, ema
-        equip([*nets.values(), teacher or ema.module], config.engine)
+        configure_networks([*nets.values(), teacher or ema.module], config.engine)
         self._models = {"ema": teacher or ema.module, **nets}
         self._optims: dict[str, OptimConfig] = {name: _optim(config, name) for name in nets}
-        self._optimizers = {name: adamw(net, self._optims[name]) for name, net in nets.items()}
+        self._optimizers = {name: build_adamw(net, self._optims[name]) for name, net in nets.items()}
 
-    def run(self, batches: Iterable[list[AVBatch]], first: int, steps: int) -> list[Term]:
+    def run(self, batches: Iterable[list[AVBatch]], first: int, steps: int) -> list[LossTerm]:
         """Train on ``batches`` from step ``first`` of a stage of ``steps``; the terms of the last step."""
-        seen: list[Term] = []
+        seen: list[LossTerm] = []
         for step, micros in enumerate(batches, first):
             for again in range(self._critic.updates if self._critic else 0):
                 assert self._critic is not None
@@ -80,23 +80,23 @@ class BareLoop:
         info = StepInfo(seed=self._config.seed + draw, step=step, stage_step=step)
         return [objective.rounds(self._models, micro, info) for micro in micros]
 
-    def _backward(self, micros: Sequence[AVBatch], rounds: Sequence[Rounds], only: str | None = None) -> list[Term]:
+    def _backward(self, micros: Sequence[AVBatch], rounds: Sequence[Rounds], only: str | None = None) -> list[LossTerm]:
         """The next round's gradients and terms; none at the end."""
-        seen: list[Term] = []
+        seen: list[LossTerm] = []
         rows, dtype = sum(len(micro.samples) for micro in micros), self._config.engine.autocast
         for micro, mine in zip(micros, rounds, strict=True):
-            with torch.autocast(distributed.device().type, dtype, enabled=dtype is not None):
-                terms = next(mine, dict[str, list[Term]]())
+            with torch.autocast(distributed.local_device().type, dtype, enabled=dtype is not None):
+                terms = next(mine, dict[str, list[LossTerm]]())
             for name, own in terms.items():
                 if only in (None, name):
-                    (total(own) * (len(micro.samples) / rows)).backward()
+                    (total_loss(own) * (len(micro.samples) / rows)).backward()
                     seen += own
         return seen
 
     def _update(self, name: str, step: int, steps: int) -> None:
         net, optimizer, config = self._nets[name], self._optimizers[name], self._optims[name]
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        if distributed.world() > 1:
+        if distributed.get_world_size() > 1:
             all_reduce_mean(gradients)
         nn.utils.clip_grad_norm_(net.parameters(), config.clip)
         for group in optimizer.param_groups:
@@ -106,7 +106,7 @@ class BareLoop:
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
-        keep = decay_at(self._ema.config, step)
+        keep = ema_decay(self._ema.config, step)
         for mine, theirs in zip(self._ema.module.parameters(), self._nets["student"].parameters(), strict=True):
             mine.lerp_(theirs, 1 - keep)
 
@@ -124,17 +124,17 @@ def all_reduce_mean(gradients: list[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def bare_loop(config: RunConfig) -> BareLoop:
+def reference_loop(config: RunConfig) -> ReferenceLoop:
     """The stage's own step."""
-    student = initial_network(config, {}).to(distributed.device())
+    student = build_initial_network(config, {}).to(distributed.local_device())
     ema = Ema(student, config.ema)
     nets = {"student": student}
     if config.fake_optim:
-        nets["fake"] = fake_score(config, student, ema)
-    return BareLoop(config, objective_of(config), nets=nets, ema=ema)
+        nets["fake"] = build_fake_score(config, student, ema)
+    return ReferenceLoop(config, build_objective(config), nets=nets, ema=ema)
 
 
-def with_full_copy(config: RunConfig) -> RunConfig:
+def full_copy_loop(config: RunConfig) -> RunConfig:
     """The mutual stage with a full copy of the student as fake score."""
     assert isinstance(config.objective, MutualConfig)
     return replace(
@@ -142,22 +142,22 @@ def with_full_copy(config: RunConfig) -> RunConfig:
     )
 
 
-def dmd_loop(config: RunConfig, updates: int) -> BareLoop:
+def dmd_loop(config: RunConfig, updates: int) -> ReferenceLoop:
     """What the mutual stage replaces: DMD with self-forcing and a separate frozen teacher.
 
     Every row rolls out its own history; the teacher is a third network beside student and fake score, which is a full
     copy and takes ``updates`` steps for one of the student (Self-Forcing: five). No ShortCut, no flow matching.
     """
-    config = with_full_copy(config)
+    config = full_copy_loop(config)
     assert isinstance(config.objective, MutualConfig)
     rows = ("free",) * len(config.objective.rows)
     dmd = replace(config.objective, rows=rows, shortcut_weight=0.0, dmd_weight=1.0, fake_updates=1)
-    student = initial_network(config, {}).to(distributed.device())
-    return BareLoop(
+    student = build_initial_network(config, {}).to(distributed.local_device())
+    return ReferenceLoop(
         config,
-        Mutual(dmd),
+        MutualForcingObjective(dmd),
         nets={"student": student, "fake": copy.deepcopy(student)},
         ema=Ema(student, config.ema),
         teacher=copy.deepcopy(student).requires_grad_(False),
-        critic=Critic(objective=Mutual(replace(dmd, dmd_from=NEVER)), updates=updates - 1),
+        critic=FakeScoreUpdates(objective=MutualForcingObjective(replace(dmd, dmd_from=NEVER)), updates=updates - 1),
     )

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from workflows.utils.timing import synchronize
 
-EDGE = 1024  # of the square matrices whose product gives the rate
-CUDA_EDGE = 8192  # of those on a GPU, which smaller ones leave idle
-PRODUCTS = 8  # in a reading
+CPU_MATMUL_SIZE = 1024  # of the square matrices whose product gives the rate
+CUDA_MATMUL_SIZE = 8192  # of those on a GPU, which smaller ones leave idle
+MATMULS_PER_TIMING = 8  # in a reading
 
 
 def count_flops(work: Callable[[], object]) -> int:
@@ -63,25 +63,25 @@ def _no_attention() -> dict[Any, Any]:
     return dict.fromkeys(both, lambda *_, **__: 0)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of large square products in this process, with the threads it has."""
-    edge = CUDA_EDGE if device.type == "cuda" else EDGE
+    edge = CUDA_MATMUL_SIZE if device.type == "cuda" else CPU_MATMUL_SIZE
     a, b = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
     synchronize()
     began = time.perf_counter()
-    for _ in range(PRODUCTS):
+    for _ in range(MATMULS_PER_TIMING):
         torch.mm(a, b)
     synchronize()
-    return PRODUCTS * 2 * edge**3 / (time.perf_counter() - began)
+    return MATMULS_PER_TIMING * 2 * edge**3 / (time.perf_counter() - began)
 
 
-def held_bytes(device: torch.device) -> int:
+def allocated_bytes(device: torch.device) -> int:
     """Bytes of all tensors: of a GPU as its allocator counts them, else ``live_bytes``."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else live_bytes()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else live_tensor_bytes()
 
 
-def live_bytes() -> int:
+def live_tensor_bytes() -> int:
     """Bytes of all tensors of this process that Python knows, and of their gradients; shared storage counts once."""
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
@@ -96,11 +96,11 @@ def live_bytes() -> int:
 
 
 @contextmanager
-def bytes_at_update() -> Iterator[list[int]]:
+def track_bytes_at_step() -> Iterator[list[int]]:
     """``live_bytes`` at every optimizer step inside: weights, masters, moments and gradients, and no activations."""
     gc.collect()
     seen: list[int] = []
-    handle = register_optimizer_step_pre_hook(lambda *_: seen.append(live_bytes()))
+    handle = register_optimizer_step_pre_hook(lambda *_: seen.append(live_tensor_bytes()))
     try:
         yield seen
     finally:

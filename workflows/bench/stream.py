@@ -12,32 +12,39 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mfcore.model.compile import AS_WRITTEN
+from mfcore.model.compile import EAGER
 from mfcore.model.config import ModelConfig
-from mfcore.model.cuda_graphs import check_switches, switched
-from mfcore.model.flops import Load, chunk_flops
+from mfcore.model.cuda_graphs import apply_inference_optimizations, check_inference_optimizations
+from mfcore.model.flops import ChunkWorkload, chunk_flops
 from mfcore.model.transformer import AVTransformer
 from mfcore.rollout import join_chunks
-from mfcore.solver import Context, denoise
+from mfcore.solver import DenoiserContext, denoise
 from mfcore.timeline import Timeline
 from mfcore.types import VIDEO, Condition, VelocityModel
 from workflows.bench import roofline
-from workflows.bench.random_network import random_network, weight_bytes
-from workflows.bench.stream_runner import CAPTION, WORDS, Streamed, decode_ms, latents_of, noise_condition
+from workflows.bench.random_network import random_network, random_network_bytes
+from workflows.bench.stream_runner import (
+    CAPTION,
+    WORDS,
+    StreamRunner,
+    latent_shapes,
+    measure_decode_ms,
+    noise_condition,
+)
 from workflows.config import presets, serialization
-from workflows.config.latent_shapes import FPS, Geometry, geometry, usual_size
-from workflows.inference.precision import DTYPES, Precision, usual
-from workflows.training.memory_check import free_bytes, refuse_what_does_not_fit
+from workflows.config.latent_shapes import FPS, LatentGeometry, default_size, geometry_for_preset
+from workflows.inference.precision import DTYPES, Precision, default_precision
+from workflows.training.memory_check import available_memory, require_memory
 from workflows.utils import timing
 
 PAPER_FPS = {(192, 336): 30.0, (480, 768): 12.0, (704, 1280): 3.5}  # 7B + 7B, 4 to 8 evaluations, one GPU
-EARLY = 20  # chunks after which a stream's window is full
+EARLY_CHUNKS = 20  # chunks after which a stream's window is full
 CACHED_AT = 40  # chunks before the one that is made with and without the cache
 MOST_RECOMPUTED = 16_000  # tokens of a prefix: its dense mask grows with their square
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class StreamBenchPlan:
     """What is streamed, and on what."""
 
     preset: str
@@ -46,7 +53,7 @@ class Plan:
     chunks: int  # of the long stream
     rounds: int  # of what is measured in turns
     model: ModelConfig
-    known: Geometry
+    known: LatentGeometry
     device: torch.device
     dtype: torch.dtype
     compile: bool = False  # blocks
@@ -71,14 +78,14 @@ def bench_stream(
     sets: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What ``--json`` prints. ValueError for what cannot be streamed, or does not fit into memory."""
-    plan = resolve(preset, size, steps, chunks, rounds, device, precision, sets)
+    plan = plan_stream_bench(preset, size, steps, chunks, rounds, device, precision, sets)
     plan = replace(plan, compile=compile, graphs=graphs)
-    refuse(plan)
+    check_feasible(plan)
     with torch.no_grad(), torch.autocast(plan.device.type, plan.dtype, enabled=plan.dtype != torch.float32):
         return measure(plan)
 
 
-def resolve(
+def plan_stream_bench(
     preset: str,
     size: tuple[int, int] | None,
     steps: int,
@@ -87,18 +94,19 @@ def resolve(
     device: Literal["cpu", "cuda"] | None,
     precision: Precision | None,
     sets: Sequence[str],
-) -> Plan:
-    if min(steps, rounds) < 1 or chunks < EARLY + 2:
+) -> StreamBenchPlan:
+    if min(steps, rounds) < 1 or chunks < EARLY_CHUNKS + 2:
         raise ValueError(
-            f"--steps and --rounds must be at least 1, --chunks at least {EARLY + 2}, got {steps}, {rounds}, {chunks}"
+            f"--steps and --rounds must be at least 1, --chunks at least {EARLY_CHUNKS + 2}, "
+            f"got {steps}, {rounds}, {chunks}"
         )
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; leave it out to measure the CPU")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    size, known = size or usual_size(preset), geometry(preset)
-    config = presets.preset(preset, "joint", known.shapes(size))
-    config = serialization.change(config, serialization.parse_sets(sets))
-    return Plan(
+    size, known = size or default_size(preset), geometry_for_preset(preset)
+    config = presets.build_preset(preset, "joint", known.shapes(size))
+    config = serialization.apply_overrides(config, serialization.parse_overrides(sets))
+    return StreamBenchPlan(
         preset=preset,
         size=size,
         steps=steps,
@@ -107,104 +115,110 @@ def resolve(
         model=replace(config.model, attention="sdpa"),  # what a stream is compared with is the reference
         known=known,
         device=place,
-        dtype=DTYPES[precision or usual(place)],
+        dtype=DTYPES[precision or default_precision(place)],
     )
 
 
-def parts_of(plan: Plan) -> dict[str, int]:
+def memory_parts(plan: StreamBenchPlan) -> dict[str, int]:
     """Bytes that a stream holds, two of them for the comparison of late with early."""
-    load = load_of(plan)
+    load = chunk_workload(plan)
     keys = plan.model.key_heads * plan.model.head_dim
     return {
-        "weights": weight_bytes(plan.model, plan.dtype),
+        "weights": random_network_bytes(plan.model, plan.dtype),
         "keys and values": 2 * 2 * plan.model.layers * load.seen * keys * plan.dtype.itemsize,
     }
 
 
-def refuse(plan: Plan) -> None:
+def check_feasible(plan: StreamBenchPlan) -> None:
     """ValueError where a switch has no use, or weights and cache do not fit, before they are made."""
-    check_switches(plan.device, compile=plan.compile, graphs=plan.graphs)
+    check_inference_optimizations(plan.device, compile=plan.compile, graphs=plan.graphs)
     order = [name for name in reversed(presets.PRESETS) if name != plan.preset]
     smaller = order[list(reversed(presets.PRESETS)).index(plan.preset) :]
     options = [(f"--precision bf16 --preset {plan.preset}", replace(plan, dtype=torch.bfloat16))]
     for name in smaller:
-        known = geometry(name)
-        model = presets.preset(name, "joint", known.shapes(plan.size)).model
+        known = geometry_for_preset(name)
+        model = presets.build_preset(name, "joint", known.shapes(plan.size)).model
         options.append((f"--preset {name}", replace(plan, preset=name, model=model, known=known)))
-    refuse_what_does_not_fit(
+    require_memory(
         f"streaming preset {plan.preset} at {plan.size[0]}x{plan.size[1]}",
-        parts_of(plan),
-        free_bytes(plan.device),
-        [(typed, lambda other=other: sum(parts_of(other).values())) for typed, other in options],
+        memory_parts(plan),
+        available_memory(plan.device),
+        [(typed, lambda other=other: sum(memory_parts(other).values())) for typed, other in options],
     )
 
 
-def load_of(plan: Plan) -> Load:
+def chunk_workload(plan: StreamBenchPlan) -> ChunkWorkload:
     """A usual chunk: counts of sounds differ by one between chunks, so theirs is a mean, rounded."""
     timeline, branches = plan.timeline, plan.model.branches
-    each = {m: round(timeline.count(m, EARLY, EARLY) / EARLY) * b.tokens for m, b in branches.items()}
+    each = {
+        m: round(timeline.count(m, EARLY_CHUNKS, EARLY_CHUNKS) / EARLY_CHUNKS) * b.tokens for m, b in branches.items()
+    }
     sink = sum(b.tokens * (1 if m == VIDEO else timeline.count(m, 1)) for m, b in branches.items())
     seen = sink + (plan.model.window_chunks + 1) * sum(each.values())
-    return Load(tokens=each, seen=seen, caption=CAPTION, words=WORDS)
+    return ChunkWorkload(tokens=each, seen=seen, caption=CAPTION, words=WORDS)
 
 
-def measure(plan: Plan) -> dict[str, Any]:
-    rates = [roofline.matmul_rate(plan.device, plan.dtype)]
+def measure(plan: StreamBenchPlan) -> dict[str, Any]:
+    rates = [roofline.matmul_flops_per_s(plan.device, plan.dtype)]
     net = random_network(plan.model, plan.device, plan.dtype)
     cond = noise_condition(plan.model, plan.timeline, plan.device)
-    model = switched(net, compile=plan.compile, graphs=plan.graphs)
-    make = lambda: Streamed(net, cond, plan.timeline, plan.steps, model)
-    make().run(2)  # warms up
-    first_s = [make().run(1)[0] for _ in range(3)]
+    model = apply_inference_optimizations(net, compile=plan.compile, graphs=plan.graphs)
+    make = lambda: StreamRunner(net, cond, plan.timeline, plan.steps, model)
+    make().time_chunks(2)  # warms up
+    first_s = [make().time_chunks(1)[0] for _ in range(3)]
     late, early = make(), make()
-    times = late.run(EARLY)
-    held = roofline.held_bytes(plan.device)
-    times += late.run(plan.chunks - EARLY)
-    growth = roofline.held_bytes(plan.device) / held
-    early.run(EARLY)
-    turns = [(late.run(1)[0], early.run(1)[0]) for _ in range(plan.rounds)]
+    times = late.time_chunks(EARLY_CHUNKS)
+    held = roofline.allocated_bytes(plan.device)
+    times += late.time_chunks(plan.chunks - EARLY_CHUNKS)
+    growth = roofline.allocated_bytes(plan.device) / held
+    early.time_chunks(EARLY_CHUNKS)
+    turns = [(late.time_chunks(1)[0], early.time_chunks(1)[0]) for _ in range(plan.rounds)]
     del late, early
-    rates.append(roofline.matmul_rate(plan.device, plan.dtype))
-    timings = {"first": first_s, "chunks": times[EARLY:], "ratios": [a / b for a, b in turns], "rates": rates}
-    return summary(plan, timings, growth, gained(plan, net, model, cond) | without_cache(plan, net, cond))
+    rates.append(roofline.matmul_flops_per_s(plan.device, plan.dtype))
+    timings = {"first": first_s, "chunks": times[EARLY_CHUNKS:], "ratios": [a / b for a, b in turns], "rates": rates}
+    return summarize(
+        plan, timings, growth, measure_switch_speedup(plan, net, model, cond) | measure_cache_speedup(plan, net, cond)
+    )
 
 
-def gained(plan: Plan, net: AVTransformer, model: VelocityModel, cond: Condition) -> dict[str, Any]:
+def measure_switch_speedup(
+    plan: StreamBenchPlan, net: AVTransformer, model: VelocityModel, cond: Condition
+) -> dict[str, Any]:
     """What the switches gain, by chunks with and without them in turns, and the largest difference they make."""
     if not (plan.compile or plan.graphs):
         return {"switch_speedup": None}
     code, ratios, gap = net.code, list[float](), 0.0
-    fast, plain = (Streamed(net, cond, plan.timeline, plan.steps, own) for own in (model, net))
-    for number in range(EARLY + plan.rounds):
-        quick_s = fast.run(1)[0]
-        net.code = AS_WRITTEN
-        slow_s = plain.run(1)[0]
+    fast, plain = (StreamRunner(net, cond, plan.timeline, plan.steps, own) for own in (model, net))
+    for number in range(EARLY_CHUNKS + plan.rounds):
+        quick_s = fast.time_chunks(1)[0]
+        net.code = EAGER
+        slow_s = plain.time_chunks(1)[0]
         net.code = code
         gap = max(gap, *(_gap(s.latents, plain.chunk[m].latents) for m, s in fast.chunk.items()))
-        ratios += [slow_s / quick_s] if number >= EARLY else []
+        ratios += [slow_s / quick_s] if number >= EARLY_CHUNKS else []
     return {"switch_speedup": median(ratios), "switch_gap": gap}
 
 
-def without_cache(plan: Plan, net: AVTransformer, cond: Condition) -> dict[str, Any]:
+def measure_cache_speedup(plan: StreamBenchPlan, net: AVTransformer, cond: Condition) -> dict[str, Any]:
     """One chunk after ``CACHED_AT`` others, with what a ring remembers and from the prefix alone, in turns."""
     prefix = sum(plan.timeline.count(m, CACHED_AT) * b.tokens for m, b in plan.model.branches.items())
     if prefix > MOST_RECOMPUTED:
         return {"cached_speedup": None, "not_compared": f"a prefix of {prefix} tokens is too long for a dense mask"}
-    ring = Streamed(net, cond, plan.timeline, plan.steps)
-    before = [chunk.clean for chunk in ring.chunks(CACHED_AT - 1)]
-    kept, (last,) = ring.now.snapshot(), [chunk.clean for chunk in ring.chunks(1)]
+    ring = StreamRunner(net, cond, plan.timeline, plan.steps)
+    before = [chunk.clean for chunk in ring.generate(CACHED_AT - 1)]
+    kept, (last,) = ring.context.snapshot(), [chunk.clean for chunk in ring.generate(1)]
     history, start = join_chunks([*before, last]), next(ring.starts)
-    bare = Context(model=net, cond=cond).opened()
+    bare = DenoiserContext(model=net, cond=cond).prefill()
     whole: list[float] = []  # nothing is kept from one evaluation to the next
     once: list[float] = []  # the prefix is run once for all evaluations of the chunk
     cached: list[float] = []
     gap = 0.0
     for _ in range(max(3, plan.rounds // 3)):
-        remembered_s, context = timing.timed(plan.device, bare.remember, history, None)
-        made_s, (made, _) = timing.timed(plan.device, denoise, context, start, ring.plan)
-        again = ring.from_here(kept).remember(last, None)  # has heard the caption, as a stream has
-        own_s, (own, _) = timing.timed(plan.device, denoise, again, start, ring.plan)
-        stored_s, _ = timing.timed(plan.device, again.remember, own, None)
+        remembered_s, context = timing.time_call(plan.device, bare.append_history, history, None)
+        made_s, (made, _) = timing.time_call(plan.device, denoise, context, start, ring.plan)
+        again = ring.fork(kept).append_history(last, None)  # has heard the caption, as a stream has
+        own_s, (own, _) = timing.time_call(plan.device, denoise, again, start, ring.plan)
+        stored_s, _ = timing.time_call(plan.device, again.append_history, own, None)
         whole.append(plan.steps * remembered_s + made_s)
         once.append(remembered_s + made_s)
         cached.append(own_s + stored_s)
@@ -220,12 +234,12 @@ def _gap(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def summary(
-    plan: Plan, timings: Mapping[str, Sequence[float]], growth: float, compared: Mapping[str, Any]
+def summarize(
+    plan: StreamBenchPlan, timings: Mapping[str, Sequence[float]], growth: float, compared: Mapping[str, Any]
 ) -> dict[str, Any]:
     chunk_s, rate = median(timings["chunks"]), median(timings["rates"])
     frames = float(FPS) * plan.model.chunk_seconds
-    flops = chunk_flops(plan.model, load_of(plan), plan.steps)
+    flops = chunk_flops(plan.model, chunk_workload(plan), plan.steps)
     paper = PAPER_FPS.get(plan.size)
     return {
         "preset": plan.preset,
@@ -240,7 +254,7 @@ def summary(
         "cache_passes": 1,
         "chunks": plan.chunks,
         "window_chunks": plan.model.window_chunks,
-        "tokens_per_chunk": sum(load_of(plan).tokens.values()),
+        "tokens_per_chunk": sum(chunk_workload(plan).tokens.values()),
         "fps": frames / chunk_s,
         "fps_ceiling": frames * rate / flops,
         "paper_fps": paper,
@@ -257,11 +271,11 @@ def summary(
         "matmul_flops_per_s": rate,
         "ratio_to_matmul": flops / chunk_s / rate,
         **compared,
-        "decode_ms": decode_ms(plan.known, latents_of(plan.model), plan.timeline, plan.rounds),
+        "decode_ms": measure_decode_ms(plan.known, latent_shapes(plan.model), plan.timeline, plan.rounds),
     }
 
 
-def render(result: Mapping[str, Any]) -> str:
+def format_table(result: Mapping[str, Any]) -> str:
     """The table for people."""
     size, padded = ("x".join(map(str, result[key])) for key in ("size", "padded"))
     paper = (
@@ -286,7 +300,8 @@ def render(result: Mapping[str, Any]) -> str:
         f"{'first chunk':24} {1e3 * result['first_chunk_s']:9.1f} ms",
         f"{'a chunk':24} {result['chunk_ms_p50']:9.1f} ms median, {result['chunk_ms_p99']:.1f} ms 99th percentile, of "
         f"{result['chunks']}; {result['seconds_per_second']:.2f} seconds of clip a second",
-        f"{'late over early':24} {result['late_over_early']:9.3f}   chunk {result['chunks']} over chunk {EARLY}; "
+        f"{'late over early':24} {result['late_over_early']:9.3f}   "
+        f"chunk {result['chunks']} over chunk {EARLY_CHUNKS}; "
         f"memory {result['memory_late_over_early']:.3f}, peak {result['peak_memory_bytes'] / 1e6:.0f} MB",
         f"{'operations':24} {result['flops_per_s'] / 1e9:9.1f} GFLOP/s, {result['ratio_to_matmul']:.1%} of large "
         f"products ({result['matmul_flops_per_s'] / 1e9:.1f}); {result['gflop_per_chunk']:.2f} GFLOP a chunk",

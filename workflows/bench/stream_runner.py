@@ -8,28 +8,28 @@ import torch
 from mfcore.codecs.dct import DctCodec
 from mfcore.codecs.mel import MelCodec
 from mfcore.model.config import ModelConfig
-from mfcore.model.ring_cache import ring_of
+from mfcore.model.ring_cache import to_ring_cache
 from mfcore.model.transformer import AVTransformer
-from mfcore.rollout import Chunk, noise_starts, rollout
-from mfcore.solver import Context, schedule
+from mfcore.rollout import GeneratedChunk, noise_starts, rollout
+from mfcore.solver import DenoiserContext, schedule
 from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO, Condition, Stream, VelocityModel
-from workflows.config.latent_shapes import EMBEDDED, Geometry
+from workflows.config.latent_shapes import EMBEDDED, LatentGeometry
 from workflows.utils import timing
 
 CAPTION, WORDS = 128, 8  # tokens of a caption; words within reach of a chunk
-ENDLESS = 1 << 30  # chunks
+NO_END = 1 << 30  # chunks
 SHIFT = {VIDEO: 5.0, AUDIO: 1.0}
 
 
-def latents_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def latent_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of a latent by modality."""
     return {m: (b.channels, *(b.size if m == VIDEO else ())) for m, b in model.branches.items()}
 
 
 def noise_condition(model: ModelConfig, timeline: Timeline, device: torch.device) -> Condition:
     """A caption, a first frame, a voice, and always ``WORDS`` words within reach, wherever the stream has got to."""
-    shapes, draw = latents_of(model), torch.Generator().manual_seed(0)
+    shapes, draw = latent_shapes(model), torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=draw)
     always = torch.tensor([-1e9, 1e9], dtype=torch.float64).expand(1, WORDS, 2)  # their middle is what counts
     return Condition(
@@ -44,7 +44,7 @@ def noise_condition(model: ModelConfig, timeline: Timeline, device: torch.device
     ).to(device)
 
 
-class Streamed:
+class StreamRunner:
     """A stream that goes on where it stopped."""
 
     def __init__(
@@ -56,13 +56,13 @@ class Streamed:
         self._most = sum(timeline.max_count(m) * b.tokens for m, b in branches.items())
         self.plan = schedule(steps, {m: SHIFT[m] for m in branches})
         self.starts = noise_starts(
-            timeline, latents_of(net.config), range(ENDLESS), 0, torch.zeros(1, dtype=torch.long), cond.caption
+            timeline, latent_shapes(net.config), range(NO_END), 0, torch.zeros(1, dtype=torch.long), cond.caption
         )
-        self._made: Iterator[Chunk] | None = None
-        self._last: Chunk | None = None
+        self._made: Iterator[GeneratedChunk] | None = None
+        self._last: GeneratedChunk | None = None
 
     @property
-    def now(self) -> Context:
+    def context(self) -> DenoiserContext:
         """What remembers all chunks so far."""
         assert self._last is not None
         return self._last.context
@@ -73,26 +73,26 @@ class Streamed:
         assert self._last is not None
         return self._last.clean
 
-    def from_here(self, context: Context) -> Context:
+    def fork(self, context: DenoiserContext) -> DenoiserContext:
         """A ring of its own that goes on from ``context``."""
-        return context.with_memories(lambda memory: ring_of(memory, self._most))
+        return context.map_memories(lambda memory: to_ring_cache(memory, self._most))
 
-    def chunks(self, count: int) -> Iterator[Chunk]:
+    def generate(self, count: int) -> Iterator[GeneratedChunk]:
         for _ in range(count):
             if self._made is None:
-                opened = Context(model=self._model, cond=self._cond).opened()
-                self._made = rollout(self.from_here(opened), self.starts, self.plan)
+                opened = DenoiserContext(model=self._model, cond=self._cond).prefill()
+                self._made = rollout(self.fork(opened), self.starts, self.plan)
             self._last = next(self._made)
             yield self._last
 
-    def run(self, count: int) -> list[float]:
+    def time_chunks(self, count: int) -> list[float]:
         """Seconds that each of the next chunks took: writing the one before, and denoising. The first opens."""
-        made = self.chunks(count)
-        return [timing.timed(self._device, next, made)[0] for _ in range(count)]
+        made = self.generate(count)
+        return [timing.time_call(self._device, next, made)[0] for _ in range(count)]
 
 
-def decode_ms(
-    known: Geometry, shapes: Mapping[str, tuple[int, ...]], timeline: Timeline, chunks: int
+def measure_decode_ms(
+    known: LatentGeometry, shapes: Mapping[str, tuple[int, ...]], timeline: Timeline, chunks: int
 ) -> dict[str, float] | None:
     """Milliseconds by modality, the median of ``chunks``; None for codecs whose weights are not here."""
     if known != EMBEDDED:
@@ -106,6 +106,6 @@ def decode_ms(
         times: list[float] = []
         for k in range(chunks):
             latents = torch.randn((timeline.count(m, 1, k), *shape), generator=draw)
-            times.append(timing.timed(torch.device("cpu"), decoder.push, latents)[0])
+            times.append(timing.time_call(torch.device("cpu"), decoder.push, latents)[0])
         taken[m] = 1e3 * median(times)
     return taken

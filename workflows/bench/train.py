@@ -28,20 +28,20 @@ import torch
 from mfcore.model.compile import check_compiler
 from mfcore.objectives.mutual_config import MutualConfig
 from workflows.bench import synthetic_data as noise
-from workflows.bench.launcher import launch
-from workflows.bench.train_worker import BARE, Measured, Plan, work
+from workflows.bench.launcher import run_on_ranks
+from workflows.bench.train_worker import REFERENCE_VARIANT, TrainBenchPlan, TrainBenchResult, run_rank
 from workflows.bench.variants import Variant
 from workflows.config import presets, serialization
-from workflows.config.latent_shapes import CHUNKS, geometry, usual_size
+from workflows.config.latent_shapes import CHUNKS, default_size, geometry_for_preset
 from workflows.config.run import RunConfig
-from workflows.training.memory_check import refuse_training
+from workflows.training.memory_check import require_training_memory
 
-BAR = 1.05  # of ray_zero1 over bare
-LEAST_STEP_S = 0.5  # shorter steps are reported, but the bar is not for them
-LEAST_TOKENS = 3000  # per rank
-VARIANTS = (BARE, "ray_torch", "ray_zero0", "ray_zero1", "ray_zero2", "ray_zero3")
-OF_MUTUAL = {"dmd5": Variant(dmd=5), "dmd1": Variant(dmd=1), "full_copy": Variant(full_copy=True)}
-OTHERS = {"compiled": Variant(compiled=True)}  # of every stage
+MAX_SLOWDOWN = 1.05  # of ray_zero1 over bare
+MIN_STEP_S = 0.5  # shorter steps are reported, but the bar is not for them
+MIN_TOKENS = 3000  # per rank
+VARIANTS = (REFERENCE_VARIANT, "ray_torch", "ray_zero0", "ray_zero1", "ray_zero2", "ray_zero3")
+MUTUAL_VARIANTS = {"dmd5": Variant(dmd=5), "dmd1": Variant(dmd=1), "full_copy": Variant(full_copy=True)}
+OTHER_VARIANTS = {"compiled": Variant(compiled=True)}  # of every stage
 
 
 def bench_train(
@@ -50,7 +50,7 @@ def bench_train(
     preset: str = "tiny",
     size: tuple[int, int] | None = None,
     workers: int = 1,
-    tokens: int = LEAST_TOKENS,
+    tokens: int = MIN_TOKENS,
     rounds: int = 5,
     turn: int = 3,
     variants: Sequence[str] = VARIANTS,
@@ -64,24 +64,24 @@ def bench_train(
     """
     if rounds < 1 or turn < 1:
         raise ValueError(f"--rounds and --turn must be at least 1, got {rounds} and {turn}")
-    config = resolve(stage, preset, workers, tokens, sets, size)
-    refuse_training(config, "cuda" if config.engine.use_gpu else "cpu")
-    chosen, missing = available(config, variants)
+    config = bench_config(stage, preset, workers, tokens, sets, size)
+    require_training_memory(config, "cuda" if config.engine.use_gpu else "cpu")
+    chosen, missing = available_variants(config, variants)
     if config.engine.compile or "compiled" in chosen:
         check_compiler(torch.device("cuda" if config.engine.use_gpu else "cpu"))
-    plan = Plan(
+    plan = TrainBenchPlan(
         config=config,
         variants=chosen,
         rounds=rounds,
         turn=turn,
         threads=int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers)),
-        profiled=tuple(dict.fromkeys((BARE, list(chosen)[-1]))) if profile else (),
+        profiled=tuple(dict.fromkeys((REFERENCE_VARIANT, list(chosen)[-1]))) if profile else (),
     )
     on_ray = any(name.startswith("ray_") for name in chosen)
-    return summary(plan, launch(work, plan, config.engine, on_ray=on_ray), missing)
+    return summarize(plan, run_on_ranks(run_rank, plan, config.engine, on_ray=on_ray), missing)
 
 
-def resolve(
+def bench_config(
     stage: Literal["video", "audio", "joint", "mutual"],
     preset: str,
     workers: int,
@@ -92,25 +92,25 @@ def resolve(
     """The preset at the asked size. Every step is alike: clips of one length, the mutual stage with all its parts."""
     if workers < 1 or tokens < 1:
         raise ValueError(f"--workers and --tokens must be at least 1, got {workers} and {tokens}")
-    config = presets.preset(preset, stage, geometry(preset).shapes(size or usual_size(preset)))
+    config = presets.build_preset(preset, stage, geometry_for_preset(preset).shapes(size or default_size(preset)))
     if isinstance(config.objective, MutualConfig):
         whole = replace(config.objective, real_until=0, free_from=0, fake_from=0, dmd_from=0, dmd_ramp=1)
         config = replace(config, objective=whole)
     chunks, rows = config.data.chunks[1], config.data.batch * workers
     data = replace(config.data, chunks=(chunks, chunks), batch=rows)
     config = replace(config, data=data, engine=replace(config.engine, workers=workers, use_gpu=_gpu()))
-    config = serialization.change(config, serialization.parse_sets(sets))
+    config = serialization.apply_overrides(config, serialization.parse_overrides(sets))
     if config.data.chunks[1] > CHUNKS:
         raise ValueError(f"the clips of the bench hold {CHUNKS} chunks, data.chunks={config.data.chunks}")
-    return replace(config, data=replace(config.data, batch=config.shares * _rows(config, tokens)))
+    return replace(config, data=replace(config.data, batch=config.data_parallel_size * _rows(config, tokens)))
 
 
 def _rows(config: RunConfig, tokens: int) -> int:
     """Clips per rank that hold ``tokens``: whole cycles of row kinds, whole micro-batches."""
-    timeline = noise.assembly(config.model).timeline
+    timeline = noise.synthetic_collator(config.model).timeline
     chunks = config.data.chunks[1]
     per_clip = sum(timeline.count(m, chunks) * branch.tokens for m, branch in config.model.branches.items())
-    unit = max(config.unit, config.data.micro or 1)
+    unit = max(config.rows_per_cycle, config.data.micro or 1)
     return unit * ceil(tokens / (per_clip * unit))
 
 
@@ -118,14 +118,14 @@ def _gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def available(config: RunConfig, names: Sequence[str]) -> tuple[dict[str, Variant], dict[str, str]]:
+def available_variants(config: RunConfig, names: Sequence[str]) -> tuple[dict[str, Variant], dict[str, str]]:
     """The variants that this machine can run, the bare loop first, and what the others need."""
-    others = OTHERS | (OF_MUTUAL if config.stage == "mutual" else {})
+    others = OTHER_VARIANTS | (MUTUAL_VARIANTS if config.stage == "mutual" else {})
     known = (*VARIANTS, *others)
     if odd := [name for name in names if name not in known]:
         raise ValueError(f"unknown variant {odd[0]!r} of stage {config.stage}: choose from {', '.join(known)}")
-    chosen, missing = {BARE: Variant()}, dict[str, str]()
-    for name in (name for name in known if name in names and name != BARE):
+    chosen, missing = {REFERENCE_VARIANT: Variant()}, dict[str, str]()
+    for name in (name for name in known if name in names and name != REFERENCE_VARIANT):
         if name in others:
             chosen[name] = others[name]
             continue
@@ -145,14 +145,14 @@ def _installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def summary(plan: Plan, measured: Measured, missing: Mapping[str, str]) -> dict[str, Any]:
+def summarize(plan: TrainBenchPlan, measured: TrainBenchResult, missing: Mapping[str, str]) -> dict[str, Any]:
     """What ``--json`` prints: medians over the rounds, seconds of a step, per rank where nothing else is said."""
-    config, world = plan.config, plan.config.engine.most
+    config, world = plan.config, plan.config.engine.max_workers
     step_s = {name: median(t.step_s for t in turns) for name, turns in measured.turns.items()}
-    overhead = {name: _over_bare(measured, name, "step_s") for name in step_s if name != BARE}
+    overhead = {name: _over_bare(measured, name, "step_s") for name in step_s if name != REFERENCE_VARIANT}
     wait = {name: median(t.wait_s / t.step_s for t in turns) for name, turns in measured.turns.items()}
     limit_s = measured.flops / median(measured.flops_per_s)
-    main = next(name for name in ("ray_zero1", "ray_torch", "torch", BARE) if name in step_s)
+    main = next(name for name in ("ray_zero1", "ray_torch", "torch", REFERENCE_VARIANT) if name in step_s)
     return {
         "stage": config.stage,
         "workers": world,
@@ -168,10 +168,10 @@ def summary(plan: Plan, measured: Measured, missing: Mapping[str, str]) -> dict[
         "overhead_spread": {name: _spread(ratios) for name, ratios in overhead.items()},
         "overhead_cpu": {name: median(_over_bare(measured, name, "cpu_s")) for name in overhead},
         "overhead_zero1": median(overhead["ray_zero1"]) if "ray_zero1" in overhead else None,
-        "bar": BAR if step_s[BARE] >= LEAST_STEP_S and measured.tokens >= LEAST_TOKENS else None,
+        "bar": MAX_SLOWDOWN if step_s[REFERENCE_VARIANT] >= MIN_STEP_S and measured.tokens >= MIN_TOKENS else None,
         "data_wait_share": wait[main],
         "data_wait_share_by_variant": wait,
-        "tokens_per_s": {name: config.shares * measured.tokens / s for name, s in step_s.items()},
+        "tokens_per_s": {name: config.data_parallel_size * measured.tokens / s for name, s in step_s.items()},
         "flops": measured.flops,
         "matmul_flops_per_s": median(measured.flops_per_s),
         "forward_over_products": measured.over_products.forward,
@@ -181,7 +181,7 @@ def summary(plan: Plan, measured: Measured, missing: Mapping[str, str]) -> dict[
         "mfu_by_variant": {name: limit_s / s for name, s in step_s.items()},
         "model_state_bytes": measured.state_bytes,
         "peak_memory_bytes": measured.peak_memory_bytes,
-        "loss_gap": {name: _gap(measured, name) for name in overhead if name not in OF_MUTUAL},
+        "loss_gap": {name: _gap(measured, name) for name in overhead if name not in MUTUAL_VARIANTS},
         "not_measured": dict(missing),
         "profiles": measured.profiles,
     }
@@ -191,19 +191,19 @@ def _spread(values: Sequence[float]) -> list[float]:
     return [min(values), max(values)]
 
 
-def _over_bare(measured: Measured, name: str, what: Literal["step_s", "cpu_s"]) -> list[float]:
+def _over_bare(measured: TrainBenchResult, name: str, what: Literal["step_s", "cpu_s"]) -> list[float]:
     """Ratio to the bare loop of the same round, for each round."""
-    pairs = zip(measured.turns[name], measured.turns[BARE], strict=True)
+    pairs = zip(measured.turns[name], measured.turns[REFERENCE_VARIANT], strict=True)
     return [getattr(own, what) / getattr(bare, what) for own, bare in pairs]
 
 
-def _gap(measured: Measured, name: str) -> float:
+def _gap(measured: TrainBenchResult, name: str) -> float:
     """Largest relative difference of a loss from the bare loop's: the variants did the same work."""
-    pairs = zip(measured.turns[name], measured.turns[BARE], strict=True)
+    pairs = zip(measured.turns[name], measured.turns[REFERENCE_VARIANT], strict=True)
     return max(abs(own.loss - bare.loss) / abs(bare.loss) for own, bare in pairs)
 
 
-def render(result: Mapping[str, Any]) -> str:
+def format_table(result: Mapping[str, Any]) -> str:
     """The table for people."""
     lines = [
         f"stage {result['stage']}: {result['parameters'] / 1e6:.1f}M parameters, {result['workers']} worker(s) with "

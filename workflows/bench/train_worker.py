@@ -13,20 +13,20 @@ from dataclasses import dataclass, replace
 import torch
 
 from workflows.bench import roofline
-from workflows.bench.matmul_overhead import OverProducts, over_products
-from workflows.bench.reference_loop import bare_loop
-from workflows.bench.variants import Turn, Turns, Variant, own_batches, place
+from workflows.bench.matmul_overhead import MatmulOverhead, measure_matmul_overhead
+from workflows.bench.reference_loop import reference_loop
+from workflows.bench.variants import RoundTiming, Variant, VariantRunner, synthetic_batches, to_device
 from workflows.config.run import RunConfig
 from workflows.training.loop import count_tokens
-from workflows.training.networks import initial_network
+from workflows.training.networks import build_initial_network
 from workflows.utils import distributed, timing
 
-BARE = "bare"
-PROBE = 2  # steps before the first round: the second one sees the moments that the first one has made
+REFERENCE_VARIANT = "bare"
+PROBE_STEPS = 2  # steps before the first round: the second one sees the moments that the first one has made
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainBenchPlan:
     """What the ranks are asked for."""
 
     config: RunConfig
@@ -38,12 +38,12 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class TrainBenchResult:
     """What rank 0 knows at the end."""
 
-    turns: dict[str, list[Turn]]  # one for each round, of the rank that took longest
+    turns: dict[str, list[RoundTiming]]  # one for each round, of the rank that took longest
     state_bytes: dict[str, int]  # weights, gradients, moments and average, per rank
-    over_products: OverProducts
+    over_products: MatmulOverhead
     flops_per_s: list[float]  # of large matrix products, per rank, all ranks at once
     flops: int  # of a step, per rank
     tokens: int  # of a step, per rank
@@ -53,56 +53,58 @@ class Measured:
     profiles: dict[str, str]
 
 
-def work(plan: Plan) -> Measured:
+def run_rank(plan: TrainBenchPlan) -> TrainBenchResult:
     """Everything, on one rank."""
-    if distributed.device().type == "cpu":
+    if distributed.local_device().type == "cpu":
         torch.set_num_threads(plan.threads)
-    batches = own_batches(plan.config)
-    first = [place(batches.step(step)) for step in range(PROBE)]
+    batches = synthetic_batches(plan.config)
+    first = [to_device(batches.micro_batches(step)) for step in range(PROBE_STEPS)]
     dense = replace(plan.config, model=replace(plan.config.model, attention="sdpa"))  # what is useful is the same
-    flops = roofline.count_flops(lambda: bare_loop(dense).run(first[:1], 0, 1))
-    turns: dict[str, Turns] = {}
+    flops = roofline.count_flops(lambda: reference_loop(dense).run(first[:1], 0, 1))
+    turns: dict[str, VariantRunner] = {}
     state_bytes: dict[str, int] = {}
     for name, variant in plan.variants.items():
         gc.collect()
-        before = roofline.live_bytes()
-        turns[name] = Turns(plan.config, variant)
-        state_bytes[name] = turns[name].probe(first) - before
-    timed, rates = rounds(plan, turns)
-    return Measured(
+        before = roofline.live_tensor_bytes()
+        turns[name] = VariantRunner(plan.config, variant)
+        state_bytes[name] = turns[name].measure_peak_memory(first) - before
+    timed, rates = run_rounds(plan, turns)
+    return TrainBenchResult(
         turns=timed,
         state_bytes=state_bytes,
-        over_products=over_products(dense, first[0][0], plan.rounds),
+        over_products=measure_matmul_overhead(dense, first[0][0], plan.rounds),
         flops_per_s=rates,
         flops=flops,
         tokens=sum(count_tokens(plan.config, micro) for micro in first[0]),
-        parameters=sum(p.numel() for p in initial_network(plan.config, {}).parameters()),
+        parameters=sum(p.numel() for p in build_initial_network(plan.config, {}).parameters()),
         threads=torch.get_num_threads(),
-        peak_memory_bytes=max(distributed.gather(timing.peak_bytes())),
-        profiles={name: profiled(turns[name], plan.turn) for name in plan.profiled},
+        peak_memory_bytes=max(distributed.all_gather_object(timing.peak_bytes())),
+        profiles={name: profile_round(turns[name], plan.turn) for name in plan.profiled},
     )
 
 
-def rounds(plan: Plan, turns: Mapping[str, Turns]) -> tuple[dict[str, list[Turn]], list[float]]:
+def run_rounds(
+    plan: TrainBenchPlan, turns: Mapping[str, VariantRunner]
+) -> tuple[dict[str, list[RoundTiming]], list[float]]:
     """The turns of every variant, and the rate of matrix products in every round."""
-    timed: dict[str, list[Turn]] = {name: [] for name in turns}
+    timed: dict[str, list[RoundTiming]] = {name: [] for name in turns}
     rates: list[float] = []
     for number in range(plan.rounds + 1):
         for name, own in turns.items():
-            slowest = max(distributed.gather(own.turn(plan.turn)), key=lambda turn: turn.step_s)
+            slowest = max(distributed.all_gather_object(own.run_round(plan.turn)), key=lambda turn: turn.step_s)
             timed[name] += [slowest] if number else []  # round 0 warms up
         distributed.barrier()
-        rate = roofline.matmul_rate(distributed.device(), plan.config.engine.autocast or torch.float32)
-        rates += [min(distributed.gather(rate))] if number else []
+        rate = roofline.matmul_flops_per_s(distributed.local_device(), plan.config.engine.autocast or torch.float32)
+        rates += [min(distributed.all_gather_object(rate))] if number else []
     return timed, rates
 
 
-def profiled(own: Turns, steps: int) -> str:
+def profile_round(own: VariantRunner, steps: int) -> str:
     """Where a turn's time goes: the eight dearest operators."""
     gpu = torch.cuda.is_available()
     kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if gpu else [])
     with torch.profiler.profile(activities=kinds) as profile:
-        own.turn(steps)
+        own.run_round(steps)
     return profile.key_averages().table(
         sort_by="self_cuda_time_total" if gpu else "self_cpu_time_total", row_limit=8, max_name_column_width=48
     )

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from mfcore.objectives.losses import Term, report
+from mfcore.objectives.losses import LossTerm, summarize_terms
 from mfcore.types import AVBatch
 from workflows.bench import roofline
 from workflows.bench import synthetic_data as noise
-from workflows.bench.reference_loop import NEVER, BareLoop, bare_loop, dmd_loop, with_full_copy
+from workflows.bench.reference_loop import NEVER, ReferenceLoop, dmd_loop, full_copy_loop, reference_loop
 from workflows.config.run import EngineConfig, RunConfig
-from workflows.data.batches import Share, TrainingBatches
-from workflows.data.clip_loader import prefetched
-from workflows.tracking.tracker import Silent
-from workflows.training.loop import Surroundings, count_tokens, loop_config, over_all_ranks, run_loop
-from workflows.training.metrics import NO_LOSS
-from workflows.training.networks import build_networks, initial_network
-from workflows.training.objectives import objective_of
+from workflows.data.batches import RankShard, TrainingBatchLoader
+from workflows.data.clip_loader import prefetch
+from workflows.tracking.tracker import NullTracker
+from workflows.training.loop import LoopCallbacks, count_tokens, gather_terms, loop_config, run_loop
+from workflows.training.metrics import NON_LOSS_PREFIXES
+from workflows.training.networks import build_initial_network, build_training_networks
+from workflows.training.objectives import build_objective
 from workflows.training.progress import Progress
 from workflows.utils import distributed, timing
 
@@ -36,7 +36,7 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
+class RoundTiming:
     """What a turn took, and the loss at its end, over all ranks. Seconds of a step."""
 
     step_s: float
@@ -45,7 +45,7 @@ class Turn:
     loss: float
 
 
-class Runner(Protocol):
+class StepRunner(Protocol):
     """Takes steps, going on where it stopped."""
 
     def run(self, batches: Batches, steps: int) -> None: ...
@@ -55,36 +55,40 @@ class Runner(Protocol):
         ...
 
 
-class Turns:
+class VariantRunner:
     """A runner with batches of its own."""
 
     def __init__(self, config: RunConfig, variant: Variant) -> None:
         self._config, self._bare = config, variant.engine is None
-        self._runner: Runner = EngineRunner(config, variant.engine) if variant.engine else BareRunner(config, variant)
+        self._runner: StepRunner = (
+            EngineRunner(config, variant.engine) if variant.engine else ReferenceRunner(config, variant)
+        )
         self._batches: Iterator[list[AVBatch]] = iter(())
 
-    def probe(self, first: Sequence[list[AVBatch]]) -> int:
+    def measure_peak_memory(self, first: Sequence[list[AVBatch]]) -> int:
         """Take the first steps. Returns the most bytes that were alive at an update of the weights."""
-        with roofline.bytes_at_update() as seen:
+        with roofline.track_bytes_at_step() as seen:
             self._runner.run(first, len(first))
-        batches = own_batches(self._config)
-        make: Callable[[int], list[AVBatch]] = lambda step: place(batches.step(step))
-        self._batches = prefetched(make, len(first), NEVER, self._config.data.prefetch)
+        batches = synthetic_batches(self._config)
+        make: Callable[[int], list[AVBatch]] = lambda step: to_device(batches.micro_batches(step))
+        self._batches = prefetch(make, len(first), NEVER, self._config.data.prefetch)
         return max(seen)
 
-    def turn(self, steps: int) -> Turn:
+    def run_round(self, steps: int) -> RoundTiming:
         coming = itertools.islice(self._batches, steps)
-        watch = Watch(iter(list(coming)) if self._bare else coming)  # a bare loop finds all its batches ready
+        watch = TimedIterator(iter(list(coming)) if self._bare else coming)  # a bare loop finds all its batches ready
         distributed.barrier()
         timing.synchronize()
         began, used = time.perf_counter(), time.process_time()
         self._runner.run(watch, steps)
         timing.synchronize()
         took, used = time.perf_counter() - began, time.process_time() - used
-        return Turn(step_s=took / steps, wait_s=watch.waited / steps, cpu_s=used / steps, loss=self._runner.loss())
+        return RoundTiming(
+            step_s=took / steps, wait_s=watch.waited / steps, cpu_s=used / steps, loss=self._runner.loss()
+        )
 
 
-class Watch:
+class TimedIterator:
     """Batches, and the seconds that were spent waiting for them."""
 
     def __init__(self, batches: Iterator[list[AVBatch]]) -> None:
@@ -101,24 +105,24 @@ class Watch:
             self.waited += time.perf_counter() - asked
 
 
-class BareRunner:
+class ReferenceRunner:
     """A bare loop."""
 
     def __init__(self, config: RunConfig, variant: Variant) -> None:
         if variant.full_copy:
-            config = with_full_copy(config)
+            config = full_copy_loop(config)
         if variant.compiled:
             config = replace(config, engine=replace(config.engine, compile=True))
-        self._loop: BareLoop = dmd_loop(config, variant.dmd) if variant.dmd else bare_loop(config)
+        self._loop: ReferenceLoop = dmd_loop(config, variant.dmd) if variant.dmd else reference_loop(config)
         self._step = 0
-        self._terms: list[Term] = []
+        self._terms: list[LossTerm] = []
 
     def run(self, batches: Batches, steps: int) -> None:
         self._terms = self._loop.run(batches, self._step, self._step + steps)
         self._step += steps
 
     def loss(self) -> float:
-        return _sum_of_losses(report(over_all_ranks(self._terms)))
+        return _sum_of_losses(summarize_terms(gather_terms(self._terms)))
 
 
 class EngineRunner:
@@ -126,10 +130,12 @@ class EngineRunner:
 
     def __init__(self, config: RunConfig, engine: EngineConfig) -> None:
         self._config = config = replace(config, engine=engine)
-        self._networks = build_networks(config, initial_network(config, {}).to(distributed.device()))
-        self._objective = objective_of(config)
+        self._networks = build_training_networks(
+            config, build_initial_network(config, {}).to(distributed.local_device())
+        )
+        self._objective = build_objective(config)
         self._progress = Progress(step=0, samples_seen=0, first={}, last={})
-        self._log = LastLog()
+        self._log = LastEntryTracker()
 
     def run(self, batches: Batches, steps: int) -> None:
         until = replace(self._config, steps=self._progress.step + steps)
@@ -144,12 +150,12 @@ class EngineRunner:
             evaluate=lambda _: {},
             count_tokens=lambda batch: count_tokens(self._config, batch),
             tracker=self._log,
-            saver=NoSaver(),
-            around=Surroundings(
-                notice=lambda: "",
-                beat=lambda step, doing: None,
-                name_clips=lambda samples: [str(int(i)) for i in samples],
-                say=lambda text: None,
+            saver=NullSaver(),
+            around=LoopCallbacks(
+                stop_reason=lambda: "",
+                heartbeat=lambda step, doing: None,
+                clip_ids=lambda samples: [str(int(i)) for i in samples],
+                log=lambda text: None,
             ),
         )
 
@@ -157,7 +163,7 @@ class EngineRunner:
         return _sum_of_losses(self._log.metrics)
 
 
-class LastLog(Silent):
+class LastEntryTracker(NullTracker):
     """A tracker that keeps the latest entry."""
 
     def __init__(self) -> None:
@@ -168,10 +174,10 @@ class LastLog(Silent):
         self.metrics = metrics
 
 
-class NoSaver:
+class NullSaver:
     """No checkpoints."""
 
-    failed = False
+    has_failed = False
 
     def save(self, progress: Progress) -> None: ...
 
@@ -180,18 +186,18 @@ class NoSaver:
 
 def _sum_of_losses(metrics: Mapping[str, float]) -> float:
     """Over ``name/modality``; bins, rates and norms left out."""
-    odd = (*NO_LOSS, "held_out/")
+    odd = (*NON_LOSS_PREFIXES, "held_out/")
     return sum(v for k, v in metrics.items() if k.count("/") == 1 and not k.startswith(odd))
 
 
-def own_batches(config: RunConfig, rank: int | None = None, world: int | None = None) -> TrainingBatches:
+def synthetic_batches(config: RunConfig, rank: int | None = None, world: int | None = None) -> TrainingBatchLoader:
     """A rank's share of batches of noise; default: this rank's."""
-    clips = noise.noise_clips(config.model, config.data.chunks[1], config.data.batch)
+    clips = noise.synthetic_clips(config.model, config.data.chunks[1], config.data.batch)
     together = config.engine.sequence
-    rank, world = (rank or distributed.rank()) // together, (world or distributed.world()) // together
-    share = Share(rank=rank, world=world, unit=config.unit)
-    return TrainingBatches(clips, noise.assembly(config.model), config.data, config.seed, share)
+    rank, world = (rank or distributed.get_rank()) // together, (world or distributed.get_world_size()) // together
+    share = RankShard(rank=rank, world=world, unit=config.rows_per_cycle)
+    return TrainingBatchLoader(clips, noise.synthetic_collator(config.model), config.data, config.seed, share)
 
 
-def place(micros: list[AVBatch]) -> list[AVBatch]:
-    return [micro.to(distributed.device()) for micro in micros]
+def to_device(micros: list[AVBatch]) -> list[AVBatch]:
+    return [micro.to(distributed.local_device()) for micro in micros]

@@ -1,3 +1,3 @@
-MODEL = "model.json"
-RECORD = "run.json"
-OUTCOME = "outcome.json"
+METADATA_FILE = "model.json"
+RUN_FILE = "run.json"
+OUTCOME_FILE = "outcome.json"

@@ -9,7 +9,7 @@ from workflows.config.run import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelCard:
+class ExportMetadata:
     """``model.json``: what stands beside the weights, so that generation needs no dataset."""
 
     model: ModelConfig
@@ -24,7 +24,7 @@ class ModelCard:
     folders: dict[str, str] = field(default_factory=dict)  # modality or "text" -> where pretrained codecs' weights were
     few_steps: int | None = None  # most per chunk that the few-step mode was trained for; None: not on record
 
-    def doubt(self, mode: Mode, steps: int) -> str | None:
+    def step_count_warning(self, mode: Mode, steps: int) -> str | None:
         """What speaks against so many steps: the few-step mode knows no shorter ones than it was trained for."""
         if mode == "multi" or self.few_steps is None or steps <= self.few_steps:
             return None

@@ -13,97 +13,97 @@ from typing import Any, cast
 
 from preprocessing.io.storage import Store, is_remote
 
-COMPLETE = "COMPLETE"
+COMPLETE_FILE = "COMPLETE"
 
 
-class Shelf:
+class CheckpointStore:
     """The checkpoints under ``root``, a path or a URI such as s3://bucket/run/checkpoints."""
 
     def __init__(self, root: str | Path) -> None:
         self.store = Store(str(root))
 
     @property
-    def remote(self) -> bool:
+    def is_remote(self) -> bool:
         return self.store.remote
 
-    def where(self, name: str) -> str:
+    def uri_of(self, name: str) -> str:
         return f"{self.store.uri.rstrip('/')}/{name}"
 
-    def complete(self) -> list[str]:
+    def list_complete(self) -> list[str]:
         """Names of the checkpoints that exist, oldest first."""
-        return [name for name in self.store.listing() if self.store.exists(f"{name}/{COMPLETE}")]
+        return [name for name in self.store.list_entries() if self.store.exists(f"{name}/{COMPLETE_FILE}")]
 
-    def read(self, name: str, file: str) -> dict[str, Any]:
+    def read_json(self, name: str, file: str) -> dict[str, Any]:
         """A JSON file of a checkpoint."""
         return cast(dict[str, Any], json.loads(self.store.read(f"{name}/{file}")))
 
-    def fetch(self, name: str, part: str = "") -> Path:
+    def download(self, name: str, part: str = "") -> Path:
         """The checkpoint as a local folder, with at least the files directly in it and those below ``part``.
 
         What is remote is copied once per machine: a checkpoint never changes.
         """
-        if not self.remote:
-            return Path(self.where(name))
-        copy = cache_folder(self.where(name))
-        for file in [*self.read(name, COMPLETE)["files"], COMPLETE]:
+        if not self.is_remote:
+            return Path(self.uri_of(name))
+        copy = cache_dir(self.uri_of(name))
+        for file in [*self.read_json(name, COMPLETE_FILE)["files"], COMPLETE_FILE]:
             target = copy / file
             if ("/" not in file or file.startswith(part)) and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self.store.get(f"{name}/{file}", target)
+                self.store.download(f"{name}/{file}", target)
         return copy
 
-    def forget(self, name: str, part: str) -> None:
+    def drop_local_copy(self, name: str, part: str) -> None:
         """Remove this machine's copies of remote files below ``part``."""
-        if self.remote:
-            shutil.rmtree(cache_folder(self.where(name)) / part, ignore_errors=True)
+        if self.is_remote:
+            shutil.rmtree(cache_dir(self.uri_of(name)) / part, ignore_errors=True)
 
-    def drop(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         """Remove a checkpoint; ``COMPLETE`` first, for a half-removed one must not count."""
-        self.store.remove(f"{name}/{COMPLETE}")
+        self.store.remove(f"{name}/{COMPLETE_FILE}")
         self.store.remove_folder(name)
 
-    def sweep(self) -> None:
+    def delete_incomplete(self) -> None:
         """Remove what attempts that died while saving have left. Only for the holder of the run's lease."""
-        for name in set(self.store.listing()) - set(self.complete()):
+        for name in set(self.store.list_entries()) - set(self.list_complete()):
             self.store.remove_folder(name)
 
-    def damage(self, name: str) -> str | None:
+    def find_corruption(self, name: str) -> str | None:
         """What is wrong with a checkpoint by its own list of sizes and checksums; None when nothing is."""
-        folder = self.fetch(name)
-        for file, facts in self.read(name, COMPLETE)["files"].items():
+        folder = self.download(name)
+        for file, facts in self.read_json(name, COMPLETE_FILE)["files"].items():
             path = folder / file
-            if not path.exists() or path.stat().st_size != facts["size"] or digest(path) != facts["sha256"]:
-                return f"{self.where(name)}/{file} is damaged or missing"
+            if not path.exists() or path.stat().st_size != facts["size"] or sha256_file(path) != facts["sha256"]:
+                return f"{self.uri_of(name)}/{file} is damaged or missing"
         return None
 
 
-def cache_folder(uri: str) -> Path:
+def cache_dir(uri: str) -> Path:
     """Where this user's copies of a remote folder are kept on this machine."""
     key = hashlib.sha256(uri.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir(), f"mfctl-{os.getuid()}", "checkpoints", key)
 
 
-def join(root: str | Path, *parts: str) -> str | Path:
+def join_uri(root: str | Path, *parts: str) -> str | Path:
     """A path below a path or a URI."""
     text = str(root)
     return "/".join([text.rstrip("/"), *parts]) if is_remote(text) else Path(text, *parts)
 
 
-def entry(folder: Path, path: Path) -> tuple[str, dict[str, Any]]:
+def file_entry(folder: Path, path: Path) -> tuple[str, dict[str, Any]]:
     """The line of ``COMPLETE`` for one file."""
-    return path.relative_to(folder).as_posix(), {"size": path.stat().st_size, "sha256": digest(path)}
+    return path.relative_to(folder).as_posix(), {"size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def digest(path: Path) -> str:
+def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def complete(root: str | Path) -> list[Path]:
+def list_checkpoints(root: str | Path) -> list[Path]:
     """The checkpoints in a local folder that exist, oldest first."""
-    return [Path(root, name) for name in Shelf(root).complete()]
+    return [Path(root, name) for name in CheckpointStore(root).list_complete()]
 
 
-def checkpoints_of(run_dir: str | Path, to: str | None) -> str | Path:
+def checkpoint_root(run_dir: str | Path, to: str | None) -> str | Path:
     """Where a run keeps its checkpoints: below ``to`` (setting ``checkpoint.to``) by its name, else in its folder."""
-    return join(to, Path(run_dir).name, "checkpoints") if to else Path(run_dir, "checkpoints")
+    return join_uri(to, Path(run_dir).name, "checkpoints") if to else Path(run_dir, "checkpoints")

@@ -46,5 +46,5 @@ app.add_typer(jobs.app)
 def main() -> None:
     """Entry point of `mfctl` and of `python -m workflows.cli`."""
     environment.apply_defaults()
-    environment.enter_base_directory()
+    environment.chdir_to_base()
     app(prog_name="mfctl")

@@ -6,28 +6,30 @@ from typing import Annotated, Any, Literal
 import typer
 
 from workflows.cli import output
-from workflows.cli.options import Json, Preset, Sets, numbers, one_pair, pairs
+from workflows.cli.options import ConfigOverrides, JsonFlag, PresetName, parse_ints, parse_size, parse_sizes
 from workflows.utils import environment
 
 app = typer.Typer(name="bench", help="Speed on this hardware, against the limits.", no_args_is_help=True)
 
-ALL = "bare,ray_torch,ray_zero0,ray_zero1,ray_zero2,ray_zero3"
+DEFAULT_VARIANTS = "bare,ray_torch,ray_zero0,ray_zero1,ray_zero2,ray_zero3"
 
 
 @app.command("train")
 def train(
     *,
-    preset: Preset = "tiny",
+    preset: PresetName = "tiny",
     stage: Annotated[Literal["video", "audio", "joint", "mutual"], typer.Option(help="Whose step.")] = "joint",
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture; default 64x64 or 192x336.")] = None,
     workers: Annotated[int, typer.Option(help="Processes: one per GPU, or CPU processes that share the cores.")] = 1,
     tokens: Annotated[int, typer.Option(help="Latent tokens per rank and step, at least.")] = 3000,
     rounds: Annotated[int, typer.Option(help="How often every variant has its turn.")] = 5,
     turn: Annotated[int, typer.Option(help="Steps of a turn.")] = 3,
-    variants: Annotated[str, typer.Option(metavar="A,B", help="Which variants, besides the bare loop.")] = ALL,
+    variants: Annotated[
+        str, typer.Option(metavar="A,B", help="Which variants, besides the bare loop.")
+    ] = DEFAULT_VARIANTS,
     profile: Annotated[bool, typer.Option("--profile", help="Show where bare and last variant spend time.")] = False,
-    sets: Sets,
-    json: Json = False,
+    sets: ConfigOverrides,
+    json: JsonFlag = False,
 ) -> None:
     """Step time of a bare torch loop, of TorchEngine and of DeepSpeed under Ray Train, interleaved in one run."""
 
@@ -37,7 +39,7 @@ def train(
         return bench_train(
             stage=stage,
             preset=preset,
-            size=None if size is None else one_pair(size, "--size"),
+            size=None if size is None else parse_size(size, "--size"),
             workers=workers,
             tokens=tokens,
             rounds=rounds,
@@ -48,17 +50,17 @@ def train(
         )
 
     def render(result: Any) -> str:
-        from workflows.bench.train import render as table
+        from workflows.bench.train import format_table as table
 
         return table(result)
 
-    output.run(work, as_json=json, render=render)
+    output.run_command(work, as_json=json, render=render)
 
 
 @app.command("stream")
 def stream(
     *,
-    preset: Preset = "tiny",
+    preset: PresetName = "tiny",
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture; default 64x64 or 192x336.")] = None,
     steps: Annotated[int, typer.Option(help="Evaluations of the network per chunk.")] = 4,
     chunks: Annotated[int, typer.Option(help="Chunks of the long stream.")] = 500,
@@ -67,8 +69,8 @@ def stream(
     precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Default: bf16 on CUDA.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Blocks through torch.compile.")] = False,
     graphs: Annotated[bool, typer.Option("--graphs", help="Passes over a chunk as CUDA graphs.")] = False,
-    sets: Sets,
-    json: Json = False,
+    sets: ConfigOverrides,
+    json: JsonFlag = False,
 ) -> None:
     """Frames per second of streaming with random weights, and whether that stays so for ever."""
 
@@ -77,7 +79,7 @@ def stream(
 
         return bench_stream(
             preset=preset,
-            size=None if size is None else one_pair(size, "--size"),
+            size=None if size is None else parse_size(size, "--size"),
             steps=steps,
             chunks=chunks,
             rounds=rounds,
@@ -89,18 +91,18 @@ def stream(
         )
 
     def render(result: Any) -> str:
-        from workflows.bench.stream import render as table
+        from workflows.bench.stream import format_table as table
 
         return table(result)
 
-    output.run(work, as_json=json, render=render)
+    output.run_command(work, as_json=json, render=render)
 
 
 @app.command("preprocess")
 def preprocess(
     folder: Annotated[
         str | None,
-        typer.Argument(parser=environment.absolute, metavar="DIR", help="Media files; a minute or more each."),
+        typer.Argument(parser=environment.resolve_path, metavar="DIR", help="Media files; a minute or more each."),
     ] = None,
     *,
     rounds: Annotated[int, typer.Option(min=1, help="How often every way has its turn.")] = 3,
@@ -110,8 +112,8 @@ def preprocess(
     memory: Annotated[
         str | None, typer.Option(metavar="FEW,MANY", help="Instead: memory for so many made-up clips, e.g. 500,10000.")
     ] = None,
-    sets: Sets,
-    json: Json = False,
+    sets: ConfigOverrides,
+    json: JsonFlag = False,
 ) -> None:
     """Speed of preprocessing against ffmpeg alone and a plain Ray Data pipeline, interleaved in one run."""
 
@@ -119,21 +121,21 @@ def preprocess(
         from preprocessing.config import PreprocessConfig
         from workflows.bench import preprocess_memory as growth
         from workflows.bench.preprocess import bench_preprocess
-        from workflows.config.serialization import change, parse_sets
+        from workflows.config.serialization import apply_overrides, parse_overrides
 
         processes = workers or os.cpu_count() or 1
         if memory is not None:
-            few, many = sorted(numbers(memory, "--memory", least=1))
+            few, many = sorted(parse_ints(memory, "--memory", least=1))
             return growth.bench_memory(few=few, many=many, workers=processes)
         if not folder:
             raise ValueError("name a folder of media files, or --memory FEW,MANY")
-        config = change(PreprocessConfig(), {"sizes": pairs(size, "--size")} | parse_sets(sets))
+        config = apply_overrides(PreprocessConfig(), {"sizes": parse_sizes(size, "--size")} | parse_overrides(sets))
         return bench_preprocess(folder, config=config, workers=processes, rounds=rounds, with_plain=plain)
 
     def render(result: Any) -> str:
         from workflows.bench import preprocess_memory as growth
-        from workflows.bench.preprocess import render as table
+        from workflows.bench.preprocess import format_table as table
 
-        return growth.render(result) if memory is not None else table(result)
+        return growth.format_table(result) if memory is not None else table(result)
 
-    output.run(work, as_json=json, render=render)
+    output.run_command(work, as_json=json, render=render)

@@ -5,14 +5,24 @@ from typing import Annotated, Any, Literal
 import typer
 
 from workflows.cli import output
-from workflows.cli.options import Config, Dataset, DryRun, Json, Mp4, Out, Overwrite, Sets, pairs
+from workflows.cli.options import (
+    ConfigFile,
+    ConfigOverrides,
+    DatasetUri,
+    DryRunFlag,
+    JsonFlag,
+    Mp4Path,
+    OutputPath,
+    OverwriteFlag,
+    parse_sizes,
+)
 from workflows.utils import environment, progress
 
-SOURCES = "Media files, folders, globs, s3:// prefixes, or manifests (csv, jsonl, parquet)."
+SOURCES_HELP = "Media files, folders, globs, s3:// prefixes, or manifests (csv, jsonl, parquet)."
 
 
 def toyworld(
-    out: Out,
+    out: OutputPath,
     *,
     clips: Annotated[int, typer.Option(min=1, help="How many clips.")] = 256,
     seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 10.0,
@@ -21,14 +31,14 @@ def toyworld(
     sample_rate: Annotated[int, typer.Option(help="Audio samples per second.")] = 16000,
     seed: Annotated[int, typer.Option(help="Clip i depends on the seed and i alone.")] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Clips rendered side by side.")] = os.cpu_count() or 1,
-    json: Json = False,
+    json: JsonFlag = False,
 ) -> None:
     """Write mp4 clips of talking characters with known truth."""
 
     def work() -> Any:
         from preprocessing.toyworld.world import write_toyworld
 
-        with progress.progress("toyworld") as show:
+        with progress.progress_bar("toyworld") as show:
             written = write_toyworld(
                 Path(out),
                 clips=clips,
@@ -42,12 +52,12 @@ def toyworld(
             )
         return {"path": out, "clips": len(written), "hours": len(written) * seconds / 3600}
 
-    output.run(work, as_json=json)
+    output.run_command(work, as_json=json)
 
 
 def preprocess(
-    sources: Annotated[list[str], typer.Argument(parser=environment.absolute, metavar="SRC...", help=SOURCES)],
-    out: Dataset,
+    sources: Annotated[list[str], typer.Argument(parser=environment.resolve_path, metavar="SRC...", help=SOURCES_HELP)],
+    out: DatasetUri,
     *,
     modality: Annotated[Literal["paired", "video", "audio"] | None, typer.Option(help="What a clip must have.")] = None,
     sizes: Annotated[
@@ -65,67 +75,67 @@ def preprocess(
     transcribe: Annotated[
         str | None, typer.Option(metavar="whisper:DIR|off", help="What hears words that no file brings; default: off.")
     ] = None,
-    sets: Sets,
-    config: Config = None,
-    dry_run: DryRun = False,
-    json: Json = False,
+    sets: ConfigOverrides,
+    config: ConfigFile = None,
+    dry_run: DryRunFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Cut media files into clips and encode them: a Parquet dataset of latents. The same command again resumes."""
 
     def work() -> Any:
         from preprocessing.config import PreprocessConfig
-        from workflows.config.serialization import change, parse_sets, read_file
-        from workflows.data.build import preprocess as run_preprocess
-        from workflows.data.codec_options import with_codecs, with_sync, with_transcripts
+        from workflows.config.serialization import apply_overrides, load_config_file, parse_overrides
+        from workflows.data.build import build_dataset as run_preprocess
+        from workflows.data.codec_options import apply_codec_options, apply_sync_option, apply_transcript_option
 
-        plain = with_sync(with_codecs(PreprocessConfig(), codec_video, codec_audio, text), sync)
-        plain = with_transcripts(plain, transcribe)
-        written = change(plain, read_file(config) if config else {})
-        named = {"modality": modality, "sizes": sizes and pairs(sizes, "--sizes"), "audio_track": audio_track}
-        values = parse_sets(sets) | {name: value for name, value in named.items() if value is not None}
+        plain = apply_sync_option(apply_codec_options(PreprocessConfig(), codec_video, codec_audio, text), sync)
+        plain = apply_transcript_option(plain, transcribe)
+        written = apply_overrides(plain, load_config_file(config) if config else {})
+        named = {"modality": modality, "sizes": sizes and parse_sizes(sizes, "--sizes"), "audio_track": audio_track}
+        values = parse_overrides(sets) | {name: value for name, value in named.items() if value is not None}
         spent: dict[str, float] = {}
-        counts = run_preprocess(sources, out, change(written, values), dry_run=dry_run, spent=spent)
+        counts = run_preprocess(sources, out, apply_overrides(written, values), dry_run=dry_run, spent=spent)
         if spent:  # something was done
-            from workflows.data.inspect import record
+            from workflows.data.inspect import log_dataset_to_mlflow
 
-            counts["mlflow_run"] = record(out, spent, environment.absolute("runs"))
+            counts["mlflow_run"] = log_dataset_to_mlflow(out, spent, environment.resolve_path("runs"))
         return counts
 
-    output.run(work, as_json=json)
+    output.run_command(work, as_json=json)
 
 
 def inspect(
-    dataset: Dataset,
+    dataset: DatasetUri,
     *,
     verify: Annotated[bool, typer.Option("--verify", help="Check files, checksums and the accounting.")] = False,
     sheet: Annotated[
-        str | None, typer.Option(parser=environment.absolute, metavar="PNG", help="Write a contact sheet.")
+        str | None, typer.Option(parser=environment.resolve_path, metavar="PNG", help="Write a contact sheet.")
     ] = None,
     near_duplicates: Annotated[
         bool, typer.Option("--near-duplicates", help="Find clips that are alike; training leaves them out.")
     ] = False,
-    json: Json = False,
+    json: JsonFlag = False,
 ) -> None:
     """Counts, rejects by reason and statistics of a dataset."""
 
     def work() -> Any:
-        from workflows.data.inspect import inspect as run_inspect
+        from workflows.data.inspect import inspect_dataset as run_inspect
 
         return run_inspect(dataset, verify=verify, sheet=sheet, near_duplicates=near_duplicates)
 
     def render(summary: Any) -> str:
-        from workflows.data.inspect import render as table
+        from workflows.data.inspect import format_summary as table
 
         return table(summary)
 
-    output.run(work, as_json=json, render=render)
+    output.run_command(work, as_json=json, render=render)
 
 
 def manifest(
     layout: Annotated[str, typer.Argument(help="emilia, panda70m, speakervid or seamless.")],
-    folder: Annotated[str, typer.Argument(parser=environment.absolute, metavar="FOLDER")],
-    out: Annotated[str, typer.Argument(parser=environment.absolute, metavar="OUT.jsonl")],
-    json: Json = False,
+    folder: Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="FOLDER")],
+    out: Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="OUT.jsonl")],
+    json: JsonFlag = False,
 ) -> None:
     """Make the manifest of a known corpus, for `mfctl preprocess OUT.jsonl DATASET`."""
 
@@ -134,22 +144,22 @@ def manifest(
 
         return {"path": out, "rows": write_manifest(layout, folder, out)}
 
-    output.run(work, as_json=json)
+    output.run_command(work, as_json=json)
 
 
 def reconstruct(
-    dataset: Dataset,
+    dataset: DatasetUri,
     clip_id: Annotated[str, typer.Argument(metavar="CLIP_ID", help="A clip's id, as `mfctl inspect` lists it.")],
-    out: Mp4,
+    out: Mp4Path,
     *,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    overwrite: OverwriteFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Decode a row of a dataset back to a playable file."""
 
     def work() -> Any:
-        from workflows.data.reconstruct import reconstruct as run_reconstruct
+        from workflows.data.reconstruct import reconstruct_clip as run_reconstruct
 
         return run_reconstruct(dataset, clip_id, out, overwrite)
 
-    output.run(work, as_json=json)
+    output.run_command(work, as_json=json)

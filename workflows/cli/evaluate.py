@@ -4,16 +4,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mfcore.metrics.windows import PUBLISHED
+from mfcore.metrics.windows import DEFAULT_WINDOWS
 from workflows.cli import output
-from workflows.cli.options import Json, numbers
+from workflows.cli.options import JsonFlag, parse_ints
 from workflows.utils import environment, progress
 
 Checkpoints = Annotated[
-    list[str], typer.Argument(parser=environment.absolute, metavar="CHECKPOINT...", help="Runs or checkpoints.")
+    list[str], typer.Argument(parser=environment.resolve_path, metavar="CHECKPOINT...", help="Runs or checkpoints.")
 ]
 Data = Annotated[
-    str | None, typer.Option(parser=environment.absolute, metavar="DATASET", help="Whose held-out clips to use.")
+    str | None, typer.Option(parser=environment.resolve_path, metavar="DATASET", help="Whose held-out clips to use.")
 ]
 Steps = Annotated[str, typer.Option(metavar="1,2,4", help="Solver steps to sweep.")]
 Modes = Annotated[str, typer.Option("--modes", "--mode", metavar="few,multi", help="Modes to sweep.")]
@@ -38,7 +38,7 @@ Precision = Annotated[
     Literal["fp32", "bf16"], typer.Option(help="In which samples are made; rows of bf16 say so in their label.")
 ]
 Out = Annotated[
-    str | None, typer.Option(parser=environment.absolute, metavar="FOLDER", help="Results, plots, samples.")
+    str | None, typer.Option(parser=environment.resolve_path, metavar="FOLDER", help="Results, plots, samples.")
 ]
 
 
@@ -52,40 +52,40 @@ def evaluate(
     clips: Clips = 16,
     seconds: Seconds = None,
     seeds: Seeds = "1",
-    windows: Windows = PUBLISHED,
+    windows: Windows = DEFAULT_WINDOWS,
     workers: Workers = 1,
     weights: Weights,
     precision: Precision = "fp32",
     out: Out = None,
-    json: Json = False,
+    json: JsonFlag = False,
 ) -> None:
     """Sweep quality against network evaluations: one MLflow run per step count and mode under one parent."""
 
     def work() -> Any:
         how: dict[str, Any] = {
-            "steps": numbers(steps, "--steps", least=1),
+            "steps": parse_ints(steps, "--steps", least=1),
             "modes": modes.split(","),
-            "guidance": guidance_weights(guidance) if guidance else (),
-            "seeds": seed_list(seeds),
+            "guidance": parse_floats(guidance) if guidance else (),
+            "seeds": parse_seeds(seeds),
         }
-        from workflows.evaluation.evaluate import evaluate as run_evaluate
+        from workflows.evaluation.evaluate import evaluate_checkpoints as run_evaluate
 
-        with progress.progress("evaluate") as show:
+        with progress.progress_bar("evaluate") as show:
             return run_evaluate(
                 checkpoints, data=data, clips=clips, seconds=seconds, windows=windows, workers=workers,
                 weights=weights, precision=precision, out=out, progress=show, **how,
             )  # fmt: skip
 
-    output.run(work, as_json=json)
+    output.run_command(work, as_json=json)
 
 
-def seed_list(text: str) -> list[int]:
+def parse_seeds(text: str) -> list[int]:
     """One number: that many seeds from 0; several: those."""
-    given = numbers(text, "--seeds", least=0)
+    given = parse_ints(text, "--seeds", least=0)
     return given if len(given) > 1 else list(range(given[0])) or [0]
 
 
-def guidance_weights(text: str) -> list[float]:
+def parse_floats(text: str) -> list[float]:
     """Numbers separated by commas, or ValueError naming the option."""
     try:
         return [float(part) for part in text.split(",")]

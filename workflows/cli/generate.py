@@ -3,23 +3,23 @@ from typing import Annotated, Any, Literal
 import typer
 
 from workflows.cli import output
-from workflows.cli.options import Checkpoint, Json, Mp4, Overwrite
+from workflows.cli.options import CheckpointPath, JsonFlag, Mp4Path, OverwriteFlag
 from workflows.utils import environment
 
 
 def generate(
-    checkpoint: Checkpoint,
-    out: Mp4,
+    checkpoint: CheckpointPath,
+    out: Mp4Path,
     *,
     first_frame: Annotated[
-        str | None, typer.Option(parser=environment.absolute, metavar="IMAGE", help="The clip begins with it.")
+        str | None, typer.Option(parser=environment.resolve_path, metavar="IMAGE", help="The clip begins with it.")
     ] = None,
     transcript: Annotated[
         str | None, typer.Option(metavar="TEXT|JSON", help="Words, or a JSON file with times.")
     ] = None,
     caption: Annotated[str, typer.Option(help="What is to be seen and heard.")] = "",
     voice: Annotated[
-        str | None, typer.Option(parser=environment.absolute, metavar="CLIP", help="Speak as in this clip.")
+        str | None, typer.Option(parser=environment.resolve_path, metavar="CLIP", help="Speak as in this clip.")
     ] = None,
     seconds: Annotated[float, typer.Option(help="Length of the clip.")] = 10.0,
     steps: Annotated[int | None, typer.Option(help="Solver steps per chunk; default: as the mode needs.")] = None,
@@ -35,13 +35,13 @@ def generate(
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Blocks through torch.compile.")] = False,
     graphs: Annotated[bool, typer.Option("--graphs", help="On a GPU: a chunk's passes as CUDA graphs.")] = False,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    overwrite: OverwriteFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Stream a clip chunk by chunk from a checkpoint into an mp4 file."""
 
     def work() -> Any:
-        from workflows.inference.generate import generate as run_generate
+        from workflows.inference.generate import generate_clip as run_generate
 
         return run_generate(
             checkpoint,
@@ -63,4 +63,4 @@ def generate(
             overwrite=overwrite,
         )
 
-    output.run(work, as_json=json)
+    output.run_command(work, as_json=json)

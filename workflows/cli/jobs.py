@@ -6,11 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from workflows.cli import output
-from workflows.cli.options import Json
+from workflows.cli.options import JsonFlag
 
 app = typer.Typer()
 
-JobId = Annotated[str | None, typer.Argument(metavar="JOB", help="As `mfctl submit` and `mfctl status` print it.")]
+JobIdArgument = Annotated[
+    str | None, typer.Argument(metavar="JOB", help="As `mfctl submit` and `mfctl status` print it.")
+]
 
 
 @app.command()
@@ -26,28 +28,28 @@ def submit(
             metavar="FOLDER", help="Mounted on all machines of the cluster: runs and relative paths are there."
         ),
     ] = None,
-    json: Json = False,
+    json: JsonFlag = False,
 ) -> None:
     """Run an mfctl command as a Ray job, follow its logs and end with its exit code."""
 
     def work() -> Any:
-        from workflows.jobs.submit import submit as run_submit
+        from workflows.jobs.submit import submit_job as run_submit
 
         return run_submit(target, argv, detach=detach, python=python, shared=shared)
 
-    output.run(work, as_json=json, code=lambda done: done["exit_code"] or 0)
+    output.run_command(work, as_json=json, code=lambda done: done["exit_code"] or 0)
 
 
 @app.command()
-def status(job: JobId = None, *, json: Json = False) -> None:
+def status(job: JobIdArgument = None, *, json: JsonFlag = False) -> None:
     """One job, or all jobs and heads started from this folder."""
 
     def work() -> Any:
-        from workflows.jobs.submit import status as run_status
+        from workflows.jobs.submit import job_status as run_status
 
         return run_status(job)
 
-    output.run(work, as_json=json, render=_status_lines if job is None else None)
+    output.run_command(work, as_json=json, render=_status_lines if job is None else None)
 
 
 def _status_lines(known: dict[str, Any]) -> str:
@@ -67,29 +69,29 @@ def logs(
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on until the job ends, with its exit code.")
     ] = False,
-    json: Json = False,
+    json: JsonFlag = False,
 ) -> None:
     """Print what a job has written."""
 
     def work() -> Any:
-        from workflows.jobs.submit import logs as run_logs
+        from workflows.jobs.submit import job_logs as run_logs
 
         return run_logs(job, follow=follow)
 
     def code(done: dict[str, Any]) -> int:
         return (done["exit_code"] or 0) if follow else 0
 
-    output.run(work, as_json=json, render=lambda done: f"[{done['job']} {done['status']}]", code=code)
+    output.run_command(work, as_json=json, render=lambda done: f"[{done['job']} {done['status']}]", code=code)
 
 
 @app.command()
 def stop(
-    job: JobId = None,
+    job: JobIdArgument = None,
     *,
     head: Annotated[
         bool, typer.Option("--head", help="Stop the heads that submit started here, and their jobs.")
     ] = False,
-    json: Json = False,
+    json: JsonFlag = False,
 ) -> None:
     """Stop a job, or with --head the Ray head on this machine that `mfctl submit` started."""
 
@@ -98,6 +100,6 @@ def stop(
 
         if (job is None) != head:
             raise ValueError("name one thing to stop: `mfctl stop JOB` or `mfctl stop --head`")
-        return submit.stop_head() if job is None else submit.stop(job)
+        return submit.stop_local_heads() if job is None else submit.stop_job(job)
 
-    output.run(work, as_json=json)
+    output.run_command(work, as_json=json)

@@ -7,17 +7,21 @@ import typer
 from workflows.utils import environment
 
 # Paths are made absolute here, once: Ray's workers have other current directories. URIs stay as they are.
-Out = Annotated[str, typer.Argument(parser=environment.absolute, metavar="OUT", help="Where to write.")]
-Dataset = Annotated[str, typer.Argument(parser=environment.absolute, metavar="DATASET", help="Folder or s3:// prefix.")]
-Checkpoint = Annotated[
-    str, typer.Argument(parser=environment.absolute, metavar="CHECKPOINT", help="A run, or one of its checkpoints.")
+OutputPath = Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="OUT", help="Where to write.")]
+DatasetUri = Annotated[
+    str, typer.Argument(parser=environment.resolve_path, metavar="DATASET", help="Folder or s3:// prefix.")
 ]
-Mp4 = Annotated[str, typer.Argument(parser=environment.absolute, metavar="OUT.mp4", help="The file to write.")]
-Json = Annotated[bool, typer.Option("--json", help="Standard output is one line, a JSON object.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there; without it nothing is replaced.")]
-Preset = Annotated[str, typer.Option("--preset", metavar="NAME", help="tiny, small, base or full.")]
-Sets = Annotated[
+CheckpointPath = Annotated[
+    str, typer.Argument(parser=environment.resolve_path, metavar="CHECKPOINT", help="A run, or one of its checkpoints.")
+]
+Mp4Path = Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="OUT.mp4", help="The file to write.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Standard output is one line, a JSON object.")]
+DryRunFlag = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+OverwriteFlag = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is there; without it nothing is replaced.")
+]
+PresetName = Annotated[str, typer.Option("--preset", metavar="NAME", help="tiny, small, base or full.")]
+ConfigOverrides = Annotated[
     list[str],
     typer.Option(
         "--set",
@@ -27,12 +31,13 @@ Sets = Annotated[
         help="Change one value; may be repeated.",
     ),
 ]
-Config = Annotated[
-    str | None, typer.Option("--config", metavar="FILE", parser=environment.absolute, help="Values from a YAML file.")
+ConfigFile = Annotated[
+    str | None,
+    typer.Option("--config", metavar="FILE", parser=environment.resolve_path, help="Values from a YAML file."),
 ]
 
 
-def numbers(text: str, option: str, *, least: int) -> list[int]:
+def parse_ints(text: str, option: str, *, least: int) -> list[int]:
     """Whole numbers separated by commas, or ValueError naming the option and the part that is none."""
     for part in text.split(","):
         if not part.strip().isdecimal() or int(part) < least:
@@ -40,7 +45,7 @@ def numbers(text: str, option: str, *, least: int) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def pairs(text: str, option: str) -> list[list[int]]:
+def parse_sizes(text: str, option: str) -> list[list[int]]:
     """``192x336,336x192`` as [[192, 336], [336, 192]], or ValueError naming the option and the part that is none."""
     parts = [part.strip().lower().split("x") for part in text.split(",")]
     for part in parts:
@@ -49,9 +54,9 @@ def pairs(text: str, option: str) -> list[list[int]]:
     return [[int(edge) for edge in part] for part in parts]
 
 
-def one_pair(text: str, option: str) -> tuple[int, int]:
+def parse_size(text: str, option: str) -> tuple[int, int]:
     """``192x336`` as (192, 336), or ValueError naming the option."""
-    found = pairs(text, option)
+    found = parse_sizes(text, option)
     if len(found) != 1:
         raise ValueError(f"{option} takes one height x width such as 192x336, got {text!r}")
     return found[0][0], found[0][1]

@@ -17,7 +17,7 @@ import typer
 import yaml
 
 FAILED, WRONG_INPUT = 1, 2
-INPUT_ERRORS = (
+USER_ERRORS = (
     ValueError,
     FileNotFoundError,
     FileExistsError,
@@ -29,7 +29,7 @@ TRACEBACK = "MFCTL_TRACEBACK"
 """Set this variable to see where an input error was raised."""
 
 
-def run(
+def run_command(
     work: Callable[[], Any],
     *,
     as_json: bool,
@@ -45,24 +45,24 @@ def run(
     """
     try:
         if as_json:
-            with standard_output_to_error():
+            with redirect_stdout_to_stderr():
                 result = work()
         else:
             result = work()
     except KeyboardInterrupt:
-        fail("interrupted; the same command resumes", FAILED, as_json=as_json)
+        exit_with_error("interrupted; the same command resumes", FAILED, as_json=as_json)
     except Exception as error:
-        fail(*explain(error), as_json=as_json)
+        exit_with_error(*describe_error(error), as_json=as_json)
     else:
-        emit(result, as_json=as_json, render=render)
+        print_result(result, as_json=as_json, render=render)
         if code is not None and code(result):
             raise typer.Exit(code(result))
 
 
-def explain(error: Exception) -> tuple[str, int]:
+def describe_error(error: Exception) -> tuple[str, int]:
     """The message for the user and the exit code. A failure that is no input error shows its traceback, unless its
     message says what to do about it."""
-    wrong_input = isinstance(error, INPUT_ERRORS) and not _from_ray_worker(error)
+    wrong_input = isinstance(error, USER_ERRORS) and not _from_ray_worker(error)
     if not (wrong_input or _is_outage(error)) or os.environ.get(TRACEBACK):
         traceback.print_exception(error)
     return str(error) or type(error).__name__, WRONG_INPUT if wrong_input else FAILED
@@ -77,34 +77,34 @@ def _from_ray_worker(error: Exception) -> bool:
 def _is_outage(error: Exception) -> bool:
     """A full disk, an object store that is away."""
     outage = sys.modules.get("preprocessing.io.errors")  # not imported: then it cannot be one
-    return outage is not None and isinstance(error, outage.Outage)
+    return outage is not None and isinstance(error, outage.InfrastructureError)
 
 
-def fail(message: str, code: int, *, as_json: bool) -> NoReturn:
+def exit_with_error(message: str, code: int, *, as_json: bool) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": message, "exit_code": code}), flush=True)
     raise typer.Exit(code)
 
 
-def emit(result: Any, *, as_json: bool, render: Callable[[Any], str] | None = None) -> None:
+def print_result(result: Any, *, as_json: bool, render: Callable[[Any], str] | None = None) -> None:
     """One JSON line, or the same as readable text."""
     if as_json:
-        print(json.dumps(plain(result)), flush=True)
+        print(json.dumps(to_json_types(result)), flush=True)
     elif render is not None:
         print(render(result), flush=True)
     else:
-        print(yaml.safe_dump(plain(result), sort_keys=False, allow_unicode=True, width=120), end="", flush=True)
+        print(yaml.safe_dump(to_json_types(result), sort_keys=False, allow_unicode=True, width=120), end="", flush=True)
 
 
-def plain(value: Any) -> Any:
+def to_json_types(value: Any) -> Any:
     """The value in JSON's types: paths as text, dataclasses as objects, numbers that are not finite as null."""
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        return to_json_types(asdict(value))
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_json_types(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain(v) for v in value]
+        return [to_json_types(v) for v in value]
     if isinstance(value, bool | int | str) or value is None:
         return value
     if isinstance(value, float):
@@ -113,7 +113,7 @@ def plain(value: Any) -> Any:
 
 
 @contextmanager
-def standard_output_to_error() -> Generator[None]:
+def redirect_stdout_to_stderr() -> Generator[None]:
     """Point file descriptor 1 at standard error: also catches native code, child processes and Ray's worker logs."""
     sys.stdout.flush()
     saved = os.dup(1)

@@ -3,11 +3,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from workflows.jobs.command import Command
+from workflows.jobs.command import ParsedCommand
 from workflows.utils import environment
 
 
-def understand(argv: Sequence[str], base: str | None = None) -> Command:
+def parse_command(argv: Sequence[str], base: str | None = None) -> ParsedCommand:
     """Read a command as it will be read where it runs; ``base`` is the folder there that relative paths start from.
 
     ValueError in the words of its verb when it would be refused there.
@@ -33,27 +33,27 @@ def understand(argv: Sequence[str], base: str | None = None) -> Command:
             raise ValueError(f"mfctl {' '.join(names)}: {error.format_message()}") from error
         except Exit:  # --help
             values = {}
-        return Command(verb=names[0], values=values, places=dict(_places(command, values)))
+        return ParsedCommand(verb=names[0], values=values, paths=dict(_places(command, values)))
 
 
 @contextmanager
 def _based(base: str | None) -> Iterator[None]:
     """Relative paths of the command mean ``base``, as they will where it runs."""
-    before = os.environ.get(environment.BASE)
+    before = os.environ.get(environment.CWD_ENV)
     if base is not None:
-        os.environ[environment.BASE] = base
+        os.environ[environment.CWD_ENV] = base
     try:
         yield
     finally:
         if base is not None:
-            os.environ.pop(environment.BASE)
+            os.environ.pop(environment.CWD_ENV)
             if before is not None:
-                os.environ[environment.BASE] = before
+                os.environ[environment.CWD_ENV] = before
 
 
 def _places(command: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The values that the verb takes for paths, and the one setting that is a path."""
-    readers = (environment.absolute, environment.absolute_if_present)
+    readers = (environment.resolve_path, environment.resolve_existing_path)
     for parameter in command.params:
         if parameter.type_descriptor.parameter_info.parser not in readers:
             continue
@@ -64,4 +64,4 @@ def _places(command: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, str]
     for text in values.get("sets") or []:
         name, _, value = text.partition("=")
         if name == "checkpoint.to" and value not in ("", "null"):
-            yield text, environment.absolute(value)
+            yield text, environment.resolve_path(value)

@@ -5,15 +5,15 @@ from typing import Annotated, Any, Literal
 import typer
 
 from workflows.cli import output
-from workflows.cli.options import DryRun, Json, Sets
+from workflows.cli.options import ConfigOverrides, DryRunFlag, JsonFlag
 from workflows.utils import environment
 
-OUT = "runs/study"
+DEFAULT_STUDY_DIR = "runs/study"
 
 
 def study(
     *,
-    out: Annotated[str, typer.Option(parser=environment.absolute, help="Folder of the study.")] = OUT,
+    out: Annotated[str, typer.Option(parser=environment.resolve_path, help="Folder of the study.")] = DEFAULT_STUDY_DIR,
     preset: Annotated[
         Literal["toy-study", "quick"] | None,
         typer.Option(help="Sizes of network, budget and sweep.", show_default="toy-study"),
@@ -38,21 +38,21 @@ def study(
     networks: Annotated[
         str | None,
         typer.Option(
-            parser=environment.absolute, metavar="DIR", help="Another study, whose trained networks are taken over."
+            parser=environment.resolve_path, metavar="DIR", help="Another study, whose trained networks are taken over."
         ),
     ] = None,
     minutes: Annotated[
         float | None,
         typer.Option(help="Begin nothing after so long, and save; scores that are being made end. It then goes on."),
     ] = None,
-    sets: Sets,
-    dry_run: DryRun = False,
-    json: Json = False,
+    sets: ConfigOverrides,
+    dry_run: DryRunFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Train the method and its baselines from one joint network each, and compare them in one table."""
 
     def work() -> Any:
-        from workflows.study.study import study as run
+        from workflows.study.study import run_study as run
 
         return run(
             out=out,
@@ -66,7 +66,9 @@ def study(
             networks=networks,
         )
 
-    output.run(work, as_json=json, render=_page, code=lambda result: output.FAILED if result.get("failed") else 0)
+    output.run_command(
+        work, as_json=json, render=_page, code=lambda result: output.FAILED if result.get("failed") else 0
+    )
 
 
 def _which(quick: bool, preset: str | None, seeds: str | None, methods: str | None) -> dict[str, Any]:

@@ -6,23 +6,27 @@ from typing import Annotated, Any
 import typer
 
 from workflows.cli import output
-from workflows.cli.options import Json
+from workflows.cli.options import JsonFlag
 from workflows.utils import environment
 
-DEMO = "runs/demo"
+DEFAULT_DEMO_DIR = "runs/demo"
 
 
-def doctor(*, json: Json = False) -> None:
+def doctor(*, json: JsonFlag = False) -> None:
     """Say what works on this machine, and what to type for what does not."""
     from workflows import doctor as checks
 
-    output.run(checks.doctor, as_json=json, render=checks.render, code=lambda report: 0 if report["ok"] else 1)
+    output.run_command(
+        checks.run_checks, as_json=json, render=checks.format_report, code=lambda report: 0 if report["ok"] else 1
+    )
 
 
 def demo(
     *,
-    out: Annotated[str, typer.Option(parser=environment.absolute, help="Folder of everything the story makes.")] = DEMO,
-    json: Json = False,
+    out: Annotated[
+        str, typer.Option(parser=environment.resolve_path, help="Folder of everything the story makes.")
+    ] = DEFAULT_DEMO_DIR,
+    json: JsonFlag = False,
 ) -> None:
     """The whole story on the toy world: clips, dataset, four trained stages, samples, sweep. Under ten minutes."""
 
@@ -31,7 +35,7 @@ def demo(
 
         return run_demo(out)
 
-    output.run(work, as_json=json, render=lambda _: f"summary: {out}/summary.json")
+    output.run_command(work, as_json=json, render=lambda _: f"summary: {out}/summary.json")
 
 
 def mlflow(

@@ -3,7 +3,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from workflows.cli import output
-from workflows.cli.options import Config, DryRun, Json, Preset, Sets
+from workflows.cli.options import ConfigFile, ConfigOverrides, DryRunFlag, JsonFlag, PresetName
 from workflows.utils import environment
 
 
@@ -12,13 +12,15 @@ def train(
     stage: Annotated[Literal["video", "audio", "joint", "mutual"], typer.Option(help="What to train.")],
     data: Annotated[
         str | None,
-        typer.Option(parser=environment.absolute, metavar="DATASET", help="Default: the newest dataset under runs/."),
+        typer.Option(
+            parser=environment.resolve_path, metavar="DATASET", help="Default: the newest dataset under runs/."
+        ),
     ] = None,
     init_from: Annotated[
         list[str],
         typer.Option(
             "--from",
-            parser=environment.absolute_if_present,
+            parser=environment.resolve_existing_path,
             metavar="RUN",
             default_factory=list,
             show_default=False,
@@ -28,23 +30,23 @@ def train(
     init_video_from: Annotated[
         str | None,
         typer.Option(
-            parser=environment.absolute, metavar="DIR", help="Start from Wan's video weights in this folder (base)."
+            parser=environment.resolve_path, metavar="DIR", help="Start from Wan's video weights in this folder (base)."
         ),
     ] = None,
     run: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run; the same name resumes.")] = None,
-    preset: Preset = "tiny",
-    sets: Sets,
-    config: Config = None,
-    dry_run: DryRun = False,
-    json: Json = False,
+    preset: PresetName = "tiny",
+    sets: ConfigOverrides,
+    config: ConfigFile = None,
+    dry_run: DryRunFlag = False,
+    json: JsonFlag = False,
 ) -> None:
     """Train one stage on Ray Train and DeepSpeed. The same command again resumes."""
 
     def work() -> Any:
         from json import dumps as quoted
 
-        from workflows.training.samples import training_samples
-        from workflows.training.train import train as run_train
+        from workflows.training.samples import final_samples
+        from workflows.training.train import train_stage as run_train
 
         return run_train(
             stage,
@@ -55,7 +57,7 @@ def train(
             config_file=config,
             run=run,
             dry_run=dry_run,
-            sample=training_samples,
+            sample=final_samples,
         )
 
-    output.run(work, as_json=json)
+    output.run_command(work, as_json=json)

@@ -22,14 +22,14 @@ class LatentShapes:
 
     channels: Mapping[str, int]
     size: Mapping[str, tuple[int, int]]  # height and width; (1, 1) for audio
-    still: Mapping[str, int]  # leading channels that the first frame shares with later latents
+    static_channels: Mapping[str, int]  # leading channels that the first frame shares with later latents
     text_dim: int
     chunk_seconds: float
     chunks: int  # whole chunks of a usual clip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry:
+class LatentGeometry:
     """What codecs of picture, sound and text make of a clip."""
 
     name: str
@@ -56,19 +56,19 @@ class Geometry:
         return LatentShapes(
             channels=self.channels,
             size={VIDEO: (height // self.pixels, width // self.pixels), AUDIO: (1, 1)},
-            still=self.still,
+            static_channels=self.still,
             text_dim=self.text_dim,
             chunk_seconds=float(CHUNK_SECONDS),
             chunks=CHUNKS,
         )
 
 
-def _embedded() -> Geometry:
+def _embedded() -> LatentGeometry:
     video, audio = DctCodec(), MelCodec()
-    return Geometry(
+    return LatentGeometry(
         name="the embedded codecs",
         channels={VIDEO: video.channels, AUDIO: audio.channels},
-        still={VIDEO: video.still, AUDIO: audio.still},
+        still={VIDEO: video.static_channels, AUDIO: audio.static_channels},
         clocks={VIDEO: video.clock, AUDIO: audio.clock},
         pixels=video.config.block,
         multiple=video.config.block,
@@ -76,9 +76,9 @@ def _embedded() -> Geometry:
     )
 
 
-def _published(wan: str, channels: int, pixels: int) -> Geometry:
+def _published(wan: str, channels: int, pixels: int) -> LatentGeometry:
     """Wan's picture, Stable Audio 2's sound, UMT5-XXL's text; patches are two latents wide."""
-    return Geometry(
+    return LatentGeometry(
         name=f"Wan {wan}, Stable Audio 2 and UMT5-XXL",
         channels={VIDEO: channels, AUDIO: 64},
         still={VIDEO: channels, AUDIO: 0},
@@ -94,12 +94,12 @@ WAN_2_1 = _published("2.1", 16, 8)
 WAN_2_2 = _published("2.2", 48, 16)
 
 
-def geometry(preset: str) -> Geometry:
+def geometry_for_preset(preset: str) -> LatentGeometry:
     """Of the codecs that a preset is meant for."""
     return {"tiny": EMBEDDED, "base": WAN_2_1}.get(preset, WAN_2_2)
 
 
-def known_by(model: ModelConfig) -> Geometry:
+def geometry_of_model(model: ModelConfig) -> LatentGeometry:
     """Of the codecs that a network is made for, by the shapes that it takes. ValueError for none."""
     for known in (EMBEDDED, WAN_2_2, WAN_2_1):
         if known.text_dim == model.text_dim and all(known.channels[m] == b.channels for m, b in model.branches.items()):
@@ -107,6 +107,6 @@ def known_by(model: ModelConfig) -> Geometry:
     raise ValueError("no codec known here has these channels and this width of text: leave them as the preset has them")
 
 
-def usual_size(preset: str) -> tuple[int, int]:
+def default_size(preset: str) -> tuple[int, int]:
     """Height and width in pixels: the toy world's, or the least of the paper's."""
     return (64, 64) if preset == "tiny" else (192, 336)

@@ -8,7 +8,7 @@ from typing import Literal
 from mfcore.ema import EmaConfig
 from mfcore.flow import TimeConfig
 from mfcore.model.config import BranchConfig, ModelConfig
-from mfcore.model.lora import FakeConfig
+from mfcore.model.lora import FakeScoreConfig
 from mfcore.objectives.flow_matching import FlowMatchingConfig
 from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.optim import OptimConfig
@@ -25,7 +25,7 @@ MODALITIES: dict[Stage, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class ModelSize:
     """What distinguishes one preset's network from another's."""
 
     dim: int
@@ -43,7 +43,7 @@ class Size:
     attention: Literal["sdpa", "flex"] = "flex"
 
 
-def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
+def _model(stage: Stage, shapes: LatentShapes, size: ModelSize) -> ModelConfig:
     patches = {m: (gcd(size.patch[0], h), gcd(size.patch[1], w)) for m, (h, w) in shapes.size.items()}
     return ModelConfig(
         branches={
@@ -52,7 +52,7 @@ def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
                 size=shapes.size[m],
                 patch=patches[m],
                 data_std=size.data_std[m],
-                anchor=shapes.still[m] if size.data_std[m] is not None else 0,
+                anchor=shapes.static_channels[m] if size.data_std[m] is not None else 0,
             )
             for m in MODALITIES[stage]
         },
@@ -72,14 +72,14 @@ def _model(stage: Stage, shapes: LatentShapes, size: Size) -> ModelConfig:
     )
 
 
-def _lengths(shapes: LatentShapes, size: Size) -> tuple[int, int]:
+def _lengths(shapes: LatentShapes, size: ModelSize) -> tuple[int, int]:
     """Chunks of a training clip; the longest exceeds the window, else the truncated state is never trained."""
     return min(3, shapes.chunks), max(1, min(size.longest, shapes.chunks))
 
 
 def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
     """A CPU, the toy world, minutes. Sizes: docs/dev/lab-notes/2026-11-20-tiny-network-size.md."""
-    size = Size(
+    size = ModelSize(
         dim=128,
         layers=3,
         heads=4,
@@ -138,7 +138,7 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
 
 
 def _recipe(
-    stage: Stage, shapes: LatentShapes, size: Size, *, batch: int, steps: dict[Stage, int], lr: float
+    stage: Stage, shapes: LatentShapes, size: ModelSize, *, batch: int, steps: dict[Stage, int], lr: float
 ) -> RunConfig:
     """The paper's recipe (METHOD 5) at any size: AdamW 0.9/0.95, decay 0.02, clip 0.5, EMA 0.999 then 0.99."""
     time = TimeConfig(shift={m: size.shift[m] for m in MODALITIES[stage]})
@@ -151,7 +151,7 @@ def _recipe(
         model=_model(stage, shapes, size),
         objective=mutual if stage == "mutual" else FlowMatchingConfig(time=time),
         optim=OptimConfig(lr=lr, warm_up=1000),
-        fake=FakeConfig(rank=size.dim // 32, gain=16.0),
+        fake=FakeScoreConfig(rank=size.dim // 32, gain=16.0),
         fake_optim=OptimConfig(lr=4 * lr, warm_up=200) if stage == "mutual" else None,
         ema=EmaConfig(decay=0.99 if stage == "mutual" else 0.999),
         data=DataConfig(batch=batch, micro=4, chunks=_lengths(shapes, size)),
@@ -164,7 +164,9 @@ def _recipe(
 
 def small(stage: Stage, shapes: LatentShapes) -> RunConfig:
     """About 100M parameters with both branches, one GPU."""
-    size = Size(dim=512, layers=8, heads=8, patch=(2, 2), window_chunks=8, longest=16, shift={VIDEO: 3.0, AUDIO: 1.0})
+    size = ModelSize(
+        dim=512, layers=8, heads=8, patch=(2, 2), window_chunks=8, longest=16, shift={VIDEO: 3.0, AUDIO: 1.0}
+    )
     steps: dict[Stage, int] = {"video": 50_000, "audio": 50_000, "joint": 30_000, "mutual": 10_000}
     config = _recipe(stage, shapes, size, batch=64, steps=steps, lr=2e-4)
     return replace(config, engine=replace(config.engine, workers=1, zero_stage=1))
@@ -173,7 +175,7 @@ def small(stage: Stage, shapes: LatentShapes) -> RunConfig:
 def base(stage: Stage, shapes: LatentShapes) -> RunConfig:
     """About 1.3B parameters in each branch, one node. Branches are built as Wan 2.1 1.3B, whose weights the video
     branch can start from (``--init-video-from``), and read a transcript besides."""
-    size = Size(
+    size = ModelSize(
         dim=1536,
         layers=30,
         heads=12,
@@ -194,7 +196,7 @@ def base(stage: Stage, shapes: LatentShapes) -> RunConfig:
 
 def full(stage: Stage, shapes: LatentShapes) -> RunConfig:
     """About 7B parameters in each branch, as the paper."""
-    size = Size(
+    size = ModelSize(
         dim=4096, layers=20, heads=32, patch=(2, 2), window_chunks=10, longest=20, shift={VIDEO: 5.0, AUDIO: 1.0}
     )
     steps: dict[Stage, int] = {"video": 400_000, "audio": 400_000, "joint": 100_000, "mutual": 20_000}
@@ -211,7 +213,7 @@ PRESETS: dict[str, Callable[[Stage, LatentShapes], RunConfig]] = {
 }
 
 
-def preset(name: str, stage: Stage, shapes: LatentShapes) -> RunConfig:
+def build_preset(name: str, stage: Stage, shapes: LatentShapes) -> RunConfig:
     """ValueError lists the presets that exist."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")

@@ -8,7 +8,7 @@ import torch
 
 from mfcore.ema import EmaConfig
 from mfcore.model.config import ModelConfig
-from mfcore.model.lora import FakeConfig
+from mfcore.model.lora import FakeScoreConfig
 from mfcore.objectives.flow_matching import FlowMatchingConfig
 from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.optim import OptimConfig
@@ -82,14 +82,18 @@ class EngineConfig:
     max_failures: int = 2  # restarts from the latest checkpoint before the run is given up
 
     def __post_init__(self) -> None:
-        if not 1 <= self.fewest <= self.most:
+        if not 1 <= self.min_workers <= self.max_workers:
             raise ValueError(f"engine.workers is a number or [fewest, most], at least 1: got {self.workers}")
         if self.offload_optimizer and (self.kind == "torch" or self.zero_stage == 0):
             raise ValueError(
                 "engine.offload_optimizer moves what ZeRO shards: with it, set engine.kind=deepspeed and "
                 f"engine.zero_stage to 1, 2 or 3; got {self.kind}, {self.zero_stage}"
             )
-        if self.sequence < 1 or self.fewest % self.sequence or (self.sequence > 1 and self.fewest != self.most):
+        if (
+            self.sequence < 1
+            or self.min_workers % self.sequence
+            or (self.sequence > 1 and self.min_workers != self.max_workers)
+        ):
             raise ValueError(
                 f"engine.sequence {self.sequence} must divide engine.workers, a number: got {self.workers}"
             )
@@ -105,11 +109,11 @@ class EngineConfig:
         return torch.bfloat16 if self.precision == "bf16" else None
 
     @property
-    def fewest(self) -> int:
+    def min_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
-    def most(self) -> int:
+    def max_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
@@ -124,7 +128,7 @@ class RunConfig:
     init_video: str | None = None  # folder of Wan's video weights to start from, as diffusers saves them; stage video
     objective: FlowMatchingConfig | MutualConfig
     optim: OptimConfig
-    fake: FakeConfig = field(default_factory=FakeConfig)  # what the fake score is; mutual only
+    fake: FakeScoreConfig = field(default_factory=FakeScoreConfig)  # what the fake score is; mutual only
     fake_optim: OptimConfig | None = None  # of the fake-score network; mutual only
     ema: EmaConfig = field(default_factory=EmaConfig)
     data: DataConfig
@@ -157,29 +161,29 @@ class RunConfig:
                 "objective.share_history gives the fake score the teacher's keys and values, which a full copy drifts "
                 "away from: set fake.rank, or objective.share_history=false"
             )
-        if self.data.batch < self.shares * self.unit:
+        if self.data.batch < self.data_parallel_size * self.rows_per_cycle:
             raise ValueError(
-                f"data.batch {self.data.batch} is too small for engine.workers {self.engine.most}: each of them needs "
-                f"at least {self.unit} of its clips"
+                f"data.batch {self.data.batch} is too small for engine.workers {self.engine.max_workers}: "
+                f"each of them needs at least {self.rows_per_cycle} of its clips"
             )
         if self.model.heads % self.engine.sequence or self.model.key_heads % self.engine.sequence:
             raise ValueError(
                 f"engine.sequence {self.engine.sequence} shares out heads: it must divide model.heads "
                 f"{self.model.heads} and model.kv_heads {self.model.key_heads}"
             )
-        if self.data.batch % self.unit or (self.data.micro or self.unit) % self.unit:
+        if self.data.batch % self.rows_per_cycle or (self.data.micro or self.rows_per_cycle) % self.rows_per_cycle:
             raise ValueError(
                 f"data.batch {self.data.batch} and data.micro {self.data.micro} must hold whole cycles of the "
-                f"{self.unit} row kinds of the mutual stage: make them multiples of {self.unit}"
+                f"{self.rows_per_cycle} row kinds of the mutual stage: make them multiples of {self.rows_per_cycle}"
             )
 
     @property
-    def shares(self) -> int:
+    def data_parallel_size(self) -> int:
         """Parts of the batch that are computed side by side, at most."""
-        return self.engine.most // self.engine.sequence
+        return self.engine.max_workers // self.engine.sequence
 
     @property
-    def unit(self) -> int:
+    def rows_per_cycle(self) -> int:
         """Clips that stay together on one rank and in one backward pass.
 
         Mutual: row kinds go by sample number, and their losses are means over the rows of a kind. With whole cycles of

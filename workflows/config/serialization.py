@@ -14,17 +14,17 @@ T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid")
 
 
-def dump(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain JSON values, every field present."""
     return cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
 
 
-def canonical(config: Any) -> str:
+def canonical_json(config: Any) -> str:
     """Equal configurations give equal text."""
-    return json.dumps(dump(config), sort_keys=True, separators=(",", ":"))
+    return json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
 
 
-def load(kind: type[T], values: Mapping[str, Any]) -> T:
+def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     """A ``kind`` from JSON values. ValueError names the field, its value and what was expected."""
     try:
         return TypeAdapter(_strict(kind)).validate_python(values)
@@ -32,13 +32,13 @@ def load(kind: type[T], values: Mapping[str, Any]) -> T:
         raise ValueError(_explain(error)) from None
 
 
-def change(config: T, values: Mapping[str, Any]) -> T:
+def apply_overrides(config: T, values: Mapping[str, Any]) -> T:
     """``config`` with nested ``values`` laid over it."""
     _check_names(config, values, "")
-    return load(type(config), _merge(dump(config), values))
+    return from_dict(type(config), _merge(to_dict(config), values))
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
+def load_config_file(path: str | Path) -> dict[str, Any]:
     """A YAML or JSON file of nested settings. ValueError when there is no mapping in it."""
     try:
         values = yaml.safe_load(Path(path).read_text())
@@ -51,7 +51,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     return cast(dict[str, Any], values)
 
 
-def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(sets: Sequence[str]) -> dict[str, Any]:
     """``["optim.lr=1e-3", "data.chunks=[3,6]"]`` as nested values; the right side is YAML.
 
     A run's own settings stand at the top: ``train.steps`` and ``steps`` are the same.
@@ -79,13 +79,13 @@ def _value(text: str, value: str) -> Any:
         raise ValueError(f"--set {text!r}: its value is no YAML; quote it, or close its brackets") from None
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+def diff(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
     """``a.b: 1 -> 2`` for every value in which two dumps differ."""
     lines: list[str] = []
     for key in sorted(one.keys() | other.keys()):
         a, b = one.get(key), other.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(cast(Mapping[str, Any], a), cast(Mapping[str, Any], b), f"{prefix}{key}.")
+            lines += diff(cast(Mapping[str, Any], a), cast(Mapping[str, Any], b), f"{prefix}{key}.")
         elif a != b:
             lines.append(f"{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}")
     return lines

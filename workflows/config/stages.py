@@ -8,7 +8,7 @@ from workflows.config.run import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagePlan:
+class StageSpec:
     """One row of METHOD 5."""
 
     modalities: tuple[str, ...]
@@ -18,21 +18,21 @@ class StagePlan:
     headline: str  # the term whose held-out value tells whether the stage learns
 
 
-STAGES: dict[Stage, StagePlan] = {
-    "video": StagePlan(
+STAGES: dict[Stage, StageSpec] = {
+    "video": StageSpec(
         modalities=(VIDEO,), parents=(), parents_needed=False, trained=("student",), headline="flow_matching"
     ),
-    "audio": StagePlan(
+    "audio": StageSpec(
         modalities=(AUDIO,), parents=(), parents_needed=False, trained=("student",), headline="flow_matching"
     ),
-    "joint": StagePlan(
+    "joint": StageSpec(
         modalities=(VIDEO, AUDIO),
         parents=("video", "audio"),
         parents_needed=True,
         trained=("student",),
         headline="flow_matching",
     ),
-    "mutual": StagePlan(
+    "mutual": StageSpec(
         modalities=(VIDEO, AUDIO),
         parents=("joint",),
         parents_needed=True,
@@ -42,6 +42,6 @@ STAGES: dict[Stage, StagePlan] = {
 }
 
 
-def headline(plan: StagePlan, terms: Mapping[str, float]) -> float:
+def headline_loss(plan: StageSpec, terms: Mapping[str, float]) -> float:
     """The headline term, summed over the modalities."""
     return sum(value for key, value in terms.items() if key.split("/")[0] == plan.headline)

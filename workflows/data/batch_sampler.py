@@ -27,16 +27,18 @@ import torch
 
 from mfcore.rng import generator
 
-Numbers = npt.NDArray[np.int64]
-Places = npt.NDArray[np.float64]
-SHORTENED = 0.5  # a clip of a rare length gives up at most this share of its chunks to make a bucket of a whole batch
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+MAX_SHORTENED_SHARE = (
+    0.5  # a clip of a rare length gives up at most this share of its chunks to make a bucket of a whole batch
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
     """Clips that may share a batch."""
 
-    clips: Numbers  # clip numbers, ascending
+    clips: IntArray  # clip numbers, ascending
     chunks: int  # whole chunks that each of them holds
 
 
@@ -53,7 +55,7 @@ def make_buckets(lengths: Sequence[int], shapes: Sequence[Hashable], least: int,
     for (shape, length), clips in sorted(found.items(), reverse=True):
         if merged and merged[-1][0] == shape:
             _, longest, _, waiting = merged[-1]
-            if len(waiting) < batch and length >= (1 - SHORTENED) * longest:
+            if len(waiting) < batch and length >= (1 - MAX_SHORTENED_SHARE) * longest:
                 merged[-1] = (shape, longest, length, waiting + clips)
                 continue
         merged.append((shape, length, length, clips))
@@ -61,20 +63,20 @@ def make_buckets(lengths: Sequence[int], shapes: Sequence[Hashable], least: int,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
+class ShuffleWindow:
     """Consecutive steps whose clips are mixed with each other."""
 
     first: int  # step of the first batch
-    tickets: Numbers  # (M, B)
-    chunks: Numbers  # (M,) whole chunks in every clip of a batch
-    later: Numbers  # tickets of clips whose row group was read by now and whose batch is not complete yet
+    tickets: IntArray  # (M, B)
+    chunks: IntArray  # (M,) whole chunks in every clip of a batch
+    carried_over: IntArray  # tickets of clips whose row group was read by now and whose batch is not complete yet
 
     @property
     def steps(self) -> range:
         return range(self.first, self.first + len(self.tickets))
 
 
-class Order:
+class BucketBatchSampler:
     """The batches of a run. ``groups[i]``: the row group of clip i; ``shuffle``: batches in a window."""
 
     def __init__(
@@ -90,16 +92,16 @@ class Order:
         self._given = lru_cache(maxsize=4)(self._make_given)
         self._window = lru_cache(maxsize=4)(self._make_window)
 
-    def clip(self, ticket: Numbers) -> Numbers:
+    def clip_index(self, ticket: IntArray) -> IntArray:
         """Clip numbers of tickets."""
         return ticket % len(self._groups)
 
-    def reading(self, ticket: Numbers) -> Numbers:
+    def row_group_index(self, ticket: IntArray) -> IntArray:
         """A number for the row group of each ticket in its epoch: tickets with the same one are read together."""
         epoch, clip = np.divmod(ticket, len(self._groups))
         return epoch * len(self._group_sizes) + self._groups[clip]
 
-    def window(self, step: int) -> Window:
+    def window(self, step: int) -> ShuffleWindow:
         """The window of a step."""
         epoch = step * self._batch // int(self._sizes.sum())  # or a little later: queues hold back clips
         while self._before(epoch + 1) <= step:
@@ -112,12 +114,12 @@ class Order:
         window = self.window(step)
         return int(window.chunks[step - window.first])
 
-    def clip_of(self, step: int, row: int) -> int:
+    def clip_at(self, step: int, row: int) -> int:
         """The clip in a row of a step's batch."""
         window = self.window(step)
-        return int(self.clip(window.tickets[step - window.first, row]))
+        return int(self.clip_index(window.tickets[step - window.first, row]))
 
-    def _make_window(self, epoch: int, number: int) -> Window:
+    def _make_window(self, epoch: int, number: int) -> ShuffleWindow:
         first = int(self._firsts(epoch)[number])
         parts = [self._block(b, epoch, number, first) for b in range(len(self.buckets))]
         bucket = np.repeat(np.arange(len(parts)), [len(batches) for batches, _ in parts])
@@ -125,14 +127,14 @@ class Order:
         tickets = np.empty((len(bucket), self._batch), np.int64)
         for b, (batches, _) in enumerate(parts):
             tickets[bucket == b] = batches  # in their order: a batch that completes an epoch comes before the next one
-        return Window(
+        return ShuffleWindow(
             first=first,
             tickets=tickets,
             chunks=np.array([b.chunks for b in self.buckets])[bucket],
-            later=np.concatenate([later for _, later in parts]),
+            carried_over=np.concatenate([later for _, later in parts]),
         )
 
-    def _firsts(self, epoch: int) -> Numbers:
+    def _firsts(self, epoch: int) -> IntArray:
         """First step of each window of an epoch, and of the next epoch."""
         return (self._given(epoch) // self._batch).sum(0)
 
@@ -140,7 +142,7 @@ class Order:
         """Steps before an epoch."""
         return int((epoch * self._sizes // self._batch).sum())
 
-    def _block(self, bucket: int, epoch: int, window: int, first: int) -> tuple[Numbers, Numbers]:
+    def _block(self, bucket: int, epoch: int, window: int, first: int) -> tuple[IntArray, IntArray]:
         """Tickets of a bucket: (q, B) of the batches that a window gives out, and those that wait for a later one."""
         begin, end = (int(n) for n in self._given(epoch)[bucket, window : window + 2])
         begin, whole = begin // self._batch * self._batch, end // self._batch * self._batch
@@ -148,7 +150,7 @@ class Order:
         batches = self._deal(tickets[: whole - begin], epoch, self._draw(f"rows/{bucket}", first))
         return batches, tickets[whole - begin :]
 
-    def _deal(self, tickets: Numbers, epoch: int, draw: torch.Generator) -> Numbers:
+    def _deal(self, tickets: IntArray, epoch: int, draw: torch.Generator) -> IntArray:
         """(q, B) of q * B tickets: those of earlier epochs begin the first batch, the rest go as the top says."""
         old, new = tickets[tickets < epoch * len(self._groups)], tickets[tickets >= epoch * len(self._groups)]
         new = new[np.argsort(self._depth(new, epoch), kind="stable")]
@@ -159,7 +161,7 @@ class Order:
         spanning = np.concatenate([old, new[evenly]]).reshape(-1, self._batch)
         return np.concatenate([spanning, np.take_along_axis(runs, mixed, 1).T])
 
-    def _tickets(self, bucket: int, begin: int, end: int) -> Numbers:
+    def _tickets(self, bucket: int, begin: int, end: int) -> IntArray:
         """Positions ``begin .. end - 1`` of a bucket's queue, which runs through all epochs."""
         size, out = int(self._sizes[bucket]), [np.empty(0, np.int64)]
         for epoch in range(begin // size, (end - 1) // size + 1):
@@ -167,17 +169,17 @@ class Order:
             out.append(part + epoch * len(self._groups))
         return np.concatenate(out)
 
-    def _depth(self, tickets: Numbers, epoch: int) -> Places:
+    def _depth(self, tickets: IntArray, epoch: int) -> FloatArray:
         """How far into its window each ticket's row group is read, 0 to 1."""
-        return self._walk(epoch)[self._groups[self.clip(tickets)]] % 1
+        return self._walk(epoch)[self._groups[self.clip_index(tickets)]] % 1
 
-    def _make_queue(self, bucket: int, epoch: int) -> Numbers:
+    def _make_queue(self, bucket: int, epoch: int) -> IntArray:
         """The clips of a bucket in the order of an epoch."""
         clips = self.buckets[bucket].clips
         within = torch.rand(len(clips), generator=self._draw(f"clips/{bucket}", epoch)).numpy()
         return clips[np.lexsort((within, self._walk(epoch)[self._groups[clips]]))]
 
-    def _make_walk(self, epoch: int) -> Places:
+    def _make_walk(self, epoch: int) -> FloatArray:
         """When every row group is read in an epoch, in windows since its start."""
         order = torch.randperm(len(self._group_sizes), generator=self._draw("groups", epoch)).numpy()
         sizes = self._group_sizes[order]
@@ -185,7 +187,7 @@ class Order:
         when[order] = (sizes.cumsum() - sizes) * self._windows / sizes.sum()
         return when
 
-    def _make_given(self, epoch: int) -> Numbers:
+    def _make_given(self, epoch: int) -> IntArray:
         """(buckets, windows + 1): clips that entered each bucket's queue before each window, and by the epoch's end."""
         when = self._walk(epoch)
         rows = [

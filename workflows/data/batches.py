@@ -17,13 +17,19 @@ from mfcore.rng import generator
 from mfcore.types import AVBatch
 from preprocessing.dataset.reader import ClipDataset
 from workflows.config.run import DataConfig
-from workflows.data.batch_sampler import Order, make_buckets
-from workflows.data.clip_loader import Load, Supply
-from workflows.data.collate import FILLER, HELD_OUT_FIRST, Assembly, Clip, drop_conditions
+from workflows.data.batch_sampler import BucketBatchSampler, make_buckets
+from workflows.data.clip_loader import LoadFn, RowGroupLoader
+from workflows.data.collate import (
+    PADDING_SAMPLE,
+    VALIDATION_SAMPLE_OFFSET,
+    BatchCollator,
+    LatentClip,
+    apply_condition_dropout,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clips:
+class ClipSplit:
     """The clips of one split: ``lengths[i]`` whole chunks in clip i, ``read(i)`` its tensors.
 
     ``groups[i]`` and ``shapes[i]``: its row group, and the size of its latents (by default one clip is read at a time,
@@ -31,22 +37,22 @@ class Clips:
     """
 
     lengths: Sequence[int]
-    read: Callable[[int], Clip]
+    read: Callable[[int], LatentClip]
     groups: Sequence[int] | None = None
     shapes: Sequence[Hashable] | None = None
-    load: Load[Clip] | None = None
+    load: LoadFn[LatentClip] | None = None
     ids: Sequence[str] | None = None  # for messages
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class RankShard:
     """Which part of every global batch a process takes."""
 
     rank: int
     world: int
     unit: int = 1  # rows that stay together on one process and in one micro-batch
 
-    def of(self, batch: int) -> slice:
+    def rows(self, batch: int) -> slice:
         """Its rows: as many as any other process has, or a unit more or less. ValueError when some would have none."""
         units = batch // self.unit
         if batch % self.unit or units < self.world:
@@ -61,7 +67,7 @@ class Share:
 
         (For that, one run has a unit more than ``micro`` where ``micro`` is one unit and the shares differ.)
         """
-        rows, units = self.of(batch), batch // self.unit
+        rows, units = self.rows(batch), batch // self.unit
         own, least, most = (rows.stop - rows.start) // self.unit, units // self.world, -(-units // self.world)
         size = max(1, (micro or batch) // self.unit)
         count = min(-(-most // size), least)
@@ -71,10 +77,12 @@ class Share:
         ]
 
 
-class TrainingBatches:
+class TrainingBatchLoader:
     """This rank's part of global batch number ``step``, in micro-batches."""
 
-    def __init__(self, clips: Clips, assembly: Assembly, config: DataConfig, seed: int, share: Share) -> None:
+    def __init__(
+        self, clips: ClipSplit, assembly: BatchCollator, config: DataConfig, seed: int, share: RankShard
+    ) -> None:
         self._clips, self._assembly, self._config, self._seed, self._share = clips, assembly, config, seed, share
         shapes = clips.shapes if clips.shapes is not None else [None] * len(clips.lengths)
         buckets = make_buckets(clips.lengths, shapes, *config.chunks, config.batch)
@@ -84,13 +92,13 @@ class TrainingBatches:
                 f"{max(clips.lengths, default=0)}): preprocess longer clips or lower data.chunks"
             )
         groups = clips.groups if clips.groups is not None else range(len(clips.lengths))
-        self._order = Order(buckets, groups, batch=config.batch, shuffle=config.shuffle, seed=seed)
-        self._supply = Supply(_loader(clips), self._order, share.of(config.batch))
+        self._order = BucketBatchSampler(buckets, groups, batch=config.batch, shuffle=config.shuffle, seed=seed)
+        self._supply = RowGroupLoader(_loader(clips), self._order, share.rows(config.batch))
 
-    def step(self, step: int) -> list[AVBatch]:
+    def micro_batches(self, step: int) -> list[AVBatch]:
         """Pure: equal arguments and configuration give equal batches, whatever came before."""
-        chunks, own = self._chunks(step), self._share.of(self._config.batch)
-        clips = self._supply.take(step)
+        chunks, own = self._chunks(step), self._share.rows(self._config.batch)
+        clips = self._supply.load_step(step)
         return [
             self._assemble(clips[part.start - own.start : part.stop - own.start], step, part, chunks)
             for part in self._share.micro_batches(self._config.batch, self._config.micro)
@@ -98,7 +106,7 @@ class TrainingBatches:
 
     def clip_ids(self, samples: Tensor) -> list[str]:
         """The clips behind sample numbers of training, on any rank."""
-        numbers = [self._order.clip_of(*divmod(int(s), self._config.batch)) for s in samples]
+        numbers = [self._order.clip_at(*divmod(int(s), self._config.batch)) for s in samples]
         return [self._clips.ids[i] if self._clips.ids else self._clips.read(i).id for i in numbers]
 
     def _chunks(self, step: int) -> int:
@@ -106,25 +114,29 @@ class TrainingBatches:
         most = self._order.chunks(step)
         return int(torch.randint(low, most + 1, (1,), generator=generator(self._seed, "chunks", step)))
 
-    def _assemble(self, clips: Sequence[Clip], step: int, rows: slice, chunks: int) -> AVBatch:
+    def _assemble(self, clips: Sequence[LatentClip], step: int, rows: slice, chunks: int) -> AVBatch:
         samples = torch.arange(rows.start, rows.stop) + step * self._config.batch
-        return drop_conditions(self._assembly.batch(clips, chunks, samples, self._seed), self._config, self._seed)
+        return apply_condition_dropout(
+            self._assembly.collate(clips, chunks, samples, self._seed), self._config, self._seed
+        )
 
 
-def _loader(clips: Clips) -> Load[Clip]:
+def _loader(clips: ClipSplit) -> LoadFn[LatentClip]:
     return clips.load or (lambda numbers: [partial(clips.read, i) for i in numbers])
 
 
-def held_out_batches(clips: Clips, assembly: Assembly, config: DataConfig, seed: int, share: Share) -> list[AVBatch]:
+def validation_batches(
+    clips: ClipSplit, assembly: BatchCollator, config: DataConfig, seed: int, share: RankShard
+) -> list[AVBatch]:
     """This rank's part of the fixed evaluation: the same held-out clips, whole conditions, always the same noise."""
     chosen = _held_out_clips(clips, config)
     chunks = min(config.chunks[1], *(clips.lengths[i] for i in chosen))
-    rows = [(clip, HELD_OUT_FIRST + n) for n, clip in enumerate(chosen)]
-    rows += [(chosen[0], FILLER)] * (-len(rows) % share.world)
-    own = rows[share.of(len(rows))]
+    rows = [(clip, VALIDATION_SAMPLE_OFFSET + n) for n, clip in enumerate(chosen)]
+    rows += [(chosen[0], PADDING_SAMPLE)] * (-len(rows) % share.world)
+    own = rows[share.rows(len(rows))]
     size = config.micro or max(1, config.batch // share.world)
     return [
-        assembly.batch(
+        assembly.collate(
             [clips.read(clip) for clip, _ in own[at : at + size]],
             chunks,
             torch.tensor([sample for _, sample in own[at : at + size]]),
@@ -134,7 +146,7 @@ def held_out_batches(clips: Clips, assembly: Assembly, config: DataConfig, seed:
     ]
 
 
-def _held_out_clips(clips: Clips, config: DataConfig) -> list[int]:
+def _held_out_clips(clips: ClipSplit, config: DataConfig) -> list[int]:
     """The longest ones of the commonest shape, so that one short clip does not shorten all."""
     usable = [i for i, length in enumerate(clips.lengths) if length >= config.chunks[0]]
     if not usable:
@@ -146,13 +158,13 @@ def _held_out_clips(clips: Clips, config: DataConfig) -> list[int]:
     return sorted(usable, key=lambda i: -min(clips.lengths[i], config.chunks[1]))[: config.held_out_clips]
 
 
-def clips_of(dataset: ClipDataset) -> Clips:
+def clip_split(dataset: ClipDataset) -> ClipSplit:
     """The clips of a dataset, to be read a row group at a time."""
-    return Clips(
+    return ClipSplit(
         lengths=dataset.lengths,
         read=dataset.clip,
         groups=dataset.groups,
         shapes=dataset.shapes,
-        load=dataset.load,
+        load=dataset.load_clips,
         ids=dataset.ids,
     )

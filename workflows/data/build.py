@@ -10,38 +10,38 @@ from functools import partial
 from typing import Any
 
 from preprocessing.config import PreprocessConfig
-from preprocessing.dataset.reader import read_facts
+from preprocessing.dataset.reader import read_metadata_json
 from preprocessing.dataset.schema import SCHEMA_VERSION
 from preprocessing.dataset.units import (
     DATASET_FILE,
-    Totals,
-    Unit,
-    finished,
+    DatasetCounts,
+    WorkUnit,
+    finished_units,
     plan_units,
     read_markers,
     read_units,
     write_units,
 )
-from preprocessing.io.hashing import difference
+from preprocessing.io.hashing import diff
 from preprocessing.io.lease import LOCK, Lease
 from preprocessing.io.storage import TEMPORARY, Store, is_remote, local_path
 from preprocessing.media.probe import MediaError, probe
 from preprocessing.pipeline import build_encoders
-from preprocessing.runner import run_units
+from preprocessing.runner import process_units
 from preprocessing.sources.discovery import MANIFESTS, find_sources
-from preprocessing.steps.encode import ChannelSums, merge_sums
+from preprocessing.steps.encode import RunningMoments, merge_sums
 
-Progress = Callable[[int, int, dict[str, Any]], None]
+ProgressCallback = Callable[[int, int, dict[str, Any]], None]
 """Called as ``progress(units done, units in all, counts so far)``."""
 
 
-def preprocess(
+def build_dataset(
     sources: Sequence[str],
     out: str,
     config: PreprocessConfig,
     *,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     spent: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Make, resume or extend the dataset ``out``; the counts of the command line's contract.
@@ -70,22 +70,22 @@ def preprocess(
             "fingerprint": config.fingerprint,
         }
     with Lease(store) as lease:
-        store.sweep()
+        store.delete_temporary()
         # planned again: what another driver finished between the check above and the lease counts
         known = read_units(store)
         units = plan(known)
         _say_what_is_gone(known)
-        missing = [unit for unit in units if unit.name not in finished(store)]
+        missing = [unit for unit in units if unit.name not in finished_units(store)]
         if missing or not facts.get("complete"):
             _write_facts(store, config, {"complete": False})
             if len(units) > len(known):
                 write_units(store, units)
             _run(missing, units, store, lease.token, config, progress, spent if spent is not None else {})
             _finish(store, config, units)
-    return summary_of(read_facts(store))
+    return dataset_counts(read_metadata_json(store))
 
 
-def _say_what_is_gone(known: Sequence[Unit]) -> None:
+def _say_what_is_gone(known: Sequence[WorkUnit]) -> None:
     """Sources of this dataset that no longer exist: whoever deleted them may think that their clips went too."""
     uris = [source.uri.split("#", 1)[0] for unit in known for source in unit.sources]
     gone = [uri for uri in uris if not is_remote(uri) and not os.path.exists(local_path(uri))]
@@ -113,12 +113,12 @@ def _check_named_files(arguments: Sequence[str]) -> None:
 def _existing_facts(store: Store, config: PreprocessConfig) -> dict[str, Any]:
     """What an existing dataset says, {} for a new one. ValueError when this configuration cannot continue it."""
     if not store.exists(DATASET_FILE):
-        if strangers := [name for name in store.listing() if name != LOCK and not name.startswith(TEMPORARY)]:
+        if strangers := [name for name in store.list_entries() if name != LOCK and not name.startswith(TEMPORARY)]:
             raise ValueError(f"{store.uri} is not empty and no dataset (it holds {strangers[0]}): choose another place")
         return {}
-    facts = read_facts(store)
+    facts = read_metadata_json(store)
     if facts["fingerprint"] != config.fingerprint:
-        changes = "\n  ".join(difference(facts["config"], config.resolved()))
+        changes = "\n  ".join(diff(facts["config"], config.resolved()))
         raise ValueError(
             f"{store.uri} was made with another configuration:\n  {changes}\n"
             "write to a new place, or use the configuration it was made with"
@@ -134,7 +134,7 @@ def _write_facts(store: Store, config: PreprocessConfig, more: dict[str, Any]) -
         "config": config.resolved(),
         "codecs": {m: codec.id for m, codec in encoders.codecs.items()},
         "text_codec": encoders.words.id,
-        "codec_folders": config.folders,
+        "codec_folders": config.weight_folders,
         "clocks": {
             m: {"rate": str(c.rate), "offset": str(c.offset), "head": c.head}
             for m, c in encoders.timeline.clocks.items()
@@ -146,15 +146,15 @@ def _write_facts(store: Store, config: PreprocessConfig, more: dict[str, Any]) -
 
 
 def _run(
-    missing: Sequence[Unit],
-    units: Sequence[Unit],
+    missing: Sequence[WorkUnit],
+    units: Sequence[WorkUnit],
     store: Store,
     token: str,
     config: PreprocessConfig,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
     spent: dict[str, float],
 ) -> None:
-    done, totals = len(units) - len(missing), Totals()
+    done, totals = len(units) - len(missing), DatasetCounts()
     with _shown(progress) as show:
 
         def on_done(marker: dict[str, Any], seconds: Mapping[str, float]) -> None:
@@ -165,17 +165,17 @@ def _run(
             totals.add(marker)
             show(done, len(units), totals.counts())
 
-        run_units(missing, store, token, config, on_done)
+        process_units(missing, store, token, config, on_done)
 
 
-def _finish(store: Store, config: PreprocessConfig, units: Sequence[Unit]) -> None:
+def _finish(store: Store, config: PreprocessConfig, units: Sequence[WorkUnit]) -> None:
     """Statistics and counts from the markers of all units, in their order: a function of the units alone."""
-    totals, sums = Totals(), dict[str, ChannelSums]()
+    totals, sums = DatasetCounts(), dict[str, RunningMoments]()
     for marker in read_markers(store, units):
         totals.add(marker)
         merge_sums(sums, marker["sums"])
     stats = {m: s.stats() for m, s in sums.items()}
-    published = {m: codec.published for m, codec in build_encoders(config).codecs.items()}
+    published = {m: codec.published_stats for m, codec in build_encoders(config).codecs.items()}
     stats |= {m: s for m, s in published.items() if s is not None}
     facts = {
         "complete": True,
@@ -185,13 +185,13 @@ def _finish(store: Store, config: PreprocessConfig, units: Sequence[Unit]) -> No
     _write_facts(store, config, facts)
 
 
-def summary_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+def dataset_counts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The counts of a finished dataset and its fingerprint."""
     return {**facts["counts"], "fingerprint": facts["fingerprint"]}
 
 
 @contextmanager
-def _shown(progress: Progress | None) -> Generator[Progress]:
+def _shown(progress: ProgressCallback | None) -> Generator[ProgressCallback]:
     """The caller's progress function, or a bar on a terminal, or a plain line every few seconds elsewhere."""
     if progress is not None:
         yield progress
@@ -208,7 +208,7 @@ def _shown(progress: Progress | None) -> Generator[Progress]:
         yield _plain_lines()
 
 
-def _plain_lines(every: float = 5.0) -> Progress:
+def _plain_lines(every: float = 5.0) -> ProgressCallback:
     last = 0.0
 
     def show(done: int, of: int, counts: dict[str, Any]) -> None:

@@ -9,11 +9,11 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from workflows.data.batch_sampler import Numbers, Order, Window
+from workflows.data.batch_sampler import BucketBatchSampler, IntArray, ShuffleWindow
 
 C = TypeVar("C")
 T = TypeVar("T")
-Load = Callable[[Sequence[int]], Sequence[Callable[[], C]]]
+LoadFn = Callable[[Sequence[int]], Sequence[Callable[[], C]]]
 """Reads clips of one row group at once; what it gives for each of them decodes the clip when called."""
 
 
@@ -21,13 +21,13 @@ Load = Callable[[Sequence[int]], Sequence[Callable[[], C]]]
 class _Portion:
     """What a rank needs of a window."""
 
-    window: Window
-    own: Numbers  # (M, rows) tickets
+    window: ShuffleWindow
+    own: IntArray  # (M, rows) tickets
     step_of: Mapping[int, int]  # own ticket -> step
     readings: Mapping[int, list[int]]  # reading -> tickets to take from it, in the order of first need
 
 
-class Supply(Generic[C]):
+class RowGroupLoader(Generic[C]):
     """The clips of ``rows`` of every batch.
 
     While one window is used up the next one is read at the same pace, so a rank holds about one window of its clips, as
@@ -36,22 +36,22 @@ class Supply(Generic[C]):
     reads anew.
     """
 
-    def __init__(self, load: Load[C], order: Order, rows: slice) -> None:
+    def __init__(self, load: LoadFn[C], order: BucketBatchSampler, rows: slice) -> None:
         self._load, self._order, self._rows = load, order, rows
         self._held: dict[int, Callable[[], C]] = {}
         self._portions: list[_Portion] = []  # the one that is used up, and the next
         self._ahead = 0  # readings of the next portion that are done
 
     @property
-    def held(self) -> int:
+    def num_buffered(self) -> int:
         """Clips in memory."""
         return len(self._held)
 
-    def take(self, step: int) -> list[C]:
+    def load_step(self, step: int) -> list[C]:
         """The clips of this rank's rows at a step."""
         now, coming = self._around(step)
         tickets = now.own[step - now.window.first]
-        for reading in self._order.reading(tickets).tolist():
+        for reading in self._order.row_group_index(tickets).tolist():
             self._read(now, reading, step)
         clips = [self._held.pop(ticket)() for ticket in tickets.tolist()]
         self._read_ahead(now, coming, step + 1)
@@ -62,16 +62,16 @@ class Supply(Generic[C]):
         if not self._portions or step not in self._portions[0].window.steps:
             now = next((p for p in self._portions[1:] if step in p.window.steps), None) or self._portion(step)
             self._portions, self._ahead = [now, self._portion(now.window.steps.stop)], 0
-            wanted = set(now.step_of) | set(now.window.later.tolist())
+            wanted = set(now.step_of) | set(now.window.carried_over.tolist())
             self._held = {ticket: clip for ticket, clip in self._held.items() if ticket in wanted}
         return self._portions
 
     def _portion(self, step: int) -> _Portion:
         window = self._order.window(step)
         own = window.tickets[:, self._rows]
-        readings: dict[int, list[int]] = {reading: [] for reading in self._order.reading(own.ravel()).tolist()}
-        tickets = np.concatenate([own.ravel(), window.later])
-        for ticket, reading in zip(tickets.tolist(), self._order.reading(tickets).tolist(), strict=True):
+        readings: dict[int, list[int]] = {reading: [] for reading in self._order.row_group_index(own.ravel()).tolist()}
+        tickets = np.concatenate([own.ravel(), window.carried_over])
+        for ticket, reading in zip(tickets.tolist(), self._order.row_group_index(tickets).tolist(), strict=True):
             if reading in readings:
                 readings[reading].append(ticket)
         steps = np.repeat(np.array(window.steps), own.shape[1])
@@ -82,7 +82,7 @@ class Supply(Generic[C]):
         """Have the clips of a row group that are needed from ``step`` on."""
         tickets = [t for t in portion.readings[reading] if portion.step_of.get(t, step) >= step]
         if any(t not in self._held for t in tickets):
-            made = self._load(self._order.clip(np.array(tickets)).tolist())
+            made = self._load(self._order.clip_index(np.array(tickets)).tolist())
             self._held.update(zip(tickets, made, strict=True))
 
     def _read_ahead(self, now: _Portion, coming: _Portion, step: int) -> None:
@@ -97,7 +97,7 @@ class Supply(Generic[C]):
         self._ahead += due
 
 
-def prefetched(make: Callable[[int], T], first: int, last: int, ahead: int) -> Iterator[T]:
+def prefetch(make: Callable[[int], T], first: int, last: int, ahead: int) -> Iterator[T]:
     """``make(first) .. make(last - 1)`` in order, from a background thread: ``ahead`` wait while one more is made."""
     ready: Queue[T | BaseException] = Queue(ahead)
     stop = Event()

@@ -1,49 +1,49 @@
 from dataclasses import replace
 from typing import Any
 
-from mfcore.codecs.oobleck import read_oobleck
-from mfcore.codecs.t5 import read_t5
-from mfcore.codecs.wan import read_wan
+from mfcore.codecs.oobleck import oobleck_config_from_folder
+from mfcore.codecs.t5 import t5_config_from_folder
+from mfcore.codecs.wan import wan_config_from_folder
 from preprocessing.config import PreprocessConfig
 from preprocessing.steps.av_sync import syncnet_config
-from preprocessing.steps.transcribe import read_whisper
-from workflows.utils.environment import absolute
+from preprocessing.steps.transcribe import whisper_config
+from workflows.utils.environment import resolve_path
 
 
-def with_codecs(
+def apply_codec_options(
     config: PreprocessConfig, video: str | None = None, audio: str | None = None, text: str | None = None
 ) -> PreprocessConfig:
     """The configuration with codecs named as on the command line, such as ``wan:DIR``. ValueError for other names."""
     parts: dict[str, Any] = {}
     for option, name, embedded, readers in (
-        ("video", video, "dct", {"wan": read_wan}),
-        ("audio", audio, "mel", {"oobleck": read_oobleck}),
-        ("text", text, "words", {"t5": read_t5, "umt5": read_t5}),
+        ("video", video, "dct", {"wan": wan_config_from_folder}),
+        ("audio", audio, "mel", {"oobleck": oobleck_config_from_folder}),
+        ("text", text, "words", {"t5": t5_config_from_folder, "umt5": t5_config_from_folder}),
     ):
         kind, _, folder = (name or embedded).partition(":")
         if kind in readers and folder:
-            parts[option] = readers[kind](absolute(folder))
+            parts[option] = readers[kind](resolve_path(folder))
         elif name not in (None, embedded):
             known = ", ".join([embedded, *(f"{kind}:DIR" for kind in readers)])
             raise ValueError(f"--{'text' if option == 'text' else f'codec-{option}'} {name}: choose one of {known}")
     return replace(config, **parts)
 
 
-def with_sync(config: PreprocessConfig, sync: str | None) -> PreprocessConfig:
+def apply_sync_option(config: PreprocessConfig, sync: str | None) -> PreprocessConfig:
     """The configuration with a sync filter named as on the command line. ValueError for other names."""
     kind, _, file = (sync or "motion").partition(":")
     if kind == "syncnet" and file:
-        return replace(config, sync=syncnet_config(absolute(file)))
+        return replace(config, sync=syncnet_config(resolve_path(file)))
     if sync not in (None, "motion", "off"):
         raise ValueError(f"--sync {sync}: choose motion, syncnet:FILE or off")
     return replace(config, sync=replace(config.sync, estimator=None)) if sync == "off" else config
 
 
-def with_transcripts(config: PreprocessConfig, transcribe: str | None) -> PreprocessConfig:
+def apply_transcript_option(config: PreprocessConfig, transcribe: str | None) -> PreprocessConfig:
     """The configuration with what makes missing transcripts. ValueError for another name."""
     kind, _, folder = (transcribe or "off").partition(":")
     if kind == "whisper" and folder:
-        return replace(config, whisper=read_whisper(absolute(folder)))
+        return replace(config, whisper=whisper_config(resolve_path(folder)))
     if transcribe not in (None, "off"):
         raise ValueError(f"--transcribe {transcribe}: choose whisper:DIR or off")
     return config

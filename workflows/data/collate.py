@@ -12,11 +12,11 @@ from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Stream
 from workflows.config.run import DataConfig
 
-HELD_OUT_FIRST = 1 << 40  # sample numbers of held-out clips: noise that training never draws
-FILLER = -1  # sample number of a row that makes the shares of an evaluation equal and does not count
+VALIDATION_SAMPLE_OFFSET = 1 << 40  # sample numbers of held-out clips: noise that training never draws
+PADDING_SAMPLE = -1  # sample number of a row that makes the shares of an evaluation equal and does not count
 
 
-class Clip(Protocol):
+class LatentClip(Protocol):
     """Raw latents and text of one clip, as ``preprocessing.reader`` gives them."""
 
     @property
@@ -34,31 +34,31 @@ class Clip(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assembly:
+class BatchCollator:
     """How clips become a batch: clocks of the modalities that the network has, statistics to whiten with."""
 
     timeline: Timeline
     stats: Mapping[str, LatentStats]
 
-    def batch(self, clips: Sequence[Clip], chunks: int, samples: Tensor, seed: int) -> AVBatch:
+    def collate(self, clips: Sequence[LatentClip], chunks: int, samples: Tensor, seed: int) -> AVBatch:
         """The first ``chunks`` chunks of every clip; the reference voice is drawn from (seed, sample number)."""
         streams = {m: self._stream(m, clips, chunks) for m in self.timeline.clocks}
-        captions, caption_mask = pad([clip.caption_embedding for clip in clips])
-        words, words_mask = pad([clip.words for clip in clips])
+        captions, caption_mask = pad_rows([clip.caption_embedding for clip in clips])
+        words, words_mask = pad_rows([clip.words for clip in clips])
         voice = self._voices(clips, chunks, samples, seed) if AUDIO in streams else None
         cond = Condition(
             caption=captions,
             caption_mask=caption_mask,
             words=words,
             words_mask=words_mask,
-            word_times=pad([clip.word_times.double() for clip in clips])[0],
+            word_times=pad_rows([clip.word_times.double() for clip in clips])[0],
             first_frame=self._first_frames(clips) if VIDEO in streams else None,
             voice=voice,
             voice_mask=None if voice is None else torch.ones(len(clips), dtype=torch.bool),
         )
         return AVBatch(streams=streams, cond=cond, samples=samples)
 
-    def _stream(self, modality: str, clips: Sequence[Clip], chunks: int) -> Stream:
+    def _stream(self, modality: str, clips: Sequence[LatentClip], chunks: int) -> Stream:
         head = self.timeline.clocks[modality].head
         n = self.timeline.count(modality, chunks)
         latents = torch.stack([_latents(clip, modality)[head : head + n] for clip in clips])
@@ -68,11 +68,11 @@ class Assembly:
             chunk=self.timeline.chunk_index(modality, chunks),
         )
 
-    def _first_frames(self, clips: Sequence[Clip]) -> Tensor:
+    def _first_frames(self, clips: Sequence[LatentClip]) -> Tensor:
         first = torch.stack([_latents(clip, VIDEO)[0] for clip in clips])
         return self.stats[VIDEO].whiten(first.float(), head=True, space=first.ndim - 2)
 
-    def _voices(self, clips: Sequence[Clip], chunks: int, samples: Tensor, seed: int) -> Tensor:
+    def _voices(self, clips: Sequence[LatentClip], chunks: int, samples: Tensor, seed: int) -> Tensor:
         """One chunk's worth of sound from each clip: from after the trained chunks where the clip is long enough."""
         n, trained = self.timeline.count(AUDIO, 1), self.timeline.count(AUDIO, chunks)
         draws = uniform_rows(seed, "voice", samples, 1)[:, 0].tolist()
@@ -85,14 +85,14 @@ class Assembly:
         return self.stats[AUDIO].whiten(torch.stack(voices).float())
 
 
-def _latents(clip: Clip, modality: str) -> Tensor:
+def _latents(clip: LatentClip, modality: str) -> Tensor:
     latents = clip.video if modality == VIDEO else clip.audio
     if latents is None:
         raise ValueError(f"clip {clip.id} has no {modality} latents: this dataset cannot train a {modality} branch")
     return latents
 
 
-def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Rows of different lengths as one tensor with zeros behind, and where they are present. Width at least one."""
     width = max(1, *(len(row) for row in rows))
     out = rows[0].new_zeros(len(rows), width, *rows[0].shape[1:])
@@ -103,7 +103,7 @@ def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return out, mask
 
 
-def drop_conditions(batch: AVBatch, config: DataConfig, seed: int) -> AVBatch:
+def apply_condition_dropout(batch: AVBatch, config: DataConfig, seed: int) -> AVBatch:
     """Hide caption, transcript or both (classifier-free guidance, METHOD 4) and the voice, by sample number."""
     draw, voice = uniform_rows(seed, "drop", batch.samples, 2).unbind(-1)
     both = draw < config.drop_both

@@ -15,22 +15,22 @@ import pyarrow.parquet as pq
 
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.dataset.near_duplicates import find_duplicates
-from preprocessing.dataset.reader import ClipDataset, duplicates, open_dataset, read_facts
-from preprocessing.dataset.units import read_markers, read_units, total
-from preprocessing.dataset.units import verify as verify_files
-from preprocessing.io.hashing import canonical, difference
-from preprocessing.io.storage import Store, fetched
+from preprocessing.dataset.reader import ClipDataset, excluded_ids, open_dataset, read_metadata_json
+from preprocessing.dataset.units import read_markers, read_units, sum_counts
+from preprocessing.dataset.units import verify_dataset as verify_files
+from preprocessing.io.hashing import canonical_json, diff
+from preprocessing.io.storage import Store, local_copy
 from preprocessing.media.decoder import Decoder
 from preprocessing.media.probe import MediaError, probe
 from preprocessing.sources.discovery import split_fragment
 from workflows.config.serialization import flatten
-from workflows.data.build import summary_of
-from workflows.data.reconstruct import decoded
+from workflows.data.build import dataset_counts
+from workflows.data.reconstruct import decode_latents
 from workflows.tracking.mlflow_tracker import open_tracker
 from workflows.tracking.tracker import tracking_uri
 from workflows.utils import figures
 
-COLUMNS = {"duration_sec": "duration, s", "source_fps": "frames per second of the source",
+HISTOGRAM_COLUMNS = {"duration_sec": "duration, s", "source_fps": "frames per second of the source",
            "sync_offset_sec": "sound after picture, s", "loudness_db": "loudness, dBFS"}  # fmt: skip
 BINS = 20
 EXAMPLES = 3  # of each reason
@@ -39,14 +39,14 @@ EXPERIMENT = "preprocess"
 
 
 @dataclass
-class Rejects:
+class RejectGroup:
     """The rejects of one step and reason: how many, and some of them."""
 
     count: int = 0
     examples: list[dict[str, Any]] = field(default_factory=list)
 
 
-def inspect(
+def inspect_dataset(
     dataset: str, *, verify: bool = False, sheet: str | None = None, near_duplicates: bool = False
 ) -> dict[str, Any]:
     """Counts, rejects, histograms, codecs and clocks of a dataset; with ``verify`` checksums and accounting are
@@ -56,24 +56,26 @@ def inspect(
     if sheet is not None and (Path(sheet).exists() or not Path(sheet).absolute().parent.is_dir()):
         raise ValueError(f"--sheet {sheet}: name a file that does not exist yet, in a folder that does")
     store = Store(dataset)
-    facts = read_facts(store)
+    facts = read_metadata_json(store)
     if not facts["complete"]:
         raise ValueError(f"{dataset} is unfinished: run the same `mfctl preprocess` command again")
-    summary = summary_of(facts)
+    summary = dataset_counts(facts)
     summary |= {"modality": facts["config"]["modality"], "codecs": facts["codecs"], "clocks": facts["clocks"]}
     if verify:
         _verify(store, facts)
         summary["verified"] = True
     if near_duplicates:
         find_duplicates(store)
-    summary["near_duplicates"] = len(duplicates(store))
-    rejects = read_rejects(store)
+    summary["near_duplicates"] = len(excluded_ids(store))
+    rejects = group_rejects(store)
     summary["rejects"] = {
         name: {"count": found.count, "examples": [_example(row) for row in found.examples]}
         for name, found in rejects.items()
     }
-    summary["histograms"] = {name: _histogram(values) for name, values in read_values(store).items() if values}
-    summary["transcripts"] = read_transcripts(store)
+    summary["histograms"] = {
+        name: _histogram(values) for name, values in read_histogram_columns(store).items() if values
+    }
+    summary["transcripts"] = count_transcript_sources(store)
     if sheet is not None:
         contact_sheet(open_dataset(dataset), rejects, Path(sheet))
         summary["sheet"] = str(sheet)
@@ -84,9 +86,9 @@ def _verify(store: Store, facts: dict[str, Any]) -> None:
     problems = verify_files(store)
     units = read_units(store)
     if not problems:
-        again = total(read_markers(store, units))
-        if canonical(again) != canonical(facts["counts"]):
-            problems = difference(facts["counts"], again, "counts.")
+        again = sum_counts(read_markers(store, units))
+        if canonical_json(again) != canonical_json(facts["counts"]):
+            problems = diff(facts["counts"], again, "counts.")
     if problems:
         lines = "\n  ".join(problems[:20])
         raise ValueError(f"{store.uri} does not add up:\n  {lines}\nremove it and preprocess its sources again")
@@ -96,24 +98,24 @@ def _verify(store: Store, facts: dict[str, Any]) -> None:
 
 
 def _files(store: Store, kind: str) -> list[str]:
-    markers = (json.loads(store.read(name)) for name in store.names("_done"))
+    markers = (json.loads(store.read(name)) for name in store.list_files("_done"))
     return [file["name"] for marker in markers for file in marker["files"] if file["kind"] == kind]
 
 
-def read_values(store: Store) -> dict[str, list[float]]:
+def read_histogram_columns(store: Store) -> dict[str, list[float]]:
     """What is drawn as histograms, of every accepted clip that has it, by column."""
-    values: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    values: dict[str, list[float]] = {name: [] for name in HISTOGRAM_COLUMNS}
     for name in _files(store, "clips"):
         with store.open(name) as handle:
             file = pq.ParquetFile(handle)
-            present = [column for column in COLUMNS if column in file.schema_arrow.names]
+            present = [column for column in HISTOGRAM_COLUMNS if column in file.schema_arrow.names]
             table = file.read(present, use_threads=False)
         for column in present:
             values[column] += [value for value in table[column].to_pylist() if value is not None]
     return values
 
 
-def read_transcripts(store: Store) -> dict[str, int]:
+def count_transcript_sources(store: Store) -> dict[str, int]:
     """Accepted clips by where their transcript is from; those of older datasets, which do not say so, are left out."""
     found: Counter[str] = Counter()
     for name in _files(store, "clips"):
@@ -125,14 +127,14 @@ def read_transcripts(store: Store) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def read_rejects(store: Store) -> dict[str, Rejects]:
+def group_rejects(store: Store) -> dict[str, RejectGroup]:
     """Rejects by ``step/reason``, the commonest first."""
-    found: dict[str, Rejects] = {}
+    found: dict[str, RejectGroup] = {}
     for name in _files(store, "rejects"):
         with store.open(name) as handle:
             rows = pq.ParquetFile(handle).read(use_threads=False).to_pylist()
         for row in rows:
-            group = found.setdefault(f"{row['step']}/{row['reason']}", Rejects())
+            group = found.setdefault(f"{row['step']}/{row['reason']}", RejectGroup())
             group.count += 1
             if len(group.examples) < EXAMPLES:
                 group.examples.append(row)
@@ -148,7 +150,7 @@ def _histogram(values: Sequence[float]) -> dict[str, Any]:
     return {"counts": counts.tolist(), "edges": edges.tolist(), "median": float(np.median(values))}
 
 
-def render(summary: Mapping[str, Any]) -> str:
+def format_summary(summary: Mapping[str, Any]) -> str:
     """For people."""
     lines = [
         f"{summary['sources']} sources = {summary['spans']} spans: {summary['accepted']} accepted "
@@ -160,7 +162,7 @@ def render(summary: Mapping[str, Any]) -> str:
         lines.append(f"{found['count']:8d} {name}: for example {first['uri']} ({first['detail'][:100]})")
     for name, drawn in summary["histograms"].items():
         edges = drawn["edges"]
-        lines.append(f"{COLUMNS[name]:>32}  {edges[0]:9.3g} {_bars(drawn['counts'])} {edges[-1]:<9.3g}")
+        lines.append(f"{HISTOGRAM_COLUMNS[name]:>32}  {edges[0]:9.3g} {_bars(drawn['counts'])} {edges[-1]:<9.3g}")
         lines[-1] += f" median {drawn['median']:.3g}"
     lines += ["files, checksums and accounting are right"] if summary.get("verified") else []
     return "\n".join([*lines, *([f"sheet: {summary['sheet']}"] if "sheet" in summary else [])])
@@ -176,21 +178,21 @@ def _bars(counts: Sequence[int]) -> str:
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def contact_sheet(clips: ClipDataset, rejects: Mapping[str, Rejects], path: Path) -> None:
+def contact_sheet(clips: ClipDataset, rejects: Mapping[str, RejectGroup], path: Path) -> None:
     """Clips spread evenly over the dataset as its codecs keep them, then rejected spans of different reasons."""
     count = min(SHEET_ACCEPTED, len(clips))
     strips = [_accepted(clips, i * len(clips) // count) for i in range(count)]
     spans = [(reason, row) for reason, found in rejects.items() for row in found.examples[:1]]
     config = clips.meta.config
     strips += [_rejected(reason, row, config) for reason, row in spans[:SHEET_REJECTED]]
-    figures.sheet(strips, path, f"{len(clips)} clips; below, in red, what was rejected", columns=8)
+    figures.contact_sheet(strips, path, f"{len(clips)} clips; below, in red, what was rejected", columns=8)
 
 
-def _accepted(clips: ClipDataset, number: int) -> figures.Strip:
+def _accepted(clips: ClipDataset, number: int) -> figures.ClipStrip:
     clip = clips.clip(number)
-    frames, sound = decoded(clips, clip.video, VIDEO), decoded(clips, clip.audio, AUDIO)
+    frames, sound = decode_latents(clips, clip.video, VIDEO), decode_latents(clips, clip.audio, AUDIO)
     said = " ".join(word.word for word in clip.transcript) or clip.caption or "(no words)"
-    return figures.Strip(
+    return figures.ClipStrip(
         label=f"{clip.id[:8]}\n{clip.chunks * float(clips.meta.chunk_seconds):g} s",
         frames=frames,
         sound=sound,
@@ -199,13 +201,13 @@ def _accepted(clips: ClipDataset, number: int) -> figures.Strip:
     )
 
 
-def _rejected(reason: str, row: Mapping[str, Any], config: Mapping[str, Any]) -> figures.Strip:
+def _rejected(reason: str, row: Mapping[str, Any], config: Mapping[str, Any]) -> figures.ClipStrip:
     """What the source shows there, if it is still there and can be decoded at all."""
     start, end = row["span_start_sec"] or 0.0, row["span_end_sec"]
     seconds = min(10.0, (end or start + 4.0) - start)
     frames, sound = _look(row["uri"], start, seconds, config)
     blank = np.full((32, 32, 3), 200, np.uint8)
-    return figures.Strip(
+    return figures.ClipStrip(
         label=reason.replace("/", "\n"),
         frames=blank[None] if frames is None or not len(frames) else frames,
         sound=sound,
@@ -219,7 +221,7 @@ def _look(uri: str, start: float, seconds: float, config: Mapping[str, Any]) -> 
     """Frames and sound of a part of a source; None where there is nothing to see or hear."""
     size = tuple(config.get("sizes", [config.get("size")])[0])
     try:
-        with fetched(split_fragment(uri)[0]) as path:
+        with local_copy(split_fragment(uri)[0]) as path:
             info = probe(path, timeout=10.0)
             rate, at = int(config["audio"]["sample_rate"]), info.origin + start
             with Decoder(
@@ -233,7 +235,7 @@ def _look(uri: str, start: float, seconds: float, config: Mapping[str, Any]) -> 
 # --------------------------------------------------------------------------------------------------------------- MLflow
 
 
-def record(dataset: str, spent: Mapping[str, float], runs_dir: str) -> str | None:
+def log_dataset_to_mlflow(dataset: str, spent: Mapping[str, float], runs_dir: str) -> str | None:
     """One run with the dataset's numbers, settings and plots; its id. A failure is said: the dataset is done anyway."""
     try:
         return _record(dataset, spent, runs_dir)
@@ -244,8 +246,8 @@ def record(dataset: str, spent: Mapping[str, float], runs_dir: str) -> str | Non
 
 def _record(dataset: str, spent: Mapping[str, float], runs_dir: str) -> str | None:
     store = Store(dataset)
-    facts, values, rejects = read_facts(store), read_values(store), read_rejects(store)
-    summary, name = summary_of(facts), dataset.rstrip("/").rsplit("/", 1)[-1]
+    facts, values, rejects = read_metadata_json(store), read_histogram_columns(store), group_rejects(store)
+    summary, name = dataset_counts(facts), dataset.rstrip("/").rsplit("/", 1)[-1]
     tracker = open_tracker(
         uri=tracking_uri(runs_dir), folder=Path(runs_dir) / EXPERIMENT / name, experiment=EXPERIMENT, name=name
     )
@@ -256,9 +258,9 @@ def _record(dataset: str, spent: Mapping[str, float], runs_dir: str) -> str | No
     numbers |= {f"median/{key}": float(np.median(found)) for key, found in values.items() if found}
     tracker.log(0, numbers)
     with tempfile.TemporaryDirectory() as folder:
-        shown = {COLUMNS[key]: found for key, found in values.items() if found}
+        shown = {HISTOGRAM_COLUMNS[key]: found for key, found in values.items() if found}
         if shown:
-            tracker.artifact(figures.histograms(shown, Path(folder, "histograms.png"), name))
+            tracker.artifact(figures.plot_histograms(shown, Path(folder, "histograms.png"), name))
         contact_sheet(open_dataset(dataset), rejects, sheet := Path(folder, "sheet.png"))
         tracker.artifact(sheet)
     tracker.finish()

@@ -10,13 +10,13 @@ from preprocessing.dataset.reader import ClipDataset, open_dataset
 from preprocessing.media.mp4_writer import write_mp4
 
 
-def reconstruct(dataset: str, clip_id: str, out: str, overwrite: bool = False) -> dict[str, Any]:
+def reconstruct_clip(dataset: str, clip_id: str, out: str, overwrite: bool = False) -> dict[str, Any]:
     """Decode one row back to an mp4: what the model's own output can look and sound like at best."""
     if os.path.exists(out) and not overwrite:
         raise ValueError(f"{out} exists: choose another name, or add --overwrite")
     clips = open_dataset(dataset)
     clip = clips.clip(clips.index(clip_id))
-    frames, sound = decoded(clips, clip.video, VIDEO), decoded(clips, clip.audio, AUDIO)
+    frames, sound = decode_latents(clips, clip.video, VIDEO), decode_latents(clips, clip.audio, AUDIO)
     fps, rate = Fraction(clips.meta.config["video"]["fps"]), int(clips.meta.config["audio"]["sample_rate"])
     seconds = len(frames) / fps if frames is not None else Fraction(0 if sound is None else len(sound), rate)
     sound = None if sound is None else sound[: round(seconds * rate)]
@@ -25,7 +25,7 @@ def reconstruct(dataset: str, clip_id: str, out: str, overwrite: bool = False) -
     return {"path": out, "seconds": float(seconds), "frames": 0 if frames is None else len(frames), "fps": float(fps)}
 
 
-def decoded(clips: ClipDataset, latents: Tensor | None, modality: str) -> Any:
+def decode_latents(clips: ClipDataset, latents: Tensor | None, modality: str) -> Any:
     """Frames or sound of latents of a dataset."""
     if latents is None:
         return None

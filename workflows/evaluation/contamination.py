@@ -7,11 +7,11 @@ from typing import Any
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.dataset.units import read_units
 from preprocessing.io.storage import Store
-from workflows.evaluation.held_out import HeldOut
+from workflows.evaluation.held_out import EvaluationSet
 
 
 @dataclass(frozen=True, kw_only=True)
-class Overlap:
+class TrainTestOverlap:
     """What a sweep's prompts share with a checkpoint's training clips."""
 
     clips: tuple[str, ...]  # ids of prompts
@@ -25,21 +25,21 @@ class Overlap:
         return {"clips": list(self.clips), "sources": dict(self.sources)}
 
 
-def find_overlap(held: HeldOut, uri: str, trained_on: str | None, held_out: float) -> Overlap:
+def find_train_test_overlap(held: EvaluationSet, uri: str, trained_on: str | None, held_out: float) -> TrainTestOverlap:
     """``uri``: dataset of the prompts; ``held_out``: share of its own dataset that the training kept away."""
     if trained_on is None:
-        return Overlap(clips=(), sources={}, unknown="the checkpoint does not say what it was trained with")
+        return TrainTestOverlap(clips=(), sources={}, unknown="the checkpoint does not say what it was trained with")
     try:
-        training, _ = open_dataset(trained_on).held_out(held_out)
+        training, _ = open_dataset(trained_on).split(held_out)
         contents = _contents(trained_on)
         ours = contents if trained_on == uri else _contents(uri)
     except (ValueError, OSError) as error:
-        return Overlap(clips=(), sources={}, unknown=f"its training set cannot be read: {error}")
+        return TrainTestOverlap(clips=(), sources={}, unknown=f"its training set cannot be read: {error}")
     ids, names = set(training.ids), training.sources
     known = {contents.get(name, name) for name in names}
     clips = [p.clip for p in held.prompts]
     shared = [c for c in clips if c.id in ids or c.source_uri in names or ours.get(c.source_uri) in known]
-    return Overlap(
+    return TrainTestOverlap(
         clips=tuple(c.id for c in shared),
         sources={c.source_uri: ours.get(c.source_uri, "unknown") for c in shared},
     )
@@ -50,7 +50,7 @@ def _contents(uri: str) -> dict[str, str]:
     return {s.uri: s.fingerprint for unit in read_units(Store(uri)) for s in unit.sources}
 
 
-def warnings(found: Mapping[str, Overlap]) -> Sequence[str]:
+def overlap_warnings(found: Mapping[str, TrainTestOverlap]) -> Sequence[str]:
     """A line for each checkpoint (by label) that has seen some of the prompts, or may have."""
     lines: list[str] = []
     for label, overlap in found.items():

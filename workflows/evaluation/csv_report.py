@@ -12,7 +12,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class MetricRow:
     """One metric of one setting in one window."""
 
     label: str
@@ -32,7 +32,7 @@ class Line:
     note: str  # what a number that is not measured needs
 
 
-def lines(rows: Rows) -> list[Line]:
+def to_rows(rows: Rows) -> list[MetricRow]:
     """Seeds of one setting together; every metric of the sweep in every setting."""
     keys = dict.fromkeys(_key(row) for row in rows)
     return [line for key in keys for line in _of_setting([row for row in rows if _key(row) == key])]
@@ -42,19 +42,19 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("label", "mode", "steps", "nfe", "guidance", "window"))
 
 
-def _of_setting(rows: Rows) -> list[Line]:
+def _of_setting(rows: Rows) -> list[MetricRow]:
     names = dict.fromkeys(name for row in rows for kind in ("metrics", "not_measured") for name in row[kind])
     return [_line(rows, name) for name in names]
 
 
-def _line(rows: Rows, metric: str) -> Line:
+def _line(rows: Rows, metric: str) -> MetricRow:
     known = [row for row in rows if metric in row["metrics"]]
     values = [row["metrics"][metric] for row in known]
     details = [row["detail"][metric] for row in known if metric in row["detail"]]
     bounds = [(d["low"], d["high"]) for d in details if "low" in d]
     low, high = np.mean(bounds, axis=0).tolist() if bounds else (None, None)
     first = rows[0]
-    return Line(
+    return MetricRow(
         **{name: first[name] for name in ("label", "mode", "steps", "nfe", "guidance", "window")},
         metric=metric,
         value=float(np.mean(values)) if values else None,
@@ -68,10 +68,10 @@ def _line(rows: Rows, metric: str) -> Line:
     )
 
 
-def write(found: Sequence[Line], path: Path) -> Path:
+def write_csv(found: Sequence[MetricRow], path: Path) -> Path:
     """CSV with a head line; empty where there is no value."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Line)])
+        writer = csv.DictWriter(file, [field.name for field in fields(MetricRow)])
         writer.writeheader()
         writer.writerows(asdict(line) for line in found)
     return path

@@ -20,32 +20,39 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mfcore.metrics.windows import PUBLISHED, Window, parse_windows
-from workflows.checkpoints.load import find_export, load_card
-from workflows.checkpoints.model_card import ModelCard
+from mfcore.metrics.windows import DEFAULT_WINDOWS, TimeWindow, parse_windows
+from workflows.checkpoints.load import find_export, load_metadata
+from workflows.checkpoints.model_card import ExportMetadata
 from workflows.evaluation import csv_report, html_report, mlflow_report
-from workflows.evaluation.clip_features import Reading
-from workflows.evaluation.contamination import find_overlap, warnings
-from workflows.evaluation.executors import Crew, crew
-from workflows.evaluation.feature_models import Instruments, parse_weights
-from workflows.evaluation.held_out import HeldOut, check_match, frame_rate, select
-from workflows.evaluation.metrics.generic import Numbers, Real, Score, offsets
-from workflows.evaluation.metrics.registry import score_windows
-from workflows.evaluation.results import Results, claim_folder
-from workflows.evaluation.sampling import batches
-from workflows.evaluation.signals import real_signals
-from workflows.evaluation.sweep import SCORER, Row, Setting, Subject, examine, plan, told_apart
-from workflows.evaluation.worker import SAMPLES, Examiner, Outcome, Task
+from workflows.evaluation.clip_features import ClipFeatures
+from workflows.evaluation.contamination import find_train_test_overlap, overlap_warnings
+from workflows.evaluation.executors import SweepExecutor, open_executor
+from workflows.evaluation.feature_models import FeatureModels, parse_feature_models
+from workflows.evaluation.held_out import EvaluationSet, check_compatibility, frame_rate_of, select_evaluation_set
+from workflows.evaluation.metrics.generic import MetricValue, Numbers, ReferenceFeatures, sync_offsets
+from workflows.evaluation.metrics.registry import compute_metrics_by_window
+from workflows.evaluation.results import ResultStore, prepare_output_dir
+from workflows.evaluation.sampling import group_prompts
+from workflows.evaluation.signals import decode_real_clips
+from workflows.evaluation.sweep import (
+    METRICS_VERSION,
+    EvaluatedCheckpoint,
+    Row,
+    SweepPoint,
+    deduplicate_labels,
+    identify_checkpoint,
+    plan_sweep,
+)
+from workflows.evaluation.worker import MAX_SAVED_SAMPLES, EvaluationWorker, SampleTask, TaskResult
 from workflows.inference.precision import Precision
 from workflows.utils import environment
 from workflows.utils.json_io import read_json
-from workflows.utils.progress import Progress
-from workflows.utils.progress import progress as progress_bar
+from workflows.utils.progress import ProgressCallback, progress_bar
 
 _HELD_OUT = 0.1  # share of the sources, where the checkpoint does not say what it was trained with
 
 
-def evaluate(
+def evaluate_checkpoints(
     checkpoints: Sequence[str],
     *,
     data: str | None = None,
@@ -56,12 +63,12 @@ def evaluate(
     seconds: float | None = None,
     out: str | None = None,
     seeds: Sequence[int] = (0,),
-    windows: str = PUBLISHED,
+    windows: str = DEFAULT_WINDOWS,
     workers: int = 1,
     weights: Sequence[str] = (),
     precision: Precision = "fp32",
     mlflow_uri: str | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Sample, score, plot and log; the same call again does only what is missing.
 
@@ -72,24 +79,28 @@ def evaluate(
     as kind=place. ``precision``: that of the samples; numbers of two precisions are never taken together. ValueError,
     with nothing written, when a checkpoint or the dataset is missing, they do not fit, or no setting makes sense.
     """
-    subjects = told_apart([examine(path, precision=precision) for path in dict.fromkeys(checkpoints)])
-    settings, skipped = plan(subjects, modes, steps, guidance, seeds)
-    cut, instruments = parse_windows(windows), parse_weights(weights)
-    instruments.check()
+    subjects = deduplicate_labels(
+        [identify_checkpoint(path, precision=precision) for path in dict.fromkeys(checkpoints)]
+    )
+    settings, skipped = plan_sweep(subjects, modes, steps, guidance, seeds)
+    cut, instruments = parse_windows(windows), parse_feature_models(weights)
+    instruments.load_all()
     uri = data or _trained_on(subjects[0])
-    held = select(uri, clips=clips, seconds=seconds, fraction=_kept_away(subjects, uri))
-    cards = {subject: load_card(subject.path) for subject in subjects}
+    held = select_evaluation_set(uri, clips=clips, seconds=seconds, fraction=_kept_away(subjects, uri))
+    cards = {subject: load_metadata(subject.path) for subject in subjects}
     for subject, card in cards.items():
-        check_match(card, held.meta, subject.path, uri)
-    overlaps = {s.label: find_overlap(held, uri, _record(s).get("data"), _held_out(s)) for s in subjects}
+        check_compatibility(card, held.meta, subject.path, uri)
+    overlaps = {s.label: find_train_test_overlap(held, uri, _record(s).get("data"), _held_out(s)) for s in subjects}
     doubts = _doubts(settings, cards)
-    for line in [*warnings(overlaps), *doubts]:
+    for line in [*overlap_warnings(overlaps), *doubts]:
         print(f"warning: {line}", file=sys.stderr, flush=True)
-    scope = hashlib.sha256(f"{SCORER} {windows} {held.digest()} {instruments.id}".encode()).hexdigest()[:12]
+    scope = hashlib.sha256(f"{METRICS_VERSION} {windows} {held.digest()} {instruments.id}".encode()).hexdigest()[:12]
     name = "+".join(dict.fromkeys(s.label for s in subjects)) + f"-{scope[:6]}"
-    folder = Path(out) if out else Path(environment.absolute("runs/evaluate")) / name
-    claim_folder(folder)
-    sweep = _Sweep(held=held, windows=cut, results=Results(folder, scope), subjects=subjects, instruments=instruments)
+    folder = Path(out) if out else Path(environment.resolve_path("runs/evaluate")) / name
+    prepare_output_dir(folder)
+    sweep = _Sweep(
+        held=held, windows=cut, results=ResultStore(folder, scope), subjects=subjects, instruments=instruments
+    )
     with progress_bar("evaluate") as show:
         sweep.run(settings, progress or show, workers)
     facts = {
@@ -106,31 +117,31 @@ def evaluate(
     return sweep.finish(name, mlflow_uri or environment.tracking_uri(), facts)
 
 
-def _doubts(settings: Sequence[Setting], cards: Mapping[Subject, ModelCard]) -> list[str]:
+def _doubts(settings: Sequence[SweepPoint], cards: Mapping[EvaluatedCheckpoint, ExportMetadata]) -> list[str]:
     """A line for each checkpoint and number of steps that its training does not reach to."""
-    found = [(s.subject.label, cards[s.subject].doubt(s.how.mode, s.how.steps)) for s in settings]
+    found = [(s.subject.label, cards[s.subject].step_count_warning(s.how.mode, s.how.steps)) for s in settings]
     return list(dict.fromkeys(f"{label}: {doubt}" for label, doubt in found if doubt))
 
 
-def _record(subject: Subject) -> Mapping[str, Any]:
+def _record(subject: EvaluatedCheckpoint) -> Mapping[str, Any]:
     """``run.json`` of the checkpoint; empty for a bare export."""
     path = find_export(subject.path).parent / "run.json"
     return read_json(path) if path.exists() else {}
 
 
-def _trained_on(subject: Subject) -> str:
+def _trained_on(subject: EvaluatedCheckpoint) -> str:
     uri = _record(subject).get("data")
     if not uri:
         raise ValueError(f"{subject.path} does not say what it was trained on: name a dataset with --data DATASET")
     return str(uri)
 
 
-def _held_out(subject: Subject) -> float:
+def _held_out(subject: EvaluatedCheckpoint) -> float:
     """The share that the training kept away; a smaller share of the same sources lies inside it."""
     return float(_record(subject).get("config", {}).get("data", {}).get("held_out", _HELD_OUT))
 
 
-def _kept_away(subjects: Sequence[Subject], uri: str) -> float | None:
+def _kept_away(subjects: Sequence[EvaluatedCheckpoint], uri: str) -> float | None:
     """The share of a dataset that every training on it kept away; None: none of them was on it, all may be used."""
     return min((_held_out(s) for s in subjects if _record(s).get("data") == uri), default=None)
 
@@ -139,37 +150,37 @@ def _kept_away(subjects: Sequence[Subject], uri: str) -> float | None:
 class _Sweep:
     """A sweep at work."""
 
-    held: HeldOut
-    windows: tuple[Window, ...]
-    results: Results
-    subjects: Sequence[Subject]
-    instruments: Instruments
+    held: EvaluationSet
+    windows: tuple[TimeWindow, ...]
+    results: ResultStore
+    subjects: Sequence[EvaluatedCheckpoint]
+    instruments: FeatureModels
     times: dict[str, float] = field(default_factory=dict[str, float])  # seconds by kind of work
-    real: Real = field(init=False)  # known once there is something to do
+    real: ReferenceFeatures = field(init=False)  # known once there is something to do
 
     @cached_property
-    def examiner(self) -> Examiner:
-        return Examiner(self.held, self.instruments)
+    def examiner(self) -> EvaluationWorker:
+        return EvaluationWorker(self.held, self.instruments)
 
-    def run(self, settings: Sequence[Setting], progress: Progress, workers: int) -> None:
+    def run(self, settings: Sequence[SweepPoint], progress: ProgressCallback, workers: int) -> None:
         """Everything that is not there yet."""
-        todo = [s for s in settings if self.results.done(self._key(s)) is None]
+        todo = [s for s in settings if self.results.load_finished(self._key(s)) is None]
         if not todo:
             progress(0, 0)
             return
-        with crew(self.examiner, workers) as hands:
+        with open_executor(self.examiner, workers) as hands:
             with self._timed("real"):
-                self.real = hands.read_real()
-            if self.results.done(f"real-{self.results.scope}") is None:
+                self.real = hands.extract_real_features()
+            if self.results.load_finished(f"real-{self.results.scope}") is None:
                 self._score_real()
             self._run(todo, hands, progress, workers)
 
-    def _run(self, todo: Sequence[Setting], hands: Crew, progress: Progress, workers: int) -> None:
-        waiting = {self._key(s): (s, dict[int, Outcome]()) for s in todo}
-        tasks: list[Task] = []
+    def _run(self, todo: Sequence[SweepPoint], hands: SweepExecutor, progress: ProgressCallback, workers: int) -> None:
+        waiting = {self._key(s): (s, dict[int, TaskResult]()) for s in todo}
+        tasks: list[SampleTask] = []
         for task in (task for s in todo for task in self._tasks(s)):
             key = self._key(task.setting)
-            if (kept := self.results.kept(key, task.batch)) is not None:
+            if (kept := self.results.load_batch(key, task.batch)) is not None:
                 waiting[key][1][task.batch] = kept
             else:
                 tasks.append(task)
@@ -177,50 +188,50 @@ class _Sweep:
             self._settle(*waiting.pop(key), workers)  # killed between its last batch and its rows
         progress(0, len(tasks))
         with self._timed("samples"):
-            for done, (task, outcome) in enumerate(hands.work(tasks), start=1):
+            for done, (task, outcome) in enumerate(hands.map(tasks), start=1):
                 key = self._key(task.setting)
                 setting, got = waiting[key]
                 got[task.batch] = outcome
                 if len(got) == len(self._tasks(setting)):
                     self._settle(setting, got, workers)
                 else:
-                    self.results.keep(key, task.batch, outcome)
+                    self.results.save_batch(key, task.batch, outcome)
                 progress(done, len(tasks))
 
-    def _key(self, setting: Setting) -> str:
+    def _key(self, setting: SweepPoint) -> str:
         return setting.key(self.results.scope)
 
-    def _tasks(self, setting: Setting) -> list[Task]:
+    def _tasks(self, setting: SweepPoint) -> list[SampleTask]:
         place = {prompt.number: i for i, prompt in enumerate(self.held.prompts)}
         return [
-            Task(setting=setting, batch=i, prompts=tuple(place[p.number] for p in batch))
-            for i, batch in enumerate(batches(self.held.prompts))
+            SampleTask(setting=setting, batch=i, prompts=tuple(place[p.number] for p in batch))
+            for i, batch in enumerate(group_prompts(self.held.prompts))
         ]
 
     def _score_real(self) -> None:
         facts = {"checkpoint": "real", "mode": "real", "steps": 0, "nfe": 0, "guidance": 1.0, "seed": 0}
         lengths = [float(p.clip.chunks * self.held.meta.chunk_seconds) for p in self.held.prompts]
         rows = self._rows({**facts, "label": "real"}, self.real.prompts, lengths)
-        signals = real_signals(self.held, [p.clip for p in self.held.prompts[:SAMPLES]])
+        signals = decode_real_clips(self.held, [p.clip for p in self.held.prompts[:MAX_SAVED_SAMPLES]])
         name = f"real-{self.results.scope[:6]}"
-        samples = self._files(name, {i: self.examiner.mp4(s) for i, s in enumerate(signals)})
+        samples = self._files(name, {i: self.examiner.encode_mp4(s) for i, s in enumerate(signals)})
         part = {"digest": "real", "name": "real", "rows": rows, "samples": samples}
-        self.results.store(f"real-{self.results.scope}", part)
+        self.results.save_finished(f"real-{self.results.scope}", part)
 
-    def _settle(self, setting: Setting, got: Mapping[int, Outcome], workers: int) -> None:
+    def _settle(self, setting: SweepPoint, got: Mapping[int, TaskResult], workers: int) -> None:
         """Score a setting whose batches are all there, and store its rows."""
         by_prompt = {p: (r, o.length) for o in got.values() for p, r in zip(o.prompts, o.readings, strict=True)}
         readings, lengths = zip(*(by_prompt[p] for p in sorted(by_prompt)), strict=True)
-        facts = {**setting.facts, "label": setting.subject.label, "workers": workers}
+        facts = {**setting.columns, "label": setting.subject.label, "workers": workers}
         with self._timed("score"):
             rows = self._rows(facts, readings, lengths)
-        rows[0]["metrics"] |= got[0].once | _batch_speed(list(got.values()))
+        rows[0]["metrics"] |= got[0].setting_metrics | _batch_speed(list(got.values()))
         name = f"{setting.name}-{self._key(setting)[:6]}"  # other clips and other weights have files of their own
         samples = self._files(name, {p: mp4 for o in got.values() for p, mp4 in o.samples.items()})
         part = {"digest": setting.subject.digest, "name": setting.name, "rows": rows, "samples": samples}
-        self.results.store(self._key(setting), part)
+        self.results.save_finished(self._key(setting), part)
 
-    def _rows(self, facts: Row, readings: Sequence[Reading], lengths: Sequence[float]) -> list[Row]:
+    def _rows(self, facts: Row, readings: Sequence[ClipFeatures], lengths: Sequence[float]) -> list[Row]:
         """A row for the whole clips, then one for each window that they reach into."""
         return [
             {
@@ -231,9 +242,9 @@ class _Sweep:
                 "detail": {name: _detail(score) for name, score in one.scores.found.items()},
                 "failures": one.scores.failures,
                 "not_measured": one.scores.not_measured,
-                **({"offsets": offsets(one.part)} if one.window == "all" else {}),
+                **({"offsets": sync_offsets(one.part)} if one.window == "all" else {}),
             }
-            for one in score_windows(readings, lengths, self.windows, self.real)
+            for one in compute_metrics_by_window(readings, lengths, self.windows, self.real)
         ]
 
     def _files(self, name: str, clips: Mapping[int, bytes]) -> list[str]:
@@ -254,16 +265,16 @@ class _Sweep:
 
     def finish(self, name: str, mlflow_uri: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Results, plots, the page and MLflow from all that this folder holds of these checkpoints and clips."""
-        parts = self.results.parts(self.subjects)
-        rows = self.results.write(parts)
+        parts = self.results.load_all(self.subjects)
+        rows = self.results.write_summary(parts)
         with self._timed("plots"):
-            fps, rate = frame_rate(self.held.meta), self.examiner.reader.sample_rate
-            plots = mlflow_report.draw(parts, self.results.folder, fps, rate, name)
-            lines = csv_report.lines(rows)
-            files = [csv_report.write(lines, self.results.folder / "table.csv")]
-            files.append(html_report.write(self.results.folder, name, facts, parts, lines, plots))
+            fps, rate = frame_rate_of(self.held.meta), self.examiner.reader.sample_rate
+            plots = mlflow_report.draw_plots(parts, self.results.folder, fps, rate, name)
+            lines = csv_report.to_rows(rows)
+            files = [csv_report.write_csv(lines, self.results.folder / "table.csv")]
+            files.append(html_report.write_html_report(self.results.folder, name, facts, parts, lines, plots))
         with self._timed("tracking"):
-            parent = mlflow_report.log(parts, [*plots, *files], self.results, mlflow_uri, name, facts)
+            parent = mlflow_report.log_sweep_to_mlflow(parts, [*plots, *files], self.results, mlflow_uri, name, facts)
         return {
             "results": str(self.results.path),
             "table": str(files[0]),
@@ -281,12 +292,12 @@ class _Sweep:
         }
 
 
-def _detail(one: Score) -> Row:
+def _detail(one: MetricValue) -> Row:
     known = one.low is not None
     return {"count": one.count, "failed": one.failed} | ({"low": one.low, "high": one.high} if known else {})
 
 
-def _batch_speed(outcomes: Sequence[Outcome]) -> Numbers:
+def _batch_speed(outcomes: Sequence[TaskResult]) -> Numbers:
     """Seconds of clip per second of computation where many streams run at once."""
     made = sum(o.length * len(o.prompts) for o in outcomes)
     return {

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from mfcore.codecs.pretrained import compute_device
-from mfcore.metrics.feature_extractors import Clap, Faces, PictureFeatures, SoundClasses, SoundFeatures, VideoMae
-from mfcore.metrics.lip_sync_error import LipVectors
-from mfcore.metrics.speech import PocketSphinx, Recogniser, Whisper
+from mfcore.metrics.feature_extractors import CLAP, AudioClassifier, AudioEncoder, FaceEncoder, VideoEncoder, VideoMAE
+from mfcore.metrics.lip_sync_error import LipEmbeddingModel
+from mfcore.metrics.speech import PocketSphinx, SpeechRecognizer, Whisper
 from mfcore.metrics.syncnet import SyncNetSync, load_syncnet
 
-KINDS: Mapping[str, str] = {
+MODEL_KINDS: Mapping[str, str] = {
     "syncnet": "a file of SyncNet's weights, syncnet_v2.model or safetensors",
     "whisper": "a folder of Whisper in transformers' layout",
     "pocketsphinx": "en, after pip install pocketsphinx",
@@ -24,13 +24,13 @@ KINDS: Mapping[str, str] = {
 }
 
 
-def needs(kind: str) -> str:
+def requirement_text(kind: str) -> str:
     """How a metric says what it lacks."""
-    return f"--weights {kind}=... ({KINDS[kind]})"
+    return f"--weights {kind}=... ({MODEL_KINDS[kind]})"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Instruments:
+class FeatureModels:
     """What is at hand. Networks are loaded when first used; a copy sent to another process loads its own."""
 
     places: Mapping[str, str] = field(default_factory=dict[str, str])  # kind -> folder or file
@@ -41,8 +41,8 @@ class Instruments:
         return ",".join(f"{kind}={place}" for kind, place in sorted(self.places.items()))
 
     @cached_property
-    def recognisers(self) -> dict[str, Recogniser]:
-        made: dict[str, Recogniser] = {}
+    def speech_recognizers(self) -> dict[str, SpeechRecognizer]:
+        made: dict[str, SpeechRecognizer] = {}
         if "whisper" in self.places:
             made["whisper"] = Whisper(self.places["whisper"], _device())
         if "pocketsphinx" in self.places:
@@ -50,21 +50,21 @@ class Instruments:
         return made
 
     @cached_property
-    def pictures(self) -> dict[str, PictureFeatures]:
-        return _made(self.places, {"videomae": VideoMae, "faces": Faces})
+    def video_encoders(self) -> dict[str, VideoEncoder]:
+        return _made(self.places, {"videomae": VideoMAE, "faces": FaceEncoder})
 
     @cached_property
-    def sounds(self) -> dict[str, SoundFeatures]:
-        return _made(self.places, {"clap": Clap, "sounds": SoundClasses})
+    def audio_encoders(self) -> dict[str, AudioEncoder]:
+        return _made(self.places, {"clap": CLAP, "sounds": AudioClassifier})
 
     @cached_property
-    def lips(self) -> LipVectors | None:
+    def lip_sync_model(self) -> LipEmbeddingModel | None:
         place = self.places.get("syncnet")
         return None if place is None else SyncNetSync(load_syncnet(place)).vectors
 
-    def check(self) -> None:
+    def load_all(self) -> None:
         """Load everything once. ValueError where a place holds something else."""
-        _ = self.recognisers, self.pictures, self.sounds, self.lips
+        _ = self.speech_recognizers, self.video_encoders, self.audio_encoders, self.lip_sync_model
 
     def __getstate__(self) -> dict[str, Mapping[str, str]]:
         return {"places": self.places}
@@ -84,18 +84,18 @@ def _device() -> str:
     return str(compute_device(None))
 
 
-def parse_weights(texts: Sequence[str]) -> Instruments:
+def parse_feature_models(texts: Sequence[str]) -> FeatureModels:
     """From ``kind=place`` each. ValueError for an unknown kind, or a place that does not exist."""
     places: dict[str, str] = {}
     for text in texts:
         kind, _, place = text.partition("=")
-        if kind not in KINDS or not place:
-            known = "; ".join(f"{k}={what}" for k, what in KINDS.items())
+        if kind not in MODEL_KINDS or not place:
+            known = "; ".join(f"{k}={what}" for k, what in MODEL_KINDS.items())
             raise ValueError(f"--weights {text!r}: write KIND=PLACE with one of {known}")
         if kind == "pocketsphinx":
             if place != "en" or importlib.util.find_spec("pocketsphinx") is None:
-                raise ValueError(f"--weights {text!r}: the embedded recogniser is {KINDS[kind]}")
+                raise ValueError(f"--weights {text!r}: the embedded recogniser is {MODEL_KINDS[kind]}")
         elif not Path(place).exists():
-            raise ValueError(f"--weights {text!r}: {place} does not exist; give {KINDS[kind]}")
+            raise ValueError(f"--weights {text!r}: {place} does not exist; give {MODEL_KINDS[kind]}")
         places[kind] = place
-    return Instruments(places=places)
+    return FeatureModels(places=places)

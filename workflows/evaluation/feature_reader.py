@@ -5,47 +5,49 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mfcore.metrics.av_sync import blocks_of, motion_energy, sound_envelope
+from mfcore.metrics.av_sync import block_statistics, motion_energy, sound_envelope
 from mfcore.metrics.continuity import step_energy
 from mfcore.metrics.feature_extractors import SEGMENT
 from mfcore.metrics.lip_sync_error import FPS as LIPS
-from mfcore.metrics.signal_quality import decibel, rms, sharpness
-from mfcore.metrics.speech import plain_words
+from mfcore.metrics.signal_quality import rms, sharpness, to_decibels
+from mfcore.metrics.speech import normalize_words
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.records import Word
-from preprocessing.toyworld.audio_reader import read_sound
-from preprocessing.toyworld.video_reader import read_frames
+from preprocessing.toyworld.audio_reader import read_audio
+from preprocessing.toyworld.video_reader import read_video
 from workflows.evaluation.clip_features import (
-    ENVELOPE,
-    HALF,
+    ENVELOPE_RATE_HZ,
+    HALF_SECOND,
     Array,
-    Reading,
-    Seam,
-    ToyPicture,
-    ToySpeech,
-    Track,
-    Utterance,
+    ChunkBoundaryEnergy,
+    ClipFeatures,
+    FeatureTrack,
+    SpeechSegment,
+    ToyAudioFeatures,
+    ToyVideoFeatures,
 )
-from workflows.evaluation.feature_models import Instruments
-from workflows.evaluation.held_out import HeldOut, frame_rate
-from workflows.evaluation.signals import Signals
+from workflows.evaluation.feature_models import FeatureModels
+from workflows.evaluation.held_out import EvaluationSet, frame_rate_of
+from workflows.evaluation.signals import DecodedClip
 
-PIECE = 5.0  # seconds of speech that a recogniser hears at once, about: windows of time need pieces of their own
+SEGMENT_SECONDS = (
+    5.0  # seconds of speech that a recogniser hears at once, about: windows of time need pieces of their own
+)
 _EDGES = (60.0, 400.0, 1200.0, 3000.0, 8000.0)  # Hz, bands of the sound's features
 _FAR = 2.0  # residuals of a reading are cut here: what is read nowhere is not infinitely far
 
 
-class Reader:
+class FeatureExtractor:
     """Reads clips of one dataset."""
 
-    def __init__(self, held: HeldOut, instruments: Instruments | None = None) -> None:
+    def __init__(self, held: EvaluationSet, instruments: FeatureModels | None = None) -> None:
         self._held, self._toy = held, held.toy
-        self._instruments = instruments or Instruments()
-        self._fps = float(frame_rate(held.meta))
+        self._instruments = instruments or FeatureModels()
+        self._fps = float(frame_rate_of(held.meta))
         codec: Any = held.codecs.get(AUDIO)
         self.sample_rate = codec.config.sample_rate if codec else 16000
 
-    def read(self, signals: Signals) -> Reading:
+    def extract(self, signals: DecodedClip) -> ClipFeatures:
         frames = None if signals.frames is None else signals.frames.numpy()
         sound = None if signals.sound is None else signals.sound.numpy()
         picture = self._picture(frames) if frames is not None and self._toy else None
@@ -55,13 +57,13 @@ class Reader:
             features[VIDEO] = _picture_features(picture, motion, frames, self._fps)
         if sound is not None and self._toy:
             features[AUDIO] = _sound_features(sound, self.sample_rate)
-        reading = Reading(
+        reading = ClipFeatures(
             finite=signals.finite,
             fps=self._fps,
             sample_rate=self.sample_rate,
             motion=motion,
             sharpness=None if frames is None else sharpness(frames),
-            blocks=None if frames is None else blocks_of(frames),
+            blocks=None if frames is None else block_statistics(frames),
             sound=sound,
             seams=self._seams(signals, frames, sound),
             features=features,
@@ -74,46 +76,49 @@ class Reader:
         _ = reading.mouth_sync, reading.motion_sync  # here, where workers share the work
         return reading
 
-    def _tracks(self, frames: NDArray[np.uint8] | None, sound: NDArray[np.float32] | None) -> dict[str, Track]:
+    def _tracks(self, frames: NDArray[np.uint8] | None, sound: NDArray[np.float32] | None) -> dict[str, FeatureTrack]:
         """What the networks at hand see and hear."""
-        made: dict[str, Track] = {}
+        made: dict[str, FeatureTrack] = {}
         if frames is not None:
-            for name, extract in self._instruments.pictures.items():
+            for name, extract in self._instruments.video_encoders.items():
                 rows = extract(frames, self._fps)
                 first = rows[0] if name == "faces" else None
-                made[name] = Track(values=rows if first is None else rows[1:], rate=1 / SEGMENT, reference=first)
+                made[name] = FeatureTrack(values=rows if first is None else rows[1:], rate=1 / SEGMENT, reference=first)
         if sound is not None:
-            for name, extract in self._instruments.sounds.items():
-                made[name] = Track(values=extract(sound, self.sample_rate), rate=1 / SEGMENT)
-        if frames is not None and sound is not None and self._instruments.lips is not None:
-            lips, voice = self._instruments.lips(frames, self._fps, sound, self.sample_rate)
-            made |= {"lips": Track(values=lips, rate=LIPS), "voice": Track(values=voice, rate=LIPS)}
+            for name, extract in self._instruments.audio_encoders.items():
+                made[name] = FeatureTrack(values=extract(sound, self.sample_rate), rate=1 / SEGMENT)
+        if frames is not None and sound is not None and self._instruments.lip_sync_model is not None:
+            lips, voice = self._instruments.lip_sync_model(frames, self._fps, sound, self.sample_rate)
+            made |= {"lips": FeatureTrack(values=lips, rate=LIPS), "voice": FeatureTrack(values=voice, rate=LIPS)}
         return made
 
-    def _utterances(self, sound: NDArray[np.float32], words: Sequence[Word]) -> tuple[Utterance, ...]:
-        if not self._instruments.recognisers or not words:
+    def _utterances(self, sound: NDArray[np.float32], words: Sequence[Word]) -> tuple[SpeechSegment, ...]:
+        if not self._instruments.speech_recognizers or not words:
             return ()
-        rate, made = self.sample_rate, list[Utterance]()
-        for start, end in speech_pieces(words, len(sound) / rate):
+        rate, made = self.sample_rate, list[SpeechSegment]()
+        for start, end in split_speech(words, len(sound) / rate):
             part = sound[round(start * rate) : round(end * rate)]
             made.append(
-                Utterance(
+                SpeechSegment(
                     at=(start + end) / 2,
-                    said=tuple(x for w in words if start <= (w.start + w.end) / 2 < end for x in plain_words(w.word)),
+                    said=tuple(
+                        x for w in words if start <= (w.start + w.end) / 2 < end for x in normalize_words(w.word)
+                    ),
                     heard={
-                        n: tuple(plain_words(hear(part, rate))) for n, hear in self._instruments.recognisers.items()
+                        n: tuple(normalize_words(hear(part, rate)))
+                        for n, hear in self._instruments.speech_recognizers.items()
                     },
                 )
             )
         return tuple(made)
 
-    def _picture(self, frames: NDArray[np.uint8]) -> ToyPicture:
+    def _picture(self, frames: NDArray[np.uint8]) -> ToyVideoFeatures:
         assert self._toy is not None
         # The first frame is read as every other one: as half a second of it.
-        still = np.repeat(frames[:1], int(self._fps * HALF) + 1, axis=0)
+        still = np.repeat(frames[:1], int(self._fps * HALF_SECOND) + 1, axis=0)
         with np.errstate(divide="ignore", invalid="ignore"):  # what is generated may have no contrast at all
-            seen, first = read_frames(frames, self._toy), read_frames(still, self._toy)
-        return ToyPicture(
+            seen, first = read_video(frames, self._toy), read_video(still, self._toy)
+        return ToyVideoFeatures(
             opening=seen.opening,
             head=seen.head,
             face=seen.face_colour / 255,
@@ -121,25 +126,25 @@ class Reader:
             choices=seen.choices,
         )
 
-    def _speech(self, sound: NDArray[np.float32], words: Sequence[Word]) -> ToySpeech:
+    def _speech(self, sound: NDArray[np.float32], words: Sequence[Word]) -> ToyAudioFeatures:
         assert self._toy is not None
-        heard = read_sound(sound, self.sample_rate, self._toy)
-        return ToySpeech(
+        heard = read_audio(sound, self.sample_rate, self._toy)
+        return ToyAudioFeatures(
             heard=tuple((w["word"], (w["start"] + w["end"]) / 2) for w in heard.syllables),
             said=tuple((w.word, (w.start + w.end) / 2) for w in words),
             tone=heard.tone,
         )
 
     def _seams(
-        self, signals: Signals, frames: NDArray[np.uint8] | None, sound: NDArray[np.float32] | None
-    ) -> dict[str, Seam]:
+        self, signals: DecodedClip, frames: NDArray[np.uint8] | None, sound: NDArray[np.float32] | None
+    ) -> dict[str, ChunkBoundaryEnergy]:
         chunk, seams = float(self._held.meta.chunk_seconds), {}
         if frames is not None:
             # The first frame belongs to what came before: frame j shows the world at j / fps, chunk k ends with it.
             seams["pixels"] = _seam(frames, (np.arange(len(frames)) - 1) / self._fps, chunk)
         if sound is not None:
-            envelope = sound_envelope(sound, self.sample_rate, ENVELOPE)
-            seams["sound"] = _seam(envelope, np.arange(len(envelope)) / ENVELOPE, chunk)
+            envelope = sound_envelope(sound, self.sample_rate, ENVELOPE_RATE_HZ)
+            seams["sound"] = _seam(envelope, np.arange(len(envelope)) / ENVELOPE_RATE_HZ, chunk)
         timeline = self._held.meta.timeline()
         for m, latents in signals.latents.items():
             whitened = self._held.meta.stats[m].whiten(latents.float(), space=latents.ndim - 2).numpy()
@@ -147,13 +152,15 @@ class Reader:
             clock = timeline.clocks[m]
             times = timeline.times(m, chunks).numpy()[: len(latents)] - float(clock.offset)
             index = timeline.chunk_index(m, chunks).numpy()[: len(latents)]
-            seams[f"{m}_latents"] = Seam(energy=step_energy(whitened), times=times[1:], border=np.diff(index) != 0)
+            seams[f"{m}_latents"] = ChunkBoundaryEnergy(
+                energy=step_energy(whitened), times=times[1:], border=np.diff(index) != 0
+            )
         return seams
 
 
-def _seam(values: Array | NDArray[np.uint8], times: Array, chunk: float) -> Seam:
+def _seam(values: Array | NDArray[np.uint8], times: Array, chunk: float) -> ChunkBoundaryEnergy:
     index = np.floor(times / chunk + 1e-6)
-    return Seam(energy=step_energy(values), times=np.maximum(times[1:], 0), border=np.diff(index) != 0)
+    return ChunkBoundaryEnergy(energy=step_energy(values), times=np.maximum(times[1:], 0), border=np.diff(index) != 0)
 
 
 def _halves(values: Array, per_half: float, count: int) -> list[Array]:
@@ -162,10 +169,10 @@ def _halves(values: Array, per_half: float, count: int) -> list[Array]:
     return [values[a : max(b, a + 1)] for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
-def _picture_features(picture: ToyPicture, motion: Array, frames: NDArray[np.uint8], fps: float) -> Array:
+def _picture_features(picture: ToyVideoFeatures, motion: Array, frames: NDArray[np.uint8], fps: float) -> Array:
     """``[K, 8]``: mouth (mean, spread), head, motion, sharpness, colour drift, distance to the modes of the choices."""
     count = len(picture.face)
-    parts = lambda values: _halves(values[1:], fps * HALF, count)
+    parts = lambda values: _halves(values[1:], fps * HALF_SECOND, count)
     grey = frames[..., 1].astype(np.float32)
     sharp = np.abs(np.diff(grey, axis=2)).mean((1, 2))
     residuals = np.mean([np.minimum(c.residual[:count], _FAR) for c in picture.choices.values()], axis=0)
@@ -186,19 +193,21 @@ def _picture_features(picture: ToyPicture, motion: Array, frames: NDArray[np.uin
 def _sound_features(sound: NDArray[np.float32], sample_rate: int) -> Array:
     """``[K, 6]``: loudness and its spread in dB, the shares of four bands in dB."""
     rows: list[list[float]] = []
-    for part in _halves(sound.astype(np.float64), sample_rate * HALF, max(1, round(len(sound) / sample_rate / HALF))):
+    for part in _halves(
+        sound.astype(np.float64), sample_rate * HALF_SECOND, max(1, round(len(sound) / sample_rate / HALF_SECOND))
+    ):
         power = np.square(np.abs(np.fft.rfft(part * np.hanning(len(part)))))
         at = np.fft.rfftfreq(len(part), 1 / sample_rate)
         bands = [power[(at >= a) & (at < b)].sum() for a, b in zip(_EDGES[:-1], _EDGES[1:], strict=True)]
-        envelope = decibel(sound_envelope(part, sample_rate, ENVELOPE))
+        envelope = to_decibels(sound_envelope(part, sample_rate, ENVELOPE_RATE_HZ))
         shares = 10 * np.log10(1e-4 + np.array(bands) / (sum(bands) + 1e-12))
-        rows.append([decibel(rms(part)), float(envelope.std()), *shares])
+        rows.append([to_decibels(rms(part)), float(envelope.std()), *shares])
     return np.array(rows)
 
 
-def speech_pieces(words: Sequence[Word], seconds: float) -> list[tuple[float, float]]:
+def split_speech(words: Sequence[Word], seconds: float) -> list[tuple[float, float]]:
     """Start and end of pieces of about ``PIECE`` seconds, cut between words, that cover a clip."""
     gaps = [(a.end + b.start) / 2 for a, b in pairwise(words)]
-    wanted = np.arange(PIECE, seconds - PIECE / 2, PIECE)
+    wanted = np.arange(SEGMENT_SECONDS, seconds - SEGMENT_SECONDS / 2, SEGMENT_SECONDS)
     cuts = sorted({min(gaps, key=lambda gap: abs(gap - at)) for at in wanted}) if gaps else []
     return list(pairwise([0.0, *cuts, seconds]))

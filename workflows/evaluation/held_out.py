@@ -12,12 +12,12 @@ import torch
 
 from mfcore.codecs.base import Codec
 from mfcore.types import VIDEO
-from preprocessing.dataset.reader import DatasetMeta, open_dataset
+from preprocessing.dataset.reader import DatasetMetadata, open_dataset
 from preprocessing.dataset.schema import ClipTensors
 from preprocessing.records import Word
 from preprocessing.toyworld.voice import VOCABULARY
 from preprocessing.toyworld.world import ToyConfig
-from workflows.checkpoints.model_card import ModelCard
+from workflows.checkpoints.model_card import ExportMetadata
 
 REFERENCE_CLIPS = 32  # real clips, none of them a prompt, that distances are measured against
 _TOY_CAPTION = re.compile(r"a character with a \w+ face and \w+ \w+ hair talks in front of a \w+ wall")
@@ -33,12 +33,12 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class EvaluationSet:
     """What a sweep generates from and compares with."""
 
     prompts: tuple[Prompt, ...]
     reference: tuple[ClipTensors, ...]  # real clips, others than the prompts' where there are any
-    meta: DatasetMeta
+    meta: DatasetMetadata
     toy: ToyConfig | None  # what the toy readers need; None: not the toy world
     repeated: bool  # transcripts repeat: samples are longer than their clips
     own_reference: bool = False  # `reference` is the prompts' clips: there were no others
@@ -48,7 +48,7 @@ class HeldOut:
         return {m: self.meta.codec(m) for m in self.meta.codecs}
 
     @property
-    def real(self) -> tuple[ClipTensors, ...]:
+    def real_clips(self) -> tuple[ClipTensors, ...]:
         """The prompts' clips, then the reference."""
         return (*(p.clip for p in self.prompts), *self.reference)
 
@@ -59,9 +59,9 @@ class HeldOut:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def select(
+def select_evaluation_set(
     uri: str, *, clips: int, seconds: float | None, fraction: float | None, reference: int = REFERENCE_CLIPS
-) -> HeldOut:
+) -> EvaluationSet:
     """The first ``clips`` held-out clips of a dataset. ValueError when there is none, or ``seconds`` is no length.
 
     ``fraction``: share of its sources that training kept away; None: all of it was kept away. ``reference``: at most so
@@ -70,7 +70,7 @@ def select(
     if seconds is not None and seconds <= 0:
         raise ValueError(f"--seconds {seconds}: a clip needs a positive length")
     dataset = open_dataset(uri)
-    training, held = (None, dataset) if fraction is None else dataset.held_out(fraction)
+    training, held = (None, dataset) if fraction is None else dataset.split(fraction)
     usable = [i for i, length in enumerate(held.lengths) if length > 0]
     if not usable:
         raise ValueError(f"{uri} has no held-out clip of a whole chunk: preprocess more or longer clips")
@@ -80,7 +80,7 @@ def select(
     if training is not None:
         others += [training.clip(i) for i in range(min(len(training), reference - len(others)))]
     others = [clip for clip in others if clip.chunks > 0]
-    return HeldOut(
+    return EvaluationSet(
         prompts=tuple(_prompt(clip, wanted or clip.chunks, i, dataset.meta) for i, clip in enumerate(chosen)),
         reference=tuple(others or chosen),
         meta=dataset.meta,
@@ -90,7 +90,7 @@ def select(
     )
 
 
-def _prompt(clip: ClipTensors, chunks: int, number: int, meta: DatasetMeta) -> Prompt:
+def _prompt(clip: ClipTensors, chunks: int, number: int, meta: DatasetMetadata) -> Prompt:
     rounds = ceil(chunks / clip.chunks)
     length = clip.chunks * float(meta.chunk_seconds)
     whole = [i for i, w in enumerate(clip.transcript) if (w.start + w.end) / 2 < length]  # not in a cut-off last chunk
@@ -107,7 +107,7 @@ def _prompt(clip: ClipTensors, chunks: int, number: int, meta: DatasetMeta) -> P
     return Prompt(clip=looped if rounds > 1 else clip, chunks=chunks, number=number)
 
 
-def _toy_config(clips: Sequence[ClipTensors], meta: DatasetMeta) -> ToyConfig | None:
+def _toy_config(clips: Sequence[ClipTensors], meta: DatasetMetadata) -> ToyConfig | None:
     """The toy world is known by its captions and syllables; a dataset does not keep the truth of its sources."""
     words = {w.word for clip in clips for w in clip.transcript}
     if not words <= set(VOCABULARY) or not all(_TOY_CAPTION.fullmatch(clip.caption) for clip in clips):
@@ -116,10 +116,10 @@ def _toy_config(clips: Sequence[ClipTensors], meta: DatasetMeta) -> ToyConfig | 
     if VIDEO in meta.clocks and any(height != width for height, width in sizes):
         return None
     spoken = max((VOCABULARY.index(word) + 1 for word in words), default=0)
-    return ToyConfig(fps=frame_rate(meta), syllables=max(12, spoken))
+    return ToyConfig(fps=frame_rate_of(meta), syllables=max(12, spoken))
 
 
-def frame_rate(meta: DatasetMeta) -> Fraction:
+def frame_rate_of(meta: DatasetMetadata) -> Fraction:
     """Frames per second; 24 for a dataset without a picture."""
     if VIDEO not in meta.clocks:
         return Fraction(24)
@@ -127,7 +127,7 @@ def frame_rate(meta: DatasetMeta) -> Fraction:
     return Fraction(codec.config.fps)
 
 
-def check_match(card: ModelCard, meta: DatasetMeta, path: str, uri: str) -> None:
+def check_compatibility(card: ExportMetadata, meta: DatasetMetadata, path: str, uri: str) -> None:
     """ValueError when a checkpoint cannot be compared with clips of this dataset."""
     pairs: list[tuple[str, Any, Any]] = [("text", card.text_codec, meta.text_codec)]
     pairs += [(f"{m} codec", card.codecs[m], meta.codecs.get(m)) for m in card.codecs]

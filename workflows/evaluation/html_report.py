@@ -6,10 +6,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from workflows.evaluation.csv_report import Line
+from workflows.evaluation.csv_report import MetricRow
 
-MOST_BYTES = 24 << 20  # of samples on the page, before base64 makes them a third larger
-SHOWN = (  # metric, heading
+MAX_PAGE_BYTES = 24 << 20  # of samples on the page, before base64 makes them a third larger
+COLUMNS = (  # metric, heading
     ("frechet", "Frechet distance"),
     ("frechet_bias", "its bias"),
     ("sync", "sync"),
@@ -46,8 +46,8 @@ figure { margin: 0 } figcaption { font-size: 13px } video { width: 100%; backgro
 Parts = Sequence[Mapping[str, Any]]
 
 
-def write(
-    folder: Path, title: str, facts: Mapping[str, Any], parts: Parts, lines: Sequence[Line], plots: Sequence[Path]
+def write_html_report(
+    folder: Path, title: str, facts: Mapping[str, Any], parts: Parts, lines: Sequence[MetricRow], plots: Sequence[Path]
 ) -> Path:
     """The page, from what the folder holds."""
     body = [
@@ -88,9 +88,11 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _numbers(lines: Sequence[Line]) -> str:
+def _numbers(lines: Sequence[MetricRow]) -> str:
     """A row per setting; beside a value its spread over seeds, or below it the interval over clips."""
-    shown = [(metric, name) for metric, name in SHOWN if any(x.metric == metric and x.value is not None for x in lines)]
+    shown = [
+        (metric, name) for metric, name in COLUMNS if any(x.metric == metric and x.value is not None for x in lines)
+    ]
     settings = dict.fromkeys((x.label, x.mode, x.steps, x.nfe, x.guidance) for x in lines)
     found = {(x.label, x.mode, x.steps, x.nfe, x.guidance, x.metric): x for x in lines}
     head = "".join(f"<th>{escape(name)}</th>" for _, name in shown)
@@ -104,7 +106,7 @@ def _numbers(lines: Sequence[Line]) -> str:
     )
 
 
-def _row(key: tuple[str, str, int, int, float], lines: Sequence[Line | None]) -> str:
+def _row(key: tuple[str, str, int, int, float], lines: Sequence[MetricRow | None]) -> str:
     start = f'<tr class="{"real" if key[1] == "real" else ""}"><td class="name">{escape(_setting(*key))}</td>'
     missing = "-" if key[1] == "real" else "not measured"  # real clips have no speed and read no history
     return start + f"<td>{key[3]}</td>" + "".join(f"<td>{_cell(line, missing)}</td>" for line in lines) + "</tr>"
@@ -116,7 +118,7 @@ def _setting(label: str, mode: str, steps: int, nfe: int, guidance: float) -> st
     return f"{label}: {mode}, {steps} step{'s' * (steps > 1)}" + (f", w = {guidance:g}" if guidance != 1 else "")
 
 
-def _cell(line: Line | None, missing: str) -> str:
+def _cell(line: MetricRow | None, missing: str) -> str:
     if line is None or line.value is None:
         return f'<span class="quiet">{missing}</span>'
     spread = "" if line.spread is None else f' <span class="quiet">&plusmn; {_figure(line.spread)}</span>'
@@ -144,7 +146,7 @@ def _heading(plot: Path) -> str:
 def _samples(folder: Path, parts: Parts) -> str:
     """The first prompt of every setting, then the second ones, until the page is large enough."""
     figures: list[str] = []
-    left = MOST_BYTES
+    left = MAX_PAGE_BYTES
     most = max(len(part["samples"]) for part in parts)
     queue = [(part, part["samples"][i]) for i in range(most) for part in parts if len(part["samples"]) > i]
     for part, name in queue:
@@ -161,7 +163,7 @@ def _samples(folder: Path, parts: Parts) -> str:
     return f'<div class="samples">{"".join(figures)}</div>{note}'
 
 
-def _missing(lines: Sequence[Line]) -> str:
+def _missing(lines: Sequence[MetricRow]) -> str:
     """Metrics without a value in any setting, and what they need."""
     known = {line.metric for line in lines if line.value is not None}
     notes = {line.metric: line.note for line in lines if line.metric not in known}

@@ -6,10 +6,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from preprocessing.media.decoder import decode
+from preprocessing.media.decoder import decode_range
 from preprocessing.media.probe import probe
 from workflows.evaluation import plots
-from workflows.evaluation.results import Results
+from workflows.evaluation.results import ResultStore
 from workflows.tracking.mlflow_tracker import open_tracker
 from workflows.tracking.tracker import Tracker
 from workflows.utils import figures
@@ -20,18 +20,18 @@ EXPERIMENT = "evaluate"
 Part = Mapping[str, Any]
 
 
-def draw(parts: Sequence[Part], folder: Path, fps: Fraction, sample_rate: int, title: str) -> list[Path]:
+def draw_plots(parts: Sequence[Part], folder: Path, fps: Fraction, sample_rate: int, title: str) -> list[Path]:
     """Frontier, metrics over time (where clips are long enough), comparison sheet."""
     rows = [row for part in parts for row in part["rows"]]
     clips = max(row["clips"] for row in rows)
-    made = [plots.frontier(rows, folder / "frontier.png", f"{title}: quality against evaluations, {clips} clips")]
-    made += [x for x in [plots.seconds(rows, folder / "seconds.png", f"{title}: quality against time")] if x]
-    over_time = plots.over_time(rows, folder / "over_time.png", f"{title}: over the length of a clip")
+    made = [plots.plot_frontier(rows, folder / "frontier.png", f"{title}: quality against evaluations, {clips} clips")]
+    made += [x for x in [plots.plot_latency(rows, folder / "seconds.png", f"{title}: quality against time")] if x]
+    over_time = plots.plot_over_time(rows, folder / "over_time.png", f"{title}: over the length of a clip")
     many = _several(parts)
     strips = [_strip(folder / part["samples"][0], part, fps, sample_rate, many) for part in _for_the_eye(parts)]
-    apart = plots.offsets(rows, folder / "offsets.png", f"{title}: offsets of sound and picture")
+    apart = plots.plot_sync_offsets(rows, folder / "offsets.png", f"{title}: offsets of sound and picture")
     made += [path for path in (over_time, apart) if path]
-    return [*made, figures.sheet(strips, folder / "sheet.png", f"{title}: the same prompt in every row")]
+    return [*made, figures.contact_sheet(strips, folder / "sheet.png", f"{title}: the same prompt in every row")]
 
 
 def _several(parts: Sequence[Part]) -> bool:
@@ -50,23 +50,23 @@ def _for_the_eye(parts: Sequence[Part]) -> list[Part]:
     return sorted((p for p in parts if p["rows"][0]["seed"] == first or p["digest"] == "real"), key=place)
 
 
-def _strip(path: Path, part: Part, fps: Fraction, sample_rate: int, named: bool) -> figures.Strip:
+def _strip(path: Path, part: Part, fps: Fraction, sample_rate: int, named: bool) -> figures.ClipStrip:
     """Read back from the sample's file: what a sweep keeps is what its sheet shows."""
     row, info = part["rows"][0], probe(path)
     size = (info.video.height, info.video.width) if info.video else (16, 16)
     seconds = float(info.duration or 0)
-    frames, sound = decode(path, 0.0, seconds, fps=fps, size=size, sample_rate=sample_rate)
+    frames, sound = decode_range(path, 0.0, seconds, fps=fps, size=size, sample_rate=sample_rate)
     nfe = (
         (f"{row['label']}\n" if named else "")
         + f"{row['mode']}-step mode\n{row['steps']} step{'s' * (row['steps'] > 1)}, {row['nfe']} NFE"
         + (f", w = {row['guidance']:g}" if row["guidance"] != 1 else "")
     )
     label = "real, coded" if row["mode"] == "real" else nfe
-    return figures.Strip(label=label, frames=frames, sound=sound, seconds=seconds)
+    return figures.ClipStrip(label=label, frames=frames, sound=sound, seconds=seconds)
 
 
-def log(
-    parts: Sequence[Part], images: Sequence[Path], results: Results, uri: str, name: str, facts: Mapping[str, Any]
+def log_sweep_to_mlflow(
+    parts: Sequence[Part], images: Sequence[Path], results: ResultStore, uri: str, name: str, facts: Mapping[str, Any]
 ) -> str | None:
     """Put what MLflow does not have yet under the sweep's parent run; its id, None without MLflow."""
     note = results.folder / "mlflow.json"
@@ -78,7 +78,7 @@ def log(
     if not new:
         return run_id
     parent = open_tracker(uri=uri, folder=results.folder / "log", experiment=EXPERIMENT, name=name, run_id=run_id)
-    with finished(parent):
+    with closing_tracker(parent):
         if run_id is None:
             parent.params(facts)
         for part in new:
@@ -91,7 +91,7 @@ def log(
 
 
 @contextmanager
-def finished(tracker: Tracker) -> Iterator[Tracker]:
+def closing_tracker(tracker: Tracker) -> Iterator[Tracker]:
     """Ends a run, as failed where the block raised."""
     try:
         yield tracker
@@ -101,7 +101,7 @@ def finished(tracker: Tracker) -> Iterator[Tracker]:
     tracker.finish()
 
 
-def _log_part(part: Part, parts: Sequence[Part], parent: Tracker, results: Results, uri: str) -> None:
+def _log_part(part: Part, parts: Sequence[Part], parent: Tracker, results: ResultStore, uri: str) -> None:
     """A point on the parent's curves and a child run; of the real clips only the samples."""
     if part["digest"] == "real":
         _log_samples(parent, part, results)
@@ -115,7 +115,7 @@ def _log_part(part: Part, parts: Sequence[Part], parent: Tracker, results: Resul
         parent=parent.run_id,
     )
     row = part["rows"][0]
-    with finished(child):
+    with closing_tracker(child):
         names = ("checkpoint", "mode", "steps", "nfe", "guidance", "seed", "precision", "clips")
         child.params({key: row[key] for key in names if key in row})
         values: dict[str, float] = {}
@@ -137,6 +137,6 @@ def _log_point(parent: Tracker, part: Part, parts: Sequence[Part]) -> None:
     parent.log(row["nfe"], shown | {f"real/{k}": v for k, v in real.items() if k in row["metrics"]})
 
 
-def _log_samples(tracker: Tracker, part: Part, results: Results) -> None:
+def _log_samples(tracker: Tracker, part: Part, results: ResultStore) -> None:
     for path in part["samples"]:
         tracker.artifact(results.folder / path, "samples")

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from workflows.utils.figures import _COLOURS, _finish, _grid, _save
+from workflows.utils.figures import MODE_COLORS, finish_figure, panel_grid, save_figure
 
 matplotlib.use("Agg")
 
@@ -31,26 +31,26 @@ _LINES = ("-", "--", ":", "-.")  # by guidance
 _REAL = "#4f4f4f"
 
 
-def frontier(rows: Rows, path: Path, title: str) -> Path:
+def plot_frontier(rows: Rows, path: Path, title: str) -> Path:
     """Quality and speed against network evaluations; a dashed line shows what real clips score."""
     overall = [row for row in rows if row["window"] == "all"]
     shown = [panel for panel in PANELS if any(panel[0] in row["metrics"] for row in overall)]
-    figure, axes = _grid(len(shown))
+    figure, axes = panel_grid(len(shown))
     for axis, (metric, name, better, log) in zip(axes, shown, strict=False):
         _frontier_panel(axis, overall, metric, log=log)
         axis.set_title(f"{name}  ({better})", fontsize=10, loc="left")
         axis.set_xlabel("network evaluations per chunk", fontsize=8)
-    _finish(figure, axes, title, len(shown))
-    return _save(figure, path)
+    finish_figure(figure, axes, title, len(shown))
+    return save_figure(figure, path)
 
 
-def seconds(rows: Rows, path: Path, title: str) -> Path | None:
+def plot_latency(rows: Rows, path: Path, title: str) -> Path | None:
     """Quality against the seconds that one second of clip takes to make, one stream alone; None where none is timed."""
     timed = [row for row in rows if row["window"] == "all" and "real_time_factor" in row["metrics"]]
     shown = [panel for panel in PANELS[:-1] if any(panel[0] in row["metrics"] for row in timed)]
     if not shown:
         return None
-    figure, axes = _grid(len(shown))
+    figure, axes = panel_grid(len(shown))
     for axis, (metric, name, better, log) in zip(axes, shown, strict=False):
         for label, style, curve in _curves(timed):
             points = _means([(row["nfe"], row["metrics"].get(metric)) for row in curve])
@@ -68,11 +68,11 @@ def seconds(rows: Rows, path: Path, title: str) -> Path | None:
         axis.minorticks_off()
         axis.set_title(f"{name}  ({better})", fontsize=10, loc="left")
         axis.set_xlabel("seconds of computation per second of clip", fontsize=8)
-    _finish(figure, axes, title, len(shown))
-    return _save(figure, path)
+    finish_figure(figure, axes, title, len(shown))
+    return save_figure(figure, path)
 
 
-def offsets(rows: Rows, path: Path, title: str) -> Path | None:
+def plot_sync_offsets(rows: Rows, path: Path, title: str) -> Path | None:
     """How the offsets of sound and picture are spread, a row of points per setting; None without any."""
     known = [row for row in rows if any(x is not None for x in row.get("offsets", ()))]
     if not known:
@@ -80,7 +80,7 @@ def offsets(rows: Rows, path: Path, title: str) -> Path | None:
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.26 * len(known)), layout="constrained")
     for place, row in enumerate(known):
         values = [1000 * x for x in row["offsets"] if x is not None]
-        colour = _COLOURS.get(row["mode"], _REAL)
+        colour = MODE_COLORS.get(row["mode"], _REAL)
         axis.plot(values, [place] * len(values), "|", ms=11, color=colour, alpha=0.6)
         axis.plot(float(np.median(values)), place, "o", ms=5, color=colour)
     names = [_setting(row) + f"  ({sum(x is None for x in row['offsets'])} failed)" for row in known]
@@ -89,7 +89,7 @@ def offsets(rows: Rows, path: Path, title: str) -> Path | None:
     axis.axvspan(-80, 80, color="#eeeeee", zorder=0)
     axis.set_xlabel("milliseconds by which the sound is late (grey: two frames at 25 per second); point: median")
     axis.set_title(title, fontsize=11, loc="left")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _setting(row: Mapping[str, Any]) -> str:
@@ -139,7 +139,7 @@ def _curves(rows: Rows) -> list[tuple[str, dict[str, Any], Rows]]:
         name = f"{mode}-step" + (f", guidance {weight:g}" if weight != 1 else "")
         curve = [r for r in made if (r["label"], r["mode"], r["guidance"]) == (label, mode, weight)]
         style = {
-            "color": _COLOURS[mode],
+            "color": MODE_COLORS[mode],
             "marker": _MARKS[subjects.index(label) % len(_MARKS)],
             "linestyle": _LINES[[w for m, w in weights if m == mode].index(weight) % len(_LINES)],
         }
@@ -162,7 +162,7 @@ def _spread(ticks: Sequence[int]) -> list[int]:
     return kept
 
 
-def over_time(rows: Rows, path: Path, title: str) -> Path | None:
+def plot_over_time(rows: Rows, path: Path, title: str) -> Path | None:
     """Metrics by window of time; None when no clip is long enough for two windows."""
     windowed = [row for row in rows if row["window"] != "all" and row["mode"] != "real"]
     windows = sorted({row["window"] for row in windowed}, key=lambda name: float(name.split("-")[0]))
@@ -172,7 +172,7 @@ def over_time(rows: Rows, path: Path, title: str) -> Path | None:
     )
     if len(windows) < 2 or not shown:
         return None
-    figure, axes = _grid(len(shown))
+    figure, axes = panel_grid(len(shown))
     for axis, (metric, name, better, log) in zip(axes, shown, strict=False):
         _window_panel(axis, windowed, windows, metric)
         _real_line(axis, rows, metric)
@@ -180,8 +180,8 @@ def over_time(rows: Rows, path: Path, title: str) -> Path | None:
             _log_where_wide(axis)
         axis.set_title(f"{name}  ({better})", fontsize=10, loc="left")
         axis.set_xlabel("seconds of the clip", fontsize=8)
-    _finish(figure, axes, title, len(shown))
-    return _save(figure, path)
+    finish_figure(figure, axes, title, len(shown))
+    return save_figure(figure, path)
 
 
 def _window_panel(axis: Axes, rows: Rows, windows: Sequence[str], metric: str) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from workflows.evaluation.sweep import Row, Subject
+from workflows.evaluation.sweep import EvaluatedCheckpoint, Row
 from workflows.utils.json_io import read_json, write_json
 
 
-def claim_folder(folder: Path) -> None:
+def prepare_output_dir(folder: Path) -> None:
     """Make it an evaluation's. ValueError for one that holds something else: results would be written over it."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file: name a folder")
@@ -17,7 +17,7 @@ def claim_folder(folder: Path) -> None:
     (folder / "rows").mkdir(parents=True, exist_ok=True)  # at once: the same command goes on wherever it is killed
 
 
-class Results:
+class ResultStore:
     """The rows of a sweep's folder, and below them the batches of settings that are not finished."""
 
     def __init__(self, folder: Path, scope: str) -> None:
@@ -28,31 +28,31 @@ class Results:
     def path(self) -> Path:
         return self.folder / "results.json"
 
-    def done(self, key: str) -> dict[str, Any] | None:
+    def load_finished(self, key: str) -> dict[str, Any] | None:
         """What was stored under a key."""
         path = self._parts / f"{key}.json"
         return read_json(path) if path.exists() else None
 
-    def store(self, key: str, part: Mapping[str, Any]) -> None:
+    def save_finished(self, key: str, part: Mapping[str, Any]) -> None:
         """A setting's rows; its batches are needed no more."""
         self._parts.mkdir(parents=True, exist_ok=True)
         write_json(self._parts / f"{key}.json", {"scope": self.scope, "key": key, **part})
         for path in self._begun.glob(f"{key}-*.pickle"):
             path.unlink()
 
-    def keep(self, key: str, batch: int, outcome: Any) -> None:
+    def save_batch(self, key: str, batch: int, outcome: Any) -> None:
         """What one batch of a setting gave. Whole or not at all."""
         self._begun.mkdir(parents=True, exist_ok=True)
         temporary = self._begun / f".tmp-{key}-{batch}"
         temporary.write_bytes(pickle.dumps(outcome))
         temporary.replace(self._begun / f"{key}-{batch}.pickle")
 
-    def kept(self, key: str, batch: int) -> Any | None:
+    def load_batch(self, key: str, batch: int) -> Any | None:
         """The same, from an earlier run of this command in this folder."""
         path = self._begun / f"{key}-{batch}.pickle"
         return pickle.loads(path.read_bytes()) if path.exists() else None
 
-    def parts(self, subjects: Sequence[Subject]) -> list[dict[str, Any]]:
+    def load_all(self, subjects: Sequence[EvaluatedCheckpoint]) -> list[dict[str, Any]]:
         """All that was measured in this folder, of these checkpoints, on these clips; cheapest first.
 
         They have the labels of ``subjects``: another sweep may have called them otherwise.
@@ -69,7 +69,7 @@ class Results:
                 part["rows"] = [row | {"label": label} for row in part["rows"]]
         return sorted(mine, key=lambda p: (p["rows"][0]["nfe"], p["name"]))
 
-    def write(self, parts: Sequence[Mapping[str, Any]]) -> list[Row]:
+    def write_summary(self, parts: Sequence[Mapping[str, Any]]) -> list[Row]:
         """``results.json``: the rows of all parts."""
         rows = [row for part in parts for row in part["rows"]]
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from mfcore.solver import Mode
-from workflows.checkpoints.load import Weights, find_export, load_card, weight_files
-from workflows.checkpoints.store import COMPLETE
+from workflows.checkpoints.load import WeightKind, find_export, load_metadata, weight_files
+from workflows.checkpoints.store import COMPLETE_FILE
 from workflows.config.run import Stage
 from workflows.inference.precision import Precision
-from workflows.inference.sampling import Sampling, sampling
+from workflows.inference.sampling import SamplingParams, resolve_sampling_params
 from workflows.utils.json_io import read_json
 
-SCORER = 3  # raise when a metric changes its meaning: older rows are then measured again
+METRICS_VERSION = 3  # raise when a metric changes its meaning: older rows are then measured again
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class EvaluatedCheckpoint:
     """One checkpoint under test."""
 
     path: str  # as it was named
@@ -35,11 +35,11 @@ class Subject:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class SweepPoint:
     """One point of the frontier."""
 
-    subject: Subject
-    how: Sampling
+    subject: EvaluatedCheckpoint
+    how: SamplingParams
 
     @property
     def name(self) -> str:
@@ -49,14 +49,14 @@ class Setting:
         return f"{self.subject.label}-{how.mode}-{how.steps:02d}{guided}{seeded}"
 
     @property
-    def facts(self) -> Row:
+    def columns(self) -> Row:
         """The columns of a result row that name the setting."""
         how = self.how
         return {
             "checkpoint": self.subject.path,
             "mode": how.mode,
             "steps": how.steps,
-            "nfe": how.nfe,
+            "nfe": how.num_function_evaluations,
             "guidance": how.guidance,
             "seed": how.seed,
             "precision": self.subject.precision,
@@ -65,26 +65,28 @@ class Setting:
     def key(self, scope: str) -> str:
         """Of the file that holds its rows: the same weights, clips and settings give the same samples."""
         how = self.how
-        parts = (scope, self.subject.digest, how.mode, how.steps, how.guidance, how.label, how.seed)
+        parts = (scope, self.subject.digest, how.mode, how.steps, how.guidance, how.trust_label, how.seed)
         parts += () if self.subject.precision == "fp32" else (self.subject.precision,)  # files of old sweeps are fp32
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def examine(path: str, weights: Weights = "ema", precision: Precision = "fp32") -> Subject:
+def identify_checkpoint(path: str, weights: WeightKind = "ema", precision: Precision = "fp32") -> EvaluatedCheckpoint:
     """A checkpoint's stage, name and digest. ValueError when there is none."""
-    export, card = find_export(path), load_card(path)
+    export, card = find_export(path), load_metadata(path)
     place = Path(path)
     if place.name == "export":
         place = place.parent
     label = f"{place.parent.parent.name}-{place.name}" if place.parent.name == "checkpoints" else place.name
     label = _plain(label) + ("" if precision == "fp32" else f"-{precision}")  # lines and plots go by it
-    return Subject(path=path, label=label, stage=card.stage, digest=_digest(export, weights), precision=precision)
+    return EvaluatedCheckpoint(
+        path=path, label=label, stage=card.stage, digest=_digest(export, weights), precision=precision
+    )
 
 
-def told_apart(subjects: Sequence[Subject]) -> list[Subject]:
+def deduplicate_labels(subjects: Sequence[EvaluatedCheckpoint]) -> list[EvaluatedCheckpoint]:
     """With labels of their own: of those whose folders have the same name each gets the start of its digest. The same
     weights under one name are one subject."""
-    found: dict[tuple[str, str], Subject] = {}
+    found: dict[tuple[str, str], EvaluatedCheckpoint] = {}
     for subject in subjects:
         found.setdefault((subject.label, subject.digest), subject)
     names = Counter(label for label, _ in found)
@@ -95,9 +97,9 @@ def _plain(label: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
 
 
-def _digest(export: Path, weights: Weights) -> str:
+def _digest(export: Path, weights: WeightKind) -> str:
     """Taken from COMPLETE where it stands beside the export: weights may be large."""
-    files, marker = weight_files(export, weights), export.parent / COMPLETE
+    files, marker = weight_files(export, weights), export.parent / COMPLETE_FILE
     if marker.exists():
         known = cast(Mapping[str, Any], read_json(marker)["files"])
         digests = [str(known[f"export/{file.name}"]["sha256"]) for file in files]
@@ -111,13 +113,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plan(
-    subjects: Sequence[Subject],
+def plan_sweep(
+    subjects: Sequence[EvaluatedCheckpoint],
     modes: Sequence[str],
     steps: Sequence[int],
     guidance: Sequence[float],
     seeds: Sequence[int],
-) -> tuple[list[Setting], list[str]]:
+) -> tuple[list[SweepPoint], list[str]]:
     """The settings that make sense, cheapest first, and a line for each combination that is left out.
 
     ``guidance`` holds the multi-step mode's weights, none: the default; the few-step mode has it built in. ValueError
@@ -138,10 +140,10 @@ def plan(
                 continue
             weights = [1.0] if mode == "few" else list(dict.fromkeys(guidance)) or [None]
             for count, weight, seed in product(sorted(set(steps)), weights, seeds):
-                how = sampling(
+                how = resolve_sampling_params(
                     subject.stage, mode=cast(Mode, mode), steps=count, guidance=weight, trust=None, seed=seed
                 )
-                settings.append(Setting(subject=subject, how=how))
+                settings.append(SweepPoint(subject=subject, how=how))
     if not settings:
         raise ValueError(
             f"nothing to evaluate: {'; '.join(skipped)}. Add multi to --modes, or name a mutual checkpoint"

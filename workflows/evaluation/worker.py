@@ -6,111 +6,117 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preprocessing.media.mp4_writer import write_mp4
-from workflows.evaluation.clip_features import Reading
-from workflows.evaluation.feature_models import Instruments
-from workflows.evaluation.feature_reader import Reader
-from workflows.evaluation.held_out import HeldOut, Prompt, frame_rate
-from workflows.evaluation.sampling import Batch, decode, history_use, sample, stream_speed
-from workflows.evaluation.signals import Signals, real_signals
-from workflows.evaluation.sweep import Setting, Subject
-from workflows.inference.pipeline import Streamer
+from workflows.evaluation.clip_features import ClipFeatures
+from workflows.evaluation.feature_models import FeatureModels
+from workflows.evaluation.feature_reader import FeatureExtractor
+from workflows.evaluation.held_out import EvaluationSet, Prompt, frame_rate_of
+from workflows.evaluation.sampling import (
+    SampledBatch,
+    decode_batch,
+    measure_history_use,
+    measure_stream_speed,
+    sample_batch,
+)
+from workflows.evaluation.signals import DecodedClip, decode_real_clips
+from workflows.evaluation.sweep import EvaluatedCheckpoint, SweepPoint
+from workflows.inference.pipeline import StreamingPipeline
 
-SAMPLES = 2  # clips of every setting that are kept
-Numbers = dict[str, float]
+MAX_SAVED_SAMPLES = 2  # clips of every setting that are kept
+MetricDict = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class SampleTask:
     """One batch of one setting: what is done, kept and sent to a worker as one."""
 
-    setting: Setting
+    setting: SweepPoint
     batch: int
     prompts: tuple[int, ...]  # places among the held-out prompts
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """The batch that also brings the setting's speed."""
         return self.batch == 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TaskResult:
     """What a task gave."""
 
     prompts: tuple[int, ...]
-    readings: tuple[Reading, ...]
+    readings: tuple[ClipFeatures, ...]
     length: float  # seconds of each sample
     seconds: float  # that sampling took
     samples: dict[int, bytes]  # prompt -> mp4, of those that are kept
-    once: Numbers  # of the setting: speed of a single stream, history use
+    setting_metrics: MetricDict  # of the setting: speed of a single stream, history use
 
 
-class Examiner:
+class EvaluationWorker:
     """Holds one network at a time: tasks should come checkpoint after checkpoint."""
 
-    def __init__(self, held: HeldOut, instruments: Instruments) -> None:
+    def __init__(self, held: EvaluationSet, instruments: FeatureModels) -> None:
         self.held, self.instruments = held, instruments
-        self.reader = Reader(held, instruments)
-        self._streamer: tuple[Subject, Streamer] | None = None
-        self._uses: dict[tuple[Subject, str], Numbers] = {}
+        self.reader = FeatureExtractor(held, instruments)
+        self._streamer: tuple[EvaluatedCheckpoint, StreamingPipeline] | None = None
+        self._uses: dict[tuple[EvaluatedCheckpoint, str], MetricDict] = {}
 
-    def use_threads(self, threads: int) -> None:
+    def set_num_threads(self, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
 
-    def streamer(self, subject: Subject) -> Streamer:
+    def pipeline_for(self, subject: EvaluatedCheckpoint) -> StreamingPipeline:
         if self._streamer is None or self._streamer[0] != subject:
-            self._streamer = (subject, Streamer.load(subject.path, precision=subject.precision))
+            self._streamer = (subject, StreamingPipeline.from_checkpoint(subject.path, precision=subject.precision))
         return self._streamer[1]
 
-    def once(self, setting: Setting) -> Numbers:
+    def measure_once(self, setting: SweepPoint) -> MetricDict:
         """What belongs to a setting rather than to a sample: its speed alone, and how its mode reads history."""
         subject, how = setting.subject, setting.how
-        streamer, key = self.streamer(subject), (subject, how.mode)
+        streamer, key = self.pipeline_for(subject), (subject, how.mode)
         if key not in self._uses:
-            self._uses[key] = history_use(streamer, self.held.prompts, how)
-        return stream_speed(streamer, self.held.prompts[0], how) | self._uses[key]
+            self._uses[key] = measure_history_use(streamer, self.held.prompts, how)
+        return measure_stream_speed(streamer, self.held.prompts[0], how) | self._uses[key]
 
-    def sample(self, task: Task) -> Batch:
-        return sample(self.streamer(task.setting.subject), self._prompts(task), task.setting.how)
+    def sample_batch(self, task: SampleTask) -> SampledBatch:
+        return sample_batch(self.pipeline_for(task.setting.subject), self._prompts(task), task.setting.how)
 
-    def read(self, task: Task, batch: Batch, once: Numbers) -> Outcome:
+    def extract_features(self, task: SampleTask, batch: SampledBatch, once: MetricDict) -> TaskResult:
         """Decode and read the samples."""
-        signals = decode(self.streamer(task.setting.subject), batch)
+        signals = decode_batch(self.pipeline_for(task.setting.subject), batch)
         numbers = {p: self.held.prompts[p].number for p in task.prompts}
-        kept = {p: s for p, s in zip(task.prompts, signals, strict=True) if numbers[p] < SAMPLES}
-        return Outcome(
+        kept = {p: s for p, s in zip(task.prompts, signals, strict=True) if numbers[p] < MAX_SAVED_SAMPLES}
+        return TaskResult(
             prompts=task.prompts,
-            readings=tuple(self.reader.read(s) for s in signals),
+            readings=tuple(self.reader.extract(s) for s in signals),
             length=float(batch.length),
             seconds=batch.seconds,
-            samples={p: self.mp4(s) for p, s in kept.items()},
-            once=once,
+            samples={p: self.encode_mp4(s) for p, s in kept.items()},
+            setting_metrics=once,
         )
 
-    def work(self, task: Task) -> Outcome:
+    def run_task(self, task: SampleTask) -> TaskResult:
         """All of it."""
-        once = self.once(task.setting) if task.first else {}
-        return self.read(task, self.sample(task), once)
+        once = self.measure_once(task.setting) if task.is_first else {}
+        return self.extract_features(task, self.sample_batch(task), once)
 
-    def read_real(self, places: Sequence[int]) -> list[Reading]:
+    def extract_real_features(self, places: Sequence[int]) -> list[ClipFeatures]:
         """Some of the real clips, as the codecs keep them."""
-        signals = real_signals(self.held, [self.held.real[i] for i in places])
-        return [self.reader.read(s) for s in signals]
+        signals = decode_real_clips(self.held, [self.held.real_clips[i] for i in places])
+        return [self.reader.extract(s) for s in signals]
 
-    def mp4(self, signals: Signals) -> bytes:
+    def encode_mp4(self, signals: DecodedClip) -> bytes:
         """As it plays."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "clip.mp4"
             write_mp4(
                 path,
                 None if signals.frames is None else signals.frames.numpy(),
-                frame_rate(self.held.meta) if signals.frames is not None else None,
+                frame_rate_of(self.held.meta) if signals.frames is not None else None,
                 None if signals.sound is None else signals.sound.numpy(),
                 self.reader.sample_rate if signals.sound is not None else None,
             )
             return path.read_bytes()
 
-    def _prompts(self, task: Task) -> Sequence[Prompt]:
+    def _prompts(self, task: SampleTask) -> Sequence[Prompt]:
         return [self.held.prompts[p] for p in task.prompts]

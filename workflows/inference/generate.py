@@ -16,22 +16,22 @@ from torch import Tensor
 from mfcore.solver import Mode
 from mfcore.types import AUDIO, VIDEO, Condition, Stream
 from preprocessing.media.mp4_writer import Mp4Writer
-from workflows.checkpoints.load import Weights
+from workflows.checkpoints.load import WeightKind
 from workflows.inference.inputs import read_first_frame, read_transcript, read_voice
-from workflows.inference.pipeline import Streamer
+from workflows.inference.pipeline import StreamingPipeline
 from workflows.inference.precision import Precision
-from workflows.inference.sampling import Sampling, sampling
+from workflows.inference.sampling import SamplingParams, resolve_sampling_params
 
 
 @dataclass(frozen=True, kw_only=True)
-class Portion:
+class DecodedChunk:
     """What a chunk adds to the file: signals that have become final."""
 
     signals: dict[str, Tensor]
     seconds: float  # time that sampling and decoding took
 
 
-def generate(
+def generate_clip(
     checkpoint: str,
     *,
     out: str,
@@ -45,7 +45,7 @@ def generate(
     guidance: float | None = None,
     trust: float | None = None,
     seed: int = 0,
-    weights: Weights = "ema",
+    weights: WeightKind = "ema",
     precision: Precision | None = None,
     compile: bool = False,
     graphs: bool = False,
@@ -62,11 +62,13 @@ def generate(
         raise ValueError(f"{target} exists: choose another name, or add --overwrite")
     if not 0 < seconds < inf:
         raise ValueError(f"--seconds {seconds}: a clip needs a positive length, and an end")
-    streamer = Streamer.load(checkpoint, weights, precision)
-    streamer.switch(compile=compile, graphs=graphs)
-    how = sampling(streamer.card.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed)
+    streamer = StreamingPipeline.from_checkpoint(checkpoint, weights, precision)
+    streamer.enable_optimizations(compile=compile, graphs=graphs)
+    how = resolve_sampling_params(
+        streamer.card.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed
+    )
     words, allotted = read_transcript(transcript)
-    cond = streamer.condition(
+    cond = streamer.encode_conditions(
         caption=caption,
         transcript=words,
         first_frame=read_first_frame(first_frame, streamer) if VIDEO in streamer.codecs else None,
@@ -75,38 +77,42 @@ def generate(
     if late := [word.word for word in words if word.start >= seconds]:
         said = f"{len(late)} of {len(words)} words begin after the end of the clip, at {seconds:g} s: {' '.join(late)}"
         print(f"warning: {said:.300}; give more --seconds", file=sys.stderr, flush=True)
-    if doubt := streamer.card.doubt(how.mode, how.steps):
+    if doubt := streamer.card.step_count_warning(how.mode, how.steps):
         print(f"warning: {doubt}", file=sys.stderr, flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    facts = write_stream(streamer, cond, ceil(seconds / float(streamer.card.chunk_seconds)), how, target)
-    made = {"mode": how.mode, "steps": how.steps, "nfe": how.nfe, "precision": streamer.precision}
+    facts = stream_to_mp4(streamer, cond, ceil(seconds / float(streamer.card.chunk_seconds)), how, target)
+    made = {"mode": how.mode, "steps": how.steps, "nfe": how.num_function_evaluations, "precision": streamer.precision}
     return {"path": str(target), **facts, **made} | (
         {"word_times": "allotted from the speaking rate", "transcript": [vars(w) for w in words]} if allotted else {}
     )
 
 
-def portions(streamer: Streamer, cond: Condition, chunks: int, how: Sampling) -> Iterator[Portion]:
+def decode_stream(
+    streamer: StreamingPipeline, cond: Condition, chunks: int, how: SamplingParams
+) -> Iterator[DecodedChunk]:
     """Signals of one row, chunk by chunk; together they equal decoding the whole."""
     decoders = {m: codec.decoder() for m, codec in streamer.codecs.items()}
     began = time.perf_counter()
-    pending = {VIDEO: decoders[VIDEO].push(streamer.first_latents(cond, 0))} if VIDEO in decoders else {}
-    for chunk in streamer.stream(cond, chunks, how, samples=torch.zeros(1, dtype=torch.long)):
+    pending = {VIDEO: decoders[VIDEO].push(streamer.first_frame_latent(cond, 0))} if VIDEO in decoders else {}
+    for chunk in streamer.generate_chunks(cond, chunks, how, samples=torch.zeros(1, dtype=torch.long)):
         signals = _push(streamer, decoders, chunk, pending)
         pending = {}
-        yield Portion(signals=signals, seconds=time.perf_counter() - began)
+        yield DecodedChunk(signals=signals, seconds=time.perf_counter() - began)
         began = time.perf_counter()
     rest = {m: d.flush() for m, d in decoders.items()}
-    yield Portion(signals=rest, seconds=time.perf_counter() - began)
+    yield DecodedChunk(signals=rest, seconds=time.perf_counter() - began)
 
 
 def _push(
-    streamer: Streamer, decoders: Mapping[str, Any], chunk: Mapping[str, Stream], pending: Mapping[str, Tensor]
+    streamer: StreamingPipeline, decoders: Mapping[str, Any], chunk: Mapping[str, Stream], pending: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    new = {m: decoders[m].push(streamer.raw(m, chunk[m].latents[0])) for m in chunk}
+    new = {m: decoders[m].push(streamer.denormalize(m, chunk[m].latents[0])) for m in chunk}
     return {m: torch.cat([pending[m], x]) if m in pending else x for m, x in new.items()}
 
 
-def write_stream(streamer: Streamer, cond: Condition, chunks: int, how: Sampling, target: Path) -> dict[str, Any]:
+def stream_to_mp4(
+    streamer: StreamingPipeline, cond: Condition, chunks: int, how: SamplingParams, target: Path
+) -> dict[str, Any]:
     """Stream row 0 of ``cond`` into an mp4."""
     picture, sound = VIDEO in streamer.codecs, AUDIO in streamer.codecs
     length = chunks * streamer.card.chunk_seconds + (Fraction(1) / streamer.fps if picture else 0)
@@ -118,7 +124,7 @@ def write_stream(streamer: Streamer, cond: Condition, chunks: int, how: Sampling
         size=streamer.frame_size if picture else None,
         sample_rate=streamer.sample_rate if sound else None,
     ) as writer:
-        for portion in portions(streamer, cond, chunks, how):
+        for portion in decode_stream(streamer, cond, chunks, how):
             times.append(portion.seconds)
             if picture:
                 frames += len(portion.signals[VIDEO])

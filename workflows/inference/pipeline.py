@@ -13,54 +13,56 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mfcore.codecs.base import Codec, StreamDecoder
-from mfcore.codecs.factory import build_codec, build_text_codec
-from mfcore.model.cuda_graphs import check_switches, switched
-from mfcore.model.ring_cache import ring_of
-from mfcore.model.transformer import AVTransformer, networks_in
-from mfcore.rollout import Chunk, noise_starts, rollout
-from mfcore.solver import Context, Schedule, denoise, schedule
+from mfcore.codecs.factory import codec_from_id, text_codec_from_id
+from mfcore.model.cuda_graphs import apply_inference_optimizations, check_inference_optimizations
+from mfcore.model.ring_cache import to_ring_cache
+from mfcore.model.transformer import AVTransformer, find_transformers
+from mfcore.rollout import GeneratedChunk, noise_starts, rollout
+from mfcore.solver import DenoiserContext, Schedule, denoise, schedule
 from mfcore.types import AUDIO, VIDEO, Condition, Stream, Streams, VelocityModel
 from preprocessing.records import Word
-from workflows.checkpoints.load import Weights, load_export
-from workflows.checkpoints.model_card import ModelCard
-from workflows.inference.precision import Precision, computing, narrow, usual
-from workflows.inference.sampling import Sampling
+from workflows.checkpoints.load import WeightKind, load_export
+from workflows.checkpoints.model_card import ExportMetadata
+from workflows.inference.precision import Precision, autocast, cast_weights, default_precision
+from workflows.inference.sampling import SamplingParams
 from workflows.utils import distributed
 
 
-class NonFiniteActivation(FloatingPointError):
+class NonFiniteActivationError(FloatingPointError):
     """Numbers inside a network that are not finite, with the block and the chunk where they first are."""
 
 
-class Streamer:
+class StreamingPipeline:
     """Generates; keeps no state between calls, so one instance serves many clips."""
 
-    def __init__(self, model: nn.Module, card: ModelCard, precision: Precision = "fp32") -> None:
+    def __init__(self, model: nn.Module, card: ExportMetadata, precision: Precision = "fp32") -> None:
         """``precision`` is that of ``model``'s weights, see ``workflows.precision.narrow``."""
         self.model, self.card, self.timeline = model.eval(), card, card.timeline
         self.precision: Precision = precision
         self._asked = cast(VelocityModel, model)
         self.codecs: dict[str, Codec] = {
-            m: build_codec(i, card.clocks[m], card.folders.get(m, "")) for m, i in card.codecs.items()
+            m: codec_from_id(i, card.clocks[m], card.folders.get(m, "")) for m, i in card.codecs.items()
         }
-        self.text = build_text_codec(card.text_codec, card.folders.get("text", ""))
+        self.text = text_codec_from_id(card.text_codec, card.folders.get("text", ""))
         self._device = next(model.parameters()).device
 
     @classmethod
-    def load(cls, path: str | Path, weights: Weights = "ema", precision: Precision | None = "fp32") -> "Streamer":
+    def from_checkpoint(
+        cls, path: str | Path, weights: WeightKind = "ema", precision: Precision | None = "fp32"
+    ) -> "StreamingPipeline":
         """From a run, a checkpoint or an export; on the GPU where there is one. ``precision`` None: as usual there."""
         model, card = load_export(path, weights)
-        precision = precision or usual(distributed.device())
-        return cls(narrow(model, precision).to(distributed.device()), card, precision)
+        precision = precision or default_precision(distributed.local_device())
+        return cls(cast_weights(model, precision).to(distributed.local_device()), card, precision)
 
-    def switch(self, *, compile: bool, graphs: bool) -> None:
+    def enable_optimizations(self, *, compile: bool, graphs: bool) -> None:
         """Stream faster from now on, the same clips. ValueError for what cannot be done here."""
-        check_switches(self._device, compile=compile, graphs=graphs)
-        self._asked = switched(cast(AVTransformer, self.model), compile=compile, graphs=graphs)
+        check_inference_optimizations(self._device, compile=compile, graphs=graphs)
+        self._asked = apply_inference_optimizations(cast(AVTransformer, self.model), compile=compile, graphs=graphs)
 
-    def computing(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """Where the network is asked something, products are in the streamer's precision."""
-        return computing(self._device, self.precision)
+        return autocast(self._device, self.precision)
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +96,7 @@ class Streamer:
         branches = self.card.model.branches
         return {m: (b.channels, *(b.size if m == VIDEO else ())) for m, b in branches.items()}
 
-    def condition(
+    def encode_conditions(
         self,
         *,
         caption: str,
@@ -143,11 +145,11 @@ class Streamer:
         return self.card.stats[AUDIO].whiten(_loudest(latents, voice, n))[None]
 
     @torch.no_grad()
-    def stream(
+    def generate_chunks(
         self,
         cond: Condition,
         chunks: int,
-        how: Sampling,
+        how: SamplingParams,
         samples: Tensor | None = None,
         conds: Iterable[Condition] | None = None,
     ) -> Iterator[dict[str, Stream]]:
@@ -160,10 +162,10 @@ class Streamer:
         like = cond.caption.float()
         starts = noise_starts(self.timeline, self.shapes(), range(chunks), how.seed, samples, like)
         most = sum(self.timeline.max_count(m) * b.tokens for m, b in self.card.model.branches.items())
-        with self.computing():
-            context = Context(model=self._asked, cond=cond, guidance=how.guidance).opened()
-        context = context.with_memories(lambda memory: ring_of(memory, most))
-        trust = None if how.label is None else torch.full((rows,), how.label, device=self._device)
+        with self.autocast():
+            context = DenoiserContext(model=self._asked, cond=cond, guidance=how.guidance).prefill()
+        context = context.map_memories(lambda memory: to_ring_cache(memory, most))
+        trust = None if how.trust_label is None else torch.full((rows,), how.trust_label, device=self._device)
         plan = schedule(how.steps, self.card.shift)
         starts, same = tee(starts)
         made = rollout(context, starts, plan, mode=how.mode, trust=trust, conds=conds)
@@ -172,29 +174,31 @@ class Streamer:
                 self._blame(chunk, start, plan, how)
             yield chunk.clean
 
-    def _each(self, made: Iterator[tuple[Streams, Chunk]]) -> Iterator[tuple[Streams, Chunk]]:
+    def _each(self, made: Iterator[tuple[Streams, GeneratedChunk]]) -> Iterator[tuple[Streams, GeneratedChunk]]:
         """Each is made in the streamer's precision; what is done between them is not."""
         while True:
-            with self.computing():
+            with self.autocast():
                 one = next(made, None)
             if one is None:
                 return
             yield one
 
-    def _blame(self, chunk: Chunk, start: Streams, plan: Schedule, how: Sampling) -> NoReturn:
+    def _blame(self, chunk: GeneratedChunk, start: Streams, plan: Schedule, how: SamplingParams) -> NoReturn:
         """Make a chunk that is not finite again, looking at every block. NonFiniteActivation names the place."""
         try:
-            for network in networks_in(self.model):
+            for network in find_transformers(self.model):
                 network.guard = _raise
-            with self.computing():
+            with self.autocast():
                 denoise(replace(chunk.before, model=self.model), start, plan, mode=how.mode)
         finally:
-            for network in networks_in(self.model):
+            for network in find_transformers(self.model):
                 network.guard = None
         number = int(next(iter(start.values())).chunk[0])
-        raise NonFiniteActivation(f"chunk {number} is not finite, though what leaves its blocks is: look at the head")
+        raise NonFiniteActivationError(
+            f"chunk {number} is not finite, though what leaves its blocks is: look at the head"
+        )
 
-    def raw(self, modality: str, whitened: Float[Tensor, "..."], *, head: bool = False) -> Tensor:
+    def denormalize(self, modality: str, whitened: Float[Tensor, "..."], *, head: bool = False) -> Tensor:
         """Latents as the codec reads them."""
         space = 2 if modality == VIDEO else 0
         return self.card.stats[modality].restore(whitened.float().cpu(), head=head, space=space)
@@ -209,24 +213,24 @@ class Streamer:
                 raise ValueError(f"row {i} has no first frame")
         return rows
 
-    def first_latents(self, cond: Condition, row: int) -> Tensor:
+    def first_frame_latent(self, cond: Condition, row: int) -> Tensor:
         """The raw first-frame latent of a row, (1, C, h, w)."""
         assert cond.first_frame is not None
-        return self.raw(VIDEO, cond.first_frame[row : row + 1], head=True)
+        return self.denormalize(VIDEO, cond.first_frame[row : row + 1], head=True)
 
     def decode(self, cond: Condition, chunks: Sequence[Mapping[str, Stream]], row: int) -> dict[str, Tensor]:
         """Whole signals of one row: frames uint8 (n, H, W, 3) and samples float32."""
         out: dict[str, Tensor] = {}
         for m, codec in self.codecs.items():
-            latents = self.raw(m, torch.cat([c[m].latents[row] for c in chunks]))
+            latents = self.denormalize(m, torch.cat([c[m].latents[row] for c in chunks]))
             if m == VIDEO:
-                latents = torch.cat([self.first_latents(cond, row), latents])
+                latents = torch.cat([self.first_frame_latent(cond, row), latents])
             out[m] = codec.decode(latents)
         return out
 
 
 def _raise(odd: str) -> NoReturn:
-    raise NonFiniteActivation(odd)
+    raise NonFiniteActivationError(odd)
 
 
 def _loudest(latents: Tensor, sound: Tensor, n: int) -> Tensor:

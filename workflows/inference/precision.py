@@ -9,27 +9,27 @@ from torch import nn
 Precision = Literal["fp32", "bf16"]
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WIDE = ("levels.", "head.", "table.", "norm", "anchor")  # parts of a name: float32 whatever the others are
+FP32_NAME_PARTS = ("levels.", "head.", "table.", "norm", "anchor")  # parts of a name: float32 whatever the others are
 
 
-def usual(device: torch.device) -> Precision:
+def default_precision(device: torch.device) -> Precision:
     """What is used where nothing is asked for."""
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def is_wide(name: str) -> bool:
+def keep_in_fp32(name: str) -> bool:
     """Whether the weight of that name stays float32: of noise levels, modulation, norms and output."""
-    return any(part in name for part in WIDE)
+    return any(part in name for part in FP32_NAME_PARTS)
 
 
-def narrow(model: nn.Module, precision: Precision) -> nn.Module:
+def cast_weights(model: nn.Module, precision: Precision) -> nn.Module:
     """``model`` itself, its weights in that precision: for generating, no longer for training."""
     for name, weight in model.named_parameters():
-        if not is_wide(name):
+        if not keep_in_fp32(name):
             weight.data = weight.data.to(DTYPES[precision])
     return model
 
 
-def computing(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """Inside, products are in that precision; with float32 as whoever calls has them."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])

@@ -1,14 +1,14 @@
 from dataclasses import dataclass
 
-from mfcore.solver import Mode, evaluations
+from mfcore.solver import Mode, num_function_evaluations
 
-MULTI_STEPS = 50
-GUIDANCE = 1.5  # of the multi-step mode
-FEW_STEPS = 4
+DEFAULT_MULTI_STEPS = 50
+DEFAULT_GUIDANCE = 1.5  # of the multi-step mode
+DEFAULT_FEW_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How chunks are sampled."""
 
     mode: Mode = "few"
@@ -24,27 +24,27 @@ class Sampling:
             raise ValueError(f"unknown mode {self.mode!r}: choose few or multi")
 
     @property
-    def nfe(self) -> int:
+    def num_function_evaluations(self) -> int:
         """Denoising evaluations per chunk."""
-        return evaluations(self.steps, self.guidance)
+        return num_function_evaluations(self.steps, self.guidance)
 
     @property
-    def label(self) -> float | None:
+    def trust_label(self) -> float | None:
         """The trust label in force."""
         return self.trust if self.trust is not None else (1.0 if self.mode == "few" else None)
 
 
-def sampling(
+def resolve_sampling_params(
     stage: str, *, mode: Mode | None, steps: int | None, guidance: float | None, trust: float | None, seed: int
-) -> Sampling:
+) -> SamplingParams:
     """Defaults by stage: only the mutual stage has trained the few-step mode. ValueError for fewer than one step."""
     if steps is not None and steps < 1:
         raise ValueError(f"--steps {steps}: a chunk needs at least 1 solver step")
     mode = mode or ("few" if stage == "mutual" else "multi")
-    return Sampling(
+    return SamplingParams(
         mode=mode,
-        steps=steps or (FEW_STEPS if mode == "few" else MULTI_STEPS),
-        guidance=guidance if guidance is not None else (1.0 if mode == "few" else GUIDANCE),
+        steps=steps or (DEFAULT_FEW_STEPS if mode == "few" else DEFAULT_MULTI_STEPS),
+        guidance=guidance if guidance is not None else (1.0 if mode == "few" else DEFAULT_GUIDANCE),
         trust=trust,
         seed=seed,
     )

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-SECRETS = (
+PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+SECRET_ENV = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
     "HF_TOKEN",
@@ -17,7 +17,7 @@ SECRETS = (
     "RAY_AUTH_TOKEN",
 )
 """Variables whose values must not travel."""
-REFERENCES = (
+FORWARDED_ENV = (
     "AWS_CONFIG_FILE",
     "AWS_DEFAULT_REGION",
     "AWS_ENDPOINT_URL",
@@ -35,22 +35,22 @@ WRITES_RUNS = ("train", "evaluate", "study", "demo")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class ParsedCommand:
     """A command of mfctl, read by its own verb's rules."""
 
     verb: str
     values: Mapping[str, Any]  # of its arguments and options, by name
-    places: Mapping[str, str]  # word as an error message names it -> local path or URI
+    paths: Mapping[str, str]  # word as an error message names it -> local path or URI
 
     @property
     def sets(self) -> list[str]:
         return list(self.values.get("sets") or [])
 
 
-def check_places(command: Command, target: str, shared: str | None) -> None:
+def check_paths(command: ParsedCommand, target: str, shared: str | None) -> None:
     """ValueError for what machines elsewhere would not find: local paths, runs without a shared folder, a SQLite "
     "store."""
-    for word, place in command.places.items():
+    for word, place in command.paths.items():
         local = place.removeprefix("file://") if "://" not in place or place.startswith("file://") else None
         if local is not None and not _under(local, shared):
             raise ValueError(
@@ -82,15 +82,15 @@ def _under(path: str, shared: str | None) -> bool:
 def check_secrets(words: Sequence[str], variables: Mapping[str, str]) -> None:
     """ValueError, without the secret in it, when a word or a variable that travels holds one: Ray shows both to all."""
     for name, value in variables.items():
-        if PASSWORD.search(value):
+        if PASSWORD_IN_URL.search(value):
             raise ValueError(
                 f"{name} holds a password, and everybody who sees the job sees its environment: take it out and give "
                 f"it to the "
                 "machines by reference (see cluster/README.md, Credentials)"
             )
-    values = {name: value for name in SECRETS if len(value := os.environ.get(name, "")) >= 8}
+    values = {name: value for name in SECRET_ENV if len(value := os.environ.get(name, "")) >= 8}
     for word in words:
-        if PASSWORD.search(word):
+        if PASSWORD_IN_URL.search(word):
             raise ValueError("the command holds an address with a password: everybody who sees the job would see it")
         for name, value in values.items():
             if value in word:

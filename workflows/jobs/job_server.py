@@ -13,20 +13,20 @@ from typing import Any
 
 import psutil
 
-from preprocessing.io.errors import Outage
-from workflows.jobs.local_head import LOOPBACK, job_server_answers
-from workflows.jobs.resources import Machines, merged
+from preprocessing.io.errors import InfrastructureError
+from workflows.jobs.local_head import LOOPBACK, ping_job_server
+from workflows.jobs.resources import MachineType, merge_equal
 
 NODES = "/api/v0/nodes?detail=true&limit=10000"
-KNOCK_LIMIT_S = 30.0  # for the first answer
-ANSWER_LIMIT_S = 60.0  # for each later one: a head that is busy takes seconds
+CONNECT_TIMEOUT_S = 30.0  # for the first answer
+READ_TIMEOUT_S = 60.0  # for each later one: a head that is busy takes seconds
 
 
-class Unreachable(Outage):
+class ClusterUnreachable(InfrastructureError):
     """A cluster that does not answer, or no longer. The message says what to do."""
 
 
-def client(address: str) -> Any:
+def connect(address: str) -> Any:
     """Ray's client of the job server at ``http://host:8265``, or of the one that belongs to ``ray://host:10001``.
 
     Unreachable when nothing answers there in time, or something else does.
@@ -39,9 +39,9 @@ def client(address: str) -> Any:
     try:
         made = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
-        raise Unreachable(f"no Ray job server answers at {address} ({_first_line(error)}): {_REMEDY}") from error
+        raise ClusterUnreachable(f"no Ray job server answers at {address} ({_first_line(error)}): {_REMEDY}") from error
     _refuse_another_machine(address, made.get_address())
-    made._do_request = partial(made._do_request, timeout=ANSWER_LIMIT_S)  # Ray's own waits for ever
+    made._do_request = partial(made._do_request, timeout=READ_TIMEOUT_S)  # Ray's own waits for ever
     return made
 
 
@@ -56,21 +56,21 @@ def _knock(address: str) -> None:
     url = urllib.parse.urlsplit(address)
     try:
         port = url.port or {"http": 80, "https": 443}.get(url.scheme, 10001)
-        with socket.create_connection((url.hostname or "", port), timeout=KNOCK_LIMIT_S):
+        with socket.create_connection((url.hostname or "", port), timeout=CONNECT_TIMEOUT_S):
             pass
     except ValueError as error:
         raise ValueError(f"{address} is no cluster address ({error}): write http://host:8265") from error
     except OSError as error:
-        raise Unreachable(f"no Ray job server answers at {address} ({error}): {_REMEDY}") from error
-    if url.scheme.startswith("http") and not job_server_answers(address, KNOCK_LIMIT_S):
-        raise Unreachable(f"what answers at {address} is no Ray job server: {_REMEDY}")
+        raise ClusterUnreachable(f"no Ray job server answers at {address} ({error}): {_REMEDY}") from error
+    if url.scheme.startswith("http") and not ping_job_server(address, CONNECT_TIMEOUT_S):
+        raise ClusterUnreachable(f"what answers at {address} is no Ray job server: {_REMEDY}")
 
 
 def _refuse_another_machine(given: str, found: str) -> None:
     """A head that keeps its job server on its loopback says so to all; theirs is not ours."""
     there, here = (urllib.parse.urlsplit(address).hostname for address in (given, found))
     if given.startswith("ray://") and here in LOOPBACK and there not in LOOPBACK and there not in _addresses():
-        raise Unreachable(
+        raise ClusterUnreachable(
             f"{given} keeps its job server on its own loopback: forward it (ssh -L 8265:127.0.0.1:8265 {there}) and "
             "submit to http://127.0.0.1:8265, or to the cluster's file"
         )
@@ -81,28 +81,28 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def conversation(lost: str) -> Iterator[None]:
+def translate_connection_errors(lost: str) -> Iterator[None]:
     """Talk with a job server; when it falls silent, Unreachable with what is ``lost`` and the remedy."""
     import aiohttp
     import requests
 
     try:
         yield
-    except Unreachable:  # an inner conversation's own words
+    except ClusterUnreachable:  # an inner conversation's own words
         raise
     except (requests.RequestException, aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-        raise Unreachable(f"{lost} ({_first_line(error)})") from error
+        raise ClusterUnreachable(f"{lost} ({_first_line(error)})") from error
     except RuntimeError as error:
         if "WebSocket" not in str(error):
             raise
-        raise Unreachable(f"{lost} ({_first_line(error)})") from error
+        raise ClusterUnreachable(f"{lost} ({_first_line(error)})") from error
 
 
 # ----------------------------------------------------------------------------------------------- what the cluster says
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
+class ClusterInfo:
     """What a running cluster says of itself."""
 
     ray: str
@@ -111,11 +111,13 @@ class Cluster:
     fixed: bool = False  # no autoscaler that could add nodes
 
     @property
-    def machines(self) -> list[Machines]:
-        return merged([Machines(name=n["node_name"], resources=n["resources_total"], most=1) for n in self.nodes])
+    def machines(self) -> list[MachineType]:
+        return merge_equal(
+            [MachineType(name=n["node_name"], resources=n["resources_total"], max_count=1) for n in self.nodes]
+        )
 
     @property
-    def all_here(self) -> bool:
+    def is_local(self) -> bool:
         """Whether every node is this machine, so that paths mean the same."""
         return all(node["node_ip"] in _addresses() for node in self.nodes)
 
@@ -125,7 +127,7 @@ def _addresses() -> set[str]:
     return {a.address for addresses in psutil.net_if_addrs().values() for a in addresses}
 
 
-def check_head(client: Any) -> None:
+def check_head_alive(client: Any) -> None:
     """ConnectionError when the head's node has died: its job server may answer on, and calls its jobs running."""
     reply = client._do_request("GET", NODES)
     if reply.status_code != 200:  # asked too much at the moment; it will be asked again
@@ -135,13 +137,13 @@ def check_head(client: Any) -> None:
         raise ConnectionError("its job server does, and says that the head's node is dead")
 
 
-def ask(client: Any) -> Cluster:
+def query_cluster(client: Any) -> ClusterInfo:
     """Versions and nodes, from the job server."""
     facts = client._do_request("GET", "/api/v0/cluster_metadata").json()["data"]
     listed = client._do_request("GET", NODES).json()["data"]["result"]["result"]
     living = [node for node in listed if node["state"] == "ALIVE"]
     status = client._do_request("GET", "/api/cluster_status").json()["data"].get("clusterStatus") or {}
-    return Cluster(ray=facts["rayVersion"], python=facts["pythonVersion"], nodes=living, fixed=_fixed(status))
+    return ClusterInfo(ray=facts["rayVersion"], python=facts["pythonVersion"], nodes=living, fixed=_fixed(status))
 
 
 def _fixed(status: Mapping[str, Any]) -> bool:
@@ -150,7 +152,7 @@ def _fixed(status: Mapping[str, Any]) -> bool:
     return bool(kinds) and all(kind == f"node_{node}" for node, kind in kinds.items())
 
 
-def check_versions(cluster: Cluster, target: str, python: str | None) -> None:
+def check_versions(cluster: ClusterInfo, target: str, python: str | None) -> None:
     """ValueError when the cluster's Ray or Python is not what this tree was tested with here."""
     import ray
 

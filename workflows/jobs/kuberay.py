@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 
-ENDED = {"Complete": "SUCCEEDED", "Failed": "FAILED", "Suspended": "STOPPED"}
+TERMINAL_STATES = {"Complete": "SUCCEEDED", "Failed": "FAILED", "Suspended": "STOPPED"}
 """By jobDeploymentStatus; jobStatus says how one attempt ended, and KubeRay may begin another."""
-BEFORE = ("", "PENDING", "Initializing", "Waiting", "Retrying")
+PENDING_STATES = ("", "PENDING", "Initializing", "Waiting", "Retrying")
 POLL_S = 2.0
 UNKNOWN_EXIT = 1
 
 
-def render(
+def render_manifest(
     manifest: Mapping[str, Any], argv: Sequence[str], variables: Mapping[str, str], own: Mapping[str, float]
 ) -> dict[str, Any]:
     """The manifest with our command, what its own process needs, and the variables in it; secrets stay references in
@@ -39,18 +39,18 @@ def render(
     return job
 
 
-def create(manifest: Mapping[str, Any]) -> str:
+def submit_rayjob(manifest: Mapping[str, Any]) -> str:
     """Hand the job to the cluster that kubectl talks to; the job's name."""
     return json.loads(_kubectl("create", "-f", "-", "-o", "json", given=json.dumps(manifest)))["metadata"]["name"]
 
 
-def summary(name: str) -> dict[str, Any]:
+def job_status(name: str) -> dict[str, Any]:
     """Status and exit code; the code is None while the job runs."""
     status = json.loads(_kubectl("get", "rayjob", name, "-o", "json")).get("status", {})
     word, deployed = status.get("jobStatus") or "", status.get("jobDeploymentStatus") or ""
     message = status.get("message") or ""
-    ended = ENDED.get(deployed)
-    if ended and word in ENDED.values() and deployed != "Suspended":
+    ended = TERMINAL_STATES.get(deployed)
+    if ended and word in TERMINAL_STATES.values() and deployed != "Suspended":
         ended = word
     code = None
     if ended:
@@ -58,29 +58,29 @@ def summary(name: str) -> dict[str, Any]:
         code = 0 if ended == "SUCCEEDED" else int(found.group(1)) if found else UNKNOWN_EXIT
     said = message.split(", last available logs")[0]
     return {
-        "status": ended or (deployed if deployed in BEFORE else word or deployed) or "PENDING",
+        "status": ended or (deployed if deployed in PENDING_STATES else word or deployed) or "PENDING",
         "exit_code": code,
         "message": said,
     }
 
 
-def follow(name: str) -> None:
+def follow_logs(name: str) -> None:
     """Print the job's logs until it has ended, those of a second attempt too."""
     while True:
-        while summary(name)["status"] in BEFORE:
+        while job_status(name)["status"] in PENDING_STATES:
             time.sleep(POLL_S)
         subprocess.run(["kubectl", "logs", "--follow", f"job/{name}"], check=False)
-        while (now := summary(name))["exit_code"] is None and now["status"] not in BEFORE:
+        while (now := job_status(name))["exit_code"] is None and now["status"] not in PENDING_STATES:
             time.sleep(POLL_S)
         if now["exit_code"] is not None:
             return
 
 
-def logs(name: str) -> str:
+def print_logs(name: str) -> str:
     return _kubectl("logs", f"job/{name}")
 
 
-def stop(name: str) -> None:
+def suspend_job(name: str) -> None:
     """Suspend it: its machines go, its record stays."""
     _kubectl("patch", "rayjob", name, "--type", "merge", "-p", json.dumps({"spec": {"suspend": True}}))
 

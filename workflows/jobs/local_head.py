@@ -26,30 +26,32 @@ import jsonschema
 import psutil
 import yaml
 
-from workflows.utils.environment import DEFAULTS
+from workflows.utils.environment import DEFAULT_ENV
 
-TEMP = "MFCTL_TEMP"
+TEMP_ENV = "MFCTL_TEMP"
 PORTS = ("RAY_PORT", "DASHBOARD_PORT", "AGENT_PORT", "CLIENT_PORT", "METRICS_PORT")
-PARTS = {"gcs_server", "raylet"}  # without which a head runs nothing
+HEAD_PROCESS_NAMES = {"gcs_server", "raylet"}  # without which a head runs nothing
 START_LIMIT_S = 120
 STOP_LIMIT_S = 5  # then they are made to: a raylet may wait long for its workers
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class LocalHead:
     """A head that runs, or ran, on this machine."""
 
     cluster: str  # cluster_name of its file
     address: str  # http address of its job server
     temp: str  # its temporary folder: sessions, logs; also its mark
 
-    def answers(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether all of it lives: the job server alone replies on, and another on the same port does not count."""
-        return {process.name() for process in processes(self.temp)} >= PARTS and job_server_answers(self.address)
+        return {process.name() for process in head_processes(self.temp)} >= HEAD_PROCESS_NAMES and ping_job_server(
+            self.address
+        )
 
 
-def job_server_answers(address: str, limit_s: float = 5.0) -> bool:
+def ping_job_server(address: str, limit_s: float = 5.0) -> bool:
     """Whether Ray's job server replies there in time; one that asks for a token does, too."""
     try:
         with urllib.request.urlopen(f"{address}/api/version", timeout=limit_s) as reply:
@@ -60,7 +62,7 @@ def job_server_answers(address: str, limit_s: float = 5.0) -> bool:
         return False
 
 
-def load_cluster(path: str) -> dict:
+def load_cluster_file(path: str) -> dict:
     """The cluster file, checked against the schema that the installed Ray ships."""
     try:
         config = yaml.safe_load(Path(path).read_text())
@@ -73,17 +75,17 @@ def load_cluster(path: str) -> dict:
     return config
 
 
-def runs_here(config: dict) -> bool:
+def is_local(config: dict) -> bool:
     """Whether the cluster file describes a head on this very machine."""
     return config["provider"]["type"] == "local" and config["provider"].get("head_ip") in LOOPBACK
 
 
-def ensure_head(config: dict, state: Path) -> Head:
+def get_or_start_head(config: dict, state: Path) -> LocalHead:
     """The head of this cluster file: the one recorded under ``state`` when it still answers, else a new one."""
     record = state / f"{config['cluster_name']}.json"
     with _locked(record.with_suffix(".lock")):
-        head = read_record(record)
-        if head is not None and head.answers():
+        head = load_record(record)
+        if head is not None and head.is_alive():
             return head
         if head is not None:
             stop_processes(head)
@@ -96,7 +98,7 @@ def stop_heads(state: Path) -> list[str]:
     """Stop every head recorded under ``state``; the addresses of those that were running."""
     stopped = []
     for record in sorted(state.glob("*.json")):
-        head = read_record(record)
+        head = load_record(record)
         assert head is not None
         if stop_processes(head):
             stopped.append(head.address)
@@ -106,11 +108,11 @@ def stop_heads(state: Path) -> list[str]:
     return stopped
 
 
-def read_record(record: Path) -> Head | None:
-    return Head(**json.loads(record.read_text())) if record.exists() else None
+def load_record(record: Path) -> LocalHead | None:
+    return LocalHead(**json.loads(record.read_text())) if record.exists() else None
 
 
-def processes(temp: str) -> list[psutil.Process]:
+def head_processes(temp: str) -> list[psutil.Process]:
     """The running processes of the head with this temporary folder, those that they started included."""
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
@@ -130,19 +132,19 @@ def _shows(process: psutil.Process, temp: str) -> bool:
     """Ray's workers write their title over their environment and command line; their log files stay open."""
     return (
         any(temp in part for part in process.cmdline())
-        or process.environ().get(TEMP) == temp
+        or process.environ().get(TEMP_ENV) == temp
         or any(file.path.startswith(temp) for file in process.open_files())
     )
 
 
-def stop_processes(head: Head) -> bool:
+def stop_processes(head: LocalHead) -> bool:
     """Ask the head's processes to end, then make them; whether there were any."""
-    first = processes(head.temp)
+    first = head_processes(head.temp)
     for process in first:
         _signal(process, psutil.Process.terminate)
     psutil.wait_procs(first, timeout=STOP_LIMIT_S)
     deadline = time.monotonic() + STOP_LIMIT_S
-    while (left := processes(head.temp)) and time.monotonic() < deadline:
+    while (left := head_processes(head.temp)) and time.monotonic() < deadline:
         for process in left:
             _signal(process, psutil.Process.kill)
         psutil.wait_procs(left, timeout=1)
@@ -154,14 +156,14 @@ def _signal(process: psutil.Process, act: Callable[[psutil.Process], None]) -> N
         act(process)
 
 
-def _start(config: dict) -> Head:
+def _start(config: dict) -> LocalHead:
     """Run the file's start commands with free ports and a temporary folder of their own; wait for the job server."""
     ports = _free_ports()
     # short: Ray puts Unix sockets there, whose paths may not exceed 107 bytes
     temp = tempfile.mkdtemp(prefix="mfctl-", dir="/tmp")
     address = f"http://127.0.0.1:{ports['MFCTL_DASHBOARD_PORT']}"
-    head = Head(cluster=config["cluster_name"], address=address, temp=temp)
-    environment = _start_environment() | ports | {TEMP: temp}
+    head = LocalHead(cluster=config["cluster_name"], address=address, temp=temp)
+    environment = _start_environment() | ports | {TEMP_ENV: temp}
     try:
         for command in config.get("head_start_ray_commands", []):
             _run_start_command(command, environment)
@@ -192,7 +194,7 @@ def _run_start_command(command: str, environment: dict[str, str]) -> None:
 
 def _start_environment() -> dict[str, str]:
     """This process's environment, our defaults, this interpreter first on PATH, and no address of another cluster."""
-    environment = DEFAULTS | dict(os.environ)
+    environment = DEFAULT_ENV | dict(os.environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         environment.pop(name, None)
@@ -210,9 +212,9 @@ def _free_ports() -> dict[str, str]:
         return ports
 
 
-def _wait_until_answering(head: Head) -> None:
+def _wait_until_answering(head: LocalHead) -> None:
     deadline = time.monotonic() + START_LIMIT_S
-    while not head.answers():
+    while not head.is_alive():
         if time.monotonic() > deadline:
             raise RuntimeError(f"the Ray head started, but its job server at {head.address} does not answer")
         time.sleep(0.3)

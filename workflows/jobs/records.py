@@ -5,7 +5,7 @@ from workflows.utils.environment import base_directory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class SubmittedJob:
     """A submitted job, as recorded under ``runs/cluster/jobs``."""
 
     id: str
@@ -15,6 +15,6 @@ class Job:
     target: str = ""  # as the user wrote it: a cluster file is connected to anew; "": by the address
 
 
-def state_folder() -> Path:
+def state_dir() -> Path:
     """Where heads and jobs are recorded, one folder for one ``runs/``."""
     return base_directory() / "runs" / "cluster"

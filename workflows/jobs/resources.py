@@ -6,85 +6,94 @@ from math import floor, inf
 from pathlib import Path
 from typing import Any
 
-from workflows.jobs.command import Command
+from workflows.jobs.command import ParsedCommand
 
 Resources = Mapping[str, float]
-ALONE = ("evaluate", "generate", "study")
+DRIVER_ONLY_COMMANDS = ("evaluate", "generate", "study")
 """Verbs that compute in the process of the command itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machines:
+class MachineType:
     """Machines of one kind."""
 
     name: str
     resources: Resources  # of one of them
-    most: int  # how many there can be
+    max_count: int  # how many there can be
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
+class ResourceRequest:
     """Processes that must run at the same time."""
 
-    what: str
+    description: str
     bundle: Resources  # of one process
     count: int
 
 
-def needs(command: Command) -> Need | None:
+def required_resources(command: ParsedCommand) -> ResourceRequest | None:
     """The least with which a command runs; None when it runs in the job's own process."""
     if command.verb == "preprocess":
         return _preprocess(command)
     if command.verb != "train" or not command.values:
         return None
     engine = _engine(command)
-    bundle = {"CPU": 1.0} if engine.use_gpu or engine.fewest != engine.most else {"CPU": 1.0 / engine.most}
+    bundle = (
+        {"CPU": 1.0}
+        if engine.use_gpu or engine.min_workers != engine.max_workers
+        else {"CPU": 1.0 / engine.max_workers}
+    )
     if engine.use_gpu:
         bundle["GPU"] = 1.0
     if engine.resource:
         bundle[engine.resource] = 1.0
-    return Need(what=f"train with engine.workers={engine.workers}", bundle=bundle, count=engine.fewest)
+    return ResourceRequest(
+        description=f"train with engine.workers={engine.workers}", bundle=bundle, count=engine.min_workers
+    )
 
 
-def _preprocess(command: Command) -> Need | None:
+def _preprocess(command: ParsedCommand) -> ResourceRequest | None:
     from preprocessing.config import PreprocessConfig
-    from workflows.config.serialization import change, parse_sets, read_file
+    from workflows.config.serialization import apply_overrides, load_config_file, parse_overrides
 
     config = PreprocessConfig()
     file = command.values.get("config")
-    written = read_file(file) if file and Path(file).exists() else {}  # it may be there alone
-    for values in (written, parse_sets(command.sets)):
-        config = change(config, {name: value for name, value in values.items() if name in ("workers", "encoder")})
+    written = load_config_file(file) if file and Path(file).exists() else {}  # it may be there alone
+    for values in (written, parse_overrides(command.sets)):
+        config = apply_overrides(
+            config, {name: value for name, value in values.items() if name in ("workers", "encoder")}
+        )
     bundle = {"CPU": 1.0} | ({"GPU": config.encoder.gpus} if config.encoder.gpus else {})
-    return None if config.workers == 0 else Need(what="preprocess", bundle=bundle, count=1)
+    return None if config.workers == 0 else ResourceRequest(description="preprocess", bundle=bundle, count=1)
 
 
-def own_process(command: Command, machines: Sequence[Machines]) -> dict[str, float]:
+def driver_resources(command: ParsedCommand, machines: Sequence[MachineType]) -> dict[str, float]:
     """What the process of a command must be given that computes by itself; {} where it only leads, and the head may.
 
     Ray runs the process of a job on the head unless it is told what it needs, and heads here lead only.
     """
-    if command.verb not in ALONE or not command.values:
+    if command.verb not in DRIVER_ONLY_COMMANDS or not command.values:
         return {}
     if command.verb == "evaluate" and command.values.get("workers", 1) > 1:  # these are Ray's
         return {}
     gpu = command.verb != "study" or str(command.values.get("device", "")).startswith("cuda")
-    if gpu and room(machines, {"GPU": 1.0}):
+    if gpu and capacity(machines, {"GPU": 1.0}):
         return {"GPU": 1.0}
-    return {"CPU": 1.0} if room(machines, {"CPU": 1.0}) else {}
+    return {"CPU": 1.0} if capacity(machines, {"CPU": 1.0}) else {}
 
 
-def in_all(machines: Sequence[Machines]) -> dict[str, float]:
+def total_resources(machines: Sequence[MachineType]) -> dict[str, float]:
     """GPUs and CPUs of all machines together; of those with GPUs the CPUs count only where there are no others."""
     plain = [kind for kind in machines if not kind.resources.get("GPU")]
     cpus, gpus = (
-        sum(k.most * k.resources.get(name, 0.0) for k in some) for name, some in (("CPU", plain), ("GPU", machines))
+        sum(k.max_count * k.resources.get(name, 0.0) for k in some)
+        for name, some in (("CPU", plain), ("GPU", machines))
     )
-    cpus = cpus or sum(k.most * k.resources.get("CPU", 0.0) for k in machines)
+    cpus = cpus or sum(k.max_count * k.resources.get("CPU", 0.0) for k in machines)
     return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
 
 
-def _engine(command: Command) -> Any:
+def _engine(command: ParsedCommand) -> Any:
     """The engine's configuration, whatever the latents: presets of one name have the same for all."""
     from mfcore.types import AUDIO, VIDEO
     from workflows.config import latent_shapes, presets, serialization
@@ -92,35 +101,35 @@ def _engine(command: Command) -> Any:
     shapes = latent_shapes.LatentShapes(
         channels={VIDEO: 48, AUDIO: 64},
         size={VIDEO: (8, 8), AUDIO: (1, 1)},
-        still={VIDEO: 0, AUDIO: 0},
+        static_channels={VIDEO: 0, AUDIO: 0},
         text_dim=64,
         chunk_seconds=0.5,
         chunks=20,
     )
-    engine = presets.preset(command.values["preset"], command.values["stage"], shapes).engine
-    written = serialization.read_file(command.values["config"]) if command.values.get("config") else {}
-    for values in (written, serialization.parse_sets(command.sets)):
-        engine = serialization.change(engine, values.get("engine", {}))
+    engine = presets.build_preset(command.values["preset"], command.values["stage"], shapes).engine
+    written = serialization.load_config_file(command.values["config"]) if command.values.get("config") else {}
+    for values in (written, serialization.parse_overrides(command.sets)):
+        engine = serialization.apply_overrides(engine, values.get("engine", {}))
     return engine
 
 
-def room(machines: Sequence[Machines], bundle: Resources) -> int:
+def capacity(machines: Sequence[MachineType], bundle: Resources) -> int:
     """How many processes of one bundle fit on all machines together."""
     wanted = {name: amount for name, amount in bundle.items() if amount > 0}
     return sum(
-        kind.most * floor(min((kind.resources.get(r, 0.0) / n + 1e-9 for r, n in wanted.items()), default=inf))
+        kind.max_count * floor(min((kind.resources.get(r, 0.0) / n + 1e-9 for r, n in wanted.items()), default=inf))
         for kind in machines
     )
 
 
-def check(need: Need | None, machines: Sequence[Machines], target: str) -> None:
+def require_capacity(need: ResourceRequest | None, machines: Sequence[MachineType], target: str) -> None:
     """ValueError with the remedy when the cluster could not run it even with all its machines."""
-    if need is None or (found := room(machines, need.bundle)) >= need.count:
+    if need is None or (found := capacity(machines, need.bundle)) >= need.count:
         return
-    has = "; ".join(f"{kind.name}: up to {kind.most} with {_show(kind.resources)}" for kind in machines) or "none"
+    has = "; ".join(f"{kind.name}: up to {kind.max_count} with {_show(kind.resources)}" for kind in machines) or "none"
     raise ValueError(
-        f"{need.what} needs room for {need.count} processes with {_show(need.bundle)} each, and {target} has room for "
-        f"{found} "
+        f"{need.description} needs room for {need.count} processes with {_show(need.bundle)} each, "
+        f"and {target} has room for {found} "
         f"(machines: {has}): ask for less (--set engine.workers=N), or add machines to the cluster's file"
     )
 
@@ -135,27 +144,27 @@ def _countable(name: str) -> bool:
     return "memory" not in name and not name.startswith(("node:", "accelerator_type:"))
 
 
-def machines_of_cluster_file(config: Mapping[str, Any]) -> list[Machines]:
+def machine_types_of_cluster_file(config: Mapping[str, Any]) -> list[MachineType]:
     """The kinds of a Ray cluster file, the head's among them; [] where the file does not say (provider ``local``)."""
     total = config.get("max_workers", inf)
     kinds = [
-        Machines(
+        MachineType(
             name=name,
             resources=kind.get("resources", {}),
-            most=1 if name == config["head_node_type"] else min(total, kind.get("max_workers", total)),
+            max_count=1 if name == config["head_node_type"] else min(total, kind.get("max_workers", total)),
         )
         for name, kind in config.get("available_node_types", {}).items()
     ]
-    return [kind for kind in kinds if kind.most > 0]
+    return [kind for kind in kinds if kind.max_count > 0]
 
 
-def machines_of_ray_cluster(spec: Mapping[str, Any]) -> list[Machines]:
+def machine_types_of_ray_cluster(spec: Mapping[str, Any]) -> list[MachineType]:
     """The groups of a KubeRay cluster, its head first. Ray counts a pod's limits unless told otherwise."""
     head = spec["headGroupSpec"]
-    found = [Machines(name="head", resources=_pod(head), most=1)]
+    found = [MachineType(name="head", resources=_pod(head), max_count=1)]
     for group in spec.get("workerGroupSpecs", []):
         most = group.get("maxReplicas", group.get("replicas", 1))
-        found.append(Machines(name=group["groupName"], resources=_pod(group), most=most))
+        found.append(MachineType(name=group["groupName"], resources=_pod(group), max_count=most))
     return found
 
 
@@ -174,13 +183,15 @@ def _quantity(text: object) -> float:
     return float(word[:-1]) / 1000 if word.endswith("m") else float(word)
 
 
-def merged(machines: Sequence[Machines]) -> list[Machines]:
+def merge_equal(machines: Sequence[MachineType]) -> list[MachineType]:
     """Machines with equal resources as one kind."""
-    kinds: dict[tuple[tuple[str, float], ...], Machines] = {}
+    kinds: dict[tuple[tuple[str, float], ...], MachineType] = {}
     for one in machines:
         plain = {name: amount for name, amount in one.resources.items() if _countable(name)}
         key = tuple(sorted(plain.items()))
         kinds[key] = (
-            replace(kinds[key], most=kinds[key].most + one.most) if key in kinds else replace(one, resources=plain)
+            replace(kinds[key], most=kinds[key].max_count + one.max_count)
+            if key in kinds
+            else replace(one, resources=plain)
         )
     return list(kinds.values())

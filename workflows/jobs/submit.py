@@ -18,24 +18,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from preprocessing.io.ray_resources import MOST
-from workflows.cli.parse import understand
+from preprocessing.io.ray_resources import PROMISED_RESOURCES_ENV
+from workflows.cli.parse import parse_command
 from workflows.jobs import job_server, kuberay, resources
 from workflows.jobs import local_head as heads
-from workflows.jobs.command import REFERENCES, check_places, check_secrets
-from workflows.jobs.job_server import Cluster, ask, check_head, check_versions, conversation
-from workflows.jobs.records import Job, state_folder
-from workflows.jobs.targets import Target, connected, read_target
-from workflows.jobs.working_dir import pack
-from workflows.utils.environment import BASE, DEFAULTS, base_directory, tracking_uri
+from workflows.jobs.command import FORWARDED_ENV, check_paths, check_secrets
+from workflows.jobs.job_server import (
+    ClusterInfo,
+    check_head_alive,
+    check_versions,
+    query_cluster,
+    translate_connection_errors,
+)
+from workflows.jobs.records import SubmittedJob, state_dir
+from workflows.jobs.targets import Target, connect_target, parse_target
+from workflows.jobs.working_dir import package_working_dir
+from workflows.utils.environment import CWD_ENV, DEFAULT_ENV, base_directory, tracking_uri
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENT_LIMIT_S = 90
-LOOK_EVERY_S = 15.0
+POLL_S = 15.0
 UNKNOWN_EXIT = 1
 
 
-def submit(
+def submit_job(
     target: str, argv: list[str], *, detach: bool = False, python: str | None = None, shared: str | None = None
 ) -> dict:
     """Run ``mfctl argv`` as a job on the target and follow its logs to the end, or with ``detach`` only start it.
@@ -51,45 +57,47 @@ def submit(
         )
     if not (ROOT / "pyproject.toml").exists():
         raise ValueError(f"submit packs a checkout, and {ROOT} is none: run it from a clone (`make venv` there)")
-    place = read_target(target)
+    place = parse_target(target)
     shared = os.path.normpath(shared) if shared else None
     if place.kind in ("elsewhere", "rayjob"):
         _check_elsewhere(place, argv, shared, place.machines)
     if place.kind == "rayjob":
         return _submit_rayjob(place, argv, shared, detach=detach)
-    command = understand(argv, shared)
+    command = parse_command(argv, shared)
     silent = f"{target} fell silent before it had taken the job: submit the same command again"
-    with _no_other_address(), connected(place, state_folder()) as address:
-        with conversation(silent):
-            client = job_server.client(address)
-            check_head(client)
-            cluster = ask(client)
+    with _no_other_address(), connect_target(place, state_dir()) as address:
+        with translate_connection_errors(silent):
+            client = job_server.connect(address)
+            check_head_alive(client)
+            cluster = query_cluster(client)
             variables = _variables(place, cluster, argv, shared, python)
             interpreter = python or (sys.executable if place.kind == "here" else "python")
-            own = {} if cluster.all_here else resources.own_process(command, place.machines or cluster.machines)
+            own = {} if cluster.is_local else resources.driver_resources(command, place.machines or cluster.machines)
             job = _start(client, [interpreter, "-m", "workflows.cli", *argv], variables, target, own)
         print(f"job {job.id} on {job.address}", file=sys.stderr)
         return _summary(client, job) if detach else _follow(client, job)
 
 
 def _check_elsewhere(place: Target, argv: Sequence[str], shared: str | None, machines: Any) -> None:
-    command = understand(argv, shared)
-    check_places(command, place.name, shared)
+    command = parse_command(argv, shared)
+    check_paths(command, place.name, shared)
     if machines:
-        resources.check(resources.needs(command), machines, place.name)
+        resources.require_capacity(resources.required_resources(command), machines, place.name)
 
 
 def _variables(
-    place: Target, cluster: Cluster, argv: Sequence[str], shared: str | None, python: str | None
+    place: Target, cluster: ClusterInfo, argv: Sequence[str], shared: str | None, python: str | None
 ) -> dict[str, str]:
     """Check the command against the running cluster; the environment of the job."""
     if place.kind != "here":
         check_versions(cluster, place.name, python)
-    if place.kind == "server" and not cluster.all_here:
+    if place.kind == "server" and not cluster.is_local:
         _check_elsewhere(place, argv, shared, [])
-    if not place.machines and (cluster.fixed or place.complete(len(cluster.nodes))):
-        resources.check(resources.needs(understand(argv, shared)), cluster.machines, place.name)
-    elsewhere = place.kind == "elsewhere" or not cluster.all_here
+    if not place.machines and (cluster.fixed or place.all_nodes_joined(len(cluster.nodes))):
+        resources.require_capacity(
+            resources.required_resources(parse_command(argv, shared)), cluster.machines, place.name
+        )
+    elsewhere = place.kind == "elsewhere" or not cluster.is_local
     variables = _environment(shared, elsewhere=elsewhere) | _promised(place)
     check_secrets(argv, variables)
     return variables
@@ -97,26 +105,28 @@ def _variables(
 
 def _promised(place: Target) -> dict[str, str]:
     """What the machines of the target's file have together, for a job that will see only those that have come."""
-    return {MOST: json.dumps(resources.in_all(place.machines))} if place.machines else {}
+    return {PROMISED_RESOURCES_ENV: json.dumps(resources.total_resources(place.machines))} if place.machines else {}
 
 
 def _environment(shared: str | None, *, elsewhere: bool) -> dict[str, str]:
     """What a job is told: switches, where relative paths start, where MLflow is, and where credentials are found."""
-    variables = {name: os.environ.get(name, value) for name, value in DEFAULTS.items()}
-    variables |= {name: os.environ[name] for name in REFERENCES if name in os.environ}
+    variables = {name: os.environ.get(name, value) for name, value in DEFAULT_ENV.items()}
+    variables |= {name: os.environ[name] for name in FORWARDED_ENV if name in os.environ}
     base = shared or (None if elsewhere else str(base_directory()))
     if base:
-        variables[BASE] = base
+        variables[CWD_ENV] = base
     if not elsewhere or "MLFLOW_TRACKING_URI" in os.environ:
         variables["MLFLOW_TRACKING_URI"] = tracking_uri()
     return variables
 
 
-def _start(client: Any, command: list[str], variables: dict[str, str], target: str, own: Mapping[str, float]) -> Job:
+def _start(
+    client: Any, command: list[str], variables: dict[str, str], target: str, own: Mapping[str, float]
+) -> SubmittedJob:
     with tempfile.TemporaryDirectory(prefix="mfctl-") as folder:
-        archive = pack(ROOT, Path(folder))
+        archive = package_working_dir(ROOT, Path(folder))
         name = _submit_when_ready(client, command, {"working_dir": str(archive), "env_vars": variables}, own)
-    job = Job(id=name, address=client.get_address(), command=command[3:], submitted=time.time(), target=target)
+    job = SubmittedJob(id=name, address=client.get_address(), command=command[3:], submitted=time.time(), target=target)
     _record(job)
     return job
 
@@ -132,61 +142,61 @@ def _submit_rayjob(place: Target, argv: list[str], shared: str | None, *, detach
         )
     variables = _environment(shared, elsewhere=True) | _promised(place)
     check_secrets(argv, variables)
-    own = resources.own_process(understand(argv, shared), place.machines)
-    name = kuberay.create(kuberay.render(place.config, argv, variables, own))
-    job = Job(id=name, address=place.name, command=argv, submitted=time.time(), target=place.name)
+    own = resources.driver_resources(parse_command(argv, shared), place.machines)
+    name = kuberay.submit_rayjob(kuberay.render_manifest(place.config, argv, variables, own))
+    job = SubmittedJob(id=name, address=place.name, command=argv, submitted=time.time(), target=place.name)
     _record(job)
     print(f"RayJob {name} from {place.name}; its code is that of the image", file=sys.stderr)
     if not detach:
-        kuberay.follow(name)
+        kuberay.follow_logs(name)
     return _rayjob_summary(job)
 
 
-def _rayjob_summary(job: Job) -> dict:
-    return {"job": job.id, "address": job.address, "command": job.command, **kuberay.summary(job.id)}
+def _rayjob_summary(job: SubmittedJob) -> dict:
+    return {"job": job.id, "address": job.address, "command": job.command, **kuberay.job_status(job.id)}
 
 
-def _is_rayjob(job: Job) -> bool:
+def _is_rayjob(job: SubmittedJob) -> bool:
     return "://" not in job.address
 
 
 @contextmanager
-def _reached(job: Job) -> Iterator[Any]:
+def _reached(job: SubmittedJob) -> Iterator[Any]:
     """A client of the job's server; for a cluster file elsewhere through a tunnel of its own."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_no_other_address())
         address = job.address
         if job.target and "://" not in job.target and Path(job.target).is_file():
-            place = read_target(job.target)
+            place = parse_target(job.target)
             if place.kind == "elsewhere":
-                address = stack.enter_context(connected(place, state_folder()))
-        stack.enter_context(conversation(_lost(job)))
-        yield job_server.client(address)
+                address = stack.enter_context(connect_target(place, state_dir()))
+        stack.enter_context(translate_connection_errors(_lost(job)))
+        yield job_server.connect(address)
 
 
-def _lost(job: Job) -> str:
+def _lost(job: SubmittedJob) -> str:
     return (
         f"the cluster at {job.target or job.address} no longer answers. The job may go on without us: "
         f"mfctl logs --follow {job.id}. If its head is gone, submit the same command again: it goes on where it stopped"
     )
 
 
-def status(job_id: str | None = None) -> dict:
+def job_status(job_id: str | None = None) -> dict:
     """One job, or every recorded job with the heads on this machine."""
     if job_id is not None:
         return _now(_job(job_id))
-    running = [head for path in sorted(state_folder().glob("*.json")) if (head := heads.read_record(path))]
+    running = [head for path in sorted(state_dir().glob("*.json")) if (head := heads.load_record(path))]
     return {
-        "heads": [{"address": head.address, "answers": head.answers()} for head in running],
+        "heads": [{"address": head.address, "answers": head.is_alive()} for head in running],
         "jobs": [_last_known(job) for job in _jobs()],
     }
 
 
-def logs(job_id: str, *, follow: bool = False) -> dict:
+def job_logs(job_id: str, *, follow: bool = False) -> dict:
     """Print what the job has written so far; with ``follow`` go on until it ends."""
     job = _job(job_id)
     if _is_rayjob(job):
-        kuberay.follow(job.id) if follow else print(kuberay.logs(job.id), end="")
+        kuberay.follow_logs(job.id) if follow else print(kuberay.print_logs(job.id), end="")
         return _rayjob_summary(job)
     with _reached(job) as client:
         if follow:
@@ -195,11 +205,11 @@ def logs(job_id: str, *, follow: bool = False) -> dict:
         return _summary(client, job)
 
 
-def stop(job_id: str) -> dict:
+def stop_job(job_id: str) -> dict:
     """Ask the job to stop, and wait until it has."""
     job = _job(job_id)
     if _is_rayjob(job):
-        kuberay.stop(job.id)
+        kuberay.suspend_job(job.id)
         return _rayjob_summary(job)
     with _reached(job) as client:
         client.stop_job(job.id)
@@ -207,9 +217,9 @@ def stop(job_id: str) -> dict:
         return _summary(client, job)
 
 
-def stop_head() -> dict:
+def stop_local_heads() -> dict:
     """Stop the heads that ``submit`` started from this folder, with all their jobs, and no other Ray process."""
-    return {"stopped": heads.stop_heads(state_folder())}
+    return {"stopped": heads.stop_heads(state_dir())}
 
 
 def _submit_when_ready(client: Any, command: list[str], runtime_env: dict, own: Mapping[str, float]) -> str:
@@ -225,10 +235,10 @@ def _submit_when_ready(client: Any, command: list[str], runtime_env: dict, own: 
             time.sleep(1)
 
 
-def _follow(client: Any, job: Job) -> dict:
+def _follow(client: Any, job: SubmittedJob) -> dict:
     """Print the job's logs as they come, until it has ended. Unreachable when the cluster falls silent meanwhile."""
     try:
-        with conversation(_lost(job)):
+        with translate_connection_errors(_lost(job)):
             asyncio.run(_print_logs(client, job.id))
             _wait_until_ended(client, job)
             return _summary(client, job)
@@ -241,8 +251,8 @@ async def _print_logs(client: Any, job_id: str) -> None:
     """A machine that loses power closes no connection: its server is asked for a sign of life meanwhile."""
     printing = asyncio.ensure_future(_print_as_they_come(client, job_id))
     try:
-        while not (await asyncio.wait({printing}, timeout=LOOK_EVERY_S))[0]:
-            await asyncio.to_thread(check_head, client)
+        while not (await asyncio.wait({printing}, timeout=POLL_S))[0]:
+            await asyncio.to_thread(check_head_alive, client)
         await printing
     finally:
         printing.cancel()
@@ -253,16 +263,16 @@ async def _print_as_they_come(client: Any, job_id: str) -> None:
         print(lines, end="", flush=True)
 
 
-def _wait_until_ended(client: Any, job: Job) -> None:
+def _wait_until_ended(client: Any, job: SubmittedJob) -> None:
     looked = time.monotonic()
     while not client.get_job_status(job.id).is_terminal():
         time.sleep(0.3)
-        if time.monotonic() - looked > LOOK_EVERY_S:
-            check_head(client)
+        if time.monotonic() - looked > POLL_S:
+            check_head_alive(client)
             looked = time.monotonic()
 
 
-def _summary(client: Any, job: Job) -> dict:
+def _summary(client: Any, job: SubmittedJob) -> dict:
     """The exit code is the command's own, not the 0 or 1 that Ray makes of it; None while the job runs."""
     info = client.get_job_info(job.id)
     ended = info.status.is_terminal()
@@ -277,14 +287,14 @@ def _summary(client: Any, job: Job) -> dict:
     }
 
 
-def _now(job: Job) -> dict:
+def _now(job: SubmittedJob) -> dict:
     if _is_rayjob(job):
         return _rayjob_summary(job)
     with _reached(job) as client:
         return _summary(client, job)
 
 
-def _last_known(job: Job) -> dict:
+def _last_known(job: SubmittedJob) -> dict:
     """The job's summary, or the fact that its cluster is gone."""
     try:
         return _now(job)
@@ -292,18 +302,18 @@ def _last_known(job: Job) -> dict:
         return {"job": job.id, "address": job.address, "command": job.command, "status": "cluster does not answer"}
 
 
-def _record(job: Job) -> None:
-    folder = state_folder() / "jobs"
+def _record(job: SubmittedJob) -> None:
+    folder = state_dir() / "jobs"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{job.id}.json").write_text(json.dumps(asdict(job), indent=1))
 
 
-def _jobs() -> list[Job]:
-    found = [Job(**json.loads(path.read_text())) for path in (state_folder() / "jobs").glob("*.json")]
+def _jobs() -> list[SubmittedJob]:
+    found = [SubmittedJob(**json.loads(path.read_text())) for path in (state_dir() / "jobs").glob("*.json")]
     return sorted(found, key=lambda job: job.submitted)
 
 
-def _job(job_id: str) -> Job:
+def _job(job_id: str) -> SubmittedJob:
     known = {job.id: job for job in _jobs()}
     if job_id not in known:
         listed = ", ".join(known) or "none"

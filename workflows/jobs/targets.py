@@ -18,12 +18,12 @@ import psutil
 import yaml
 
 from workflows.jobs import local_head as heads
-from workflows.jobs.job_server import Unreachable
-from workflows.jobs.resources import Machines, machines_of_cluster_file, machines_of_ray_cluster
-from workflows.utils.environment import DEFAULTS
+from workflows.jobs.job_server import ClusterUnreachable
+from workflows.jobs.resources import MachineType, machine_types_of_cluster_file, machine_types_of_ray_cluster
+from workflows.utils.environment import DEFAULT_ENV
 
 TUNNEL_LIMIT_S = 120
-Kind = Literal["here", "server", "elsewhere", "rayjob"]
+TargetKind = Literal["here", "server", "elsewhere", "rayjob"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +31,23 @@ class Target:
     """What the user named, read and checked; nothing has been started or asked yet."""
 
     name: str  # as it was written
-    kind: Kind
+    kind: TargetKind
     config: Mapping[str, Any] = field(default_factory=dict)  # of its file
 
     @property
-    def machines(self) -> list[Machines]:
+    def machines(self) -> list[MachineType]:
         """What its file promises; [] where only the cluster itself can tell."""
         if self.kind == "elsewhere":
-            return machines_of_cluster_file(self.config)
-        return machines_of_ray_cluster(self.config["spec"]["rayClusterSpec"]) if self.kind == "rayjob" else []
+            return machine_types_of_cluster_file(self.config)
+        return machine_types_of_ray_cluster(self.config["spec"]["rayClusterSpec"]) if self.kind == "rayjob" else []
 
-    def complete(self, nodes: int) -> bool:
+    def all_nodes_joined(self, nodes: int) -> bool:
         """Whether all machines that its file lists have joined, so that there will be no more."""
         provider = self.config.get("provider", {})
         return provider.get("type") == "local" and nodes > len(provider.get("worker_ips", []))
 
 
-def read_target(name: str) -> Target:
+def parse_target(name: str) -> Target:
     """ValueError when it is neither an address nor a file of a kind that is known."""
     if "://" in name:
         if not name.startswith(("http://", "https://", "ray://")):
@@ -59,8 +59,8 @@ def read_target(name: str) -> Target:
         raise ValueError(f"{name} does not exist: the target is a cluster file (cluster/local.yaml) or an address")
     if manifest := _manifest(name):
         return Target(name=name, kind="rayjob", config=manifest)
-    config = heads.load_cluster(name)
-    return Target(name=name, kind="here" if heads.runs_here(config) else "elsewhere", config=config)
+    config = heads.load_cluster_file(name)
+    return Target(name=name, kind="here" if heads.is_local(config) else "elsewhere", config=config)
 
 
 def _manifest(name: str) -> dict[str, Any] | None:
@@ -82,12 +82,12 @@ def _manifest(name: str) -> dict[str, Any] | None:
     return None
 
 
-def connected(target: Target, state: Path) -> Context[str]:
+def connect_target(target: Target, state: Path) -> Context[str]:
     """The address of the target's job server, reachable while the context lasts. A head on this machine is started."""
     if target.kind == "server":
         return nullcontext(target.name)
     if target.kind == "here":
-        return nullcontext(heads.ensure_head(dict(target.config), state).address)
+        return nullcontext(heads.get_or_start_head(dict(target.config), state).address)
     return _tunnel(target)
 
 
@@ -99,7 +99,7 @@ def _tunnel(target: Target) -> Iterator[str]:
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [ray or "ray", "dashboard", target.name, "--port", str(port)],
-            env=DEFAULTS | dict(os.environ),
+            env=DEFAULT_ENV | dict(os.environ),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -115,12 +115,12 @@ def _tunnel(target: Target) -> Iterator[str]:
 def _wait_for_tunnel(target: Target, process: subprocess.Popen[bytes], port: int, output: Any) -> None:
     deadline = time.monotonic() + TUNNEL_LIMIT_S
     while process.poll() is None and time.monotonic() < deadline:
-        if heads.job_server_answers(f"http://127.0.0.1:{port}"):
+        if heads.ping_job_server(f"http://127.0.0.1:{port}"):
             return
         time.sleep(0.3)
     output.seek(0)
     last = " ".join(line.strip() for line in output.read().splitlines()[-3:])
-    raise Unreachable(
+    raise ClusterUnreachable(
         f"no head of {target.name} can be reached: is it up? Start it with `ray up -y {target.name}` (from the clone's "
         f"folder), look with `ray exec {target.name} 'ray status'`. ssh said: {last}"
     )

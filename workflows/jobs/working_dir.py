@@ -5,9 +5,9 @@ import os
 import zipfile
 from pathlib import Path
 
-from workflows.jobs.command import SECRETS
+from workflows.jobs.command import SECRET_ENV
 
-NOT_PACKED = (
+EXCLUDED = (
     "/.git",
     "/.venv",
     "/runs",
@@ -30,10 +30,10 @@ NOT_PACKED = (
     "*credentials*",
     "secrets",
 )
-MOST_BYTES = 50 * 2**20
+MAX_BYTES = 50 * 2**20
 
 
-def pack(root: Path, folder: Path, *, most: int = MOST_BYTES) -> Path:
+def package_working_dir(root: Path, folder: Path, *, most: int = MAX_BYTES) -> Path:
     """Write the tree at ``root`` to an archive in ``folder``; what .gitignore names is left out as well.
 
     ValueError when the archive is larger than ``most`` bytes, or when a file holds the value of a secret variable.
@@ -43,7 +43,7 @@ def pack(root: Path, folder: Path, *, most: int = MOST_BYTES) -> Path:
     archive = folder / "tree.zip"
     quiet = logging.getLogger("mfctl.pack")
     quiet.setLevel(logging.ERROR)  # Ray lists what it leaves out
-    create_package(str(root), archive, include_gitignore=True, excludes=list(NOT_PACKED), logger=quiet)
+    create_package(str(root), archive, include_gitignore=True, excludes=list(EXCLUDED), logger=quiet)
     with zipfile.ZipFile(archive) as packed:
         _check_size(packed, archive.stat().st_size, most)
         _check_content(packed)
@@ -62,7 +62,7 @@ def _check_size(packed: zipfile.ZipFile, size: int, most: int) -> None:
 
 
 def _check_content(packed: zipfile.ZipFile) -> None:
-    secrets = {name: value.encode() for name in SECRETS if len(value := os.environ.get(name, "")) >= 8}
+    secrets = {name: value.encode() for name in SECRET_ENV if len(value := os.environ.get(name, "")) >= 8}
     for info in packed.infolist():
         content = packed.read(info) if secrets else b""
         for name, value in secrets.items():

@@ -1,13 +1,13 @@
 from dataclasses import dataclass
 
 from workflows.study.methods import METHODS
-from workflows.study.results_table import DRIFTING, EARLY, LATE, Table
+from workflows.study.results_table import DRIFT_COLUMNS, EARLY, LATE, ResultTable
 
 HARD, GAP, SEAM, USE, DRIFT = 5.0, 0.8, 1.5, 0.8, 0.5  # bars, as numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bar:
+class Claim:
     """One claim with what was measured."""
 
     claim: str
@@ -16,7 +16,7 @@ class Bar:
     seeds: tuple[int, ...]  # of all that is compared: one seed is not a mean of three
 
 
-def bars(table: Table, most: int) -> list[Bar]:
+def check_claims(table: ResultTable, most: int) -> list[Claim]:
     """The study's claims, as far as the rows that they need are there. ``most``: steps of the quality mode.
 
     What is compared is compared on the seeds that all of it has.
@@ -24,7 +24,7 @@ def bars(table: Table, most: int) -> list[Bar]:
     checks = (_hardness, _as_good, _gap, _late, _drift, _continuity, _four_as_eight, _cheaper)
     if most <= 4:  # nothing finer was asked for that four steps could be compared with
         checks = (_drift, _continuity, _cheaper)
-    out: list[Bar] = []
+    out: list[Claim] = []
     for check in checks:
         try:
             out += check(table, most)
@@ -33,67 +33,67 @@ def bars(table: Table, most: int) -> list[Bar]:
     return out
 
 
-def _common(table: Table, *methods: str) -> tuple[Table, tuple[int, ...]]:
+def _common(table: ResultTable, *methods: str) -> tuple[ResultTable, tuple[int, ...]]:
     """The table of the seeds that all of ``methods`` have rows of. KeyError where there are none."""
     return _of_seeds(table, *(table.seeds(method) for method in methods))
 
 
-def _of_seeds(table: Table, *some: set[int]) -> tuple[Table, tuple[int, ...]]:
+def _of_seeds(table: ResultTable, *some: set[int]) -> tuple[ResultTable, tuple[int, ...]]:
     seeds = set.intersection(*some)
     if not seeds:
         raise KeyError("no seed in common")
-    return table.only(seeds), tuple(sorted(seeds))
+    return table.with_seeds(seeds), tuple(sorted(seeds))
 
 
-def _hardness(table: Table, most: int) -> list[Bar]:
+def _hardness(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _common(table, "joint")
     few, many = (1 - table.get("valid", "joint", "multi", n, EARLY).mean for n in (4, most))
     ratio = few / max(many, 1e-9)
     claim = (
         f"the world is hard enough: invalid chunks of the joint network, 4 Euler steps over {most}, at least {HARD:g}"
     )
-    return [Bar(claim=claim, measured=f"{few:.3f} / {many:.3f} = {ratio:.1f}", met=ratio >= HARD, seeds=seeds)]
+    return [Claim(claim=claim, measured=f"{few:.3f} / {many:.3f} = {ratio:.1f}", met=ratio >= HARD, seeds=seeds)]
 
 
-def _best(table: Table, most: int) -> bool:
+def _best(table: ResultTable, most: int) -> bool:
     """Whether teacher forcing at its best was asked with guidance."""
     return table.has("teacher_forcing", "multi", most, True, EARLY)
 
 
-def _as_good(table: Table, most: int) -> list[Bar]:
+def _as_good(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _common(table, "mutual", "teacher_forcing")
-    out, guided = list[Bar](), _best(table, most)
+    out, guided = list[Claim](), _best(table, most)
     for metric, sign in (("sync", -1), ("syllable_error", 1), ("frechet", 1)):
         ours = table.get(metric, "mutual", "few", 4, EARLY)
         theirs = table.get(metric, "teacher_forcing", "multi", most, EARLY, guided=guided)
         met = sign * (ours.mean - theirs.mean) <= max(ours.spread, theirs.spread)
         claim = f"{metric}, {EARLY} s: Mutual Forcing at 4 NFE not worse than teacher forcing at {most * (1 + guided)}"
-        out.append(Bar(claim=claim, measured=f"{ours} against {theirs}", met=met, seeds=seeds))
+        out.append(Claim(claim=claim, measured=f"{ours} against {theirs}", met=met, seeds=seeds))
     return out
 
 
-def _gap(table: Table, most: int) -> list[Bar]:
+def _gap(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _common(table, "mutual", "teacher_forcing")
     ours = table.get("valid", "mutual", "few", 4, EARLY).mean
     low, high = (table.get("valid", "teacher_forcing", "multi", n, EARLY).mean for n in (4, most))
     closed = (ours - low) / max(high - low, 1e-9)
     claim = f"valid chunks: share of the gap between 4 Euler steps and {most} that 4 few steps close, at least {GAP:g}"
     measured = f"{low:.3f} -> {ours:.3f} of {high:.3f}: {closed:.2f}"
-    return [Bar(claim=claim, measured=measured, met=closed >= GAP, seeds=seeds)]
+    return [Claim(claim=claim, measured=measured, met=closed >= GAP, seeds=seeds)]
 
 
-def _late(table: Table, most: int) -> list[Bar]:
+def _late(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _common(table, "mutual", "teacher_forcing")
-    out, guided = list[Bar](), _best(table, most)
-    for metric in DRIFTING:
+    out, guided = list[Claim](), _best(table, most)
+    for metric in DRIFT_COLUMNS:
         ours = table.get(metric, "mutual", "few", 4, LATE)
         theirs = table.get(metric, "teacher_forcing", "multi", most, LATE, guided=guided)
         claim = f"{metric}, {LATE} s: Mutual Forcing at 4 NFE better than teacher forcing at {most * (1 + guided)}"
-        out.append(Bar(claim=claim, measured=f"{ours} against {theirs}", met=ours.mean < theirs.mean, seeds=seeds))
+        out.append(Claim(claim=claim, measured=f"{ours} against {theirs}", met=ours.mean < theirs.mean, seeds=seeds))
     return out
 
 
-def _growth(table: Table, metric: str, method: str) -> float:
+def _growth(table: ResultTable, metric: str, method: str) -> float:
     """Beyond what real clips of the same scripts have: windows differ in length, and with that what is measured of
     perfect clips (the bias of a Frechet distance, the noise of a mean, which adds to an error in squares)."""
     power = 1 if metric == "frechet" else 2
@@ -105,51 +105,51 @@ def _growth(table: Table, metric: str, method: str) -> float:
     return beyond(LATE) - beyond(EARLY)
 
 
-def _drift(table: Table, most: int) -> list[Bar]:
-    out: list[Bar] = []
-    for metric in DRIFTING:
+def _drift(table: ResultTable, most: int) -> list[Claim]:
+    out: list[Claim] = []
+    for metric in DRIFT_COLUMNS:
         for other in ("shortcut_forced", "dmd_forced", "hybrid_forced"):
             if table.has(other, "few", 4, False, LATE):
                 same, seeds = _common(table, "mutual", other, "real")
                 ours, theirs = (_growth(same, metric, method) for method in ("mutual", other))
                 claim = f"{metric}: growth from {EARLY} s to {LATE} s none, or at most half of {METHODS[other].title}"
                 met = ours <= max(0.0, DRIFT * theirs)
-                out.append(Bar(claim=claim, measured=f"{ours:.3f} against {theirs:.3f}", met=met, seeds=seeds))
+                out.append(Claim(claim=claim, measured=f"{ours:.3f} against {theirs:.3f}", met=met, seeds=seeds))
     return out
 
 
-def _continuity(table: Table, most: int) -> list[Bar]:
+def _continuity(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _common(table, "mutual")
     seam = table.get("seam", "mutual", "few", 4, LATE)
     claim = f"seam energy, {LATE} s, over the data's, at most {SEAM:g}"
-    out = [Bar(claim=claim, measured=str(seam), met=seam.mean <= SEAM, seeds=seeds)]
+    out = [Claim(claim=claim, measured=str(seam), met=seam.mean <= SEAM, seeds=seeds)]
     for modality in ("video", "audio"):
         ours, joint = (table.history_use(m, modality).mean for m in ("mutual", "joint"))
         claim = f"history use of {modality} over the joint network's, at least {USE:g}"
         measured = f"{ours:.2f} / {joint:.2f} = {ours / joint:.2f}"
-        out.append(Bar(claim=claim, measured=measured, met=ours / joint >= USE, seeds=seeds))
+        out.append(Claim(claim=claim, measured=measured, met=ours / joint >= USE, seeds=seeds))
     return out
 
 
-def _four_as_eight(table: Table, most: int) -> list[Bar]:
+def _four_as_eight(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _common(table, "mutual")
-    out: list[Bar] = []
+    out: list[Claim] = []
     for metric, sign in (("frechet", 1), ("valid", -1), ("sync", -1), ("syllable_error", 1)):
         four, eight = (table.get(metric, "mutual", "few", n, EARLY) for n in (4, 8))
         met = sign * (four.mean - eight.mean) <= max(four.spread, eight.spread)
         claim = f"{metric}, {EARLY} s: 4 few steps not worse than 8 beyond the spread"
-        out.append(Bar(claim=claim, measured=f"{four} against {eight}", met=met, seeds=seeds))
+        out.append(Claim(claim=claim, measured=f"{four} against {eight}", met=met, seeds=seeds))
     return out
 
 
-def _cheaper(table: Table, most: int) -> list[Bar]:
+def _cheaper(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _of_seeds(table, *(table.trained(method) for method in ("mutual", "dmd_self_forcing")))
-    out: list[Bar] = []
+    out: list[Claim] = []
     for what, of in (
         ("bytes of model state", lambda c: c["state_bytes"]),
         ("CPU seconds per step", lambda c: c["cpu_seconds"] / c["steps"]),
     ):
         ours, theirs = (table.cost(m, of).mean for m in ("mutual", "dmd_self_forcing"))
         claim = f"{what} below DMD with self-forcing (one fake-score update per step on both sides)"
-        out.append(Bar(claim=claim, measured=f"{ours:.4g} against {theirs:.4g}", met=ours < theirs, seeds=seeds))
+        out.append(Claim(claim=claim, measured=f"{ours:.4g} against {theirs:.4g}", met=ours < theirs, seeds=seeds))
     return out

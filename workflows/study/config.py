@@ -6,7 +6,7 @@ from mfcore.ema import EmaConfig
 from mfcore.flow import TimeConfig
 from mfcore.metrics.windows import parse_windows
 from mfcore.model.config import BranchConfig, ModelConfig
-from mfcore.model.lora import FakeConfig
+from mfcore.model.lora import FakeScoreConfig
 from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO
@@ -63,7 +63,7 @@ class StudyConfig:
     batch: int = 32
     chunks: tuple[int, ...] = (3, 6)  # short: a roll-out costs by the chunk, and choices of a clip fall in its first
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-3, warm_up=20, final=0.1, clip=1.0))
-    fake: FakeConfig = field(default_factory=FakeConfig)
+    fake: FakeScoreConfig = field(default_factory=FakeScoreConfig)
     fake_ratio: float = 1.0  # learning rate of the fake score over the student's; one update per step
     fake_final: float = 0.1  # its rate at the end over its peak: as the student's, so that it lags no more
     ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.99))

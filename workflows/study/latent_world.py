@@ -50,13 +50,13 @@ PAUSES = 0.2  # share of pauses
 MODE_SPREAD = 0.1  # about a choice of -1 or 1
 NOISE = 0.05  # about every other factor
 PERSISTENCE = 0.95  # of pose over a chunk
-STAY = 0.85  # of a gesture from chunk to chunk
+STAY_PROBABILITY = 0.85  # of a gesture from chunk to chunk
 TWO_MODES = (BROW, HAND, BLINK, GESTURE)
 CHOICES = ("brow", "hand", "blink", "gesture", "tone")  # the last one is heard
 
 
 @dataclass(frozen=True, kw_only=True)
-class Script:
+class GroundTruth:
     """The truth of some clips, in the order of events."""
 
     identity: Float[Tensor, "B 2"]
@@ -67,21 +67,21 @@ class Script:
     end: Float[Tensor, "B J"]
     choices: Int64[Tensor, "B K+1 5"]  # as CHOICES, 0 or 1; the first row is the first frame's
 
-    def rows(self, index: Tensor | slice) -> "Script":
+    def rows(self, index: Tensor | slice) -> "GroundTruth":
         """The truth of some of the clips."""
         own = {k: v[index] for k, v in vars(self).items() if k != "voices"}
         return replace(self, **own)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clips:
+class SyntheticClips:
     """Clips with their truth."""
 
     batch: AVBatch
-    script: Script
+    script: GroundTruth
 
 
-def rotation(modality: str) -> Float[Tensor, "C C"]:
+def mixing_matrix(modality: str) -> Float[Tensor, "C C"]:
     """Factors to latents: ``latents = factors @ rotation``."""
     size = CHANNELS[modality]
     return torch.linalg.qr(torch.randn(size, size, generator=generator(0, f"study/mix/{modality}", 0)))[0]
@@ -90,7 +90,7 @@ def rotation(modality: str) -> Float[Tensor, "C C"]:
 def read_factors(modality: str, latents: Tensor) -> Float[Tensor, "B n C"]:
     """Latents ``(B, n, C)`` or ``(B, n, C, 1, 1)`` back to factors."""
     flat = latents.reshape(*latents.shape[:2], -1).float()
-    return flat @ rotation(modality).T.to(flat.device)
+    return flat @ mixing_matrix(modality).T.to(flat.device)
 
 
 def _ring(count: int, radius: float) -> Float[Tensor, "count 2"]:
@@ -113,18 +113,18 @@ FORMANT_SHAPES = _codes("formants", 3, 2.0)
 WORDS = _codes("words", WORD_DIM, 4.0)
 
 
-def voice_points(voices: int) -> Float[Tensor, "voices 2"]:
+def voice_means(voices: int) -> Float[Tensor, "voices 2"]:
     """What voices there are."""
     return _ring(voices, 2**0.5)
 
 
-def draw_clips(seed: int, samples: Int64[Tensor, " B"], chunks: int, voices: int = VOICES) -> Clips:
+def sample_clips(seed: int, samples: Int64[Tensor, " B"], chunks: int, voices: int = VOICES) -> SyntheticClips:
     """Clips number ``samples`` of the world, ``chunks`` long. Each depends on (seed, its number, chunks) alone."""
     script = _script(seed, samples, chunks, voices)
     video, audio = _video_factors(seed, samples, chunks, script), _audio_factors(seed, samples, chunks, script)
     latents = {
-        VIDEO: (video @ rotation(VIDEO))[..., None, None],
-        AUDIO: audio @ rotation(AUDIO),
+        VIDEO: (video @ mixing_matrix(VIDEO))[..., None, None],
+        AUDIO: audio @ mixing_matrix(AUDIO),
     }
     streams = {
         m: Stream(
@@ -135,10 +135,10 @@ def draw_clips(seed: int, samples: Int64[Tensor, " B"], chunks: int, voices: int
         for m in (VIDEO, AUDIO)
     }
     cond = _condition(script, latents[VIDEO][:, 0])
-    return Clips(batch=AVBatch(streams=streams, cond=cond, samples=samples), script=script)
+    return SyntheticClips(batch=AVBatch(streams=streams, cond=cond, samples=samples), script=script)
 
 
-def _script(seed: int, samples: Tensor, chunks: int, voices: int) -> Script:
+def _script(seed: int, samples: Tensor, chunks: int, voices: int) -> GroundTruth:
     seconds = chunks * float(CHUNK_SECONDS)
     said = int(seconds / SHORTEST) + 1
     draws = uniform_rows(seed, "study/speech", samples, said, 3)
@@ -148,11 +148,11 @@ def _script(seed: int, samples: Tensor, chunks: int, voices: int) -> Script:
     syllable = torch.where(draws[..., 2] < PAUSES, SYLLABLES, syllable)
     picks = uniform_rows(seed, "study/choices", samples, chunks + 1, 5)
     choices = (picks * 2).long()
-    flips = (picks[:, 1:, 3] > STAY).long()
+    flips = (picks[:, 1:, 3] > STAY_PROBABILITY).long()
     choices[:, :, 3] = (choices[:, :1, 3] + torch.nn.functional.pad(flips.cumsum(1), (1, 0))) % 2
     identity = (uniform_rows(seed, "study/identity", samples, 2) * 2 - 1) * 3**0.5
-    known = voice_points(voices)
-    return Script(
+    known = voice_means(voices)
+    return GroundTruth(
         identity=identity,
         voice=known[(uniform_rows(seed, "study/voice", samples, 1)[:, 0] * voices).long()],
         voices=known,
@@ -163,7 +163,7 @@ def _script(seed: int, samples: Tensor, chunks: int, voices: int) -> Script:
     )
 
 
-def _speech(seed: int, samples: Tensor, script: Script, at: Tensor) -> tuple[Tensor, Tensor]:
+def _speech(seed: int, samples: Tensor, script: GroundTruth, at: Tensor) -> tuple[Tensor, Tensor]:
     """Syllable (B, n) and its envelope times stress (B, n) at the seconds ``at``."""
     now = torch.searchsorted(script.end, at.float().expand(len(samples), -1).contiguous(), right=True)
     now = now.clamp_max(script.end.shape[1] - 1)
@@ -174,15 +174,15 @@ def _speech(seed: int, samples: Tensor, script: Script, at: Tensor) -> tuple[Ten
     return syllable, torch.where(syllable == SYLLABLES, 0.0, envelope * stress)
 
 
-def middles(modality: str, chunks: int) -> Tensor:
+def latent_midpoints(modality: str, chunks: int) -> Tensor:
     """Seconds at the middle of every latent of a clip."""
     return TIMELINE.times(modality, chunks) + 0.5 / float(TIMELINE.clocks[modality].rate)
 
 
-def _video_factors(seed: int, samples: Tensor, chunks: int, script: Script) -> Float[Tensor, "B 1+n C"]:
+def _video_factors(seed: int, samples: Tensor, chunks: int, script: GroundTruth) -> Float[Tensor, "B 1+n C"]:
     count = TIMELINE.count(VIDEO, chunks)
     noise = normal_rows(seed, "study/video", samples, torch.empty(len(samples), 1 + count, CHANNELS[VIDEO]))
-    syllable, loud = _speech(seed, samples, script, middles(VIDEO, chunks))
+    syllable, loud = _speech(seed, samples, script, latent_midpoints(VIDEO, chunks))
     mouth = MOUTH_SHAPES[syllable] * loud[..., None]
     factors = NOISE * noise
     factors[..., IDENTITY] += script.identity[:, None]
@@ -195,10 +195,10 @@ def _video_factors(seed: int, samples: Tensor, chunks: int, script: Script) -> F
     return factors
 
 
-def _audio_factors(seed: int, samples: Tensor, chunks: int, script: Script) -> Float[Tensor, "B n C"]:
+def _audio_factors(seed: int, samples: Tensor, chunks: int, script: GroundTruth) -> Float[Tensor, "B n C"]:
     count = TIMELINE.count(AUDIO, chunks)
     noise = normal_rows(seed, "study/audio", samples, torch.empty(len(samples), count, CHANNELS[AUDIO]))
-    syllable, loud = _speech(seed, samples, script, middles(AUDIO, chunks))
+    syllable, loud = _speech(seed, samples, script, latent_midpoints(AUDIO, chunks))
     tone = script.choices[:, TIMELINE.chunk_index(AUDIO, chunks) + 1, 4:] * 2.0 - 1
     factors = NOISE * noise
     factors[..., VOICE] += script.voice[:, None]
@@ -216,7 +216,7 @@ def _wander(noise: Float[Tensor, "B n c"], keep: float) -> Tensor:
     return torch.stack(steps, dim=1)
 
 
-def _condition(script: Script, first_frame: Float[Tensor, "B C 1 1"]) -> Condition:
+def _condition(script: GroundTruth, first_frame: Float[Tensor, "B C 1 1"]) -> Condition:
     batch = len(first_frame)
     spoken: Bool[Tensor, "B J"] = script.syllable < SYLLABLES
     return Condition(

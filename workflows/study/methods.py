@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from mfcore.model.lora import FakeConfig
+from mfcore.model.lora import FakeScoreConfig
 from mfcore.objectives import baselines
 from mfcore.objectives.losses import Objective
 from mfcore.objectives.mutual_config import MutualConfig
@@ -77,7 +77,7 @@ BASELINES: dict[str, Method] = {
     "hybrid_forced": Method(key="e", title="ShortCut and DMD, real history", objective=baselines.hybrid_forced),
     "shortcut_only": Method(key="f1", title="the loop with ShortCut only", objective=baselines.shortcut_only),
     "dmd_only": Method(key="f2", title="the loop with DMD only", objective=baselines.dmd_only),
-    "literal": Method(key="g", title="literal reading, s = 1", objective=baselines.literal),
+    "literal": Method(key="g", title="literal reading, s = 1", objective=baselines.literal_mutual_forcing),
     "mutual": Method(key="h", title="Mutual Forcing", objective=baselines.mutual_forcing, modes=("few", "multi")),
 }
 
@@ -100,7 +100,7 @@ ABLATIONS: dict[str, Method] = {
             ("more_dmd", "DMD weighed twice as much as ShortCut", partial(_changed, dmd_weight=4.0)),
             ("fast_fake", "fake score at four times the student's rate", lambda c: replace(c, fake_ratio=4.0)),
             ("steady_fake", "fake score at a constant rate", lambda c: replace(c, fake_final=1.0)),
-            ("low_rank", "fake score of rank 4", lambda c: replace(c, fake=FakeConfig(rank=4))),
+            ("low_rank", "fake score of rank 4", lambda c: replace(c, fake=FakeScoreConfig(rank=4))),
             ("independent_levels", "a noise level per modality", _independent_levels),
             ("less_free", "a quarter of free rows", _less_free),
             ("longer_clips", "clips of 6 or 10 chunks", lambda c: replace(c, chunks=(6, 10))),

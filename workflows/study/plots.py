@@ -32,7 +32,7 @@ _LOG = ("frechet", "identity_error", "voice_error", "seam")
 _COLORS = {name: f"C{number}" for number, name in enumerate(BASELINES)} | {"joint": "k"}  # alike on all plots
 
 
-def draw(rows: Rows, folder: Path) -> list[Path]:
+def draw_plots(rows: Rows, folder: Path) -> list[Path]:
     """``frontier.png`` (first window), ``drift.png`` (all windows), ``ablations.png``, as far as there are rows."""
     windows = sorted({row["window"] for row in rows}, key=lambda w: float(w.split("-")[0]))
     lines = _lines(rows)

@@ -7,16 +7,16 @@ from typing import Any
 from workflows.study.methods import METHODS
 
 Rows = Sequence[Mapping[str, Any]]
-SHOWN = (
+COLUMNS = (
     "frechet", "valid", "syllable_error", "sync", "offset_ms", "identity_error", "voice_error", "voice_changes",
     "voice_entropy", "entropy", "seam", "lag1", "motion", "loudness", "failed",
 )  # fmt: skip
-DRIFTING = ("frechet", "identity_error", "voice_error")
+DRIFT_COLUMNS = ("frechet", "identity_error", "voice_error")
 EARLY, LATE = "0-5", "15-25"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Value:
+class SeedStatistic:
     """A number over seeds."""
 
     mean: float
@@ -27,12 +27,12 @@ class Value:
         return f"{self.mean:.3f}" + (f" +- {self.spread:.3f}" if self.seeds > 1 else "")
 
 
-def over_seeds(values: Iterable[float]) -> Value:
+def seed_statistic(values: Iterable[float]) -> SeedStatistic:
     some = list(values)
-    return Value(mean=mean(some), spread=stdev(some) if len(some) > 1 else 0.0, seeds=len(some))
+    return SeedStatistic(mean=mean(some), spread=stdev(some) if len(some) > 1 else 0.0, seeds=len(some))
 
 
-class Table:
+class ResultTable:
     """Metrics by (method, mode, steps, guided, window)."""
 
     def __init__(self, rows: Rows, costs: Rows) -> None:
@@ -42,7 +42,7 @@ class Table:
             key = (row["method"], row["mode"], row["steps"], row["guidance"] != 1.0, row["window"])
             for name, value in row["metrics"].items():
                 values[key][name].append(value)
-        self._values = {key: {n: over_seeds(v) for n, v in some.items()} for key, some in values.items()}
+        self._values = {key: {n: seed_statistic(v) for n, v in some.items()} for key, some in values.items()}
         grouped: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for cost in costs:
             grouped[cost["method"]].append(cost)
@@ -65,26 +65,28 @@ class Table:
         """The seeds of its trainings on record."""
         return {cost["seed"] for cost in self.costs.get(method, ())}
 
-    def only(self, seeds: Collection[int]) -> "Table":
+    def with_seeds(self, seeds: Collection[int]) -> "ResultTable":
         """The same, of some seeds."""
         rows, costs = ([r for r in some if r["seed"] in seeds] for some in self._made_of)
-        return Table(rows, costs)
+        return ResultTable(rows, costs)
 
-    def get(self, metric: str, method: str, mode: str, steps: int, window: str, *, guided: bool = False) -> Value:
+    def get(
+        self, metric: str, method: str, mode: str, steps: int, window: str, *, guided: bool = False
+    ) -> SeedStatistic:
         return self._values[method, mode, steps, guided, window][metric]
 
-    def of(self, *key: Any) -> Mapping[str, Value]:
+    def row(self, *key: Any) -> Mapping[str, SeedStatistic]:
         """All metrics of one key."""
         return self._values[key]
 
-    def cost(self, method: str, of: Callable[[Mapping[str, Any]], float]) -> Value:
-        return over_seeds(of(c) for c in self.costs[method])
+    def cost(self, method: str, of: Callable[[Mapping[str, Any]], float]) -> SeedStatistic:
+        return seed_statistic(of(c) for c in self.costs[method])
 
-    def history_use(self, method: str, modality: str) -> Value:
+    def history_use(self, method: str, modality: str) -> SeedStatistic:
         """Loss on another clip's history over loss on the clip's own, of the multi-step mode."""
         return self.cost(method, lambda c: c["history_use"][modality])
 
 
-def title(method: str) -> str:
+def method_title(method: str) -> str:
     """A method's name in tables, with its letter."""
     return f"{METHODS[method].key}) {METHODS[method].title}" if method in METHODS else method

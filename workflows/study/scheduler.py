@@ -17,20 +17,30 @@ from typing import Any
 
 import torch
 
-from workflows.config.serialization import differences
+from workflows.config.serialization import diff
 from workflows.study.config import SAMPLING, StudyConfig
 from workflows.study.methods import GROUPS, METHODS
-from workflows.study.results_table import SHOWN
-from workflows.study.tasks import JOINT, LOG, REAL, WEIGHTS, OutOfTime, Unit, all_units, missing, run_unit
-from workflows.study.trainer import BEGUN
-from workflows.utils.json_io import damaged, read_json, write_json
+from workflows.study.results_table import COLUMNS
+from workflows.study.tasks import (
+    JOINT_KEY,
+    LOG_FILE,
+    REAL_KEY,
+    WEIGHTS,
+    DeadlineReached,
+    StudyTask,
+    pending_tasks,
+    plan_tasks,
+    run_task,
+)
+from workflows.study.trainer import STEP_FILE
+from workflows.utils.json_io import corrupt_file_error, read_json, write_json
 
 POLL_SECONDS = 1.0
-ROW = {"method", "mode", "steps", "nfe", "guidance", "seed", "window"}
-COST = {"method", "seed", "steps", "history_use", "state_bytes", "cpu_seconds", "seconds"}
+ROW_COLUMNS = {"method", "mode", "steps", "nfe", "guidance", "seed", "window"}
+COST_COLUMNS = {"method", "seed", "steps", "history_use", "state_bytes", "cpu_seconds", "seconds"}
 
 
-def study_seeds(text: str) -> list[int]:
+def parse_seeds(text: str) -> list[int]:
     """``3`` is how many, from 0 on; ``3,4`` are these two. ValueError for what is neither."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts if part.strip() or len(parts) == 1):
@@ -42,7 +52,7 @@ def study_seeds(text: str) -> list[int]:
     return sorted(set(seeds))
 
 
-def study_methods(names: Sequence[str], seeds: Sequence[int]) -> dict[str, Sequence[int]]:
+def select_methods(names: Sequence[str], seeds: Sequence[int]) -> dict[str, Sequence[int]]:
     """Which seeds each method is run with: the core ones and those that are named with all, others of a group with
     the first.
     """
@@ -57,7 +67,7 @@ def study_methods(names: Sequence[str], seeds: Sequence[int]) -> dict[str, Seque
     return wanted
 
 
-def check_folder(config: StudyConfig, out: Path) -> None:
+def claim_study_dir(config: StudyConfig, out: Path) -> None:
     """A study goes on only with the configuration that it began with."""
     path = out / "study.json"
     if path.exists():
@@ -86,10 +96,10 @@ def _differences(path: Path, config: StudyConfig, *, but: Collection[str] = ()) 
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged, or of another program: choose a new folder")
     kept, here = ({k: v for k, v in some.items() if k not in but} for some in (found, wanted))
-    return differences(kept, here)
+    return diff(kept, here)
 
 
-def take_networks(config: StudyConfig, source: Path, out: Path, methods: dict[str, Sequence[int]]) -> int:
+def import_networks(config: StudyConfig, source: Path, out: Path, methods: dict[str, Sequence[int]]) -> int:
     """Copy the trained networks of ``methods`` in the study in ``source`` that ``out`` has not; how many they were.
 
     ValueError where ``config`` would have trained them in another way: they may only be sampled in one.
@@ -103,18 +113,18 @@ def take_networks(config: StudyConfig, source: Path, out: Path, methods: dict[st
             f"the networks in {source} were trained with other settings ({'; '.join(odd)}): give the same ones "
             f"with --set; only {', '.join(SAMPLING)} may differ"
         )
-    check_folder(config, out)
+    claim_study_dir(config, out)
     taken = 0
-    for unit in all_units(config, methods):
+    for unit in plan_tasks(config, methods):
         if unit.kind != "train":
             continue
-        record, folder = unit.result(source), unit.result(out).parent
+        record, folder = unit.result_path(source), unit.result_path(out).parent
         if (folder / record.name).exists() or not record.exists() or not (record.parent / WEIGHTS).exists():
             continue
-        if (folder / BEGUN).exists():  # a training of this study's own goes on
+        if (folder / STEP_FILE).exists():  # a training of this study's own goes on
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS, LOG, record.name):  # the record last: it says that a training is done
+        for name in (WEIGHTS, LOG_FILE, record.name):  # the record last: it says that a training is done
             if (record.parent / name).exists():
                 shutil.copy(record.parent / name, folder / name)
         taken += 1
@@ -122,14 +132,14 @@ def take_networks(config: StudyConfig, source: Path, out: Path, methods: dict[st
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class StudyOutcome:
     """How a study was left."""
 
     done: bool  # False: the time was up, and the same call goes on
     failed: dict[str, str] = field(default_factory=dict)  # units by name, with what went wrong
 
 
-def run_study(
+def run_tasks(
     config: StudyConfig,
     out: Path,
     methods: dict[str, Sequence[int]],
@@ -138,32 +148,32 @@ def run_study(
     device: str,
     minutes: float | None,
     say: Any = print,
-) -> Outcome:
+) -> StudyOutcome:
     """Do what is missing. A unit that fails takes those that need it with it, and no other."""
     if minutes is not None and minutes <= 0:
         raise ValueError(f"--minutes {minutes:g}: give more than none, or leave it out for no limit")
-    check_folder(config, out)
+    claim_study_dir(config, out)
     deadline = float("inf") if minutes is None else time.time() + 60 * minutes
-    left = missing(out, all_units(config, methods))
+    left = pending_tasks(out, plan_tasks(config, methods))
     total, failed = len(left), dict[str, str]()
     if not left:
-        return Outcome(done=True)
-    with pool_of(workers) as pool:
-        running: dict[Future[None], Unit] = {}
+        return StudyOutcome(done=True)
+    with worker_pool(workers) as pool:
+        running: dict[Future[None], StudyTask] = {}
         while left or running:
             for unit in list(_ready(left, out)):
                 if len(running) >= workers or time.time() > deadline:
                     break
                 left.remove(unit)
-                running[pool.submit(run_unit, config, out, unit, device, deadline)] = unit
+                running[pool.submit(run_task, config, out, unit, device, deadline)] = unit
             if not running:
-                return Outcome(done=False, failed=failed)
+                return StudyOutcome(done=False, failed=failed)
             done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
                 unit = running.pop(future)
                 try:
                     future.result()
-                except OutOfTime as stop:
+                except DeadlineReached as stop:
                     say(str(stop))
                     left.append(unit)
                 except BrokenProcessPool:
@@ -177,23 +187,23 @@ def run_study(
                     say(f"{unit.name} failed, and with it {len(lost)} units that need it: {failed[unit.name]}")
                 else:
                     say(f"{total - len(left) - len(running) - len(failed)} of {total}: {unit.name}")
-    return Outcome(done=True, failed=failed)
+    return StudyOutcome(done=True, failed=failed)
 
 
-def _that_need(unit: Unit, among: Sequence[Unit]) -> list[Unit]:
+def _that_need(unit: StudyTask, among: Sequence[StudyTask]) -> list[StudyTask]:
     """Those that cannot be done without ``unit``, at once or through another."""
-    found: list[Unit] = []
+    found: list[StudyTask] = []
     for other in among:  # what is needed comes first
-        if other.needs == unit or other.needs in found:
+        if other.dependency == unit or other.dependency in found:
             found.append(other)
     return found
 
 
-def _ready(left: Sequence[Unit], out: Path) -> Iterator[Unit]:
-    yield from (unit for unit in left if unit.ready(out))
+def _ready(left: Sequence[StudyTask], out: Path) -> Iterator[StudyTask]:
+    yield from (unit for unit in left if unit.is_ready(out))
 
 
-def pool_of(workers: int) -> ProcessPoolExecutor:
+def worker_pool(workers: int) -> ProcessPoolExecutor:
     """So many processes, which end with this one."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(workers,))
@@ -211,13 +221,13 @@ def _end_after(parent: BaseProcess) -> None:
     os._exit(1)  # what was saved is whole, and the same command goes on from there
 
 
-def read_rows(out: Path) -> list[dict[str, Any]]:
+def load_scores(out: Path) -> list[dict[str, Any]]:
     """All scores on disk. ValueError names a file that holds none."""
     rows: list[dict[str, Any]] = []
     for path in sorted((out / "rows").glob("*.json")):
         some = read_json(path)
         if not isinstance(some, list) or not some or not all(_is_row(row) for row in some):
-            raise damaged(path)
+            raise corrupt_file_error(path)
         rows += some
     return rows
 
@@ -225,16 +235,16 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
 def _is_row(row: Any) -> bool:
     if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict):
         return False
-    known = row.get("method") in {JOINT, REAL, *METHODS}
-    return known and row.keys() >= ROW and row["metrics"].keys() >= set(SHOWN)
+    known = row.get("method") in {JOINT_KEY, REAL_KEY, *METHODS}
+    return known and row.keys() >= ROW_COLUMNS and row["metrics"].keys() >= set(COLUMNS)
 
 
-def read_costs(out: Path) -> list[dict[str, Any]]:
+def load_costs(out: Path) -> list[dict[str, Any]]:
     """What each finished training took. ValueError names a file that does not say it."""
     costs: list[dict[str, Any]] = []
     for path in sorted(out.glob("seed-*/*/train.json")):
         cost = read_json(path)
-        if not isinstance(cost, dict) or not cost.keys() >= COST:
-            raise damaged(path)
+        if not isinstance(cost, dict) or not cost.keys() >= COST_COLUMNS:
+            raise corrupt_file_error(path)
         costs.append(cost)
     return costs

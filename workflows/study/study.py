@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 from workflows.config import serialization
-from workflows.study.claims import bars
+from workflows.study.claims import check_claims
 from workflows.study.config import study_preset
-from workflows.study.results_table import Table, title
-from workflows.study.scheduler import read_costs, read_rows, run_study, study_methods, study_seeds, take_networks
-from workflows.study.tables import markdown
-from workflows.study.tasks import all_units, missing
-from workflows.tracking.mlflow_tracker import mlflow_is_here, open_tracker
+from workflows.study.results_table import ResultTable, method_title
+from workflows.study.scheduler import import_networks, load_costs, load_scores, parse_seeds, run_tasks, select_methods
+from workflows.study.tables import to_markdown
+from workflows.study.tasks import pending_tasks, plan_tasks
+from workflows.tracking.mlflow_tracker import mlflow_enabled, open_tracker
 from workflows.utils.json_io import read_json, write_json
 
 EXPERIMENT = "study"
 
 
-def study(
+def run_study(
     *,
     out: str,
     preset: str,
@@ -45,26 +45,26 @@ def study(
 
     ``networks``: folder of another study, whose trained networks are sampled in another way here.
     """
-    config = serialization.change(study_preset(preset), serialization.parse_sets(sets))
+    config = serialization.apply_overrides(study_preset(preset), serialization.parse_overrides(sets))
     try:
         torch.device(device)
     except RuntimeError:
         raise ValueError(f"--device {device}: torch knows no such device; give cpu, cuda or cuda:1") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU here; leave the option out to run on CPU")
-    wanted = study_methods([name.strip() for name in methods], study_seeds(seeds))
+    wanted = select_methods([name.strip() for name in methods], parse_seeds(seeds))
     if dry_run:
-        return {"config": serialization.dump(config), "methods": {m: list(s) for m, s in wanted.items()}}
+        return {"config": serialization.to_dict(config), "methods": {m: list(s) for m, s in wanted.items()}}
     folder = Path(out)
     if networks:
-        taken = take_networks(config, Path(networks), folder, wanted)
-        own = [unit.name for unit in missing(folder, all_units(config, wanted)) if unit.kind == "train"]
+        taken = import_networks(config, Path(networks), folder, wanted)
+        own = [unit.name for unit in pending_tasks(folder, plan_tasks(config, wanted)) if unit.kind == "train"]
         print(
             f"{taken} trained networks taken from {networks}"
             + (f"; it has none of {', '.join(own)}: they are trained here" if own else ""),
             file=sys.stderr,
         )
-    outcome = run_study(
+    outcome = run_tasks(
         config,
         folder,
         wanted,
@@ -76,22 +76,22 @@ def study(
     left = {"results": None, "done": outcome.done, "failed": outcome.failed}
     if not outcome.done:
         return left | {"next": "the time was up: the same command goes on"}
-    if outcome.failed and not read_rows(folder):
+    if outcome.failed and not load_scores(folder):
         return left | {"next": "nothing was scored: the same command tries again"}
-    return _publish(folder, max(config.counts), tracking, serialization.dump(config), device) | {
+    return _publish(folder, max(config.counts), tracking, serialization.to_dict(config), device) | {
         "failed": outcome.failed
     }
 
 
 def _publish(folder: Path, most: int, tracking: str, config: dict[str, Any], device: str) -> dict[str, Any]:
-    rows, costs = read_rows(folder), read_costs(folder)
-    table = Table(rows, costs)
+    rows, costs = load_scores(folder), load_costs(folder)
+    table = ResultTable(rows, costs)
     results = folder / "results.json"
     results.write_text(json.dumps(rows, indent=1))
     page = folder / "results.md"
-    page.write_text(_head(costs, device) + markdown(table, most))
+    page.write_text(_head(costs, device) + to_markdown(table, most))
     pictures = _pictures(rows, folder)
-    claims = [vars(bar) for bar in bars(table, most)]
+    claims = [vars(bar) for bar in check_claims(table, most)]
     (folder / "bars.json").write_text(json.dumps(claims, indent=1))
     parent = _log(folder, table, [results, page, *pictures], tracking, config)
     return {
@@ -121,15 +121,15 @@ def _pictures(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     except ModuleNotFoundError as missing:  # a GPU machine may have torch alone: the same command draws elsewhere
         print(f"no plots here: {missing.name} is not installed", file=sys.stderr)
         return []
-    return plots.draw(rows, folder)
+    return plots.draw_plots(rows, folder)
 
 
-def _log(folder: Path, table: Table, files: Sequence[Path], uri: str, config: dict[str, Any]) -> str | None:
+def _log(folder: Path, table: ResultTable, files: Sequence[Path], uri: str, config: dict[str, Any]) -> str | None:
     """A parent run with the page, and a run per method and mode whose step is the number of evaluations.
 
     ``mlflow.json`` notes what one store has got: another gets everything, and the same one again what has changed.
     """
-    note, store = folder / "mlflow.json", uri if mlflow_is_here() else "json"
+    note, store = folder / "mlflow.json", uri if mlflow_enabled() else "json"
     known: dict[str, Any] = read_json(note, default={})
     if known.get("store") != store:
         known = {"store": store, "parent": None, "runs": {}}
@@ -146,7 +146,7 @@ def _log(folder: Path, table: Table, files: Sequence[Path], uri: str, config: di
         had = known["runs"].get(name, {})
         if had.get("digest") == digest:
             continue
-        place, tags = folder / "log" / name, {"method": title(method)}
+        place, tags = folder / "log" / name, {"method": method_title(method)}
         child = opened(folder=place, name=name, run_id=had.get("run"), parent=parent.run_id, tags=tags)
         for nfe, metrics in points.items():
             child.log(nfe, metrics)
@@ -158,12 +158,12 @@ def _log(folder: Path, table: Table, files: Sequence[Path], uri: str, config: di
     return parent.run_id
 
 
-def _points(table: Table, method: str, mode: str, guided: bool) -> dict[int, dict[str, float]]:
+def _points(table: ResultTable, method: str, mode: str, guided: bool) -> dict[int, dict[str, float]]:
     """Means over seeds of every metric of every window, by number of evaluations."""
     points: dict[int, dict[str, float]] = defaultdict(dict)
     for key in table.order:
         if (key[0], key[1], key[3]) == (method, mode, guided) and key[2]:
             steps, window = key[2], key[4]
-            values = {f"{window}/{name}": value.mean for name, value in table.of(*key).items()}
+            values = {f"{window}/{name}": value.mean for name, value in table.row(*key).items()}
             points[steps * (1 + guided)] |= values
     return points

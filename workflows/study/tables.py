@@ -3,22 +3,23 @@
 from collections.abc import Collection
 from typing import Any
 
-from workflows.study.claims import bars
+from workflows.study.claims import check_claims
 from workflows.study.methods import ABLATION_COUNTS, ABLATIONS, METHODS
-from workflows.study.results_table import EARLY, LATE, SHOWN, Table, title
+from workflows.study.results_table import COLUMNS, EARLY, LATE, ResultTable, method_title
 
 
-def markdown(table: Table, most: int) -> str:
+def to_markdown(table: ResultTable, most: int) -> str:
     """The results as a page: bars, what one change does, then a table per window, then what each training took."""
     lines = ["## Bars", "", "| claim | measured | seeds | |", "|-|-|-|-|"]
     lines += [
-        f"| {b.claim} | {b.measured} | {_seeds(b.seeds)} | {'met' if b.met else 'MISSED'} |" for b in bars(table, most)
+        f"| {b.claim} | {b.measured} | {_seeds(b.seeds)} | {'met' if b.met else 'MISSED'} |"
+        for b in check_claims(table, most)
     ]
     lines += _ablations(table)
     windows = list(dict.fromkeys(key[4] for key in table.order))
     for window in windows:
-        lines += ["", f"## {window} s", "", f"| method | mode | steps | NFE | {' | '.join(SHOWN)} |"]
-        lines.append("|" + "-|" * (4 + len(SHOWN)))
+        lines += ["", f"## {window} s", "", f"| method | mode | steps | NFE | {' | '.join(COLUMNS)} |"]
+        lines.append("|" + "-|" * (4 + len(COLUMNS)))
         for key in table.order:
             if key[4] == window:
                 lines.append(_line(table, key))
@@ -32,16 +33,16 @@ def markdown(table: Table, most: int) -> str:
     for method in ("joint", *METHODS):
         if method in table.costs:
             step = table.cost(method, lambda c: c["cpu_seconds"] / c["steps"])
-            lines.append(f"| {title(method)} | {_use(table, method)} | {_state(table, method)} | {step} |")
+            lines.append(f"| {method_title(method)} | {_use(table, method)} | {_state(table, method)} | {step} |")
     return "\n".join(lines) + "\n"
 
 
-def _ablations(table: Table) -> list[str]:
+def _ablations(table: ResultTable) -> list[str]:
     """A row per ablation; before them the unchanged method, of their seeds alone: one seed is not a mean of three."""
     names = [name for name in ABLATIONS if table.seeds(name) and name in table.costs]
     if not names:
         return []
-    same, (few, more) = table.only(table.seeds(*names)), ABLATION_COUNTS
+    same, (few, more) = table.with_seeds(table.seeds(*names)), ABLATION_COUNTS
     columns: dict[str, tuple[str, int, tuple[str, ...]]] = {
         f"frechet, {few} steps": ("frechet", few, (EARLY, LATE)),
         "identity_error": ("identity_error", few, (EARLY, LATE)),
@@ -64,7 +65,7 @@ def _ablations(table: Table) -> list[str]:
     lines.append("|" + "-|" * (len(columns) + 3))
     for name in [n for n in ("mutual", *names) if n in same.costs]:
         cells = [cell(name, *of) for of in columns.values()]
-        lines.append(f"| {title(name)} | {' | '.join(cells)} | {_use(same, name)} | {_state(same, name)} |")
+        lines.append(f"| {method_title(name)} | {' | '.join(cells)} | {_use(same, name)} | {_state(same, name)} |")
     return lines
 
 
@@ -72,16 +73,17 @@ def _seeds(seeds: Collection[int]) -> str:
     return ", ".join(map(str, sorted(seeds)))
 
 
-def _use(table: Table, method: str) -> str:
+def _use(table: ResultTable, method: str) -> str:
     return " / ".join(f"{table.history_use(method, m).mean:.2f}" for m in ("video", "audio"))
 
 
-def _state(table: Table, method: str) -> str:
+def _state(table: ResultTable, method: str) -> str:
     return f"{table.cost(method, lambda c: c['state_bytes'] / 1e6).mean:.1f}"
 
 
-def _line(table: Table, key: tuple[Any, ...]) -> str:
+def _line(table: ResultTable, key: tuple[Any, ...]) -> str:
     method, mode, steps, guided, window = key
-    cells = [str(table.get(name, method, mode, steps, window, guided=guided)) for name in SHOWN]
+    cells = [str(table.get(name, method, mode, steps, window, guided=guided)) for name in COLUMNS]
     shown_mode = {"multi": "Euler" + (", guided" if guided else ""), "few": "few-step"}[mode] if steps else "-"
-    return f"| {title(method)} | {shown_mode} | {steps or '-'} | {steps * (1 + guided) or '-'} | {' | '.join(cells)} |"
+    evaluations = steps * (1 + guided)
+    return f"| {method_title(method)} | {shown_mode} | {steps or '-'} | {evaluations or '-'} | {' | '.join(cells)} |"

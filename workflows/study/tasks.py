@@ -22,32 +22,32 @@ from torch import nn
 
 from mfcore.metrics.history_use import history_use
 from mfcore.metrics.windows import parse_windows
-from mfcore.model.ring_cache import ring_of
+from mfcore.model.ring_cache import to_ring_cache
 from mfcore.model.transformer import build_model
-from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+from mfcore.objectives.flow_matching import FlowMatchingConfig, FlowMatchingObjective
 from mfcore.rollout import join_chunks, noise_starts, rollout
-from mfcore.solver import Context, Mode, evaluations, schedule
+from mfcore.solver import DenoiserContext, Mode, num_function_evaluations, schedule
 from mfcore.types import AVBatch, Stream
 from workflows.study import latent_world
 from workflows.study.config import StudyConfig
-from workflows.study.latent_world import Script
+from workflows.study.latent_world import GroundTruth
 from workflows.study.methods import METHODS
-from workflows.study.metrics import reference, score
+from workflows.study.metrics import real_statistics, score_window
 from workflows.study.trainer import Trainer
 from workflows.utils.json_io import read_json, write_json
 
-JOINT = "joint"
-REAL = "real"  # real clips, scored like generated ones
-HELD_OUT = 1 << 41  # sample numbers from here on are in no training batch
+JOINT_KEY = "joint"
+REAL_KEY = "real"  # real clips, scored like generated ones
+VALIDATION_SAMPLE_OFFSET = 1 << 41  # sample numbers from here on are in no training batch
 WEIGHTS = "weights.safetensors"
-LOG = "log.jsonl"
+LOG_FILE = "log.jsonl"
 SAVE_SECONDS = 60.0
 LOG_STEPS = 50
 HISTORY_CLIPS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class StudyTask:
     """One piece of work; ``needs`` must be done before."""
 
     kind: Literal["train", "score"]
@@ -63,61 +63,64 @@ class Unit:
         return f"seed-{self.seed}-{self.method}" + (asked if self.kind == "score" else "")
 
     @property
-    def needs(self) -> "Unit | None":
+    def dependency(self) -> "StudyTask | None":
         if self.kind == "score":
-            return None if self.method == REAL else Unit(kind="train", method=self.method, seed=self.seed)
-        return None if self.method == JOINT else Unit(kind="train", method=JOINT, seed=self.seed)
+            return None if self.method == REAL_KEY else StudyTask(kind="train", method=self.method, seed=self.seed)
+        return None if self.method == JOINT_KEY else StudyTask(kind="train", method=JOINT_KEY, seed=self.seed)
 
-    def result(self, out: Path) -> Path:
+    def result_path(self, out: Path) -> Path:
         """The file that says it is done."""
         if self.kind == "score":
             return out / "rows" / f"{self.name}.json"
         return out / f"seed-{self.seed}" / self.method / "train.json"
 
-    def done(self, out: Path) -> bool:
-        return self.result(out).exists()
+    def is_done(self, out: Path) -> bool:
+        return self.result_path(out).exists()
 
-    def ready(self, out: Path) -> bool:
+    def is_ready(self, out: Path) -> bool:
         """Whether its needs are met: a training may be on record without its weights."""
-        return self.needs is None or (self.needs.done(out) and _weights(out, self.needs.method, self.seed).exists())
+        return self.dependency is None or (
+            self.dependency.is_done(out) and _weights(out, self.dependency.method, self.seed).exists()
+        )
 
 
-def all_units(config: StudyConfig, methods: dict[str, Sequence[int]]) -> list[Unit]:
+def plan_tasks(config: StudyConfig, methods: dict[str, Sequence[int]]) -> list[StudyTask]:
     """What a study of ``methods`` (name -> seeds) consists of, seed after seed, in an order that respects needs."""
-    units: list[Unit] = []
+    units: list[StudyTask] = []
     for s in sorted({s for some in methods.values() for s in some}):
         names = [name for name, some in methods.items() if s in some]
-        units.append(Unit(kind="train", method=JOINT, seed=s))
-        units += [Unit(kind="train", method=name, seed=s) for name in names]
-        units.append(Unit(kind="score", method=REAL, seed=s, mode="multi", steps=0))
+        units.append(StudyTask(kind="train", method=JOINT_KEY, seed=s))
+        units += [StudyTask(kind="train", method=name, seed=s) for name in names]
+        units.append(StudyTask(kind="score", method=REAL_KEY, seed=s, mode="multi", steps=0))
         units += [
-            Unit(kind="score", method=JOINT, seed=s, mode="multi", steps=n) for n in {4: None, max(config.counts): None}
+            StudyTask(kind="score", method=JOINT_KEY, seed=s, mode="multi", steps=n)
+            for n in {4: None, max(config.counts): None}
         ]
         units += [unit for name in names for mode in METHODS[name].modes for unit in _settings(config, name, s, mode)]
     return units
 
 
-def _settings(config: StudyConfig, name: str, seed: int, mode: Mode) -> list[Unit]:
+def _settings(config: StudyConfig, name: str, seed: int, mode: Mode) -> list[StudyTask]:
     """The few-step mode has its guidance built in; the multi-step mode is asked plainly, and at most steps with it.
 
     Beside a few-step mode the multi-step one is asked once: is it still what it was?
     """
     most, counts = max(config.counts), METHODS[name].counts or config.counts
-    plain = [Unit(kind="score", method=name, seed=seed, mode=mode, steps=n) for n in counts]
+    plain = [StudyTask(kind="score", method=name, seed=seed, mode=mode, steps=n) for n in counts]
     if mode == "few":
         return plain
     if "few" in METHODS[name].modes:
         return plain[-1:]
     if config.guidance == 1.0:  # which is none
         return plain
-    return [*plain, Unit(kind="score", method=name, seed=seed, mode=mode, steps=most, guidance=config.guidance)]
+    return [*plain, StudyTask(kind="score", method=name, seed=seed, mode=mode, steps=most, guidance=config.guidance)]
 
 
-class OutOfTime(Exception):
+class DeadlineReached(Exception):
     """The deadline came; what was done so far is saved."""
 
 
-def run_unit(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: float) -> None:
+def run_task(config: StudyConfig, out: Path, unit: StudyTask, device: str, deadline: float) -> None:
     """Do one unit, or as much of it as the time until ``deadline`` (seconds of ``time.time``) allows."""
     if unit.kind == "train":
         _train(config, out, unit, device, deadline)
@@ -125,14 +128,14 @@ def run_unit(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: 
         _score(config, out, unit, device)
 
 
-def missing(out: Path, units: Sequence[Unit]) -> list[Unit]:
+def pending_tasks(out: Path, units: Sequence[StudyTask]) -> list[StudyTask]:
     """What is to be done of ``units``, in their order; trainings that are done, and whose weights others need and are
     not there, among it.
     """
-    left = {unit for unit in units if not unit.done(out)}
+    left = {unit for unit in units if not unit.is_done(out)}
     for unit in reversed(units):  # what is needed comes first
-        if unit in left and unit.needs and not unit.ready(out):
-            left.add(unit.needs)
+        if unit in left and unit.dependency and not unit.is_ready(out):
+            left.add(unit.dependency)
     return [unit for unit in units if unit in left]
 
 
@@ -151,17 +154,17 @@ def _network(config: StudyConfig, out: Path, method: str, seed: int, device: str
     return net.to(device)
 
 
-def _trainer(config: StudyConfig, out: Path, unit: Unit, device: str) -> Trainer:
-    if unit.method == JOINT:
-        objective = FlowMatching(FlowMatchingConfig(time=config.method.time))
+def _trainer(config: StudyConfig, out: Path, unit: StudyTask, device: str) -> Trainer:
+    if unit.method == JOINT_KEY:
+        objective = FlowMatchingObjective(FlowMatchingConfig(time=config.method.time))
         student = build_model(config.model, unit.seed).to(device)
         config = replace(config, batch=config.joint_batch, chunks=config.joint_chunks)
         return Trainer(config, objective, student, seed=unit.seed, steps=config.joint_steps, optim=config.joint_optim)
     method, config = METHODS[unit.method], _of(config, unit.method)
-    student = _network(config, out, JOINT, unit.seed, device)
+    student = _network(config, out, JOINT_KEY, unit.seed, device)
     frozen = None
     if method.teacher == "frozen":
-        frozen = _network(config, out, JOINT, unit.seed, device).eval().requires_grad_(False)
+        frozen = _network(config, out, JOINT_KEY, unit.seed, device).eval().requires_grad_(False)
     return Trainer(
         config,
         method.objective(config.method),
@@ -173,11 +176,11 @@ def _trainer(config: StudyConfig, out: Path, unit: Unit, device: str) -> Trainer
     )
 
 
-def _train(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: float) -> None:
-    folder = unit.result(out).parent
+def _train(config: StudyConfig, out: Path, unit: StudyTask, device: str, deadline: float) -> None:
+    folder = unit.result_path(out).parent
     trainer = _trainer(config, out, unit, device)
     trainer.resume(folder)
-    log = folder / LOG
+    log = folder / LOG_FILE
     if trainer.step == 0:  # of a training that is gone nothing counts
         (folder / "cost.json").unlink(missing_ok=True)
         log.unlink(missing_ok=True)
@@ -200,16 +203,16 @@ def _train(config: StudyConfig, out: Path, unit: Unit, device: str, deadline: fl
             keep()
             saved = time.monotonic()
             if time.time() > deadline:
-                raise OutOfTime(f"{unit.name} stands at step {trainer.step} of {trainer.steps}")
+                raise DeadlineReached(f"{unit.name} stands at step {trainer.step} of {trainer.steps}")
     keep()
     _finish(trainer, out, unit, device, config)
 
 
-def _finish(trainer: Trainer, out: Path, unit: Unit, device: str, config: StudyConfig) -> None:
-    folder = unit.result(out).parent
+def _finish(trainer: Trainer, out: Path, unit: StudyTask, device: str, config: StudyConfig) -> None:
+    folder = unit.result_path(out).parent
     average = trainer.ema.module
-    held_out = torch.arange(HISTORY_CLIPS) + HELD_OUT * 2
-    batch = latent_world.draw_clips(unit.seed, held_out, max(config.joint_chunks), config.voices).batch.to(device)
+    held_out = torch.arange(HISTORY_CLIPS) + VALIDATION_SAMPLE_OFFSET * 2
+    batch = latent_world.sample_clips(unit.seed, held_out, max(config.joint_chunks), config.voices).batch.to(device)
     use = history_use(trainer.ema.model, batch, config.method.time, unit.seed)
     weights = _weights(out, unit.method, unit.seed)
     part = weights.with_suffix(".part")
@@ -230,14 +233,14 @@ def _finish(trainer: Trainer, out: Path, unit: Unit, device: str, config: StudyC
     write_json(folder / "train.json", result)
 
 
-def _score(config: StudyConfig, out: Path, unit: Unit, device: str) -> None:
+def _score(config: StudyConfig, out: Path, unit: StudyTask, device: str) -> None:
     made = _made(config, out, unit, device)
-    real = reference(unit.seed)
+    real = real_statistics(unit.seed)
     facts = {
         "method": unit.method,
         "mode": unit.mode,
         "steps": unit.steps,
-        "nfe": evaluations(unit.steps, unit.guidance) if unit.steps else 0,
+        "nfe": num_function_evaluations(unit.steps, unit.guidance) if unit.steps else 0,
         "guidance": unit.guidance,
         "seed": unit.seed,
     }
@@ -247,26 +250,26 @@ def _score(config: StudyConfig, out: Path, unit: Unit, device: str) -> None:
         part = made.short if w.end <= config.seconds else made.long
         assert part is not None  # the configuration has no windows beyond the clips
         streams, script = part
-        metrics = score(streams, script, w, real) | speed
+        metrics = score_window(streams, script, w, real) | speed
         rows.append({**facts, "window": w.name, "clips": len(script.identity), "metrics": metrics})
-    write_json(unit.result(out), rows)
+    write_json(unit.result_path(out), rows)
 
 
 @dataclass(frozen=True)
 class _Made:
     """Clips with their truth: all of them as far as all go, and those that go on in whole."""
 
-    short: tuple[dict[str, Stream], Script]
-    long: tuple[dict[str, Stream], Script] | None
+    short: tuple[dict[str, Stream], GroundTruth]
+    long: tuple[dict[str, Stream], GroundTruth] | None
     clip_seconds_per_second: float
 
 
-def _made(config: StudyConfig, out: Path, unit: Unit, device: str) -> _Made:
+def _made(config: StudyConfig, out: Path, unit: StudyTask, device: str) -> _Made:
     """Generated by the network of ``unit``, or drawn where it asks for real clips."""
     short, long = (int(s / float(latent_world.CHUNK_SECONDS)) for s in (config.seconds, config.long_seconds))
-    drawn = torch.arange(config.clips) + HELD_OUT
-    clips = latent_world.draw_clips(unit.seed, drawn, long if config.long_clips else short, config.voices)
-    net = None if unit.method == REAL else _network(config, out, unit.method, unit.seed, device)
+    drawn = torch.arange(config.clips) + VALIDATION_SAMPLE_OFFSET
+    clips = latent_world.sample_clips(unit.seed, drawn, long if config.long_clips else short, config.voices)
+    net = None if unit.method == REAL_KEY else _network(config, out, unit.method, unit.seed, device)
     started = time.monotonic()
 
     def streams(rows: slice, chunks: int) -> dict[str, Stream]:
@@ -290,13 +293,13 @@ def _made(config: StudyConfig, out: Path, unit: Unit, device: str) -> _Made:
 
 
 @torch.no_grad()
-def _rolled_out(config: StudyConfig, net: nn.Module, unit: Unit, batch: AVBatch, chunks: int) -> dict[str, Stream]:
+def _rolled_out(config: StudyConfig, net: nn.Module, unit: StudyTask, batch: AVBatch, chunks: int) -> dict[str, Stream]:
     shapes = {m: tuple(s.latents.shape[2:]) for m, s in batch.streams.items()}
     like = batch.streams["video"].latents
     starts = noise_starts(latent_world.TIMELINE, shapes, range(chunks), unit.seed, batch.samples, like)
     tokens = sum(latent_world.TIMELINE.max_count(m) for m in shapes)
-    context = Context(model=net, cond=batch.cond, guidance=unit.guidance).opened()
-    context = context.with_memories(lambda memory: ring_of(memory, tokens))
+    context = DenoiserContext(model=net, cond=batch.cond, guidance=unit.guidance).prefill()
+    context = context.map_memories(lambda memory: to_ring_cache(memory, tokens))
     # as when streaming: what the few-step mode writes is labelled as its own, the multi-step mode takes it for real
     labelled = unit.mode == "few" and _of(config, unit.method).method.trust_label
     trust = torch.ones(len(batch.samples), device=like.device) if labelled else None

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mfcore.ema import Ema
-from mfcore.model.lora import LowRankCopy
-from mfcore.objectives.losses import Objective, StepInfo, report, total
+from mfcore.model.lora import LoRAModel
+from mfcore.objectives.losses import Objective, StepInfo, summarize_terms, total_loss
 from mfcore.optim import OptimConfig, learning_rate
 from mfcore.rng import uniform_rows
 from mfcore.types import AVBatch, VelocityModel
@@ -21,16 +21,16 @@ from workflows.study.config import StudyConfig
 from workflows.training.engines.base import Engine, NonFiniteError, build_engine
 from workflows.utils.json_io import read_json, write_json
 
-BEGUN = "step.json"  # where a training stands
-SILENT = 0.15  # share of clips without transcript, for guidance (METHOD 4; there is no caption here)
+STEP_FILE = "step.json"  # where a training stands
+NO_TRANSCRIPT_SHARE = 0.15  # share of clips without transcript, for guidance (METHOD 4; there is no caption here)
 
 
 def training_batch(config: StudyConfig, seed: int, step: int) -> AVBatch:
     """The clips of a step, a function of (seed, step): none is ever seen twice."""
     samples = torch.arange(config.batch) + step * config.batch
     pick = float(uniform_rows(seed, "study/length", [step], 1))
-    batch = latent_world.draw_clips(seed, samples, config.chunks[int(pick * len(config.chunks))], config.voices).batch
-    silent = uniform_rows(seed, "study/silent", samples, 1)[:, 0] < SILENT
+    batch = latent_world.sample_clips(seed, samples, config.chunks[int(pick * len(config.chunks))], config.voices).batch
+    silent = uniform_rows(seed, "study/silent", samples, 1)[:, 0] < NO_TRANSCRIPT_SHARE
     return AVBatch(streams=batch.streams, cond=batch.cond.drop(caption=silent, words=silent), samples=samples)
 
 
@@ -59,7 +59,7 @@ class Trainer:
         if "fake" in objective.needs:
             nets["fake"] = copy.deepcopy(student)
             if config.fake.rank is not None:
-                nets["fake"] = LowRankCopy(self.ema.module, config.fake, seed)
+                nets["fake"] = LoRAModel(self.ema.module, config.fake, seed)
             self.optims["fake"] = replace(optim, lr=optim.lr * config.fake_ratio, final=config.fake_final)
         plain = EngineConfig(kind="torch", workers=1)
         self.engines: dict[str, Engine] = {n: build_engine(net, self.optims[n], plain) for n, net in nets.items()}
@@ -80,12 +80,12 @@ class Trainer:
             for name, own in terms.items():
                 if not own:  # the fake score learns alone at first
                     continue
-                loss = total(own)
+                loss = total_loss(own)
                 if not torch.isfinite(loss):
                     raise NonFiniteError(f"step {self.step}: the loss of the network {name!r} is {float(loss)}")
                 self.engines[name].backward(loss)
                 if told:
-                    seen |= {key: value for key, value in report(own).items() if key.count("/") == 1}
+                    seen |= {key: value for key, value in summarize_terms(own).items() if key.count("/") == 1}
             taught = taught or bool(terms.get("student"))
             if terms.get("fake"):
                 seen |= self._move("fake")
@@ -113,18 +113,18 @@ class Trainer:
         now = folder / f"state-{self.step:06d}"
         now.mkdir(parents=True, exist_ok=True)
         for name, engine in self.engines.items():
-            engine.snapshot().write(now, name)
+            engine.state_shard().write(now, name)
         save_file({n: w.detach().cpu().contiguous() for n, w in self.ema.weights()}, now / "ema.safetensors")
-        write_json(folder / BEGUN, {"step": self.step})
+        write_json(folder / STEP_FILE, {"step": self.step})
         for old in folder.glob("state-*"):
             if old != now:
                 _remove(old)
 
     def resume(self, folder: Path) -> None:
         """Go on from the last ``save`` into ``folder``, if there was one and it is still there."""
-        if not (folder / BEGUN).exists():
+        if not (folder / STEP_FILE).exists():
             return
-        step = read_json(folder / BEGUN)["step"]
+        step = read_json(folder / STEP_FILE)["step"]
         state = folder / f"state-{step:06d}"
         if not (state / "ema.safetensors").exists():
             return  # only what is small was kept

@@ -8,18 +8,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from workflows.tracking.tracker import LATE, MAX_VALUE, MOST_METRICS, ONCE, STEP, Entry, JsonLines, Tracker
+from workflows.tracking.tracker import (
+    DEDUP_TAG,
+    LATE_KEY,
+    MAX_METRICS_PER_CALL,
+    MAX_PARAM_LENGTH,
+    STEP_KEY,
+    Entry,
+    JsonLinesTracker,
+    Tracker,
+)
 
-PARENT = "mlflow.parentRunId"  # tag of a run that belongs to another one
-KIND = {"mlflow.experimentKind": "custom_model_development"}
+PARENT_RUN_TAG = "mlflow.parentRunId"  # tag of a run that belongs to another one
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Tag by which MLflow's UI tells a training's experiment from one about language models. (3.17 asks the browser's
 own switch, "Model training", instead, or ``?workflowType=machine_learning`` in the address.)"""
 
-_MARKS = ("step", "time", LATE)  # of an entry, and no metrics
+_MARKS = ("step", "time", LATE_KEY)  # of an entry, and no metrics
 
 
 @contextmanager
-def one_at_a_time(uri: str) -> Iterator[None]:
+def sqlite_lock(uri: str) -> Iterator[None]:
     """Two processes that make the tables of one new SQLite store at once would both fail."""
     if not uri.startswith("sqlite:///"):
         yield
@@ -31,7 +40,7 @@ def one_at_a_time(uri: str) -> Iterator[None]:
         yield
 
 
-class Mlflow:
+class MlflowTracker:
     """One MLflow run, started anew or continued by its id."""
 
     def __init__(
@@ -46,12 +55,12 @@ class Mlflow:
 
         for chatty in ("mlflow", "alembic"):  # a word per table of a new store
             logging.getLogger(chatty).setLevel(logging.WARNING)
-        with one_at_a_time(uri):
+        with sqlite_lock(uri):
             self._client = MlflowClient(tracking_uri=uri)
             self._client.search_experiments(max_results=1)  # makes the tables of a new store
         self._artifacts = artifact_root(uri)
         if run_id is None:
-            with one_at_a_time(uri):  # two runs must not create one experiment twice
+            with sqlite_lock(uri):  # two runs must not create one experiment twice
                 run_id = self._start(experiment, name, tags)
         else:
             self._client.set_terminated(run_id, "RUNNING")
@@ -60,8 +69,8 @@ class Mlflow:
 
     def _start(self, experiment: str, name: str, tags: Mapping[str, str]) -> str:
         number = self._experiment(experiment)
-        if ONCE in tags:  # asked for before, and the answer was lost
-            known = self._client.search_runs([number], f"tags.`{ONCE}` = '{tags[ONCE]}'", max_results=1)
+        if DEDUP_TAG in tags:  # asked for before, and the answer was lost
+            known = self._client.search_runs([number], f"tags.`{DEDUP_TAG}` = '{tags[DEDUP_TAG]}'", max_results=1)
             if known:
                 return known[0].info.run_id
         run = self._client.create_run(number, run_name=name, tags=dict(tags))
@@ -70,8 +79,8 @@ class Mlflow:
     def _experiment(self, name: str) -> str:
         known = self._client.get_experiment_by_name(name)
         if known is None:
-            return self._client.create_experiment(name, self._artifacts, tags=KIND)
-        for key, value in KIND.items():
+            return self._client.create_experiment(name, self._artifacts, tags=EXPERIMENT_TAGS)
+        for key, value in EXPERIMENT_TAGS.items():
             if key not in known.tags:
                 self._client.set_experiment_tag(known.experiment_id, key, value)
         return known.experiment_id
@@ -79,7 +88,7 @@ class Mlflow:
     @property
     def samples_seen(self) -> float:
         """Of the latest entry that MLflow has; -1 when it has none."""
-        return self._client.get_run(self._run).data.metrics.get(STEP, -1.0)
+        return self._client.get_run(self._run).data.metrics.get(STEP_KEY, -1.0)
 
     def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
         del late  # MLflow takes any step at any time
@@ -93,7 +102,7 @@ class Mlflow:
         for entry in entries:
             at, step = int(entry["time"] * 1000), entry["step"]
             metrics = [Metric(k, float(v), at, step) for k, v in entry.items() if k not in _MARKS]
-            if len(batch) + len(metrics) > MOST_METRICS:
+            if len(batch) + len(metrics) > MAX_METRICS_PER_CALL:
                 self._client.log_batch(self._run, metrics=batch)
                 batch = []
             batch += metrics
@@ -102,7 +111,7 @@ class Mlflow:
     def params(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        pairs = [Param(key, str(value)[:MAX_VALUE]) for key, value in values.items()]
+        pairs = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items()]
         for first in range(0, len(pairs), 100):  # a batch holds at most 100
             self._client.log_batch(self._run, params=pairs[first : first + 100])
 
@@ -113,7 +122,7 @@ class Mlflow:
         self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
 
 
-def mlflow_is_here() -> bool:
+def mlflow_enabled() -> bool:
     """Installed, and not refused by ``MFCTL_TRACKER=json``."""
     return os.environ.get("MFCTL_TRACKER") != "json" and importlib.util.find_spec("mlflow") is not None
 
@@ -140,7 +149,7 @@ def open_tracker(
     For what is not a course in time, such as a sweep: entries may come in any order, and an error of MLflow is raised.
     ``parent``: id of the run that this one belongs to.
     """
-    if not mlflow_is_here():
-        return JsonLines(folder, ordered=False)
-    belongs = {PARENT: parent} if parent else {}
-    return Mlflow(uri, experiment, name, run_id, {**(tags or {}), **belongs})
+    if not mlflow_enabled():
+        return JsonLinesTracker(folder, ordered=False)
+    belongs = {PARENT_RUN_TAG: parent} if parent else {}
+    return MlflowTracker(uri, experiment, name, run_id, {**(tags or {}), **belongs})

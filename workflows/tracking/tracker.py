@@ -12,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from workflows.utils.environment import absolute
+from workflows.utils.environment import resolve_path
 
-STEP = "samples_seen"  # logged with every entry: tells a resumed run where the log ends
-LATE = "late"  # mark of an entry that may be about a step which the log has gone past
-ONCE = "mfctl.once"  # tag of a run whose making may be asked for again: the value belongs to this run alone
-MOST_METRICS = 1000  # in one batch
-MAX_VALUE = 500  # longest parameter value that every MLflow store accepts
+STEP_KEY = "samples_seen"  # logged with every entry: tells a resumed run where the log ends
+LATE_KEY = "late"  # mark of an entry that may be about a step which the log has gone past
+DEDUP_TAG = "mfctl.once"  # tag of a run whose making may be asked for again: the value belongs to this run alone
+MAX_METRICS_PER_CALL = 1000  # in one batch
+MAX_PARAM_LENGTH = 500  # longest parameter value that every MLflow store accepts
 METRICS, PARAMS, ARTIFACTS = "metrics.jsonl", "params.json", "artifacts.jsonl"
 
 Entry = Mapping[str, Any]
@@ -48,7 +48,7 @@ class Tracker(Protocol):
     def finish(self, *, failed: bool = False) -> None: ...
 
 
-class Silent:
+class NullTracker:
     """The tracker of every rank but the first."""
 
     run_id = None
@@ -66,7 +66,7 @@ class Silent:
         pass
 
 
-class JsonLines:
+class JsonLinesTracker:
     """``metrics.jsonl`` and ``params.json`` in a folder; artifacts stay where they are and are listed."""
 
     run_id = None
@@ -75,17 +75,17 @@ class JsonLines:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._ordered = folder, ordered
         for name in (METRICS, ARTIFACTS):
-            drop_cut_line(folder / name)
+            truncate_partial_line(folder / name)
         self._last, self._names = -1, set[str]()
-        for entry, _ in read_places(folder / METRICS):
-            if LATE not in entry:
+        for entry, _ in iter_json_lines(folder / METRICS):
+            if LATE_KEY not in entry:
                 self._remember(entry["step"], entry)
 
     def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
         if late:
-            metrics = {**metrics, LATE: True}
+            metrics = {**metrics, LATE_KEY: True}
         elif self._ordered:
-            if step < self._last or (step == self._last and STEP in metrics):
+            if step < self._last or (step == self._last and STEP_KEY in metrics):
                 return
             self._remember(step, ())
             metrics = {name: value for name, value in metrics.items() if name not in self._names}
@@ -114,12 +114,12 @@ class JsonLines:
         pass
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The entries of a JSON lines file; what a crash cut short is left out."""
-    return [entry for entry, _ in read_places(path)]
+    return [entry for entry, _ in iter_json_lines(path)]
 
 
-def read_places(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+def iter_json_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
     """The same from byte ``start`` on, each with the byte at which the next one begins."""
     if not path.exists():
         return
@@ -133,15 +133,15 @@ def read_places(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], in
                 yield json.loads(line), start
 
 
-def drop_cut_line(path: Path) -> None:
+def truncate_partial_line(path: Path) -> None:
     """Take away what a killed writer left of its last line: the next line must not be glued to it."""
     if path.exists():
-        whole = max((end for _, end in read_places(path)), default=0)
+        whole = max((end for _, end in iter_json_lines(path)), default=0)
         os.truncate(path, whole)
 
 
 def tracking_uri(runs_dir: str | Path) -> str:
     """``MLFLOW_TRACKING_URI``, else one SQLite file under the runs folder, by absolute path."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{absolute(str(runs_dir))}/mlflow.db"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{resolve_path(str(runs_dir))}/mlflow.db"
     prefix = "sqlite:///"
-    return prefix + absolute(uri.removeprefix(prefix)) if uri.startswith(prefix) else uri
+    return prefix + resolve_path(uri.removeprefix(prefix)) if uri.startswith(prefix) else uri

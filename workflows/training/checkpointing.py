@@ -21,22 +21,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mfcore.ema import Ema
-from mfcore.weights import sharded
-from workflows.checkpoints.layout import MODEL
-from workflows.checkpoints.model_card import ModelCard
-from workflows.checkpoints.store import COMPLETE, Shelf, entry
+from mfcore.weights import shard_weights
+from workflows.checkpoints.layout import METADATA_FILE
+from workflows.checkpoints.model_card import ExportMetadata
+from workflows.checkpoints.store import COMPLETE_FILE, CheckpointStore, file_entry
 from workflows.config import serialization
 from workflows.training.engines.base import Engine
-from workflows.training.engines.state import SavedState, Snapshot, copied, take_snapshot
+from workflows.training.engines.state import ShardedStateReader, StateShard, shard_state, to_cpu_copy
 from workflows.training.progress import Progress
 from workflows.utils import distributed
 from workflows.utils.json_io import write_json
 
-PATIENCE = 60.0  # seconds that an error waits for the checkpoint being written
-PARTS = "parts"
+PEER_TIMEOUT_S = 60.0  # seconds that an error waits for the checkpoint being written
+PARTS_DIR = "parts"
 
 
-class SaveError(RuntimeError):
+class CheckpointSaveError(RuntimeError):
     """A checkpoint could not be written; the ones before it are whole. Raised on all ranks."""
 
 
@@ -44,10 +44,10 @@ class SaveError(RuntimeError):
 class _Content:
     """What one rank writes: copies, so that training may go on."""
 
-    networks: dict[str, Snapshot]
+    networks: dict[str, StateShard]
     export: dict[str, dict[str, Tensor]]  # file name -> weights; rank 0 alone
     facts: dict[str, Any]
-    card: ModelCard
+    card: ExportMetadata
 
     def write(self, folder: Path) -> list[Path]:
         """All files of this rank under ``folder``."""
@@ -59,24 +59,24 @@ class _Content:
         for name, weights in self.export.items():
             save_file(weights, folder / "export" / name)
             files.append(folder / "export" / name)
-        write_json(folder / "export" / MODEL, serialization.dump(self.card))
+        write_json(folder / "export" / METADATA_FILE, serialization.to_dict(self.card))
         write_json(folder / "run.json", self.facts)
-        return [*files, folder / "export" / MODEL, folder / "run.json"]
+        return [*files, folder / "export" / METADATA_FILE, folder / "run.json"]
 
 
 class CheckpointWriter:
     """Saves a run's checkpoints on its shelf. Every method but ``close`` is called by all ranks together."""
 
     def __init__(
-        self, shelf: Shelf, *, engines: Mapping[str, Engine], ema: Ema, card: ModelCard,
+        self, shelf: CheckpointStore, *, engines: Mapping[str, Engine], ema: Ema, card: ExportMetadata,
         facts: Callable[[Progress], Mapping[str, Any]], keep: int, may_write: Callable[[], bool],
     ) -> None:  # fmt: skip
         self._shelf, self._engines, self._ema, self._card = shelf, engines, ema, card
         self._facts, self._keep, self._may_write = facts, keep, may_write
         self._pending: _Writing | None = None
-        if distributed.rank() == 0 and may_write():
-            self._shelf.sweep()
-        self._attempt = distributed.from_first(
+        if distributed.get_rank() == 0 and may_write():
+            self._shelf.delete_incomplete()
+        self._attempt = distributed.broadcast_from_rank_zero(
             secrets.token_hex(4)
         )  # after the sweep, which would take new files for old
 
@@ -85,28 +85,30 @@ class CheckpointWriter:
         self.wait()
         name = f"{progress.samples_seen:012d}-{self._attempt}"
         self._pending = _Writing(self._shelf, name, self._content(progress), self._finish)
-        return self._shelf.where(name)
+        return self._shelf.uri_of(name)
 
     def _content(self, progress: Progress) -> _Content:
-        networks = {key: engine.snapshot() for key, engine in self._engines.items()}
-        networks["ema"] = take_snapshot((("weight", k, v) for k, v in self._ema.weights()), progress.step)
-        first = distributed.rank() == 0  # all ranks walk over all weights, for some engines gather them on the way
-        raw = {k: copied(v) for k, v in self._engines["student"].weights() if first}
-        export = sharded("raw", raw) | sharded("ema", {k: copied(v) for k, v in self._ema.weights() if first})
-        facts = {**self._facts(progress), "progress": serialization.dump(progress)}
+        networks = {key: engine.state_shard() for key, engine in self._engines.items()}
+        networks["ema"] = shard_state((("weight", k, v) for k, v in self._ema.weights()), progress.step)
+        first = distributed.get_rank() == 0  # all ranks walk over all weights, for some engines gather them on the way
+        raw = {k: to_cpu_copy(v) for k, v in self._engines["student"].weights() if first}
+        export = shard_weights("raw", raw) | shard_weights(
+            "ema", {k: to_cpu_copy(v) for k, v in self._ema.weights() if first}
+        )
+        facts = {**self._facts(progress), "progress": serialization.to_dict(progress)}
         return _Content(networks=networks, export=export if first else {}, facts=facts, card=self._card)
 
     def _finish(self, name: str, files: Mapping[str, Any]) -> None:
         """Rank 0's last act: from now on the checkpoint exists."""
         if not self._may_write():
             raise RuntimeError("the run now belongs to another driver: this one stops")
-        self._shelf.store.remove_folder(f"{name}/{PARTS}")
-        self._shelf.store.write(f"{name}/{COMPLETE}", json.dumps({"files": files}, indent=1).encode())
-        for old in self._shelf.complete()[: -self._keep]:
-            self._shelf.drop(old)
+        self._shelf.store.remove_folder(f"{name}/{PARTS_DIR}")
+        self._shelf.store.write(f"{name}/{COMPLETE_FILE}", json.dumps({"files": files}, indent=1).encode())
+        for old in self._shelf.list_complete()[: -self._keep]:
+            self._shelf.delete(old)
 
     @property
-    def failed(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether this rank's part of the checkpoint being written could not be."""
         return self._pending is not None and self._pending.error is not None
 
@@ -121,15 +123,15 @@ class CheckpointWriter:
         pending.abandon()
         self._pending = None
         if errors:
-            raise SaveError(
-                f"the checkpoint {self._shelf.where(pending.name)} could not be written: {'; '.join(errors)}. The one "
+            raise CheckpointSaveError(
+                f"the checkpoint {self._shelf.uri_of(pending.name)} could not be written: {'; '.join(errors)}. The one "
                 "before it is whole: put this right, then run the same command to go on from there"
             )
 
     def close(self) -> None:
         """After an error of this rank, when the others may not answer: let the threads finish what they can."""
         if self._pending is not None:
-            self._pending.thread.join(PATIENCE)
+            self._pending.thread.join(PEER_TIMEOUT_S)
             self._pending.abandon()
             self._pending = None
 
@@ -138,12 +140,17 @@ class _Writing:
     """One checkpoint on its way: this rank's thread."""
 
     def __init__(
-        self, shelf: Shelf, name: str, content: _Content, finish: Callable[[str, Mapping[str, Any]], None]
+        self, shelf: CheckpointStore, name: str, content: _Content, finish: Callable[[str, Mapping[str, Any]], None]
     ) -> None:
         self.name = name
         self.error: str | None = None
         self.written = threading.Event()  # this rank's files
-        self._shelf, self._finish, self._rank, self._world = shelf, finish, distributed.rank(), distributed.world()
+        self._shelf, self._finish, self._rank, self._world = (
+            shelf,
+            finish,
+            distributed.get_rank(),
+            distributed.get_world_size(),
+        )
         self._abandoned = threading.Event()
         self.thread = threading.Thread(target=self._run, args=(content,), name=f"save {name}", daemon=True)
         self.thread.start()
@@ -169,30 +176,30 @@ class _Writing:
 
     def _put(self, content: _Content) -> dict[str, Any]:
         """Write this rank's files; on object storage by way of a temporary folder."""
-        if not self._shelf.remote:
-            folder = Path(self._shelf.where(self.name))
-            return dict(entry(folder, path) for path in content.write(folder))
+        if not self._shelf.is_remote:
+            folder = Path(self._shelf.uri_of(self.name))
+            return dict(file_entry(folder, path) for path in content.write(folder))
         with tempfile.TemporaryDirectory(prefix="mfctl-save-") as folder:
             entries: dict[str, Any] = {}
             for path in content.write(Path(folder)):
-                file, facts = entry(Path(folder), path)
-                self._shelf.store.put(path, f"{self.name}/{file}")
+                file, facts = file_entry(Path(folder), path)
+                self._shelf.store.upload(path, f"{self.name}/{file}")
                 path.unlink()
                 entries[file] = facts
             return entries
 
     def _tell(self, part: Mapping[str, Any]) -> None:
-        self._shelf.store.write(f"{self.name}/{PARTS}/{self._rank:05d}.json", json.dumps(part).encode())
+        self._shelf.store.write(f"{self.name}/{PARTS_DIR}/{self._rank:05d}.json", json.dumps(part).encode())
 
     def _complete(self) -> None:
         """Once all parts are there. A part that tells of an error is raised by its own rank as well."""
         files: dict[str, Any] = {}
         for rank in range(self._world):
-            name = f"{PARTS}/{rank:05d}.json"
+            name = f"{PARTS_DIR}/{rank:05d}.json"
             while not self._shelf.store.exists(f"{self.name}/{name}"):
-                if self._abandoned.wait(0.5 if self._shelf.remote else 0.02):
+                if self._abandoned.wait(0.5 if self._shelf.is_remote else 0.02):
                     return
-            part = self._shelf.read(self.name, name)
+            part = self._shelf.read_json(self.name, name)
             if "error" in part:
                 return
             files |= part["files"]
@@ -200,32 +207,32 @@ class _Writing:
 
 
 def _gathered(error: str | None) -> list[str]:
-    return [text for text in distributed.gather(error) if text]
+    return [text for text in distributed.all_gather_object(error) if text]
 
 
-def newest_whole(shelf: Shelf, say: Callable[[str], None]) -> str | None:
+def latest_intact_checkpoint(shelf: CheckpointStore, say: Callable[[str], None]) -> str | None:
     """The latest complete checkpoint without damage, as rank 0 sees it. Called by all ranks together."""
     found = None
-    if distributed.rank() == 0:
-        for name in reversed(shelf.complete()):
-            if (damage := shelf.damage(name)) is None:
+    if distributed.get_rank() == 0:
+        for name in reversed(shelf.list_complete()):
+            if (damage := shelf.find_corruption(name)) is None:
                 found = name
                 break
             say(f"{damage}: it is passed over")
-    return distributed.from_first(found)
+    return distributed.broadcast_from_rank_zero(found)
 
 
-def restore(shelf: Shelf, name: str, engines: Mapping[str, Engine], ema: Ema) -> Progress:
+def load_training_state(shelf: CheckpointStore, name: str, engines: Mapping[str, Engine], ema: Ema) -> Progress:
     """Load everything that ``saving.CheckpointWriter`` wrote. Called by all ranks together."""
-    if distributed.first_here():
-        shelf.fetch(name, "state/")
+    if distributed.is_local_rank_zero():
+        shelf.download(name, "state/")
     distributed.barrier()
-    state = shelf.fetch(name, "state/") / "state"
+    state = shelf.download(name, "state/") / "state"
     for key, engine in engines.items():
         engine.load(state, key)
-    average = SavedState(state, "ema")
+    average = ShardedStateReader(state, "ema")
     ema.load_state_dict({key: average.read("weight", key) for key in ema.state_dict()})
     distributed.barrier()
-    if distributed.first_here():
-        shelf.forget(name, "state")
-    return serialization.load(Progress, shelf.read(name, "run.json")["progress"])
+    if distributed.is_local_rank_zero():
+        shelf.drop_local_copy(name, "state")
+    return serialization.from_dict(Progress, shelf.read_json(name, "run.json")["progress"])

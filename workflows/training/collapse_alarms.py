@@ -19,27 +19,27 @@ from mfcore.flow import TimeConfig
 from mfcore.metrics.av_sync import motion_energy
 from mfcore.metrics.continuity import pooled_lag_one_correlation, seam_energy
 from mfcore.metrics.history_use import history_losses
-from mfcore.metrics.signal_quality import decibel
+from mfcore.metrics.signal_quality import to_decibels
 from mfcore.timeline import Timeline
 from mfcore.types import MODALITIES, AVBatch, VelocityModel
-from workflows.evaluation.signals import Signals
+from workflows.evaluation.signals import DecodedClip
 from workflows.utils import distributed
 
 ALARMS = "alarms.json"
-FIRST_USE = "history_use.json"
-LEAST = 0.5  # of the data's motion, of its power of sound
-LEAST_FAKE = 0.25  # of the real loss: trained toy runs are at 0.5 to 3, one that makes mere hum at 0.05 to 0.15
-READINGS = 10  # over which the fake score's loss is averaged: one batch says little
-MOST_SEAM = 2.0  # of the data's seam energy
-LEAST_LAG = 0.5  # of the data's correlation from chunk to chunk: sound runs of minutes have 0.73 to 0.97
-FLEETING = 0.5  # data whose own chunks are correlated less says nothing about samples
-LEAST_HISTORY = 0.8  # of the history use that the run began with (METHOD 9)
-STILL = 0.01  # grey levels per frame: data with less motion cannot lose any
-SILENT = 1e-6  # power of full scale, -60 dB: nor data with less sound
+BASELINE_FILE = "history_use.json"
+MIN_RATIO = 0.5  # of the data's motion, of its power of sound
+MIN_FAKE_RATIO = 0.25  # of the real loss: trained toy runs are at 0.5 to 3, one that makes mere hum at 0.05 to 0.15
+AVERAGED_READINGS = 10  # over which the fake score's loss is averaged: one batch says little
+MAX_SEAM_RATIO = 2.0  # of the data's seam energy
+MIN_LAG_ONE_RATIO = 0.5  # of the data's correlation from chunk to chunk: sound runs of minutes have 0.73 to 0.97
+MIN_DATA_CORRELATION = 0.5  # data whose own chunks are correlated less says nothing about samples
+MIN_HISTORY_USE = 0.8  # of the history use that the run began with (METHOD 9)
+MIN_DATA_MOTION = 0.01  # grey levels per frame: data with less motion cannot lose any
+MIN_DATA_POWER = 1e-6  # power of full scale, -60 dB: nor data with less sound
 
 
 @dataclass(frozen=True, kw_only=True)
-class Liveliness:
+class CollapseStatistics:
     """How much happens in some clips; None for what they do not have."""
 
     motion: float | None  # mean absolute change of grey levels (0 to 255) from frame to frame
@@ -50,19 +50,19 @@ class Liveliness:
     lag1: Mapping[str, float] = field(default_factory=dict[str, float])  # correlation of chunks' mean latents, by lag 1
 
     @property
-    def numbers(self) -> dict[str, float]:
+    def as_metrics(self) -> dict[str, float]:
         out = {} if self.motion is None else {"motion": self.motion}
-        return out if self.power is None else out | {"loudness_db": float(decibel(np.sqrt(self.power)))}
+        return out if self.power is None else out | {"loudness_db": float(to_decibels(np.sqrt(self.power)))}
 
 
-def liveliness(clips: Sequence[Signals], timeline: Timeline | None = None) -> Liveliness:
+def collapse_statistics(clips: Sequence[DecodedClip], timeline: Timeline | None = None) -> CollapseStatistics:
     """Means over the clips. ``timeline``: of their latents, to know where chunks end."""
     motions = [float(motion_energy(c.frames.numpy()).mean()) for c in clips if c.frames is not None]
     powers = [float(c.sound.double().square().mean()) for c in clips if c.sound is not None and len(c.sound)]
     latents = {m: [c.latents[m].numpy() for c in clips] for m in (clips[0].latents if clips else ())}
     seams = {m: _seam(some, m, timeline) for m, some in latents.items()} if timeline else {}
     lags = {m: _lag_one(some, m, timeline) for m, some in latents.items()} if timeline else {}
-    return Liveliness(
+    return CollapseStatistics(
         motion=float(np.mean(motions)) if motions else None,
         power=float(np.mean(powers)) if powers else None,
         finite=all(c.finite for c in clips),
@@ -102,92 +102,96 @@ Wrong = Mapping[str, str]
 """What is wrong: name of the alarm -> in words, with its number."""
 
 
-def compare(mode: str, ours: Liveliness, real: Liveliness) -> tuple[dict[str, float], dict[str, str]]:
+def compare_to_real(
+    mode: str, ours: CollapseStatistics, real: CollapseStatistics
+) -> tuple[dict[str, float], dict[str, str]]:
     """Ratios to log, and what is wrong with the samples of ``mode``."""
     numbers: dict[str, float] = {}
     wrong = {} if ours.finite else {f"finite/{mode}": f"{mode}: samples hold numbers that are not finite"}
-    if ours.motion is not None and real.motion is not None and real.motion > STILL:
+    if ours.motion is not None and real.motion is not None and real.motion > MIN_DATA_MOTION:
         numbers[f"alarm/motion/{mode}"] = ratio = ours.motion / real.motion
-        wrong |= {} if ratio >= LEAST else {f"motion/{mode}": f"{mode}: motion is {ratio:.2f} of the data's"}
-    if ours.power is not None and real.power is not None and real.power > SILENT:
+        wrong |= {} if ratio >= MIN_RATIO else {f"motion/{mode}": f"{mode}: motion is {ratio:.2f} of the data's"}
+    if ours.power is not None and real.power is not None and real.power > MIN_DATA_POWER:
         numbers[f"alarm/loudness/{mode}"] = ratio = ours.power / real.power
         words = f"{mode}: loudness is {ratio:.2f} of the data's (power)"
-        wrong |= {} if ratio >= LEAST else {f"loudness/{mode}": words}
+        wrong |= {} if ratio >= MIN_RATIO else {f"loudness/{mode}": words}
     for m in ours.variance.keys() & real.variance.keys():
         if real.variance[m] > 0:
             numbers[f"alarm/variance/{mode}/{m}"] = ratio = ours.variance[m] / real.variance[m]
             words = f"{mode}: the variance of {m} latents is {ratio:.2f} of the data's"
-            wrong |= {} if ratio >= LEAST else {f"variance/{mode}/{m}": words}
+            wrong |= {} if ratio >= MIN_RATIO else {f"variance/{mode}/{m}": words}
     for m in ours.seam.keys() & real.seam.keys():
         if real.seam[m] > 0:
             numbers[f"alarm/seam/{mode}/{m}"] = ratio = ours.seam[m] / real.seam[m]
             words = f"{mode}: jumps between chunks of {m} have {ratio:.1f} times the data's energy"
-            wrong |= {} if ratio <= MOST_SEAM else {f"seam/{mode}/{m}": words}
+            wrong |= {} if ratio <= MAX_SEAM_RATIO else {f"seam/{mode}/{m}": words}
     for m in ours.lag1.keys() & real.lag1.keys():
-        if real.lag1[m] > FLEETING:
+        if real.lag1[m] > MIN_DATA_CORRELATION:
             numbers[f"alarm/lag1/{mode}/{m}"] = ratio = ours.lag1[m] / real.lag1[m]
             words = f"{mode}: the correlation of a chunk of {m} with the next is {ratio:.2f} of the data's"
-            wrong |= {} if ratio >= LEAST_LAG else {f"lag1/{mode}/{m}": words}
+            wrong |= {} if ratio >= MIN_LAG_ONE_RATIO else {f"lag1/{mode}/{m}": words}
     return numbers, wrong
 
 
-class HistoryWatch:
+class HistoryUseMonitor:
     """How much the multi-step mode of the average gains from history, against what it gained when the run began.
 
     Drift metrics reward a network that forgets its history; losses on its own history do not show it either.
     """
 
     def __init__(self, run_dir: Path, batches: Sequence[AVBatch], time: TimeConfig, seed: int) -> None:
-        self._place, self._time, self._seed = run_dir / FIRST_USE, time, seed
+        self._place, self._time, self._seed = run_dir / BASELINE_FILE, time, seed
         self._batches = [b for b in batches if len(b.samples) > 1 and b.chunks > 1]
 
-    def read(self, model: VelocityModel) -> tuple[dict[str, float], dict[str, str]]:
+    def measure(self, model: VelocityModel) -> tuple[dict[str, float], dict[str, str]]:
         """Numbers to log, over all ranks, and what is wrong. Called by all ranks together; none without clips."""
         sums: dict[str, float] = {}
         for batch in self._batches:
             for m, losses in history_losses(model, batch, self._time, self._seed).items():
                 for name, value in losses.items():
                     sums[f"{name}/{m}"] = sums.get(f"{name}/{m}", 0.0) + value
-        means = distributed.mean_numbers(sums, len(self._batches))
+        means = distributed.weighted_mean(sums, len(self._batches))
         use = {m: means[f"other/{m}"] / means[f"own/{m}"] for m in MODALITIES if means.get(f"own/{m}")}
         first = self._first(use)
         return {f"alarm/history_use/{m}": value for m, value in use.items()}, {
             f"history_use/{m}": f"history use of {m} is {value / first[m]:.2f} of what it was when the run began"
             for m, value in use.items()
-            if value < LEAST_HISTORY * first[m]
+            if value < MIN_HISTORY_USE * first[m]
         }
 
     def _first(self, use: dict[str, float]) -> dict[str, float]:
-        if distributed.rank() != 0:
+        if distributed.get_rank() != 0:
             return use
         if not self._place.exists():
-            temporary = self._place.with_name(f".tmp-{FIRST_USE}")
+            temporary = self._place.with_name(f".tmp-{BASELINE_FILE}")
             temporary.write_text(json.dumps(use) + "\n")
             temporary.replace(self._place)
         return json.loads(self._place.read_text())
 
 
-class ScoreGap:
+class FakeScoreRatio:
     """The fake score's loss over flow matching's: what the student makes against real clips, for the same network."""
 
     def __init__(self) -> None:
         self._latest: dict[str, deque[float]] = {}
 
-    def read(self, log: Mapping[str, float]) -> tuple[dict[str, float], dict[str, str]]:
+    def measure(self, log: Mapping[str, float]) -> tuple[dict[str, float], dict[str, str]]:
         """Numbers to log and what is wrong; nothing while there is no fake score."""
-        numbers = {f"alarm/fake_over_real/{m}": ratio for m, ratio in score_gap(log).items()}
+        numbers = {f"alarm/fake_over_real/{m}": ratio for m, ratio in fake_score_ratio(log).items()}
         for name, ratio in numbers.items():
-            self._latest.setdefault(name, deque(maxlen=READINGS)).append(ratio)
-        means = {name: float(np.mean(values)) for name, values in self._latest.items() if len(values) == READINGS}
+            self._latest.setdefault(name, deque(maxlen=AVERAGED_READINGS)).append(ratio)
+        means = {
+            name: float(np.mean(values)) for name, values in self._latest.items() if len(values) == AVERAGED_READINGS
+        }
         return numbers, {
             name.removeprefix("alarm/"): f"the fake score's loss on {name.split('/')[-1]} samples is {mean:.2f} of the "
             "loss on real clips"
             for name, mean in means.items()
-            if not mean >= LEAST_FAKE
+            if not mean >= MIN_FAKE_RATIO
         }
 
 
-def score_gap(log: Mapping[str, float]) -> dict[str, float]:
+def fake_score_ratio(log: Mapping[str, float]) -> dict[str, float]:
     """Modality -> ratio, over the noise levels that both have: their levels are drawn differently."""
     out: dict[str, float] = {}
     for m in {key.split("/")[1] for key in log if key.startswith("fake_score/")}:
@@ -198,7 +202,7 @@ def score_gap(log: Mapping[str, float]) -> dict[str, float]:
     return dict(sorted(out.items()))
 
 
-class Alarms:
+class AlarmStore:
     """What is on, by its source. Says which alarms come and go."""
 
     def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
@@ -218,7 +222,7 @@ class Alarms:
             self._say(f"alarm off at step {step}: {', '.join(sorted(gone))}")
 
 
-def raised(run_dir: Path) -> list[str]:
+def active_alarms(run_dir: Path) -> list[str]:
     """What is on in a run, in words."""
     return [text for texts in read_alarms(run_dir).values() for text in texts.values()]
 

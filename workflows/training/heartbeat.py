@@ -18,18 +18,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-BEATS = "ranks"  # folder below the run's
-INTERVAL = 2.0  # seconds between two beats
-SILENT = 20.0  # seconds without a beat that are reported
-SLOW = 30.0  # seconds that a rank may keep the others waiting
-WAITING = "waiting for the others"
+HEARTBEAT_DIR = "ranks"  # folder below the run's
+INTERVAL_S = 2.0  # seconds between two beats
+SILENT_AFTER_S = 20.0  # seconds without a beat that are reported
+SLOW_AFTER_S = 30.0  # seconds that a rank may keep the others waiting
+WAITING_LABEL = "waiting for the others"
 COLLECTIVES = ("torch.distributed", "deepspeed.comm")  # packages whose functions wait for other ranks
 
 
-class Pulse:
+class Heartbeat:
     """One rank's beat."""
 
-    def __init__(self, folder: Path, rank: int, interval: float = INTERVAL) -> None:
+    def __init__(self, folder: Path, rank: int, interval: float = INTERVAL_S) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path, self._interval = folder / f"{rank:05d}.json", interval
         self._who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
@@ -54,7 +54,7 @@ class Pulse:
         while True:
             step, doing = self._at
             count += 1
-            facts = {**self._who, "beat": count, "step": step, "doing": doing, **vars(place_of(self._trains))}
+            facts = {**self._who, "beat": count, "step": step, "doing": doing, **vars(stack_location(self._trains))}
             text = json.dumps(facts)
             temporary = self._path.with_name(f".tmp-{secrets.token_hex(4)}")
             try:
@@ -67,7 +67,7 @@ class Pulse:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class StackLocation:
     """Where in the code a thread is."""
 
     line: str = ""  # innermost
@@ -75,11 +75,11 @@ class Place:
     collective: str = ""  # what it waits for other ranks in
 
 
-def place_of(thread: int) -> Place:
+def stack_location(thread: int) -> StackLocation:
     """Of a thread of this process, at this moment."""
     frame = sys._current_frames().get(thread)
     if frame is None:
-        return Place()
+        return StackLocation()
     line = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}, {frame.f_code.co_name}"
     stack: list[tuple[str, int]] = []
     collective = ""
@@ -88,7 +88,7 @@ def place_of(thread: int) -> Place:
         if not collective and str(frame.f_globals.get("__name__")).startswith(COLLECTIVES):
             collective = frame.f_code.co_name
         frame = frame.f_back
-    return Place(line=line, stack=hash(tuple(stack)), collective=collective)
+    return StackLocation(line=line, stack=hash(tuple(stack)), collective=collective)
 
 
 @dataclass(kw_only=True)
@@ -98,7 +98,7 @@ class _Seen:
     beat: object
     beat_since: float
     at: tuple[int, str]
-    place: Place
+    place: StackLocation
     at_since: float  # nothing has moved since
     name: str
     silent: bool = False  # reported
@@ -106,17 +106,19 @@ class _Seen:
 
     @property
     def waits(self) -> bool:
-        return self.at[1] == WAITING or bool(self.place.collective)
+        return self.at[1] == WAITING_LABEL or bool(self.place.collective)
 
 
-class Watch:
+class HeartbeatMonitor:
     """Looks at the beats of all ranks and says who is silent or keeps the others waiting."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None], silent: float = SILENT, slow: float = SLOW) -> None:
+    def __init__(
+        self, folder: Path, say: Callable[[str], None], silent: float = SILENT_AFTER_S, slow: float = SLOW_AFTER_S
+    ) -> None:
         self._folder, self._say, self._silent, self._slow = folder, say, silent, slow
         self._ranks: dict[str, _Seen] = {}
 
-    def look(self, now: float) -> None:
+    def check(self, now: float) -> None:
         """``now``: seconds of a clock that does not jump."""
         present = {path.name: path for path in self._folder.glob("[0-9]*.json")}
         self._ranks = {name: seen for name, seen in self._ranks.items() if name in present}
@@ -133,7 +135,7 @@ class Watch:
             return
         who = f"rank {facts['rank']} (process {facts['pid']} on {facts['host']})"
         beat, at = (facts["pid"], facts["beat"]), (facts["step"], facts["doing"])
-        place = Place(**{key: facts[key] for key in vars(Place()) if key in facts})
+        place = StackLocation(**{key: facts[key] for key in vars(StackLocation()) if key in facts})
         new = _Seen(beat=beat, beat_since=now, at=at, place=place, at_since=now, name=who)
         seen = self._ranks.setdefault(name, new)
         seen.name = who
@@ -185,15 +187,15 @@ class Watch:
 
 
 @contextmanager
-def watched(folder: Path, say: Callable[[str], None]) -> Generator[None]:
+def monitor_heartbeats(folder: Path, say: Callable[[str], None]) -> Generator[None]:
     """While the block runs, ``say`` is told of ranks that fall silent or behind."""
     for old in folder.glob("[0-9]*.json"):
         old.unlink()
-    watch, stop = Watch(folder, say), threading.Event()
+    watch, stop = HeartbeatMonitor(folder, say), threading.Event()
 
     def run() -> None:
         while not stop.wait(1.0):
-            watch.look(time.monotonic())
+            watch.check(time.monotonic())
 
     thread = threading.Thread(target=run, name="watch", daemon=True)
     thread.start()

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from mfcore.ema import Ema
-from mfcore.objectives.losses import Objective, StepInfo, Term, report, total
+from mfcore.objectives.losses import LossTerm, Objective, StepInfo, summarize_terms, total_loss
 from mfcore.optim import OptimConfig, learning_rate
 from mfcore.types import AVBatch, VelocityModel
 from workflows.config.run import RunConfig
-from workflows.data.collate import FILLER
-from workflows.tracking.tracker import STEP, Tracker
+from workflows.data.collate import PADDING_SAMPLE
+from workflows.tracking.tracker import STEP_KEY, Tracker
 from workflows.training.engines.base import Engine, NonFiniteError
-from workflows.training.metrics import Meter, line
+from workflows.training.metrics import ThroughputMeter, format_progress_line
 from workflows.training.progress import Progress
 from workflows.utils import distributed
 
@@ -40,13 +40,13 @@ class LoopConfig:
     skip_nonfinite: int = 0  # steps that may be left out because a loss or gradient is not finite
 
 
-class Saver(Protocol):
+class CheckpointSaver(Protocol):
     """Writes checkpoints while training goes on. Every method is called by all ranks together."""
 
     def save(self, progress: Progress) -> object: ...
 
     @property
-    def failed(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether this rank knows that the checkpoint being written cannot be."""
         ...
 
@@ -55,31 +55,31 @@ class Saver(Protocol):
         ...
 
 
-class Stopped(RuntimeError):
+class TrainingInterrupted(RuntimeError):
     """The run was told to end early; a checkpoint of its last step is written. Raised on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class LoopCallbacks:
     """What a run has around it besides its numbers."""
 
-    notice: Callable[[], str]  # why this rank is to stop, "" while it is not
-    beat: Callable[[int, str], object]  # told of the step and of what this rank is about to do in it
-    name_clips: Callable[[Tensor], list[str]]  # clip ids of sample numbers
-    say: Callable[[str], None]  # a line for people
+    stop_reason: Callable[[], str]  # why this rank is to stop, "" while it is not
+    heartbeat: Callable[[int, str], object]  # told of the step and of what this rank is about to do in it
+    clip_ids: Callable[[Tensor], list[str]]  # clip ids of sample numbers
+    log: Callable[[str], None]  # a line for people
     # a look at a step's end, by all ranks, given what will be logged: makes samples when they are due, adds numbers
-    look: Callable[[Progress, Mapping[str, float]], dict[str, float]] = lambda progress, log: {}
+    on_step_end: Callable[[Progress, Mapping[str, float]], dict[str, float]] = lambda progress, log: {}
     # a context in which the networks note, by name, where numbers first are not finite
-    watched: Callable[[], AbstractContextManager[Mapping[str, str]]] = lambda: nullcontext({})
+    record_non_finite: Callable[[], AbstractContextManager[Mapping[str, str]]] = lambda: nullcontext({})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
+class MicroBatchResult:
     """One round of a micro-batch."""
 
     micro: AVBatch
-    terms: dict[str, list[Term]]  # without gradient, by the network they train
-    rest: Iterator[dict[str, list[Term]]]  # further rounds
+    terms: dict[str, list[LossTerm]]  # without gradient, by the network they train
+    rest: Iterator[dict[str, list[LossTerm]]]  # further rounds
 
 
 def run_loop(
@@ -94,8 +94,8 @@ def run_loop(
     evaluate: Callable[[Models], dict[str, float]],
     count_tokens: Callable[[AVBatch], int],
     tracker: Tracker,
-    saver: Saver,
-    around: Surroundings,
+    saver: CheckpointSaver,
+    around: LoopCallbacks,
 ) -> Progress:
     """Train from ``start`` to the end of the stage; returns the final progress, which is saved.
 
@@ -114,19 +114,19 @@ def run_loop(
         tracker=tracker,
         saver=saver,
         around=around,
-        meter=Meter(),
+        meter=ThroughputMeter(),
     )
     progress = run.begin(start) if start.step == 0 else start
     for micros in batches:
-        run.meter.got_batch()
+        run.meter.batch_ready()
         passes = run.compute(micros, progress.step)
         bad, noticed = run.agree(passes, progress.step)
         bad, log = run.update(progress, passes, bad=bad)
         progress = run.count(progress, bad=bad)
         progress = run.report(progress, [] if bad else passes, log)
         run.save(progress, noticed=noticed)
-        around.beat(progress.step, "fetching the batch of")
-        run.meter.pause()
+        around.heartbeat(progress.step, "fetching the batch of")
+        run.meter.step_end()
     saver.wait()
     return progress
 
@@ -151,52 +151,54 @@ class _Run:
     evaluate: Callable[[Models], dict[str, float]]
     count_tokens: Callable[[AVBatch], int]
     tracker: Tracker
-    saver: Saver
-    around: Surroundings
-    meter: Meter
+    saver: CheckpointSaver
+    around: LoopCallbacks
+    meter: ThroughputMeter
 
     def begin(self, start: Progress) -> Progress:
         """Judge the untrained network."""
         first = self.evaluate(self.models)
         progress = replace(start, first=first, last=first)
-        self.tracker.log(0, {STEP: 0, **held_out(first)})
-        self.around.say(line(self.config.name, self.config.steps, progress, {}))
+        self.tracker.log(0, {STEP_KEY: 0, **prefix_held_out(first)})
+        self.around.log(format_progress_line(self.config.name, self.config.steps, progress, {}))
         return progress
 
-    def compute(self, micros: Sequence[AVBatch], step: int) -> list[Pass]:
+    def compute(self, micros: Sequence[AVBatch], step: int) -> list[MicroBatchResult]:
         """Losses and gradients."""
-        self.around.beat(step, "computing")
+        self.around.heartbeat(step, "computing")
         info = StepInfo(seed=self.config.seed, step=step, stage_step=step)
         passes = [self.backward(micro, self.objective.rounds(self.models, micro, info)) for micro in micros]
         samples, tokens = sum(len(m.samples) for m in micros), sum(self.count_tokens(m) for m in micros)
-        self.meter.add(samples / self.config.sequence, tokens / self.config.sequence)
+        self.meter.count(samples / self.config.sequence, tokens / self.config.sequence)
         return [p for p in passes if p]
 
-    def backward(self, micro: AVBatch, rounds: Iterator[dict[str, list[Term]]]) -> Pass | None:
+    def backward(self, micro: AVBatch, rounds: Iterator[dict[str, list[LossTerm]]]) -> MicroBatchResult | None:
         """The next round of a micro-batch, if there is one: its losses and gradients.
 
         Engines average gradients over the ranks, whose shares may differ: a micro-batch counts by its part of the
         global batch, as if the ranks had equal ones. (Where rows differ in kind, each micro-batch holds them in equal
         parts.) Ranks that have the same clips count as one: the mean over them is the gradient of a whole clip.
         """
-        shares = distributed.world() // self.config.sequence
+        shares = distributed.get_world_size() // self.config.sequence
         if (terms := next(rounds, None)) is None:
             return None
         for name, own in terms.items():
-            self.engines[name].backward(total(own) * (len(micro.samples) * shares / self.config.batch))
+            self.engines[name].backward(total_loss(own) * (len(micro.samples) * shares / self.config.batch))
         seen = {name: [replace(t, values=t.values.detach()) for t in own] for name, own in terms.items()}
-        return Pass(micro=micro, terms=seen, rest=rounds)
+        return MicroBatchResult(micro=micro, terms=seen, rest=rounds)
 
-    def agree(self, passes: Sequence[Pass], step: int) -> tuple[bool, bool]:
+    def agree(self, passes: Sequence[MicroBatchResult], step: int) -> tuple[bool, bool]:
         """On all ranks: whether a number of the step is not finite, and whether a rank was told to stop."""
-        self.around.beat(step, "waiting for the others")
-        bad, noticed, unsaved = agreed(passes, self.engines, self.around.notice(), self.saver.failed)
-        self.around.beat(step, "updating")
+        self.around.heartbeat(step, "waiting for the others")
+        bad, noticed, unsaved = sync_flags(passes, self.engines, self.around.stop_reason(), self.saver.has_failed)
+        self.around.heartbeat(step, "updating")
         if unsaved:
             self.saver.wait()  # raises
         return bad, noticed
 
-    def update(self, progress: Progress, first: Sequence[Pass], *, bad: bool) -> tuple[bool, dict[str, float]]:
+    def update(
+        self, progress: Progress, first: Sequence[MicroBatchResult], *, bad: bool
+    ) -> tuple[bool, dict[str, float]]:
         """Move the weights, or leave the step out: whether it was; rates and gradient norms for the log.
 
         The fake score moves first, and once more with every further round; the student moves once, its average last.
@@ -211,14 +213,14 @@ class _Run:
                 return False, log
             passes, (bad, _) = again, self.agree(again, progress.step)
         engines = {n: self.engines[n] for n in first[0].terms}
-        leave_out(self.config, progress, passes, engines, self.around, self.where(first, progress.step))
+        skip_step(self.config, progress, passes, engines, self.around, self.where(first, progress.step))
         return True, {}
 
     @torch.no_grad()
-    def where(self, passes: Sequence[Pass], step: int) -> list[str]:
+    def where(self, passes: Sequence[MicroBatchResult], step: int) -> list[str]:
         """Blocks and chunks at which numbers of this rank's step first are not finite: its forward passes again."""
         info = StepInfo(seed=self.config.seed, step=step, stage_step=step)
-        with self.around.watched() as noted:
+        with self.around.record_non_finite() as noted:
             for own in passes:
                 next(self.objective.rounds(self.models, own.micro, info), None)
         return [f"{name}: {text}" for name, text in noted.items()]
@@ -234,60 +236,66 @@ class _Run:
         done = progress.step + 1
         return replace(progress, step=done, samples_seen=done * self.config.batch, skipped=progress.skipped + int(bad))
 
-    def report(self, progress: Progress, passes: Sequence[Pass], rates: Mapping[str, float]) -> Progress:
+    def report(self, progress: Progress, passes: Sequence[MicroBatchResult], rates: Mapping[str, float]) -> Progress:
         """Log, evaluate and look at samples where they are due."""
         config, done = self.config, progress.step
         last, log = done == config.steps, dict[str, float]()
         if done % config.log_every == 0 or last:
-            seen = over_all_ranks(term for p in passes for own in p.terms.values() for term in own)
-            log = report(seen) | dict(rates) | self.meter.read((config.steps - done) * config.batch)
+            seen = gather_terms(term for p in passes for own in p.terms.values() for term in own)
+            log = summarize_terms(seen) | dict(rates) | self.meter.collect((config.steps - done) * config.batch)
         if done % config.eval_every == 0 or last:
-            with self.meter.apart():
+            with self.meter.exclude():
                 progress = replace(progress, last=self.evaluate(self.models))
-            log |= held_out(progress.last)
+            log |= prefix_held_out(progress.last)
         if log:
-            self.around.say(line(config.name, config.steps, progress, log))
-        with self.meter.apart():
-            log |= self.around.look(progress, log)
+            self.around.log(format_progress_line(config.name, config.steps, progress, log))
+        with self.meter.exclude():
+            log |= self.around.on_step_end(progress, log)
         if log:
-            self.tracker.log(done, {STEP: progress.samples_seen, **log})
+            self.tracker.log(done, {STEP_KEY: progress.samples_seen, **log})
         return progress
 
     def save(self, progress: Progress, *, noticed: bool) -> None:
         """A checkpoint where one is due; ends the run on a notice."""
         config, last = self.config, progress.step == self.config.steps
-        if last or noticed or crosses(progress.samples_seen, config.batch, config.save_every):
+        if last or noticed or crosses_interval(progress.samples_seen, config.batch, config.save_every):
             with self.meter.saving():
                 self.saver.save(progress)
         if noticed and not last:
-            stop(config, progress, self.saver, self.around)
+            save_and_stop(config, progress, self.saver, self.around)
 
 
-def agreed(passes: Sequence[Pass], engines: Mapping[str, Engine], notice: str, failed: bool) -> list[bool]:
+def sync_flags(
+    passes: Sequence[MicroBatchResult], engines: Mapping[str, Engine], notice: str, failed: bool
+) -> list[bool]:
     """What any rank knows, on all ranks: a loss or gradient that is not finite, a notice, a checkpoint that failed."""
     losses = [t.values for p in passes for own in p.terms.values() for t in own if t.values.numel()]
     bad = torch.stack([~torch.isfinite(values).all() for values in losses]).any()
     for engine in engines.values():
-        bad = bad | engine.bad_gradient
+        bad = bad | engine.has_non_finite_gradient
     rest = torch.tensor([bool(notice), failed], device=bad.device)
-    return distributed.any_of(torch.cat([bad[None], rest]))
+    return distributed.all_reduce_any(torch.cat([bad[None], rest]))
 
 
-def leave_out(
+def skip_step(
     config: LoopConfig,
     progress: Progress,
-    passes: Sequence[Pass],
+    passes: Sequence[MicroBatchResult],
     engines: Mapping[str, Engine],
-    around: Surroundings,
+    around: LoopCallbacks,
     where: list[str],
 ) -> None:
     """Forget the gradients of a step that is not finite; NonFiniteError when no more may be left out."""
-    mine = [blame(p, around.name_clips) for p in passes if not _finite(p.terms)]
-    if not mine and (names := [f"the gradient of {name}" for name, e in engines.items() if bool(e.bad_gradient)]):
-        clips = [clip for p in passes for clip in around.name_clips(p.micro.samples)]
+    mine = [describe_non_finite(p, around.clip_ids) for p in passes if not _finite(p.terms)]
+    if not mine and (
+        names := [f"the gradient of {name}" for name, e in engines.items() if bool(e.has_non_finite_gradient)]
+    ):
+        clips = [clip for p in passes for clip in around.clip_ids(p.micro.samples)]
         mine = [f"{', '.join(names)} on clips {', '.join(clips)}"]
     mine += where
-    found = "; ".join(f"rank {r}: {text}" for r, texts in enumerate(distributed.gather(mine)) for text in texts)
+    found = "; ".join(
+        f"rank {r}: {text}" for r, texts in enumerate(distributed.all_gather_object(mine)) for text in texts
+    )
     text = f"stage {config.name}, step {progress.step}: not finite: {found}"
     if progress.skipped >= config.skip_nonfinite:
         raise NonFiniteError(
@@ -295,12 +303,12 @@ def leave_out(
             "raise optim.warm_up, look at those clips, or allow some with --set skip_nonfinite=N; then run the same "
             "command to go on from the last checkpoint"
         )
-    around.say(f"{text}. Step left out ({progress.skipped + 1} of {config.skip_nonfinite})")
+    around.log(f"{text}. Step left out ({progress.skipped + 1} of {config.skip_nonfinite})")
     for engine in engines.values():
-        engine.discard()
+        engine.discard_gradients()
 
 
-def blame(found: Pass, name_clips: Callable[[Tensor], list[str]]) -> str:
+def describe_non_finite(found: MicroBatchResult, name_clips: Callable[[Tensor], list[str]]) -> str:
     """The losses that are not finite and the clips of their micro-batch."""
     keys = [t.key for own in found.terms.values() for t in own if not torch.isfinite(t.values).all()]
     samples = found.micro.samples
@@ -308,36 +316,38 @@ def blame(found: Pass, name_clips: Callable[[Tensor], list[str]]) -> str:
     return f"the loss {', '.join(keys)} on clips {clips} (samples {int(samples[0])}..{int(samples[-1])})"
 
 
-def _finite(terms: Mapping[str, list[Term]]) -> bool:
+def _finite(terms: Mapping[str, list[LossTerm]]) -> bool:
     return all(bool(torch.isfinite(t.values).all()) for own in terms.values() for t in own)
 
 
-def stop(config: LoopConfig, progress: Progress, saver: Saver, around: Surroundings) -> None:
+def save_and_stop(config: LoopConfig, progress: Progress, saver: CheckpointSaver, around: LoopCallbacks) -> None:
     """End between two steps, on a notice."""
     saver.wait()
-    reasons = [f"rank {rank}: {text}" for rank, text in enumerate(distributed.gather(around.notice())) if text]
-    raise Stopped(
+    reasons = [
+        f"rank {rank}: {text}" for rank, text in enumerate(distributed.all_gather_object(around.stop_reason())) if text
+    ]
+    raise TrainingInterrupted(
         f"stage {config.name} stopped after step {progress.step} of {config.steps} ({'; '.join(reasons)}); "
         "its checkpoint is written: run the same command to go on"
     )
 
 
-def crosses(samples: int, batch: int, every: int) -> bool:
+def crosses_interval(samples: int, batch: int, every: int) -> bool:
     """Whether the latest step passed a multiple of ``every`` samples."""
     return samples // every > (samples - batch) // every
 
 
-def held_out(terms: Mapping[str, float]) -> dict[str, float]:
+def prefix_held_out(terms: Mapping[str, float]) -> dict[str, float]:
     return {f"held_out/{key}": value for key, value in terms.items()}
 
 
-def over_all_ranks(terms: Iterable[Term]) -> list[Term]:
+def gather_terms(terms: Iterable[LossTerm]) -> list[LossTerm]:
     """One term per name and modality with the rows of all micro-batches and ranks: what a log is computed from."""
     own = [replace(t, values=t.values.detach().cpu(), level=None if t.level is None else t.level.cpu()) for t in terms]
-    groups: dict[str, list[Term]] = {}
-    for term in (term for part in distributed.gather(own) for term in part):
+    groups: dict[str, list[LossTerm]] = {}
+    for term in (term for part in distributed.all_gather_object(own) for term in part):
         groups.setdefault(term.key, []).append(term)
-    out: list[Term] = []
+    out: list[LossTerm] = []
     for parts in groups.values():
         levels = [p.level for p in parts if p.level is not None]
         level = torch.cat(levels) if len(levels) == len(parts) else None
@@ -346,16 +356,16 @@ def over_all_ranks(terms: Iterable[Term]) -> list[Term]:
 
 
 @torch.no_grad()
-def evaluate_terms(objective: Objective, batches: list[AVBatch], seed: int, models: Models) -> dict[str, float]:
+def evaluate_held_out(objective: Objective, batches: list[AVBatch], seed: int, models: Models) -> dict[str, float]:
     """Held-out means of the student's terms. Fixed: batches, noise, levels; only the weights differ between calls."""
     sums: dict[str, float] = {}
     for batch in batches:
         terms = objective(models, batch, StepInfo(seed=seed, step=0, stage_step=0))["student"]
-        counts = batch.samples != FILLER
+        counts = batch.samples != PADDING_SAMPLE
         for term in terms:
             sums[term.key] = sums.get(term.key, 0.0) + float(term.values[counts].mean(-1).sum())
-    rows = sum(int((batch.samples != FILLER).sum()) for batch in batches)
-    return distributed.mean_numbers({key: value / max(1, rows) for key, value in sums.items()}, rows)
+    rows = sum(int((batch.samples != PADDING_SAMPLE).sum()) for batch in batches)
+    return distributed.weighted_mean({key: value / max(1, rows) for key, value in sums.items()}, rows)
 
 
 def loop_config(config: RunConfig) -> LoopConfig:

@@ -44,10 +44,10 @@ from workflows.training.progress import Progress
 from workflows.utils import distributed
 
 GIB = float(1 << 30)
-NO_LOSS = ("grad_norm/", "lr/", "speed/", "memory/", "gpu/", "alarm/", "sample/")
+NON_LOSS_PREFIXES = ("grad_norm/", "lr/", "speed/", "memory/", "gpu/", "alarm/", "sample/")
 
 
-class Meter:
+class ThroughputMeter:
     """What this rank has done since it was last read, and what all of them together make of it."""
 
     def __init__(self) -> None:
@@ -62,15 +62,15 @@ class Meter:
         self._steps = 0
         self._waited = self._saved = self._apart = 0.0
 
-    def got_batch(self) -> None:
+    def batch_ready(self) -> None:
         """The batch is here for which this rank has waited since ``pause``."""
         self._waited += time.perf_counter() - self._paused
 
-    def pause(self) -> None:
+    def step_end(self) -> None:
         """A step has ended."""
         self._paused = time.perf_counter()
 
-    def add(self, samples: float, tokens: float) -> None:
+    def count(self, samples: float, tokens: float) -> None:
         """What this rank has computed in one step."""
         self._samples += samples
         self._tokens += tokens
@@ -84,17 +84,17 @@ class Meter:
         self._saved += time.perf_counter() - began
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def exclude(self) -> Iterator[None]:
         """What is no training: evaluation, samples."""
         began = time.perf_counter()
         yield
         self._apart += time.perf_counter() - began
 
-    def read(self, left: int) -> dict[str, float]:
+    def collect(self, left: int) -> dict[str, float]:
         """Over all ranks, which call it together. ``left``: samples until the run ends."""
         now = time.perf_counter()
         elapsed = max(1e-9, now - self._since - self._apart)
-        everyone = distributed.gather((self._samples, self._tokens, self._waited, self._holdings()))
+        everyone = distributed.all_gather_object((self._samples, self._tokens, self._waited, self._holdings()))
         samples, tokens = (sum(part[i] for part in everyone) for i in (0, 1))
         waited = max(part[2] for part in everyone)
         self._all += samples
@@ -131,19 +131,23 @@ def gpu_utilisation() -> float | None:
         return None
 
 
-def line(name: str, steps: int, progress: Progress, log: Mapping[str, float]) -> str:
+def format_progress_line(name: str, steps: int, progress: Progress, log: Mapping[str, float]) -> str:
     """One line for people: step, losses, speed, time left. ``workflows.console.run_display`` makes a bar of it."""
-    losses = {k: v for k, v in log.items() if k.removeprefix("held_out/").count("/") == 1 and not k.startswith(NO_LOSS)}
+    losses = {
+        k: v
+        for k, v in log.items()
+        if k.removeprefix("held_out/").count("/") == 1 and not k.startswith(NON_LOSS_PREFIXES)
+    }
     losses = losses if log else {f"held_out/{k}": v for k, v in progress.first.items()}
     parts = [f"{name} {progress.step}/{steps}", *(f"{k} {v:.4f}" for k, v in losses.items())]
     if "speed/samples_per_s" in log:
-        parts += [f"{log['speed/samples_per_s']:.1f} samples/s", f"{short(log['speed/tokens_per_s'])} tokens/s"]
+        parts += [f"{log['speed/samples_per_s']:.1f} samples/s", f"{format_count(log['speed/tokens_per_s'])} tokens/s"]
     if "speed/left_s" in log:
-        parts.append(f"{duration(log['speed/left_s'])} left")
+        parts.append(f"{format_duration(log['speed/left_s'])} left")
     return "  ".join(parts)
 
 
-def short(number: float) -> str:
+def format_count(number: float) -> str:
     """Three digits: 950, 12.3k, 4.56M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if number >= size:
@@ -151,7 +155,7 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Rounded up: 45 s, 3 min 20 s, 2 h 5 min."""
     whole = math.ceil(seconds)
     if whole < 60:

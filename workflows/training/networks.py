@@ -10,22 +10,22 @@ from pathlib import Path
 from torch import nn
 
 from mfcore.ema import Ema
-from mfcore.model.compile import AS_WRITTEN, check_compiler, compiled
-from mfcore.model.lora import LowRankCopy
-from mfcore.model.transformer import build_model, networks_in
+from mfcore.model.compile import EAGER, check_compiler, compile_block
+from mfcore.model.lora import LoRAModel
+from mfcore.model.transformer import build_model, find_transformers
 from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO
-from mfcore.weights import joined, load_strict
+from mfcore.weights import load_strict, merge_branches
 from workflows.checkpoints.load import load_weights
 from workflows.config.run import EngineConfig, RunConfig, Stage
 from workflows.config.stages import STAGES
 from workflows.training.engines.base import Engine, build_engine
-from workflows.training.pretrained_init import load_wan
+from workflows.training.pretrained_init import load_wan_weights
 from workflows.utils import distributed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Networks:
+class TrainingNetworks:
     """What a stage trains, by name, and the average of its student."""
 
     ema: Ema
@@ -34,12 +34,14 @@ class Networks:
     nets: dict[str, nn.Module]  # what the engines train
 
     @contextmanager
-    def watched(self) -> Iterator[dict[str, str]]:
+    def record_non_finite(self) -> Iterator[dict[str, str]]:
         """Inside, every network notes under its name the first block that numbers leave which are not finite."""
         first: dict[str, str] = {}
         # the average comes last: it may stand below the fake score as well
         parts = [
-            (name, part) for name, net in (*self.nets.items(), ("ema", self.ema.module)) for part in networks_in(net)
+            (name, part)
+            for name, net in (*self.nets.items(), ("ema", self.ema.module))
+            for part in find_transformers(net)
         ]
         for name, part in parts:
             part.guard = partial(first.setdefault, name)
@@ -50,49 +52,51 @@ class Networks:
                 part.guard = None
 
 
-def build_networks(config: RunConfig, student: nn.Module) -> Networks:
+def build_training_networks(config: RunConfig, student: nn.Module) -> TrainingNetworks:
     """Engines around ``student``, which becomes the first of them, and around a fake score if the stage has one."""
     ema = Ema(student, config.ema, config.engine.autocast)
     nets = {"student": student}
     optims = {"student": config.optim}
     if "fake" in STAGES[config.stage].trained:
         assert config.fake_optim is not None, "the configuration has been checked"
-        nets["fake"] = fake_score(config, student, ema)
+        nets["fake"] = build_fake_score(config, student, ema)
         optims["fake"] = config.fake_optim
-    equip([*nets.values(), ema.module], config.engine)
+    configure_networks([*nets.values(), ema.module], config.engine)
     engines = {name: build_engine(net, optims[name], config.engine) for name, net in nets.items()}
     if "fake" in nets and config.fake.rank is not None:
-        ema.storage = engines["fake"].storage  # its engine keeps the average's weights, as the base of its own network
-    return Networks(ema=ema, engines=engines, optims=optims, nets=nets)
+        ema.storage = engines[
+            "fake"
+        ].frozen_weight_access  # its engine keeps the average's weights, as the base of its own network
+    return TrainingNetworks(ema=ema, engines=engines, optims=optims, nets=nets)
 
 
-def equip(nets: Iterable[nn.Module], engine: EngineConfig) -> None:
+def configure_networks(nets: Iterable[nn.Module], engine: EngineConfig) -> None:
     """Let networks run as ``engine`` says; called by all ranks. NoCompiler where blocks cannot be compiled."""
     if engine.compile:
-        check_compiler(distributed.device())
-    sequence = distributed.sequence_group(engine.sequence)
-    for part in (part for net in nets for part in networks_in(net)):
+        check_compiler(distributed.local_device())
+    sequence = distributed.new_sequence_parallel_group(engine.sequence)
+    for part in (part for net in nets for part in find_transformers(net)):
         part.recompute, part.sequence = engine.recompute, sequence
-        part.code = compiled() if engine.compile else AS_WRITTEN
+        part.code = compile_block() if engine.compile else EAGER
 
 
-def fake_score(config: RunConfig, student: nn.Module, ema: Ema) -> nn.Module:
+def build_fake_score(config: RunConfig, student: nn.Module, ema: Ema) -> nn.Module:
     """Equal to the average at the start: low-rank terms on it, or a network of its own."""
     if config.fake.rank is None:
         return copy.deepcopy(student)
-    return LowRankCopy(ema.module, config.fake, config.seed)
+    return LoRAModel(ema.module, config.fake, config.seed)
 
 
-def initial_network(config: RunConfig, parents: Mapping[Stage, Path]) -> nn.Module:
+def build_initial_network(config: RunConfig, parents: Mapping[Stage, Path]) -> nn.Module:
     """The student before its first step: the parents' EMA weights, or fresh ones and what ``init_video`` names."""
     model = build_model(config.model, config.seed)
     if config.init_video:
-        load_wan(model, config.model, config.init_video)
+        load_wan_weights(model, config.model, config.init_video)
     if not parents:
         return model
     weights = {stage: load_weights(path) for stage, path in parents.items()}
     if config.stage == "joint":
-        load_strict(model, joined({VIDEO: weights["video"], AUDIO: weights["audio"]}), "the two parents")
+        load_strict(model, merge_branches({VIDEO: weights["video"], AUDIO: weights["audio"]}), "the two parents")
     else:
         load_strict(model, next(iter(weights.values())), str(next(iter(parents.values()))))
     return model

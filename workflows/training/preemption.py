@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-STOP = "_stop"
+STOP_FILE = "_stop"
 """File in the run's folder, with the driver's token, by which a driver passes a notice on to its workers."""
-POLL = 1.0  # seconds between looks at what takes a file system or a call
+POLL_S = 1.0  # seconds between looks at what takes a file system or a call
 
 _received: list[str] = []
 _ears: list[socket.socket] = []  # both ends of the pair that signals come in by
 
 
-def listen() -> None:
+def install_sigterm_handler() -> None:
     """Take SIGTERM as a notice from now on; only the main thread may ask for it (elsewhere nothing happens)."""
     if threading.current_thread() is not threading.main_thread():
         return
@@ -73,18 +73,18 @@ def _on_sigterm(tell: Callable[[str], object]) -> Callable[[], object]:
     return back
 
 
-class Notices:
+class PreemptionMonitor:
     """What one rank knows. ``outside``: asked every second as well, for example Ray's preemption watcher."""
 
     def __init__(self, run_dir: Path, token: str, outside: Callable[[], str] = lambda: "") -> None:
-        self._file, self._token, self._outside = run_dir / STOP, token, outside
+        self._file, self._token, self._outside = run_dir / STOP_FILE, token, outside
         self._looked, self._heard = 0.0, ""
 
     def __call__(self) -> str:
         """Why this rank is to stop, "" while it is not."""
         if _received:
             return _received[0]
-        if not self._heard and time.monotonic() - self._looked > POLL:
+        if not self._heard and time.monotonic() - self._looked > POLL_S:
             self._looked = time.monotonic()
             self._heard = self._outside() or self._from_driver()
         return self._heard
@@ -98,9 +98,9 @@ class Notices:
 
 
 @contextmanager
-def passed_on(run_dir: Path, token: str) -> Generator[None]:
+def forward_sigterm(run_dir: Path, token: str) -> Generator[None]:
     """In the driver: while the block runs, SIGTERM tells the workers to save and end."""
-    file = run_dir / STOP
+    file = run_dir / STOP_FILE
     file.unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -6,21 +6,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from preprocessing.io.ray_resources import told_while_waiting
-from workflows.checkpoints.model_card import ModelCard
+from preprocessing.io.ray_resources import report_while_waiting
+from workflows.checkpoints.model_card import ExportMetadata
 from workflows.config.run import EngineConfig
 from workflows.training import preemption
-from workflows.training.async_samples import Snapshots, room_for_looks
-from workflows.training.heartbeat import BEATS
-from workflows.training.worker import Job
+from workflows.training.async_samples import SnapshotWriter, spare_resources
+from workflows.training.heartbeat import HEARTBEAT_DIR
+from workflows.training.worker import TrainingJob
 from workflows.utils import distributed
-from workflows.utils.ray_runtime import ray_running, worker_environment
+from workflows.utils.ray_runtime import ray_session, worker_runtime_env
 
 T = TypeVar("T")
-GROW_EVERY = 30.0  # seconds between looks for room for more workers, where their number may vary
+RESCALE_INTERVAL_S = 30.0  # seconds between looks for room for more workers, where their number may vary
 
 
-def launch_on_ray(job: Job) -> None:
+def run_on_ray(job: TrainingJob) -> None:
     """Run the job on Ray Train: in the Ray that is running, else in one started for it in this process.
 
     A worker that dies is replaced, and all go on from the latest checkpoint, up to ``engine.max_failures`` times. With
@@ -28,11 +28,11 @@ def launch_on_ray(job: Job) -> None:
     more: Ray Train stops all workers for that and starts them again, from the latest checkpoint.
     """
     # the notice comes after ray.init, which takes SIGTERM for itself
-    with ray_running(job.config.engine.most), preemption.passed_on(job.run_dir, job.token):
+    with ray_session(job.config.engine.max_workers), preemption.forward_sigterm(job.run_dir, job.token):
         _fit(job)
 
 
-def with_a_gpu(work: Callable[[Path], T], run_dir: Path, engine: EngineConfig) -> T:
+def run_with_gpu(work: Callable[[Path], T], run_dir: Path, engine: EngineConfig) -> T:
     """``work(run_dir)`` where the run's network can be run. The process that leads a run may be on a machine without a
     GPU, as the head of a cluster is: then Ray finds it one.
     """
@@ -42,22 +42,22 @@ def with_a_gpu(work: Callable[[Path], T], run_dir: Path, engine: EngineConfig) -
         return work(run_dir)
     import ray
 
-    with ray_running(1):
+    with ray_session(1):
         if "RAY_ADDRESS" not in os.environ and not ray.cluster_resources().get("GPU"):
             return work(run_dir)  # no cluster, where one could come
         extra = {engine.resource: 1.0} if engine.resource else {}
-        task: Any = ray.remote(num_cpus=1, num_gpus=1, resources=extra, runtime_env=worker_environment())(work)
+        task: Any = ray.remote(num_cpus=1, num_gpus=1, resources=extra, runtime_env=worker_runtime_env())(work)
         return ray.get(task.remote(run_dir))
 
 
-def _fit(job: Job) -> None:
+def _fit(job: TrainingJob) -> None:
     import ray
     from ray.train import FailureConfig, LoggingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchTrainer
 
     scaling = _scaling(job.config.engine)
-    room = room_for_looks(job.config.engine, scaling.resources_per_worker, ray.available_resources())
+    room = spare_resources(job.config.engine, scaling.resources_per_worker, ray.available_resources())
     aside = bool(room) and job.config.sample_every > 0
     trainer = TorchTrainer(
         _entrance(),
@@ -70,12 +70,12 @@ def _fit(job: Job) -> None:
             storage_path=str(job.run_dir / "ray"),
             failure_config=FailureConfig(max_failures=job.config.engine.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env=worker_environment(),
+            worker_runtime_env=worker_runtime_env(),
         ),
     )
     each = ", ".join(f"{name} {amount:g}" for name, amount in (scaling.resources_per_worker or {}).items())
-    what = f"machines for {job.config.engine.fewest} workers with {each} each"
-    with told_while_waiting(what, ray.cluster_resources, seen=_stirs(job.run_dir / BEATS)):
+    what = f"machines for {job.config.engine.min_workers} workers with {each} each"
+    with report_while_waiting(what, ray.cluster_resources, seen=_stirs(job.run_dir / HEARTBEAT_DIR)):
         trainer.fit()
 
 
@@ -98,45 +98,45 @@ def _validation(run_dir: Path, room: Mapping[str, float]) -> Any:
     def validate(checkpoint: Any, **_: Any) -> dict[str, float]:  # made here, so that it is pickled by value
         from pathlib import Path
 
-        from workflows.training.async_samples import look_at
+        from workflows.training.async_samples import evaluate_snapshot
 
-        return look_at(Path(checkpoint.path), Path(place))
+        return evaluate_snapshot(Path(checkpoint.path), Path(place))
 
     resources = {"num_cpus": room["CPU"], "num_gpus": room.get("GPU", 0)}
-    return ValidationConfig(validate, ray_remote_kwargs={**resources, "runtime_env": worker_environment()})
+    return ValidationConfig(validate, ray_remote_kwargs={**resources, "runtime_env": worker_runtime_env()})
 
 
-def snapshots(card: ModelCard) -> Snapshots:
+def open_snapshot_writer(card: ExportMetadata) -> SnapshotWriter:
     """Weights for looks, reported to Ray Train from below the folder where it wants its checkpoints."""
     from ray.train import Checkpoint, CheckpointUploadMode, get_context, report
 
     def hand_over(folder: Path) -> None:
-        mine = Checkpoint.from_directory(str(folder)) if distributed.rank() == 0 else None
+        mine = Checkpoint.from_directory(str(folder)) if distributed.get_rank() == 0 else None
         report({}, mine, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD, validation=mine is not None)
 
     storage: Any = get_context().get_storage()
-    return Snapshots(Path(storage.experiment_fs_path), card, hand_over)
+    return SnapshotWriter(Path(storage.experiment_fs_path), card, hand_over)
 
 
 def _scaling(engine: EngineConfig) -> Any:
     import ray
     from ray.train import ScalingConfig
 
-    fixed = engine.fewest == engine.most
+    fixed = engine.min_workers == engine.max_workers
     cpus = ray.cluster_resources().get("CPU", 1.0)
     # an elastic run counts whole CPUs: Ray Train cannot tell how many fractions fit on a machine
-    resources = {"CPU": min(1.0, cpus / engine.most) if fixed else 1.0}
+    resources = {"CPU": min(1.0, cpus / engine.max_workers) if fixed else 1.0}
     return ScalingConfig(
-        num_workers=engine.most if fixed else (engine.fewest, engine.most),
+        num_workers=engine.max_workers if fixed else (engine.min_workers, engine.max_workers),
         use_gpu=engine.use_gpu,
         resources_per_worker=resources
         | ({"GPU": 1.0} if engine.use_gpu else {})
         | ({engine.resource: 1.0} if engine.resource else {}),
-        elastic_resize_monitor_interval_s=GROW_EVERY,
+        elastic_resize_monitor_interval_s=RESCALE_INTERVAL_S,
     )
 
 
-def share_cores() -> None:
+def set_worker_threads() -> None:
     """Let the workers of a machine use all its cores: Ray gives each as many threads as it has CPUs by right, one.
 
     How many those are the cluster knows better: the machine's own count does not see the limit of a container.
@@ -151,7 +151,7 @@ def share_cores() -> None:
     torch.set_num_threads(max(1, cores // get_context().get_local_world_size()))
 
 
-def use_rays_network() -> None:
+def bind_gloo_to_ray_interface() -> None:
     """Let gloo listen at this machine's address in the cluster, where GLOO_SOCKET_IFNAME does not say otherwise.
 
     By itself gloo takes what the machine's own name resolves to: Debian's 127.0.1.1, or the loopback where the name is
@@ -175,17 +175,17 @@ def _entrance() -> Callable[[dict[str, Any]], None]:
 
         from ray.train.v2._internal.execution.context import get_train_context
 
-        from workflows.training.ray_launcher import share_cores, snapshots
-        from workflows.training.worker import work
+        from workflows.training.ray_launcher import open_snapshot_writer, set_worker_threads
+        from workflows.training.worker import run_worker
 
         def leaving() -> str:
             # ray.train.get_preemption_info() is a barrier by way of an actor; the ranks agree by themselves
             info = get_train_context().preemption_context.preemption_info
             return f"a machine of ranks {info.preempted_ranks} is about to go" if info else ""
 
-        share_cores()
+        set_worker_threads()
         job = pickle.loads(settings["job"])
-        work(job, leaving, snapshots(job.card) if settings["aside"] else None)
+        run_worker(job, leaving, open_snapshot_writer(job.card) if settings["aside"] else None)
 
     return enter
 
@@ -200,12 +200,12 @@ def _listening(backend: str) -> Any:
     def listen() -> None:
         from workflows.training import preemption
 
-        preemption.listen()
+        preemption.install_sigterm_handler()
 
     def find_network() -> None:
-        from workflows.training.ray_launcher import use_rays_network
+        from workflows.training.ray_launcher import bind_gloo_to_ray_interface
 
-        use_rays_network()
+        bind_gloo_to_ray_interface()
 
     class Backend(TorchConfig().backend_cls):
         def on_start(self, worker_group: Any, backend_config: Any) -> None:

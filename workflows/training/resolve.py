@@ -9,27 +9,27 @@ from typing import Any, TypeVar
 
 from mfcore.model.config import ModelConfig
 from mfcore.types import AUDIO, VIDEO
-from preprocessing.dataset.reader import ClipDataset, DatasetMeta, open_dataset
+from preprocessing.dataset.reader import ClipDataset, DatasetMetadata, open_dataset
 from preprocessing.io.storage import is_remote
-from workflows.checkpoints.layout import OUTCOME, RECORD
-from workflows.checkpoints.load import find_export, load_card
-from workflows.checkpoints.model_card import ModelCard
+from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
+from workflows.checkpoints.load import find_export, load_metadata
+from workflows.checkpoints.model_card import ExportMetadata
 from workflows.config import presets, serialization
 from workflows.config.latent_shapes import LatentShapes
 from workflows.config.run import RunConfig, Stage
 from workflows.config.stages import STAGES
-from workflows.evaluation.feature_models import parse_weights
-from workflows.training.objectives import few_steps
+from workflows.evaluation.feature_models import parse_feature_models
+from workflows.training.objectives import max_few_steps
 from workflows.training.progress import Progress
 from workflows.utils import environment
 from workflows.utils.json_io import read_json
 
-FREE = (
+MUTABLE_SETTINGS = (
     *("engine", "checkpoint", "log_every", "sample_every", "sample_clips", "sample_weights", "skip_nonfinite"),
     *("data.micro", "data.prefetch"),
 )
 """Settings that a run may change when it goes on: they move no number by more than rounding."""
-FIXED = ("engine.precision",)
+IMMUTABLE_EXCEPTIONS = ("engine.precision",)
 """Those below FREE that it may not."""
 
 A = TypeVar("A")
@@ -37,7 +37,7 @@ B = TypeVar("B")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class ResolvedRun:
     """What a command line resolves to."""
 
     config: RunConfig
@@ -50,14 +50,14 @@ class Request:
         """What was asked for. A command that differs in any of it but the settings of FREE is another run."""
         return {
             "stage": self.config.stage,
-            "config": serialization.dump(self.config),
+            "config": serialization.to_dict(self.config),
             "data": self.data,
             "dataset": {"fingerprint": self.dataset.meta.fingerprint, "clips": len(self.dataset)},
             "from": {stage: str(path) for stage, path in self.parents.items()},
         }
 
 
-def resolve(
+def resolve_run(
     stage: Stage,
     data: str | None,
     init_from: Sequence[str],
@@ -66,34 +66,36 @@ def resolve(
     config_file: str | None,
     run: str | None,
     runs: Path,
-) -> Request:
+) -> ResolvedRun:
     """Fill in what the command leaves open: from the run's own record if it was begun, else the latest there is."""
     if run is not None and (not run or run in (".", "..") or Path(run).name != run):
         raise ValueError(f"--run {run!r} is no name of a folder in {runs}: leave out slashes")
-    begun = runs / run / RECORD if run else None
+    begun = runs / run / RUN_FILE if run else None
     known = read_json(begun) if begun and begun.exists() else {}
     named = list(init_from) or list(known.get("from", {}).values())
-    parents, uri = all_of(
+    parents, uri = collect_errors(
         lambda: find_parents(stage, named, runs), lambda: str(data or known.get("data") or latest_dataset(runs))
     )
     dataset = open_dataset(uri, STAGES[stage].modalities)
     if not len(dataset):
         raise ValueError(f"{uri} holds no accepted clip: `mfctl inspect {uri}` tells why")
-    config = presets.preset(preset, stage, latent_shapes(dataset))
+    config = presets.build_preset(preset, stage, latent_shapes_of(dataset))
     if config_file:
-        config = serialization.change(config, serialization.read_file(config_file))
-    config = serialization.change(config, serialization.parse_sets(sets))
+        config = serialization.apply_overrides(config, serialization.load_config_file(config_file))
+    config = serialization.apply_overrides(config, serialization.parse_overrides(sets))
     if config.checkpoint.to is not None:
-        config = replace(config, checkpoint=replace(config.checkpoint, to=environment.absolute(config.checkpoint.to)))
-    parse_weights(config.sample_weights)  # refuses what is not there
+        config = replace(
+            config, checkpoint=replace(config.checkpoint, to=environment.resolve_path(config.checkpoint.to))
+        )
+    parse_feature_models(config.sample_weights)  # refuses what is not there
     if config.stage != stage:
         raise ValueError(f"--stage {stage} contradicts the setting stage={config.stage}")
-    request = Request(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / (run or ""))
+    request = ResolvedRun(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / (run or ""))
     name = run or f"{stage}-{_digest(request)}"
-    return Request(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / name)
+    return ResolvedRun(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / name)
 
 
-def all_of(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
+def collect_errors(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
     """Both values, or one ValueError that says everything that is missing."""
     found: list[Any] = []
     missing: list[str] = []
@@ -122,7 +124,7 @@ def find_parents(stage: Stage, named: Sequence[str], runs: Path) -> dict[Stage, 
     """The export folder of one run for each parent stage: the named ones, else the latest finished under ``runs``."""
     plan = STAGES[stage]
     exports = [_named_export(name, runs) for name in named]
-    parents = check_parents(stage, [(load_card(export).stage, export) for export in exports])
+    parents = check_parents(stage, [(load_metadata(export).stage, export) for export in exports])
     missing: list[str] = []
     for parent in plan.parents:
         if parent not in parents:
@@ -138,47 +140,51 @@ def find_parents(stage: Stage, named: Sequence[str], runs: Path) -> dict[Stage, 
 def _named_export(name: str, runs: Path) -> Path:
     if is_remote(name):
         return find_export(name)
-    path = Path(environment.absolute(name))
+    path = Path(environment.resolve_path(name))
     if not path.exists() and (runs / name).exists():
         path = runs / name
-    if (path / RECORD).exists() and not (path / "export").is_dir() and finished(path) is None:
+    if (path / RUN_FILE).exists() and not (path / "export").is_dir() and final_progress(path) is None:
         raise ValueError(f"the run {path} is not finished: run its command again, or name one of its checkpoints")
     return find_export(path)
 
 
 def _latest_export(stage: Stage, parent: Stage, runs: Path) -> Path:
-    outcomes = [p for depth in (1, 2) for p in runs.glob("*/" * depth + OUTCOME)]
-    done = [p.parent for p in outcomes if finished(p.parent) and read_json(p.parent / RECORD)["stage"] == parent]
+    outcomes = [p for depth in (1, 2) for p in runs.glob("*/" * depth + OUTCOME_FILE)]
+    done = [
+        p.parent for p in outcomes if final_progress(p.parent) and read_json(p.parent / RUN_FILE)["stage"] == parent
+    ]
     if not done:
         raise ValueError(
             f"stage {stage} starts from a finished {parent} run and there is none under {runs}: "
             f"run `mfctl train --stage {parent}` first, or name one with --from RUN"
         )
-    return find_export(max(done, key=lambda path: (path / OUTCOME).stat().st_mtime))
+    return find_export(max(done, key=lambda path: (path / OUTCOME_FILE).stat().st_mtime))
 
 
-def _digest(request: Request) -> str:
-    return hashlib.sha256(repr(identity(request.record())).encode()).hexdigest()[:8]
+def _digest(request: ResolvedRun) -> str:
+    return hashlib.sha256(repr(immutable_settings(request.record())).encode()).hexdigest()[:8]
 
 
-def identity(record: Mapping[str, Any]) -> dict[str, Any]:
+def immutable_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a run cannot change, by flat name."""
 
     def free(name: str) -> bool:
         setting = name.removeprefix("config.")
-        return setting not in FIXED and any(setting == f or setting.startswith(f"{f}.") for f in FREE)
+        return setting not in IMMUTABLE_EXCEPTIONS and any(
+            setting == f or setting.startswith(f"{f}.") for f in MUTABLE_SETTINGS
+        )
 
     return {name: value for name, value in serialization.flatten(record).items() if not free(name)}
 
 
-def finished(run_dir: Path) -> Progress | None:
+def final_progress(run_dir: Path) -> Progress | None:
     """The final progress of a run that reached its end."""
-    place = run_dir / OUTCOME
+    place = run_dir / OUTCOME_FILE
     facts = read_json(place) if place.exists() else {}
-    return serialization.load(Progress, facts["progress"]) if "progress" in facts else None
+    return serialization.from_dict(Progress, facts["progress"]) if "progress" in facts else None
 
 
-def latent_shapes(dataset: ClipDataset) -> LatentShapes:
+def latent_shapes_of(dataset: ClipDataset) -> LatentShapes:
     """What the first clip shows of the latents."""
     clip, meta = dataset.clip(0), dataset.meta
     latents = {VIDEO: clip.video, AUDIO: clip.audio}
@@ -186,25 +192,25 @@ def latent_shapes(dataset: ClipDataset) -> LatentShapes:
     return LatentShapes(
         channels={m: x.shape[1] for m, x in latents.items() if x is not None},
         size={m: (size[0], size[1]) for m, size in sizes.items()},
-        still={m: meta.codec(m).still for m in sizes},
+        static_channels={m: meta.codec(m).static_channels for m in sizes},
         text_dim=clip.caption_embedding.shape[-1],
         chunk_seconds=float(meta.chunk_seconds),
         chunks=clip.chunks,
     )
 
 
-def make_card(config: RunConfig, meta: DatasetMeta, parents: Mapping[Stage, Path]) -> ModelCard:
+def make_export_metadata(config: RunConfig, meta: DatasetMetadata, parents: Mapping[Stage, Path]) -> ExportMetadata:
     """What the run will write into ``model.json``: statistics are inherited from the parents, else frozen here.
 
     ValueError when a parent is of another stage or size, or the dataset holds latents that it was not trained on.
     """
     plan = STAGES[config.stage]
-    cards: dict[Stage, ModelCard] = {stage: load_card(path) for stage, path in parents.items()}
-    stats = {m: meta.stats[m].softened(config.data.whitening.get(m, 1.0)) for m in plan.modalities}
+    cards: dict[Stage, ExportMetadata] = {stage: load_metadata(path) for stage, path in parents.items()}
+    stats = {m: meta.stats[m].soften(config.data.whitening.get(m, 1.0)) for m in plan.modalities}
     for stage, card in cards.items():
         _check_parent(stage, parents[stage], card, config, meta)
         stats |= card.stats
-    return ModelCard(
+    return ExportMetadata(
         model=config.model,
         stage=config.stage,
         codecs={m: meta.codecs[m] for m in plan.modalities},
@@ -215,11 +221,11 @@ def make_card(config: RunConfig, meta: DatasetMeta, parents: Mapping[Stage, Path
         folders={name: meta.folders[name] for name in (*plan.modalities, "text") if name in meta.folders},
         shift=dict(config.objective.time.shift),
         dataset=meta.fingerprint,
-        few_steps=few_steps(config.objective),
+        few_steps=max_few_steps(config.objective),
     )
 
 
-def _check_parent(stage: Stage, path: Path, card: ModelCard, config: RunConfig, meta: DatasetMeta) -> None:
+def _check_parent(stage: Stage, path: Path, card: ExportMetadata, config: RunConfig, meta: DatasetMetadata) -> None:
     if card.stage != stage:
         raise ValueError(f"{path} is of stage {card.stage}; stage {config.stage} starts from {_names(config.stage)}")
     mine, theirs = _size(config.model), _size(card.model)

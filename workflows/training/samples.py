@@ -14,42 +14,42 @@ from typing import Any
 
 from torch import nn
 
-from mfcore.metrics.windows import PUBLISHED, parse_windows
+from mfcore.metrics.windows import DEFAULT_WINDOWS, parse_windows
 from mfcore.solver import Mode
 from preprocessing.media.mp4_writer import write_mp4
-from workflows.checkpoints.layout import OUTCOME, RECORD
+from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
 from workflows.checkpoints.load import load_export
-from workflows.checkpoints.model_card import ModelCard
+from workflows.checkpoints.model_card import ExportMetadata
 from workflows.config import serialization
 from workflows.config.run import RunConfig, Stage
-from workflows.evaluation.clip_features import Reading
-from workflows.evaluation.feature_models import Instruments, parse_weights
-from workflows.evaluation.feature_reader import Reader
-from workflows.evaluation.held_out import HeldOut, frame_rate, select
-from workflows.evaluation.metrics.generic import Real
-from workflows.evaluation.metrics.registry import score_windows
-from workflows.evaluation.sampling import decode, generate
-from workflows.evaluation.signals import Signals, real_signals
-from workflows.inference.pipeline import Streamer
-from workflows.inference.sampling import Sampling, sampling
-from workflows.training.collapse_alarms import Liveliness, compare, liveliness
+from workflows.evaluation.clip_features import ClipFeatures
+from workflows.evaluation.feature_models import FeatureModels, parse_feature_models
+from workflows.evaluation.feature_reader import FeatureExtractor
+from workflows.evaluation.held_out import EvaluationSet, frame_rate_of, select_evaluation_set
+from workflows.evaluation.metrics.generic import ReferenceFeatures
+from workflows.evaluation.metrics.registry import compute_metrics_by_window
+from workflows.evaluation.sampling import decode_batch, sample_all
+from workflows.evaluation.signals import DecodedClip, decode_real_clips
+from workflows.inference.pipeline import StreamingPipeline
+from workflows.inference.sampling import SamplingParams, resolve_sampling_params
+from workflows.training.collapse_alarms import CollapseStatistics, collapse_statistics, compare_to_real
 from workflows.utils import distributed
 from workflows.utils.json_io import read_json, write_json
 
 MULTI_STEPS = 8  # fewer than `mfctl generate` takes: this is a look, not a measurement
-REFERENCE = 8  # real clips that distances are measured against
+REFERENCE_CLIPS = 8  # real clips that distances are measured against
 FOLDER, LOOKS = "samples", "looks"
-DRIFT = ("identity_error", "face_similarity", "frechet", "sync", "syllable_error", "valid")
+DRIFT_METRICS = ("identity_error", "face_similarity", "frechet", "sync", "syllable_error", "valid")
 """Metrics that are logged by window of time too, where clips are long enough for two windows."""
 
 
-def modes(stage: Stage) -> tuple[Mode, ...]:
+def sampling_modes(stage: Stage) -> tuple[Mode, ...]:
     """Only the mutual stage has trained the few-step mode."""
     return ("few", "multi") if stage == "mutual" else ("multi",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class SampleReport:
     """What the samples of one step show."""
 
     step: int
@@ -61,18 +61,18 @@ class Look:
 
     def write(self, run_dir: Path) -> None:
         (run_dir / LOOKS).mkdir(exist_ok=True)
-        write_json(look_path(run_dir, self.step), asdict(self))
+        write_json(report_path(run_dir, self.step), asdict(self))
 
 
-def look_path(run_dir: Path, step: int) -> Path:
+def report_path(run_dir: Path, step: int) -> Path:
     return run_dir / LOOKS / f"step-{step:08d}.json"
 
 
-def read_look(path: Path) -> Look:
-    return Look(**read_json(path))
+def load_report(path: Path) -> SampleReport:
+    return SampleReport(**read_json(path))
 
 
-class Sampler:
+class SampleEvaluator:
     """Makes and scores samples of one run, beside the clips whose conditions they continue."""
 
     def __init__(self, run_dir: Path, data: str, config: RunConfig) -> None:
@@ -80,45 +80,49 @@ class Sampler:
         self._fraction, self._clips, self._weights = config.data.held_out, config.sample_clips, config.sample_weights
 
     @cached_property
-    def _held(self) -> HeldOut:
-        return select(self._data, clips=self._clips, seconds=None, fraction=self._fraction, reference=REFERENCE)
+    def _held(self) -> EvaluationSet:
+        return select_evaluation_set(
+            self._data, clips=self._clips, seconds=None, fraction=self._fraction, reference=REFERENCE_CLIPS
+        )
 
     @cached_property
-    def _reader(self) -> Reader:
-        instruments: Instruments = parse_weights(self._weights)
-        return Reader(self._held, instruments)
+    def _reader(self) -> FeatureExtractor:
+        instruments: FeatureModels = parse_feature_models(self._weights)
+        return FeatureExtractor(self._held, instruments)
 
     @cached_property
-    def _real(self) -> tuple[Liveliness, Real]:
+    def _real(self) -> tuple[CollapseStatistics, ReferenceFeatures]:
         """What the codecs keep of the real clips."""
-        clips = real_signals(self._held, [prompt.clip for prompt in self._held.prompts])
-        others = real_signals(self._held, self._held.reference)
-        read = self._reader.read
-        real = Real(prompts=[read(s) for s in clips], reference=[read(s) for s in others])
-        return liveliness(clips, self._held.meta.timeline()), real
+        clips = decode_real_clips(self._held, [prompt.clip for prompt in self._held.prompts])
+        others = decode_real_clips(self._held, self._held.reference)
+        read = self._reader.extract
+        real = ReferenceFeatures(prompts=[read(s) for s in clips], reference=[read(s) for s in others])
+        return collapse_statistics(clips, self._held.meta.timeline()), real
 
-    def paths(self, stage: Stage, step: int) -> list[Path]:
-        return [self._path(step, self._how(stage, m), p.number) for m in modes(stage) for p in self._held.prompts]
+    def sample_paths(self, stage: Stage, step: int) -> list[Path]:
+        return [
+            self._path(step, self._how(stage, m), p.number) for m in sampling_modes(stage) for p in self._held.prompts
+        ]
 
-    def look(self, model: nn.Module, card: ModelCard, step: int) -> Look:
+    def evaluate(self, model: nn.Module, card: ExportMetadata, step: int) -> SampleReport:
         """Make, read and score the samples of ``step``, and write all of it down. What fails is said, not raised."""
         try:
-            look = self._look(Streamer(model, card), step)
+            look = self._look(StreamingPipeline(model, card), step)
         except (OSError, ValueError, RuntimeError) as error:  # no file, no codec, no memory: training goes on
-            look = Look(step=step, error=str(error) or type(error).__name__)
+            look = SampleReport(step=step, error=str(error) or type(error).__name__)
         look.write(self._run_dir)
         return look
 
-    def _look(self, streamer: Streamer, step: int) -> Look:
+    def _look(self, streamer: StreamingPipeline, step: int) -> SampleReport:
         began, stage = time.perf_counter(), streamer.card.stage
         alive, real = self._real
         numbers: dict[str, float] = {}
         wrong: dict[str, str] = {}
         missing: dict[str, str] = {}
-        for mode in modes(stage):
+        for mode in sampling_modes(stage):
             signals = self._write(streamer, self._how(stage, mode), step)
-            ratios, bad = compare(mode, liveliness(signals, self._held.meta.timeline()), alive)
-            scores, lacking = self._scores(mode, [self._reader.read(s) for s in signals], real)
+            ratios, bad = compare_to_real(mode, collapse_statistics(signals, self._held.meta.timeline()), alive)
+            scores, lacking = self._scores(mode, [self._reader.extract(s) for s in signals], real)
             numbers |= ratios | scores
             wrong |= bad
             missing |= lacking
@@ -126,55 +130,57 @@ class Sampler:
         theirs, _ = self._scores("real", real.prompts, real)
         numbers |= {name: value for name, value in theirs.items() if name.split("/")[1] in measured}
         numbers |= {"alarm/raised": float(len(wrong)), "sample/seconds": time.perf_counter() - began}
-        files = [str(path) for path in self.paths(stage, step)]
-        return Look(step=step, numbers=numbers, wrong=wrong, not_measured=missing, files=files)
+        files = [str(path) for path in self.sample_paths(stage, step)]
+        return SampleReport(step=step, numbers=numbers, wrong=wrong, not_measured=missing, files=files)
 
-    def _scores(self, name: str, part: Sequence[Reading], real: Real) -> tuple[dict[str, float], dict[str, str]]:
+    def _scores(
+        self, name: str, part: Sequence[ClipFeatures], real: ReferenceFeatures
+    ) -> tuple[dict[str, float], dict[str, str]]:
         """``sample/METRIC/name``, and ``sample/METRIC/name/WINDOW`` of what may drift; what is not measured."""
         lengths = [float(p.chunks * self._held.meta.chunk_seconds) for p in self._held.prompts]
-        whole, *windows = score_windows(part, lengths, parse_windows(PUBLISHED), real)
+        whole, *windows = compute_metrics_by_window(part, lengths, parse_windows(DEFAULT_WINDOWS), real)
         numbers = {f"sample/{metric}/{name}": value for metric, value in whole.scores.metrics.items()}
         for one in windows if len(windows) > 1 else ():
             values = one.scores.metrics
-            numbers |= {f"sample/{m}/{name}/{one.window}": values[m] for m in DRIFT if m in values}
+            numbers |= {f"sample/{m}/{name}/{one.window}": values[m] for m in DRIFT_METRICS if m in values}
         return numbers, whole.scores.not_measured
 
-    def _how(self, stage: Stage, mode: Mode) -> Sampling:
+    def _how(self, stage: Stage, mode: Mode) -> SamplingParams:
         steps = MULTI_STEPS if mode == "multi" else None
-        return sampling(stage, mode=mode, steps=steps, guidance=None, trust=None, seed=0)
+        return resolve_sampling_params(stage, mode=mode, steps=steps, guidance=None, trust=None, seed=0)
 
-    def _write(self, streamer: Streamer, how: Sampling, step: int) -> list[Signals]:
+    def _write(self, streamer: StreamingPipeline, how: SamplingParams, step: int) -> list[DecodedClip]:
         """One file for each prompt; what they show, in the order of prompts."""
-        out: dict[int, Signals] = {}
+        out: dict[int, DecodedClip] = {}
         (self._run_dir / FOLDER).mkdir(exist_ok=True)
-        for batch in generate(streamer, self._held.prompts, how):
-            for prompt, signals in zip(batch.prompts, decode(streamer, batch), strict=True):
+        for batch in sample_all(streamer, self._held.prompts, how):
+            for prompt, signals in zip(batch.prompts, decode_batch(streamer, batch), strict=True):
                 frames = None if signals.frames is None else signals.frames.numpy()
                 sound = None if signals.sound is None else signals.sound.numpy()
                 write_mp4(
                     self._path(step, how, prompt.number),
                     frames,
-                    None if frames is None else frame_rate(self._held.meta),
+                    None if frames is None else frame_rate_of(self._held.meta),
                     sound,
                     None if sound is None else streamer.sample_rate,
                 )
                 out[prompt.number] = signals
         return [out[number] for number in sorted(out)]
 
-    def _path(self, step: int, how: Sampling, number: int) -> Path:
+    def _path(self, step: int, how: SamplingParams, number: int) -> Path:
         return self._run_dir / FOLDER / f"step-{step:08d}-{how.mode}-{how.steps}-steps-clip-{number}.mp4"
 
 
-def sampler_of(run_dir: Path) -> Sampler:
+def sample_evaluator_for(run_dir: Path) -> SampleEvaluator:
     """From the run's own record."""
-    record: dict[str, Any] = read_json(run_dir / RECORD)
-    return Sampler(run_dir, record["data"], serialization.load(RunConfig, record["config"]))
+    record: dict[str, Any] = read_json(run_dir / RUN_FILE)
+    return SampleEvaluator(run_dir, record["data"], serialization.from_dict(RunConfig, record["config"]))
 
 
-def training_samples(run_dir: Path) -> list[Path]:
+def final_samples(run_dir: Path) -> list[Path]:
     """Sample files of a finished run's last step, made from its checkpoint unless they were made while it trained."""
-    step = read_json(run_dir / OUTCOME)["progress"]["step"]
-    if not look_path(run_dir, step).exists():
+    step = read_json(run_dir / OUTCOME_FILE)["progress"]["step"]
+    if not report_path(run_dir, step).exists():
         model, card = load_export(run_dir)
-        sampler_of(run_dir).look(model.to(distributed.device()), card, step)
-    return [Path(path) for path in read_look(look_path(run_dir, step)).files]
+        sample_evaluator_for(run_dir).evaluate(model.to(distributed.local_device()), card, step)
+    return [Path(path) for path in load_report(report_path(run_dir, step)).files]

@@ -22,36 +22,42 @@ from typing import Any
 
 from preprocessing.io.lease import Lease
 from preprocessing.io.storage import Store
-from workflows.checkpoints.layout import OUTCOME, RECORD
-from workflows.checkpoints.store import Shelf, checkpoints_of, join
+from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
+from workflows.checkpoints.store import CheckpointStore, checkpoint_root, join_uri
 from workflows.config import serialization
 from workflows.config.run import Stage
-from workflows.config.stages import STAGES, headline
-from workflows.tracking.mlflow_sync import unsent
+from workflows.config.stages import STAGES, headline_loss
+from workflows.tracking.mlflow_sync import has_backlog
 from workflows.tracking.tracker import tracking_uri
 from workflows.training import cost_estimate
-from workflows.training.async_samples import look_at_the_rest, the_rest
-from workflows.training.collapse_alarms import Alarms, raised
-from workflows.training.heartbeat import BEATS, watched
-from workflows.training.loop import Stopped
-from workflows.training.pretrained_init import taken_over
+from workflows.training.async_samples import evaluate_remaining, unevaluated_snapshots
+from workflows.training.collapse_alarms import AlarmStore, active_alarms
+from workflows.training.heartbeat import HEARTBEAT_DIR, monitor_heartbeats
+from workflows.training.loop import TrainingInterrupted
+from workflows.training.pretrained_init import describe_wan_import
 from workflows.training.progress import Progress
-from workflows.training.ray_launcher import launch_on_ray, with_a_gpu
-from workflows.training.resolve import Request, finished, identity, make_card, resolve
-from workflows.training.sample_callback import Published
-from workflows.training.samples import look_path
-from workflows.training.worker import LOG, Job, training_tracker
+from workflows.training.ray_launcher import run_on_ray, run_with_gpu
+from workflows.training.resolve import (
+    ResolvedRun,
+    final_progress,
+    immutable_settings,
+    make_export_metadata,
+    resolve_run,
+)
+from workflows.training.sample_callback import SampleReportPublisher
+from workflows.training.samples import report_path
+from workflows.training.worker import LOG_FILE, TrainingJob, open_training_tracker
 from workflows.utils import environment
 from workflows.utils.json_io import read_json, write_json
-from workflows.utils.progress import training_display
+from workflows.utils.progress import training_progress
 
-Launch = Callable[[Job], None]
+LaunchFn = Callable[[TrainingJob], None]
 """Runs ``workflows.training.worker.work`` on all ranks of a job and returns when they are done."""
-Sample = Callable[[Path], list[Path]]
+SampleFn = Callable[[Path], list[Path]]
 """Makes sample files from a finished run's folder, unless they are there."""
 
 
-def train(
+def train_stage(
     stage: Stage,
     *,
     data: str | None = None,
@@ -62,8 +68,8 @@ def train(
     run: str | None = None,
     runs_dir: str | Path = "runs",
     dry_run: bool = False,
-    launch: Launch | None = None,
-    sample: Sample | None = None,
+    launch: LaunchFn | None = None,
+    sample: SampleFn | None = None,
 ) -> dict[str, Any]:
     """Train one stage; the same call again resumes, or says that the run is finished.
 
@@ -72,29 +78,29 @@ def train(
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}")
-    runs = Path(environment.absolute(str(runs_dir)))
+    runs = Path(environment.resolve_path(str(runs_dir)))
     try:
-        request = resolve(stage, data, init_from, preset, sets, config_file, run, runs)
+        request = resolve_run(stage, data, init_from, preset, sets, config_file, run, runs)
     except ValueError as missing:
         if dry_run and not data and not init_from:
-            return cost_estimate.on_paper(stage, preset, sets, config_file) | {"missing": str(missing)}
+            return cost_estimate.estimate_without_dataset(stage, preset, sets, config_file) | {"missing": str(missing)}
         raise
-    card = make_card(request.config, request.dataset.meta, request.parents)
-    start = taken_over(request.config)
+    card = make_export_metadata(request.config, request.dataset.meta, request.parents)
+    start = describe_wan_import(request.config)
     if dry_run:
         return {
             **request.record(),
             "run_dir": str(request.run_dir),
-            "costs": cost_estimate.costs(request.config, card.timeline),
+            "costs": cost_estimate.estimate_costs(request.config, card.timeline),
             **start,
         }
     _say(start.get("init_video", ""))
     _check_record(request)
     with _lease(request.run_dir) as lease, _checkpoint_lease(request):
-        if finished(request.run_dir) is None:
+        if final_progress(request.run_dir) is None:
             _check_checkpoint(request)
             _begin(request)
-            job = Job(
+            job = TrainingJob(
                 config=request.config,
                 card=card,
                 data=request.data,
@@ -103,17 +109,17 @@ def train(
                 tracking_uri=tracking_uri(runs),
                 token=lease.token,
             )
-            log = request.run_dir / LOG
-            with _shown(log), watched(request.run_dir / BEATS, lambda text: _add_line(log, text)):
-                (launch or launch_on_ray)(job)
+            log = request.run_dir / LOG_FILE
+            with _shown(log), monitor_heartbeats(request.run_dir / HEARTBEAT_DIR, lambda text: _add_line(log, text)):
+                (launch or run_on_ray)(job)
             _raise_if_failed(request.run_dir, lease.token)
         _conclude(request, sample, tracking_uri(runs), on_ray=launch is None)
     return _result(request)
 
 
-def _check_record(request: Request) -> None:
+def _check_record(request: ResolvedRun) -> None:
     """Refuse to go on with a run that was begun otherwise."""
-    place = request.run_dir / RECORD
+    place = request.run_dir / RUN_FILE
     if not place.exists():
         if request.run_dir.exists() and any(p.name != "_lock" for p in request.run_dir.iterdir()):
             raise ValueError(f"{request.run_dir} exists and is no training run: choose another name with --run")
@@ -121,18 +127,18 @@ def _check_record(request: Request) -> None:
     _refuse_another(f"the run {request.run_dir}", read_json(place), request.record())
 
 
-def _check_checkpoint(request: Request) -> None:
+def _check_checkpoint(request: ResolvedRun) -> None:
     """Refuse a checkpoint of other settings or other data; it may stand where other runs keep theirs, too."""
-    shelf = Shelf(checkpoints_of(request.run_dir, request.config.checkpoint.to))
-    if saved := shelf.complete():
+    shelf = CheckpointStore(checkpoint_root(request.run_dir, request.config.checkpoint.to))
+    if saved := shelf.list_complete():
         record = {key: request.record()[key] for key in ("stage", "config", "dataset")}  # places may have other names
-        _refuse_another(f"the checkpoint {shelf.where(saved[-1])}", shelf.read(saved[-1], RECORD), record)
+        _refuse_another(f"the checkpoint {shelf.uri_of(saved[-1])}", shelf.read_json(saved[-1], RUN_FILE), record)
 
 
 def _refuse_another(what: str, begun: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """ValueError when what was begun differs from ``record`` in a value that a run cannot change."""
     begun = {key: value for key, value in begun.items() if key in record}
-    if lines := serialization.differences(identity(begun), identity(record)):
+    if lines := serialization.diff(immutable_settings(begun), immutable_settings(record)):
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
         raise ValueError(
             f"{what} was begun with other settings: {'; '.join(lines[:4])}{more}. "
@@ -144,19 +150,19 @@ def _lease(run_dir: Path) -> Lease:
     return Lease(Store(str(run_dir)))
 
 
-def _checkpoint_lease(request: Request) -> AbstractContextManager[object]:
+def _checkpoint_lease(request: ResolvedRun) -> AbstractContextManager[object]:
     """Of the place of the checkpoints, where that is another one: machines may share it and not the runs' folder."""
     to = request.config.checkpoint.to
-    place = join(to, request.run_dir.name) if to else request.run_dir
+    place = join_uri(to, request.run_dir.name) if to else request.run_dir
     return nullcontext() if place == request.run_dir else Lease(Store(str(place)))
 
 
-def _begin(request: Request) -> None:
+def _begin(request: ResolvedRun) -> None:
     """Write the record of a run as it now is; forget the outcome of one that failed."""
     names = ("torch", "deepspeed", "ray", "mlflow", "mutual-forcing")
     versions = {"python": platform.python_version()} | {name: _version(name) for name in names}
-    write_json(request.run_dir / RECORD, {**request.record(), "versions": versions})
-    (request.run_dir / OUTCOME).unlink(missing_ok=True)
+    write_json(request.run_dir / RUN_FILE, {**request.record(), "versions": versions})
+    (request.run_dir / OUTCOME_FILE).unlink(missing_ok=True)
 
 
 def _version(name: str) -> str | None:
@@ -187,7 +193,7 @@ def _shown(log: Path) -> Iterator[None]:
             if ended:
                 return
 
-    with training_display() as show:
+    with training_progress() as show:
         thread = threading.Thread(target=follow, args=(show,), name="log", daemon=True)
         thread.start()
         try:
@@ -198,14 +204,14 @@ def _shown(log: Path) -> Iterator[None]:
 
 
 def _raise_if_failed(run_dir: Path, token: str) -> None:
-    place = run_dir / OUTCOME
+    place = run_dir / OUTCOME_FILE
     outcome = read_json(place) if place.exists() else {}
     if outcome.get("token") != token:
         raise RuntimeError(f"the workers of {run_dir} ended without an outcome: see their log above")
     if "error" in outcome:
         raise RuntimeError(outcome["error"])
     if "stopped" in outcome:
-        raise Stopped(outcome["stopped"])
+        raise TrainingInterrupted(outcome["stopped"])
 
 
 def _add_line(log: Path, text: str) -> None:
@@ -213,25 +219,25 @@ def _add_line(log: Path, text: str) -> None:
         file.write(text + "\n")
 
 
-def _conclude(request: Request, sample: Sample | None, uri: str, *, on_ray: bool) -> None:
+def _conclude(request: ResolvedRun, sample: SampleFn | None, uri: str, *, on_ray: bool) -> None:
     """Once per run: its samples. At every call: what the log or MLflow has not got yet, and what alarms are on."""
-    run_dir, place, engine = request.run_dir, request.run_dir / OUTCOME, request.config.engine
+    run_dir, place, engine = request.run_dir, request.run_dir / OUTCOME_FILE, request.config.engine
     outcome = read_json(place)
 
     def computed(work: Callable[[Path], Any], *, is_done: bool) -> Any:
-        return with_a_gpu(work, run_dir, engine) if on_ray and not is_done else work(run_dir)
+        return run_with_gpu(work, run_dir, engine) if on_ray and not is_done else work(run_dir)
 
-    computed(look_at_the_rest, is_done=not the_rest(run_dir))
+    computed(evaluate_remaining, is_done=not unevaluated_snapshots(run_dir))
     if sample is not None and "samples" not in outcome:
-        made = computed(sample, is_done=look_path(run_dir, outcome["progress"]["step"]).exists())
+        made = computed(sample, is_done=report_path(run_dir, outcome["progress"]["step"]).exists())
         outcome["samples"] = [str(path) for path in made]
-    published = Published(run_dir, Alarms(run_dir, _say), _say)
-    if (looks := published.waiting()) or unsent(run_dir, uri):
-        tracker = training_tracker(request.config, request.data, run_dir, uri, _say)
+    published = SampleReportPublisher(run_dir, AlarmStore(run_dir, _say), _say)
+    if (looks := published.pending()) or has_backlog(run_dir, uri):
+        tracker = open_training_tracker(request.config, request.data, run_dir, uri, _say)
         published.publish(looks, tracker)
         tracker.finish()
         outcome["mlflow_run"] = tracker.run_id
-    outcome["alarms"] = raised(run_dir)
+    outcome["alarms"] = active_alarms(run_dir)
     write_json(place, outcome)
     if outcome["alarms"]:
         _say(f"ALARM still on at the end of {run_dir}: {'; '.join(outcome['alarms'])}. Look at its samples")
@@ -242,23 +248,23 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _result(request: Request) -> dict[str, Any]:
+def _result(request: ResolvedRun) -> dict[str, Any]:
     """What ``--json`` prints."""
-    outcome = read_json(request.run_dir / OUTCOME)
-    shelf = Shelf(checkpoints_of(request.run_dir, request.config.checkpoint.to))
-    progress = serialization.load(Progress, outcome["progress"])
+    outcome = read_json(request.run_dir / OUTCOME_FILE)
+    shelf = CheckpointStore(checkpoint_root(request.run_dir, request.config.checkpoint.to))
+    progress = serialization.from_dict(Progress, outcome["progress"])
     plan = STAGES[request.config.stage]
     return {
         "run_dir": str(request.run_dir),
         "stage": request.config.stage,
         "samples_seen": progress.samples_seen,
         "losses": {
-            "first": headline(plan, progress.first),
-            "last": headline(plan, progress.last),
+            "first": headline_loss(plan, progress.first),
+            "last": headline_loss(plan, progress.last),
             "held_out_first": progress.first,
             "held_out_last": progress.last,
         },
-        "checkpoint": shelf.where(shelf.complete()[-1]),
+        "checkpoint": shelf.uri_of(shelf.list_complete()[-1]),
         "mlflow_run": outcome["mlflow_run"],
         "samples": outcome.get("samples", []),
         "alarms": outcome.get("alarms", []),

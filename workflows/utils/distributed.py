@@ -18,88 +18,88 @@ from torch import Tensor
 
 from mfcore.model.sequence_parallel import SequenceGroup
 
-EXCHANGER = "pt_gloo_runloop"  # what gloo's threads that carry out exchanges are called
+GLOO_THREAD_NAME = "pt_gloo_runloop"  # what gloo's threads that carry out exchanges are called
 LOOKS, PAUSE = 2000, 0.005  # at them when Python ends: so often at most, so many seconds apart
 
 
-def rank() -> int:
+def get_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def sequence_group(size: int) -> SequenceGroup | None:
+def new_sequence_parallel_group(size: int) -> SequenceGroup | None:
     """The consecutive ranks, so many, that share the tokens of the same clips with this one. Called by all ranks."""
     if size == 1:
         return None
-    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world(), size)]
-    return SequenceGroup(cast(dist.ProcessGroup, groups[rank() // size]))
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, get_world_size(), size)]
+    return SequenceGroup(cast(dist.ProcessGroup, groups[get_rank() // size]))
 
 
-def first_here() -> bool:
+def is_local_rank_zero() -> bool:
     """Whether this is the first process of the run on its machine (the launcher says so in LOCAL_RANK)."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def barrier() -> None:
-    if world() > 1:
+    if get_world_size() > 1:
         dist.barrier()
 
 
-def mean(tensor: Tensor) -> Tensor:
+def all_reduce_mean(tensor: Tensor) -> Tensor:
     """In place: the mean of ``tensor`` over the ranks."""
-    if world() > 1:
+    if get_world_size() > 1:
         dist.all_reduce(tensor)
-        tensor /= world()
+        tensor /= get_world_size()
     return tensor
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """Every rank's ``value``, in the order of the ranks, on every rank."""
-    if world() == 1:
+    if get_world_size() == 1:
         return [value]
-    out: list[Any] = [None] * world()
+    out: list[Any] = [None] * get_world_size()
     dist.all_gather_object(out, value)
     return out
 
 
-def from_first(value: Any) -> Any:
+def broadcast_from_rank_zero(value: Any) -> Any:
     """Rank 0's ``value`` on every rank."""
-    if world() == 1:
+    if get_world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def any_of(flags: Tensor) -> list[bool]:
+def all_reduce_any(flags: Tensor) -> list[bool]:
     """For each flag whether it is set on any rank: one message for all."""
-    if world() > 1:
+    if get_world_size() > 1:
         flags = flags.float()
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in flags.tolist()]
 
 
-def mean_numbers(numbers: Mapping[str, float], weight: float = 1.0) -> dict[str, float]:
+def weighted_mean(numbers: Mapping[str, float], weight: float = 1.0) -> dict[str, float]:
     """Weighted mean over the ranks of each named number, over those ranks that have it."""
     sums: dict[str, float] = defaultdict(float)
     weights: dict[str, float] = defaultdict(float)
-    for theirs, w in gather((dict(numbers), weight)):
+    for theirs, w in all_gather_object((dict(numbers), weight)):
         for key, value in theirs.items():
             sums[key] += w * value
             weights[key] += w
     return {key: sums[key] / weights[key] for key in sums if weights[key] > 0}
 
 
-def device() -> torch.device:
+def local_device() -> torch.device:
     """Where this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @atexit.register
-def rest() -> None:
+def wait_for_gloo_threads() -> None:
     """Wait, when Python ends, until gloo's threads have nothing left to do (on Linux, which tells).
 
     Such a thread lets go of the tensors of an exchange when the ranks have gone on from it, for which it needs Python.
@@ -124,6 +124,6 @@ def _exchangers() -> dict[str, list[str]]:
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):  # just ended
             lines = (task / "status").read_text(errors="replace").splitlines()
-            if lines[0] == f"Name:\t{EXCHANGER}":
+            if lines[0] == f"Name:\t{GLOO_THREAD_NAME}":
                 found[task.name] = [line for line in lines if line.startswith("State") or "ctxt_switches" in line]
     return found

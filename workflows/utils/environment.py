@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-DEFAULTS = {
+DEFAULT_ENV = {
     # nothing phones home
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -16,40 +16,40 @@ DEFAULTS = {
     # the behaviour Ray announces as its next default; saying so silences its warning
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-BASE = "MFCTL_CWD"
+CWD_ENV = "MFCTL_CWD"
 """Set in a submitted job: the directory in which the user typed the command."""
 
 
 def apply_defaults() -> None:
     """Set what the user has not set. Before the first import of ray or mlflow."""
-    for name, value in DEFAULTS.items():
+    for name, value in DEFAULT_ENV.items():
         os.environ.setdefault(name, value)
 
 
 def base_directory() -> Path:
     """What relative paths are relative to: a submitted job runs in a copy of the tree, its paths mean the original."""
-    return Path(os.environ.get(BASE) or Path.cwd()).absolute()
+    return Path(os.environ.get(CWD_ENV) or Path.cwd()).absolute()
 
 
-def enter_base_directory() -> None:
+def chdir_to_base() -> None:
     """Make the submitter's directory the current one where this machine has it (this machine, or shared storage)."""
     base = base_directory()
     if base.is_dir():
         os.chdir(base)
 
 
-def absolute(path: str) -> str:
+def resolve_path(path: str) -> str:
     """An absolute path, or the URI as it is."""
     return path if "://" in path else os.path.normpath(base_directory() / Path(path).expanduser())
 
 
-def absolute_if_present(path: str) -> str:
+def resolve_existing_path(path: str) -> str:
     """As ``absolute`` where such a file exists; a name (of a run, say) stays a name."""
-    return absolute(path) if os.path.exists(absolute(path)) else path
+    return resolve_path(path) if os.path.exists(resolve_path(path)) else path
 
 
 def tracking_uri() -> str:
     """Where MLflow keeps its runs: ``MLFLOW_TRACKING_URI``, else one SQLite file under ``runs/``, by absolute path."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
     prefix = "sqlite:///"
-    return prefix + absolute(uri.removeprefix(prefix)) if uri.startswith(prefix) else uri
+    return prefix + resolve_path(uri.removeprefix(prefix)) if uri.startswith(prefix) else uri

@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-_COLOURS = {"few": "#d1495b", "multi": "#30638e"}
+MODE_COLORS = {"few": "#d1495b", "multi": "#30638e"}
 _DPI = 130
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strip:
+class ClipStrip:
     """One clip on a sheet."""
 
     label: str
@@ -23,14 +23,14 @@ class Strip:
     words: str = ""  # under the waveform
     alarming: bool = False  # drawn in red
 
-    def frame(self, at: float) -> NDArray[np.uint8] | None:
+    def frame_at(self, at: float) -> NDArray[np.uint8] | None:
         """What is seen ``at`` seconds; None after the end."""
         if self.frames is None or at > self.seconds:
             return None
         return self.frames[round(at / max(self.seconds, 1e-6) * (len(self.frames) - 1))]
 
 
-def sheet(strips: Sequence[Strip], path: Path, title: str, columns: int = 10) -> Path:
+def contact_sheet(strips: Sequence[ClipStrip], path: Path, title: str, columns: int = 10) -> Path:
     """The same prompt in every row: frames at equal times, the waveform under them."""
     strips = [s for s in strips if s.frames is not None or s.sound is not None]
     picture = any(s.frames is not None for s in strips)
@@ -48,47 +48,47 @@ def sheet(strips: Sequence[Strip], path: Path, title: str, columns: int = 10) ->
     axes[-1, 0].tick_params(labelbottom=True, labelsize=8)
     axes[-1, 0].set_xlabel("seconds", fontsize=8)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _draw_strip(axes: Sequence[Axes | None], strip: Strip, columns: int, longest: float) -> None:
+def _draw_strip(axes: Sequence[Axes | None], strip: ClipStrip, columns: int, longest: float) -> None:
     """Frames and waveform on the clock of the longest strip."""
     above, below = axes
     if above is not None:
         above.axis("off")
         if strip.frames is not None:
             white = np.full_like(strip.frames[0], 255)
-            shown = [strip.frame(at) for at in np.linspace(0, longest - 1e-3, columns)]
+            shown = [strip.frame_at(at) for at in np.linspace(0, longest - 1e-3, columns)]
             gap = white[:, :2]
             row = np.concatenate([x for one in shown for x in (white if one is None else one, gap)][:-1], axis=1)
             above.imshow(row, aspect="auto", interpolation="nearest")
     assert below is not None
     if strip.sound is not None:
         times = np.arange(len(strip.sound)) / max(len(strip.sound), 1) * strip.seconds
-        below.plot(times, strip.sound, lw=0.4, color=_COLOURS["few"] if strip.alarming else "#333333")
+        below.plot(times, strip.sound, lw=0.4, color=MODE_COLORS["few"] if strip.alarming else "#333333")
     below.set_xlim(0, longest)
     below.set_ylim(-0.6, 0.6)
     below.set_yticks([])
     below.tick_params(labelbottom=False, length=2)
     below.spines[["top", "right", "left"]].set_visible(False)
-    target, colour = above or below, _COLOURS["few"] if strip.alarming else "black"
+    target, colour = above or below, MODE_COLORS["few"] if strip.alarming else "black"
     target.text(-0.008, 0.5, strip.label, transform=target.transAxes, ha="right", va="center", fontsize=8, color=colour)
     if strip.words:
         shown = strip.words.encode("ascii", "replace").decode()[:150].replace("$", r"\$")
         below.text(0, -0.05, shown, transform=below.transAxes, ha="left", va="top", fontsize=6, color=colour)
 
 
-def histograms(values: Mapping[str, Sequence[float]], path: Path, title: str) -> Path:
+def plot_histograms(values: Mapping[str, Sequence[float]], path: Path, title: str) -> Path:
     """One panel for each name."""
-    figure, axes = _grid(len(values))
+    figure, axes = panel_grid(len(values))
     for axis, (name, numbers) in zip(axes, values.items(), strict=False):
-        axis.hist(numbers, bins=30, color=_COLOURS["multi"])
+        axis.hist(numbers, bins=30, color=MODE_COLORS["multi"])
         axis.set_title(name, fontsize=9)
-    _finish(figure, axes, title, len(values))
-    return _save(figure, path)
+    finish_figure(figure, axes, title, len(values))
+    return save_figure(figure, path)
 
 
-def _grid(panels: int) -> tuple[Figure, list[Axes]]:
+def panel_grid(panels: int) -> tuple[Figure, list[Axes]]:
     wide = min(3, panels)
     tall = -(-panels // wide)
     figure, axes = plt.subplots(
@@ -97,7 +97,7 @@ def _grid(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, list(axes.ravel())
 
 
-def _finish(figure: Figure, axes: Sequence[Axes], title: str, used: int) -> None:
+def finish_figure(figure: Figure, axes: Sequence[Axes], title: str, used: int) -> None:
     """One legend for all panels, below them."""
     for axis in axes[:used]:
         axis.grid(color="#dddddd", lw=0.6)
@@ -111,7 +111,7 @@ def _finish(figure: Figure, axes: Sequence[Axes], title: str, used: int) -> None
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)

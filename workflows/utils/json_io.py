@@ -15,10 +15,10 @@ def read_json(path: Path, *, default: Any = _NONE) -> Any:
     try:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise damaged(path) from None
+        raise corrupt_file_error(path) from None
 
 
-def damaged(path: Path) -> ValueError:
+def corrupt_file_error(path: Path) -> ValueError:
     """The error for a file that no study writes."""
     return ValueError(f"{path} is damaged: move it away, and the same command makes it again")
 

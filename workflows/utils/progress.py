@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called as ``progress(done, in all)``."""
 
 
 @contextmanager
-def progress(label: str, *, every: float = 5.0) -> Generator[Progress]:
+def progress_bar(label: str, *, every: float = 5.0) -> Generator[ProgressCallback]:
     """How far long work has come: a bar on a terminal, a plain line every few seconds elsewhere. On standard error."""
     if sys.stderr.isatty():
         from rich.console import Console
@@ -27,7 +27,7 @@ _STEP = re.compile(r"(\w+) (\d+)/(\d+)  (.*)")
 
 
 @contextmanager
-def training_display() -> Generator[Callable[[str], None]]:
+def training_progress() -> Generator[Callable[[str], None]]:
     """Shows lines of a training's log on standard error: with a bar on a terminal, elsewhere as they are."""
     if not sys.stderr.isatty():
         yield lambda text: print(text, file=sys.stderr, flush=True)
@@ -54,7 +54,7 @@ def training_display() -> Generator[Callable[[str], None]]:
         yield show
 
 
-def _plain_lines(label: str, every: float) -> Progress:
+def _plain_lines(label: str, every: float) -> ProgressCallback:
     last = time.monotonic()
 
     def show(done: int, of: int) -> None:

@@ -8,7 +8,7 @@ from workflows.utils import environment
 
 
 @contextmanager
-def ray_running(workers: int) -> Iterator[None]:
+def ray_session(workers: int) -> Iterator[None]:
     """The Ray that is running, or one started for the time in this process, with a CPU for each of ``workers``."""
     environment.apply_defaults()
     import ray
@@ -25,8 +25,8 @@ def ray_running(workers: int) -> Iterator[None]:
             ray.shutdown()
 
 
-def worker_environment() -> dict[str, dict[str, str]]:
+def worker_runtime_env() -> dict[str, dict[str, str]]:
     """A runtime environment in which Ray's workers find our packages, and nothing phones home."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"env_vars": {"PYTHONPATH": path, **environment.DEFAULTS}}
+    return {"env_vars": {"PYTHONPATH": path, **environment.DEFAULT_ENV}}

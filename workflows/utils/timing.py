@@ -16,7 +16,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def timed(device: torch.device, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[float, R]:
+def time_call(device: torch.device, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[float, R]:
     """Seconds until the device has done ``work``, and its result."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

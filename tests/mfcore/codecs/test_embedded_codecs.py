@@ -10,9 +10,9 @@ from scipy.signal import lfilter
 from torch import Tensor
 
 from mfcore.codecs.base import Codec, TextCodec
-from mfcore.codecs.dct import DctCodec, DctConfig, cosines
-from mfcore.codecs.factory import build_text_codec
-from mfcore.codecs.hashed_words import HashedWords
+from mfcore.codecs.dct import DctCodec, DctConfig, dct_matrix
+from mfcore.codecs.factory import text_codec_from_id
+from mfcore.codecs.hashed_words import HashedWordEncoder
 from mfcore.codecs.mel import MelCodec, MelConfig, mel_filterbank
 from mfcore.codecs.stats import LatentStats
 from mfcore.metrics.av_sync import sound_envelope, sync_offset
@@ -73,7 +73,7 @@ def in_portions(codec: Codec, latents: Tensor, cuts: list[int]) -> Tensor:
 
 
 def test_cosines_are_orthonormal():
-    torch.testing.assert_close(cosines(8) @ cosines(8).T, np.eye(8), atol=1e-12, rtol=0)
+    torch.testing.assert_close(dct_matrix(8) @ dct_matrix(8).T, np.eye(8), atol=1e-12, rtol=0)
 
 
 def test_dct_with_every_coefficient_is_exact():
@@ -289,7 +289,7 @@ def test_mel_refuses_impossible_settings():
 
 
 def test_words_are_deterministic_and_of_unit_size():
-    codec: TextCodec = HashedWords(width=64)
+    codec: TextCodec = HashedWordEncoder(width=64)
     vectors = codec.encode(["talking", "wall", "talking"])
     assert vectors.shape == (3, 64)
     assert codec.id == "words-v2/d64"
@@ -302,19 +302,19 @@ def test_words_are_deterministic_and_of_unit_size():
 
 def test_punctuation_makes_no_other_word():
     """Subtitles have it, people who type a transcript for `mfctl generate` may not."""
-    codec = build_text_codec("words-v2/d64")
+    codec = text_codec_from_id("words-v2/d64")
     plain = codec.encode(["hello", "don't", "it", "well-known", "-"])
     written = codec.encode(["Hello,", "don\u2019t", '"it?"', "(well-known)", "-"])
     assert torch.equal(plain, written)
     assert not torch.equal(codec.encode(["well"]), codec.encode(["well-known"]))
-    old = build_text_codec("words-v1/d64")
+    old = text_codec_from_id("words-v1/d64")
     assert old.id == "words-v1/d64"
     assert torch.equal(old.encode(["hello", "ba"]), codec.encode(["hello", "ba"]))
     assert not torch.equal(old.encode(["Hello,"]), old.encode(["hello"])), "datasets of before mean what they meant"
 
 
 def test_words_different_are_apart_and_similar_nearer():
-    codec = HashedWords(width=256)
+    codec = HashedWordEncoder(width=256)
     syllables = [c + v for c in "bdgmls" for v in "aeio"]
     vectors = codec.encode([*syllables, "talk", "talks", "talked", "window", "green"]) / 16
     cosine = vectors @ vectors.T
@@ -327,12 +327,12 @@ def test_words_different_are_apart_and_similar_nearer():
 def test_tokenize_unicode():
     text = "A red-haired man's mouth; \u00dcbung 42, \u65e5\u672c snake_case!"
     expected = ["a", "red", "haired", "man's", "mouth", "\u00fcbung", "42", "\u65e5\u672c", "snake", "case"]
-    assert HashedWords().tokenize(text) == expected
-    assert HashedWords().tokenize(" ... ") == []
+    assert HashedWordEncoder().tokenize(text) == expected
+    assert HashedWordEncoder().tokenize(" ... ") == []
 
 
 def test_caption_knows_its_order():
-    codec = HashedWords()
+    codec = HashedWordEncoder()
     a, b = codec.encode_caption("red hair, blue wall"), codec.encode_caption("blue hair, red wall")
     torch.testing.assert_close(a[1], b[1])  # the same word in the same place
     cosine = float(a[0] @ b[2] / 64)  # the same word in another
@@ -342,18 +342,18 @@ def test_caption_knows_its_order():
 
 def test_words_refuse_nonsense():
     with pytest.raises(ValueError, match="empty word"):
-        HashedWords().encode(["a", ""])
+        HashedWordEncoder().encode(["a", ""])
     with pytest.raises(ValueError, match="version=3"):
-        HashedWords(version=3)
+        HashedWordEncoder(version=3)
     with pytest.raises(ValueError, match="width"):
-        HashedWords(width=4)
+        HashedWordEncoder(width=4)
 
 
 @pytest.mark.parametrize("power", [0.0, 0.3, 1.0])
 def test_softened_whitening_keeps_the_mean_square_and_the_order_of_channels(power):
     spreads, heads = (4.0, 1.0, 0.25), (3.0, 1.0, 0.5)
     full = LatentStats(mean=(1.0, 0.0, -1.0), std=spreads, head_mean=(0.0,) * 3, head_std=heads)
-    soft = full.softened(power)
+    soft = full.soften(power)
     x = torch.tensor(full.mean) + torch.tensor(spreads) * torch.randn(20000, 3, generator=torch.manual_seed(0))
     white = soft.whiten(x)
     assert float(white.square().mean()) == pytest.approx(1, rel=0.02)
@@ -363,14 +363,14 @@ def test_softened_whitening_keeps_the_mean_square_and_the_order_of_channels(powe
     assert soft.std[0] / soft.head_std[0] == pytest.approx((4 / 3) ** power)  # the first frame: the same scale
     assert soft.mean == full.mean
     with pytest.raises(ValueError, match="power of whitening"):
-        full.softened(1.5)
+        full.soften(1.5)
 
 
 def test_a_still_picture_has_one_value_in_the_still_channels():
     codec = DctCodec()
     picture = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
     latents = codec.encode(picture.repeat(5, 1, 1, 1))
-    n = codec.still
+    n = codec.static_channels
     torch.testing.assert_close(latents[0, :n], latents[1, :n], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(latents[0, n], latents[1, n], atol=1e-2)
-    assert MelCodec().still == 0
+    assert MelCodec().static_channels == 0

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mfcore.codecs import pretrained
-from mfcore.codecs.factory import build_codec, build_text_codec
-from mfcore.codecs.oobleck import OobleckCodec, OobleckConfig, reach, read_oobleck
-from mfcore.codecs.t5 import T5Words, read_t5
-from mfcore.codecs.wan import WanCodec, WanConfig, read_wan
+from mfcore.codecs.factory import codec_from_id, text_codec_from_id
+from mfcore.codecs.oobleck import OobleckCodec, OobleckConfig, oobleck_config_from_folder, receptive_field
+from mfcore.codecs.t5 import T5TextEncoder, t5_config_from_folder
+from mfcore.codecs.wan import WanCodec, WanConfig, wan_config_from_folder
 from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.tiny_pretrained import save_oobleck, save_t5, save_wan
@@ -20,23 +20,23 @@ from tests.helpers.tiny_pretrained import save_oobleck, save_t5, save_wan
 def offline():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.delenv(pretrained.CODECS, raising=False)
+        patch.delenv(pretrained.CODECS_ENV, raising=False)
         yield
 
 
 @pytest.fixture(scope="module", params=["2.1", "2.2"])
 def wan(request, tmp_path_factory) -> WanCodec:
-    return WanCodec(read_wan(str(save_wan(tmp_path_factory.mktemp("wan"), request.param))), "cpu")
+    return WanCodec(wan_config_from_folder(str(save_wan(tmp_path_factory.mktemp("wan"), request.param))), "cpu")
 
 
 @pytest.fixture(scope="module")
 def oobleck(tmp_path_factory) -> OobleckCodec:
-    return OobleckCodec(read_oobleck(str(save_oobleck(tmp_path_factory.mktemp("oobleck")))), "cpu")
+    return OobleckCodec(oobleck_config_from_folder(str(save_oobleck(tmp_path_factory.mktemp("oobleck")))), "cpu")
 
 
 @pytest.fixture(scope="module", params=["umt5", "t5"])
-def text(request, tmp_path_factory) -> T5Words:
-    return T5Words(read_t5(str(save_t5(tmp_path_factory.mktemp("text"), request.param))), "cpu")
+def text(request, tmp_path_factory) -> T5TextEncoder:
+    return T5TextEncoder(t5_config_from_folder(str(save_t5(tmp_path_factory.mktemp("text"), request.param))), "cpu")
 
 
 def frames(count: int, seed: int = 0) -> torch.Tensor:
@@ -93,13 +93,14 @@ def test_wan_in_a_batch_is_wan_one_by_one(wan):
 def test_wan_knows_its_clock_its_statistics_and_its_still_channels(wan):
     clock = wan.clock
     assert (clock.rate, clock.offset, clock.head) == (6, Fraction(1, 24), 1)
-    assert wan.still == wan.channels
-    assert (wan.published.mean, wan.published.std) == (wan.published.head_mean, wan.published.head_std)
+    assert wan.static_channels == wan.channels
+    stats = wan.published_stats
+    assert (stats.mean, stats.std) == (stats.head_mean, stats.head_std)
     if wan.channels == 16:
-        assert wan.published.mean[:2] == (-0.7571, -0.7089)
-        assert wan.published.std[-1] == 1.916
+        assert wan.published_stats.mean[:2] == (-0.7571, -0.7089)
+        assert wan.published_stats.std[-1] == 1.916
     else:
-        assert wan.published.std[10] == pytest.approx(1.2)
+        assert wan.published_stats.std[10] == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize("shape", [(5, 30, 48, 3), (0, 32, 48, 3), (5, 32, 48)])
@@ -121,7 +122,7 @@ def test_oobleck_encodes_and_decodes_what_its_class_does(oobleck):
 
 def test_the_reach_of_an_oobleck_decoder_is_exact(oobleck):
     """One latent changed: sound changes from ``behind`` latents before it to ``before`` behind it, and no further."""
-    before, behind = reach((8, 8, 4, 4, 2))
+    before, behind = receptive_field((8, 8, 4, 4, 2))
     assert (before, behind) == (10, 10)
     latents = noise(2 * (before + behind))
     changed = latents.clone()
@@ -139,7 +140,7 @@ def test_oobleck_decodes_by_portions_what_it_decodes_whole(oobleck, cuts):
 
 
 def test_oobleck_gives_sound_as_soon_as_it_is_final(oobleck):
-    decoder, (_, behind) = oobleck.decoder(), reach((8, 8, 4, 4, 2))
+    decoder, (_, behind) = oobleck.decoder(), receptive_field((8, 8, 4, 4, 2))
     given = [len(decoder.push(part)) // 2048 for part in noise(33).split(11)]
     assert given == [11 - behind, 11, 11]
     assert len(decoder.flush()) == behind * 2048
@@ -182,19 +183,19 @@ def test_captions_are_the_states_of_the_encoder(text):
 def test_an_id_finds_its_weights_again(wan, oobleck, text, tmp_path, monkeypatch):
     """By the folder it was made from, by MFCTL_CODECS, and never other weights."""
     for codec in (wan, oobleck):
-        again = build_codec(codec.id, codec.clock, codec.config.folder, "cpu")
-        assert (again.id, again.clock, again.channels, again.still) == (
-            codec.id, codec.clock, codec.channels, codec.still,
+        again = codec_from_id(codec.id, codec.clock, codec.config.folder, "cpu")
+        assert (again.id, again.clock, again.channels, again.static_channels) == (
+            codec.id, codec.clock, codec.channels, codec.static_channels,
         )  # fmt: skip
         signal = frames(5) if codec is wan else torch.rand(5000)
         assert torch.equal(again.encode(signal), codec.encode(signal))
-    assert torch.equal(build_text_codec(text.id, text.config.folder, "cpu").encode(["ba"]), text.encode(["ba"]))
-    lost = build_codec(oobleck.id, oobleck.clock, str(tmp_path), "cpu")
+    assert torch.equal(text_codec_from_id(text.id, text.config.folder, "cpu").encode(["ba"]), text.encode(["ba"]))
+    lost = codec_from_id(oobleck.id, oobleck.clock, str(tmp_path), "cpu")
     assert lost.channels == 8  # known without weights
     with pytest.raises(ValueError, match=r"weights of codec oobleck-v1.*set MFCTL_CODECS"):
         lost.encode(torch.zeros(10))
     save_oobleck(tmp_path / "other", seed=1)
-    monkeypatch.setenv(pretrained.CODECS, str(tmp_path))
+    monkeypatch.setenv(pretrained.CODECS_ENV, str(tmp_path))
     with pytest.raises(ValueError, match="set MFCTL_CODECS"):
         lost.encode(torch.zeros(10))
     (tmp_path / "right").symlink_to(oobleck.config.folder)
@@ -203,9 +204,9 @@ def test_an_id_finds_its_weights_again(wan, oobleck, text, tmp_path, monkeypatch
 
 def test_folders_that_hold_something_else_are_refused(wan, oobleck, text, tmp_path):
     for read, folder in (
-        (read_wan, oobleck.config.folder),
-        (read_oobleck, wan.config.folder),
-        (read_t5, str(tmp_path)),
+        (wan_config_from_folder, oobleck.config.folder),
+        (oobleck_config_from_folder, wan.config.folder),
+        (t5_config_from_folder, str(tmp_path)),
     ):
         with pytest.raises(ValueError, match="holds no"):
             read(folder)
@@ -213,10 +214,10 @@ def test_folders_that_hold_something_else_are_refused(wan, oobleck, text, tmp_pa
     config = Path(wan.config.folder, "config.json").read_text()
     (tmp_path / "vae" / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"no \.safetensors"):
-        read_wan(str(tmp_path))
+        wan_config_from_folder(str(tmp_path))
     (tmp_path / "vae" / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
-        read_wan(str(tmp_path))
+        wan_config_from_folder(str(tmp_path))
 
 
 def test_contradictory_or_unknown_ids_are_refused(wan):
@@ -225,7 +226,7 @@ def test_contradictory_or_unknown_ids_are_refused(wan):
             WanConfig(**{"channels": 16, "block": 8, "weights": "0", **wrong})
     for unknown in ("wan-v1", "wan-v9/c1/b1/g4/00", "vocos-v1/c3"):
         with pytest.raises(ValueError, match="unknown codec"):
-            build_codec(unknown, wan.clock)
+            codec_from_id(unknown, wan.clock)
     with pytest.raises(ValueError, match="unknown text codec"):
-        build_text_codec("clip-v1/d8")
+        text_codec_from_id("clip-v1/d8")
     assert OobleckConfig(channels=64, sample_rate=44100, hop=2048, weights="0").folder == ""

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from mfcore.metrics.av_sync import MotionSync
-from mfcore.metrics.syncnet import SyncNet, SyncNetSync, face_windows, load_syncnet, mfcc, offset_of
-from preprocessing.toyworld.world import ToyConfig, draw_truth, render_frames, render_sound
+from mfcore.metrics.syncnet import SyncNet, SyncNetSync, best_offset, face_windows, load_syncnet, mfcc
+from preprocessing.toyworld.world import ToyConfig, render_audio, render_frames, sample_truth
 from tests.helpers.tiny_syncnet import PUBLISHED, published
 
 CONFIG = ToyConfig(seconds=6.0, seed=11)
@@ -18,8 +18,8 @@ CONFIG = ToyConfig(seconds=6.0, seed=11)
 
 @cache
 def talking(index: int) -> tuple[np.ndarray, np.ndarray]:
-    truth = draw_truth(CONFIG, index)
-    return render_frames(truth), render_sound(truth)
+    truth = sample_truth(CONFIG, index)
+    return render_frames(truth), render_audio(truth)
 
 
 def late(sound: np.ndarray, seconds: float) -> np.ndarray:
@@ -120,10 +120,10 @@ def test_cepstra_of_a_tone_and_of_silence():
 def test_the_offset_is_where_the_vectors_agree(planted):
     vectors = torch.randn(120, 64, generator=torch.Generator().manual_seed(1))
     lips, heard = vectors[20:100], vectors[20 - planted : 100 - planted]  # what is seen at t is heard at t + planted
-    found = offset_of(lips, heard)
+    found = best_offset(lips, heard)
     assert found.offset_sec == planted / 25
     assert found.confidence > 3
-    assert offset_of(lips, torch.randn(80, 64)).confidence < 1
+    assert best_offset(lips, torch.randn(80, 64)).confidence < 1
 
 
 @pytest.mark.slow

@@ -7,11 +7,11 @@ from scipy.special import erf
 
 from mfcore.metrics.av_sync import motion_energy, sound_envelope, sync_offset
 from mfcore.metrics.continuity import lag_one_correlation, pooled_lag_one_correlation, seam_energy, step_energy
-from mfcore.metrics.distributions import entropy, entropy_ratio
+from mfcore.metrics.distributions import entropy_ratio, mode_entropy
 from mfcore.metrics.frechet import frechet_bias, frechet_distance, frechet_interval
 from mfcore.metrics.identity import identity_error, identity_similarity
 from mfcore.metrics.speech import edit_distance, error_rate
-from mfcore.metrics.windows import Window, parse_windows
+from mfcore.metrics.windows import TimeWindow, parse_windows
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -261,7 +261,7 @@ def test_windows():
     assert first.slice(24, 1000) == slice(0, 120)
     assert second.slice(24, 1000) == slice(120, 372)
     assert rest.slice(24, 1000) == slice(1000, 1000)
-    assert Window(start=0.1).slice(30, 10) == slice(3, 10)  # 0.1 * 30 is above 3 in floating point
+    assert TimeWindow(start=0.1).slice(30, 10) == slice(3, 10)  # 0.1 * 30 is above 3 in floating point
     assert first.covered_by(3)
     assert not second.covered_by(5)
 
@@ -280,19 +280,19 @@ def test_windows_refuse(text: str):
 
 
 def test_entropy():
-    assert entropy(np.arange(8).repeat(500), 8) == pytest.approx(np.log(8))
-    assert entropy([3] * 50, 8) == 0
-    assert entropy([0] * 900 + [1] * 100, 2) == pytest.approx(-0.9 * np.log(0.9) - 0.1 * np.log(0.1) + 1 / 2000)
+    assert mode_entropy(np.arange(8).repeat(500), 8) == pytest.approx(np.log(8))
+    assert mode_entropy([3] * 50, 8) == 0
+    assert mode_entropy([0] * 900 + [1] * 100, 2) == pytest.approx(-0.9 * np.log(0.9) - 0.1 * np.log(0.1) + 1 / 2000)
     assert entropy_ratio([0, 1] * 200, np.arange(4).repeat(100), 4) == pytest.approx(0.5, abs=0.01)
     assert np.isnan(entropy_ratio([0, 1], [0, 0], 4))
 
 
 def test_entropy_correction_helps_small_samples():
-    draws = [entropy(rng(seed).integers(0, 8, 40), 8) for seed in range(200)]
+    draws = [mode_entropy(rng(seed).integers(0, 8, 40), 8) for seed in range(200)]
     assert np.mean(draws) == pytest.approx(np.log(8), abs=0.03)  # 0.09 too low without
 
 
 @pytest.mark.parametrize("wrong", [[], [8], [-1]])
 def test_entropy_refuses(wrong: list[int]):
     with pytest.raises(ValueError, match="0 .. 7"):
-        entropy(wrong, 8)
+        mode_entropy(wrong, 8)

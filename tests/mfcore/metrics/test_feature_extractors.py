@@ -8,11 +8,11 @@ import torch
 
 from mfcore.flow import TimeConfig
 from mfcore.metrics.bootstrap import mean_interval
-from mfcore.metrics.distributions import kl_divergence, smoothed
+from mfcore.metrics.distributions import kl_divergence, smoothed_distribution
 from mfcore.metrics.history_use import history_use, mode_history_use
-from mfcore.metrics.lip_sync_error import lip_sync
-from mfcore.metrics.signal_quality import clipping, sharpness, silence
-from mfcore.metrics.speech import Whisper, plain_words
+from mfcore.metrics.lip_sync_error import lip_sync_error
+from mfcore.metrics.signal_quality import clipped_fraction, sharpness, silent_fraction
+from mfcore.metrics.speech import Whisper, normalize_words
 from mfcore.metrics.syncnet import SyncNet, SyncNetSync
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.tiny_model import batch, network
@@ -47,15 +47,15 @@ def test_sharpness_falls_with_blur():
 
 def test_clipping_and_silence_are_shares():
     sound = np.concatenate([np.zeros(8000), np.full(4000, 1.0), np.full(4000, 0.5)])
-    assert clipping(sound) == 0.25
-    assert silence(sound, 16000) == pytest.approx(0.5, abs=0.11)
-    assert math.isnan(clipping(np.zeros(0)))
+    assert clipped_fraction(sound) == 0.25
+    assert silent_fraction(sound, 16000) == pytest.approx(0.5, abs=0.11)
+    assert math.isnan(clipped_fraction(np.zeros(0)))
 
 
 @pytest.mark.parametrize("late", [0, 4, -7])
 def test_lips_find_a_planted_offset(late: int):
     lips = draw(80, 32)
-    found = lip_sync(lips, np.roll(lips, late, axis=0))
+    found = lip_sync_error(lips, np.roll(lips, late, axis=0))
     assert found is not None
     assert found.offset_sec == pytest.approx(late / 25)
     assert found.confidence > 4
@@ -63,15 +63,15 @@ def test_lips_find_a_planted_offset(late: int):
 
 def test_lips_of_another_clip_are_at_chance_and_worse_is_worse():
     lips, other = draw(80, 32), draw(80, 32, seed=1)
-    steps = [lip_sync(lips, lips + noise * other) for noise in (0.0, 0.5, 1.0, 3.0)]
+    steps = [lip_sync_error(lips, lips + noise * other) for noise in (0.0, 0.5, 1.0, 3.0)]
     confidence = [s.confidence for s in steps if s]
     distance = [s.distance for s in steps if s]
     assert confidence == sorted(confidence, reverse=True) and distance == sorted(distance)
-    chance = lip_sync(lips, other)
+    chance = lip_sync_error(lips, other)
     assert chance is not None and chance.confidence < 0.5 < 0.1 * confidence[0]
-    assert lip_sync(lips[:1], lips[:1]) is None
+    assert lip_sync_error(lips[:1], lips[:1]) is None
     with pytest.raises(ValueError, match="one of each per frame"):
-        lip_sync(lips, other[:5])
+        lip_sync_error(lips, other[:5])
 
 
 def test_lse_of_syncnet_agrees_with_its_own_reading():
@@ -79,7 +79,7 @@ def test_lse_of_syncnet_agrees_with_its_own_reading():
     sync = SyncNetSync(SyncNet().eval())
     frames = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
     sound = 0.1 * draw(16000)
-    ours, theirs = lip_sync(*sync.vectors(frames, 25.0, sound, 16000)), sync(frames, 25.0, sound, 16000)
+    ours, theirs = lip_sync_error(*sync.vectors(frames, 25.0, sound, 16000)), sync(frames, 25.0, sound, 16000)
     assert ours is not None
     assert ours.offset_sec == pytest.approx(theirs.offset_sec)
     assert ours.confidence == pytest.approx(theirs.confidence, abs=1e-3)
@@ -91,7 +91,7 @@ def test_divergence_of_known_laws():
     assert kl_divergence(p, p) == 0
     assert kl_divergence(p, q) == pytest.approx(0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(2))
     assert kl_divergence(p, np.array([1.0, 0.0])) == np.inf
-    assert smoothed(np.array([9, 0])) == pytest.approx([0.95, 0.05])
+    assert smoothed_distribution(np.array([9, 0])) == pytest.approx([0.95, 0.05])
     with pytest.raises(ValueError, match="adding up to 1"):
         kl_divergence(p, np.array([0.5, 0.6]))
 
@@ -110,7 +110,7 @@ def test_history_use_of_the_multi_step_mode_is_the_objective_s_own():
 
 
 def test_plain_words():
-    assert plain_words("Don't STOP, now - 42!") == ["don't", "stop", "now", "42"]
+    assert normalize_words("Don't STOP, now - 42!") == ["don't", "stop", "now", "42"]
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -128,7 +128,7 @@ def test_whisper_is_loaded_from_a_folder(tmp_path):
 
 def test_networks_of_features_are_loaded_from_folders(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from mfcore.metrics.feature_extractors import Clap, Faces, VideoMae
+    from mfcore.metrics.feature_extractors import CLAP, FaceEncoder, VideoMAE
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     torch.manual_seed(0)
@@ -136,19 +136,19 @@ def test_networks_of_features_are_loaded_from_folders(tmp_path):
     transformers.VideoMAEModel(video).save_pretrained(tmp_path / "videomae")
     transformers.ViTModel(transformers.ViTConfig(image_size=32, **small)).save_pretrained(tmp_path / "faces")
     frames = np.random.default_rng(0).integers(0, 256, (97, 40, 48, 3), np.uint8)
-    features = VideoMae(str(tmp_path / "videomae"))(frames, 24.0)
+    features = VideoMAE(str(tmp_path / "videomae"))(frames, 24.0)
     assert features.shape == (2, 16) and not np.allclose(features[0], features[1])
-    assert VideoMae(str(tmp_path / "videomae"))(frames[:10], 24.0).shape == (1, 16)
-    assert Faces(str(tmp_path / "faces"))(frames, 24.0).shape == (3, 16)  # the first frame, two segments
+    assert VideoMAE(str(tmp_path / "videomae"))(frames[:10], 24.0).shape == (1, 16)
+    assert FaceEncoder(str(tmp_path / "faces"))(frames, 24.0).shape == (3, 16)  # the first frame, two segments
     with pytest.raises(ValueError, match="is no folder"):
-        VideoMae(str(tmp_path / "none"))
+        VideoMAE(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="holds no ClapModel"):
-        Clap(str(tmp_path))
+        CLAP(str(tmp_path))
 
 
 def test_clap_is_loaded_from_a_folder(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from mfcore.metrics.feature_extractors import Clap
+    from mfcore.metrics.feature_extractors import CLAP
 
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     audio = {"depths": [1, 1], "num_attention_heads": [2, 2], "patch_embeds_hidden_size": 8, "hidden_size": 16}
@@ -158,7 +158,7 @@ def test_clap_is_loaded_from_a_folder(tmp_path):
     )
     transformers.ClapModel(config).save_pretrained(tmp_path)
     transformers.ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(tmp_path)
-    features = Clap(str(tmp_path))(0.1 * draw(4 * 16000), 16000)
+    features = CLAP(str(tmp_path))(0.1 * draw(4 * 16000), 16000)
     assert features.shape == (2, 12)
     assert np.linalg.norm(features, axis=1) == pytest.approx(1, abs=1e-5)
 
@@ -166,14 +166,14 @@ def test_clap_is_loaded_from_a_folder(tmp_path):
 def test_a_sound_classifier_is_loaded_from_a_folder(tmp_path):
     """Loud and quiet noise differ in classes, two seconds of the same noise hardly."""
     transformers = pytest.importorskip("transformers")
-    from mfcore.metrics.feature_extractors import SoundClasses
+    from mfcore.metrics.feature_extractors import AudioClassifier
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     torch.manual_seed(0)
     config = transformers.ASTConfig(max_length=220, num_mel_bins=32, num_labels=5, **small)
     transformers.ASTForAudioClassification(config).save_pretrained(tmp_path)
     transformers.ASTFeatureExtractor(max_length=220, num_mel_bins=32).save_pretrained(tmp_path)
-    heard = SoundClasses(str(tmp_path))
+    heard = AudioClassifier(str(tmp_path))
     loud, quiet = (heard(gain * draw(4 * 22050), 22050) for gain in (0.3, 0.001))
     assert loud.shape == quiet.shape == (2, 5)
     assert loud.sum(1) == pytest.approx(1, abs=1e-5)
@@ -181,4 +181,4 @@ def test_a_sound_classifier_is_loaded_from_a_folder(tmp_path):
     assert kl_divergence(loud.mean(0), quiet.mean(0)) > 10 * kl_divergence(loud[0], loud[1])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no AutoModelForAudioClassification"):
-        SoundClasses(str(tmp_path / "empty"))
+        AudioClassifier(str(tmp_path / "empty"))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfcore.model.attention import Sight, additive, attend
-from mfcore.solver import Context, levels
+from mfcore.model.attention import AttentionVisibility, additive_mask, attend
+from mfcore.solver import DenoiserContext, constant_levels
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.attention_inputs import qkv, sight
 from tests.helpers.tiny_model import batch, network
@@ -41,7 +41,7 @@ def test_an_additive_mask_is_the_mask_to_the_last_bit():
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = qkv(seen, dtype)
         plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen.dense())
-        assert torch.equal(attend(q, k, v, additive(seen.dense())), plain)
+        assert torch.equal(attend(q, k, v, additive_mask(seen.dense())), plain)
 
 
 class Called(TorchDispatchMode):
@@ -61,10 +61,10 @@ def test_a_layer_turns_no_heads_and_makes_no_mask():
     """Both are passes over every number that a product has just written. What is copied is the attention's answer, of
     which each branch gets its rows."""
     model, data = network(layers=3), batch(2, 4)
-    context = Context(model=model, cond=data.cond).remember(data.streams, None)
-    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
-    given, run = [], model.layer
-    model.layer = lambda *args: given.append(args) or run(*args)
+    context = DenoiserContext(model=model, cond=data.cond).append_history(data.streams, None)
+    t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
+    given, run = [], model.run_layer
+    model.run_layer = lambda *args: given.append(args) or run(*args)
     context.velocity(data.streams, t, t)
     with Called() as called:
         run(*given[-1])
@@ -85,13 +85,15 @@ def test_statistics_of_the_softmax_are_float32_for_bfloat16():
 def test_the_whole_network_by_either_backend(changes, monkeypatch):
     """Parallel passes over history and noisy chunks, with the sink's copies, and with branches apart."""
     model, data = network(**changes), batch(rows=2, chunks=4)
-    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
+    t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
 
     def answer() -> dict[str, torch.Tensor]:
-        return Context(model=model, cond=data.cond).remember(data.streams, None).velocity(data.streams, t, t)
+        return (
+            DenoiserContext(model=model, cond=data.cond).append_history(data.streams, None).velocity(data.streams, t, t)
+        )
 
     dense = answer()
-    monkeypatch.setattr(Sight, "mask", lambda self, backend, device: self.blocks(device))
+    monkeypatch.setattr(AttentionVisibility, "mask", lambda self, backend, device: self.blocks(device))
     flex = answer()
     for m in (VIDEO, AUDIO):
         torch.testing.assert_close(flex[m], dense[m], atol=1e-5, rtol=1e-5)
@@ -101,8 +103,8 @@ def test_on_a_cpu_the_reference_takes_the_place_of_flex():
     """Which has no gradient there."""
     assert isinstance(sight().mask("flex", torch.device("cpu")), torch.Tensor)
     data = batch(rows=1, chunks=2)
-    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
+    t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
     model = network(attention="flex")
-    u = Context(model=model, cond=data.cond).opened().velocity(data.streams, t, t)
+    u = DenoiserContext(model=model, cond=data.cond).prefill().velocity(data.streams, t, t)
     u[VIDEO].sum().backward()
     assert model.branch(VIDEO).block(0).qkv.weight.grad is not None

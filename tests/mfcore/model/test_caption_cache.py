@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mfcore.model.caption_cache import Origin
-from mfcore.model.cuda_graphs import Graphed
+from mfcore.model.caption_cache import TensorVersions
+from mfcore.model.cuda_graphs import CUDAGraphModel
 from mfcore.rollout import join_chunks, rollout
-from mfcore.solver import Context
+from mfcore.solver import DenoiserContext
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.op_recorder import warmed_tape
 from tests.helpers.streaming import CHUNKS, PLAN, in_ring, starts, streamed
@@ -16,7 +16,7 @@ from tests.helpers.tiny_model import batch, network
 
 
 def nothing_kept(monkeypatch) -> None:
-    monkeypatch.setattr(Origin, "still", lambda *_: False)
+    monkeypatch.setattr(TensorVersions, "is_current", lambda *_: False)
 
 
 def assert_equal(one, other) -> None:
@@ -39,7 +39,7 @@ def test_keeping_a_caption_changes_no_bit(changes, guidance, monkeypatch):
     model, data = network(**changes), batch()
     other = replace(data.cond, caption=-data.cond.caption, caption_mask=data.cond.caption_mask.roll(1, 0))
     conds = [data.cond] * 3 + [other] * 3 + [data.cond] * (CHUNKS - 6)
-    context = Context(model=model, cond=data.cond, guidance=guidance)
+    context = DenoiserContext(model=model, cond=data.cond, guidance=guidance)
     kept = streamed(context, data, conds=conds)
     nothing_kept(monkeypatch)
     assert_equal(kept, streamed(context, data, conds=conds))
@@ -48,7 +48,7 @@ def test_keeping_a_caption_changes_no_bit(changes, guidance, monkeypatch):
 @torch.no_grad()
 def test_a_caption_is_read_once_for_all_chunks_while_the_words_change():
     model, data = network(), batch()
-    context = in_ring(Context(model=model, cond=data.cond))
+    context = in_ring(DenoiserContext(model=model, cond=data.cond))
     calls = counted(model)
     conds = (replace(data.cond, words=data.cond.words * k) for k in range(CHUNKS))
     assert len(list(rollout(context, starts(data), PLAN, conds=conds))) == CHUNKS
@@ -61,7 +61,7 @@ def test_a_caption_is_read_once_for_all_chunks_while_the_words_change():
 @torch.no_grad()
 def test_each_branch_of_guidance_reads_it_once():
     model, data = network(), batch()
-    context = in_ring(Context(model=model, cond=data.cond, guidance=2.0))
+    context = in_ring(DenoiserContext(model=model, cond=data.cond, guidance=2.0))
     calls = counted(model)
     list(rollout(context, starts(data), PLAN))
     assert calls == {VIDEO: 2, AUDIO: 2}
@@ -101,13 +101,13 @@ CHANGES = [change_caption, change_weight, load_others, assign_others, change_emb
 def test_what_is_written_into_caption_or_weights_is_heard_by_the_next_chunk(change, monkeypatch):
     def changed_on_the_way():
         model, data = network(), batch()
-        chunks = rollout(in_ring(Context(model=model, cond=data.cond)), starts(data), PLAN)
+        chunks = rollout(in_ring(DenoiserContext(model=model, cond=data.cond)), starts(data), PLAN)
         made = [next(chunks).clean for _ in range(4)]
         change(model, data.cond.caption)
         return join_chunks([*made, *(chunk.clean for chunk in chunks)])
 
     kept = changed_on_the_way()
-    before = streamed(Context(model=network(), cond=batch().cond), batch())
+    before = streamed(DenoiserContext(model=network(), cond=batch().cond), batch())
     late = before[VIDEO].chunk >= 4
     assert not torch.allclose(kept[VIDEO].latents[:, late], before[VIDEO].latents[:, late], atol=1e-2)
     nothing_kept(monkeypatch)
@@ -118,7 +118,7 @@ def test_what_is_written_into_caption_or_weights_is_heard_by_the_next_chunk(chan
 def test_a_change_of_precision_is_heard():
     model, data = network(), batch()
     calls = counted(model)
-    chunks = rollout(in_ring(Context(model=model, cond=data.cond)), starts(data), PLAN)
+    chunks = rollout(in_ring(DenoiserContext(model=model, cond=data.cond)), starts(data), PLAN)
     next(chunks), next(chunks)
     already = dict(calls)
     with torch.autocast("cpu", torch.bfloat16):
@@ -131,7 +131,7 @@ def test_in_inference_mode_nothing_is_taken_for_unchanged():
     model = network()
     with torch.inference_mode():
         data = batch()
-        chunks = rollout(in_ring(Context(model=model, cond=data.cond)), starts(data), PLAN)
+        chunks = rollout(in_ring(DenoiserContext(model=model, cond=data.cond)), starts(data), PLAN)
         made = [next(chunks).clean for _ in range(3)]
         data.cond.caption.mul_(-1.0)
         made += [chunk.clean for chunk in chunks]
@@ -142,14 +142,14 @@ def test_in_inference_mode_nothing_is_taken_for_unchanged():
 
 @torch.no_grad()
 def streamed_before(model):
-    return streamed(Context(model=model, cond=batch().cond), batch())
+    return streamed(DenoiserContext(model=model, cond=batch().cond), batch())
 
 
 @torch.no_grad()
 def test_two_streams_of_one_network_hear_their_own():
     model, data = network(), batch()
     other = replace(data.cond, caption=-data.cond.caption)
-    own = [Context(model=model, cond=cond) for cond in (data.cond, other)]
+    own = [DenoiserContext(model=model, cond=cond) for cond in (data.cond, other)]
     alone = [streamed(context, data) for context in own]
     turns = zip(*(rollout(in_ring(context), starts(data), PLAN) for context in own), strict=True)
     for made, expected in zip(zip(*turns, strict=True), alone, strict=True):
@@ -162,9 +162,9 @@ def test_recorded_passes_hear_a_new_caption():
     model, data = network(window=2), batch()
     other = replace(data.cond, caption=-data.cond.caption)
     conds = [data.cond] * 8 + [other] * 8
-    plain = streamed(Context(model=model, cond=data.cond), data, conds=conds, chunks=16)
-    graphed = Graphed(model, warmed_tape)
-    context = Context(model=graphed, cond=data.cond)
+    plain = streamed(DenoiserContext(model=model, cond=data.cond), data, conds=conds, chunks=16)
+    graphed = CUDAGraphModel(model, warmed_tape)
+    context = DenoiserContext(model=graphed, cond=data.cond)
     played = streamed(context, data, conds=conds, chunks=16)
     for m in plain:
         torch.testing.assert_close(played[m].latents, plain[m].latents, atol=1e-5, rtol=1e-5)

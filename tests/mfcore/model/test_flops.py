@@ -6,24 +6,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfcore.model.flops import (
-    Load,
+    ChunkWorkload,
     cache_bytes_per_second,
     chunk_flops,
-    chunk_load,
+    count_parameters,
     forward_flops,
-    parameters,
-    state_bytes,
+    steady_state_workload,
+    training_state_bytes,
 )
-from mfcore.model.ring_cache import ring_of
+from mfcore.model.ring_cache import to_ring_cache
 from mfcore.rollout import noise_starts, rollout
-from mfcore.solver import Context, levels, schedule
+from mfcore.solver import DenoiserContext, constant_levels, schedule
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, model_config, network
 
 
 @pytest.mark.parametrize("modalities", [(VIDEO,), (AUDIO,), (VIDEO, AUDIO)])
 def test_parameters_are_those_of_the_network(modalities):
-    counted = parameters(model_config(*modalities))
+    counted = count_parameters(model_config(*modalities))
     assert counted["total"] == sum(p.numel() for p in network(*modalities).parameters())
     assert counted["total"] == sum(counted[m] for m in modalities)
 
@@ -32,10 +32,12 @@ def test_parameters_are_those_of_the_network(modalities):
 def test_operations_are_those_that_torch_counts():
     """One chunk after two of history, in the coupled network: every matrix product and attention."""
     model, data = network(window=2), batch(rows=1, chunks=3)
-    context = Context(model=model, cond=data.cond).remember({m: s.chunks(0, 2) for m, s in data.streams.items()}, None)
+    context = DenoiserContext(model=model, cond=data.cond).append_history(
+        {m: s.chunks(0, 2) for m, s in data.streams.items()}, None
+    )
     last = {m: s.chunks(2, 3) for m, s in data.streams.items()}
-    t = levels(last, dict.fromkeys(last, 0.5))
-    r = levels(last, dict.fromkeys(last, 0.25))
+    t = constant_levels(last, dict.fromkeys(last, 0.5))
+    r = constant_levels(last, dict.fromkeys(last, 0.25))
     # the fused kernel of the CPU is a black box to the counter, the plain one is two products
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         context.velocity(last, t, r)
@@ -43,7 +45,7 @@ def test_operations_are_those_that_torch_counts():
     tokens = {m: s.latents.shape[1] * branches[m].tokens for m, s in last.items()}
     history = sum(data.streams[m].chunks(0, 2).latents.shape[1] * branches[m].tokens for m in branches)
     sink = branches[VIDEO].tokens + data.cond.voice.shape[1]
-    load = Load(
+    load = ChunkWorkload(
         tokens=tokens,
         seen=sink + history + sum(tokens.values()),
         caption=data.cond.caption.shape[1],
@@ -58,7 +60,9 @@ def test_operations_of_a_streamed_chunk_are_those_that_torch_counts(changes):
     """Three steps and the pass that writes, after the window has filled."""
     model, data = network(window=2, **changes), batch(rows=1, chunks=1)
     most = sum(TIMELINE.max_count(m) * b.tokens for m, b in model.config.branches.items())
-    context = Context(model=model, cond=data.cond).opened().with_memories(lambda memory: ring_of(memory, most))
+    context = (
+        DenoiserContext(model=model, cond=data.cond).prefill().map_memories(lambda memory: to_ring_cache(memory, most))
+    )
     starts = noise_starts(TIMELINE, SHAPES, range(4, 8), 0, data.samples, data.cond.caption)
     chunks = rollout(context, starts, schedule(3, {VIDEO: 1.0, AUDIO: 1.0}))
     made = [next(chunks) for _ in range(3)]
@@ -69,7 +73,7 @@ def test_operations_of_a_streamed_chunk_are_those_that_torch_counts(changes):
         assert last.context.memory is not None
     tokens = {m: s.latents.shape[1] * model.config.branches[m].tokens for m, s in last.clean.items()}
     sink = model.config.branches[VIDEO].tokens + data.cond.voice.shape[1]
-    load = Load(
+    load = ChunkWorkload(
         tokens=tokens,
         seen=sink + history + sum(tokens.values()),
         caption=data.cond.caption.shape[1],
@@ -80,7 +84,7 @@ def test_operations_of_a_streamed_chunk_are_those_that_torch_counts(changes):
 
 def test_a_chunk_of_a_stream_sees_its_window():
     config = model_config(VIDEO, AUDIO, window=2)
-    load = chunk_load(config, TIMELINE, caption=3, words=4)
+    load = steady_state_workload(config, TIMELINE, caption=3, words=4)
     assert load.tokens == {VIDEO: 3 * 4, AUDIO: 8}
     assert load.seen == 4 + 8 + 3 * (12 + 8)
 
@@ -89,9 +93,9 @@ def test_bytes():
     config = model_config(VIDEO, AUDIO)
     # 6 latents of 4 tokens and 15.625 latents a second, 2 layers, keys and values of width 32 in 2 bytes
     assert cache_bytes_per_second(config, TIMELINE) == (24 + 15.625) * 2 * 2 * 32 * 2
-    assert state_bytes(1000, 1, 0) == 20_000
-    assert state_bytes(1000, 4, 1) == 4 * (1000 + 1000 + 500 + 1000)
-    assert state_bytes(1000, 4, 2) == 4 * (1000 + 250 + 500 + 1000)
-    assert state_bytes(1000, 4, 3) == 4 * (250 + 250 + 500 + 1000)
+    assert training_state_bytes(1000, 1, 0) == 20_000
+    assert training_state_bytes(1000, 4, 1) == 4 * (1000 + 1000 + 500 + 1000)
+    assert training_state_bytes(1000, 4, 2) == 4 * (1000 + 250 + 500 + 1000)
+    assert training_state_bytes(1000, 4, 3) == 4 * (250 + 250 + 500 + 1000)
     with pytest.raises(ValueError, match="0 to 3"):
-        state_bytes(1, 1, 4)
+        training_state_bytes(1, 1, 4)

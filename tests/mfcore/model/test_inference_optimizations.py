@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mfcore.model import compile as switch
-from mfcore.model.compile import NoCompiler, check_compiler, compiled
-from mfcore.model.cuda_graphs import Graphed
-from mfcore.model.lora import FakeConfig, LowRankCopy
-from mfcore.model.transformer import networks_in
+from mfcore.model.compile import CompilerNotFoundError, check_compiler, compile_block
+from mfcore.model.cuda_graphs import CUDAGraphModel
+from mfcore.model.lora import FakeScoreConfig, LoRAModel
+from mfcore.model.transformer import find_transformers
 from mfcore.rollout import join_chunks, rollout
-from mfcore.solver import Context, levels
+from mfcore.solver import DenoiserContext, constant_levels
 from mfcore.types import VIDEO
 from tests.helpers.op_recorder import warmed_tape
 from tests.helpers.streaming import PLAN, assert_same, in_ring, starts, streamed
@@ -20,14 +20,14 @@ from tests.helpers.tiny_model import batch, network
 try:
     check_compiler(torch.device("cpu"))
     NO_COMPILER = ""
-except NoCompiler as error:
+except CompilerNotFoundError as error:
     NO_COMPILER = str(error)
 
 
 def gradients(model, data) -> dict[str, torch.Tensor]:
     """Velocities, and the gradient of every weight that has one."""
-    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
-    u = Context(model=model, cond=data.cond).remember(data.streams, None).velocity(data.streams, t, t)
+    t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
+    u = DenoiserContext(model=model, cond=data.cond).append_history(data.streams, None).velocity(data.streams, t, t)
     sum(v.square().mean() for v in u.values()).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {m: v.detach() for m, v in u.items()} | found
@@ -37,7 +37,7 @@ def assert_no_gap(backend: str, changes: dict, tolerance: float, *modalities: st
     answers = []
     for on in (False, True):
         model = network(*modalities, **changes)
-        model.code = compiled(backend) if on else model.code
+        model.code = compile_block(backend) if on else model.code
         answers.append(gradients(model, batch(2, 3, *modalities)))
     assert answers[0].keys() == answers[1].keys() and len(answers[0]) > 20
     for name, value in answers[0].items():
@@ -63,20 +63,20 @@ def test_compiled_blocks_are_the_written_ones(changes):
 @torch.no_grad()
 def test_a_compiled_stream_is_the_stream():
     model, data = network(window=3), batch()
-    context = Context(model=model, cond=data.cond)
+    context = DenoiserContext(model=model, cond=data.cond)
     plain = streamed(context, data)
-    model.code = compiled()
+    model.code = compile_block()
     assert_same(plain, streamed(context, data), 3e-5)
 
 
 @pytest.mark.slow
 def test_low_rank_networks_are_compiled_too():
-    fake = LowRankCopy(network(layers=1), FakeConfig(rank=2), 0)
+    fake = LoRAModel(network(layers=1), FakeScoreConfig(rank=2), 0)
     torch.nn.init.normal_(fake.adapted.branch(VIDEO).block(0).qkv.up.weight, generator=torch.Generator().manual_seed(1))
     plain = gradients(fake.adapted, batch(1, 2))
     fake.zero_grad()
-    for part in networks_in(fake):
-        part.code = compiled("eager")
+    for part in find_transformers(fake):
+        part.code = compile_block("eager")
     for name, value in gradients(fake.adapted, batch(1, 2)).items():
         torch.testing.assert_close(value, plain[name], atol=1e-6, rtol=1e-6)
 
@@ -94,24 +94,24 @@ def test_recorded_passes_are_the_passes(changes):
     model, data = network(window=3, **changes), batch()
     other = replace(data.cond, caption=-data.cond.caption, word_times=data.cond.word_times + 2.5)
     conds = [data.cond] * 7 + [other] * 9
-    plain = streamed(Context(model=model, cond=data.cond), data, conds=conds, chunks=16)
-    graphed = Graphed(model, warmed_tape)
-    assert_same(plain, streamed(Context(model=graphed, cond=data.cond), data, conds=conds, chunks=16))
+    plain = streamed(DenoiserContext(model=model, cond=data.cond), data, conds=conds, chunks=16)
+    graphed = CUDAGraphModel(model, warmed_tape)
+    assert_same(plain, streamed(DenoiserContext(model=graphed, cond=data.cond), data, conds=conds, chunks=16))
     assert graphed.recorded < 16  # two kinds of pass; the passes are 48
 
 
 @torch.no_grad()
 def test_two_rings_and_few_recordings_are_kept_apart():
     model, data = network(window=2), batch()
-    graphed = Graphed(model, warmed_tape, most=3)
-    plain = streamed(Context(model=model, cond=data.cond, guidance=2.0), data)
-    assert_same(plain, streamed(Context(model=graphed, cond=data.cond, guidance=2.0), data), 1e-4)
+    graphed = CUDAGraphModel(model, warmed_tape, most=3)
+    plain = streamed(DenoiserContext(model=model, cond=data.cond, guidance=2.0), data)
+    assert_same(plain, streamed(DenoiserContext(model=graphed, cond=data.cond, guidance=2.0), data), 1e-4)
 
 
 @torch.no_grad()
 def test_a_snapshot_of_a_recorded_stream_goes_on():
     model, data = network(window=2), batch()
-    context = Context(model=Graphed(model, warmed_tape), cond=data.cond)
+    context = DenoiserContext(model=CUDAGraphModel(model, warmed_tape), cond=data.cond)
     whole = streamed(context, data)
     chunks = rollout(in_ring(context), starts(data), PLAN)
     for _ in range(4):

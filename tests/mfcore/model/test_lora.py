@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from mfcore.ema import Ema, EmaConfig
-from mfcore.model.lora import FakeConfig, LowRankCopy
-from mfcore.solver import Context, levels
+from mfcore.model.lora import FakeScoreConfig, LoRAModel
+from mfcore.solver import DenoiserContext, constant_levels
 from tests.helpers.tiny_model import batch, network
 
-CONFIG = FakeConfig(rank=4)
+CONFIG = FakeScoreConfig(rank=4)
 
 
 def velocity(model, data=None):
     data = data or batch(rows=2, chunks=2)
-    t, r = (levels(data.streams, dict.fromkeys(data.streams, level)) for level in (0.7, 0.2))
+    t, r = (constant_levels(data.streams, dict.fromkeys(data.streams, level)) for level in (0.7, 0.2))
     trust = torch.tensor([0.3, 1.0])
-    return Context(model=model, cond=data.cond).remember(data.streams, trust).velocity(data.streams, t, r)
+    return DenoiserContext(model=model, cond=data.cond).append_history(data.streams, trust).velocity(data.streams, t, r)
 
 
 def squares(velocities) -> torch.Tensor:
@@ -28,14 +28,14 @@ def squares(velocities) -> torch.Tensor:
 def test_it_starts_as_its_base_bit_for_bit():
     ema = Ema(network(), EmaConfig())
     expected = velocity(ema.module)
-    fake = LowRankCopy(ema.module, CONFIG, 0)
+    fake = LoRAModel(ema.module, CONFIG, 0)
     assert all(torch.equal(v, expected[m]) for m, v in velocity(fake).items())
     assert all(torch.equal(v, expected[m]) for m, v in velocity(ema.module).items())
 
 
 def test_gradient_reaches_every_term_and_nothing_else():
     ema = Ema(network(), EmaConfig())
-    fake = LowRankCopy(ema.module, CONFIG, 0)
+    fake = LoRAModel(ema.module, CONFIG, 0)
     trained = {name for name, p in fake.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in fake.named_parameters() if ".down." in name or ".up." in name}
     squares(velocity(fake)).backward()
@@ -52,7 +52,7 @@ def test_gradient_reaches_every_term_and_nothing_else():
 def test_teacher_and_fake_score_answer_side_by_side_in_one_graph():
     """No switch: what the teacher says does not depend on whether the fake score has been called, or is to be."""
     ema = Ema(network(), EmaConfig())
-    fake = LowRankCopy(ema.module, CONFIG, 0)
+    fake = LoRAModel(ema.module, CONFIG, 0)
     with torch.no_grad():
         expected = velocity(ema.module)
         for name, p in fake.named_parameters():
@@ -69,7 +69,7 @@ def test_teacher_and_fake_score_answer_side_by_side_in_one_graph():
 def test_the_base_is_the_average_as_it_moves():
     student = network()
     ema = Ema(student, EmaConfig(decay=0.5, warm_up=False))
-    fake = LowRankCopy(ema.module, CONFIG, 0)
+    fake = LoRAModel(ema.module, CONFIG, 0)
     ema.update(((name, p + 1) for name, p in student.named_parameters()), 0)
     assert all(torch.equal(v, velocity(fake)[m]) for m, v in velocity(ema.module).items())
     stored = {p.data_ptr() for p in fake.base.parameters()}
@@ -78,7 +78,7 @@ def test_the_base_is_the_average_as_it_moves():
 
 def test_terms_are_drawn_by_seed_and_name():
     base = network()
-    one, same, other = (LowRankCopy(copy.deepcopy(base), CONFIG, seed) for seed in (0, 0, 1))
+    one, same, other = (LoRAModel(copy.deepcopy(base), CONFIG, seed) for seed in (0, 0, 1))
     first = dict(one.named_parameters())
     assert all(torch.equal(p, first[name]) for name, p in same.named_parameters())
     drawn = [name for name in first if ".down." in name]
@@ -88,6 +88,6 @@ def test_terms_are_drawn_by_seed_and_name():
 
 def test_ranks_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="null for a full copy"):
-        FakeConfig(rank=0)
+        FakeScoreConfig(rank=0)
     with pytest.raises(ValueError, match="gain must be positive"):
-        FakeConfig(rank=1, gain=0)
+        FakeScoreConfig(rank=1, gain=0)

@@ -2,10 +2,10 @@
 
 import torch
 
-from mfcore.model.lora import FakeConfig, LowRankCopy
-from mfcore.objectives.losses import StepInfo, total
-from mfcore.objectives.mutual import Mutual
-from mfcore.solver import Context, levels
+from mfcore.model.lora import FakeScoreConfig, LoRAModel
+from mfcore.objectives.losses import StepInfo, total_loss
+from mfcore.objectives.mutual import MutualForcingObjective
+from mfcore.solver import DenoiserContext, constant_levels
 from tests.helpers.mutual_objective import CONFIG, four
 from tests.helpers.tiny_model import batch, network
 
@@ -15,11 +15,11 @@ def mutual_step(*, recompute: bool):
     student, average = network(layers=2), network(layers=2, seed=1)
     for net in (student, average):
         net.recompute = recompute
-    fake = LowRankCopy(average, FakeConfig(rank=4), 0)
+    fake = LoRAModel(average, FakeScoreConfig(rank=4), 0)
     models = {"student": student, "ema": average, "fake": fake}
-    terms = Mutual(CONFIG)(models, four(), StepInfo(seed=0, step=0, stage_step=0))
+    terms = MutualForcingObjective(CONFIG)(models, four(), StepInfo(seed=0, step=0, stage_step=0))
     for own in terms.values():
-        total(own).backward()
+        total_loss(own).backward()
     grads = [p.grad for net in (student, fake) for p in net.parameters() if p.grad is not None]
     return [t.values.detach() for own in terms.values() for t in own], grads
 
@@ -34,7 +34,7 @@ def kept_bytes(*, recompute: bool) -> int:
     """What a pass keeps for its backward pass, weights not counted."""
     net, data = network(layers=4), batch(rows=2, chunks=3)
     net.recompute = recompute
-    t = levels(data.streams, dict.fromkeys(data.streams, 0.5))
+    t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.5))
     weights = {p.data_ptr() for p in net.parameters()}
     kept: dict[int, int] = {}
 
@@ -44,7 +44,7 @@ def kept_bytes(*, recompute: bool) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = Context(model=net, cond=data.cond).opened().velocity(data.streams, t, t)
+        out = DenoiserContext(model=net, cond=data.cond).prefill().velocity(data.streams, t, t)
         assert all(v.requires_grad for v in out.values())
     return sum(kept.values())
 

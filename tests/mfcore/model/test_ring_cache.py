@@ -5,19 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mfcore.model.ring_cache import RingMemory, ring_of
+from mfcore.model.ring_cache import RingKVCache, to_ring_cache
 from mfcore.rollout import join_chunks, noise_starts, rollout
-from mfcore.solver import Context, denoise
+from mfcore.solver import DenoiserContext, denoise
 from mfcore.types import AUDIO, VIDEO, Stream
 from tests.helpers.streaming import CHUNKS, MOST, PLAN, assert_same, in_ring, starts, streamed
 from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, network
 
 
-def recomputed(context: Context, data) -> dict[str, Stream]:
+def recomputed(context: DenoiserContext, data) -> dict[str, Stream]:
     """Without a cache: for every chunk the whole prefix again, in one pass under the window mask."""
     made: list[dict[str, Stream]] = []
     for start in starts(data):
-        now = context if not made else context.remember(join_chunks(made), None)
+        now = context if not made else context.append_history(join_chunks(made), None)
         made.append(denoise(now, start, PLAN)[0])
     return join_chunks(made)
 
@@ -40,7 +40,7 @@ def recomputed(context: Context, data) -> dict[str, Stream]:
 def test_a_ring_equals_recomputing_the_prefix_under_the_window_mask(changes):
     """Of sound a chunk holds 7 or 8 latents, so that the chunks do not take each other's places exactly."""
     model, data = network(**({"window": 3} | changes)), batch()
-    context = Context(model=model, cond=data.cond)
+    context = DenoiserContext(model=model, cond=data.cond)
     assert {TIMELINE.count(AUDIO, 1, k) for k in range(CHUNKS)} == {7, 8}
     assert_same(streamed(context, data), recomputed(context, data), 3e-5)
 
@@ -49,7 +49,7 @@ def test_a_ring_equals_recomputing_the_prefix_under_the_window_mask(changes):
 @torch.no_grad()
 def test_one_modality_alone(modality):
     model, data = network(modality), batch(2, 1, modality)
-    context = Context(model=model, cond=data.cond)
+    context = DenoiserContext(model=model, cond=data.cond)
     shapes = {modality: SHAPES[modality]}
     plan = {modality: PLAN[modality]}
     both = [context, in_ring(context)]
@@ -66,7 +66,7 @@ def test_one_modality_alone(modality):
 @torch.no_grad()
 def test_with_guidance_each_branch_has_a_ring_of_its_own():
     model, data = network(), batch()
-    context = Context(model=model, cond=data.cond, guidance=3.0)
+    context = DenoiserContext(model=model, cond=data.cond, guidance=3.0)
     plain = join_chunks(c.clean for c in rollout(context, starts(data), PLAN))
     assert_same(streamed(context, data), plain, 1e-4)  # guidance amplifies rounding, chunk after chunk
 
@@ -74,14 +74,14 @@ def test_with_guidance_each_branch_has_a_ring_of_its_own():
 @torch.no_grad()
 def test_nothing_is_allocated_or_grows_after_the_start():
     model, data = network(window=3), batch()
-    context = in_ring(Context(model=model, cond=data.cond))
+    context = in_ring(DenoiserContext(model=model, cond=data.cond))
     ring = context.memory
-    assert isinstance(ring, RingMemory)
-    places = (ring.k.data_ptr(), ring.v.data_ptr(), ring.bytes)
+    assert isinstance(ring, RingKVCache)
+    places = (ring.k.data_ptr(), ring.v.data_ptr(), ring.num_bytes)
     held: list[int] = []
     for chunk in rollout(context, starts(data, chunks=40), PLAN):
         assert chunk.before.memory is ring
-        assert (ring.k.data_ptr(), ring.v.data_ptr(), ring.bytes) == places
+        assert (ring.k.data_ptr(), ring.v.data_ptr(), ring.num_bytes) == places
         held.append(0 if ring.past_at is None else len(ring.past_at))
     assert held[0] == 0 and max(held) <= 3 * MOST and min(held[4:]) >= 3 * (MOST - 1)
 
@@ -89,7 +89,7 @@ def test_nothing_is_allocated_or_grows_after_the_start():
 @torch.no_grad()
 def test_a_snapshot_is_continued_more_than_once():
     model, data = network(), batch()
-    context = Context(model=model, cond=data.cond, guidance=2.0)
+    context = DenoiserContext(model=model, cond=data.cond, guidance=2.0)
     whole = streamed(context, data)
     chunks = rollout(in_ring(context), starts(data), PLAN)
     for _ in range(5):
@@ -109,11 +109,11 @@ def test_a_snapshot_is_continued_more_than_once():
 @torch.no_grad()
 def test_rows_and_stacks_of_rings():
     model, data = network(), batch(rows=3)
-    context = in_ring(Context(model=model, cond=data.cond))
+    context = in_ring(DenoiserContext(model=model, cond=data.cond))
     whole = [c.clean for c in rollout(context, starts(data), PLAN)]
-    parts = [in_ring(Context(model=model, cond=data.cond)).rows(torch.tensor(i)) for i in ([2], [0, 1])]
-    joined = Context.stack(parts)
-    assert isinstance(joined.memory, RingMemory)
+    parts = [in_ring(DenoiserContext(model=model, cond=data.cond)).rows(torch.tensor(i)) for i in ([2], [0, 1])]
+    joined = DenoiserContext.stack(parts)
+    assert isinstance(joined.memory, RingKVCache)
     order = torch.tensor([2, 0, 1])
     mixed = [{m: s.rows(order) for m, s in start.items()} for start in starts(data)]
     again = [c.clean for c in rollout(joined, mixed, PLAN)]
@@ -124,14 +124,14 @@ def test_rows_and_stacks_of_rings():
 def test_streaming_at_hour_three_is_streaming_at_time_zero():
     """Three hours are a whole number of chunks (0.5 s) and of sound latents (64 ms): the counts are the same."""
     model, data = network(window=3), batch()
-    early = streamed(Context(model=model, cond=data.cond), data)
+    early = streamed(DenoiserContext(model=model, cond=data.cond), data)
     first, hours = 21600, 10800.0
     cond = replace(data.cond, word_times=data.cond.word_times + hours)
     later = [
         {m: replace(s, chunk=s.chunk + first, times=s.times + hours) for m, s in start.items()}
         for start in starts(data)
     ]
-    context = in_ring(Context(model=model, cond=cond))
+    context = in_ring(DenoiserContext(model=model, cond=cond))
     late = join_chunks(c.clean for c in rollout(context, later, PLAN))
     assert_same(early, late)
 
@@ -147,7 +147,7 @@ def test_caption_and_transcript_may_change_between_chunks():
         words=torch.randn(data.cond.words.shape, generator=draw),
         word_times=data.cond.word_times + 1.5,
     )
-    context = Context(model=model, cond=data.cond)
+    context = DenoiserContext(model=model, cond=data.cond)
     conds = [data.cond] * 4 + [other] * (CHUNKS - 4)
     plain = join_chunks(c.clean for c in rollout(context, starts(data), PLAN, conds=conds))
     ring, same = streamed(context, data, conds=conds), streamed(context, data)
@@ -161,7 +161,7 @@ def test_caption_and_transcript_may_change_between_chunks():
 @torch.no_grad()
 def test_only_the_caption_changes():
     model, data = network(), batch()
-    context = Context(model=model, cond=data.cond)
+    context = DenoiserContext(model=model, cond=data.cond)
     other = replace(data.cond, caption=-data.cond.caption)
     conds = [data.cond] * 3 + [other] * (CHUNKS - 3)
     changed, same = streamed(context, data, conds=conds), streamed(context, data)
@@ -171,7 +171,7 @@ def test_only_the_caption_changes():
 def test_a_ring_has_no_gradient_and_says_so():
     model, data = network(), batch()
     with torch.no_grad():
-        context = in_ring(Context(model=model, cond=data.cond))
+        context = in_ring(DenoiserContext(model=model, cond=data.cond))
     start = next(iter(starts(data)))
     t = {m: torch.ones(2, 1) for m in start}
     with pytest.raises(AssertionError, match="run it without gradient"):
@@ -181,6 +181,8 @@ def test_a_ring_has_no_gradient_and_says_so():
 @torch.no_grad()
 def test_a_chunk_larger_than_promised_is_refused():
     model, data = network(), batch()
-    context = Context(model=model, cond=data.cond).opened().with_memories(lambda memory: ring_of(memory, 5))
+    context = (
+        DenoiserContext(model=model, cond=data.cond).prefill().map_memories(lambda memory: to_ring_cache(memory, 5))
+    )
     with pytest.raises(ValueError, match=r"a chunk of \d+ tokens does not fit .* chunks of at most 5 tokens"):
         list(rollout(context, starts(data), PLAN))

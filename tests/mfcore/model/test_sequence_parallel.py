@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from mfcore.model.sequence_parallel import SequenceGroup
-from mfcore.objectives.losses import StepInfo, total
-from mfcore.objectives.mutual import Mutual
-from mfcore.solver import Context, levels
+from mfcore.objectives.losses import StepInfo, total_loss
+from mfcore.objectives.mutual import MutualForcingObjective
+from mfcore.solver import DenoiserContext, constant_levels
 from tests.helpers.gloo_processes import run_on
 from tests.helpers.mutual_objective import CONFIG, four
 from tests.helpers.streaming import streamed
@@ -29,12 +29,12 @@ def answers(changes: dict[str, Any]) -> dict[str, torch.Tensor]:
     net.recompute = bool(changes)
     if dist.is_initialized():
         net.sequence = SequenceGroup(dist.group.WORLD)
-    t = levels(data.streams, dict.fromkeys(data.streams, 0.6))
-    context = Context(model=net, cond=data.cond).remember(data.streams, torch.tensor([0.3, 0.0]))
+    t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
+    context = DenoiserContext(model=net, cond=data.cond).append_history(data.streams, torch.tensor([0.3, 0.0]))
     u = context.velocity(data.streams, t, {m: 0.5 * level for m, level in t.items()})
     sum(v.square().mean() for v in u.values()).backward()
     with torch.no_grad():
-        clip = streamed(Context(model=net, cond=data.cond), data, chunks=5)
+        clip = streamed(DenoiserContext(model=net, cond=data.cond), data, chunks=5)
     made = {f"u/{m}": v.detach() for m, v in u.items()} | {f"stream/{m}": s.latents for m, s in clip.items()}
     return made | averaged(net)
 
@@ -56,9 +56,9 @@ def mutual() -> dict[str, torch.Tensor]:
     if dist.is_initialized():
         for net in nets.values():
             net.sequence = SequenceGroup(dist.group.WORLD)
-    terms = Mutual(CONFIG)(nets, four(), StepInfo(seed=0, step=0, stage_step=0))
+    terms = MutualForcingObjective(CONFIG)(nets, four(), StepInfo(seed=0, step=0, stage_step=0))
     for own in terms.values():
-        total(own).backward()
+        total_loss(own).backward()
     losses = {t.key: t.values.detach() for own in terms.values() for t in own}
     return losses | {f"{name}/{k}": v for name in ("student", "fake") for k, v in averaged(nets[name]).items()}
 

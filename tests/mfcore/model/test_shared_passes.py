@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mfcore.model.block import TextAttention
-from mfcore.model.kv_cache import LayeredMemory
+from mfcore.model.kv_cache import LayeredKVCache
 from mfcore.objectives.shortcut import dyadic_intervals, shortcut_target
 from mfcore.rollout import noise_starts
-from mfcore.solver import Context, denoise, levels, schedule, solver_step
+from mfcore.solver import DenoiserContext, constant_levels, denoise, schedule, solver_step
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, network
 
@@ -23,36 +23,36 @@ EXIT = 2
 def asked(monkeypatch) -> list[bool]:
     """For every time that a layer reads the text anew: whether with gradient."""
     seen: list[bool] = []
-    hear = TextAttention.hear
+    hear = TextAttention.project_text
 
     def counted(self, *args, **kwargs):
         seen.append(torch.is_grad_enabled())
         return hear(self, *args, **kwargs)
 
-    monkeypatch.setattr(TextAttention, "hear", counted)
+    monkeypatch.setattr(TextAttention, "project_text", counted)
     return seen
 
 
-def after_two_chunks(recompute: bool = False) -> tuple[Context, dict]:
+def after_two_chunks(recompute: bool = False) -> tuple[DenoiserContext, dict]:
     """Memory of two chunks and a start for the third."""
     net, data = network(seed=3), batch(2, 3, seed=4)
     net.recompute = recompute
     first = {m: s.chunks(0, 2) for m, s in data.streams.items()}
     start = next(noise_starts(TIMELINE, SHAPES, range(2, 3), 0, torch.arange(2), data.cond.caption))
-    return Context(model=net, cond=data.cond).remember(first, torch.tensor([0.0, 1.0])), start
+    return DenoiserContext(model=net, cond=data.cond).append_history(first, torch.tensor([0.0, 1.0])), start
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_steps_that_share_a_scene_are_those_that_do_not(recompute):
     context, start = after_two_chunks(recompute)
     apart = context.detach()
-    data = apart.held()
+    data = apart.shared_passes()
     assert data.memory.scenes == {} and apart.memory.scenes is None
 
-    def made(after: Context) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def made(after: DenoiserContext) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         now = start
         for j in range(4):
-            t, r = (levels(now, {m: line[i] for m, line in PLAN.items()}) for i in (j, j + 1))
+            t, r = (constant_levels(now, {m: line[i] for m, line in PLAN.items()}) for i in (j, j + 1))
             with torch.set_grad_enabled(j >= EXIT):
                 now = solver_step(after, now, t, r, "few")
         out = [s.latents for s in now.values()]
@@ -82,11 +82,11 @@ def test_text_is_read_once_without_and_once_with_gradient(asked):
 def test_held_memory_that_is_asked_something_else_answers_that():
     """Another text, other chunks: what is kept is not theirs."""
     context, start = after_two_chunks()
-    held = context.detach().held()
+    held = context.detach().shared_passes()
     later = {m: replace(s, times=s.times + 0.5, chunk=s.chunk + 1) for m, s in start.items()}
-    t = levels(start, {VIDEO: 0.5, AUDIO: 0.5})
+    t = constant_levels(start, {VIDEO: 0.5, AUDIO: 0.5})
     answers = []
-    for cond, x in ((held.cond, start), (held.without, start), (held.cond, later), (held.cond, start)):
+    for cond, x in ((held.cond, start), (held.null_condition, start), (held.cond, later), (held.cond, start)):
         asked, apart = (replace(some, cond=cond).velocity(x, t, t) for some in (held, context))
         assert all(torch.equal(asked[m], apart[m]) for m in x)
         answers.append(asked[AUDIO])
@@ -96,7 +96,7 @@ def test_held_memory_that_is_asked_something_else_answers_that():
 def test_the_four_calls_of_a_base_rule_read_the_text_once(asked):
     """With guidance there are two branches, each with its own condition."""
     context, start = after_two_chunks()
-    teacher = Context(model=context.model, cond=context.cond, guidance=2.0).opened()
+    teacher = DenoiserContext(model=context.model, cond=context.cond, guidance=2.0).prefill()
     whole = torch.tensor([[0], [0]])
     at = dyadic_intervals(torch.tensor([2, 2]), whole * 0.6, {VIDEO: 1.0, AUDIO: 1.0})
     asked.clear()
@@ -107,8 +107,8 @@ def test_the_four_calls_of_a_base_rule_read_the_text_once(asked):
 def test_held_memory_goes_with_those_who_hold_it():
     """Without the collector of cycles: keys and values are what fills a GPU."""
     context, start = after_two_chunks()
-    held = context.detach().held()
-    t = levels(start, {VIDEO: 0.5, AUDIO: 0.5})
+    held = context.detach().shared_passes()
+    t = constant_levels(start, {VIDEO: 0.5, AUDIO: 0.5})
     u = held.velocity(start, t, t)
     assert held.memory.scenes
     gone, kept = weakref.ref(held.memory.past[0].k), weakref.ref(held.memory.scenes[True][0])
@@ -144,13 +144,18 @@ def test_layers_that_are_run_again_do_not_keep_what_steps_without_gradient_share
 
 def test_memory_that_is_made_of_held_memory_is_not():
     context, start = after_two_chunks()
-    memory = context.detach().held().memory
-    assert isinstance(memory, LayeredMemory) and memory.scenes == {}
-    t = levels(start, {VIDEO: 0.5, AUDIO: 0.5})
+    memory = context.detach().shared_passes().memory
+    assert isinstance(memory, LayeredKVCache) and memory.scenes == {}
+    t = constant_levels(start, {VIDEO: 0.5, AUDIO: 0.5})
     with torch.no_grad():
         context.model(start, t, t, context.cond, memory)
         assert memory.scenes.keys() == {False}
         rows = torch.tensor([1, 0])
-        for other in (memory.rows(rows), memory.advance(4), memory.detach(), LayeredMemory.stack([memory, memory])):
+        for other in (
+            memory.rows(rows),
+            memory.evict_before(4),
+            memory.detach(),
+            LayeredKVCache.stack([memory, memory]),
+        ):
             assert other.scenes is None
-        assert memory.held().scenes == {}
+        assert memory.shared_passes().scenes == {}

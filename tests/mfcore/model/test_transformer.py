@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mfcore.flow import noise_streams
-from mfcore.model.rope import angles, rotate, turn
+from mfcore.model.rope import rotate, rotation, rotation_angles
 from mfcore.model.transformer import build_model
 from mfcore.rollout import coupled_starts, join_chunks, noise_starts, rollout
-from mfcore.solver import Context, levels, past, schedule
+from mfcore.solver import DenoiserContext, constant_levels, history_of, schedule
 from mfcore.types import AUDIO, VIDEO, AVBatch, Streams
 from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, model_config, network
 
@@ -17,14 +17,16 @@ SHIFT = {VIDEO: 1.0, AUDIO: 1.0}
 
 
 def parallel(model, data: AVBatch, noisy: Streams, t: float, r: float, trust=None) -> dict[str, torch.Tensor]:
-    context = Context(model=model, cond=data.cond).remember(data.streams, trust)
-    return context.velocity(noisy, levels(noisy, dict.fromkeys(noisy, t)), levels(noisy, dict.fromkeys(noisy, r)))
+    context = DenoiserContext(model=model, cond=data.cond).append_history(data.streams, trust)
+    return context.velocity(
+        noisy, constant_levels(noisy, dict.fromkeys(noisy, t)), constant_levels(noisy, dict.fromkeys(noisy, r))
+    )
 
 
 def noisy_version(data: AVBatch, t: float, seed: int = 9) -> Streams:
     draw = torch.Generator().manual_seed(seed)
     eps = {m: torch.randn(s.latents.shape, generator=draw) for m, s in data.streams.items()}
-    x = noise_streams(data.streams, eps, levels(data.streams, dict.fromkeys(data.streams, t)))
+    x = noise_streams(data.streams, eps, constant_levels(data.streams, dict.fromkeys(data.streams, t)))
     return {m: s.with_latents(x[m]) for m, s in data.streams.items()}
 
 
@@ -54,14 +56,14 @@ def test_parallel_pass_equals_chunk_by_chunk_with_the_cache():
     model, data = network(window=2), batch(chunks=6)
     noisy, trust = noisy_version(data, 0.7), torch.tensor([0.2, 0.0])
     whole = parallel(model, data, noisy, 0.7, 0.2, trust)
-    context = Context(model=model, cond=data.cond).opened()
+    context = DenoiserContext(model=model, cond=data.cond).prefill()
     for k in range(6):
         x = {m: s.chunks(k, k + 1) for m, s in noisy.items()}
-        u = context.velocity(x, levels(x, dict.fromkeys(x, 0.7)), levels(x, dict.fromkeys(x, 0.2)))
+        u = context.velocity(x, constant_levels(x, dict.fromkeys(x, 0.7)), constant_levels(x, dict.fromkeys(x, 0.2)))
         for m, s in noisy.items():
             torch.testing.assert_close(u[m], whole[m][:, s.chunk == k], atol=1e-5, rtol=1e-5)
         clean = {m: s.chunks(k, k + 1) for m, s in data.streams.items()}
-        context = context.remember(clean, trust).advance(k + 1)
+        context = context.append_history(clean, trust).evict_before(k + 1)
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def test_history_outside_the_window_is_forgotten_and_inside_it_matters():
 def test_memory_stays_constant_while_streaming():
     model, data = network(window=2), batch(chunks=1)
     starts = noise_starts(TIMELINE, SHAPES, range(12), 0, data.samples, data.cond.caption)
-    chunks = rollout(Context(model=model, cond=data.cond), starts, schedule(1, SHIFT))
+    chunks = rollout(DenoiserContext(model=model, cond=data.cond), starts, schedule(1, SHIFT))
     sizes = [len(chunk.context.memory.past_at) for chunk in chunks]
     assert max(sizes[2:]) - min(sizes[2:]) <= 1  # counts of audio latents differ by one between chunks
 
@@ -162,15 +164,15 @@ def test_content_at_hour_three_is_that_of_time_zero():
 @torch.no_grad()
 def test_rerun_exit_step_is_the_stashed_state_and_coupled_start_keeps_the_clip():
     model, data = network(), batch(chunks=4)
-    context = Context(model=model, cond=data.cond)
+    context = DenoiserContext(model=model, cond=data.cond)
     plan = schedule(4, SHIFT)
     starts = noise_starts(TIMELINE, SHAPES, range(4), 0, data.samples, data.cond.caption)
     chunks = list(rollout(context, starts, plan, exit_step=2))
-    history, stash = join_chunks(c.clean for c in chunks), join_chunks(c.stash for c in chunks)
-    again = context.remember(history, None)
+    history, stash = join_chunks(c.clean for c in chunks), join_chunks(c.exit_state for c in chunks)
+    again = context.append_history(history, None)
     x = dict(stash)
     for j in (2, 3):
-        t, r = (levels(x, {m: plan[m][i] for m in x}) for i in (j, j + 1))
+        t, r = (constant_levels(x, {m: plan[m][i] for m in x}) for i in (j, j + 1))
         u = again.velocity(x, t, r)
         x = {m: s.with_latents(s.latents - (plan[m][j] - plan[m][j + 1]) * u[m]) for m, s in x.items()}
     for m in x:
@@ -185,10 +187,18 @@ def test_rerun_exit_step_is_the_stashed_state_and_coupled_start_keeps_the_clip()
 def test_guidance_keeps_a_history_of_its_own_for_the_null_branch():
     model, data = network(), batch()
     noisy = noisy_version(data, 0.6)
-    t = levels(noisy, dict.fromkeys(noisy, 0.6))
-    plain = Context(model=model, cond=data.cond).remember(data.streams, None).velocity(noisy, t, t)
-    null = Context(model=model, cond=data.cond.null()).remember(data.streams, None).velocity(noisy, t, t)
-    guided = Context(model=model, cond=data.cond, guidance=3.0).remember(data.streams, None).velocity(noisy, t, t)
+    t = constant_levels(noisy, dict.fromkeys(noisy, 0.6))
+    plain = DenoiserContext(model=model, cond=data.cond).append_history(data.streams, None).velocity(noisy, t, t)
+    null = (
+        DenoiserContext(model=model, cond=data.cond.unconditional())
+        .append_history(data.streams, None)
+        .velocity(noisy, t, t)
+    )
+    guided = (
+        DenoiserContext(model=model, cond=data.cond, guidance=3.0)
+        .append_history(data.streams, None)
+        .velocity(noisy, t, t)
+    )
     for m in plain:
         torch.testing.assert_close(guided[m], null[m] + 3 * (plain[m] - null[m]), atol=1e-5, rtol=1e-5)
 
@@ -250,10 +260,14 @@ def test_phases_tell_latents_of_a_chunk_apart():
     data = batch(rows=1, chunks=1)
     silent = data.cond.drop(caption=torch.ones(1, dtype=torch.bool), words=torch.ones(1, dtype=torch.bool))
     alike = {m: s.with_latents(torch.ones_like(s.latents)) for m, s in data.streams.items()}
-    at = levels(alike, dict.fromkeys(alike, 0.5))
+    at = constant_levels(alike, dict.fromkeys(alike, 0.5))
     for known in (True, False):
         model = network(rope_seconds_scale=0.0, chunk_phase=known)
-        v = Context(model=model, cond=silent).remember(past(alike), None).velocity(alike, at, at)[VIDEO]
+        v = (
+            DenoiserContext(model=model, cond=silent)
+            .append_history(history_of(alike), None)
+            .velocity(alike, at, at)[VIDEO]
+        )
         assert (float((v[:, 0] - v[:, -1]).abs().max()) > 1e-3) is known
 
 
@@ -267,7 +281,7 @@ def test_attention_starts_local():
         x = torch.randn(512, 4, config.dim, generator=torch.Generator().manual_seed(0))
         q, k = (block.norm_q, block.norm_k)
         heads = x.unflatten(-1, (config.heads, -1))
-        by = turn(angles(seconds, torch.zeros(4), torch.zeros(4), config)[:, None], x)
+        by = rotation(rotation_angles(seconds, torch.zeros(4), torch.zeros(4), config)[:, None], x)
         query, key = rotate(q(heads.roll(1, 0)), by), rotate(k(heads), by)
         near = [float((query[:, 0] * key[:, i]).sum(-1).mean()) for i in range(4)]
         if local:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mfcore.model.config import BranchConfig, ModelConfig
-from mfcore.model.kv_cache import LayeredMemory, Positions
+from mfcore.model.kv_cache import LayeredKVCache, TokenPositions
 from mfcore.model.transformer import build_model
-from mfcore.model.wan_weights import take_over
+from mfcore.model.wan_weights import map_wan_weights
 from mfcore.types import VIDEO, Condition, Stream
 from mfcore.weights import load_strict
 
@@ -60,7 +60,7 @@ def condition(caption: torch.Tensor) -> Condition:
 def test_one_chunk_is_what_diffusers_makes_of_it(wan):
     """Without a sink, which Wan does not know; with words, whose attention starts without effect."""
     model = build_model(CONFIG, 1).eval()
-    load_strict(model, take_over(wan.state_dict(), model.state_dict(), CONFIG).weights, "Wan")
+    load_strict(model, map_wan_weights(wan.state_dict(), model.state_dict(), CONFIG).weights, "Wan")
     draw = torch.Generator().manual_seed(2)
     x = torch.randn(2, 16, LATENTS, *SIZE, generator=draw)
     caption, t = torch.randn(2, 7, 32, generator=draw), torch.tensor([0.35, 0.8])
@@ -70,8 +70,10 @@ def test_one_chunk_is_what_diffusers_makes_of_it(wan):
         times=(torch.arange(LATENTS, dtype=torch.float64) + 0.25) / 6,
         chunk=torch.zeros(LATENTS, dtype=torch.int64),
     )
-    nowhere = Positions(**dict.fromkeys(("chunk", "times", "ys", "xs", "branch"), torch.zeros(0, dtype=torch.int64)))
-    memory = LayeredMemory(window=2, sink=(), sink_at=nowhere)
+    nowhere = TokenPositions(
+        **dict.fromkeys(("chunk", "times", "ys", "xs", "branch"), torch.zeros(0, dtype=torch.int64))
+    )
+    memory = LayeredKVCache(window=2, sink=(), sink_at=nowhere)
     level = {VIDEO: t[:, None]}
     found, _ = model({VIDEO: chunk}, level, level, condition(caption), memory)
     torch.testing.assert_close(found[VIDEO].transpose(1, 2), expected, atol=1e-4, rtol=1e-4)
@@ -81,7 +83,7 @@ def test_one_chunk_is_what_diffusers_makes_of_it(wan):
 def test_every_weight_is_accounted_for(wan):
     model = build_model(CONFIG, 1)
     extra = wan.state_dict() | {"blocks.0.attn2.add_k_proj.weight": torch.zeros(96, 96)}
-    taken = take_over(extra, model.state_dict(), CONFIG)
+    taken = map_wan_weights(extra, model.state_dict(), CONFIG)
     assert taken.weights.keys() == model.state_dict().keys()
     assert taken.loaded.keys() | set(taken.initialised) == taken.weights.keys()
     assert not taken.loaded.keys() & set(taken.initialised)
@@ -95,14 +97,14 @@ def test_what_does_not_fit_is_listed_by_name(wan):
     model = build_model(CONFIG, 1)
     weights, own = wan.state_dict(), model.state_dict()
     with pytest.raises(ValueError, match=r"3 layers: \['blocks\.2\.attn1\.norm_k\.weight', .*missing"):
-        take_over(weights, own, replace(CONFIG, layers=3))
+        map_wan_weights(weights, own, replace(CONFIG, layers=3))
     other = replace(CONFIG, mlp_ratio=3.0)
     with pytest.raises(
         ValueError, match=r"\(6 weights\): branches\.video\.blocks\.0\.mlp\.0\.bias \(240,\) there, \(288,\)"
     ):
-        take_over(weights, build_model(other, 1).state_dict(), other)
+        map_wan_weights(weights, build_model(other, 1).state_dict(), other)
     with pytest.raises(ValueError, match="use --preset base"):
-        take_over(weights, own, replace(CONFIG, layout="own"))
+        map_wan_weights(weights, own, replace(CONFIG, layout="own"))
 
 
 def test_a_checkpoint_of_other_shapes_is_refused_with_all_their_names():

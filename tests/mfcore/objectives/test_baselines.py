@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mfcore.objectives import baselines
-from mfcore.objectives.histories import draw_control, write_histories
-from mfcore.solver import Context, levels, past, solver_step
+from mfcore.objectives.histories import draw_step, write_histories
+from mfcore.solver import DenoiserContext, constant_levels, history_of, solver_step
 from mfcore.types import AUDIO, VIDEO, AVBatch
 from tests.helpers.gradients import assert_same_gradient
 from tests.helpers.mutual_objective import CONFIG, Watched, at_step, found, four, rows_of, trio
@@ -40,7 +40,7 @@ def changed(data: AVBatch, chunk: int) -> AVBatch:
         (baselines.hybrid_forced, {"flow_matching": 4, "shortcut": 4, "dmd": 4}, True),
         (baselines.shortcut_only, {"flow_matching": 2, "shortcut": 4}, False),
         (baselines.dmd_only, {"flow_matching": 2, "dmd": 2}, True),
-        (baselines.literal, {"flow_matching": 2, "shortcut": 4, "dmd": 2}, True),
+        (baselines.literal_mutual_forcing, {"flow_matching": 2, "shortcut": 4, "dmd": 2}, True),
         (baselines.mutual_forcing, {"flow_matching": 2, "shortcut": 4, "dmd": 2}, True),
     ],
 )
@@ -85,14 +85,16 @@ def test_the_gradient_of_a_forced_sample_starts_at_the_exit_step():
     """As in a roll-out: the gradient is that of the calls from the stashed state on, with history as data."""
     net, data, info = trio()["student"], four(), at_step(LATE)
     config = replace(CONFIG, rows=("forced",), finest_rows=(True,), rollout_steps=(4,))
-    control = replace(draw_control(config, data.streams, info), exit_step=2)
+    control = replace(draw_step(config, data.streams, info), exit_step=2)
     own = write_histories(config, net, data, control, info, "moved").samples
     assert own is not None and own.stash is not None
     assert not any(s.latents.requires_grad for s in own.stash.values())
-    history = Context(model=net, cond=data.cond).opened().remember(past(data.streams), None).detach()
+    history = (
+        DenoiserContext(model=net, cond=data.cond).prefill().append_history(history_of(data.streams), None).detach()
+    )
     again = own.stash
     for j in (2, 3):
-        t, r = (levels(again, {m: line[i] for m, line in control.plan.items()}) for i in (j, j + 1))
+        t, r = (constant_levels(again, {m: line[i] for m, line in control.plan.items()}) for i in (j, j + 1))
         again = solver_step(history, again, t, r, "few")
     assert_same_gradient(own.streams, again, net)
 
@@ -112,7 +114,7 @@ def test_a_row_is_the_full_method_but_for_what_its_name_says():
     assert baselines.dmd_only(whole).config == replace(whole, shortcut_weight=0.0)
     assert baselines.shortcut_only(whole).config == replace(whole, dmd_weight=0.0)
     assert baselines.hybrid_forced(whole).config == replace(whole, rows=("forced",) * 4)
-    assert baselines.literal(whole).config == replace(whole, rows=("literal", "free", "literal", "free"))
+    assert baselines.literal_mutual_forcing(whole).config == replace(whole, rows=("literal", "free", "literal", "free"))
     early = {"shortcut_weight": 0.0, "dmd_weight": 1.0} | {
         "real_until": 0,
         "free_from": 0,

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mfcore.flow import data_from_velocity, noise_streams, velocity
-from mfcore.objectives.dmd import dmd_terms, jump_to_data, normalised_gap
-from mfcore.objectives.losses import total
+from mfcore.objectives.dmd import denoise_in_one_step, dmd_terms, normalized_score_difference
+from mfcore.objectives.losses import total_loss
 from mfcore.rollout import join_chunks, noise_starts, rollout
-from mfcore.solver import Context, levels, schedule, solver_step
+from mfcore.solver import DenoiserContext, constant_levels, schedule, solver_step
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.analytic_models import GaussianModel, condition, spread, stream
 from tests.helpers.gradients import assert_same_gradient
@@ -17,19 +17,19 @@ SPREAD = 0.5
 PLAN = schedule(4, {VIDEO: 3.0, AUDIO: 1.0})
 
 
-def model(mean: float | torch.Tensor, **changes) -> Context:
-    return Context(model=GaussianModel(mean=mean, std=SPREAD, **changes), cond=condition(32))
+def model(mean: float | torch.Tensor, **changes) -> DenoiserContext:
+    return DenoiserContext(model=GaussianModel(mean=mean, std=SPREAD, **changes), cond=condition(32))
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pull(y, real: Context, fake: Context, tau: float, floor: float = 1e-3) -> dict[str, torch.Tensor]:
+def pull(y, real: DenoiserContext, fake: DenoiserContext, tau: float, floor: float = 1e-3) -> dict[str, torch.Tensor]:
     """g: the gradient of the student's terms at y, per element."""
     y = {m: s.with_latents(s.latents.detach().requires_grad_()) for m, s in y.items()}
     eps = {m: normal(*s.latents.shape, seed=5) for m, s in y.items()}
-    terms = dmd_terms(y, real, fake, eps, levels(y, dict.fromkeys(y, tau)), weight=1.0, floor=floor)
+    terms = dmd_terms(y, real, fake, eps, constant_levels(y, dict.fromkeys(y, tau)), weight=1.0, floor=floor)
     loss = torch.stack([t.values.sum() for t in terms.student]).sum()
     grads = torch.autograd.grad(loss, [s.latents for s in y.values()])
     per_chunk = {m: s.latents[0, 0].numel() for m, s in y.items()}
@@ -55,7 +55,7 @@ def test_a_sample_moves_from_fake_to_real_and_rests_where_they_agree(tau):
 
 def test_guidance_pulls_even_where_fake_is_real():
     y = {AUDIO: stream(normal(32, 3, 4, seed=0))}
-    guided = Context(
+    guided = DenoiserContext(
         model=GaussianModel(mean=0.9, std=SPREAD, null_mean=0.4, null_std=SPREAD), cond=condition(32), guidance=2.0
     )
     assert bool((pull(y, guided, model(0.9), 0.5)[AUDIO] < 0).all())  # on, away from the null branch
@@ -65,10 +65,10 @@ def test_the_velocity_form_is_the_data_form():
     tau = 0.6
     x0, eps = normal(32, 3, 4, seed=0), normal(32, 3, 4, seed=1)
     y = {AUDIO: stream(x0)}
-    t = levels(y, {AUDIO: tau})
+    t = constant_levels(y, {AUDIO: tau})
     x = {AUDIO: y[AUDIO].with_latents(noise_streams(y, {AUDIO: eps}, t)[AUDIO])}
     v_real, v_fake = (model(m).velocity(x, t, t)[AUDIO] for m in (0.2, 0.9))
-    g = normalised_gap(v_real, v_fake, velocity(x0, eps), y[AUDIO].chunk, 1e-3)
+    g = normalized_score_difference(v_real, v_fake, velocity(x0, eps), y[AUDIO].chunk, 1e-3)
     level = torch.tensor(tau)
     real, fake = (data_from_velocity(x[AUDIO].latents, v, level) for v in (v_real, v_fake))
     in_data = (fake - real) / (real - x0).abs().mean(dim=2, keepdim=True)
@@ -90,18 +90,18 @@ def test_normalisation_is_per_sample_chunk_and_modality():
     chunk = torch.tensor([3, 3, 4])
     v_real, v_fake, v_sample = torch.ones(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
     v_real[1], v_real[0, 2] = 8.0, 4.0
-    torch.testing.assert_close(normalised_gap(v_real, v_fake, v_sample, chunk, 1e-3), torch.ones(2, 3, 4))
-    assert float(normalised_gap(v_real, v_fake, v_real, chunk, 0.5)[0, 0, 0]) == 2.0  # the floor
+    torch.testing.assert_close(normalized_score_difference(v_real, v_fake, v_sample, chunk, 1e-3), torch.ones(2, 3, 4))
+    assert float(normalized_score_difference(v_real, v_fake, v_real, chunk, 0.5)[0, 0, 0]) == 2.0  # the floor
 
 
 def test_each_gradient_stays_with_its_owner():
     y_mean, fake_mean, real_mean = (torch.tensor(m, requires_grad=True) for m in (0.5, 0.9, 0.2))
     y = {AUDIO: stream(normal(32, 3, 4, seed=0) + y_mean)}
     eps = {AUDIO: normal(32, 3, 4, seed=1)}
-    terms = dmd_terms(y, model(real_mean), model(fake_mean), eps, levels(y, {AUDIO: 0.5}), weight=0.25)
+    terms = dmd_terms(y, model(real_mean), model(fake_mean), eps, constant_levels(y, {AUDIO: 0.5}), weight=0.25)
     owners = [y_mean, fake_mean, real_mean]
     student, fake = (
-        torch.autograd.grad(total(part), owners, allow_unused=True) for part in (terms.student, terms.fake)
+        torch.autograd.grad(total_loss(part), owners, allow_unused=True) for part in (terms.student, terms.fake)
     )
     assert student[0] is not None
     assert student[1:] == (None, None)
@@ -125,9 +125,9 @@ def test_a_slow_fake_score_makes_the_student_overshoot(ratio, overshoot, toleran
     eps, lowest = {AUDIO: noise.roll(1, 0)}, 0.0
     for _ in range(400):
         y = {AUDIO: stream(student + SPREAD * noise)}
-        terms = dmd_terms(y, model(0.0), model(fake), eps, levels(y, {AUDIO: 1.0}), weight=1.0, floor=floor)
-        (pull_student,) = torch.autograd.grad(total(terms.student), student)
-        (pull_fake,) = torch.autograd.grad(total(terms.fake), fake)
+        terms = dmd_terms(y, model(0.0), model(fake), eps, constant_levels(y, {AUDIO: 1.0}), weight=1.0, floor=floor)
+        (pull_student,) = torch.autograd.grad(total_loss(terms.student), student)
+        (pull_fake,) = torch.autograd.grad(total_loss(terms.fake), fake)
         with torch.no_grad():
             student -= rate * floor * pull_student
             fake -= ratio * rate / 2 * pull_fake
@@ -140,13 +140,13 @@ def test_a_sample_has_the_gradient_of_its_last_steps_on_a_history_that_is_data(e
     """As if these steps were run once more, all chunks at once, from the states at the exit level."""
     net, data = network(), batch(chunks=4)
     starts = list(noise_starts(TIMELINE, SHAPES, range(4), 0, data.samples, data.cond.caption))
-    chunks = list(rollout(Context(model=net, cond=data.cond), starts, PLAN, exit_step=exit_step))
-    made, stash = join_chunks(c.clean for c in chunks), join_chunks(c.stash for c in chunks)
+    chunks = list(rollout(DenoiserContext(model=net, cond=data.cond), starts, PLAN, exit_step=exit_step))
+    made, stash = join_chunks(c.clean for c in chunks), join_chunks(c.exit_state for c in chunks)
     assert not any(s.latents.requires_grad for s in stash.values())
     history = {m: s.with_latents(s.latents.detach()) for m, s in made.items()}
-    again, context = stash, Context(model=net, cond=data.cond).remember(history, None).detach()
+    again, context = stash, DenoiserContext(model=net, cond=data.cond).append_history(history, None).detach()
     for j in range(exit_step, 4):
-        t, r = (levels(again, {m: line[i] for m, line in PLAN.items()}) for i in (j, j + 1))
+        t, r = (constant_levels(again, {m: line[i] for m, line in PLAN.items()}) for i in (j, j + 1))
         again = solver_step(context, again, t, r, "few")
     assert_same_gradient(made, again, net)
 
@@ -155,12 +155,12 @@ def test_the_gradient_of_a_jump_is_that_of_its_one_call():
     """From a roll-out's stash; what led to it gets none."""
     net, data = network(), batch(chunks=4)
     starts = list(noise_starts(TIMELINE, SHAPES, range(4), 0, data.samples, data.cond.caption))
-    chunks = list(rollout(Context(model=net, cond=data.cond), starts, PLAN, exit_step=1))
-    stash, history = join_chunks(c.stash for c in chunks), join_chunks(c.clean for c in chunks)
-    context = Context(model=net, cond=data.cond).remember(history, None).detach()
-    t, r = (levels(stash, {m: line[i] for m, line in PLAN.items()}) for i in (1, -1))
+    chunks = list(rollout(DenoiserContext(model=net, cond=data.cond), starts, PLAN, exit_step=1))
+    stash, history = join_chunks(c.exit_state for c in chunks), join_chunks(c.clean for c in chunks)
+    context = DenoiserContext(model=net, cond=data.cond).append_history(history, None).detach()
+    t, r = (constant_levels(stash, {m: line[i] for m, line in PLAN.items()}) for i in (1, -1))
     again = solver_step(context, {m: s.with_latents(s.latents.detach()) for m, s in stash.items()}, t, r, "few")
-    assert_same_gradient(jump_to_data(context, stash, PLAN, 1), again, net)
+    assert_same_gradient(denoise_in_one_step(context, stash, PLAN, 1), again, net)
 
 
 def test_a_jump_is_one_call_and_a_flow_map_lands_in_the_same_place():
@@ -172,10 +172,10 @@ def test_a_jump_is_one_call_and_a_flow_map_lands_in_the_same_place():
         return inner(x, t, r, cond, memory, store=store, trust=trust)
 
     stash = {AUDIO: stream(normal(2, 1, 3, seed=0))}
-    landed = jump_to_data(Context(model=counting, cond=condition(2)), stash, PLAN, 1)
+    landed = denoise_in_one_step(DenoiserContext(model=counting, cond=condition(2)), stash, PLAN, 1)
     assert calls == [0.0]
     x = stash
     for j in (1, 2, 3):
-        t, r = (levels(x, {AUDIO: PLAN[AUDIO][i]}) for i in (j, j + 1))
-        x = solver_step(Context(model=inner, cond=condition(2)), x, t, r, "few")
+        t, r = (constant_levels(x, {AUDIO: PLAN[AUDIO][i]}) for i in (j, j + 1))
+        x = solver_step(DenoiserContext(model=inner, cond=condition(2)), x, t, r, "few")
     torch.testing.assert_close(landed[AUDIO].latents, x[AUDIO].latents, atol=1e-5, rtol=0)

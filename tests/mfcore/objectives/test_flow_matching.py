@@ -11,9 +11,9 @@ from mfcore.metrics.history_use import history_use
 from mfcore.model.branch import gaussian_flow
 from mfcore.model.config import BranchConfig, ModelConfig
 from mfcore.model.transformer import build_model
-from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig, flow_matching_terms
-from mfcore.objectives.losses import StepInfo, Term, chunk_means, chunk_places, report, total
-from mfcore.solver import Context, levels
+from mfcore.objectives.flow_matching import FlowMatchingConfig, FlowMatchingObjective, flow_matching_terms
+from mfcore.objectives.losses import LossTerm, StepInfo, chunk_means, chunk_thirds, summarize_terms, total_loss
+from mfcore.solver import DenoiserContext, constant_levels
 from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Stream
 from tests.helpers.analytic_models import GaussianModel, condition, spread, stream
 from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, network
@@ -30,9 +30,9 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 def test_the_true_field_has_the_least_loss(t):
     """R / ((1 - t)^2 R + t^2), and any other field more."""
     clean = {AUDIO: stream(0.3 + 0.5 * normal(400, 4, 50, seed=0))}
-    eps, level = {AUDIO: normal(400, 4, 50, seed=1)}, levels(clean, {AUDIO: t})
+    eps, level = {AUDIO: normal(400, 4, 50, seed=1)}, constant_levels(clean, {AUDIO: t})
     true, shifted, wide = (
-        float(flow_matching_terms(Context(model=m, cond=condition(400)), clean, eps, level)[0].values.mean())
+        float(flow_matching_terms(DenoiserContext(model=m, cond=condition(400)), clean, eps, level)[0].values.mean())
         for m in (GaussianModel(mean=0.3, std=0.5), GaussianModel(mean=0.6, std=0.5), GaussianModel(mean=0.3, std=0.8))
     )
     assert true == pytest.approx(0.25 / spread(0.25, t), rel=0.01)
@@ -49,10 +49,12 @@ def test_a_term_is_a_mean_over_one_chunk_of_one_sample_and_modality():
 
 
 def test_terms_are_weighed_and_averaged_in_one_place():
-    a = Term(name="a", modality=AUDIO, values=torch.tensor([[1.0, 3.0]]), weight=0.5, level=torch.tensor([[0.1, 0.9]]))
-    b = Term(name="b", modality=VIDEO, values=torch.tensor([[4.0, 4.0], [4.0, 4.0]]))
-    assert float(total([a, b])) == 0.5 * 2 + 4
-    assert report([a, b]) == {
+    a = LossTerm(
+        name="a", modality=AUDIO, values=torch.tensor([[1.0, 3.0]]), weight=0.5, level=torch.tensor([[0.1, 0.9]])
+    )
+    b = LossTerm(name="b", modality=VIDEO, values=torch.tensor([[4.0, 4.0], [4.0, 4.0]]))
+    assert float(total_loss([a, b])) == 0.5 * 2 + 4
+    assert summarize_terms([a, b]) == {
         "a/audio": 2.0,
         "a/audio/t0": 1.0,
         "a/audio/t3": 3.0,
@@ -63,23 +65,23 @@ def test_terms_are_weighed_and_averaged_in_one_place():
         "b/video/chunk_last": 4.0,
     }
     with pytest.raises(ValueError, match="no loss term"):
-        total([])
+        total_loss([])
 
 
 def test_a_report_tells_the_first_chunks_from_the_last():
-    drift = Term(name="a", modality=VIDEO, values=torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 6]))
-    found = report([drift])
+    drift = LossTerm(name="a", modality=VIDEO, values=torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 6]))
+    found = summarize_terms([drift])
     assert found == {
         "a/video": 21 / 12,
         "a/video/chunk_first": 0.75,
         "a/video/chunk_middle": 1.75,
         "a/video/chunk_last": 2.75,
     }
-    assert [chunk_places(n).tolist() for n in (1, 2, 3)] == [[0], [0, 2], [0, 1, 2]]
+    assert [chunk_thirds(n).tolist() for n in (1, 2, 3)] == [[0], [0, 2], [0, 1, 2]]
 
 
 def test_a_sample_has_the_same_terms_in_any_batch():
-    model, data, objective = network(), batch(rows=3), FlowMatching(FlowMatchingConfig(time=TIME))
+    model, data, objective = network(), batch(rows=3), FlowMatchingObjective(FlowMatchingConfig(time=TIME))
     whole = objective({"student": model}, data, START)["student"]
     index = torch.tensor([2, 0])
     part = objective({"student": model}, data.rows(index), START)["student"]
@@ -139,8 +141,8 @@ def small_network():
 def test_a_fresh_network_is_the_field_of_one_gaussian():
     """Before it has learned anything it knows the spread of a whitened latent (METHOD 2, TRUTHS 2)."""
     model, data = small_network(), faces(0, rows=2)
-    t = levels(data.streams, {VIDEO: 0.3, AUDIO: 0.9})
-    u = Context(model=model, cond=data.cond).remember(data.streams, None).velocity(data.streams, t, t)
+    t = constant_levels(data.streams, {VIDEO: 0.3, AUDIO: 0.9})
+    u = DenoiserContext(model=model, cond=data.cond).append_history(data.streams, None).velocity(data.streams, t, t)
     known, _ = GaussianModel(std=model.config.branches[VIDEO].data_std)(data.streams, t, t, condition(2))
     for m in SHAPES:
         torch.testing.assert_close(u[m], known[m], atol=1e-5, rtol=1e-5)
@@ -166,7 +168,7 @@ def test_an_anchored_network_is_the_field_of_a_gaussian_about_the_first_frame():
         torch.testing.assert_close(x_t - (top - bottom) * u[VIDEO], x_r, atol=1e-5, rtol=1e-5)
 
 
-def held_out_over_least(model, objective: FlowMatching) -> dict[str, float]:
+def held_out_over_least(model, objective: FlowMatchingObjective) -> dict[str, float]:
     """Held-out loss with fixed noise and levels over the least possible one, per modality."""
     with torch.no_grad():
         terms = objective({"student": model}, faces(10**6, rows=128), START)["student"]
@@ -174,14 +176,14 @@ def held_out_over_least(model, objective: FlowMatching) -> dict[str, float]:
 
 
 def test_a_small_network_learns_a_world_to_near_its_least_loss():
-    model, objective = small_network(), FlowMatching(FlowMatchingConfig(time=TIME))
+    model, objective = small_network(), FlowMatchingObjective(FlowMatchingConfig(time=TIME))
     before = held_out_over_least(model, objective)
     steps, optimizer = 150, torch.optim.Adam(model.parameters(), 0.0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 8e-3 * min(1, step / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         terms = objective({"student": model}, faces(step), StepInfo(seed=0, step=step, stage_step=step))["student"]
         optimizer.zero_grad()
-        total(terms).backward()
+        total_loss(terms).backward()
         optimizer.step()
     after = held_out_over_least(model, objective)
     for m in SHAPES:

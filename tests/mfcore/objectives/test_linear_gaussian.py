@@ -8,12 +8,12 @@ import torch
 
 from mfcore.flow import TimeConfig
 from mfcore.metrics.history_use import history_use
-from mfcore.objectives.flow_matching import FlowMatching, FlowMatchingConfig
-from mfcore.objectives.losses import Objective, StepInfo, total
-from mfcore.objectives.mutual import Mutual
+from mfcore.objectives.flow_matching import FlowMatchingConfig, FlowMatchingObjective
+from mfcore.objectives.losses import Objective, StepInfo, total_loss
+from mfcore.objectives.mutual import MutualForcingObjective
 from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.rollout import join_chunks, rollout
-from mfcore.solver import Context, schedule
+from mfcore.solver import DenoiserContext, schedule
 from mfcore.types import AUDIO, AVBatch
 from tests.helpers.analytic_models import (
     BIAS,
@@ -74,7 +74,7 @@ def learn(
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         terms = objective(models, clips(step), StepInfo(seed=0, step=step, stage_step=step))
         optimizer.zero_grad()
-        total(terms["student"]).backward()
+        total_loss(terms["student"]).backward()
         optimizer.step()
         if "fake" in models:  # the exact score of what the student makes: its own law
             models["fake"].load_state_dict(student.state_dict())
@@ -91,7 +91,7 @@ def measured(model: LinearGaussian) -> Behaviour:
     draw = torch.Generator().manual_seed(7)
     cond = condition(256, voice=torch.randn(256, 1, 64, generator=draw))
     starts = ({AUDIO: stream(torch.randn(256, 1, 64, generator=draw), first=k)} for k in range(64))
-    chunks = rollout(Context(model=model, cond=cond), starts, schedule(2, {AUDIO: 1.0}))
+    chunks = rollout(DenoiserContext(model=model, cond=cond), starts, schedule(2, {AUDIO: 1.0}))
     h = join_chunks(c.clean for c in chunks)[AUDIO].latents[:, -2:]
     before, last = h[:, 0].flatten(), h[:, 1].flatten()
     return Behaviour(
@@ -111,7 +111,7 @@ def agrees(model: LinearGaussian, alpha: float, drift: float, lag1: float, seam:
     assert does.seam == pytest.approx(seam, rel=0.05)
 
 
-def one_kind(kind: str, **changes) -> Mutual:
+def one_kind(kind: str, **changes) -> MutualForcingObjective:
     """The mutual objective with rows of one kind; ShortCut is off, because this student's few-step mode is exact."""
     settings = {
         "time": TimeConfig(shift={AUDIO: 1.0}),
@@ -120,11 +120,11 @@ def one_kind(kind: str, **changes) -> Mutual:
         "guidance": 1.0,
         "shortcut_weight": 0.0,
     }
-    return Mutual(MutualConfig(**(settings | changes)))
+    return MutualForcingObjective(MutualConfig(**(settings | changes)))
 
 
 def test_teacher_forcing_learns_the_first_row():
-    objective = FlowMatching(FlowMatchingConfig(time=TimeConfig(shift={AUDIO: 1.0})))
+    objective = FlowMatchingObjective(FlowMatchingConfig(time=TimeConfig(shift={AUDIO: 1.0})))
     model = learn(objective, LinearGaussian(0.5, BIAS, 0.5), eight_clips, steps=200)
     agrees(model, 0.950, 0.96, 0.95, 1.03)
     assert model.v.item() == pytest.approx(FITTED_V, rel=0.05)

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mfcore.objectives.histories import draw_control
-from mfcore.objectives.losses import StepInfo, Term, total
-from mfcore.objectives.mutual import Mutual
+from mfcore.objectives.histories import draw_step
+from mfcore.objectives.losses import LossTerm, StepInfo, total_loss
+from mfcore.objectives.mutual import MutualForcingObjective
 from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.types import AUDIO, VIDEO, AVBatch, Stream
 from tests.helpers.analytic_models import Nothing
@@ -16,8 +16,8 @@ from tests.helpers.mutual_objective import CONFIG, Watched, at_step, found, four
 from tests.helpers.tiny_model import network
 
 
-def run(config: MutualConfig, models, data: AVBatch, step: int = 0) -> dict[str, list[Term]]:
-    return Mutual(config)(models, data, at_step(step))
+def run(config: MutualConfig, models, data: AVBatch, step: int = 0) -> dict[str, list[LossTerm]]:
+    return MutualForcingObjective(config)(models, data, at_step(step))
 
 
 def test_every_term_is_there_finite_and_has_its_rows():
@@ -48,7 +48,7 @@ def test_history_is_real_coupled_or_free_by_sample_number():
     assert labels[0] is None
     assert [label.tolist() for label in labels[1:]] in ([[s], [s], [1, 1], [1, 1]] for s in (0.5, 0.25))
     turned = four(first=1)  # the cycle goes by sample number, not by place in the batch
-    assert [CONFIG.kind(int(s), 0) for s in turned.samples] == ["free", "coupled", "free", "real"]
+    assert [CONFIG.row_kind(int(s), 0) for s in turned.samples] == ["free", "coupled", "free", "real"]
 
 
 def test_coupled_history_stays_with_the_clip_and_free_history_does_not():
@@ -165,7 +165,7 @@ def test_two_halves_of_a_batch_are_the_whole():
 def test_gradients_reach_the_student_and_never_the_average_or_the_fake_score():
     models = trio()
     terms = run(CONFIG, models, four())
-    total(terms["student"]).backward()
+    total_loss(terms["student"]).backward()
     grads = {name: p.grad for name, p in models["student"].named_parameters()}
     # the sink's own last queries and outputs lead nowhere, everything that makes velocities must move
     for branch in (VIDEO, AUDIO):
@@ -173,7 +173,7 @@ def test_gradients_reach_the_student_and_never_the_average_or_the_fake_score():
             assert float(grads[f"branches.{branch}.{part}"].abs().max()) > 0
     assert all(p.grad is None for other in ("ema", "fake") for p in models[other].parameters())
     before = {name: g.clone() for name, g in grads.items() if g is not None}
-    total(terms["fake"]).backward()
+    total_loss(terms["fake"]).backward()
     assert all(torch.equal(models["student"].get_parameter(name).grad, g) for name, g in before.items())
     assert float(models["fake"].branches[VIDEO].head.weight.grad.abs().max()) > 0
     assert all(p.grad is None for p in models["ema"].parameters())
@@ -185,7 +185,7 @@ def test_dmd_does_not_train_what_writes_history(jump):
     for rows, wanted in ((("coupled",), True), (("free",), False)):
         models = trio()
         config = replace(CONFIG, rows=rows, finest_rows=(True,), shortcut_weight=0.0, jump_exit=jump)
-        total(run(config, models, four())["student"]).backward()
+        total_loss(run(config, models, four())["student"]).backward()
         grad = models["student"].branches[VIDEO].levels.trust[2].weight.grad
         assert (grad is not None and float(grad.abs().max()) > 0) is wanted
 
@@ -195,7 +195,7 @@ def test_each_term_trains_the_mode_it_is_for():
     for rows, weight, wanted in ((("real",), 0.0, False), (("real",), 1.0, True), (("free",), 0.0, True)):
         models = trio()
         config = replace(CONFIG, rows=rows, finest_rows=(True,), shortcut_weight=weight)
-        total(run(config, models, four())["student"]).backward()
+        total_loss(run(config, models, four())["student"]).backward()
         grad = models["student"].branches[AUDIO].levels.interval[2].weight.grad
         assert (grad is not None and float(grad.abs().max()) > 0) is wanted
 
@@ -204,7 +204,7 @@ def test_each_term_trains_the_mode_it_is_for():
 def test_further_updates_of_the_fake_score_ask_for_it_alone(shared):
     config = replace(CONFIG, fake_updates=3, share_history=shared)
     watched = {name: Watched(net) for name, net in trio().items()}
-    rounds = Mutual(config).rounds(watched, four(), at_step(0))
+    rounds = MutualForcingObjective(config).rounds(watched, four(), at_step(0))
     first = next(rounds)
     assert {name: found(terms) for name, terms in first.items()} == {
         name: found(terms) for name, terms in run(CONFIG, trio(), four()).items()
@@ -224,8 +224,8 @@ def test_further_updates_of_the_fake_score_ask_for_it_alone(shared):
 
 def test_a_further_update_sees_what_the_one_before_has_changed():
     models = trio()
-    rounds = Mutual(replace(CONFIG, fake_updates=2)).rounds(models, four(), at_step(0))
-    untouched = list(Mutual(replace(CONFIG, fake_updates=2)).rounds(models, four(), at_step(0)))[1]
+    rounds = MutualForcingObjective(replace(CONFIG, fake_updates=2)).rounds(models, four(), at_step(0))
+    untouched = list(MutualForcingObjective(replace(CONFIG, fake_updates=2)).rounds(models, four(), at_step(0)))[1]
     next(rounds)
     with torch.no_grad():
         for p in models["fake"].parameters():
@@ -236,7 +236,7 @@ def test_a_further_update_sees_what_the_one_before_has_changed():
 def test_phases_come_in_one_after_the_other():
     config = replace(CONFIG, real_until=2, free_from=4, fake_from=6, dmd_from=8, dmd_ramp=4)
     models, data, ladder = trio(), four(), ({"flow_matching": 4, "shortcut": 4}, {"flow_matching": 2, "shortcut": 4})
-    kinds = {step: [config.kind(i, step) for i in range(4)] for step in (1, 2, 3, 4)}
+    kinds = {step: [config.row_kind(i, step) for i in range(4)] for step in (1, 2, 3, 4)}
     assert kinds[1] == ["real"] * 4
     assert kinds[2] == kinds[3] == ["real", "coupled", "coupled", "coupled"]
     assert kinds[4] == ["real", "free", "coupled", "free"]
@@ -254,7 +254,7 @@ def test_phases_come_in_one_after_the_other():
 
 def test_the_stage_step_sets_the_phase_and_not_the_step_of_the_run():
     config = replace(CONFIG, real_until=2)
-    terms = Mutual(config)(trio(), four(), StepInfo(seed=0, step=100, stage_step=0))
+    terms = MutualForcingObjective(config)(trio(), four(), StepInfo(seed=0, step=100, stage_step=0))
     assert found(terms["student"]) == {"flow_matching": 4, "shortcut": 4}
 
 
@@ -312,7 +312,7 @@ def test_only_rungs_at_the_finest_level_know_how_it_is_asked():
 def test_the_fake_score_learns_jumps_from_its_first_step_where_dmd_moves_them():
     """Before DMD begins, too: else it would know another law than the one it is asked about."""
     phases = {"rollout_steps": (4,), "dmd_from": 9}
-    exits = [draw_control(replace(CONFIG, **phases), four().streams, at_step(step)).exit_step for step in range(4)]
+    exits = [draw_step(replace(CONFIG, **phases), four().streams, at_step(step)).exit_step for step in range(4)]
     for step, exit_step in enumerate(exits):
         finished, jumped = (
             run(replace(CONFIG, jump_exit=jump, **phases), trio(), four(), step)["fake"][0].values

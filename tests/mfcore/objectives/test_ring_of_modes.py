@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from mfcore.flow import TimeConfig
 from mfcore.objectives import baselines
-from mfcore.objectives.losses import Objective, StepInfo, total
+from mfcore.objectives.losses import Objective, StepInfo, total_loss
 from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.rng import generator
 from mfcore.rollout import join_chunks, rollout
-from mfcore.solver import Context, Mode, schedule
-from mfcore.types import AUDIO, AVBatch, Condition, Levels, Streams
+from mfcore.solver import DenoiserContext, Mode, schedule
+from mfcore.types import AUDIO, AVBatch, Condition, NoiseLevels, Streams
 from tests.helpers.analytic_models import Nothing, condition, stream
 
 MODES = torch.tensor([[math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)] for k in range(8)])
@@ -51,7 +51,9 @@ def spread(t: Tensor) -> Tensor:
 class Exact:
     """The multi-step mode as it should be."""
 
-    def __call__(self, x: Streams, t: Levels, r: Levels, cond: Condition, memory=None, *, store=False, trust=None):
+    def __call__(
+        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, memory=None, *, store=False, trust=None
+    ):
         if not x:
             return {}, Nothing()
         return {AUDIO: exact_velocity(x[AUDIO].latents, t[AUDIO][..., None].clamp_min(1e-3))}, Nothing()
@@ -69,7 +71,9 @@ class Plane(nn.Module):
         nn.init.zeros_(self.few[-1].weight)
         nn.init.zeros_(self.few[-1].bias)
 
-    def forward(self, x: Streams, t: Levels, r: Levels, cond: Condition, memory=None, *, store=False, trust=None):
+    def forward(
+        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, memory=None, *, store=False, trust=None
+    ):
         if not x:
             return {}, Nothing()
         at, level, gap = x[AUDIO].latents, t[AUDIO][..., None], (t[AUDIO] - r[AUDIO])[..., None]
@@ -87,7 +91,9 @@ class Plane(nn.Module):
 class Fake(Plane):
     """A score of its own: everything is learned, starting from the exact one."""
 
-    def forward(self, x: Streams, t: Levels, r: Levels, cond: Condition, memory=None, *, store=False, trust=None):
+    def forward(
+        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, memory=None, *, store=False, trust=None
+    ):
         if not x:
             return {}, Nothing()
         at, level = x[AUDIO].latents, t[AUDIO][..., None]
@@ -117,7 +123,7 @@ def train(objective: Objective, steps: int, lr: float = 2e-3) -> Plane:
         for name, own in terms.items():
             if not own:
                 continue
-            total(own).backward()
+            total_loss(own).backward()
             optimizers[name].param_groups[0]["lr"] = (lr if name == "student" else 4 * lr) * (1 - step / steps)
             optimizers[name].step()
             optimizers[name].zero_grad()
@@ -132,7 +138,9 @@ def off_mode(model, steps: int, mode: Mode = "few") -> float:
     """Share of points further than three spreads from every mode."""
     draw = torch.Generator().manual_seed(1)
     starts = ({AUDIO: stream(torch.randn(2000, 1, 2, generator=draw), first=k)} for k in range(4))
-    chunks = rollout(Context(model=model, cond=condition(2000)), starts, schedule(steps, {AUDIO: 1.0}), mode=mode)
+    chunks = rollout(
+        DenoiserContext(model=model, cond=condition(2000)), starts, schedule(steps, {AUDIO: 1.0}), mode=mode
+    )
     points = join_chunks(c.clean for c in chunks)[AUDIO].latents.flatten(0, 1)
     return float((torch.cdist(points, MODES).min(1).values > 3 * SPREAD).float().mean())
 

@@ -16,15 +16,15 @@ from mfcore.objectives.shortcut import (
     shortcut_terms,
     two_midpoints_target,
 )
-from mfcore.solver import Context, levels, schedule
+from mfcore.solver import DenoiserContext, constant_levels, schedule
 from mfcore.types import AUDIO, VIDEO, Stream
 from tests.helpers.analytic_models import GaussianModel, condition, stream
 
 SPREAD = 0.5
 
 
-def exact(**changes) -> Context:
-    return Context(model=GaussianModel(mean=0.3, std=SPREAD, **changes), cond=condition(64))
+def exact(**changes) -> DenoiserContext:
+    return DenoiserContext(model=GaussianModel(mean=0.3, std=SPREAD, **changes), cond=condition(64))
 
 
 def states(seed: int = 0) -> dict[str, Stream]:
@@ -57,7 +57,7 @@ def test_a_plain_mean_of_the_halves_would_be_wrong():
 LENGTHS = [2.0**-k for k in (4, 5, 6, 7)]
 
 
-def errors(rule, context: Context) -> list[float]:
+def errors(rule, context: DenoiserContext) -> list[float]:
     """Of intervals of ``LENGTHS`` that end at t = 0.5."""
     found, x = [], states()
     for length in LENGTHS:
@@ -69,7 +69,7 @@ def errors(rule, context: Context) -> list[float]:
     return found
 
 
-def order(rule, context: Context) -> float:
+def order(rule, context: DenoiserContext) -> float:
     """Slope of log error against log length."""
     found = errors(rule, context)
     return math.log(found[0] / found[-1]) / math.log(LENGTHS[0] / LENGTHS[-1])
@@ -93,10 +93,10 @@ def test_two_midpoints_have_at_most_a_quarter_of_the_error_of_one():
 )
 def test_sixteen_intervals_keep_the_known_share_of_a_small_spread(rule, share):
     sigma, steps = 0.05, 16
-    context = Context(model=GaussianModel(std=sigma, flow_map=False), cond=condition(2))
+    context = DenoiserContext(model=GaussianModel(std=sigma, flow_map=False), cond=condition(2))
     x, plan = {AUDIO: stream(torch.tensor([0.0, 1.0]).reshape(2, 1, 1))}, schedule(2 * steps, {AUDIO: 1.0})[AUDIO]
     for j in range(0, 2 * steps, 2):
-        at = Intervals(**{k: levels(x, {AUDIO: plan[j + i]}) for i, k in enumerate("tmr")})
+        at = Intervals(**{k: constant_levels(x, {AUDIO: plan[j + i]}) for i, k in enumerate("tmr")})
         x = {AUDIO: x[AUDIO].with_latents(x[AUDIO].latents - (plan[j] - plan[j + 2]) * rule(context, x, at)[AUDIO])}
     low, high = x[AUDIO].latents.flatten().tolist()
     assert (high - low) / sigma == pytest.approx(share, abs=0.01)
@@ -132,11 +132,11 @@ def test_coarse_depths_near_the_finest_can_be_drawn_more_often():
 def test_guidance_enters_at_the_finest_level_only():
     x, is_finest = states(), torch.arange(64) < 10
     at = next(every_interval(2, 1.0))
-    guided = Context(model=GaussianModel(mean=1.0, null_mean=0.0), cond=condition(64), guidance=3.0)
+    guided = DenoiserContext(model=GaussianModel(mean=1.0, null_mean=0.0), cond=condition(64), guidance=3.0)
     target = shortcut_target(guided, x, at, is_finest)[AUDIO].double()
-    torch.testing.assert_close(target[10:], halves_target(guided.plain(), x, at)[AUDIO][10:])
+    torch.testing.assert_close(target[10:], halves_target(guided.unguided(), x, at)[AUDIO][10:])
     torch.testing.assert_close(target[:10], midpoint_target(guided, x, at)[AUDIO][:10])
-    assert not torch.allclose(target[:10], midpoint_target(guided.plain(), x, at)[AUDIO][:10])
+    assert not torch.allclose(target[:10], midpoint_target(guided.unguided(), x, at)[AUDIO][:10])
 
 
 def test_an_exact_few_step_mode_has_no_shortcut_loss():

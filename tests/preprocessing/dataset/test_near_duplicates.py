@@ -10,12 +10,12 @@ import pytest
 
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset import near_duplicates
-from preprocessing.dataset.near_duplicates import DUPLICATES, alike, compare
+from preprocessing.dataset.near_duplicates import DUPLICATES, find_pairs, similarity
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.io.storage import Store
 from preprocessing.toyworld.world import write_toyworld
-from workflows.data.build import preprocess
-from workflows.data.inspect import inspect
+from workflows.data.build import build_dataset
+from workflows.data.inspect import inspect_dataset
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=3)
 COPIES = {
@@ -39,7 +39,7 @@ def media(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def found(media, tmp_path_factory) -> str:
     out = str(tmp_path_factory.mktemp("data") / "set")
-    preprocess([str(media)], out, CONFIG, progress=lambda *_: None)
+    build_dataset([str(media)], out, CONFIG, progress=lambda *_: None)
     return out
 
 
@@ -49,8 +49,8 @@ def sources(dataset: str) -> list[str]:
 
 def test_copies_are_left_out_and_characters_are_not(found, media):
     before = sources(found)
-    assert inspect(found)["near_duplicates"] == 0
-    counts = inspect(found, near_duplicates=True, verify=True)
+    assert inspect_dataset(found)["near_duplicates"] == 0
+    counts = inspect_dataset(found, near_duplicates=True, verify=True)
     after = sources(found)
     first = min(name for name in before if name.startswith("toy"))
     alike = {first, *COPIES}
@@ -71,15 +71,15 @@ def test_thousands_of_copies_cost_thousands_of_comparisons(monkeypatch):
     def counted(*args):
         nonlocal count
         count += 1
-        return compare(*args)
+        return similarity(*args)
 
-    monkeypatch.setattr(near_duplicates, "compare", counted)
-    pairs = list(alike(prints, [10.0] * len(prints)))
+    monkeypatch.setattr(near_duplicates, "similarity", counted)
+    pairs = list(find_pairs(prints, [10.0] * len(prints)))
     assert count < 2 * len(prints)
     assert len(pairs) == 2 * 1999
     assert {pair.one < 2000 for pair in pairs if pair.other < 2000} == {True}
     assert all(pair.other < 4000 and (pair.one < 2000) == (pair.other < 2000) for pair in pairs)
-    assert list(alike([bytes(1600)] * 9, [10.0] * 9)) == [], "what has neither picture nor sound is like nothing"
+    assert list(find_pairs([bytes(1600)] * 9, [10.0] * 9)) == [], "what has neither picture nor sound is like nothing"
 
 
 @pytest.mark.slow
@@ -87,9 +87,9 @@ def test_order_and_units_change_nothing(found, media, tmp_path):
     other = str(tmp_path / "other")
     names = sorted(media.glob("*.m*"), reverse=True)
     for part in (names[:4], names):  # sources in another order, units of other sizes
-        preprocess([str(p) for p in part], other, replace(CONFIG, sources_per_unit=2), progress=lambda *_: None)
-    inspect(found, near_duplicates=True)
-    inspect(other, near_duplicates=True)
+        build_dataset([str(p) for p in part], other, replace(CONFIG, sources_per_unit=2), progress=lambda *_: None)
+    inspect_dataset(found, near_duplicates=True)
+    inspect_dataset(other, near_duplicates=True)
     one, two = (Store(dataset).read(DUPLICATES) for dataset in (found, other))
     assert one == two
 
@@ -98,7 +98,7 @@ def test_order_and_units_change_nothing(found, media, tmp_path):
 def test_sound_alone_and_picture_alone(media, tmp_path):
     for modality in ("audio", "video"):
         out = str(tmp_path / modality)
-        preprocess([str(media)], out, replace(CONFIG, modality=modality), progress=lambda *_: None)
-        counts = inspect(out, near_duplicates=True)
+        build_dataset([str(media)], out, replace(CONFIG, modality=modality), progress=lambda *_: None)
+        counts = inspect_dataset(out, near_duplicates=True)
         assert counts["near_duplicates"] >= len(COPIES)
         assert {name for name in sources(out) if name.startswith("toy")} >= {f"toy0000{i}.mp4" for i in range(1, 5)}

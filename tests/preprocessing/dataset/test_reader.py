@@ -12,10 +12,10 @@ from preprocessing.config import PreprocessConfig
 from preprocessing.dataset import reader
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.pipeline import build_encoders, process_source
-from preprocessing.sources.discovery import edges, find_sources
+from preprocessing.sources.discovery import edge_fingerprint, find_sources
 from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.media_folder import make_folder, write_clip
-from workflows.data.build import preprocess
+from workflows.data.build import build_dataset
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2)
 
@@ -27,7 +27,7 @@ def quiet(*_) -> None: ...
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     make_folder(folder / "media")
-    preprocess([str(folder / "media")], str(folder / "out"), CONFIG, progress=quiet)
+    build_dataset([str(folder / "media")], str(folder / "out"), CONFIG, progress=quiet)
     return folder
 
 
@@ -86,7 +86,7 @@ def test_uni_modal_reading_touches_only_its_own_columns(place, monkeypatch):
 
 
 def test_cache_never_changes_what_is_read(place, monkeypatch):
-    monkeypatch.setattr(reader, "CACHED_BYTES", 1)
+    monkeypatch.setattr(reader, "CACHE_BYTES", 1)
     small = open_dataset(str(place / "out"))
     walk = [0, 2, 1, 0, 2]
     assert [small.clip(i).id for i in walk] == [small.ids[i] for i in walk]
@@ -102,7 +102,7 @@ def test_loading_reads_each_row_group_once_and_no_picture(tmp_path, monkeypatch)
         lambda self, i, columns, **how: asked.append((i, columns)) or real(self, i, columns=columns, **how),
     )
     numbers = [20, 3, 17, 0, 3]
-    clips = [make() for make in data.load(numbers)]
+    clips = [make() for make in data.load_clips(numbers)]
     assert sorted(group for group, _ in asked) == [0, 1]
     assert not any("first_frame_png" in columns for _, columns in asked)
     assert [clip.id for clip in clips] == [data.ids[i] for i in numbers]
@@ -114,9 +114,9 @@ def test_loading_reads_each_row_group_once_and_no_picture(tmp_path, monkeypatch)
 
 def test_a_view_numbers_its_row_groups_from_zero(tmp_path):
     data = open_dataset(write_dataset(tmp_path / "set", clips=24))
-    for view in data.held_out(0.3):
+    for view in data.split(0.3):
         assert set(view.groups) <= {0, 1}
-        assert [view.load([i])[0]().id for i in range(len(view))] == view.ids
+        assert [view.load_clips([i])[0]().id for i in range(len(view))] == view.ids
 
 
 def test_split_is_by_source_and_survives_growth(tmp_path, monkeypatch):
@@ -124,16 +124,16 @@ def test_split_is_by_source_and_survives_growth(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "_share", lambda content: order.index(content) / 5)
     for name in ("a", "b", "c", "d"):
         write_clip(tmp_path / f"{name}.mp4", 1.2 + 0.1 * ord(name) % 1)
-    order += [edges(str(tmp_path / f"{name}.mp4")) for name in "abcd"]
+    order += [edge_fingerprint(str(tmp_path / f"{name}.mp4")) for name in "abcd"]
     out = str(tmp_path / "out")
-    preprocess([str(tmp_path)], out, CONFIG, progress=quiet)
-    train, held = open_dataset(out).held_out(0.5)
+    build_dataset([str(tmp_path)], out, CONFIG, progress=quiet)
+    train, held = open_dataset(out).split(0.5)
     assert len(train) + len(held) == 4
     assert not set(train.ids) & set(held.ids)
     write_clip(tmp_path / "e.mp4", 1.9)
-    order.append(edges(str(tmp_path / "e.mp4")))
-    preprocess([str(tmp_path)], out, CONFIG, progress=quiet)
-    grown_train, grown_held = open_dataset(out).held_out(0.5)
+    order.append(edge_fingerprint(str(tmp_path / "e.mp4")))
+    build_dataset([str(tmp_path)], out, CONFIG, progress=quiet)
+    grown_train, grown_held = open_dataset(out).split(0.5)
     assert set(train.ids) <= set(grown_train.ids)
     assert set(held.ids) <= set(grown_held.ids)
 
@@ -141,7 +141,7 @@ def test_split_is_by_source_and_survives_growth(tmp_path, monkeypatch):
 def test_marked_duplicates_are_left_out(tmp_path):
     for name, seconds in (("a", 1.2), ("b", 1.3)):
         write_clip(tmp_path / f"{name}.mp4", seconds)
-    preprocess([str(tmp_path)], str(tmp_path / "out"), CONFIG, progress=quiet)
+    build_dataset([str(tmp_path)], str(tmp_path / "out"), CONFIG, progress=quiet)
     first = open_dataset(str(tmp_path / "out")).ids[0]
     pq.write_table(pa.table({"id": [first]}), tmp_path / "out" / "_duplicates.parquet")
     assert len(open_dataset(str(tmp_path / "out"))) == 1
@@ -153,6 +153,6 @@ def test_what_cannot_be_read_is_said(place, tmp_path):
     with pytest.raises(ValueError, match="no clip"):
         open_dataset(str(place / "out")).index("nonsense")
     video = replace(CONFIG, modality="video")
-    preprocess([str(place / "media" / "good.mp4")], str(tmp_path / "video"), video, progress=quiet)
+    build_dataset([str(place / "media" / "good.mp4")], str(tmp_path / "video"), video, progress=quiet)
     with pytest.raises(ValueError, match="has no audio"):
         open_dataset(str(tmp_path / "video"), ("audio",))

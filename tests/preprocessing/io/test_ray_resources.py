@@ -7,7 +7,12 @@ from dataclasses import replace
 import pytest
 
 from preprocessing.config import PreprocessConfig
-from preprocessing.io.ray_resources import MOST, has_come, most, told_while_waiting
+from preprocessing.io.ray_resources import (
+    PROMISED_RESOURCES_ENV,
+    max_resources,
+    report_while_waiting,
+    resources_available,
+)
 from preprocessing.runner import _workers
 from preprocessing.steps.encode import EncoderConfig
 
@@ -16,10 +21,10 @@ SHARED = replace(PLAIN, encoder=EncoderConfig(gpus=0.25))
 
 
 def test_what_the_file_promises_counts_beside_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(MOST, raising=False)
-    assert most({"CPU": 2.0}) == {"CPU": 2.0}
-    monkeypatch.setenv(MOST, json.dumps({"CPU": 512, "GPU": 32}))
-    assert most({"CPU": 600.0, "memory": 5.0}) == {"CPU": 600.0, "GPU": 32.0, "memory": 5.0}
+    monkeypatch.delenv(PROMISED_RESOURCES_ENV, raising=False)
+    assert max_resources({"CPU": 2.0}) == {"CPU": 2.0}
+    monkeypatch.setenv(PROMISED_RESOURCES_ENV, json.dumps({"CPU": 512, "GPU": 32}))
+    assert max_resources({"CPU": 600.0, "memory": 5.0}) == {"CPU": 600.0, "GPU": 32.0, "memory": 5.0}
 
 
 @pytest.mark.parametrize(
@@ -48,14 +53,14 @@ def test_what_is_not_known_or_not_there_is_said() -> None:
 
 def test_waiting_is_told_until_it_has_begun(capsys: pytest.CaptureFixture[str]) -> None:
     told = 0
-    with told_while_waiting("four machines", lambda: {"CPU": 2.0}, every=0.01) as begun:
+    with report_while_waiting("four machines", lambda: {"CPU": 2.0}, every=0.01) as begun:
         while told < 2:
             told += capsys.readouterr().err.count("waiting for four machines, 0 s so far; Ray has CPU 2, GPU 0.")
         begun()
     capsys.readouterr()
-    with told_while_waiting("none", dict, every=0.001, seen=lambda: True):
+    with report_while_waiting("none", dict, every=0.001, seen=lambda: True):
         pass
-    with told_while_waiting("none", dict):
+    with report_while_waiting("none", dict):
         pass
     assert capsys.readouterr().err == ""
 
@@ -63,12 +68,12 @@ def test_waiting_is_told_until_it_has_begun(capsys: pytest.CaptureFixture[str]) 
 def test_slow_work_is_no_waiting(capsys: pytest.CaptureFixture[str]) -> None:
     """A unit may take minutes; what is waited for is a machine."""
     here: dict[str, float] = {}
-    come = has_come({"CPU": 1.0, "GPU": 0.25}, lambda: here)
+    come = resources_available({"CPU": 1.0, "GPU": 0.25}, lambda: here)
     assert not come()
     here["CPU"] = 8.0
     assert not come()
     here["GPU"] = 1.0
     assert come()
-    with told_while_waiting("machines", lambda: here, seen=come, every=0.01):
+    with report_while_waiting("machines", lambda: here, seen=come, every=0.01):
         time.sleep(0.1)
     assert capsys.readouterr().err == ""

@@ -11,13 +11,13 @@ import pytest
 
 from preprocessing.config import PreprocessConfig
 from preprocessing.io import storage
-from preprocessing.io.errors import Outage
+from preprocessing.io.errors import InfrastructureError
 from preprocessing.io.lease import LOCK
 from preprocessing.io.storage import Store
 from tests.helpers.media_folder import make_folder, write_clip
 from tests.helpers.object_store import BUCKET, FaultProxy, s3_at, s3_server
-from workflows.data.build import preprocess
-from workflows.data.inspect import inspect
+from workflows.data.build import build_dataset
+from workflows.data.inspect import inspect_dataset
 
 pytestmark = pytest.mark.slow
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2)
@@ -39,7 +39,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(server) -> dict[str, str]:
-    preprocess([MEDIA], f"s3://{BUCKET}/undisturbed", CONFIG, progress=quiet)
+    build_dataset([MEDIA], f"s3://{BUCKET}/undisturbed", CONFIG, progress=quiet)
     return content(f"s3://{BUCKET}/undisturbed")
 
 
@@ -65,18 +65,18 @@ class Faults:
 
 
 def test_a_run_over_a_bad_line_is_the_one_over_a_good_line(server, undisturbed, monkeypatch):
-    monkeypatch.setattr(storage, "SILENCE_SECONDS", 2)
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 2)
     kinds = ("refuse", "503", "silent", "torn up 100", "torn up 3000", "torn down 200", "torn down 5000")
     with FaultProxy(server, Faults(kinds, share=0.6)) as proxy:
         with s3_at(proxy.port):
-            preprocess([MEDIA], f"s3://{BUCKET}/bad-line", CONFIG, progress=quiet)
+            build_dataset([MEDIA], f"s3://{BUCKET}/bad-line", CONFIG, progress=quiet)
         assert all(proxy.seen[kind] for kind in ("refuse", "503", "torn up", "torn down")), proxy.seen
     assert content(f"s3://{BUCKET}/bad-line") == undisturbed
 
 
 @pytest.mark.parametrize("kind", ["refuse", "503", "silent", "torn up 2000"])
 def test_a_store_that_stays_away_stops_the_run_and_the_same_command_resumes(kind, server, undisturbed, monkeypatch):
-    monkeypatch.setattr(storage, "SILENCE_SECONDS", 2)
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 2)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     place = f"s3://{BUCKET}/away-{kind.split()[0]}"
     broken = threading.Event()
@@ -89,14 +89,14 @@ def test_a_store_that_stays_away_stops_the_run_and_the_same_command_resumes(kind
     with (
         FaultProxy(server, lambda: kind if broken.is_set() else "") as proxy,
         s3_at(proxy.port),
-        pytest.raises(Outage, match="same command again"),
+        pytest.raises(InfrastructureError, match="same command again"),
     ):
-        preprocess([MEDIA], place, CONFIG, progress=after_a_unit)
+        build_dataset([MEDIA], place, CONFIG, progress=after_a_unit)
     there = content(place)
     assert all(undisturbed[name] == value for name, value in there.items() if name.startswith(("/clips", "/_done")))
     with s3_at(server):
         Store(place).remove(LOCK)  # or wait for a minute
-        preprocess([MEDIA], place, CONFIG, progress=quiet)
+        build_dataset([MEDIA], place, CONFIG, progress=quiet)
     assert content(place) == undisturbed
 
 
@@ -111,8 +111,8 @@ def test_a_vanished_bucket_stops_the_run_and_the_same_command_resumes(server, tm
         fs.rm("volatile", recursive=True)
 
     run = ([str(tmp_path)], "s3://volatile/set", replace(CONFIG, sources_per_unit=1))
-    with pytest.raises(Outage, match=r"(no such bucket|removed\?).*same command again"):
-        preprocess(*run, progress=vanish)
+    with pytest.raises(InfrastructureError, match=r"(no such bucket|removed\?).*same command again"):
+        build_dataset(*run, progress=vanish)
     fs.mkdir("volatile")
-    assert preprocess(*run, progress=quiet)["accepted"] == 2
-    assert inspect("s3://volatile/set", verify=True)["verified"]
+    assert build_dataset(*run, progress=quiet)["accepted"] == 2
+    assert inspect_dataset("s3://volatile/set", verify=True)["verified"]

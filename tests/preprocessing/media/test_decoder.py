@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocessing.media.decoder import Decoder, decode
+from preprocessing.media.decoder import Decoder, decode_range
 from preprocessing.media.mp4_writer import write_mp4
 from preprocessing.media.probe import MediaError, probe
 from tests.helpers.av_clock_media import BEEPS, Fixture, find_beeps, make, numbered_frames, read_numbers, sound
@@ -20,7 +20,7 @@ def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
     info = probe(path)
     with Decoder(path, info, fps=FPS, size=(64, 64), sample_rate=RATE) as decoder:
         frames, wave = decoder.read(1000)
-        assert decoder.error() is None
+        assert decoder.failure() is None
     assert frames is not None
     assert wave is not None
     return frames, wave
@@ -50,7 +50,7 @@ def test_rotation_is_applied(tmp_path):
     subprocess.run(
         ["ffmpeg", "-loglevel", "error", *flags, "-i", str(plain), "-c", "copy", *tags, str(turned)], check=True
     )
-    upright, _ = decode(turned, 0, 0.25, fps=FPS, size=(64, 64), sample_rate=RATE)
+    upright, _ = decode_range(turned, 0, 0.25, fps=FPS, size=(64, 64), sample_rate=RATE)
     assert upright is not None
     assert list(read_numbers(upright[:, ::-1, ::-1])) == list(range(6))
 
@@ -65,8 +65,8 @@ def test_wide_pixels_are_made_square_and_the_picture_cropped_or_padded(tmp_path)
     path = tmp_path / "wide.mp4"
     source = "color=gray:s=64x64:r=24:d=0.5,setsar=2,drawbox=x=28:y=0:w=8:h=64:color=white:t=fill"
     subprocess.run(["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i", source, str(path)], check=True)
-    cropped, _ = decode(path, 0, 0.2, fps=FPS, size=(64, 64), sample_rate=RATE)
-    padded, _ = decode(path, 0, 0.2, fps=FPS, size=(64, 64), sample_rate=RATE, fit="pad")
+    cropped, _ = decode_range(path, 0, 0.2, fps=FPS, size=(64, 64), sample_rate=RATE)
+    padded, _ = decode_range(path, 0, 0.2, fps=FPS, size=(64, 64), sample_rate=RATE, fit="pad")
     assert cropped is not None
     assert padded is not None
     assert abs((cropped[0, 32, :, 0] > 190).sum() - 16) <= 1  # the bar of 8 pixels is 16 square pixels wide
@@ -87,7 +87,7 @@ def test_a_span_in_the_middle_is_that_part_of_the_whole(tmp_path):
     path = make(Fixture(name="middle", fps=(24, 1)), tmp_path, seconds=14.0)
     info = probe(path)
     first = info.start - info.origin
-    frames, wave = decode(path, first + 12.5, first + 13.5, fps=FPS, size=(64, 64), sample_rate=RATE)
+    frames, wave = decode_range(path, first + 12.5, first + 13.5, fps=FPS, size=(64, 64), sample_rate=RATE)
     assert list(read_numbers(frames)) == list(range(300, 324))
     _, whole = decode_all(path)
     assert np.abs(wave - whole[200000:216000]).max() < 1e-3
@@ -112,7 +112,7 @@ def test_hdr_becomes_a_normal_picture(tmp_path):
     )
     if done.returncode != 0:
         pytest.skip("this ffmpeg has no libx265")
-    frames, _ = decode(path, 0, 0.25, fps=FPS, size=(64, 64), sample_rate=RATE)
+    frames, _ = decode_range(path, 0, 0.25, fps=FPS, size=(64, 64), sample_rate=RATE)
     assert frames is not None
     assert 5 < frames.mean() < 250
     assert frames.std() > 10
@@ -163,7 +163,7 @@ def test_hdr_keeps_the_luminance_of_what_sdr_can_show(transfer, signal, tmp_path
     encode = ["-c:v", "libx264", "-crf", "4", "-pix_fmt", "yuv420p10le", *tags, str(tmp_path / "hdr.mkv")]
     subprocess.run(["ffmpeg", "-v", "error", *raw, *encode], input=np.tile(picture, 6).tobytes(), check=True)
     size = (64, len(grey))
-    frames, _ = decode(tmp_path / "hdr.mkv", 0, 0.2, fps=FPS, size=size, sample_rate=RATE)
+    frames, _ = decode_range(tmp_path / "hdr.mkv", 0, 0.2, fps=FPS, size=size, sample_rate=RATE)
     assert frames is not None
     shown = frames[2].mean(2)[32, 16::32]
     wanted = 255 * (np.array(levels) / 203) ** (1 / 2.4)  # a display's exponent (ITU-R BT.1886), white at 203 nits
@@ -179,7 +179,7 @@ def test_shape_as_seen(tmp_path):
         subprocess.run(["ffmpeg", "-y", "-v", "error", *made], check=True)
         info = probe(path).video
         assert info is not None
-        return info.shown
+        return info.display_size
 
     assert shown() == (64, 128)
     assert shown("-vf", "setsar=2") == (64, 256)

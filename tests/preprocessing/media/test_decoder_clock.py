@@ -19,8 +19,8 @@ from preprocessing.dataset.reader import open_dataset
 from preprocessing.media.decoder import Decoder
 from preprocessing.media.probe import probe
 from tests.helpers.av_clock_media import Fixture, find_beeps, find_flashes, make, read_numbers
-from workflows.data.build import preprocess
-from workflows.data.reconstruct import reconstruct
+from workflows.data.build import build_dataset
+from workflows.data.reconstruct import reconstruct_clip
 
 FPS, RATE = Fraction(24), 16000
 UNEVEN = lambda n: (n % 7) * (n % 5) < 9
@@ -125,7 +125,7 @@ def decode_all(fixture: Fixture, path: Path) -> tuple[np.ndarray, np.ndarray, fl
     info = probe(path)
     with Decoder(path, info, fps=FPS, size=fixture.size, sample_rate=RATE) as decoder:
         frames, wave = decoder.read(1000)
-        assert decoder.error() is None
+        assert decoder.failure() is None
     assert frames is not None
     assert wave is not None
     return np.rot90(frames, fixture.turn, (1, 2)), wave, info.start
@@ -161,10 +161,10 @@ def after_codecs(fixture: Fixture, folder: Path) -> float:
     make(fixture, folder / "media")
     media = str(folder / "media" / f"{fixture.name}.{fixture.suffix}")
     config = PreprocessConfig(workers=0, sizes=(fixture.size,), window_seconds=Fraction(3))
-    preprocess([media], str(folder / "set"), config, progress=lambda *_: None)
+    build_dataset([media], str(folder / "set"), config, progress=lambda *_: None)
     late, meant = [], fixture.audio_late - fixture.video_late - fixture.early
     for clip in open_dataset(str(folder / "set")).ids:
-        reconstruct(str(folder / "set"), clip, str(folder / f"{clip}.mp4"))
+        reconstruct_clip(str(folder / "set"), clip, str(folder / f"{clip}.mp4"))
         frames, wave, _ = decode_all(fixture, folder / f"{clip}.mp4")
         flashes, beeps = find_flashes(frames) / float(FPS), find_beeps(wave, RATE)
         late += [min(beeps - flash - meant, key=abs) for flash in flashes if len(beeps)]

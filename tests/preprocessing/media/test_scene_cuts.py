@@ -10,7 +10,7 @@ import pytest
 
 from preprocessing.config import PreprocessConfig
 from preprocessing.media.mp4_writer import write_mp4
-from preprocessing.media.scene_cuts import Cuts, SceneConfig
+from preprocessing.media.scene_cuts import SceneConfig, SceneCutDetector
 from preprocessing.pipeline import build_encoders, process_source
 from preprocessing.records import Clip, Rejected
 from preprocessing.sources.discovery import find_sources
@@ -91,8 +91,8 @@ def test_a_light_that_goes_on_while_everything_moves_is_no_cut(number, tmp_path)
 
 def test_a_scene_that_comes_back_at_once_was_interrupted():
     other = np.concatenate([scene(0, 4), scene(1, 3), scene(0, 8)])
-    assert Cuts(SceneConfig(), flash_frames=7).next([4, 7], 0, other) is None
-    assert Cuts(SceneConfig(flash_seconds=0), flash_frames=0).next([4, 7], 0, other) == 4
+    assert SceneCutDetector(SceneConfig(), flash_frames=7).next_cut([4, 7], 0, other) is None
+    assert SceneCutDetector(SceneConfig(flash_seconds=0), flash_frames=0).next_cut([4, 7], 0, other) == 4
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real media ../shared/media is not here")

@@ -14,10 +14,10 @@ from preprocessing.dataset.reader import open_dataset
 from preprocessing.dataset.units import plan_units
 from preprocessing.io.storage import local_path
 from preprocessing.records import Source
-from preprocessing.sources.discovery import edges, find_sources, split_fragment
+from preprocessing.sources.discovery import edge_fingerprint, find_sources, split_fragment
 from tests.helpers.media_folder import write_clip
-from workflows.data.build import preprocess
-from workflows.data.inspect import inspect
+from workflows.data.build import build_dataset
+from workflows.data.inspect import inspect_dataset
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2)
 NAMES = [b"-dash.mp4", b"a b.mp4", b'it\'s "quoted".mp4', b"two\nlines.mp4", b"caf\xe9.mp4", b"100%.mp4", b"#t=1,2.mp4"]
@@ -48,16 +48,16 @@ def test_every_name_is_found_through_folder_glob_and_manifest(folder, tmp_path):
 
 
 def test_every_name_goes_through(folder, tmp_path):
-    counts = preprocess([str(folder)], str(tmp_path / "out"), replace(CONFIG, keep_duplicates=True), progress=quiet)
+    counts = build_dataset([str(folder)], str(tmp_path / "out"), replace(CONFIG, keep_duplicates=True), progress=quiet)
     assert (counts["accepted"], counts["rejected"]) == (1 + len(NAMES), 0)
-    assert inspect(str(tmp_path / "out"), verify=True)["verified"]
+    assert inspect_dataset(str(tmp_path / "out"), verify=True)["verified"]
 
 
 def test_the_same_bytes_again_are_rejected_with_the_name_of_the_kept_one(folder, tmp_path):
-    counts = preprocess([str(folder)], str(tmp_path / "out"), CONFIG, progress=quiet)
+    counts = build_dataset([str(folder)], str(tmp_path / "out"), CONFIG, progress=quiet)
     assert (counts["accepted"], counts["rejects_by_reason"]) == (1, {"duplicate": len(NAMES)})
     kept = open_dataset(str(tmp_path / "out")).clip(0).source_uri
-    examples = inspect(str(tmp_path / "out"), verify=True)["rejects"]["duplicates/duplicate"]["examples"]
+    examples = inspect_dataset(str(tmp_path / "out"), verify=True)["rejects"]["duplicates/duplicate"]["examples"]
     assert all(row["detail"] == f"same bytes as {kept}" for row in examples)
 
 
@@ -98,8 +98,10 @@ def test_clips_of_the_same_content_are_held_out_alike_wherever_they_lie(tmp_path
             write_clip(tmp_path / "one" / "0.mp4", 1.2)
     shutil.copytree(tmp_path / "one", tmp_path / "two" / "deeper")
     for name in ("one", "two"):
-        preprocess([str(tmp_path / name)], str(tmp_path / f"set-{name}"), CONFIG, progress=quiet)
-    split = [open_dataset(str(tmp_path / f"set-{name}")).held_out(0.4) for name in ("one", "two")]
+        build_dataset([str(tmp_path / name)], str(tmp_path / f"set-{name}"), CONFIG, progress=quiet)
+    split = [open_dataset(str(tmp_path / f"set-{name}")).split(0.4) for name in ("one", "two")]
     names = [[sorted(c.source_uri.rsplit("/", 1)[1] for c in part) for part in parts] for parts in split]
     assert names[0] == names[1]
-    assert edges(str(tmp_path / "one" / "0.mp4")) == edges(str(tmp_path / "two" / "deeper" / "0.mp4"))
+    assert edge_fingerprint(str(tmp_path / "one" / "0.mp4")) == edge_fingerprint(
+        str(tmp_path / "two" / "deeper" / "0.mp4")
+    )

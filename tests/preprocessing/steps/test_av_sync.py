@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from mfcore.metrics.av_sync import SyncReading
+from mfcore.metrics.av_sync import SyncResult
 from preprocessing.config import PreprocessConfig
 from preprocessing.pipeline import build_encoders, process_source, span_plan
 from preprocessing.records import Clip, Rejected, Source, Word
 from preprocessing.sources.discovery import find_sources
 from preprocessing.sources.sidecar import attach_text
 from preprocessing.steps import av_sync
-from preprocessing.steps.av_sync import SyncConfig, check_sync, shifted, syncnet_config
+from preprocessing.steps.av_sync import SyncConfig, check_sync, shift_audio, syncnet_config
 from preprocessing.toyworld.world import write_toyworld
 from tests.helpers.tiny_syncnet import published
-from workflows.data.codec_options import with_sync
+from workflows.data.codec_options import apply_sync_option
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(3))
 PLAN = span_plan(CONFIG, build_encoders(CONFIG).timeline)
@@ -38,7 +38,7 @@ def clip(chunks: int = 6) -> Clip:
 
 
 def says(monkeypatch, offset: float, confidence: float) -> None:
-    monkeypatch.setattr(av_sync, "build_estimator", lambda _: lambda *_: SyncReading(offset, confidence))
+    monkeypatch.setattr(av_sync, "build_estimator", lambda _: lambda *_: SyncResult(offset, confidence))
 
 
 def test_toy_clips_are_recorded_in_step(tmp_path):
@@ -49,7 +49,7 @@ def test_toy_clips_are_recorded_in_step(tmp_path):
     assert found.sync is not None
     assert found.sync[0] == pytest.approx(0, abs=0.02)
     assert found.sync[1] > 1.05
-    (plain,) = process_source(source, with_sync(CONFIG, "off"), build_encoders(CONFIG))
+    (plain,) = process_source(source, apply_sync_option(CONFIG, "off"), build_encoders(CONFIG))
     assert plain.sync is None
 
 
@@ -82,7 +82,7 @@ def test_moved_sound_meets_the_picture_and_nothing_is_padded(monkeypatch, late):
 
 def test_a_clip_with_too_little_left_is_rejected():
     with pytest.raises(Rejected, match="too_short"):
-        shifted(clip(2), 0.2, PLAN, Fraction(24), 16000)
+        shift_audio(clip(2), 0.2, PLAN, Fraction(24), 16000)
 
 
 def test_syncnet_is_configured_by_a_file_whose_content_counts(tmp_path):
@@ -103,9 +103,9 @@ def test_syncnet_is_configured_by_a_file_whose_content_counts(tmp_path):
 def test_wrong_settings_are_refused(tmp_path):
     for wrong in ("syncnet", "lips", "syncnet:"):
         with pytest.raises(ValueError, match="choose motion"):
-            with_sync(CONFIG, wrong)
+            apply_sync_option(CONFIG, wrong)
     with pytest.raises(ValueError, match="cannot be read"):
-        with_sync(CONFIG, f"syncnet:{tmp_path / 'none'}")
+        apply_sync_option(CONFIG, f"syncnet:{tmp_path / 'none'}")
     with pytest.raises(ValueError, match="needs weights"):
         SyncConfig(estimator="syncnet")
     with pytest.raises(ValueError, match="min_confidence"):

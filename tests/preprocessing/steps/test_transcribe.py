@@ -13,9 +13,9 @@ import pytest
 from preprocessing.config import PreprocessConfig
 from tests.helpers.media_folder import write_clip
 from tests.helpers.tiny_pretrained import save_whisper
-from workflows.data.build import preprocess
-from workflows.data.codec_options import with_transcripts
-from workflows.data.inspect import inspect
+from workflows.data.build import build_dataset
+from workflows.data.codec_options import apply_transcript_option
+from workflows.data.inspect import inspect_dataset
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2))
 WORDS = [{"word": "ba", "start": 0.2, "end": 0.4}]
@@ -40,30 +40,32 @@ def transcripts(dataset: Path) -> Mapping[str, tuple[str | None, list[str]]]:
 
 
 def test_what_nobody_said_is_missing_and_what_whisper_hears_is_his(manifest, tmp_path):
-    preprocess([str(manifest)], str(tmp_path / "plain"), CONFIG, progress=lambda *_: None)
+    build_dataset([str(manifest)], str(tmp_path / "plain"), CONFIG, progress=lambda *_: None)
     said = {"beside.mp4": ("sidecar", ["ba"]), "listed.mp4": ("manifest", ["ba"]), "wordless.mp4": ("manifest", [])}
     assert transcripts(tmp_path / "plain") == {"bare.mp4": (None, []), **said}
-    assert inspect(str(tmp_path / "plain"))["transcripts"] == {"manifest": 2, "missing": 1, "sidecar": 1}
-    config = with_transcripts(CONFIG, f"whisper:{save_whisper(tmp_path / 'whisper')}")
+    assert inspect_dataset(str(tmp_path / "plain"))["transcripts"] == {"manifest": 2, "missing": 1, "sidecar": 1}
+    config = apply_transcript_option(CONFIG, f"whisper:{save_whisper(tmp_path / 'whisper')}")
     assert config.whisper is not None
-    preprocess([str(manifest)], str(tmp_path / "heard"), config, progress=lambda *_: None)
+    build_dataset([str(manifest)], str(tmp_path / "heard"), config, progress=lambda *_: None)
     found = dict(transcripts(tmp_path / "heard"))
     source, words = found.pop("bare.mp4")
     assert found == said
     assert source == config.whisper.id and words
-    assert inspect(str(tmp_path / "heard"), verify=True)["transcripts"][config.whisper.id] == 1
+    assert inspect_dataset(str(tmp_path / "heard"), verify=True)["transcripts"][config.whisper.id] == 1
 
 
 def test_other_weights_make_another_dataset_and_missing_ones_are_said_at_once(manifest, tmp_path, monkeypatch):
-    one, other = (with_transcripts(CONFIG, f"whisper:{save_whisper(tmp_path / str(i), seed=i)}") for i in range(2))
+    one, other = (
+        apply_transcript_option(CONFIG, f"whisper:{save_whisper(tmp_path / str(i), seed=i)}") for i in range(2)
+    )
     assert len({CONFIG.fingerprint, one.fingerprint, other.fingerprint}) == 3
     shutil.move(tmp_path / "0", tmp_path / "moved")
     with pytest.raises(ValueError, match="MFCTL_CODECS"):
-        preprocess([str(manifest)], str(tmp_path / "out"), one, progress=lambda *_: None)
+        build_dataset([str(manifest)], str(tmp_path / "out"), one, progress=lambda *_: None)
     monkeypatch.setenv("MFCTL_CODECS", str(tmp_path / "moved"))
-    again = with_transcripts(CONFIG, f"whisper:{tmp_path / 'moved'}")
+    again = apply_transcript_option(CONFIG, f"whisper:{tmp_path / 'moved'}")
     assert again.fingerprint == one.fingerprint
-    preprocess([str(manifest)], str(tmp_path / "out"), replace(one, workers=0), progress=lambda *_: None)
+    build_dataset([str(manifest)], str(tmp_path / "out"), replace(one, workers=0), progress=lambda *_: None)
     for wrong in ("whisper:", "parrot:x", f"whisper:{tmp_path}"):
         with pytest.raises(ValueError):
-            with_transcripts(CONFIG, wrong)
+            apply_transcript_option(CONFIG, wrong)

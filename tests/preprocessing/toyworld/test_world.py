@@ -15,24 +15,24 @@ import torch
 from mfcore.codecs.dct import DctCodec, DctConfig
 from mfcore.codecs.mel import MelCodec
 from mfcore.metrics.av_sync import SyncEstimate, sound_envelope, sync_offset
-from mfcore.metrics.distributions import entropy
+from mfcore.metrics.distributions import mode_entropy
 from mfcore.metrics.speech import error_rate
 from mfcore.timeline import video_clock
-from preprocessing.toyworld.audio_reader import mouth_correlation, read_sound
-from preprocessing.toyworld.choices import valid_share
-from preprocessing.toyworld.video_reader import read_frames
-from preprocessing.toyworld.voice import VOICES, Word, loudness
+from preprocessing.toyworld.audio_reader import mouth_correlation, read_audio
+from preprocessing.toyworld.choices import valid_fraction
+from preprocessing.toyworld.video_reader import read_video
+from preprocessing.toyworld.voice import VOICES, TranscriptWord, speech_envelope
 from preprocessing.toyworld.world import (
     CHOICES,
     PERSISTENT,
-    STAY,
+    STAY_PROBABILITY,
     ToyConfig,
     ToyTruth,
-    draw_truth,
-    half_second_of_frames,
+    caption_of,
+    frame_half_seconds,
+    render_audio,
     render_frames,
-    render_sound,
-    toy_caption,
+    sample_truth,
     write_toyworld,
 )
 
@@ -52,20 +52,20 @@ def decoded(path: Path, size: int, sample_rate: int) -> tuple[np.ndarray, np.nda
 def world(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[ToyTruth, np.ndarray, np.ndarray]]:
     out = tmp_path_factory.mktemp("world") / "toy"
     paths = write_toyworld(out, clips=CLIPS, seconds=CONFIG.seconds, seed=CONFIG.seed)
-    return [(draw_truth(CONFIG, i), *decoded(path, 64, 16000)) for i, path in enumerate(paths)]
+    return [(sample_truth(CONFIG, i), *decoded(path, 64, 16000)) for i, path in enumerate(paths)]
 
 
 @cache
 def rendered(index: int) -> tuple[ToyTruth, np.ndarray, np.ndarray]:
-    truth = draw_truth(CONFIG, index)
-    return truth, render_frames(truth), render_sound(truth)
+    truth = sample_truth(CONFIG, index)
+    return truth, render_frames(truth), render_audio(truth)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((a.astype(np.float64) - b) ** 2)))
 
 
-def syllable_error(read: Sequence[Word], transcript: Sequence[Word]) -> float:
+def syllable_error(read: Sequence[TranscriptWord], transcript: Sequence[TranscriptWord]) -> float:
     return error_rate([[w["word"] for w in read]], [[w["word"] for w in transcript]])
 
 
@@ -80,7 +80,7 @@ def with_other_choices(truth: ToyTruth, names: tuple[str, ...], step: int) -> To
 
 
 def check_picture(truth: ToyTruth, frames: np.ndarray) -> None:
-    read = read_frames(frames, truth.config)
+    read = read_video(frames, truth.config)
     assert read.look == truth.look
     for name, choice in read.choices.items():
         np.testing.assert_array_equal(choice.mode, truth.choices[name][: len(choice.mode)], err_msg=name)
@@ -94,7 +94,7 @@ def test_picture_and_sound_survive_the_mp4_and_stay_aligned(world):
     for truth, frames, sound in world:
         assert len(frames) == CONFIG.frames == 6 * 24 + 1
         assert psnr(frames, render_frames(truth)) > 28  # colour is stored at half the resolution
-        reference = render_sound(truth)
+        reference = render_audio(truth)
         spectrum = np.fft.rfft(sound[: len(reference)]) * np.conj(np.fft.rfft(reference))
         lag = int(np.fft.irfft(spectrum).argmax())
         assert min(lag, len(reference) - lag) <= 0.002 * 16000
@@ -108,25 +108,25 @@ def test_picture_reads_exactly(world):
 def test_a_flat_picture_reads_as_something_without_dividing_by_zero():
     with np.errstate(divide="raise", invalid="raise"):
         for level in (0, 128, 250, 255):
-            read = read_frames(np.full((24, 64, 64, 3), level, np.uint8), CONFIG)
+            read = read_video(np.full((24, 64, 64, 3), level, np.uint8), CONFIG)
             assert np.isfinite(read.head).all()
             assert not any(read.choices[name].valid.any() for name in ("gaze", "brows"))
 
 
 def test_head_mouth_and_face_colour_are_measured(world):
     for truth, frames, _ in world:
-        read = read_frames(frames, CONFIG)
+        read = read_video(frames, CONFIG)
         at = truth.frame_times
         head = sum(np.sin(2 * np.pi * f * at + phase)[:, None] * [ax, ay] for ax, ay, f, phase in truth.sway)
         assert np.abs(read.head * 64 - head).max() < 0.5  # 64ths of the side; the head sways by two
-        assert np.abs(read.opening - loudness(truth.transcript, at)[0]).mean() < 0.05
+        assert np.abs(read.opening - speech_envelope(truth.transcript, at)[0]).mean() < 0.05
         assert np.ptp(read.face_colour, axis=0).max() < 16
         assert len(read.face_colour) == CONFIG.half_seconds
 
 
 def test_mouth_moves_with_the_sound_and_a_planted_offset_is_seen(world):
     for _, frames, sound in world:
-        opening = read_frames(frames, CONFIG).opening
+        opening = read_video(frames, CONFIG).opening
         assert mouth_correlation(opening, 24, sound, 16000) > 0.9
         assert abs(lateness(opening, 24, sound, 16000).offset_sec) <= 0.005
         late = np.concatenate([np.zeros(1920, np.float32), sound])
@@ -139,7 +139,7 @@ def test_mouth_moves_with_the_sound_and_a_planted_offset_is_seen(world):
 def test_sound_reads_exactly(world):
     errors, times = [], []
     for truth, _, sound in world:
-        read = read_sound(sound, 16000, CONFIG)
+        read = read_audio(sound, 16000, CONFIG)
         errors.append(syllable_error(read.syllables, truth.transcript))
         times += [abs(a["start"] - b["start"]) for a, b in zip(read.syllables, truth.transcript, strict=False)]
         assert read.tone.mode[: CONFIG.half_seconds].tolist() == list(truth.choices["tone"])
@@ -161,7 +161,7 @@ def test_what_the_codecs_keep_still_reads():
         again = video.decode(video.encode(torch.from_numpy(frames))).numpy()
         quality.append(psnr(again, frames[: len(again)]))
         check_picture(truth, again)
-        heard = read_sound(audio.decode(audio.encode(torch.from_numpy(sound))).numpy(), 16000, CONFIG)
+        heard = read_audio(audio.decode(audio.encode(torch.from_numpy(sound))).numpy(), 16000, CONFIG)
         errors.append(syllable_error(heard.syllables, truth.transcript))
         assert heard.tone.mode[: CONFIG.half_seconds].tolist() == list(truth.choices["tone"])
     assert min(quality) > 26
@@ -169,7 +169,7 @@ def test_what_the_codecs_keep_still_reads():
 
 
 def test_no_group_of_frames_straddles_a_choice():
-    clock, half = video_clock(Fraction(24), group=4), half_second_of_frames(CONFIG.frames, CONFIG.fps)
+    clock, half = video_clock(Fraction(24), group=4), frame_half_seconds(CONFIG.frames, CONFIG.fps)
     assert half[0] == -1
     for latent in range((CONFIG.frames - 1) // 4):
         group = half[1 + 4 * latent : 5 + 4 * latent]
@@ -188,10 +188,10 @@ def test_a_mixture_of_two_modes_is_not_valid(names, step):
         truth, frames, sound = rendered(index)
         other = with_other_choices(truth, names, step)
         mixed = ((frames.astype(np.float32) + render_frames(other)) / 2).astype(np.uint8)
-        choices = dict(read_frames(mixed, CONFIG).choices)
+        choices = dict(read_video(mixed, CONFIG).choices)
         if "tone" in names:
-            latents = [codec.encode(torch.from_numpy(s)) for s in (sound, render_sound(other))]
-            choices["tone"] = read_sound(codec.decode((latents[0] + latents[1]) / 2).numpy(), 16000, CONFIG).tone
+            latents = [codec.encode(torch.from_numpy(s)) for s in (sound, render_audio(other))]
+            choices["tone"] = read_audio(codec.decode((latents[0] + latents[1]) / 2).numpy(), 16000, CONFIG).tone
         for name in names:
             invalid[name] += (~choices[name].valid[: CONFIG.half_seconds]).tolist()
     assert {name: share for name, marks in invalid.items() if (share := np.mean(marks)) < 0.95} == {}
@@ -199,13 +199,13 @@ def test_a_mixture_of_two_modes_is_not_valid(names, step):
 
 def test_noise_is_not_valid():
     noise = np.random.default_rng(0).integers(0, 256, (73, 64, 64, 3)).astype(np.uint8)
-    choices = read_frames(noise, CONFIG).choices
-    assert valid_share(choices) == 0
+    choices = read_video(noise, CONFIG).choices
+    assert valid_fraction(choices) == 0
     assert max(c.valid.mean() for name, c in choices.items() if name != "light") < 0.1
 
 
 def test_silence_says_nothing():
-    read = read_sound(np.zeros(32000, np.float32), 16000, CONFIG)
+    read = read_audio(np.zeros(32000, np.float32), 16000, CONFIG)
     assert read.syllables == ()
     assert not read.tone.present.any()
     assert read.voice == -1
@@ -216,30 +216,30 @@ def test_silence_says_nothing():
 
 def test_a_clip_is_a_function_of_seed_and_index():
     truth, frames, sound = rendered(3)
-    again = draw_truth(CONFIG, 3)
+    again = sample_truth(CONFIG, 3)
     assert again == truth
     assert np.array_equal(render_frames(again), frames)
-    assert np.array_equal(render_sound(again), sound)
-    assert draw_truth(CONFIG, 4).transcript != truth.transcript
-    assert draw_truth(replace(CONFIG, seed=6), 3).transcript != truth.transcript
+    assert np.array_equal(render_audio(again), sound)
+    assert sample_truth(CONFIG, 4).transcript != truth.transcript
+    assert sample_truth(replace(CONFIG, seed=6), 3).transcript != truth.transcript
 
 
 def test_choices_are_spread_evenly_and_some_persist():
-    truths = [draw_truth(ToyConfig(seconds=20), i) for i in range(100)]
+    truths = [sample_truth(ToyConfig(seconds=20), i) for i in range(100)]
     for name, count in CHOICES.items():
         chains = np.asarray([t.choices[name] for t in truths])
-        assert entropy(chains.ravel(), count) > 0.99 * np.log(count)
+        assert mode_entropy(chains.ravel(), count) > 0.99 * np.log(count)
         stays = np.mean(chains[:, 1:] == chains[:, :-1])
-        assert stays == pytest.approx(STAY if name in PERSISTENT else 1 / count, abs=0.05)
+        assert stays == pytest.approx(STAY_PROBABILITY if name in PERSISTENT else 1 / count, abs=0.05)
 
 
 def test_every_half_second_holds_speech_and_syllables_follow_each_other():
     for index in range(50):
-        truth = draw_truth(CONFIG, index)
+        truth = sample_truth(CONFIG, index)
         starts, ends = (np.asarray([w[key] for w in truth.transcript]) for key in ("start", "end"))
         assert (starts[1:] >= ends[:-1]).all()
         assert ends[-1] <= CONFIG.seconds
-        _, entry, _ = loudness(truth.transcript, np.arange(0, 6, 0.005))
+        _, entry, _ = speech_envelope(truth.transcript, np.arange(0, 6, 0.005))
         assert (entry >= 0).reshape(12, -1).mean(1).min() > 0.3
         assert {w["word"] for w in truth.transcript} <= set(CONFIG.vocabulary)
 
@@ -250,13 +250,13 @@ def test_every_half_second_holds_speech_and_syllables_follow_each_other():
 def test_other_sizes_and_rates_read_as_well(size, fps, rate):
     config = ToyConfig(size=size, fps=fps, sample_rate=rate, seconds=3, syllables=24)
     for index in range(2):
-        truth = draw_truth(config, index)
-        frames, sound = render_frames(truth), render_sound(truth)
+        truth = sample_truth(config, index)
+        frames, sound = render_frames(truth), render_audio(truth)
         assert frames.shape == (config.frames, size, size, 3)
         assert len(sound) == 3 * rate
         check_picture(truth, frames)
-        assert syllable_error(read_sound(sound, rate, config).syllables, truth.transcript) == 0
-        assert abs(lateness(read_frames(frames, config).opening, float(fps), sound, rate).offset_sec) <= 0.005
+        assert syllable_error(read_audio(sound, rate, config).syllables, truth.transcript) == 0
+        assert abs(lateness(read_video(frames, config).opening, float(fps), sound, rate).offset_sec) <= 0.005
 
 
 @pytest.mark.parametrize(
@@ -283,8 +283,8 @@ def test_the_same_command_adds_only_what_is_missing(tmp_path):
 
 def test_the_sidecar_tells_caption_transcript_and_truth(tmp_path):
     path = write_toyworld(tmp_path / "w", clips=1, seconds=2, seed=9)[0]
-    truth, note = draw_truth(ToyConfig(seconds=2, seed=9), 0), json.loads(path.with_suffix(".json").read_text())
-    assert note["caption"] == toy_caption(truth)
+    truth, note = sample_truth(ToyConfig(seconds=2, seed=9), 0), json.loads(path.with_suffix(".json").read_text())
+    assert note["caption"] == caption_of(truth)
     assert note["transcript"] == list(truth.transcript)
     assert {k: tuple(v) for k, v in note["truth"]["choices"].items()} == dict(truth.choices)
     assert str(VOICES[truth.voice]) not in note["caption"]

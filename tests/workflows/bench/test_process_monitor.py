@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from workflows.bench.process_monitor import Clock
+from workflows.bench.process_monitor import ProcessTreeCpuClock
 
 
 @pytest.mark.parametrize("asked_for", [True, False])
@@ -16,7 +16,7 @@ def test_cpu_seconds_of_processes_that_ended_are_kept(asked_for):
     care = "" if asked_for else "signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
     parent = f"import signal, subprocess, sys; {care}p = subprocess.Popen([sys.executable, '-c', {burn!r}]); "
     parent += "p.wait(); print(flush=True); sys.stdin.read()"
-    clock = Clock()
+    clock = ProcessTreeCpuClock()
     began = clock.read()
     with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None

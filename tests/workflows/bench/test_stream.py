@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from mfcore.model import compile
-from mfcore.model.cuda_graphs import Graphed
+from mfcore.model.cuda_graphs import CUDAGraphModel
 from mfcore.model.flops import chunk_flops
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.op_recorder import tape
 from workflows.bench import roofline, stream
-from workflows.bench.random_network import random_network, weight_bytes
-from workflows.bench.stream import bench_stream, parts_of, render
+from workflows.bench.random_network import random_network, random_network_bytes
+from workflows.bench.stream import bench_stream, format_table, memory_parts
 from workflows.bench.train import bench_train
-from workflows.config.latent_shapes import geometry
-from workflows.config.presets import preset as build
+from workflows.config.latent_shapes import geometry_for_preset
+from workflows.config.presets import build_preset as build
 from workflows.training import memory_check
 
 SMALL = ("model.dim=32", "model.layers=2", "model.heads=2")
@@ -38,8 +38,8 @@ PROMISED = {
 def short():
     """Small matrices and short streams: what is measured must be right, not quiet."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roofline, "EDGE", 128)
-        patch.setattr(stream, "EARLY", 6)
+        patch.setattr(roofline, "CPU_MATMUL_SIZE", 128)
+        patch.setattr(stream, "EARLY_CHUNKS", 6)
         patch.setattr(stream, "CACHED_AT", 10)
         yield
 
@@ -55,7 +55,7 @@ def test_the_promised_numbers_are_there_and_are_numbers(result):
     assert 0 < result["fps"] < result["fps_ceiling"] and 0 < result["ratio_to_matmul"] < 1
     assert result["fps"] == pytest.approx(12e3 / result["chunk_ms_p50"])
     assert result["decode_ms"].keys() == {VIDEO, AUDIO}
-    assert "paper none at this size" in render(result)
+    assert "paper none at this size" in format_table(result)
 
 
 def test_a_chunk_with_the_cache_is_the_chunk_without(result):
@@ -68,18 +68,18 @@ def test_nothing_is_held_that_grows(result):
 
 
 def test_operations_are_those_of_a_chunk_of_the_padded_size():
-    plan = stream.resolve("full", (192, 336), 4, 500, 5, "cpu", "bf16", ())
+    plan = stream.plan_stream_bench("full", (192, 336), 4, 500, 5, "cpu", "bf16", ())
     assert plan.known.padded(plan.size) == (192, 352)
-    assert stream.load_of(plan).tokens == {VIDEO: 3 * 6 * 11, AUDIO: 11}
-    assert chunk_flops(plan.model, stream.load_of(plan), 4) == pytest.approx(12.0e12, rel=0.05)
-    assert parts_of(plan)["weights"] == pytest.approx(2 * 13.9e9, rel=0.05)
+    assert stream.chunk_workload(plan).tokens == {VIDEO: 3 * 6 * 11, AUDIO: 11}
+    assert chunk_flops(plan.model, stream.chunk_workload(plan), 4) == pytest.approx(12.0e12, rel=0.05)
+    assert memory_parts(plan)["weights"] == pytest.approx(2 * 13.9e9, rel=0.05)
 
 
 def test_random_weights_are_those_that_were_counted():
-    model = build("tiny", "joint", geometry("tiny").shapes((64, 64))).model
+    model = build("tiny", "joint", geometry_for_preset("tiny").shapes((64, 64))).model
     for dtype in (torch.float32, torch.bfloat16):
         net = random_network(model, torch.device("cpu"), dtype)
-        assert sum(p.nbytes for p in net.parameters()) == weight_bytes(model, dtype)
+        assert sum(p.nbytes for p in net.parameters()) == random_network_bytes(model, dtype)
         assert net.branch(VIDEO).head.weight.dtype == torch.float32
         assert net.branch(VIDEO).block(0).qkv.weight.dtype == dtype
 
@@ -90,11 +90,14 @@ def test_bfloat16_streams_too():
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(stream, "free_bytes", lambda device: 8_000_000_000)
+    monkeypatch.setattr(stream, "available_memory", lambda device: 8_000_000_000)
     monkeypatch.setattr(stream, "random_network", lambda *_: pytest.fail("allocated"))
     with pytest.raises(ValueError, match=r"full at 192x336 needs 5\d\.\d GB .* 8\.0 GB are free: what fits: --preset"):
         bench_stream(preset="full", device="cpu")
-    assert memory_check.free_bytes(torch.device("cpu")) is None or memory_check.free_bytes(torch.device("cpu")) > 0
+    assert (
+        memory_check.available_memory(torch.device("cpu")) is None
+        or memory_check.available_memory(torch.device("cpu")) > 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,31 +122,31 @@ def test_a_missing_gpu_is_named():
 
 
 def test_training_that_does_not_fit_is_refused_with_what_would(monkeypatch):
-    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 60_000_000_000)
-    config = build("full", "joint", geometry("full").shapes((192, 336)))
+    monkeypatch.setattr(memory_check, "available_memory", lambda device: 60_000_000_000)
+    config = build("full", "joint", geometry_for_preset("full").shapes((192, 336)))
     eight = replace(config, engine=replace(config.engine, workers=8, zero_stage=1))
     with pytest.raises(
         ValueError, match=r"13\.9B parameters on 8 rank\(s\) at ZeRO stage 1 needs 18\d\.\d GB .*60\.0 GB"
     ) as said:
-        memory_check.refuse_training(eight, "cpu")
+        memory_check.require_training_memory(eight, "cpu")
     assert "--preset base (39" in str(said.value) and "zero_stage=3" not in str(said.value)
-    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 100_000_000_000)
+    monkeypatch.setattr(memory_check, "available_memory", lambda device: 100_000_000_000)
     with pytest.raises(ValueError, match=r"what fits: --set engine\.zero_stage=3 \(8\d\.\d GB\), or --preset base"):
-        memory_check.refuse_training(eight, "cpu")
-    memory_check.refuse_training(replace(eight, engine=replace(eight.engine, zero_stage=3)), "cpu")
-    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 1_000_000)
-    with pytest.raises(memory_check.DoesNotFit, match="needs 180"):
-        memory_check.refuse_together(eight)
+        memory_check.require_training_memory(eight, "cpu")
+    memory_check.require_training_memory(replace(eight, engine=replace(eight.engine, zero_stage=3)), "cpu")
+    monkeypatch.setattr(memory_check, "available_memory", lambda device: 1_000_000)
+    with pytest.raises(memory_check.InsufficientMemoryError, match="needs 180"):
+        memory_check.require_training_memory_on_all_ranks(eight)
 
 
 def test_switches_are_measured_against_the_stream_without_them(monkeypatch):
     """With passes recorded as on a GPU, and played operator by operator."""
-    monkeypatch.setattr(stream, "refuse", lambda plan: None)
-    monkeypatch.setattr(stream, "switched", lambda net, **switches: Graphed(net, tape))
+    monkeypatch.setattr(stream, "check_feasible", lambda plan: None)
+    monkeypatch.setattr(stream, "apply_inference_optimizations", lambda net, **switches: CUDAGraphModel(net, tape))
     found = bench_stream(chunks=8, rounds=2, steps=2, device="cpu", graphs=True, sets=SMALL)
     assert found["graphs"] and not found["compile"]
     assert found["switch_gap"] < 1e-5 and found["switch_speedup"] > 0
-    assert "graphs" in render(found)
+    assert "graphs" in format_table(found)
 
 
 def test_switches_without_use_are_named(monkeypatch):

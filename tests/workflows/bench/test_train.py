@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mfcore.model.attention import additive
+from mfcore.model.attention import additive_mask
 from workflows.bench import roofline, variants
 from workflows.bench import train as bench
-from workflows.bench.train import bench_train, render, resolve
+from workflows.bench.train import bench_config, bench_train, format_table
 from workflows.training.loop import count_tokens
 
 SMALL = ("model.dim=32", "model.layers=1", "model.heads=2", "data.chunks=[2,2]")
@@ -24,7 +24,7 @@ def plain_torch():
     """A machine without ray and deepspeed, and small matrices."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(bench, "_installed", lambda name: False)
-    monkeypatch.setattr(roofline, "EDGE", 128)
+    monkeypatch.setattr(roofline, "CPU_MATMUL_SIZE", 128)
     yield
     monkeypatch.undo()
 
@@ -45,7 +45,7 @@ def test_plain_torch_measures_the_bare_loop_and_the_training_loop(joint):
         **{f"ray_zero{i}": "not measured: needs ray and deepspeed" for i in range(4)},
     }
     assert json.loads(json.dumps(joint)) == joint
-    table = render(joint)
+    table = format_table(joint)
     assert all(name in table for name in ("bare", "torch", "ray_zero3", "limit"))
 
 
@@ -64,8 +64,8 @@ def test_the_mutual_stage_is_measured_with_all_its_parts_and_against_dmd_and_a_f
         stage="mutual", tokens=1, rounds=1, turn=1, sets=low, variants=["ray_torch", "dmd1", "full_copy"]
     )
     assert result["batch"] == 4 and result["loss_gap"]["torch"] < 1e-5
-    config = resolve("mutual", "tiny", 1, 1, SMALL)
-    assert [config.objective.kind(i, 0) for i in range(4)] == list(config.objective.rows)
+    config = bench_config("mutual", "tiny", 1, 1, SMALL)
+    assert [config.objective.row_kind(i, 0) for i in range(4)] == list(config.objective.rows)
     assert config.objective.dmd_scale(0) == 1
     # student and fake score with gradients and moments, average, and the teacher that the mutual stage does without
     whole = (4 + 4 + 1 + 1) * 4 * result["parameters"]
@@ -78,10 +78,10 @@ def test_the_mutual_stage_is_measured_with_all_its_parts_and_against_dmd_and_a_f
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_batch_holds_the_asked_tokens_per_rank_and_no_clip_more(workers):
-    config = resolve("joint", "tiny", workers, 3000, ())
+    config = bench_config("joint", "tiny", workers, 3000, ())
     rows = config.data.batch // workers
-    batches = variants.own_batches(config, workers - 1, workers)
-    (micro,) = batches.step(0)
+    batches = variants.synthetic_batches(config, workers - 1, workers)
+    (micro,) = batches.micro_batches(0)
     assert len(micro.samples) == rows
     tokens = count_tokens(config, micro)
     assert 3000 <= tokens < 3000 + tokens / rows
@@ -94,7 +94,7 @@ def test_operations_are_those_of_the_formula():
     attention = torch.nn.functional.scaled_dot_product_attention
     assert roofline.count_flops(lambda: attention(q, q, q)) == 2 * (2 * 2 * 8 * 8 * 16)
     causal = torch.ones(8, 8, dtype=torch.bool).tril()
-    for mask in (causal, additive(causal)):
+    for mask in (causal, additive_mask(causal)):
         assert roofline.count_flops(lambda mask=mask: attention(q, q, q, attn_mask=mask)) == 2 * (2 * 2 * 36 * 16)
     trained = q.clone().requires_grad_()
     way_back = lambda: attention(trained, q, q, attn_mask=causal).sum().backward()
@@ -102,11 +102,11 @@ def test_operations_are_those_of_the_formula():
 
 
 def test_bytes_count_shared_storage_once():
-    before = roofline.live_bytes()
+    before = roofline.live_tensor_bytes()
     block = torch.zeros(1 << 20)
     views = [block[i:] for i in range(3)]
     views.append(FakeTensorMode().from_tensor(block))
-    assert roofline.live_bytes() - before == 4 << 20
+    assert roofline.live_tensor_bytes() - before == 4 << 20
     del block, views
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mfcore.weights import SHARD_BYTES, joined, load_strict, sharded
+from mfcore.weights import SHARD_BYTES, load_strict, merge_branches, shard_weights
 from tests.helpers.random_exports import random_export
 from tests.helpers.tiny_model import network
 from workflows.checkpoints.load import load_export, load_weights
@@ -13,16 +13,16 @@ from workflows.evaluation.sweep import _digest
 
 def test_files_hold_whole_tensors_and_no_more_than_they_may():
     weights = {f"w{i}": torch.zeros(n, dtype=torch.uint8) for i, n in enumerate((3, 4, 2, 9, 1))}
-    files = sharded("ema", weights, most=7)
+    files = shard_weights("ema", weights, most=7)
     assert [list(part) for part in files.values()] == [["w0", "w1"], ["w2"], ["w3"], ["w4"]]
     assert next(iter(files)) == "ema-00001-of-00004.safetensors"
-    assert list(sharded("ema", weights)) == ["ema.safetensors"] and SHARD_BYTES == 5e9
+    assert list(shard_weights("ema", weights)) == ["ema.safetensors"] and SHARD_BYTES == 5e9
 
 
 def test_an_export_in_several_files_is_the_same_network(tmp_path):
     place = random_export(tmp_path / "one", "joint")
     whole, known = load_weights(place), load_export(place)[0].state_dict()
-    files = sharded("ema", whole, most=sum(w.nbytes for w in whole.values()) // 3)
+    files = shard_weights("ema", whole, most=sum(w.nbytes for w in whole.values()) // 3)
     alone = next(place.rglob("ema.safetensors"))
     before = _digest(alone.parent, "ema")
     alone.unlink()
@@ -40,7 +40,7 @@ def test_an_export_in_several_files_is_the_same_network(tmp_path):
 
 def test_a_joint_network_is_made_of_both_parents_and_of_nothing_else():
     joint, parts = network(seed=3), {m: network(m, seed=i).state_dict() for i, m in enumerate(("video", "audio"))}
-    load_strict(joint, joined(parts), "the parents")
+    load_strict(joint, merge_branches(parts), "the parents")
     assert all(torch.equal(w, parts[name.split(".")[1]][name]) for name, w in joint.state_dict().items())
     with pytest.raises(ValueError, match=r"the parents is of another network: .*branches\.audio\.[\w.]+ missing"):
         load_strict(joint, parts["video"], "the parents")

@@ -143,7 +143,7 @@ def test_an_input_error_shows_where_it_was_raised_on_request() -> None:
 def test_an_error_inside_a_ray_worker_is_a_failure_whatever_its_type() -> None:
     error = RayTaskError("f", "trace", ValueError("inside")).as_instanceof_cause()
     assert isinstance(error, ValueError)
-    assert output.explain(error)[1] == output.FAILED
+    assert output.describe_error(error)[1] == output.FAILED
 
 
 def test_with_json_standard_output_is_one_object_whatever_is_printed() -> None:
@@ -168,26 +168,26 @@ def _app(work: str, options: str = "as_json=False") -> str:
     return f"""
 import os, subprocess, typer
 from pathlib import Path
-from workflows.cli import output as console
+from workflows.cli import output
 app = typer.Typer(pretty_exceptions_enable=False)
 @app.command()
 def verb():
     def work():
         {work}
-    console.run(work, {options})
+    output.run_command(work, {options})
 app()
 """
 
 
 def test_paths_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert environment.absolute("a/../b*.mp4") == str(tmp_path / "b*.mp4")
-    assert environment.absolute("s3://bucket/a") == "s3://bucket/a"
-    assert environment.absolute_if_present("video-1") == "video-1"
+    assert environment.resolve_path("a/../b*.mp4") == str(tmp_path / "b*.mp4")
+    assert environment.resolve_path("s3://bucket/a") == "s3://bucket/a"
+    assert environment.resolve_existing_path("video-1") == "video-1"
     (tmp_path / "video-1").mkdir()
-    assert environment.absolute_if_present("video-1") == str(tmp_path / "video-1")
-    monkeypatch.setenv(environment.BASE, "/elsewhere")
-    assert environment.absolute("a") == "/elsewhere/a"
+    assert environment.resolve_existing_path("video-1") == str(tmp_path / "video-1")
+    monkeypatch.setenv(environment.CWD_ENV, "/elsewhere")
+    assert environment.resolve_path("a") == "/elsewhere/a"
 
 
 def test_the_store_is_one_file_under_runs_unless_the_user_says_otherwise(
@@ -211,7 +211,7 @@ def test_doctor_names_what_to_type_for_a_missing_ffmpeg(tmp_path: Path, monkeypa
     check = doctor.ffmpeg()
     assert check.state == "missing"
     assert "install ffmpeg" in check.remedy
-    text = doctor.render({"ok": False, "checks": [vars(check)]})
+    text = doctor.format_report({"ok": False, "checks": [vars(check)]})
     assert "no ffmpeg and no ffprobe" in text
     assert check.remedy in text
 

@@ -12,7 +12,7 @@ from workflows.config.run import RunConfig
 TOY = LatentShapes(
     channels={"video": 48, "audio": 64},
     size={"video": (8, 8), "audio": (1, 1)},
-    still={"video": 35, "audio": 0},
+    static_channels={"video": 35, "audio": 0},
     text_dim=64,
     chunk_seconds=0.5,
     chunks=20,
@@ -20,7 +20,7 @@ TOY = LatentShapes(
 WAN = LatentShapes(
     channels={"video": 48, "audio": 64},
     size={"video": (24, 42), "audio": (1, 1)},
-    still={"video": 48, "audio": 0},
+    static_channels={"video": 48, "audio": 0},
     text_dim=4096,
     chunk_seconds=0.5,
     chunks=20,
@@ -31,8 +31,8 @@ STAGES = ("video", "audio", "joint", "mutual")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_preset_builds_for_every_stage(name, stage):
-    config = presets.preset(name, stage, TOY if name == "tiny" else WAN)
-    assert serialization.load(RunConfig, serialization.dump(config)) == config
+    config = presets.build_preset(name, stage, TOY if name == "tiny" else WAN)
+    assert serialization.from_dict(RunConfig, serialization.to_dict(config)) == config
     assert config.data.chunks[1] > config.model.window_chunks, "the truncated state must be trained"
     with torch.device("meta"):
         AVTransformer(config.model)
@@ -43,20 +43,20 @@ def test_every_preset_builds_for_every_stage(name, stage):
 )
 def test_presets_have_the_size_they_claim(name, low, high):
     with torch.device("meta"):
-        network = AVTransformer(presets.preset(name, "joint", WAN).model)
+        network = AVTransformer(presets.build_preset(name, "joint", WAN).model)
     assert low < sum(p.numel() for p in network.parameters()) < high
 
 
 def test_a_runs_own_settings_may_be_named_with_their_verb():
     sets = ["train.skip_nonfinite=3", "train.optim.lr=0.001"]
-    assert serialization.parse_sets(sets) == {"skip_nonfinite": 3, "optim": {"lr": 0.001}}
+    assert serialization.parse_overrides(sets) == {"skip_nonfinite": 3, "optim": {"lr": 0.001}}
 
 
 def test_settings_change_nested_fields_and_nothing_else():
-    config = presets.preset("tiny", "mutual", TOY)
+    config = presets.build_preset("tiny", "mutual", TOY)
     sets = ["optim.lr=1e-4", "data.chunks=[3,5]", "objective.guidance=3", "model.branches.video.patch=[2,2]"]
-    changed = serialization.change(config, serialization.parse_sets(sets))
-    assert serialization.differences(serialization.dump(config), serialization.dump(changed)) == [
+    changed = serialization.apply_overrides(config, serialization.parse_overrides(sets))
+    assert serialization.diff(serialization.to_dict(config), serialization.to_dict(changed)) == [
         "data.chunks: [3, 6] -> [3, 5]",
         "model.branches.video.patch: [2, 8] -> [2, 2]",
         f"objective.guidance: {config.objective.guidance} -> 3.0",
@@ -82,9 +82,9 @@ def test_settings_change_nested_fields_and_nothing_else():
     ],
 )
 def test_a_wrong_setting_is_named(setting, message):
-    config = presets.preset("tiny", "mutual", TOY)
+    config = presets.build_preset("tiny", "mutual", TOY)
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
-        serialization.change(config, serialization.parse_sets([setting]))
+        serialization.apply_overrides(config, serialization.parse_overrides([setting]))
 
 
 @pytest.mark.parametrize(
@@ -100,26 +100,30 @@ def test_a_wrong_setting_is_named(setting, message):
 def test_a_wrong_setting_of_the_mutual_step_is_named(setting, message):
     """An objective is one of two kinds: what the other one has to say is not said."""
     with pytest.raises(ValueError, match=message):
-        serialization.change(presets.preset("tiny", "mutual", TOY), serialization.parse_sets([setting]))
+        serialization.apply_overrides(
+            presets.build_preset("tiny", "mutual", TOY), serialization.parse_overrides([setting])
+        )
 
 
 def test_a_file_of_settings_is_laid_over_the_preset(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lr: 1e-4}\nsteps: 7\n")
-    config = serialization.change(presets.preset("tiny", "video", TOY), serialization.read_file(file))
+    config = serialization.apply_overrides(
+        presets.build_preset("tiny", "video", TOY), serialization.load_config_file(file)
+    )
     assert (config.optim.lr, config.steps) == (1e-4, 7)
     file.write_text("- a list\n")
     with pytest.raises(ValueError, match="settings by name"):
-        serialization.read_file(file)
+        serialization.load_config_file(file)
     with pytest.raises(ValueError, match="cannot read"):
-        serialization.read_file(tmp_path / "absent.yaml")
+        serialization.load_config_file(tmp_path / "absent.yaml")
     file.write_bytes(b"\x00\x00\xe8\xff")
     with pytest.raises(ValueError, match="mine.yaml is neither YAML nor JSON"):
-        serialization.read_file(file)
+        serialization.load_config_file(file)
 
 
 def test_a_card_of_before_is_a_network_without_either():
-    values = serialization.dump(presets.tiny("video", TOY).model)
+    values = serialization.to_dict(presets.tiny("video", TOY).model)
     assert values.pop("local_start") and values.pop("chunk_phase")
-    names = [n for n, _ in build_model(serialization.load(ModelConfig, values), 0).named_parameters()]
+    names = [n for n, _ in build_model(serialization.from_dict(ModelConfig, values), 0).named_parameters()]
     assert not any("phase" in n or ("offset" in n and "words" not in n) for n in names)

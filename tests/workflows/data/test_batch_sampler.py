@@ -5,18 +5,18 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from workflows.data.batch_sampler import Order, make_buckets
+from workflows.data.batch_sampler import BucketBatchSampler, make_buckets
 
 GROUP = 16
 
 
-def order(lengths, batch, *, shapes=None, shuffle=8, seed=3, least=3, most=16, group=GROUP) -> Order:
+def order(lengths, batch, *, shapes=None, shuffle=8, seed=3, least=3, most=16, group=GROUP) -> BucketBatchSampler:
     buckets = make_buckets(lengths, shapes or [None] * len(lengths), least, most, batch)
     groups = [i // group for i in range(len(lengths))]
-    return Order(buckets, groups, batch=batch, shuffle=shuffle, seed=seed)
+    return BucketBatchSampler(buckets, groups, batch=batch, shuffle=shuffle, seed=seed)
 
 
-def batches(made: Order, steps: range) -> list[np.ndarray]:
+def batches(made: BucketBatchSampler, steps: range) -> list[np.ndarray]:
     windows = [made.window(step) for step in steps]
     return [w.tickets[step - w.first] for w, step in zip(windows, steps, strict=True)]
 
@@ -39,7 +39,7 @@ def test_every_clip_comes_once_per_epoch_of_its_bucket(number):
     of = {i: b for b, bucket in enumerate(made.buckets) for i in bucket.clips.tolist()}
     used: list[list[int]] = [[] for _ in made.buckets]
     for tickets in batches(made, range(5 * len(usable) // batch + 20)):
-        used[of[int(made.clip(tickets[0]))]] += tickets.tolist()
+        used[of[int(made.clip_index(tickets[0]))]] += tickets.tolist()
     for bucket, tickets in zip(made.buckets, used, strict=True):
         size = len(bucket.clips)
         for epoch in range(len(tickets) // size):
@@ -52,7 +52,7 @@ def test_every_clip_comes_once_per_epoch_of_its_bucket(number):
 def test_a_batch_has_one_shape_and_clips_as_long_as_it_says(number):
     made, lengths, shapes, batch = random_case(number)
     for step, tickets in enumerate(batches(made, range(40))):
-        numbers = made.clip(tickets).tolist()
+        numbers = made.clip_index(tickets).tolist()
         assert len(numbers) == batch
         assert len({shapes[i] for i in numbers}) == 1
         assert min(lengths[i] for i in numbers) >= made.chunks(step) >= 3
@@ -65,7 +65,7 @@ def test_any_step_is_found_without_those_before_it(number):
     for step in (59, 0, 31, 30):
         fresh, _, _, _ = random_case(number)
         assert np.array_equal(batches(fresh, range(step, step + 1))[0], straight[step])
-    assert made.clip_of(7, 0) == made.clip(straight[7][:1])[0]
+    assert made.clip_at(7, 0) == made.clip_index(straight[7][:1])[0]
 
 
 def test_long_clips_are_used_long():
@@ -84,7 +84,7 @@ def test_clips_are_mixed():
     """As a perfect shuffle within 3 standard errors: positions between epochs, neighbours in a batch, nearby steps."""
     count, batch, shuffle = 8192, 32, 32
     made = order([16] * count, batch, shuffle=shuffle)
-    epochs = [made.clip(np.concatenate(batches(made, range(e * 256, (e + 1) * 256)))) for e in range(3)]
+    epochs = [made.clip_index(np.concatenate(batches(made, range(e * 256, (e + 1) * 256)))) for e in range(3)]
     places = [np.argsort(clips) for clips in epochs]  # of every clip
     for a, b in ((0, 1), (1, 2), (0, 2)):
         assert abs(np.corrcoef(places[a], places[b])[0, 1]) < 3 / np.sqrt(count / GROUP), "row groups move together"
@@ -116,4 +116,4 @@ def test_most_row_groups_are_read_by_one_rank(world, bar):
     made = order([16] * 8192, 64, shuffle=32)
     tickets = np.stack(batches(made, range(128)))
     parts = [tickets[:, r * 64 // world : (r + 1) * 64 // world] for r in range(world)]
-    assert sum(len(np.unique(made.reading(part))) for part in parts) / 512 <= bar
+    assert sum(len(np.unique(made.row_group_index(part))) for part in parts) / 512 <= bar

@@ -6,14 +6,14 @@ import torch
 from mfcore.types import AUDIO, VIDEO, AVBatch
 from tests.helpers.memory_clips import ASSEMBLY, STATS, TIMELINE, Shelves, clips
 from workflows.config.run import DataConfig
-from workflows.data.batches import Share, TrainingBatches, held_out_batches
-from workflows.data.collate import FILLER, HELD_OUT_FIRST, drop_conditions
+from workflows.data.batches import RankShard, TrainingBatchLoader, validation_batches
+from workflows.data.collate import PADDING_SAMPLE, VALIDATION_SAMPLE_OFFSET, apply_condition_dropout
 
 CONFIG = DataConfig(batch=4, chunks=(3, 6))
 
 
-def _batches(rank: int = 0, world: int = 1, count: int = 10, config: DataConfig = CONFIG) -> TrainingBatches:
-    return TrainingBatches(clips(count), ASSEMBLY, config, 7, Share(rank=rank, world=world))
+def _batches(rank: int = 0, world: int = 1, count: int = 10, config: DataConfig = CONFIG) -> TrainingBatchLoader:
+    return TrainingBatchLoader(clips(count), ASSEMBLY, config, 7, RankShard(rank=rank, world=world))
 
 
 def _same(a: AVBatch, b: AVBatch) -> bool:
@@ -28,9 +28,9 @@ def _same(a: AVBatch, b: AVBatch) -> bool:
 def test_ranks_together_hold_the_global_batch(world):
     """Whatever their number, evenly or not: 4 rows over 3 ranks are 1, 1 and 2."""
     for step in (0, 3, 9):
-        (whole,) = _batches().step(step)
+        (whole,) = _batches().micro_batches(step)
         for rank in range(world):
-            (part,) = _batches(rank, world).step(step)
+            (part,) = _batches(rank, world).micro_batches(step)
             assert _same(part, whole.rows(slice(rank * 4 // world, (rank + 1) * 4 // world)))
 
 
@@ -40,28 +40,30 @@ def test_ranks_together_hold_the_global_batch(world):
 def test_every_rank_takes_its_rows_in_as_many_micro_batches(batch, micro, unit):
     """Ranks of one step call the network equally often, however uneven their shares (ZeRO 3 would hang otherwise)."""
     for world in range(1, min(5, batch // unit) + 1):
-        parts = [Share(rank=r, world=world, unit=unit).micro_batches(batch, micro) for r in range(world)]
+        parts = [RankShard(rank=r, world=world, unit=unit).micro_batches(batch, micro) for r in range(world)]
         assert len({len(part) for part in parts}) == 1
         rows = [slice(p.start, p.stop) for part in parts for p in part]
         assert [i for r in rows for i in range(batch)[r]] == list(range(batch)), "every row once, in order"
         sizes = [r.stop - r.start for r in rows]
         assert min(sizes) >= unit and all(size % unit == 0 for size in sizes)
         assert max(sizes) <= (micro or batch) + unit * (micro == unit), "at most one unit more where micro is one unit"
-    assert Share(rank=1, world=2, unit=4).of(24) == slice(12, 24)
+    assert RankShard(rank=1, world=2, unit=4).rows(24) == slice(12, 24)
 
 
 def test_a_batch_does_not_depend_on_what_was_read_before():
     straight = _batches()
-    run = [straight.step(step)[0] for step in range(8)]
-    resumed = _batches().step(5)[0]
+    run = [straight.micro_batches(step)[0] for step in range(8)]
+    resumed = _batches().micro_batches(5)[0]
     assert _same(resumed, run[5])
-    assert _same(_batches(config=DataConfig(batch=4, chunks=(3, 6), micro=1)).step(5)[2], run[5].rows(slice(2, 3)))
+    assert _same(
+        _batches(config=DataConfig(batch=4, chunks=(3, 6), micro=1)).micro_batches(5)[2], run[5].rows(slice(2, 3))
+    )
 
 
 def test_every_epoch_reads_every_clip_once():
     source = Shelves([6] * 10, [4] * 10, group=4)
-    batches = TrainingBatches(source.clips(), ASSEMBLY, CONFIG, 7, Share(rank=0, world=1))
-    seen = [name for step in range(5) for name in batches.clip_ids(batches.step(step)[0].samples)]
+    batches = TrainingBatchLoader(source.clips(), ASSEMBLY, CONFIG, 7, RankShard(rank=0, world=1))
+    seen = [name for step in range(5) for name in batches.clip_ids(batches.micro_batches(step)[0].samples)]
     everything = {f"clip-{i}" for i in range(10)}
     assert set(seen[:10]) == everything == set(seen[10:]), "with a batch that spans the border"
     assert seen[:10] != seen[10:], "another permutation in another epoch"
@@ -70,9 +72,9 @@ def test_every_epoch_reads_every_clip_once():
 def test_clip_ids_are_those_of_the_rows():
     source = Shelves([3, 4, 5, 6] * 6, [4, 4, 4, 4, 2, 2, 2, 2] * 3, group=4)
     for world in (1, 3):
-        batches = TrainingBatches(source.clips(), ASSEMBLY, CONFIG, 7, Share(rank=0, world=world))
+        batches = TrainingBatchLoader(source.clips(), ASSEMBLY, CONFIG, 7, RankShard(rank=0, world=world))
         for step in range(12):
-            (batch,) = batches.step(step)
+            (batch,) = batches.micro_batches(step)
             for i, name in enumerate(batches.clip_ids(batch.samples)):
                 clip = source.made[int(name.removeprefix("clip-"))]
                 latents = STATS[AUDIO].whiten(clip.audio[: batch.streams[AUDIO].latents.shape[1]])
@@ -81,13 +83,13 @@ def test_clip_ids_are_those_of_the_rows():
 
 
 def test_lengths_are_drawn_for_every_step_and_short_clips_shorten_none_of_the_long_ones():
-    lengths = {_batches(count=3).step(step)[0].chunks for step in range(40)}
+    lengths = {_batches(count=3).micro_batches(step)[0].chunks for step in range(40)}
     assert lengths == {3, 4, 5, 6}
     source = Shelves([3] * 20 + [6] * 20, [4] * 40, group=4)
-    batches = TrainingBatches(source.clips(), ASSEMBLY, CONFIG, 7, Share(rank=0, world=1))
+    batches = TrainingBatchLoader(source.clips(), ASSEMBLY, CONFIG, 7, RankShard(rank=0, world=1))
     drawn = {"short": set(), "long": set()}
     for step in range(60):
-        (batch,) = batches.step(step)
+        (batch,) = batches.micro_batches(step)
         kinds = {"short" if int(n.removeprefix("clip-")) < 20 else "long" for n in batches.clip_ids(batch.samples)}
         drawn[kinds.pop()].add(batch.chunks)
         assert not kinds, "a batch has clips of one length"
@@ -99,13 +101,13 @@ def test_lengths_are_drawn_for_every_step_and_short_clips_shorten_none_of_the_lo
 def test_the_evaluation_is_not_shortened_by_a_short_clip_either():
     source = Shelves([3, 6, 6, 4, 6, 6], [4, 4, 4, 4, 2, 4], group=1)
     config = DataConfig(batch=4, chunks=(3, 6), held_out_clips=3)
-    (batch,) = held_out_batches(source.clips(), ASSEMBLY, config, 7, Share(rank=0, world=1))
+    (batch,) = validation_batches(source.clips(), ASSEMBLY, config, 7, RankShard(rank=0, world=1))
     assert batch.chunks == 6
     assert len(batch.samples) == 3
 
 
 def test_latents_are_whitened_with_the_given_statistics():
-    batch = ASSEMBLY.batch([clips(1).read(0)], 3, torch.tensor([0]), 0)
+    batch = ASSEMBLY.collate([clips(1).read(0)], 3, torch.tensor([0]), 0)
     clip = clips(1).read(0)
     n = TIMELINE.count(VIDEO, 3)
     assert torch.allclose(batch.streams[VIDEO].latents[0] * 2 + 1, clip.video[1 : 1 + n], atol=1e-6)
@@ -118,9 +120,9 @@ def test_latents_are_whitened_with_the_given_statistics():
 
 def test_conditions_are_dropped_as_often_as_asked():
     rows = 4000
-    batch = ASSEMBLY.batch([clips(2).read(1)] * rows, 1, torch.arange(rows), 0)
+    batch = ASSEMBLY.collate([clips(2).read(1)] * rows, 1, torch.arange(rows), 0)
     config = DataConfig(batch=4, chunks=(1, 2), drop_both=0.1, drop_caption=0.2, drop_words=0.05, drop_voice=0.3)
-    cond = drop_conditions(batch, config, 0).cond
+    cond = apply_condition_dropout(batch, config, 0).cond
     caption, words = cond.caption_mask.any(-1), cond.words_mask.any(-1)
     shares = [(~caption & ~words), (~caption & words), (caption & ~words), ~cond.voice_mask]
     assert [float(s.float().mean()) for s in shares] == pytest.approx([0.1, 0.2, 0.05, 0.3], abs=0.02)
@@ -128,9 +130,13 @@ def test_conditions_are_dropped_as_often_as_asked():
 
 def test_the_evaluation_is_the_same_on_any_number_of_ranks():
     def numbers(world: int) -> list[int]:
-        parts = [held_out_batches(clips(6), ASSEMBLY, CONFIG, 7, Share(rank=r, world=world)) for r in range(world)]
+        parts = [
+            validation_batches(clips(6), ASSEMBLY, CONFIG, 7, RankShard(rank=r, world=world)) for r in range(world)
+        ]
         assert len({len(part) for part in parts}) == 1, "every rank makes as many calls"
-        return [int(s) - HELD_OUT_FIRST for part in parts for b in part for s in b.samples if s != FILLER]
+        return [
+            int(s) - VALIDATION_SAMPLE_OFFSET for part in parts for b in part for s in b.samples if s != PADDING_SAMPLE
+        ]
 
     assert numbers(1) == numbers(2) == numbers(3) == numbers(4) == list(range(6))
 
@@ -139,4 +145,4 @@ def test_a_share_without_rows_is_refused():
     with pytest.raises(ValueError, match="data.batch to a multiple of 1 that is at least 5"):
         _batches(0, 5)
     with pytest.raises(ValueError, match="multiple of 4"):
-        Share(rank=0, world=1, unit=4).of(6)
+        RankShard(rank=0, world=1, unit=4).rows(6)

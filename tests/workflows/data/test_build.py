@@ -18,12 +18,12 @@ from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.media.decoder import Decoder
 from preprocessing.media.probe import probe
-from preprocessing.toyworld.audio_reader import read_sound
+from preprocessing.toyworld.audio_reader import read_audio
 from preprocessing.toyworld.world import ToyConfig, write_toyworld
 from tests.helpers.media_folder import FPS, RATE, make_folder, write_clip
-from workflows.data.build import preprocess
-from workflows.data.inspect import inspect
-from workflows.data.reconstruct import reconstruct
+from workflows.data.build import build_dataset
+from workflows.data.inspect import inspect_dataset
+from workflows.data.reconstruct import reconstruct_clip
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2)
 ROOT = Path(__file__).parents[3]
@@ -43,7 +43,7 @@ def content(place: Path) -> dict[str, str]:
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workflow")
     make_folder(folder / "media")
-    counts = preprocess([str(folder / "media")], str(folder / "out"), CONFIG, progress=quiet)
+    counts = build_dataset([str(folder / "media")], str(folder / "out"), CONFIG, progress=quiet)
     return folder, counts
 
 
@@ -53,7 +53,7 @@ def test_counts_add_up_and_verify(made):
     assert counts["spans"] == counts["accepted"] + counts["rejected"]
     assert counts["rejects_by_reason"] == {"no_audio": 1, "too_short": 1, "unreadable": 1}
     assert counts["hours"] > 0
-    again = inspect(str(folder / "out"), verify=True)
+    again = inspect_dataset(str(folder / "out"), verify=True)
     assert {key: again[key] for key in counts} == counts
 
 
@@ -64,7 +64,7 @@ def test_verify_sees_a_flipped_bit_a_missing_and_a_stray_file(made, tmp_path):
         subprocess.run(["cp", "-r", str(folder / "out"), str(place)], check=True)
         damage(min((place / "clips").iterdir()))
         with pytest.raises(ValueError, match="does not add up"):
-            inspect(str(place), verify=True)
+            inspect_dataset(str(place), verify=True)
 
 
 def _flip(path: Path) -> None:
@@ -76,7 +76,7 @@ def _flip(path: Path) -> None:
 def test_the_same_command_again_changes_nothing(made):
     folder, counts = made
     before = content(folder / "out")
-    assert preprocess([str(folder / "media")], str(folder / "out"), CONFIG, progress=quiet) == counts
+    assert build_dataset([str(folder / "media")], str(folder / "out"), CONFIG, progress=quiet) == counts
     assert content(folder / "out") == before
 
 
@@ -84,7 +84,7 @@ def test_another_configuration_is_refused_and_the_difference_shown(made):
     folder, _ = made
     before = content(folder / "out")
     with pytest.raises(ValueError, match=r"min_chunks: 2 -> 3"):
-        preprocess([str(folder / "media")], str(folder / "out"), replace(CONFIG, min_chunks=3), progress=quiet)
+        build_dataset([str(folder / "media")], str(folder / "out"), replace(CONFIG, min_chunks=3), progress=quiet)
     assert content(folder / "out") == before
 
 
@@ -105,13 +105,13 @@ def test_wrong_input_writes_nothing(made, tmp_path):
         ([good], "used", "not empty"),
     ):
         with pytest.raises(ValueError, match=message):
-            preprocess(sources, str(tmp_path / out), CONFIG, progress=quiet)
+            build_dataset(sources, str(tmp_path / out), CONFIG, progress=quiet)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text.mp4", "used"]
 
 
 def test_dry_run_writes_nothing(made, tmp_path):
     folder, _ = made
-    plan = preprocess([str(folder / "media")], str(tmp_path / "out"), CONFIG, dry_run=True)
+    plan = build_dataset([str(folder / "media")], str(tmp_path / "out"), CONFIG, dry_run=True)
     assert (plan["sources"], plan["units"]) == (5, 3)
     assert not (tmp_path / "out").exists()
 
@@ -123,11 +123,11 @@ def test_a_run_stopped_between_units_resumes_to_the_same_bytes(made, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        preprocess([str(folder / "media")], str(tmp_path / "out"), CONFIG, progress=stop)
+        build_dataset([str(folder / "media")], str(tmp_path / "out"), CONFIG, progress=stop)
     with pytest.raises(ValueError, match="unfinished"):
         open_dataset(str(tmp_path / "out"))
     assert len(list((tmp_path / "out" / "_done").iterdir())) == 1
-    assert preprocess([str(folder / "media")], str(tmp_path / "out"), CONFIG, progress=quiet) == counts
+    assert build_dataset([str(folder / "media")], str(tmp_path / "out"), CONFIG, progress=quiet) == counts
     assert content(tmp_path / "out") == content(folder / "out")
 
 
@@ -135,9 +135,9 @@ def test_a_killed_driver_leaves_nothing_that_counts(made, tmp_path):
     folder, counts = made
     out = tmp_path / "out"
     script = (
-        "import sys; from fractions import Fraction; from workflows.data.build import preprocess;"
+        "import sys; from fractions import Fraction; from workflows.data.build import build_dataset;"
         "from preprocessing.config import PreprocessConfig;"
-        "preprocess([sys.argv[1]], sys.argv[2],"
+        "build_dataset([sys.argv[1]], sys.argv[2],"
         " PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2))"
     )
     root = Path(__file__).parents[3]
@@ -152,7 +152,7 @@ def test_a_killed_driver_leaves_nothing_that_counts(made, tmp_path):
         time.sleep(0.01)
     child.kill()
     child.wait()
-    assert preprocess([str(folder / "media")], str(out), CONFIG, progress=quiet) == counts
+    assert build_dataset([str(folder / "media")], str(out), CONFIG, progress=quiet) == counts
     assert content(out) == content(folder / "out")
 
 
@@ -160,13 +160,13 @@ def test_new_sources_extend_the_dataset(tmp_path):
     folder = tmp_path / "media"
     folder.mkdir()
     write_clip(folder / "a.mp4", 1.2)
-    preprocess([str(folder)], str(tmp_path / "out"), CONFIG, progress=quiet)
+    build_dataset([str(folder)], str(tmp_path / "out"), CONFIG, progress=quiet)
     before = content(tmp_path / "out" / "clips")
     write_clip(folder / "b.mp4", 1.3)
-    counts = preprocess([str(folder)], str(tmp_path / "out"), CONFIG, progress=quiet)
+    counts = build_dataset([str(folder)], str(tmp_path / "out"), CONFIG, progress=quiet)
     assert (counts["sources"], counts["accepted"]) == (2, 2)
     assert before.items() <= content(tmp_path / "out" / "clips").items()
-    assert inspect(str(tmp_path / "out"), verify=True)["verified"]
+    assert inspect_dataset(str(tmp_path / "out"), verify=True)["verified"]
 
 
 def test_reconstruction_is_as_long_as_the_clip_and_overwrites_nothing(made, tmp_path):
@@ -174,27 +174,27 @@ def test_reconstruction_is_as_long_as_the_clip_and_overwrites_nothing(made, tmp_
     data = open_dataset(str(folder / "out"))
     clip = next(clip for clip in data if clip.source_uri.endswith("good.mp4"))
     out = tmp_path / "again.mp4"
-    facts = reconstruct(str(folder / "out"), clip.id, str(out))
+    facts = reconstruct_clip(str(folder / "out"), clip.id, str(out))
     assert (facts["frames"], facts["fps"]) == (49, 24.0)
     frames, wave = _decoded(out)
     assert (len(frames), len(wave)) == (49, round(49 / 24 * RATE))
     with pytest.raises(ValueError, match="--overwrite"):
-        reconstruct(str(folder / "out"), clip.id, str(out))
+        reconstruct_clip(str(folder / "out"), clip.id, str(out))
 
 
 def test_a_reconstructed_toy_clip_shows_and_says_the_same(tmp_path):
     write_toyworld(tmp_path / "toy", clips=2, seconds=6.0, seed=3)
-    preprocess(
+    build_dataset(
         [str(tmp_path / "toy")], str(tmp_path / "out"), replace(CONFIG, window_seconds=Fraction(10)), progress=quiet
     )
     heard, said = [], []
     for clip in open_dataset(str(tmp_path / "out")):
-        reconstruct(str(tmp_path / "out"), clip.id, str(tmp_path / f"{clip.id}.mp4"))
+        reconstruct_clip(str(tmp_path / "out"), clip.id, str(tmp_path / f"{clip.id}.mp4"))
         frames, wave = _decoded(tmp_path / f"{clip.id}.mp4")
         source, _ = _decoded(Path(clip.source_uri.removeprefix("file://")))
         assert _psnr(frames, source[: len(frames)]) >= 26
         end = len(wave) / RATE
-        heard.append([w["word"] for w in read_sound(wave, RATE, ToyConfig()).syllables if w["end"] < end - 0.2])
+        heard.append([w["word"] for w in read_audio(wave, RATE, ToyConfig()).syllables if w["end"] < end - 0.2])
         said.append([w.word for w in clip.transcript if w.end < end - 0.2])
     assert error_rate(heard, said) < 0.05
 
@@ -213,7 +213,7 @@ def _psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_contact_sheet(made, tmp_path):
     folder, _ = made
-    inspect(str(folder / "out"), sheet=str(tmp_path / "sheet.png"))
+    inspect_dataset(str(folder / "out"), sheet=str(tmp_path / "sheet.png"))
     assert Image.open(tmp_path / "sheet.png").width > 1000
 
 
@@ -221,7 +221,8 @@ def test_contact_sheet(made, tmp_path):
 def test_ray_makes_the_same_bytes(made, tmp_path):
     folder, counts = made
     assert (
-        preprocess([str(folder / "media")], str(tmp_path / "out"), replace(CONFIG, workers=2), progress=quiet) == counts
+        build_dataset([str(folder / "media")], str(tmp_path / "out"), replace(CONFIG, workers=2), progress=quiet)
+        == counts
     )
     assert content(tmp_path / "out") == content(folder / "out")
 
@@ -230,10 +231,10 @@ def test_clips_of_sources_that_are_gone_stay_and_it_is_said(tmp_path, capsys):
     media = tmp_path / "media"
     write_toyworld(media, clips=3, seconds=2.0, size=32, jobs=1)
     config = replace(CONFIG, sizes=((32, 32),))
-    first = preprocess([str(media)], str(tmp_path / "out"), config, progress=quiet)
+    first = build_dataset([str(media)], str(tmp_path / "out"), config, progress=quiet)
     assert "no longer there" not in capsys.readouterr().err
     next(media.glob("*.mp4")).unlink()
-    assert preprocess([str(media)], str(tmp_path / "out"), config, progress=quiet) == first
+    assert build_dataset([str(media)], str(tmp_path / "out"), config, progress=quiet) == first
     assert "1 sources of this dataset are no longer there" in capsys.readouterr().err
 
 
@@ -250,7 +251,7 @@ def test_ray_needs_no_promise_of_memory(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MFCTL_TRACKER": "json", "RAY_AUTH_MODE": "disabled"}
     run = [sys.executable, "-c", code, *words]
     subprocess.run(run, cwd=tmp_path, env=environment, check=True, timeout=100, capture_output=True)
-    assert inspect(str(tmp_path / "out"), verify=True)["accepted"] == 4
+    assert inspect_dataset(str(tmp_path / "out"), verify=True)["accepted"] == 4
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real media ../shared/media is not here")
@@ -265,7 +266,7 @@ def test_real_clips_become_rows_or_rejects_with_a_reason(tmp_path):
     ]
     listed = "uri\n" + "\n".join(str((REAL / name).resolve()) for name in names) + "\n"
     (tmp_path / "list.csv").write_text(listed)
-    counts = preprocess([str(tmp_path / "list.csv")], str(tmp_path / "out"), CONFIG, progress=quiet)
+    counts = build_dataset([str(tmp_path / "list.csv")], str(tmp_path / "out"), CONFIG, progress=quiet)
     assert (counts["sources"], counts["accepted"]) == (8, 4)
     assert counts["rejects_by_reason"] == {"corrupt": 1, "no_audio": 2, "no_video": 1, "unreadable": 1}
-    assert inspect(str(tmp_path / "out"), verify=True)["verified"]
+    assert inspect_dataset(str(tmp_path / "out"), verify=True)["verified"]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.memory_clips import Shelves
-from workflows.data.batch_sampler import Order, make_buckets
-from workflows.data.clip_loader import Supply, prefetched
+from workflows.data.batch_sampler import BucketBatchSampler, make_buckets
+from workflows.data.clip_loader import RowGroupLoader, prefetch
 
 BATCH, SHUFFLE, GROUP, COUNT = 12, 8, 8, 384  # four windows per epoch
 WAIT = 20.0  # seconds until a test that hangs fails
@@ -20,12 +20,12 @@ def shelves(mixed: bool) -> Shelves:
     return Shelves(lengths, [1 if i // GROUP % 4 else 2 for i in range(COUNT)] if mixed else [1] * COUNT, GROUP)
 
 
-def supply(source: Shelves, rank: int = 0, world: int = 1) -> tuple[Supply, Order]:
+def supply(source: Shelves, rank: int = 0, world: int = 1) -> tuple[RowGroupLoader, BucketBatchSampler]:
     clips = source.clips()
-    order = Order(
+    order = BucketBatchSampler(
         make_buckets(clips.lengths, clips.shapes, 2, 4, BATCH), clips.groups, batch=BATCH, shuffle=SHUFFLE, seed=0
     )
-    return Supply(clips.load, order, slice(rank * BATCH // world, (rank + 1) * BATCH // world)), order
+    return RowGroupLoader(clips.load, order, slice(rank * BATCH // world, (rank + 1) * BATCH // world)), order
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -36,9 +36,9 @@ def test_every_row_group_is_read_once_per_epoch_and_rank(world, mixed):
         made, order = supply(source, rank, world)
         ends = [sum(epoch * len(b.clips) // BATCH for b in order.buckets) for epoch in range(1, 6)]
         for step in range(ends[-1]):
-            ids = [clip.id for clip in made.take(step)]
+            ids = [clip.id for clip in made.load_step(step)]
             row = rank * BATCH // world
-            assert ids == [f"clip-{order.clip_of(step, row + i)}" for i in range(len(ids))]
+            assert ids == [f"clip-{order.clip_at(step, row + i)}" for i in range(len(ids))]
             epoch = bisect_right(ends, step)
             ahead = order.window(step).steps.stop in ends  # the last window of an epoch: the next one's first is read
             assert max(source.read.values()) <= epoch + 1 + ahead
@@ -51,8 +51,8 @@ def test_a_rank_holds_about_one_window_of_its_clips(world, mixed):
     made, order = supply(shelves(mixed), 0, world)
     waiting = len(order.buckets) * BATCH  # clips of buckets that had no whole batch
     for step in range(100):
-        made.take(step)
-        assert made.held <= 1.25 * SHUFFLE * BATCH / world + waiting
+        made.load_step(step)
+        assert made.num_buffered <= 1.25 * SHUFFLE * BATCH / world + waiting
 
 
 def test_reading_is_spread_evenly_over_the_steps():
@@ -61,7 +61,7 @@ def test_reading_is_spread_evenly_over_the_steps():
     reads = []
     for step in range(96):
         before = sum(source.read.values())
-        made.take(step)
+        made.load_step(step)
         reads.append(sum(source.read.values()) - before)
     assert max(reads[len(order.window(0).tickets) :]) <= -(-BATCH // GROUP), (
         "after the first window, which comes at once"
@@ -70,14 +70,14 @@ def test_reading_is_spread_evenly_over_the_steps():
 
 def test_asking_for_any_step_gives_its_clips():
     straight, _ = supply(shelves(True))
-    ids = [[clip.id for clip in straight.take(step)] for step in range(70)]
+    ids = [[clip.id for clip in straight.load_step(step)] for step in range(70)]
     jumping, _ = supply(shelves(True))
     for step in (33, 34, 35, 69, 0, 34, 34, 68, 69):
-        assert [clip.id for clip in jumping.take(step)] == ids[step]
+        assert [clip.id for clip in jumping.load_step(step)] == ids[step]
 
 
 def test_prefetching_keeps_the_order_and_hands_over_errors():
-    assert list(prefetched(lambda i: i * i, 3, 8, 2)) == [9, 16, 25, 36, 49]
+    assert list(prefetch(lambda i: i * i, 3, 8, 2)) == [9, 16, 25, 36, 49]
 
     def fail(i: int) -> int:
         if i == 5:
@@ -85,7 +85,7 @@ def test_prefetching_keeps_the_order_and_hands_over_errors():
         return i
 
     with pytest.raises(ValueError, match="row 5"):
-        list(prefetched(fail, 3, 8, 2))
+        list(prefetch(fail, 3, 8, 2))
 
 
 def test_reading_and_training_overlap():
@@ -97,7 +97,7 @@ def test_reading_and_training_overlap():
             both.wait(WAIT)
         return i
 
-    for i in prefetched(make, 0, 6, 1):
+    for i in prefetch(make, 0, 6, 1):
         if i < 5:
             both.wait(WAIT)
 
@@ -112,7 +112,7 @@ def test_a_slow_step_finds_its_batches_ready_and_no_more_than_asked_for():
             enough.set()
         return i
 
-    batches = prefetched(make, 0, 100, 3)
+    batches = prefetch(make, 0, 100, 3)
     assert next(batches) == 0
     assert enough.wait(WAIT), "three wait, one more is made, with the step still at the first"
     assert not Event().wait(0.3) and made == [0, 1, 2, 3, 4]

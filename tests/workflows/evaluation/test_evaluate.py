@@ -18,13 +18,13 @@ from mfcore.model.transformer import build_model
 from preprocessing.dataset.reader import open_dataset
 from workflows.config import presets, serialization
 from workflows.evaluation import mlflow_report
-from workflows.evaluation.contamination import find_overlap, warnings
-from workflows.evaluation.evaluate import evaluate
-from workflows.evaluation.held_out import select
+from workflows.evaluation.contamination import find_train_test_overlap, overlap_warnings
+from workflows.evaluation.evaluate import evaluate_checkpoints
+from workflows.evaluation.held_out import select_evaluation_set
 from workflows.evaluation.metrics.registry import METRICS
-from workflows.evaluation.sweep import examine, plan
-from workflows.evaluation.worker import Examiner
-from workflows.training.resolve import latent_shapes, make_card
+from workflows.evaluation.sweep import identify_checkpoint, plan_sweep
+from workflows.evaluation.worker import EvaluationWorker
+from workflows.training.resolve import latent_shapes_of, make_export_metadata
 from workflows.utils.json_io import write_json
 
 QUIET = {"progress": lambda done, of: None, "clips": 2}
@@ -33,16 +33,16 @@ QUIET = {"progress": lambda done, of: None, "clips": 2}
 def export(folder: Path, data: str, stage, **card_changes) -> str:
     """A random network of two thin layers."""
     dataset = open_dataset(data)
-    config = presets.preset("tiny", stage, latent_shapes(dataset))
+    config = presets.build_preset("tiny", stage, latent_shapes_of(dataset))
     config = replace(config, model=replace(config.model, dim=32, layers=2, heads=2))
-    card = replace(make_card(config, dataset.meta, {}), **card_changes)
+    card = replace(make_export_metadata(config, dataset.meta, {}), **card_changes)
     model = build_model(card.model, 0)
     draw = torch.Generator().manual_seed(0)
     weights = {k: v + 0.05 * torch.randn(v.shape, generator=draw) for k, v in model.state_dict().items()}
     place = folder / stage / "export"
     place.mkdir(parents=True)
     save_file(weights, place / "ema.safetensors")
-    write_json(place / "model.json", serialization.dump(card))
+    write_json(place / "model.json", serialization.to_dict(card))
     write_json(place.parent / "run.json", {"data": data, "config": {"data": {"held_out": 0.99}}})
     return str(place)
 
@@ -57,7 +57,9 @@ def swept(tmp_path_factory, mutual):
     """One sweep with MLflow."""
     out = tmp_path_factory.mktemp("sweep")
     uri = f"sqlite:///{out}/mlflow.db"
-    result = evaluate([mutual], steps=[1, 2], out=str(out / "it"), windows="0-1,1-2", mlflow_uri=uri, **QUIET)
+    result = evaluate_checkpoints(
+        [mutual], steps=[1, 2], out=str(out / "it"), windows="0-1,1-2", mlflow_uri=uri, **QUIET
+    )
     return result, uri
 
 
@@ -65,7 +67,7 @@ def swept(tmp_path_factory, mutual):
 def numbers_only(monkeypatch):
     """Neither MLflow nor plots: ``swept`` has them."""
     monkeypatch.setattr("workflows.tracking.mlflow_tracker.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("workflows.evaluation.mlflow_report.draw", lambda *_: [])
+    monkeypatch.setattr("workflows.evaluation.mlflow_report.draw_plots", lambda *_: [])
 
 
 def test_a_sweep_has_a_row_per_setting_and_window(swept, mutual):
@@ -127,27 +129,27 @@ def test_the_page_and_the_table_hold_every_number_or_what_it_needs(swept):
 def test_clips_of_the_training_set_are_reported(swept, mutual):
     result, _ = swept
     trained_on = json.loads((Path(mutual).parent / "run.json").read_text())["data"]
-    held = select(trained_on, clips=2, seconds=None, fraction=0.99)
+    held = select_evaluation_set(trained_on, clips=2, seconds=None, fraction=0.99)
     assert result["overlap"]["mutual"] == {"clips": [], "sources": {}}
-    found = find_overlap(held, trained_on, trained_on, 0.01)  # nearly everything was trained on
+    found = find_train_test_overlap(held, trained_on, trained_on, 0.01)  # nearly everything was trained on
     assert set(found.clips) <= {p.clip.id for p in held.prompts} and found.clips
     assert all(len(content) > 8 for content in found.sources.values())
-    assert "scores are no test" in warnings({"mutual": found})[0]
-    gone = find_overlap(held, trained_on, "/nowhere/at/all", 0.1)
+    assert "scores are no test" in overlap_warnings({"mutual": found})[0]
+    gone = find_train_test_overlap(held, trained_on, "/nowhere/at/all", 0.1)
     assert "cannot be read" in (gone.unknown or "")
 
 
 def test_of_a_dataset_that_nothing_was_trained_on_every_clip_is_used(tmp_path, toy_data, mutual, numbers_only):
     """And where no other clips are left, distances are measured against the prompts' own, and that is said."""
-    half = select(toy_data, clips=3, seconds=None, fraction=None)
+    half = select_evaluation_set(toy_data, clips=3, seconds=None, fraction=None)
     assert len(half.prompts) == 3 and not half.own_reference
     assert not {p.clip.id for p in half.prompts} & {clip.id for clip in half.reference}
-    whole = select(toy_data, clips=99, seconds=None, fraction=None)
+    whole = select_evaluation_set(toy_data, clips=99, seconds=None, fraction=None)
     assert len(whole.prompts) == len(open_dataset(toy_data)) and whole.own_reference
     assert whole.digest() != half.digest()
     elsewhere = shutil.copytree(toy_data, tmp_path / "elsewhere")
     again = {"steps": [1], "modes": ["few"], "out": str(tmp_path / "x"), **QUIET, "clips": 99}
-    result = evaluate([mutual], data=str(elsewhere), **again)
+    result = evaluate_checkpoints([mutual], data=str(elsewhere), **again)
     assert json.loads(Path(result["results"]).read_text())[-1]["clips"] == len(whole.prompts)
     assert "against 6 of the same clips" in Path(result["report"]).read_text()
     assert result["overlap"]["mutual"]["clips"], "another place, the same content"
@@ -155,9 +157,9 @@ def test_of_a_dataset_that_nothing_was_trained_on_every_clip_is_used(tmp_path, t
 
 def test_a_killed_sweep_goes_on_where_it_was(mutual, tmp_path, numbers_only, monkeypatch):
     """Batches of one clip; killed in the third of four: the first two are not made again."""
-    monkeypatch.setattr("workflows.evaluation.sampling.ROWS", 1)
+    monkeypatch.setattr("workflows.evaluation.sampling.MAX_BATCH_SIZE", 1)
     made = []
-    sample = Examiner.sample
+    sample = EvaluationWorker.sample_batch
 
     def killed(self, task):
         made.append((task.setting.how.steps, task.batch))
@@ -166,13 +168,13 @@ def test_a_killed_sweep_goes_on_where_it_was(mutual, tmp_path, numbers_only, mon
         return sample(self, task)
 
     again = {"steps": [1, 2], "modes": ["few"], "out": str(tmp_path / "x"), **QUIET}
-    monkeypatch.setattr(Examiner, "sample", killed)
+    monkeypatch.setattr(EvaluationWorker, "sample_batch", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate([mutual], **again)
+        evaluate_checkpoints([mutual], **again)
     finished = sorted(path.name for path in (tmp_path / "x" / "rows").iterdir())
     assert len(finished) == 2  # the real clips, and the first setting
     first = made[:2]
-    evaluate([mutual], **again)
+    evaluate_checkpoints([mutual], **again)
     assert made[4:] == [task for task in ((1, 0), (1, 1), (2, 0), (2, 1)) if task not in first][-len(made[4:]) :]
     assert not [task for task in made[4:] if task in first]
     assert not list((tmp_path / "x" / "unfinished").iterdir())
@@ -183,7 +185,7 @@ def test_a_killed_sweep_goes_on_where_it_was(mutual, tmp_path, numbers_only, mon
 def test_workers_of_ray_give_the_same_rows(swept, mutual, tmp_path, numbers_only):
     result, _ = swept
     out = {"out": str(tmp_path / "x"), "windows": "0-1,1-2", **QUIET}
-    other = evaluate([mutual], steps=[1, 2], workers=2, **out)
+    other = evaluate_checkpoints([mutual], steps=[1, 2], workers=2, **out)
     ours, theirs = (
         {(r["mode"], r["steps"], r["window"]): r["metrics"] for r in json.loads(Path(x["results"]).read_text())}
         for x in (result, other)
@@ -232,17 +234,17 @@ def test_mlflow_draws_the_frontier(swept):
 
 def test_the_same_command_again_generates_only_what_is_missing(swept, mutual, monkeypatch):
     result, uri = swept
-    monkeypatch.setattr("workflows.evaluation.mlflow_report.draw", lambda *_: [])
+    monkeypatch.setattr("workflows.evaluation.mlflow_report.draw_plots", lambda *_: [])
     made = []
-    sample = Examiner.sample
-    monkeypatch.setattr(Examiner, "sample", lambda *a: made.append(a[1].setting.how.steps) or sample(*a))
+    sample = EvaluationWorker.sample_batch
+    monkeypatch.setattr(EvaluationWorker, "sample_batch", lambda *a: made.append(a[1].setting.how.steps) or sample(*a))
     again = {"out": str(Path(result["results"]).parent), "windows": "0-1,1-2", "mlflow_uri": uri, **QUIET}
     before = {path: Path(path).stat().st_mtime_ns for path in result["samples"]}
-    repeated = evaluate([mutual], steps=[1, 2], **again)
+    repeated = evaluate_checkpoints([mutual], steps=[1, 2], **again)
     assert made == []
     assert repeated["rows"] == result["rows"]
     assert repeated["mlflow_parent_run"] == result["mlflow_parent_run"]
-    longer = evaluate([mutual], steps=[1, 2, 3], modes=["few"], **again)
+    longer = evaluate_checkpoints([mutual], steps=[1, 2, 3], modes=["few"], **again)
     assert made == [3]
     assert longer["rows"] == result["rows"] + 3
     assert {path: Path(path).stat().st_mtime_ns for path in result["samples"]} == before
@@ -250,7 +252,9 @@ def test_the_same_command_again_generates_only_what_is_missing(swept, mutual, mo
 
 def test_equal_settings_give_equal_scores(swept, mutual, tmp_path, numbers_only):
     result, _ = swept
-    other = evaluate([mutual], steps=[2], modes=["few"], out=str(tmp_path / "x"), windows="0-1,1-2", **QUIET)
+    other = evaluate_checkpoints(
+        [mutual], steps=[2], modes=["few"], out=str(tmp_path / "x"), windows="0-1,1-2", **QUIET
+    )
     assert other["mlflow_parent_run"] is None
     pick = lambda path: next(r for r in json.loads(Path(path).read_text()) if (r["mode"], r["steps"]) == ("few", 2))
     ours, theirs = pick(result["results"])["metrics"], pick(other["results"])["metrics"]
@@ -259,7 +263,7 @@ def test_equal_settings_give_equal_scores(swept, mutual, tmp_path, numbers_only)
 
 
 def test_a_longer_sample_repeats_its_transcript_and_says_so(mutual, tmp_path, numbers_only):
-    result = evaluate([mutual], steps=[1], modes=["few"], seconds=3.4, out=str(tmp_path / "x"), **QUIET)
+    result = evaluate_checkpoints([mutual], steps=[1], modes=["few"], seconds=3.4, out=str(tmp_path / "x"), **QUIET)
     assert "transcripts repeat" in result["note"]
     rows = json.loads(Path(result["results"]).read_text())
     assert {row["window"] for row in rows} == {"all", "0-5"}
@@ -267,7 +271,7 @@ def test_a_longer_sample_repeats_its_transcript_and_says_so(mutual, tmp_path, nu
 
 def test_more_few_steps_than_were_trained_are_measured_and_said(tmp_path, toy_data, numbers_only, capsys):
     trained_for_two = export(tmp_path, toy_data, "mutual", few_steps=2)
-    result = evaluate([trained_for_two], steps=[2, 3], out=str(tmp_path / "x"), **QUIET)
+    result = evaluate_checkpoints([trained_for_two], steps=[2, 3], out=str(tmp_path / "x"), **QUIET)
     said = "mutual: the few-step mode was trained for up to 2 steps per chunk, and 3 lead away"
     assert capsys.readouterr().err.count(said) == 1
     assert Path(result["report"]).read_text().count(said) == 1
@@ -277,7 +281,7 @@ def test_more_few_steps_than_were_trained_are_measured_and_said(tmp_path, toy_da
 
 def test_a_checkpoint_of_one_modality_reports_what_it_cannot_do(tmp_path, toy_data, numbers_only):
     video = export(tmp_path, toy_data, "video")
-    result = evaluate([video], steps=[1], out=str(tmp_path / "x"), **QUIET)
+    result = evaluate_checkpoints([video], steps=[1], out=str(tmp_path / "x"), **QUIET)
     assert result["not_measured"]["sync"] == "not measured: needs a checkpoint that makes sound"
     assert result["skipped"] == ["few-step mode of video: stage video has not trained it"]
     metrics = json.loads(Path(result["results"]).read_text())[-1]["metrics"]
@@ -288,40 +292,42 @@ def test_a_checkpoint_of_one_modality_reports_what_it_cannot_do(tmp_path, toy_da
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, toy_data, mutual):
     out = {"out": str(tmp_path / "x")}
     with pytest.raises(ValueError, match="does not exist"):
-        evaluate([str(tmp_path / "none")], **out, **QUIET)
+        evaluate_checkpoints([str(tmp_path / "none")], **out, **QUIET)
     with pytest.raises(ValueError, match="unknown mode 'slow'"):
-        evaluate([mutual], modes=["slow"], **out, **QUIET)
+        evaluate_checkpoints([mutual], modes=["slow"], **out, **QUIET)
     with pytest.raises(ValueError, match="is no window"):
-        evaluate([mutual], windows="5", **out, **QUIET)
+        evaluate_checkpoints([mutual], windows="5", **out, **QUIET)
     with pytest.raises(ValueError, match="positive length"):
-        evaluate([mutual], seconds=-1, **out, **QUIET)
+        evaluate_checkpoints([mutual], seconds=-1, **out, **QUIET)
     with pytest.raises(ValueError, match="is no dataset"):
-        evaluate([mutual], data=str(tmp_path), **out, **QUIET)
+        evaluate_checkpoints([mutual], data=str(tmp_path), **out, **QUIET)
     joint = export(tmp_path, toy_data, "joint")
     with pytest.raises(ValueError, match="stage joint has not trained it"):
-        evaluate([joint], modes=["few"], **out, **QUIET)
+        evaluate_checkpoints([joint], modes=["few"], **out, **QUIET)
     odd = export(tmp_path / "odd", toy_data, "mutual", chunk_seconds=Fraction(1))
     with pytest.raises(ValueError, match="do not fit: chunk 1 there, 1/2 here"):
-        evaluate([odd], **out, **QUIET)
+        evaluate_checkpoints([odd], **out, **QUIET)
     assert not (tmp_path / "x").exists()
 
 
 def test_the_plan_leaves_guidance_to_the_multi_step_mode(mutual):
-    settings, skipped = plan([examine(mutual)], ["few", "multi"], [4, 1, 4], [5.0, 1.0], (0, 1))
+    settings, skipped = plan_sweep([identify_checkpoint(mutual)], ["few", "multi"], [4, 1, 4], [5.0, 1.0], (0, 1))
     found = [(s.how.mode, s.how.steps, s.how.guidance, s.how.seed) for s in settings]
     few = [("few", steps, 1.0, seed) for steps in (1, 4) for seed in (0, 1)]
     assert found == few + [("multi", steps, w, seed) for steps in (1, 4) for w in (5.0, 1.0) for seed in (0, 1)]
     assert skipped == []
     assert len({s.key("scope") for s in settings}) == 12
-    narrow, _ = plan([examine(mutual, precision="bf16")], ["few", "multi"], [4, 1], [5.0, 1.0], (0, 1))
+    narrow, _ = plan_sweep(
+        [identify_checkpoint(mutual, precision="bf16")], ["few", "multi"], [4, 1], [5.0, 1.0], (0, 1)
+    )
     assert len({s.key("scope") for s in [*settings, *narrow]}) == 24
 
 
 def test_samples_in_bfloat16_have_rows_of_their_own(tmp_path, mutual, numbers_only):
     """Beside those of float32 in the same folder; unasked, an evaluation is in float32 on every machine."""
     how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
-    evaluate([mutual], **how)
-    result = evaluate([mutual], precision="bf16", **how)
+    evaluate_checkpoints([mutual], **how)
+    result = evaluate_checkpoints([mutual], precision="bf16", **how)
     rows = [row for row in json.loads(Path(result["results"]).read_text()) if row["window"] == "all"]
     real, *made = sorted(rows, key=lambda row: (row["mode"] != "real", row["label"]))
     assert "precision" not in real
@@ -342,11 +348,11 @@ def test_samples_in_bfloat16_have_rows_of_their_own(tmp_path, mutual, numbers_on
 def test_two_networks_of_one_name_are_two(tmp_path, toy_data, mutual, numbers_only):
     """Their numbers are in no mean together, and none's samples are written over the other's."""
     how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
-    alone = evaluate([mutual], **how)
+    alone = evaluate_checkpoints([mutual], **how)
     other = export(tmp_path / "other", toy_data, "mutual")
     weights = load_file(Path(other, "ema.safetensors"))
     save_file({name: 1.1 * w for name, w in weights.items()}, Path(other, "ema.safetensors"))
-    result = evaluate([mutual, other, mutual], **how)
+    result = evaluate_checkpoints([mutual, other, mutual], **how)
     rows = [r for r in json.loads(Path(result["results"]).read_text()) if (r["window"], r["mode"]) == ("all", "few")]
     assert len(rows) == 2
     labels = {row["label"] for row in rows}
@@ -359,9 +365,9 @@ def test_two_networks_of_one_name_are_two(tmp_path, toy_data, mutual, numbers_on
 
 def test_other_clips_have_samples_of_their_own(tmp_path, mutual, numbers_only):
     how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
-    short = evaluate([mutual], seconds=0.5, **how)
+    short = evaluate_checkpoints([mutual], seconds=0.5, **how)
     before = {path: Path(path).read_bytes() for path in short["samples"]}
-    long = evaluate([mutual], seconds=1.0, **how)
+    long = evaluate_checkpoints([mutual], seconds=1.0, **how)
     assert not set(short["samples"]) & set(long["samples"])
     assert {path: Path(path).read_bytes() for path in before} == before
     assert (short["clips"], long["clips"]) == (2, 2)
@@ -377,8 +383,8 @@ def test_a_sweep_that_was_killed_among_its_first_samples_goes_on(tmp_path, mutua
     with monkeypatch.context() as patch:
         patch.setattr("workflows.evaluation.evaluate._Sweep._files", killed)
         with pytest.raises(KeyboardInterrupt):
-            evaluate([mutual], **how)
-    assert evaluate([mutual], **how)["rows"] == 4
+            evaluate_checkpoints([mutual], **how)
+    assert evaluate_checkpoints([mutual], **how)["rows"] == 4
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, mutual):
@@ -386,7 +392,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, mutual):
     (tmp_path / "mine" / "report.html").write_text("mine")
     for place in (tmp_path / "mine", tmp_path / "mine" / "report.html"):
         with pytest.raises(ValueError, match="holds no evaluation|is a file"):
-            evaluate([mutual], steps=[1], out=str(place), **QUIET)
+            evaluate_checkpoints([mutual], steps=[1], out=str(place), **QUIET)
     assert (tmp_path / "mine" / "report.html").read_text() == "mine"
 
 

@@ -35,8 +35,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_local_cluster_file_fulfils_rays_schema_and_is_this_machine() -> None:
-    config = local_head.load_cluster(str(LOCAL))
-    assert local_head.runs_here(config)
+    config = local_head.load_cluster_file(str(LOCAL))
+    assert local_head.is_local(config)
     assert "RAY_AUTH_MODE=" in config["head_start_ray_commands"][0]
     assert "--dashboard-agent-listen-port=" in config["head_start_ray_commands"][0]
 
@@ -44,7 +44,7 @@ def test_the_local_cluster_file_fulfils_rays_schema_and_is_this_machine() -> Non
 def test_a_key_that_ray_does_not_know_is_refused_by_name(here: Path) -> None:
     path = write_yaml(here, "cluster_name: a\nprovider: {type: local}\nmax_wrokers: 3\n")
     with pytest.raises(ValueError, match="max_wrokers"):
-        local_head.load_cluster(path)
+        local_head.load_cluster_file(path)
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,13 @@ def test_wrong_targets_are_refused_before_anything_starts(
     here: Path, target: str, argv: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        submit.submit(target, argv)
+        submit.submit_job(target, argv)
     assert not list(here.iterdir())
 
 
 def test_an_unknown_job_is_named_with_the_known_ones(here: Path) -> None:
     with pytest.raises(ValueError, match="no job raysubmit_x .* known jobs: none"):
-        submit.status("raysubmit_x")
+        submit.job_status("raysubmit_x")
 
 
 def test_the_job_keeps_the_users_folder_and_store(here: Path) -> None:
@@ -80,11 +80,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the commands are typed; the head they start is stopped at the end, and nothing of it may be left."""
     place = tmp_path_factory.mktemp("cluster")
     yield place
-    record = local_head.read_record(place / "runs/cluster/mfctl-local.json")
+    record = local_head.load_record(place / "runs/cluster/mfctl-local.json")
     ended = mfctl("stop", "--head", "--json", cwd=place)
     assert record is not None
     assert json.loads(ended.stdout) == {"stopped": [record.address]}
-    assert local_head.processes(record.temp) == []
+    assert local_head.head_processes(record.temp) == []
     assert not Path(record.temp).exists()
 
 

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from preprocessing.io.ray_resources import MOST
+from preprocessing.io.ray_resources import PROMISED_RESOURCES_ENV
 from workflows.cli.app import app
-from workflows.cli.parse import understand
+from workflows.cli.parse import parse_command
 from workflows.jobs import job_server, kuberay, resources, submit
-from workflows.jobs.command import check_places, check_secrets
-from workflows.jobs.job_server import Cluster, check_versions
-from workflows.jobs.resources import Machines, Need
-from workflows.jobs.targets import read_target
-from workflows.jobs.working_dir import pack
+from workflows.jobs.command import check_paths, check_secrets
+from workflows.jobs.job_server import ClusterInfo, check_versions
+from workflows.jobs.resources import MachineType, ResourceRequest
+from workflows.jobs.targets import parse_target
+from workflows.jobs.working_dir import package_working_dir
 
 ROOT = Path(__file__).resolve().parents[3]
 AWS, ONPREM = str(ROOT / "cluster" / "aws.yaml"), str(ROOT / "cluster" / "onprem.yaml")
@@ -54,18 +54,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("target", [AWS, ONPREM, TRAIN_JOB])
 def test_what_other_machines_could_not_do_is_refused(here: Path, target: str, words: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        submit.submit(target, words.split())
+        submit.submit_job(target, words.split())
     assert not list(here.iterdir())
 
 
 def test_a_shared_folder_makes_paths_under_it_good(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     words = ["train", "--stage", "video", "--data", "toy", "--from", "runs/v"]
-    command = understand(words, "/shared/me")
-    assert set(command.places.values()) == {"/shared/me/toy", "runs/v"} or "/shared/me/toy" in command.places.values()
-    check_places(understand(words[:5], "/shared/me"), AWS, "/shared/me")
+    command = parse_command(words, "/shared/me")
+    assert set(command.paths.values()) == {"/shared/me/toy", "runs/v"} or "/shared/me/toy" in command.paths.values()
+    check_paths(parse_command(words[:5], "/shared/me"), AWS, "/shared/me")
     with pytest.raises(ValueError, match="/elsewhere/toy is a path of this machine"):
-        check_places(understand([*words[:4], "/elsewhere/toy"], "/shared"), AWS, "/shared")
+        check_paths(parse_command([*words[:4], "/elsewhere/toy"], "/shared"), AWS, "/shared")
 
 
 @pytest.mark.parametrize("uri", [None, "sqlite:////shared/mlflow.db", "file:///shared/mlruns", "runs"])
@@ -75,7 +75,7 @@ def test_a_store_that_one_machine_writes_is_refused(
     if uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(ValueError, match=r"MLFLOW_TRACKING_URI=.*cluster/mlflow"):
-        submit.submit(AWS, ["train", "--stage", "video", "--data", "s3://b/d"], shared="/shared")
+        submit.submit_job(AWS, ["train", "--stage", "video", "--data", "s3://b/d"], shared="/shared")
 
 
 @pytest.mark.parametrize(
@@ -92,20 +92,20 @@ def test_more_than_the_file_can_ever_give_is_refused(
     monkeypatch.setenv("MFCTL_TRACKER", "json")
     words = ["train", "--stage", "joint", "--preset", "base", "--data", "s3://b/d", "--set", sets]
     with pytest.raises(ValueError, match=message):
-        submit.submit(target, words, shared="/shared")
+        submit.submit_job(target, words, shared="/shared")
 
 
 def test_room_is_counted_by_whole_processes() -> None:
     machines = [
-        Machines(name="a", resources={"CPU": 4, "GPU": 2}, most=3),
-        Machines(name="b", resources={"CPU": 64}, most=9),
+        MachineType(name="a", resources={"CPU": 4, "GPU": 2}, max_count=3),
+        MachineType(name="b", resources={"CPU": 64}, max_count=9),
     ]
-    assert resources.room(machines, {"CPU": 1, "GPU": 1}) == 6
-    assert resources.room(machines, {"CPU": 3}) == 3 + 9 * 21
-    assert resources.room(machines, {"CPU": 1 / 3}) == 3 * 12 + 9 * 192
-    resources.check(Need(what="x", bundle={"GPU": 1}, count=6), machines, "t")
+    assert resources.capacity(machines, {"CPU": 1, "GPU": 1}) == 6
+    assert resources.capacity(machines, {"CPU": 3}) == 3 + 9 * 21
+    assert resources.capacity(machines, {"CPU": 1 / 3}) == 3 * 12 + 9 * 192
+    resources.require_capacity(ResourceRequest(description="x", bundle={"GPU": 1}, count=6), machines, "t")
     with pytest.raises(ValueError, match=r"x needs room for 7 .* room for 6 .*a: up to 3 with CPU 4, GPU 2"):
-        resources.check(Need(what="x", bundle={"GPU": 1}, count=7), machines, "t")
+        resources.require_capacity(ResourceRequest(description="x", bundle={"GPU": 1}, count=7), machines, "t")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_other_versions_are_named_with_both_numbers(ray: str | None, python: str
 
     import ray as here
 
-    found = Cluster(ray=ray or here.__version__, python=python or platform.python_version(), nodes=[])
+    found = ClusterInfo(ray=ray or here.__version__, python=python or platform.python_version(), nodes=[])
     with pytest.raises(ValueError, match=message):
         check_versions(found, "http://host:8265", None)
     if python:
@@ -140,7 +140,7 @@ def test_a_job_server_that_does_not_answer_is_one_message(
 def test_a_server_that_is_silent_or_another_is_not_waited_for(
     here: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
 ) -> None:
-    monkeypatch.setattr(job_server, "KNOCK_LIMIT_S", 0.5)
+    monkeypatch.setattr(job_server, "CONNECT_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         connections = []
 
@@ -153,15 +153,15 @@ def test_a_server_that_is_silent_or_another_is_not_waited_for(
         threading.Thread(target=serve, daemon=True).start()
         port = listener.getsockname()[1]
         with pytest.raises(
-            job_server.Unreachable, match=f"what answers at http://127.0.0.1:{port} is no Ray job server"
+            job_server.ClusterUnreachable, match=f"what answers at http://127.0.0.1:{port} is no Ray job server"
         ):
-            submit.submit(f"http://127.0.0.1:{port}", ["doctor"])
+            submit.submit_job(f"http://127.0.0.1:{port}", ["doctor"])
         for connection in connections:
             connection.close()
 
 
 def test_the_loopback_of_another_machine_is_not_ours() -> None:
-    with pytest.raises(job_server.Unreachable, match=r"ssh -L 8265:127.0.0.1:8265 head.example"):
+    with pytest.raises(job_server.ClusterUnreachable, match=r"ssh -L 8265:127.0.0.1:8265 head.example"):
         job_server._refuse_another_machine("ray://head.example:10001", "http://127.0.0.1:8265")
     job_server._refuse_another_machine("ray://127.0.0.1:10001", "http://127.0.0.1:8265")
     job_server._refuse_another_machine("ray://head.example:10001", "http://10.0.0.5:8265")
@@ -169,7 +169,7 @@ def test_the_loopback_of_another_machine_is_not_ours() -> None:
 
 def test_other_kubernetes_files_are_refused_by_what_they_hold() -> None:
     with pytest.raises(ValueError, match=r"holds a RayCluster.*port-forward"):
-        read_target(str(ROOT / "cluster" / "kuberay" / "raycluster.yaml"))
+        parse_target(str(ROOT / "cluster" / "kuberay" / "raycluster.yaml"))
 
 
 # -------------------------------------------------------------------------------------------------------- what travels
@@ -198,14 +198,14 @@ def tree(folder: Path) -> Path:
 
 def test_runs_data_and_keys_stay_here(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with zipfile.ZipFile(pack(tree(tmp_path / "tree"), tmp_path / "out")) as packed:
+    with zipfile.ZipFile(package_working_dir(tree(tmp_path / "tree"), tmp_path / "out")) as packed:
         names = {info.filename for info in packed.infolist() if not info.is_dir()}
         assert names == {"workflows/a.py", ".gitignore"}
         assert all(SECRET.encode() not in packed.read(name) for name in names)
 
 
 def test_this_tree_packs_small_and_whole(tmp_path: Path) -> None:
-    archive = pack(ROOT, tmp_path)
+    archive = package_working_dir(ROOT, tmp_path)
     assert archive.stat().st_size < 5 * 2**20
     with zipfile.ZipFile(archive) as packed:
         names = set(packed.namelist())
@@ -219,12 +219,12 @@ def test_a_large_tree_and_a_secret_in_a_file_are_refused_by_name(
     place = tree(tmp_path / "tree")
     (place / "weights.bin").write_bytes(os.urandom(2**20))
     with pytest.raises(ValueError, match=r"1.0 MB, over the limit .* weights.bin"):
-        pack(place, tmp_path, most=2**19)
+        package_working_dir(place, tmp_path, most=2**19)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     (tmp_path / "again").mkdir()
     (place / "notebook.py").write_text(f"key = '{SECRET}'")
     with pytest.raises(ValueError, match="notebook.py holds the value of AWS_SECRET_ACCESS_KEY") as caught:
-        pack(place, place.parent / "again")
+        package_working_dir(place, place.parent / "again")
     assert SECRET not in str(caught.value)
 
 
@@ -240,7 +240,7 @@ def test_credentials_travel_by_reference_only(here: Path, monkeypatch: pytest.Mo
     assert variables["AWS_ENDPOINT_URL"] == "http://minio:9000"
     assert variables["MFCTL_CWD"] == "/shared"
     assert "MLFLOW_TRACKING_URI" not in variables, "a store of this machine is none of theirs"
-    job = kuberay.render(read_target(TRAIN_JOB).config, ["doctor"], variables, {})
+    job = kuberay.render_manifest(parse_target(TRAIN_JOB).config, ["doctor"], variables, {})
     assert SECRET not in json.dumps(job)
 
 
@@ -260,9 +260,9 @@ def test_a_password_in_an_address_or_a_word_is_refused_without_being_said(monkey
 # --------------------------------------------------------------------------------------- where a command computes
 
 
-HEAD_ALONE = Machines(name="head", resources={}, most=1)
-PLAIN = Machines(name="plain", resources={"CPU": 16.0}, most=32)
-WITH_GPUS = Machines(name="gpus", resources={"CPU": 48.0, "GPU": 4.0}, most=8)
+HEAD_ALONE = MachineType(name="head", resources={}, max_count=1)
+PLAIN = MachineType(name="plain", resources={"CPU": 16.0}, max_count=32)
+WITH_GPUS = MachineType(name="gpus", resources={"CPU": 48.0, "GPU": 4.0}, max_count=8)
 
 
 @pytest.mark.parametrize(
@@ -281,30 +281,32 @@ WITH_GPUS = Machines(name="gpus", resources={"CPU": 48.0, "GPU": 4.0}, most=8)
 def test_what_computes_in_its_own_process_does_not_do_so_on_the_head(
     words: str, on_gpus: dict[str, float], on_plain: dict[str, float]
 ) -> None:
-    command = understand(words.split(), "/shared")
-    assert resources.own_process(command, [HEAD_ALONE, PLAIN, WITH_GPUS]) == on_gpus
-    assert resources.own_process(command, [HEAD_ALONE, PLAIN]) == on_plain
-    assert resources.own_process(command, [HEAD_ALONE]) == {}
+    command = parse_command(words.split(), "/shared")
+    assert resources.driver_resources(command, [HEAD_ALONE, PLAIN, WITH_GPUS]) == on_gpus
+    assert resources.driver_resources(command, [HEAD_ALONE, PLAIN]) == on_plain
+    assert resources.driver_resources(command, [HEAD_ALONE]) == {}
 
 
 def test_a_job_knows_what_its_cluster_can_bring() -> None:
     """GPU machines' CPUs are not for preprocessing where there are others."""
-    assert resources.in_all([HEAD_ALONE, PLAIN, WITH_GPUS]) == {"CPU": 512.0, "GPU": 32.0}
-    assert resources.in_all([HEAD_ALONE, WITH_GPUS]) == {"CPU": 384.0, "GPU": 32.0}
-    assert resources.in_all([HEAD_ALONE]) == {}
+    assert resources.total_resources([HEAD_ALONE, PLAIN, WITH_GPUS]) == {"CPU": 512.0, "GPU": 32.0}
+    assert resources.total_resources([HEAD_ALONE, WITH_GPUS]) == {"CPU": 384.0, "GPU": 32.0}
+    assert resources.total_resources([HEAD_ALONE]) == {}
     for target in (AWS, str(ROOT / "cluster" / "gcp.yaml"), TRAIN_JOB):
-        promised = json.loads(submit._promised(read_target(target))[MOST])
-        assert promised == resources.in_all(read_target(target).machines)
+        promised = json.loads(submit._promised(parse_target(target))[PROMISED_RESOURCES_ENV])
+        assert promised == resources.total_resources(parse_target(target).machines)
         assert promised["GPU"] > 0
-    assert submit._promised(read_target(ONPREM)) == {}, "its machines are all there"
+    assert submit._promised(parse_target(ONPREM)) == {}, "its machines are all there"
 
 
 def test_preprocessing_on_gpus_needs_some() -> None:
-    need = resources.needs(understand(["preprocess", "s3://b/c", "s3://b/d", "--set", "encoder.gpus=0.25"]))
-    assert need == Need(what="preprocess", bundle={"CPU": 1.0, "GPU": 0.25}, count=1)
+    need = resources.required_resources(
+        parse_command(["preprocess", "s3://b/c", "s3://b/d", "--set", "encoder.gpus=0.25"])
+    )
+    assert need == ResourceRequest(description="preprocess", bundle={"CPU": 1.0, "GPU": 0.25}, count=1)
     with pytest.raises(ValueError, match="has room for 0"):
-        resources.check(need, [HEAD_ALONE, PLAIN], "plain.yaml")
-    resources.check(need, [HEAD_ALONE, PLAIN, WITH_GPUS], "both.yaml")
+        resources.require_capacity(need, [HEAD_ALONE, PLAIN], "plain.yaml")
+    resources.require_capacity(need, [HEAD_ALONE, PLAIN, WITH_GPUS], "both.yaml")
 
 
 def test_a_job_asks_for_what_its_own_process_needs() -> None:
@@ -368,18 +370,18 @@ def test_a_rayjob_carries_our_command_and_gives_back_its_exit_code(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.mlflow.svc:5000")
     words = ["train", "--stage", "joint", "--data", "s3://b/d"]
-    result = submit.submit(TRAIN_JOB, words, shared="/shared")
+    result = submit.submit_job(TRAIN_JOB, words, shared="/shared")
     assert (result["job"], result["status"], result["exit_code"]) == ("mutual-forcing-train-x7k2p", "FAILED", 2)
     assert "what the job said" in capfd.readouterr().out
     given = json.loads((kubectl / "given.json").read_text())
     assert given["spec"]["entrypoint"] == "python -m workflows.cli train --stage joint --data s3://b/d"
     environment = yaml.safe_load(given["spec"]["runtimeEnvYAML"])["env_vars"]
     assert environment["MLFLOW_TRACKING_URI"] == "http://mlflow.mlflow.svc:5000"
-    assert given["spec"]["rayClusterSpec"] == read_target(TRAIN_JOB).config["spec"]["rayClusterSpec"]
+    assert given["spec"]["rayClusterSpec"] == parse_target(TRAIN_JOB).config["spec"]["rayClusterSpec"]
 
-    assert submit.status(result["job"])["exit_code"] == 2
-    submit.logs(result["job"])
-    submit.stop(result["job"])
+    assert submit.job_status(result["job"])["exit_code"] == 2
+    submit.job_logs(result["job"])
+    submit.stop_job(result["job"])
     calls = [json.loads(line) for line in (kubectl / "calls").read_text().splitlines()]
     assert ["patch", "rayjob", result["job"], "--type", "merge", "-p", '{"spec": {"suspend": true}}'] in calls
 
@@ -388,10 +390,10 @@ def test_a_rayjob_that_computes_by_itself_asks_for_a_gpu(kubectl: Path, monkeypa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.mlflow.svc:5000")
     file = str(ROOT / "cluster" / "kuberay" / "rayjob-evaluate.yaml")
     for words, own in ((["evaluate", "runs/a"], 1.0), (["train", "--stage", "joint", "--data", "s3://b/d"], None)):
-        submit.submit(file, words, shared="/shared", detach=True)
+        submit.submit_job(file, words, shared="/shared", detach=True)
         spec = json.loads((kubectl / "given.json").read_text())["spec"]
         assert spec.get("entrypointNumGpus") == own
-        assert MOST in yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
+        assert PROMISED_RESOURCES_ENV in yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
 
 
 def test_an_attempt_that_failed_is_not_the_end_of_a_rayjob(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,8 +402,8 @@ def test_an_attempt_that_failed_is_not_the_end_of_a_rayjob(kubectl: Path, monkey
     states = [["", "Initializing"], ["RUNNING", "Running"], ["FAILED", "Running"], ["FAILED", "Retrying"]]
     states += [["", "Retrying"], ["", ""], ["", "Initializing"], ["RUNNING", "Running"], ["SUCCEEDED", "Running"]]
     (kubectl / "states").write_text(json.dumps([*states, ["SUCCEEDED", "Complete"]]))
-    kuberay.follow("mine")
-    assert kuberay.summary("mine")["exit_code"] == 0
+    kuberay.follow_logs("mine")
+    assert kuberay.job_status("mine")["exit_code"] == 0
     calls = [json.loads(line)[0] for line in (kubectl / "calls").read_text().splitlines()]
     assert calls.count("logs") == 2
 
@@ -421,7 +423,7 @@ def test_an_attempt_that_failed_is_not_the_end_of_a_rayjob(kubectl: Path, monkey
 )
 def test_the_states_of_a_rayjob(kubectl: Path, word: str, deployed: str, status: str, code: int | None) -> None:
     (kubectl / "states").write_text(json.dumps([[word, deployed]]))
-    found = kuberay.summary("mine")
+    found = kuberay.job_status("mine")
     assert (found["status"], found["exit_code"]) == (status, code)
 
 
@@ -432,7 +434,7 @@ def test_a_cluster_that_kubectl_cannot_reach_is_one_message(here: Path, monkeypa
     with pytest.raises(
         RuntimeError, match="kubectl create failed: The connection .* was refused .*get-contexts|current-context"
     ):
-        submit.submit(TRAIN_JOB, ["preprocess", "s3://b/c", "s3://b/d", "--set", "workers=0"], shared="/shared")
+        submit.submit_job(TRAIN_JOB, ["preprocess", "s3://b/c", "s3://b/d", "--set", "workers=0"], shared="/shared")
 
 
 @pytest.mark.slow

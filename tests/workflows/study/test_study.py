@@ -13,49 +13,49 @@ import psutil
 import pytest
 import torch
 
-from mfcore.metrics.windows import Window
+from mfcore.metrics.windows import TimeWindow
 from mfcore.rollout import rollout
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.published_study import published_study_dir
 from workflows.cli.study import _which
 from workflows.study import latent_world, plots, tasks
 from workflows.study import study as study_report
-from workflows.study.claims import bars
+from workflows.study.claims import check_claims
 from workflows.study.config import StudyConfig, study_preset
-from workflows.study.latent_world import draw_clips, read_factors
+from workflows.study.latent_world import read_factors, sample_clips
 from workflows.study.methods import ABLATIONS, BASELINES, GROUPS, METHODS
-from workflows.study.metrics import reference, score
-from workflows.study.results_table import Table
+from workflows.study.metrics import real_statistics, score_window
+from workflows.study.results_table import ResultTable
 from workflows.study.scheduler import (
-    Outcome,
-    check_folder,
-    read_costs,
-    read_rows,
-    run_study,
-    study_methods,
-    study_seeds,
-    take_networks,
+    StudyOutcome,
+    claim_study_dir,
+    import_networks,
+    load_costs,
+    load_scores,
+    parse_seeds,
+    run_tasks,
+    select_methods,
 )
-from workflows.study.tables import markdown
-from workflows.study.tasks import OutOfTime, Unit, all_units, missing, run_unit
+from workflows.study.tables import to_markdown
+from workflows.study.tasks import DeadlineReached, StudyTask, pending_tasks, plan_tasks, run_task
 
-WHOLE = Window(start=0.0, end=5.0)
+WHOLE = TimeWindow(start=0.0, end=5.0)
 MANY = torch.arange(96) + 7000
 
 
 @pytest.fixture(scope="module")
 def ref():
-    return reference(0)
+    return real_statistics(0)
 
 
 @pytest.fixture(scope="module")
 def clips():
-    return draw_clips(0, MANY, 10)
+    return sample_clips(0, MANY, 10)
 
 
 @pytest.fixture(scope="module")
 def real(ref, clips):
-    return score(clips.batch.streams, clips.script, WHOLE, ref)
+    return score_window(clips.batch.streams, clips.script, WHOLE, ref)
 
 
 def change(clips, modality, how):
@@ -66,7 +66,7 @@ def change(clips, modality, how):
 
 def moved(clips, modality, where, by):
     """The clips' streams with a factor changed."""
-    turn = latent_world.rotation(modality)
+    turn = latent_world.mixing_matrix(modality)
 
     def how(latents):
         factors = read_factors(modality, latents)
@@ -78,15 +78,15 @@ def moved(clips, modality, where, by):
 
 class TestWorld:
     def test_a_clip_depends_on_its_number_alone(self):
-        some = draw_clips(0, torch.tensor([5, 3]), 4)
-        one = draw_clips(0, torch.tensor([3]), 4)
+        some = sample_clips(0, torch.tensor([5, 3]), 4)
+        one = sample_clips(0, torch.tensor([3]), 4)
         for m in (VIDEO, AUDIO):
             assert torch.allclose(some.batch.streams[m].latents[1:], one.batch.streams[m].latents, atol=1e-6)
 
     def test_latents_stand_on_the_timeline_and_are_mixed_by_a_rotation(self, clips):
         for m in (VIDEO, AUDIO):
             assert clips.batch.streams[m].latents.shape[1] == latent_world.TIMELINE.count(m, 10)
-            turn = latent_world.rotation(m)
+            turn = latent_world.mixing_matrix(m)
             assert torch.allclose(turn @ turn.T, torch.eye(len(turn)), atol=1e-5)
 
     def test_choices_are_separated_by_twenty_spreads(self, clips):
@@ -96,16 +96,16 @@ class TestWorld:
 
     @pytest.mark.parametrize("voices", [latent_world.VOICES, 8])
     def test_a_voice_is_one_of_a_few_and_stays(self, real, voices):
-        streams = draw_clips(0, MANY, 10, voices).batch.streams
+        streams = sample_clips(0, MANY, 10, voices).batch.streams
         voice = read_factors(AUDIO, streams[AUDIO].latents)[..., latent_world.VOICE]
-        far = torch.cdist(voice, latent_world.voice_points(voices))
+        far = torch.cdist(voice, latent_world.voice_means(voices))
         assert (far.argmin(-1) == far.argmin(-1)[:, :1]).all()
         assert far.min(-1).values.max() < 6 * latent_world.NOISE
         assert real["voice_error"] < 0.03
         assert torch.equal(torch.unique(far[:, 0].argmin(-1)), torch.arange(voices))
 
     def test_the_first_frame_tells_no_voice(self):
-        many = draw_clips(0, torch.arange(2000), 1)
+        many = sample_clips(0, torch.arange(2000), 1)
         first = read_factors(VIDEO, many.batch.cond.first_frame[:, None])[:, 0]
         both = torch.cat([first, many.script.voice], dim=1).T
         assert both.corrcoef()[: len(first.T), len(first.T) :].abs().max() < 0.08  # 3.6 / sqrt(2000)
@@ -129,34 +129,34 @@ class TestScores:
         before = real
         for scale in (0.2, 0.6):
             noisy = change(clips, VIDEO, lambda x, scale=scale: x + scale * torch.randn_like(x))
-            now = score(noisy, clips.script, WHOLE, ref)
+            now = score_window(noisy, clips.script, WHOLE, ref)
             assert now["frechet"] > before["frechet"]
             assert now["valid"] < before["valid"]
             assert now["sync"] < before["sync"]
             before = now
 
     def test_another_clips_sound_is_out_of_sync_and_says_the_wrong_thing(self, clips, ref):
-        now = score(change(clips, AUDIO, lambda x: x.roll(1, 0)), clips.script, WHOLE, ref)
+        now = score_window(change(clips, AUDIO, lambda x: x.roll(1, 0)), clips.script, WHOLE, ref)
         assert abs(now["sync"]) < 0.15
         assert now["syllable_error"] > 0.7
 
     def test_late_sound_is_seen(self, clips, ref):
-        now = score(change(clips, AUDIO, lambda x: x.roll(2, 1)), clips.script, WHOLE, ref)
+        now = score_window(change(clips, AUDIO, lambda x: x.roll(2, 1)), clips.script, WHOLE, ref)
         assert now["offset_ms"] == pytest.approx(250, abs=30)
 
     def test_a_jump_at_every_border_is_seam_energy(self, clips, ref):
         jump = 2.0 * (clips.batch.streams[VIDEO].chunk % 2)[:, None]
-        now = score(moved(clips, VIDEO, latent_world.POSE, lambda x: x + jump), clips.script, WHOLE, ref)
+        now = score_window(moved(clips, VIDEO, latent_world.POSE, lambda x: x + jump), clips.script, WHOLE, ref)
         assert now["seam"] > 10
 
     def test_another_face_is_an_identity_error(self, clips, ref):
-        now = score(moved(clips, VIDEO, latent_world.IDENTITY, lambda x: x + 0.5), clips.script, WHOLE, ref)
+        now = score_window(moved(clips, VIDEO, latent_world.IDENTITY, lambda x: x + 0.5), clips.script, WHOLE, ref)
         assert now["identity_error"] == pytest.approx(0.5, abs=0.02)
 
     def test_a_voice_that_changes_on_the_way_is_a_voice_error(self, clips, ref, real):
         late = (clips.batch.streams[AUDIO].chunk >= 5)[:, None] * 0.5
-        now = score(
-            moved(clips, AUDIO, latent_world.VOICE, lambda x: x + late), clips.script, Window(start=2.5, end=5), ref
+        now = score_window(
+            moved(clips, AUDIO, latent_world.VOICE, lambda x: x + late), clips.script, TimeWindow(start=2.5, end=5), ref
         )
         assert now["voice_error"] == pytest.approx(0.5, abs=0.02)
         assert now["voice_changes"] == 0
@@ -166,8 +166,11 @@ class TestScores:
         turned = (
             1 - 2.0 * ((clips.batch.streams[AUDIO].chunk >= 5) & (torch.arange(len(MANY)) < 24)[:, None])[..., None]
         )
-        now = score(
-            moved(clips, AUDIO, latent_world.VOICE, lambda x: x * turned), clips.script, Window(start=2.5, end=5), ref
+        now = score_window(
+            moved(clips, AUDIO, latent_world.VOICE, lambda x: x * turned),
+            clips.script,
+            TimeWindow(start=2.5, end=5),
+            ref,
         )
         assert now["voice_changes"] == 0.25
         assert real["voice_changes"] == 0
@@ -175,25 +178,25 @@ class TestScores:
 
     def test_another_voice_from_the_start_is_none(self, clips, ref, real):
         """Which of them speaks is free: the first frame does not say."""
-        now = score(moved(clips, AUDIO, latent_world.VOICE, lambda x: -x), clips.script, WHOLE, ref)
+        now = score_window(moved(clips, AUDIO, latent_world.VOICE, lambda x: -x), clips.script, WHOLE, ref)
         assert now["voice_error"] == pytest.approx(real["voice_error"], abs=1e-4)
         assert now["frechet"] == pytest.approx(real["frechet"], rel=0.1)
 
     def test_one_choice_for_all_is_no_entropy(self, clips, ref):
-        now = score(moved(clips, VIDEO, latent_world.BROW, lambda x: x.abs()), clips.script, WHOLE, ref)
+        now = score_window(moved(clips, VIDEO, latent_world.BROW, lambda x: x.abs()), clips.script, WHOLE, ref)
         assert now["entropy"] == pytest.approx(0.8, abs=0.02)
 
     def test_one_voice_for_all_is_no_voice_entropy(self, clips, ref, real):
         def lone(voice):
             return voice - clips.script.voice[:, None] + clips.script.voices[0]
 
-        now = score(moved(clips, AUDIO, latent_world.VOICE, lone), clips.script, WHOLE, ref)
+        now = score_window(moved(clips, AUDIO, latent_world.VOICE, lone), clips.script, WHOLE, ref)
         assert now["voice_entropy"] == 0
         assert real["voice_entropy"] > 0.95
 
     def test_numbers_that_are_not_finite_fail(self, clips, ref):
         broken = change(clips, AUDIO, lambda x: torch.where(torch.arange(len(x))[:, None, None] < 24, torch.nan, x))
-        now = score(broken, clips.script, WHOLE, ref)
+        now = score_window(broken, clips.script, WHOLE, ref)
         assert now["failed"] == 0.25
         assert now["valid"] < 0.8
         assert now["voice_error"] > 100
@@ -239,12 +242,12 @@ def made_up(**ours):
         {"method": m, "seed": 0, "history_use": use, "state_bytes": b, "cpu_seconds": b, "steps": 1, "seconds": 1.0}
         for m, b in (("joint", 1), ("mutual", 2), ("dmd_self_forcing", 3))
     ]
-    return Table(rows, costs)
+    return ResultTable(rows, costs)
 
 
 class TestBars:
     def test_claims_that_hold(self):
-        found = bars(made_up(), 50)
+        found = check_claims(made_up(), 50)
         assert len(found) == 20
         assert all(bar.met for bar in found), [bar for bar in found if not bar.met]
 
@@ -258,7 +261,7 @@ class TestBars:
         ],
     )
     def test_claims_that_fail(self, change, claim):
-        missed = [bar.claim for bar in bars(made_up(**change), 50) if not bar.met]
+        missed = [bar.claim for bar in check_claims(made_up(**change), 50) if not bar.met]
         assert any(claim in text for text in missed)
 
     def test_growth_is_counted_beyond_that_of_real_clips(self):
@@ -267,39 +270,39 @@ class TestBars:
         rows = [row("real", "multi", 0, w, frechet=0.1 + more) for w, more in windows]
         rows += [row("hybrid_forced", "few", 4, w, frechet=0.5 + 2 * more) for w, more in windows]
         rows += [row("mutual", "few", 4, w, frechet=0.5 + more) for w, more in windows]
-        (bar,) = [b for b in bars(Table(rows, []), 50) if b.claim.startswith("frechet: growth")]
+        (bar,) = [b for b in check_claims(ResultTable(rows, []), 50) if b.claim.startswith("frechet: growth")]
         assert (bar.measured, bar.met) == ("0.000 against 0.400", True)
 
     def test_what_is_compared_is_of_the_same_seeds(self):
         """A seed that the other row has not is in no bar: its values would be in one mean, and not in the other."""
         rows, costs = made_up()._made_of
         more = [r | {"seed": 1, "metrics": r["metrics"] | {"frechet": 99.0}} for r in rows if r["method"] == "mutual"]
-        table = Table([*rows, *more], costs)
-        claims = {n: {b.claim for b in bars(table, 50) if len(b.seeds) == n} for n in (1, 2)}
+        table = ResultTable([*rows, *more], costs)
+        claims = {n: {b.claim for b in check_claims(table, 50) if len(b.seeds) == n} for n in (1, 2)}
         own = ("4 few steps not worse", "seam energy", "history use")  # of the method alone
-        assert claims[2] == {b.claim for b in bars(table, 50) if any(text in b.claim for text in own)}
+        assert claims[2] == {b.claim for b in check_claims(table, 50) if any(text in b.claim for text in own)}
         assert len(claims[1]) == 13
-        before, after = ({b.claim: b for b in bars(t, 50)} for t in (made_up(), table))
+        before, after = ({b.claim: b for b in check_claims(t, 50)} for t in (made_up(), table))
         assert all(before[claim] == after[claim] for claim in claims[1])
-        assert "| 0, 1 |" in markdown(table, 50)
+        assert "| 0, 1 |" in to_markdown(table, 50)
 
     @pytest.mark.parametrize(("ours", "theirs", "met"), [(-0.1, -0.3, True), (0.1, -0.3, False), (0.1, 0.3, True)])
     def test_who_does_not_grow_grows_by_no_more_than_half(self, ours, theirs, met):
         rows = [row("real", "multi", 0, w, frechet=0.1) for w in ("0-5", "15-25")]
         for name, growth in (("mutual", ours), ("hybrid_forced", theirs)):
             rows += [row(name, "few", 4, w, frechet=0.5 + g) for w, g in (("0-5", 0.0), ("15-25", growth))]
-        (bar,) = [b for b in bars(Table(rows, []), 50) if b.claim.startswith("frechet: growth")]
+        (bar,) = [b for b in check_claims(ResultTable(rows, []), 50) if b.claim.startswith("frechet: growth")]
         assert bar.met is met
 
     def test_without_guidance_it_is_many_steps_that_are_met(self):
         rows, costs = made_up()._made_of
         plain = [r | {"guidance": 1.0} for r in rows if r["guidance"] == 1.0 or r["window"] == "15-25"]
-        found = bars(Table(plain, costs), 50)
+        found = check_claims(ResultTable(plain, costs), 50)
         assert len(found) == 20
         assert sum("teacher forcing at 50" in bar.claim for bar in found) == 6
 
     def test_the_page_says_what_was_missed(self):
-        page = markdown(made_up(valid=0.8), 50)
+        page = to_markdown(made_up(valid=0.8), 50)
         assert "MISSED" in page
         assert "h) Mutual Forcing" in page
 
@@ -327,7 +330,7 @@ class TestBars:
         ]
         cost = {"history_use": {"video": 6.0, "audio": 9.0}, "state_bytes": 3e6, "cpu_seconds": 1.0, "steps": 1}
         costs = [cost | {"method": m, "seed": s} for m, s in (("mutual", 0), ("mutual", 1), ("no_label", 0))]
-        page = markdown(Table(rows, costs), 50)
+        page = to_markdown(ResultTable(rows, costs), 50)
         section = page.split("## One change at a time")[1].split("##")[0]
         assert "Seeds: 0." in section
         lines = [line for line in section.splitlines() if line.startswith("| h")]
@@ -336,7 +339,7 @@ class TestBars:
             f"| h) Mutual Forcing | 5.000 -> 15.000 | {same} | 1.500 | 9.000 -> 19.000 | 0.800 | 6.00 / 9.00 | 3.0 |",
             f"| h1) no trust label | 6.000 -> 16.000 | {same} | 2.500 | - | - | 6.00 / 9.00 | 3.0 |",
         ]
-        assert "## One change at a time" not in markdown(made_up(), 50)
+        assert "## One change at a time" not in to_markdown(made_up(), 50)
 
 
 class TestPictures:
@@ -351,7 +354,7 @@ class TestPictures:
             for window in ("0-5", "15-25", "25-60")
         ]
         rows += [row("mutual", "few", 4, window, nfe=4, seed=1, seam=1.5) for window in ("0-5", "15-25")]
-        assert [p.name for p in plots.draw(rows, tmp_path)] == ["frontier.png", "drift.png", "ablations.png"]
+        assert [p.name for p in plots.draw_plots(rows, tmp_path)] == ["frontier.png", "drift.png", "ablations.png"]
         titles = ["ShortCut and DMD, real history", "Mutual Forcing"]
         seam = {name: axes[6] for name, axes in drawn.items()}
         for name in ("frontier.png", "drift.png"):
@@ -362,9 +365,9 @@ class TestPictures:
         assert [text.get_text() for text in drawn["ablations.png"][4].get_yticklabels()] == ["h1) no trust label"]
         assert [(p.get_x(), p.get_width()) for p in changed.patches] == [(1.0, 0.5), (1.0, 0.5)]  # seeds of the method
         without = [r for r in rows if r["method"] != "no_label"]
-        assert [p.name for p in plots.draw(without, tmp_path)] == ["frontier.png", "drift.png"]
+        assert [p.name for p in plots.draw_plots(without, tmp_path)] == ["frontier.png", "drift.png"]
         longer = [r | {"window": "0-30"} for r in rows if r["window"] == "0-5"]
-        assert [p.name for p in plots.draw(longer, tmp_path)] == ["frontier.png", "ablations.png"]
+        assert [p.name for p in plots.draw_plots(longer, tmp_path)] == ["frontier.png", "ablations.png"]
 
 
 def small() -> StudyConfig:
@@ -390,18 +393,18 @@ def small() -> StudyConfig:
 
 def everything(out):
     """Files that count, without what depends on the clock."""
-    rows = read_rows(out)
+    rows = load_scores(out)
     for one in rows:
         one["metrics"].pop("clip_seconds_per_second")
-    return rows, [(c["method"], c["history_use"], c["state_bytes"]) for c in read_costs(out)]
+    return rows, [(c["method"], c["history_use"], c["state_bytes"]) for c in load_costs(out)]
 
 
 POOL = """
 import os, time
-from workflows.study.scheduler import pool_of
+from workflows.study.scheduler import worker_pool
 
 if __name__ == "__main__":
-    with pool_of(1) as pool:
+    with worker_pool(1) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         pool.submit(time.sleep, 100)
         time.sleep(100)
@@ -424,44 +427,44 @@ class TestRuns:
             worker.wait(20)
 
     def test_an_interrupted_study_ends_as_one_that_was_not(self, tmp_path):
-        config, methods = small(), study_methods(["mutual"], [0])
-        for unit in all_units(config, methods):
-            run_unit(config, tmp_path / "whole", unit, "cpu", float("inf"))
+        config, methods = small(), select_methods(["mutual"], [0])
+        for unit in plan_tasks(config, methods):
+            run_task(config, tmp_path / "whole", unit, "cpu", float("inf"))
         stops = 0
-        for unit in all_units(config, methods):
-            while not unit.done(tmp_path / "cut"):
-                with suppress(OutOfTime):
+        for unit in plan_tasks(config, methods):
+            while not unit.is_done(tmp_path / "cut"):
+                with suppress(DeadlineReached):
                     stops += 1
-                    run_unit(config, tmp_path / "cut", unit, "cpu", 0.0)  # the time is up after every step
+                    run_task(config, tmp_path / "cut", unit, "cpu", 0.0)  # the time is up after every step
         assert stops >= config.joint_steps + config.steps
         assert everything(tmp_path / "cut") == everything(tmp_path / "whole")
 
     @pytest.mark.parametrize("gone", ["seed-*/*/weights.safetensors", "seed-*/*/**/*.safetensors", "seed-*/*/st*"])
     def test_weights_that_are_gone_are_made_again_where_they_are_needed(self, tmp_path, gone):
         """Rows and costs are small and can be kept, weights and states are not."""
-        config, planned = small(), all_units(small(), study_methods(["mutual"], [0]))
+        config, planned = small(), plan_tasks(small(), select_methods(["mutual"], [0]))
         for unit in planned:
-            run_unit(config, tmp_path, unit, "cpu", float("inf"))
+            run_task(config, tmp_path, unit, "cpu", float("inf"))
         before = everything(tmp_path)
         for folder in [*tmp_path.glob(gone), *tmp_path.glob("seed-*/*/weights.safetensors")]:
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
-        assert missing(tmp_path, planned) == []
+        assert pending_tasks(tmp_path, planned) == []
         (tmp_path / "rows" / f"{planned[-1].name}.json").unlink()
-        left = missing(tmp_path, planned)
+        left = pending_tasks(tmp_path, planned)
         assert [unit.name for unit in left] == ["seed-0-joint", "seed-0-mutual", planned[-1].name]
-        assert [unit.ready(tmp_path) for unit in left] == [True, False, False]
+        assert [unit.is_ready(tmp_path) for unit in left] == [True, False, False]
         for unit in left:
-            run_unit(config, tmp_path, unit, "cpu", float("inf"))
+            run_task(config, tmp_path, unit, "cpu", float("inf"))
         assert everything(tmp_path) == before
-        assert all(cost["cpu_seconds"] > 0 for cost in read_costs(tmp_path))
+        assert all(cost["cpu_seconds"] > 0 for cost in load_costs(tmp_path))
 
     def test_every_method_trains(self, tmp_path):
         config = small()
-        run_unit(config, tmp_path, Unit(kind="train", method="joint", seed=0), "cpu", float("inf"))
+        run_task(config, tmp_path, StudyTask(kind="train", method="joint", seed=0), "cpu", float("inf"))
         for name in BASELINES:
-            unit = Unit(kind="train", method=name, seed=0)
-            run_unit(config, tmp_path, unit, "cpu", float("inf"))
-            last = json.loads((unit.result(tmp_path).parent / "log.jsonl").read_text().splitlines()[-1])
+            unit = StudyTask(kind="train", method=name, seed=0)
+            run_task(config, tmp_path, unit, "cpu", float("inf"))
+            last = json.loads((unit.result_path(tmp_path).parent / "log.jsonl").read_text().splitlines()[-1])
             terms = {key.split("/")[0] for key in last if "/" in key} - {"gradient_norm"}
             assert terms == TERMS[name], name
 
@@ -502,27 +505,31 @@ class TestRuns:
 
         monkeypatch.setattr(tasks, "rollout", spy)
         mode = "few" if name in METHODS else "multi"
-        score = Unit(kind="score", method=name, seed=0, mode=mode, steps=2)
-        for unit in [Unit(kind="train", method="joint", seed=0), Unit(kind="train", method=name, seed=0), score]:
-            if not unit.done(tmp_path):
-                run_unit(small(), tmp_path, unit, "cpu", float("inf"))
+        score = StudyTask(kind="score", method=name, seed=0, mode=mode, steps=2)
+        for unit in [
+            StudyTask(kind="train", method="joint", seed=0),
+            StudyTask(kind="train", method=name, seed=0),
+            score,
+        ]:
+            if not unit.is_done(tmp_path):
+                run_task(small(), tmp_path, unit, "cpu", float("inf"))
         assert told == [None if label is None else {label}] * 2  # the clips that go on, and the others
 
     def test_ablations_are_asked_where_bars_are(self):
-        planned = all_units(study_preset("toy-study"), study_methods(["ablations"], [0]))
+        planned = plan_tasks(study_preset("toy-study"), select_methods(["ablations"], [0]))
         steps = {unit.steps for unit in planned if unit.kind == "score" and unit.method in ABLATIONS}
         assert steps == {4, 8}
 
     def test_an_ablation_trains(self, tmp_path):
-        run_unit(small(), tmp_path, Unit(kind="train", method="joint", seed=0), "cpu", float("inf"))
+        run_task(small(), tmp_path, StudyTask(kind="train", method="joint", seed=0), "cpu", float("inf"))
         for name in ("low_rank", "online_targets"):
-            unit = Unit(kind="train", method=name, seed=0)
-            run_unit(small(), tmp_path, unit, "cpu", float("inf"))
-            assert unit.done(tmp_path)
+            unit = StudyTask(kind="train", method=name, seed=0)
+            run_task(small(), tmp_path, unit, "cpu", float("inf"))
+            assert unit.is_done(tmp_path)
 
     def test_groups_name_methods(self):
-        assert study_methods(["core"], [0, 1, 2]) == {name: [0, 1, 2] for name in GROUPS["core"]}
-        found = study_methods(["ablations", "jump_exit"], [3, 4])
+        assert select_methods(["core"], [0, 1, 2]) == {name: [0, 1, 2] for name in GROUPS["core"]}
+        found = select_methods(["ablations", "jump_exit"], [3, 4])
         assert {name for name, seeds in found.items() if seeds == [3, 4]} == {"mutual", "jump_exit"}
         assert {tuple(seeds) for seeds in found.values()} == {(3, 4), (3,)}
 
@@ -530,19 +537,19 @@ class TestRuns:
         ("text", "seeds"), [("3", [0, 1, 2]), ("1", [0]), ("5,3,5", [3, 5]), ("7,", [7]), ("0, 2", [0, 2])]
     )
     def test_seeds_are_so_many_or_these(self, text, seeds):
-        assert study_seeds(text) == seeds
+        assert parse_seeds(text) == seeds
 
     @pytest.mark.parametrize("text", ["0", "", ",", "a", "-1", "1-3", "1,x"])
     def test_seeds_that_are_none_are_refused(self, text):
         with pytest.raises(ValueError, match="--seeds"):
-            study_seeds(text)
+            parse_seeds(text)
 
     def test_other_settings_are_refused(self, tmp_path):
         config = small()
-        late = run_study(config, tmp_path, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9)
+        late = run_tasks(config, tmp_path, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9)
         assert not late.done
         with pytest.raises(ValueError, match="steps: 4 -> 9"):
-            run_study(replace(config, steps=9), tmp_path, {}, workers=1, device="cpu", minutes=None)
+            run_tasks(replace(config, steps=9), tmp_path, {}, workers=1, device="cpu", minutes=None)
 
     @pytest.mark.parametrize(
         ("change", "says"),
@@ -565,47 +572,47 @@ class TestRuns:
             replace(small(), **change)
 
     def test_guidance_of_one_is_none(self):
-        planned = all_units(replace(small(), guidance=1.0), study_methods(["teacher_forcing"], [0]))
+        planned = plan_tasks(replace(small(), guidance=1.0), select_methods(["teacher_forcing"], [0]))
         assert len({unit.name for unit in planned}) == len(planned)
 
     def test_a_unit_that_fails_stops_no_other(self, tmp_path):
         begun = tmp_path / "seed-0" / "mutual" / "step.json"
-        check_folder(small(), tmp_path)
+        claim_study_dir(small(), tmp_path)
         begun.parent.mkdir(parents=True)
         begun.write_text("{")
         said = []
-        methods = study_methods(["mutual", "teacher_forcing"], [0])
-        outcome = run_study(small(), tmp_path, methods, workers=2, device="cpu", minutes=None, say=said.append)
+        methods = select_methods(["mutual", "teacher_forcing"], [0])
+        outcome = run_tasks(small(), tmp_path, methods, workers=2, device="cpu", minutes=None, say=said.append)
         assert outcome.done
         assert list(outcome.failed) == ["seed-0-mutual"]
         assert str(begun) in outcome.failed["seed-0-mutual"]
         assert any("with it 3 units that need it" in line for line in said)
-        assert {one["method"] for one in read_rows(tmp_path)} == {"real", "joint", "teacher_forcing"}
+        assert {one["method"] for one in load_scores(tmp_path)} == {"real", "joint", "teacher_forcing"}
         begun.unlink()  # as the message says
-        assert run_study(small(), tmp_path, methods, workers=2, device="cpu", minutes=None) == Outcome(done=True)
+        assert run_tasks(small(), tmp_path, methods, workers=2, device="cpu", minutes=None) == StudyOutcome(done=True)
 
     @pytest.mark.parametrize("text", ["[{", "[]", "{}", '[{"metrics": {}}]', '["row"]'])
     def test_rows_that_are_none_are_named(self, tmp_path, text):
         done = published_study_dir()
         (tmp_path / "rows").mkdir()
         shutil.copy(next(done.glob("rows/seed-0-mutual-few-4.json")), tmp_path / "rows")
-        assert len(read_rows(tmp_path)) == 4
+        assert len(load_scores(tmp_path)) == 4
         (tmp_path / "rows" / "seed-0-mutual-few-8.json").write_text(text)
         with pytest.raises(ValueError, match=r"seed-0-mutual-few-8.json is damaged: move it away"):
-            read_rows(tmp_path)
+            load_scores(tmp_path)
 
     @pytest.mark.parametrize("text", ["{", "[1]"])
     def test_a_folder_of_another_program_is_refused(self, tmp_path, text):
         (tmp_path / "study.json").write_text(text)
         with pytest.raises(ValueError, match="choose a new folder"):
-            check_folder(small(), tmp_path)
+            claim_study_dir(small(), tmp_path)
         assert (tmp_path / "study.json").read_text() == text
 
     def test_a_file_is_no_folder(self, tmp_path):
         (tmp_path / "notes").write_text("mine")
         for place in (tmp_path / "notes", tmp_path / "notes" / "study"):
             with pytest.raises(ValueError, match="is a file|cannot keep a study"):
-                check_folder(small(), place)
+                claim_study_dir(small(), place)
 
     @pytest.mark.parametrize(
         ("given", "found"),
@@ -626,50 +633,50 @@ class TestRuns:
     def test_a_device_that_is_none_is_refused_before_anything(self, tmp_path):
         words = {"preset": "quick", "seeds": "1", "methods": ["quick"], "workers": 1, "minutes": 1e-9}
         with pytest.raises(ValueError, match="--device foo"):
-            study_report.study(out=str(tmp_path / "x"), device="foo", sets=[], dry_run=True, tracking="", **words)
+            study_report.run_study(out=str(tmp_path / "x"), device="foo", sets=[], dry_run=True, tracking="", **words)
         assert not (tmp_path / "x").exists()
 
     def test_a_limit_of_no_time_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="leave it out"):
-            run_study(small(), tmp_path, {}, workers=1, device="cpu", minutes=0)
+            run_tasks(small(), tmp_path, {}, workers=1, device="cpu", minutes=0)
 
     def test_trained_networks_are_sampled_in_another_way(self, tmp_path):
         config, (here, there) = small(), (tmp_path / "here", tmp_path / "there")
-        check_folder(config, here)
+        claim_study_dir(config, here)
         for name in ("joint", "mutual", "literal"):
-            run_unit(config, here, Unit(kind="train", method=name, seed=0), "cpu", float("inf"))
+            run_task(config, here, StudyTask(kind="train", method=name, seed=0), "cpu", float("inf"))
         other = replace(config, counts=(3,), windows="0-2", long_seconds=5.0)
-        check_folder(other, there)
+        claim_study_dir(other, there)
         (there / "seed-0" / "mutual").mkdir(parents=True)  # a copy that was interrupted
-        assert take_networks(other, here, there, {"mutual": range(1)}) == 2
-        planned = all_units(other, {"mutual": range(1)})
-        assert {unit.kind for unit in missing(there, planned)} == {"score"}
-        for unit in missing(there, planned):
-            run_unit(other, there, unit, "cpu", float("inf"))
-        assert {(r["method"], r["steps"], r["window"]) for r in read_rows(there)} == {
+        assert import_networks(other, here, there, {"mutual": range(1)}) == 2
+        planned = plan_tasks(other, {"mutual": range(1)})
+        assert {unit.kind for unit in pending_tasks(there, planned)} == {"score"}
+        for unit in pending_tasks(there, planned):
+            run_task(other, there, unit, "cpu", float("inf"))
+        assert {(r["method"], r["steps"], r["window"]) for r in load_scores(there)} == {
             (m, n, "0-2") for m, n in [("real", 0), ("joint", 4), ("joint", 3), ("mutual", 3)]
         }
-        costs = {c["method"]: c for c in read_costs(here)}
-        assert read_costs(there) == [costs["joint"], costs["mutual"]]
-        assert take_networks(other, here, there, {"mutual": range(1)}) == 0  # what is there stays
+        costs = {c["method"]: c for c in load_costs(here)}
+        assert load_costs(there) == [costs["joint"], costs["mutual"]]
+        assert import_networks(other, here, there, {"mutual": range(1)}) == 0  # what is there stays
 
     def test_four_steps_are_not_compared_with_themselves(self):
         done = published_study_dir()
-        table = Table(read_rows(done), read_costs(done))
-        assert [sum("4 Euler" in bar.claim for bar in bars(table, most)) for most in (50, 4)] == [2, 0]
+        table = ResultTable(load_scores(done), load_costs(done))
+        assert [sum("4 Euler" in bar.claim for bar in check_claims(table, most)) for most in (50, 4)] == [2, 0]
 
     def test_networks_trained_otherwise_are_not_taken(self, tmp_path):
         config, (here, there) = small(), (tmp_path / "here", tmp_path / "there")
         with pytest.raises(ValueError, match="holds no study"):
-            take_networks(config, here, there, {"mutual": range(1)})
-        assert not run_study(config, here, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9).done
+            import_networks(config, here, there, {"mutual": range(1)})
+        assert not run_tasks(config, here, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9).done
         with pytest.raises(ValueError, match=r"\(fake_ratio: 1.0 -> 3.0; steps: 4 -> 9\)"):
-            take_networks(replace(config, steps=9, fake_ratio=3.0, clips=5), here, tmp_path / "third", {})
-        assert take_networks(config, here, there, {"mutual": range(1)}) == 0  # none is trained
+            import_networks(replace(config, steps=9, fake_ratio=3.0, clips=5), here, tmp_path / "third", {})
+        assert import_networks(config, here, there, {"mutual": range(1)}) == 0  # none is trained
 
     def test_an_unknown_method_is_named(self):
         with pytest.raises(ValueError, match="teacher_forcing"):
-            study_methods(["teacher"], [0])
+            select_methods(["teacher"], [0])
 
 
 TERMS = {
@@ -703,7 +710,7 @@ class TestLog:
                 (out / file.relative_to(done)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, out / file.relative_to(done))
             monkeypatch.setenv("MFCTL_TRACKER", "" if store else "json")
-            answer = study_report.study(
+            answer = study_report.run_study(
                 out=str(out),
                 preset="toy-study",
                 seeds=str(seeds),

@@ -3,19 +3,19 @@
 import pytest
 
 from workflows.study.config import study_preset
-from workflows.study.results_table import EARLY, LATE, Table
-from workflows.study.scheduler import read_costs, read_rows, run_study, study_methods
+from workflows.study.results_table import EARLY, LATE, ResultTable
+from workflows.study.scheduler import load_costs, load_scores, run_tasks, select_methods
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory) -> Table:
+def table(tmp_path_factory) -> ResultTable:
     out = tmp_path_factory.mktemp("quick")
-    methods = study_methods(["quick"], [0])
-    outcome = run_study(study_preset("quick"), out, methods, workers=2, device="cpu", minutes=None)
+    methods = select_methods(["quick"], [0])
+    outcome = run_tasks(study_preset("quick"), out, methods, workers=2, device="cpu", minutes=None)
     assert outcome.done and not outcome.failed
-    return Table(read_rows(out), read_costs(out))
+    return ResultTable(load_scores(out), load_costs(out))
 
 
 @pytest.mark.parametrize("window", [EARLY, LATE])

@@ -17,35 +17,41 @@ import pytest
 from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.small_training import SMALL
 from workflows.tracking import mlflow_sync
-from workflows.tracking.mlflow_sync import Delivered, in_order, open_training_tracker, read_note, unsent
-from workflows.tracking.mlflow_tracker import Mlflow
-from workflows.tracking.tracker import LATE, STEP, JsonLines, read_lines
+from workflows.tracking.mlflow_sync import (
+    DurableTracker,
+    drop_repeated_steps,
+    has_backlog,
+    load_sync_state,
+    open_durable_tracker,
+)
+from workflows.tracking.mlflow_tracker import MlflowTracker
+from workflows.tracking.tracker import LATE_KEY, STEP_KEY, JsonLinesTracker, read_json_lines
 from workflows.training import worker
-from workflows.training.train import train
+from workflows.training.train import train_stage
 
 pytest.importorskip("mlflow", reason="mlflow is not installed")
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(mlflow_sync, "WAITS", (0.2, 1.0))
+    monkeypatch.setattr(mlflow_sync, "RETRY_BACKOFF_S", (0.2, 1.0))
     monkeypatch.setattr(mlflow_sync, "START_SECONDS", 30.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
-def opened(folder: Path, uri: str, said: list[str]) -> Delivered:
-    tracker = open_training_tracker(folder, uri=uri, experiment="train", tags={"stage": "video"}, say=said.append)
-    assert isinstance(tracker, Delivered)
+def opened(folder: Path, uri: str, said: list[str]) -> DurableTracker:
+    tracker = open_durable_tracker(folder, uri=uri, experiment="train", tags={"stage": "video"}, say=said.append)
+    assert isinstance(tracker, DurableTracker)
     return tracker
 
 
-def log_steps(tracker: Delivered, steps: range) -> float:
+def log_steps(tracker: DurableTracker, steps: range) -> float:
     """The longest that any step had to wait for its log, in seconds."""
     longest = 0.0
     for step in steps:
         began = time.perf_counter()
-        tracker.log(step, {STEP: 4.0 * step, "loss/video": 1 / (step + 1), "nan": float("nan")})
+        tracker.log(step, {STEP_KEY: 4.0 * step, "loss/video": 1 / (step + 1), "nan": float("nan")})
         longest = max(longest, time.perf_counter() - began)
         time.sleep(0.01)
     return longest
@@ -89,7 +95,7 @@ def test_a_server_that_hangs_costs_no_time_and_the_next_one_gets_everything(tmp_
         began = time.perf_counter()
         tracker.finish()
         assert time.perf_counter() - began < 8
-        assert unsent(run, uri)
+        assert has_backlog(run, uri)
     assert tracker.run_id is None
     assert "30 log entries, 1 files and the parameters wait in" in said[-1], said
     later = opened(run, store, said)
@@ -99,13 +105,13 @@ def test_a_server_that_hangs_costs_no_time_and_the_next_one_gets_everything(tmp_
     assert (facts.data.params, facts.data.tags["stage"]) == ({"steps": "30"}, "video")
     assert [f.path for f in later._sender._connected()._client.list_artifacts(later.run_id, "samples")]
     later._sender._connected().finish()
-    assert not unsent(run, store)
+    assert not has_backlog(run, store)
 
 
 def test_what_arrived_without_an_answer_counts_once(tmp_path, store, monkeypatch):
     lost = {"_start": 1, "send": 2, "params": 1, "artifact": 1, "finish": 1}
     for name in lost:
-        whole = getattr(Mlflow, name)
+        whole = getattr(MlflowTracker, name)
 
         def half(self, *args, name=name, whole=whole, **kwargs):
             answer = whole(self, *args, **kwargs)
@@ -114,7 +120,7 @@ def test_what_arrived_without_an_answer_counts_once(tmp_path, store, monkeypatch
                 raise ConnectionResetError("the answer was lost")
             return answer
 
-        monkeypatch.setattr(Mlflow, name, half)
+        monkeypatch.setattr(MlflowTracker, name, half)
     said: list[str] = []
     tracker = opened(tmp_path / "once", store, said)
     tracker.params({"a": 1})
@@ -135,31 +141,31 @@ def test_what_arrived_without_an_answer_counts_once(tmp_path, store, monkeypatch
 
 def test_a_killed_process_leaves_its_log_to_the_next_one(tmp_path, store):
     """It wrote to step 9, sent nothing, and died in the middle of a line; the run goes on from step 6."""
-    lines = JsonLines(tmp_path / "killed")
+    lines = JsonLinesTracker(tmp_path / "killed")
     for step in range(10):
-        lines.log(step, {STEP: step, "loss/video": 0.5})
+        lines.log(step, {STEP_KEY: step, "loss/video": 0.5})
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "ti')
     tracker = opened(tmp_path / "killed", store, [])
     log_steps(tracker, range(6, 15))
     tracker.finish()
     assert steps_in(store, tracker.run_id) == list(range(15))
-    assert [entry["step"] for entry in read_lines(tmp_path / "killed" / "metrics.jsonl")] == list(range(15))
+    assert [entry["step"] for entry in read_json_lines(tmp_path / "killed" / "metrics.jsonl")] == list(range(15))
 
 
 def test_a_worker_that_outlives_its_driver_adds_no_step_twice():
-    entries = [{"step": s, STEP: 4 * s} for s in (0, 2, 4, 6, 4, 6, 8)]
-    assert [e["step"] for e in in_order(entries, -1)] == [0, 2, 4, 6, 8]
-    assert [e["step"] for e in in_order(entries, 4)] == [6, 8]
-    assert in_order([{"step": 8, "alarm/on": 1.0}], 8), "an addition to the last step"
-    assert in_order([{"step": 3, LATE: True, "alarm/on": 1.0}], 8), "said late, of any step"
+    entries = [{"step": s, STEP_KEY: 4 * s} for s in (0, 2, 4, 6, 4, 6, 8)]
+    assert [e["step"] for e in drop_repeated_steps(entries, -1)] == [0, 2, 4, 6, 8]
+    assert [e["step"] for e in drop_repeated_steps(entries, 4)] == [6, 8]
+    assert drop_repeated_steps([{"step": 8, "alarm/on": 1.0}], 8), "an addition to the last step"
+    assert drop_repeated_steps([{"step": 3, LATE_KEY: True, "alarm/on": 1.0}], 8), "said late, of any step"
 
 
 def test_a_run_of_an_older_version_goes_on_in_its_mlflow_run(tmp_path, store):
     """``mlflow.json`` held the run's id and nothing else, and its metrics were in MLflow alone."""
-    old = Mlflow(store, "train", "old", None, {})
+    old = MlflowTracker(store, "train", "old", None, {})
     for step in range(3):
-        old.log(step, {STEP: 4.0 * step, "loss/video": 1.0})
+        old.log(step, {STEP_KEY: 4.0 * step, "loss/video": 1.0})
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "mlflow.json").write_text(json.dumps({"uri": store, "run": old.run_id}))
     tracker = opened(tmp_path / "old", store, [])
@@ -167,7 +173,7 @@ def test_a_run_of_an_older_version_goes_on_in_its_mlflow_run(tmp_path, store):
     tracker.finish()
     assert tracker.run_id == old.run_id
     assert steps_in(store, old.run_id) == [0, 1, 2, 3, 4, 5]
-    assert read_note(tmp_path / "old", store).run == old.run_id
+    assert load_sync_state(tmp_path / "old", store).run == old.run_id
 
 
 def test_a_training_whose_server_was_away_is_sent_by_the_same_command(tmp_path, store, monkeypatch):
@@ -177,14 +183,14 @@ def test_a_training_whose_server_was_away_is_sent_by_the_same_command(tmp_path, 
         patch.setattr(mlflow_sync, "START_SECONDS", 0.1)
         patch.setattr(mlflow_sync, "FLUSH_SECONDS", 0.1)
         patch.setenv("MLFLOW_TRACKING_URI", uri)
-        away = train("video", launch=worker.work, **command)
+        away = train_stage("video", launch=worker.run_worker, **command)
     assert (away["mlflow_run"], away["samples_seen"]) == (None, 32)
     assert "the same command sends them" in (tmp_path / "v" / "log.txt").read_text()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    sent = train("video", launch=None, **command)
-    assert steps_in(store, sent["mlflow_run"], STEP) == [0, 2, 4, 6, 8]
-    assert train("video", launch=None, **command) == sent
-    assert steps_in(store, sent["mlflow_run"], STEP) == [0, 2, 4, 6, 8]
+    sent = train_stage("video", launch=None, **command)
+    assert steps_in(store, sent["mlflow_run"], STEP_KEY) == [0, 2, 4, 6, 8]
+    assert train_stage("video", launch=None, **command) == sent
+    assert steps_in(store, sent["mlflow_run"], STEP_KEY) == [0, 2, 4, 6, 8]
 
 
 class Server:

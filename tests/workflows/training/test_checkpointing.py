@@ -10,8 +10,8 @@ import torch
 from tests.helpers.checkpoint_parts import CARD, PROGRESS, parts, writer
 from tests.helpers.tiny_model import batch
 from workflows.checkpoints.load import find_export, load_export
-from workflows.checkpoints.store import COMPLETE, Shelf, complete
-from workflows.training.checkpointing import SaveError, newest_whole, restore
+from workflows.checkpoints.store import COMPLETE_FILE, CheckpointStore, list_checkpoints
+from workflows.training.checkpointing import CheckpointSaveError, latest_intact_checkpoint, load_training_state
 from workflows.training.progress import Progress
 
 
@@ -27,12 +27,12 @@ def test_what_is_saved_comes_back(tmp_path):
     engines, ema = parts(0)
     folder = saved(tmp_path / "checkpoints", engines, ema)
     others, average = parts(1)
-    assert restore(Shelf(folder.parent), folder.name, others, average) == PROGRESS
+    assert load_training_state(CheckpointStore(folder.parent), folder.name, others, average) == PROGRESS
     for (name, a), (_, b) in zip(engines["student"].weights(), others["student"].weights(), strict=True):
         assert torch.equal(a, b), name
     assert all(torch.equal(a, average.state_dict()[name]) for name, a in ema.state_dict().items())
-    listed = json.loads((folder / COMPLETE).read_text())["files"].keys()
-    assert listed == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {COMPLETE}
+    listed = json.loads((folder / COMPLETE_FILE).read_text())["files"].keys()
+    assert listed == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {COMPLETE_FILE}
 
 
 @pytest.mark.parametrize("place", [".", "checkpoints/{name}", "checkpoints/{name}/export"])
@@ -60,16 +60,16 @@ def test_partial_checkpoints_do_not_exist_and_old_ones_go(tmp_path):
     for n in (1, 2, 3):
         saved(root, engines, ema, Progress(step=n, samples_seen=4 * n, first={}, last={}))
     assert [p.name.split("-")[0] for p in sorted(root.iterdir())] == ["000000000008", "000000000012"]
-    assert complete(root) == sorted(root.iterdir())
+    assert list_checkpoints(root) == sorted(root.iterdir())
 
 
 def test_a_driver_that_lost_the_run_completes_nothing(tmp_path):
     engines, ema = parts(0)
     saver = writer(tmp_path, engines, ema, ours=False)
     saver.save(PROGRESS)
-    with pytest.raises(SaveError, match="belongs to another driver"):
+    with pytest.raises(CheckpointSaveError, match="belongs to another driver"):
         saver.wait()
-    assert complete(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_damage_is_seen_and_the_checkpoint_before_it_used(tmp_path):
@@ -81,7 +81,7 @@ def test_damage_is_seen_and_the_checkpoint_before_it_used(tmp_path):
     data[-1] ^= 1
     victim.write_bytes(data)
     told = []
-    assert newest_whole(Shelf(tmp_path), told.append) == before.name
+    assert latest_intact_checkpoint(CheckpointStore(tmp_path), told.append) == before.name
     assert "raw.safetensors is damaged" in told[0]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mfcore.ema import Ema, EmaConfig, WholeWeights
+from mfcore.ema import Ema, EmaConfig, ReplicatedWeights
 from mfcore.flow import TimeConfig
 from mfcore.model.transformer import build_model
 from mfcore.timeline import LatentClock, Timeline
@@ -19,31 +19,39 @@ from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.random_exports import random_card
 from tests.helpers.small_training import SMALL, killed_at
 from workflows.checkpoints.load import load_weights
-from workflows.evaluation.held_out import HeldOut, select
-from workflows.evaluation.signals import Signals, real_signals
+from workflows.evaluation.held_out import EvaluationSet, select_evaluation_set
+from workflows.evaluation.signals import DecodedClip, decode_real_clips
 from workflows.training import worker
-from workflows.training.collapse_alarms import Alarms, HistoryWatch, ScoreGap, compare, liveliness, raised, score_gap
-from workflows.training.sample_callback import whole_network
-from workflows.training.samples import training_samples
-from workflows.training.train import train
+from workflows.training.collapse_alarms import (
+    AlarmStore,
+    FakeScoreRatio,
+    HistoryUseMonitor,
+    active_alarms,
+    collapse_statistics,
+    compare_to_real,
+    fake_score_ratio,
+)
+from workflows.training.sample_callback import materialize_ema
+from workflows.training.samples import final_samples
+from workflows.training.train import train_stage
 
 
 @pytest.fixture(scope="module")
-def held(toy_data) -> HeldOut:
-    return select(toy_data, clips=2, seconds=None, fraction=0.5)
+def held(toy_data) -> EvaluationSet:
+    return select_evaluation_set(toy_data, clips=2, seconds=None, fraction=0.5)
 
 
 @pytest.fixture(scope="module")
-def real(held) -> list[Signals]:
-    return real_signals(held, [p.clip for p in held.prompts])
+def real(held) -> list[DecodedClip]:
+    return decode_real_clips(held, [p.clip for p in held.prompts])
 
 
-def frozen(clip: Signals) -> Signals:
+def frozen(clip: DecodedClip) -> DecodedClip:
     assert clip.frames is not None
     return replace(clip, frames=clip.frames[:1].expand_as(clip.frames))
 
 
-def louder(clip: Signals, gain: float) -> Signals:
+def louder(clip: DecodedClip, gain: float) -> DecodedClip:
     assert clip.sound is not None
     return replace(clip, sound=clip.sound * gain)
 
@@ -51,21 +59,21 @@ def louder(clip: Signals, gain: float) -> Signals:
 def test_jumps_between_chunks_and_lost_variety_are_said(held, real):
     timeline = held.meta.timeline()
 
-    def jumping(clip: Signals) -> Signals:
+    def jumping(clip: DecodedClip) -> DecodedClip:
         odd = timeline.chunk_index("video", 5)[: len(clip.latents["video"])] % 2
         jump = 3 * clip.latents["video"].std() * odd.reshape(-1, 1, 1, 1)
         return replace(clip, latents={**clip.latents, "video": clip.latents["video"] + jump})
 
-    def same(clip: Signals) -> Signals:
+    def same(clip: DecodedClip) -> DecodedClip:
         return replace(clip, latents={m: 0.5 * x for m, x in clip.latents.items()})
 
-    before = liveliness(real, timeline)
+    before = collapse_statistics(real, timeline)
     assert before.seam.keys() == before.variance.keys() == {"video", "audio"}
-    assert not compare("few", before, before)[1]
-    numbers, wrong = compare("few", liveliness([jumping(c) for c in real], timeline), before)
+    assert not compare_to_real("few", before, before)[1]
+    numbers, wrong = compare_to_real("few", collapse_statistics([jumping(c) for c in real], timeline), before)
     assert numbers["alarm/seam/few/video"] > 2
     assert "seam/few/video" in wrong
-    numbers, wrong = compare("few", liveliness([same(c) for c in real], timeline), before)
+    numbers, wrong = compare_to_real("few", collapse_statistics([same(c) for c in real], timeline), before)
     assert numbers["alarm/variance/few/audio"] == pytest.approx(0.25)
     assert {"variance/few/video", "variance/few/audio"} <= wrong.keys()
 
@@ -74,14 +82,16 @@ def test_chunks_that_do_not_stay_what_they_were_are_said(held, real):
     """Chunks of one clip taken from others in turn: each is real, none goes on from the one before."""
     timeline = held.meta.timeline()
 
-    def forgetful(clip: Signals, other: Signals) -> Signals:
+    def forgetful(clip: DecodedClip, other: DecodedClip) -> DecodedClip:
         odd = timeline.chunk_index("video", 5)[: len(clip.latents["video"])] % 2 == 1
         mixed = torch.where(odd.reshape(-1, 1, 1, 1), other.latents["video"], clip.latents["video"])
         return replace(clip, latents={**clip.latents, "video": mixed})
 
-    before = liveliness(real, timeline)
+    before = collapse_statistics(real, timeline)
     assert before.lag1["video"] > 0.5
-    numbers, wrong = compare("few", liveliness([forgetful(a, b) for a, b in (real, real[::-1])], timeline), before)
+    numbers, wrong = compare_to_real(
+        "few", collapse_statistics([forgetful(a, b) for a, b in (real, real[::-1])], timeline), before
+    )
     assert numbers["alarm/lag1/few/video"] < 0
     assert "of the data's" in wrong["lag1/few/video"] and not any("audio" in name for name in wrong)
 
@@ -94,8 +104,8 @@ def test_correlation_of_chunks_is_that_of_the_linear_world():
     for k in range(1, 4000):
         slow[k] = a * slow[k - 1] + (1 - a**2) ** 0.5 * torch.randn(1, generator=draw)
     latents = slow.repeat_interleave(4, 0) + torch.tensor([-1.0, 1.0, -1.0, 1.0]).repeat(4000)[:, None]
-    clip = Signals(frames=None, sound=None, latents={AUDIO: latents}, finite=True, words=())
-    assert liveliness([clip], timeline).lag1[AUDIO] == pytest.approx(a, abs=0.02)
+    clip = DecodedClip(frames=None, sound=None, latents={AUDIO: latents}, finite=True, words=())
+    assert collapse_statistics([clip], timeline).lag1[AUDIO] == pytest.approx(a, abs=0.02)
 
 
 class TestHistoryWatch:
@@ -103,22 +113,22 @@ class TestHistoryWatch:
 
     def test_a_network_that_forgets_its_history_is_said(self, tmp_path):
         """The linear-Gaussian world: teacher forcing has a loss ratio of 10, the literal reading of 1.1."""
-        watch = HistoryWatch(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0)
-        numbers, wrong = watch.read(LinearGaussian(0.95, 0.0, 0.1))
+        watch = HistoryUseMonitor(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0)
+        numbers, wrong = watch.measure(LinearGaussian(0.95, 0.0, 0.1))
         assert numbers["alarm/history_use/audio"] == pytest.approx(10, rel=0.15)
         assert not wrong
-        numbers, wrong = watch.read(LinearGaussian(0.07, 0.0, 1.0))
+        numbers, wrong = watch.measure(LinearGaussian(0.07, 0.0, 1.0))
         assert numbers["alarm/history_use/audio"] < 1.5
         assert "of what it was" in wrong["history_use/audio"]
 
     def test_the_first_value_outlives_the_process(self, tmp_path):
-        HistoryWatch(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0).read(LinearGaussian(0.95, 0.0, 0.1))
-        again = HistoryWatch(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0)
-        assert again.read(LinearGaussian(0.07, 0.0, 1.0))[1]
+        HistoryUseMonitor(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0).measure(LinearGaussian(0.95, 0.0, 0.1))
+        again = HistoryUseMonitor(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0)
+        assert again.measure(LinearGaussian(0.07, 0.0, 1.0))[1]
 
     def test_one_clip_alone_says_nothing(self, tmp_path):
-        watch = HistoryWatch(tmp_path, [linear_clips(1, 16, 0)], self.TIME, 0)
-        assert watch.read(LinearGaussian(0.95, 0.0, 0.1)) == ({}, {})
+        watch = HistoryUseMonitor(tmp_path, [linear_clips(1, 16, 0)], self.TIME, 0)
+        assert watch.measure(LinearGaussian(0.95, 0.0, 0.1)) == ({}, {})
 
 
 @pytest.mark.parametrize(
@@ -132,16 +142,16 @@ class TestHistoryWatch:
     ],
 )
 def test_a_planted_collapse_raises_an_alarm(real, plant, said):
-    _, wrong = compare("few", liveliness([plant(clip) for clip in real]), liveliness(real))
+    _, wrong = compare_to_real("few", collapse_statistics([plant(clip) for clip in real]), collapse_statistics(real))
     (text,) = wrong.values()
     assert said in text
 
 
 def test_real_clips_raise_none(held, real):
     """Neither what the prompts' own clips show, a little quieter, nor other clips of the dataset."""
-    others = real_signals(held, held.reference)
+    others = decode_real_clips(held, held.reference)
     for clips in (real, [louder(clip, 0.8) for clip in real], others):
-        numbers, wrong = compare("few", liveliness(clips), liveliness(real))
+        numbers, wrong = compare_to_real("few", collapse_statistics(clips), collapse_statistics(real))
         assert wrong == {}
         variances = {f"alarm/variance/few/{m}" for m in ("video", "audio")}
         assert numbers.keys() == {"alarm/motion/few", "alarm/loudness/few"} | variances
@@ -149,35 +159,35 @@ def test_real_clips_raise_none(held, real):
 
 def test_data_that_is_still_or_silent_itself_raises_none(real):
     flat = {m: torch.zeros_like(x) for m, x in real[0].latents.items()}
-    dead = liveliness([replace(frozen(louder(clip, 0.0)), latents=flat) for clip in real])
-    assert compare("multi", dead, dead) == ({}, {})
+    dead = collapse_statistics([replace(frozen(louder(clip, 0.0)), latents=flat) for clip in real])
+    assert compare_to_real("multi", dead, dead) == ({}, {})
 
 
 def test_a_fake_score_that_finds_samples_easy_raises_an_alarm():
     levels = {"flow_matching/video/t0": 4.0, "flow_matching/video/t3": 1.0, "fake_score/video/t1": 9.0}
     fine = levels | {"fake_score/video": 3.0, "fake_score/video/t0": 3.6, "fake_score/video/t3": 0.9}
-    assert score_gap(fine) == {"video": pytest.approx(0.9)}, "levels that one of them lacks do not count"
-    gap = ScoreGap()
+    assert fake_score_ratio(fine) == {"video": pytest.approx(0.9)}, "levels that one of them lacks do not count"
+    gap = FakeScoreRatio()
     for _ in range(20):
-        assert gap.read(fine) == ({"alarm/fake_over_real/video": pytest.approx(0.9)}, {})
+        assert gap.measure(fine) == ({"alarm/fake_over_real/video": pytest.approx(0.9)}, {})
     easy = fine | {"fake_score/video/t0": 0.6, "fake_score/video/t3": 0.4}
-    words = [gap.read(easy)[1] for _ in range(10)]
+    words = [gap.measure(easy)[1] for _ in range(10)]
     assert words[0] == {}, "one batch is no alarm"
     assert "0.20 of the loss on real clips" in words[-1]["fake_over_real/video"]
-    assert gap.read({"flow_matching/video": 1.0})[0] == {}
+    assert gap.measure({"flow_matching/video": 1.0})[0] == {}
 
 
 def test_alarms_are_said_when_they_change_and_survive_the_process(tmp_path):
     said: list[str] = []
-    alarms = Alarms(tmp_path, said.append)
+    alarms = AlarmStore(tmp_path, said.append)
     for wrong in ({}, {"loudness/few": "few: 0.3"}, {"loudness/few": "few: 0.2"}):
         alarms.update("samples", wrong, 10)
     assert len(said) == 1
-    again = Alarms(tmp_path, said.append)
+    again = AlarmStore(tmp_path, said.append)
     again.update("fake score", {"fake_over_real/video": "easy"}, 20)
-    assert raised(tmp_path) == ["few: 0.2", "easy"]
+    assert active_alarms(tmp_path) == ["few: 0.2", "easy"]
     again.update("samples", {"motion/few": "still"}, 30)
-    assert sorted(raised(tmp_path)) == ["easy", "still"]
+    assert sorted(active_alarms(tmp_path)) == ["easy", "still"]
     assert [line.split(".")[0] for line in said] == [
         "ALARM at step 10: few: 0",
         "ALARM at step 20: easy",
@@ -191,11 +201,11 @@ def test_looking_changes_nothing_and_a_still_run_says_so(tmp_path, toy_data, mon
     monkeypatch.setenv("MFCTL_TRACKER", "json")
     sets = (*SMALL, "data.held_out=0.5", "steps=4", "checkpoint.every=8")
     kept = {"data": toy_data, "run": "v"}
-    plain = train("video", sets=sets, runs_dir=tmp_path / "plain", launch=worker.work, **kept)
-    look = {"sets": (*sets, "sample_every=8"), "runs_dir": tmp_path / "looked", "sample": training_samples, **kept}
+    plain = train_stage("video", sets=sets, runs_dir=tmp_path / "plain", launch=worker.run_worker, **kept)
+    look = {"sets": (*sets, "sample_every=8"), "runs_dir": tmp_path / "looked", "sample": final_samples, **kept}
     with pytest.raises(KeyboardInterrupt):
-        train("video", launch=killed_at(3), **look)
-    result = train("video", launch=worker.work, **look)
+        train_stage("video", launch=killed_at(3), **look)
+    result = train_stage("video", launch=worker.run_worker, **look)
     folder = Path(result["run_dir"])
     before, after = load_weights(plain["run_dir"]), load_weights(folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -207,7 +217,7 @@ def test_looking_changes_nothing_and_a_still_run_says_so(tmp_path, toy_data, mon
     ratio = looks[4]["sample/motion/multi"] / looks[4]["sample/motion/real"]
     assert looks[4]["alarm/motion/multi"] == pytest.approx(ratio) and ratio < 0.5
     made = sorted(path.name for path in (folder / "samples").iterdir())
-    clips = min(2, len(open_dataset(toy_data).held_out(0.5)[1]))
+    clips = min(2, len(open_dataset(toy_data).split(0.5)[1]))
     assert made == [f"step-{s:08d}-multi-8-steps-clip-{i}.mp4" for s in (2, 4) for i in range(clips)]
     assert result["samples"] == [str(folder / "samples" / name) for name in made[-clips:]]
     assert result["alarms"] == [f"multi: motion is {looks[4]['alarm/motion/multi']:.2f} of the data's"]
@@ -219,8 +229,8 @@ def test_looking_changes_nothing_and_a_still_run_says_so(tmp_path, toy_data, mon
 def test_a_run_without_looks_is_judged_at_its_end(tmp_path, toy_data, monkeypatch):
     monkeypatch.setenv("MFCTL_TRACKER", "json")
     sets = (*SMALL, "data.held_out=0.5", "steps=2")
-    result = train(
-        "audio", data=toy_data, sets=sets, runs_dir=tmp_path, run="a", launch=worker.work, sample=training_samples
+    result = train_stage(
+        "audio", data=toy_data, sets=sets, runs_dir=tmp_path, run="a", launch=worker.run_worker, sample=final_samples
     )
     logged = [json.loads(line) for line in Path(result["run_dir"], "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["step"] == 2
@@ -232,7 +242,9 @@ def test_samples_that_cannot_be_made_do_not_stop_a_run(tmp_path, monkeypatch):
     """The codecs of these latents are nowhere: no sample, but every step."""
     monkeypatch.setenv("MFCTL_TRACKER", "json")
     data = write_dataset(tmp_path / "set")
-    result = train("video", data=data, sets=(*SMALL, "sample_every=16"), runs_dir=tmp_path, run="v", launch=worker.work)
+    result = train_stage(
+        "video", data=data, sets=(*SMALL, "sample_every=16"), runs_dir=tmp_path, run="v", launch=worker.run_worker
+    )
     assert result["samples_seen"] == 32
     log = Path(result["run_dir"], "log.txt").read_text()
     assert log.count("no samples at step") == 2
@@ -243,14 +255,14 @@ def test_an_average_kept_in_parts_is_gathered_for_its_samples():
     """As ZeRO-3 keeps the base of a low-rank fake score: the module alone holds no whole weight."""
     card = random_card("video")
     ema = Ema(build_model(card.model, 1), EmaConfig())
-    assert whole_network(ema, card) is ema.module
+    assert materialize_ema(ema, card) is ema.module
     whole = {name: value.clone() for name, value in ema.state_dict().items()}
 
-    class Parts(WholeWeights):
+    class Parts(ReplicatedWeights):
         def value(self, p):
             return next(whole[name] for name, mine in ema.module.named_parameters() if mine is p)
 
     ema.storage = Parts()
-    copied = whole_network(ema, card)
+    copied = materialize_ema(ema, card)
     assert copied is not ema.module
     assert all(torch.equal(value, whole[name]) for name, value in copied.state_dict().items())

@@ -5,16 +5,16 @@ import pytest
 from mfcore.model.config import ModelConfig
 from mfcore.types import AUDIO, VIDEO
 from workflows.config import presets
-from workflows.config.latent_shapes import geometry, usual_size
-from workflows.training.cost_estimate import on_paper
+from workflows.config.latent_shapes import default_size, geometry_for_preset
+from workflows.training.cost_estimate import estimate_without_dataset
 
 
 def model(preset: str, stage: presets.Stage = "joint") -> ModelConfig:
-    return presets.preset(preset, stage, geometry(preset).shapes(usual_size(preset))).model
+    return presets.build_preset(preset, stage, geometry_for_preset(preset).shapes(default_size(preset))).model
 
 
 def costs(preset: str) -> dict:
-    return on_paper("joint", preset, (), None)["costs"]
+    return estimate_without_dataset("joint", preset, (), None)["costs"]
 
 
 def own_branch(*, d: int, layers: int, hidden: int, e: int, width: int, text: int, anchor: int) -> int:
@@ -85,13 +85,13 @@ def test_full_chunk_by_hand():
 @pytest.mark.parametrize("preset", presets.PRESETS)
 @pytest.mark.parametrize("stage", presets.MODALITIES)
 def test_every_preset_and_stage_is_counted_without_memory(preset, stage):
-    result = on_paper(stage, preset, (), None)
+    result = estimate_without_dataset(stage, preset, (), None)
     assert set(result["costs"]["parameters"]) == {*presets.MODALITIES[stage], "total"}
 
 
 def test_sizes_are_padded_to_what_the_codec_takes():
-    assert geometry("full").padded((192, 336)) == (192, 352)
-    assert geometry("full").padded((704, 1280)) == (704, 1280)
-    assert geometry("base").padded((192, 336)) == (192, 336)
+    assert geometry_for_preset("full").padded((192, 336)) == (192, 352)
+    assert geometry_for_preset("full").padded((704, 1280)) == (704, 1280)
+    assert geometry_for_preset("base").padded((192, 336)) == (192, 336)
     with pytest.raises(ValueError, match="both edges must be positive"):
-        geometry("full").padded((0, 336))
+        geometry_for_preset("full").padded((0, 336))

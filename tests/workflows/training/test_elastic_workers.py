@@ -5,8 +5,8 @@ import pytest
 from tests.helpers import training_driver
 from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.small_training import SMALL, killed_at
-from workflows.tracking.tracker import read_lines
-from workflows.training.train import train
+from workflows.tracking.tracker import read_json_lines
+from workflows.training.train import train_stage
 
 STEPS = 4000
 SETS = (*SMALL, "engine.kind=torch", "data.batch=8", "log_every=1", "eval_every=100000", "checkpoint.every=80")
@@ -38,13 +38,13 @@ def test_a_lost_machine_makes_the_run_smaller_and_a_new_one_larger(tmp_path, mon
             process.wait()
     finally:
         cluster.shutdown()
-    entries = read_lines(runs / "a" / "metrics.jsonl")
+    entries = read_json_lines(runs / "a" / "metrics.jsonl")
     steps = [entry["step"] for entry in entries]
     assert steps == list(range(len(steps))), "no step is lost or logged twice"
     one = (*SETS, "engine.workers=1", f"steps={STEPS}")
     with pytest.raises(KeyboardInterrupt):
-        train("audio", data=data, sets=one, runs_dir=tmp_path / "one", run="a", launch=killed_at(len(steps)))
-    reference = {e["step"]: e for e in read_lines(tmp_path / "one" / "a" / "metrics.jsonl")}
+        train_stage("audio", data=data, sets=one, runs_dir=tmp_path / "one", run="a", launch=killed_at(len(steps)))
+    reference = {e["step"]: e for e in read_json_lines(tmp_path / "one" / "a" / "metrics.jsonl")}
     for entry in entries[1:]:
         expected = reference[entry["step"]]["flow_matching/audio"]
         assert entry["flow_matching/audio"] == pytest.approx(expected, rel=1e-3), "rounding alone differs"

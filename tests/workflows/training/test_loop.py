@@ -11,19 +11,19 @@ import pytest
 from tests.helpers.gloo_processes import run_on
 from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.small_training import EVERY_PART_AT_ONCE, SMALL
-from workflows.checkpoints.store import complete
+from workflows.checkpoints.store import list_checkpoints
 from workflows.training import worker
-from workflows.training.train import train
+from workflows.training.train import train_stage
 
 TWO = ("engine.kind=deepspeed", "engine.workers=2", "data.batch=8")
 ONE = ("data.batch=8",)
 
 
-def _work(job: worker.Job) -> None:
-    worker.work(job)
+def _work(job: worker.TrainingJob) -> None:
+    worker.run_worker(job)
 
 
-def two(job: worker.Job) -> None:
+def two(job: worker.TrainingJob) -> None:
     run_on(2, _work, job)
 
 
@@ -41,10 +41,10 @@ def no_mlflow(monkeypatch):
 @pytest.mark.timeout(600)
 def test_two_processes_equal_one_for_every_stage(tmp_path):
     data = write_dataset(tmp_path / "set")
-    for world, launch, sets in ((1, worker.work, ONE), (2, two, TWO)):
+    for world, launch, sets in ((1, worker.run_worker, ONE), (2, two, TWO)):
         for stage in ("video", "audio", "joint", "mutual"):
             more = EVERY_PART_AT_ONCE if stage == "mutual" else ("steps=4",)
-            train(
+            train_stage(
                 stage, data=data, sets=(*SMALL, *sets, *more), runs_dir=tmp_path / str(world), run=stage, launch=launch
             )
     for stage in ("video", "audio", "joint", "mutual"):
@@ -64,10 +64,12 @@ def test_two_processes_equal_one_for_every_stage(tmp_path):
 def test_two_processes_that_share_the_tokens_of_the_same_clips_equal_one(tmp_path, engine):
     data = write_dataset(tmp_path / "set")
     shared = (*ONE, *engine, "engine.workers=2", "engine.sequence=2")
-    for name, launch, sets in (("one", worker.work, ONE), ("shared", two, shared)):
+    for name, launch, sets in (("one", worker.run_worker, ONE), ("shared", two, shared)):
         for stage in ("video", "audio", "joint", "mutual"):
             more = EVERY_PART_AT_ONCE if stage == "mutual" else ("steps=4",)
-            train(stage, data=data, sets=(*SMALL, *sets, *more), runs_dir=tmp_path / name, run=stage, launch=launch)
+            train_stage(
+                stage, data=data, sets=(*SMALL, *sets, *more), runs_dir=tmp_path / name, run=stage, launch=launch
+            )
     for stage in ("video", "audio", "joint", "mutual"):
         one, other = (_history({"run_dir": tmp_path / name / stage}) for name in ("one", "shared"))
         assert [e["step"] for e in one] == [e["step"] for e in other] == [0, 2, 4]
@@ -79,7 +81,7 @@ def test_two_processes_that_share_the_tokens_of_the_same_clips_equal_one(tmp_pat
 
 def _kill_a_worker_after(checkpoints: Path) -> None:
     """SIGKILL one Ray Train worker as soon as there is a checkpoint to go on from."""
-    while not complete(checkpoints):
+    while not list_checkpoints(checkpoints):
         time.sleep(0.02)
     children = psutil.Process().children(recursive=True)
     next(p for p in children if "RayTrainWorker" in " ".join(p.cmdline())).kill()
@@ -90,10 +92,10 @@ def _kill_a_worker_after(checkpoints: Path) -> None:
 def test_a_killed_worker_under_ray_costs_nothing(tmp_path):
     data = write_dataset(tmp_path / "set")
     sets = (*SMALL, *ONE, "steps=24", "log_every=4", "checkpoint.every=16")
-    whole = train("audio", data=data, sets=sets, runs_dir=tmp_path / "whole", run="a", launch=worker.work)
+    whole = train_stage("audio", data=data, sets=sets, runs_dir=tmp_path / "whole", run="a", launch=worker.run_worker)
     killer = threading.Thread(target=_kill_a_worker_after, args=(tmp_path / "ray" / "a" / "checkpoints",), daemon=True)
     killer.start()
-    killed = train("audio", data=data, sets=(*sets, *TWO), runs_dir=tmp_path / "ray", run="a")
+    killed = train_stage("audio", data=data, sets=(*sets, *TWO), runs_dir=tmp_path / "ray", run="a")
     assert not killer.is_alive(), "the run ended before a worker was killed"
     assert "goes on from step" in Path(killed["run_dir"], "log.txt").read_text()
     one, other = _history(whole), _history(killed)

@@ -6,26 +6,26 @@ import sys
 import pytest
 
 from workflows.training import metrics
-from workflows.training.metrics import Meter, duration, line, short
+from workflows.training.metrics import ThroughputMeter, format_count, format_duration, format_progress_line
 from workflows.training.progress import Progress
-from workflows.utils.progress import training_display
+from workflows.utils.progress import training_progress
 
 
 def test_speed_is_of_training_and_time_left_of_everything(monkeypatch):
     now = 100.0
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
-    watch = Meter()
+    watch = ThroughputMeter()
     for _ in range(2):  # each step: 1 s of waiting, 3 s of computing
         now += 1
-        watch.got_batch()
+        watch.batch_ready()
         now += 3
-        watch.add(8, 400)
-        watch.pause()
-    with watch.apart():
+        watch.count(8, 400)
+        watch.step_end()
+    with watch.exclude():
         now += 8  # samples
     with watch.saving():
         now += 2
-    found = watch.read(left=32)
+    found = watch.collect(left=32)
     assert found["speed/samples_per_s"] == 16 / 10
     assert found["speed/tokens_per_s"] == 800 / 10
     assert found["speed/data_wait_s"] == 1.0
@@ -34,8 +34,8 @@ def test_speed_is_of_training_and_time_left_of_everything(monkeypatch):
     assert found["speed/left_s"] == 32 * 18 / 16
     assert 0.01 < found["memory/rss_gib"] < 100
     now += 2
-    watch.add(8, 400)
-    again = watch.read(left=24)
+    watch.count(8, 400)
+    again = watch.collect(left=24)
     assert again["speed/samples_per_s"] == 4.0, "since the last entry"
     assert again["speed/left_s"] == 24 * 20 / 24, "at the mean of the run"
     assert "speed/checkpoint_s" not in again
@@ -50,20 +50,20 @@ def test_a_line_has_step_losses_speed_and_time_left():
         "lr/fake": 1,
     }
     log |= {"speed/samples_per_s": 12.34, "speed/tokens_per_s": 45_678.0, "speed/left_s": 199.2, "alarm/raised": 1.0}
-    assert line("video", 300, progress, log) == (
+    assert format_progress_line("video", 300, progress, log) == (
         "video 20/300  flow_matching/video 1.2500  held_out/flow_matching/video 1.5000  "
         "12.3 samples/s  45.7k tokens/s  3 min 20 s left"
     )
-    assert line("video", 300, progress, {}) == "video 20/300  held_out/flow_matching/video 2.5000"
+    assert format_progress_line("video", 300, progress, {}) == "video 20/300  held_out/flow_matching/video 2.5000"
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (60, "1 min 0 s"), (7501, "2 h 5 min")])
 def test_durations(seconds, words):
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 def test_three_digits():
-    assert [short(n) for n in (9.5, 950, 1234, 4.56e6)] == ["9.5", "950", "1.23k", "4.56M"]
+    assert [format_count(n) for n in (9.5, 950, 1234, 4.56e6)] == ["9.5", "950", "1.23k", "4.56M"]
 
 
 LINES = ("video goes on from step 4", "video 5/10  loss 1.25  9 samples/s", "no samples: [red] is a folder [/x]")
@@ -72,7 +72,7 @@ LINES = ("video goes on from step 4", "video 5/10  loss 1.25  9 samples/s", "no 
 def test_elsewhere_than_on_a_terminal_lines_stay_as_they_are(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
-    with training_display() as show:
+    with training_progress() as show:
         for text in LINES:
             show(text)
     assert out.getvalue().splitlines() == list(LINES)
@@ -87,7 +87,7 @@ def test_a_terminal_shows_a_bar_with_the_latest_losses(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys, "stderr", out)
-    with training_display() as show:
+    with training_progress() as show:
         for text in LINES:
             show(text)
     text = out.getvalue()

@@ -14,11 +14,11 @@ from tests.helpers.av_clock_media import numbered_frames, sound
 from tests.helpers.small_training import SMALL
 from workflows.config.run import DataConfig
 from workflows.data import batches
-from workflows.data.batches import Share, TrainingBatches
-from workflows.data.build import preprocess
-from workflows.data.collate import Assembly
+from workflows.data.batches import RankShard, TrainingBatchLoader
+from workflows.data.build import build_dataset
+from workflows.data.collate import BatchCollator
 from workflows.training import worker
-from workflows.training.train import train
+from workflows.training.train import train_stage
 
 FPS, RATE = Fraction(24), 16000
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2))
@@ -40,31 +40,37 @@ def write_sources(folder: Path, count: int, *, seen: bool = True, heard: bool = 
 @pytest.mark.parametrize("modality", ["video", "audio"])
 def test_a_stage_of_one_modality_trains_on_a_set_of_that_modality(modality, tmp_path):
     media = write_sources(tmp_path / "media", 6, seen=modality == "video", heard=modality == "audio")
-    counts = preprocess([media], str(tmp_path / "set"), replace(CONFIG, modality=modality, fit="pad"), progress=quiet)
+    counts = build_dataset(
+        [media], str(tmp_path / "set"), replace(CONFIG, modality=modality, fit="pad"), progress=quiet
+    )
     assert (counts["accepted"], counts["rejected"]) == (12, 0)
     sets = (*SMALL, "steps=2", "data.chunks=[2,2]", "data.batch=2", "eval_every=2")
-    done = train(modality, data=str(tmp_path / "set"), sets=sets, runs_dir=tmp_path / "runs", launch=worker.work)
+    done = train_stage(
+        modality, data=str(tmp_path / "set"), sets=sets, runs_dir=tmp_path / "runs", launch=worker.run_worker
+    )
     assert np.isfinite(done["losses"]["last"])
 
 
 def test_every_source_gets_the_nearest_shape_and_every_batch_has_one(tmp_path):
     media = write_sources(tmp_path / "media", 6)
     config = replace(CONFIG, sizes=((64, 32), (32, 64), (128, 64), (48, 48)))
-    preprocess([media], str(tmp_path / "set"), config, progress=quiet)
+    build_dataset([media], str(tmp_path / "set"), config, progress=quiet)
     names = sorted(path.name.split("-", 2)[2] for path in (tmp_path / "set" / "clips").iterdir())
     assert names == ["128x64.parquet", "32x64.parquet"], "a bucket to a file; the largest that enlarges nothing"
     data = open_dataset(str(tmp_path / "set"))
     assert sorted(set(data.shapes)) == [(4, 8), (16, 8)]
     settings = DataConfig(batch=2, chunks=(2, 2))
-    assembly = Assembly(timeline=data.meta.timeline(), stats=data.meta.stats)
-    loader = TrainingBatches(batches.clips_of(data), assembly, settings, 0, Share(rank=0, world=1))
-    shapes = {tuple(micro.streams["video"].latents.shape[3:]) for step in range(6) for micro in loader.step(step)}
+    assembly = BatchCollator(timeline=data.meta.timeline(), stats=data.meta.stats)
+    loader = TrainingBatchLoader(batches.clip_split(data), assembly, settings, 0, RankShard(rank=0, world=1))
+    shapes = {
+        tuple(micro.streams["video"].latents.shape[3:]) for step in range(6) for micro in loader.micro_batches(step)
+    }
     assert shapes == {(4, 8), (16, 8)}
 
 
 def test_the_nearest_shape():
     sizes = ((192, 336), (336, 192), (384, 672), (256, 256))
-    choose = replace(CONFIG, sizes=sizes).size_for
+    choose = replace(CONFIG, sizes=sizes).target_size
     assert choose((720, 1280)) == (384, 672)
     assert choose((300, 520)) == (192, 336), "nothing is enlarged where another size of the shape fits"
     assert choose((100, 180)) == (192, 336)

@@ -10,7 +10,7 @@ import torch
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.io import storage
-from preprocessing.io.errors import Outage
+from preprocessing.io.errors import InfrastructureError
 from preprocessing.io.storage import Store
 from preprocessing.sources.discovery import find_sources
 from preprocessing.toyworld.world import write_toyworld
@@ -18,10 +18,10 @@ from tests.helpers.media_folder import make_folder, write_clip
 from tests.helpers.object_store import BUCKET, FaultProxy, s3_at, s3_server
 from tests.helpers.small_training import SMALL, killed_at
 from workflows.checkpoints.load import load_weights
-from workflows.data.build import preprocess
-from workflows.data.inspect import inspect
+from workflows.data.build import build_dataset
+from workflows.data.inspect import inspect_dataset
 from workflows.training import worker
-from workflows.training.train import train
+from workflows.training.train import train_stage
 
 SHORT = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2)
 
@@ -41,16 +41,16 @@ def dataset(s3, tmp_path_factory) -> str:
     (clips / "no media.mp4").write_text("a pointer")
     fsspec.filesystem("s3").put(f"{clips}/", f"{s3}/clips/", recursive=True)
     config = PreprocessConfig(workers=0, window_seconds=Fraction(5, 2))
-    facts = preprocess([f"{s3}/clips/"], f"{s3}/data", config, progress=lambda *_: None)
+    facts = build_dataset([f"{s3}/clips/"], f"{s3}/data", config, progress=lambda *_: None)
     assert (facts["accepted"], facts["rejected"]) == (4, 1)
     return f"{s3}/data"
 
 
 def test_a_dataset_in_a_bucket_is_the_one_on_disk(s3, dataset, tmp_path):
-    inspect(dataset, verify=True)
+    inspect_dataset(dataset, verify=True)
     fsspec.filesystem("s3").get(f"{s3}/clips/", f"{tmp_path}/clips/", recursive=True)
     config = PreprocessConfig(workers=0, window_seconds=Fraction(5, 2))
-    preprocess([f"{tmp_path}/clips"], f"{tmp_path}/data", config, progress=lambda *_: None)
+    build_dataset([f"{tmp_path}/clips"], f"{tmp_path}/data", config, progress=lambda *_: None)
     here, there = open_dataset(f"{tmp_path}/data"), open_dataset(dataset)
     mine, theirs = (sorted((d.clip(i) for i in range(len(d))), key=lambda c: c.source_uri[-12:]) for d in (here, there))
     assert len(mine) == len(theirs) == 4
@@ -63,7 +63,7 @@ def test_a_dataset_in_a_bucket_is_the_one_on_disk(s3, dataset, tmp_path):
 def test_the_same_command_again_does_nothing_more(s3, dataset):
     before = fsspec.filesystem("s3").find(dataset)
     config = PreprocessConfig(workers=0, window_seconds=Fraction(5, 2))
-    preprocess([f"{s3}/clips/"], dataset, config, progress=lambda *_: None)
+    build_dataset([f"{s3}/clips/"], dataset, config, progress=lambda *_: None)
     assert fsspec.filesystem("s3").find(dataset) == before
 
 
@@ -71,11 +71,13 @@ def test_a_run_whose_checkpoints_are_in_a_bucket_is_the_one_on_disk(s3, dataset,
     """Killed and resumed, on a machine without a copy; two checkpoints are kept; the export loads by its URI."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     sets = (*SMALL, "data.held_out=0.5", "checkpoint.keep=2")
-    plain = train("video", data=dataset, sets=sets, run="v", runs_dir=tmp_path / "plain", launch=worker.work)
+    plain = train_stage(
+        "video", data=dataset, sets=sets, run="v", runs_dir=tmp_path / "plain", launch=worker.run_worker
+    )
     away = {"data": dataset, "sets": (*sets, f"checkpoint.to={s3}/runs"), "run": "v", "runs_dir": tmp_path / "away"}
     with pytest.raises(KeyboardInterrupt):
-        train("video", launch=killed_at(6), **away)
-    result = train("video", launch=worker.work, **away)
+        train_stage("video", launch=killed_at(6), **away)
+    result = train_stage("video", launch=worker.run_worker, **away)
     assert result["checkpoint"].startswith(f"{s3}/runs/v/checkpoints/")
     kept = fsspec.filesystem("s3").ls(f"{s3}/runs/v/checkpoints", refresh=True)
     assert len(kept) == 2
@@ -101,8 +103,8 @@ def media(s3, tmp_path_factory) -> str:
 def test_a_bucket_that_never_was_is_one_clear_message(media):
     with pytest.raises(ValueError, match="no media files in s3://nowhere/media"):
         find_sources(["s3://nowhere/media"])
-    with pytest.raises(Outage, match=r"s3://nowhere/set: there is no such bucket"):
-        preprocess([media], "s3://nowhere/set", SHORT, progress=lambda *_: None)
+    with pytest.raises(InfrastructureError, match=r"s3://nowhere/set: there is no such bucket"):
+        build_dataset([media], "s3://nowhere/set", SHORT, progress=lambda *_: None)
 
 
 def test_prefixes_globs_objects_and_manifests(s3, media, tmp_path):
@@ -143,9 +145,9 @@ def test_any_name_of_an_object_works(s3, tmp_path):
         fs.pipe_file(f"{BUCKET}/odd names/{name}", data)
     fs.pipe_file(f"{BUCKET}/odd names/with space.json", b'{"caption": "beside"}')
     place = f"{s3}/odd-set"
-    counts = preprocess([f"{s3}/odd names"], place, SHORT, progress=lambda *_: None)
+    counts = build_dataset([f"{s3}/odd names"], place, SHORT, progress=lambda *_: None)
     assert (counts["sources"], counts["accepted"]) == (len(names), len(names)), counts
-    assert inspect(place, verify=True)["verified"]
+    assert inspect_dataset(place, verify=True)["verified"]
 
 
 def test_an_object_that_is_gone_when_its_turn_comes_is_a_reject(s3, tmp_path):
@@ -156,7 +158,7 @@ def test_an_object_that_is_gone_when_its_turn_comes_is_a_reject(s3, tmp_path):
     config = replace(SHORT, sources_per_unit=1, keep_duplicates=True)
     gone = f"{BUCKET}/going/b.mp4"
     run = ([f"{s3}/going"], f"{s3}/going-set", config)
-    counts = preprocess(*run, progress=lambda *_: fs.rm_file(gone) if fs.exists(gone) else None)
+    counts = build_dataset(*run, progress=lambda *_: fs.rm_file(gone) if fs.exists(gone) else None)
     assert (counts["accepted"], counts["rejects_by_reason"]) == (1, {"unreadable": 1})
 
 
@@ -164,19 +166,19 @@ def test_an_upload_that_arrives_short_is_noticed(s3, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(bytes(1000))
     store = Store(f"{s3}/short")
     monkeypatch.setattr(store._fs, "put_file", lambda _, name: store._fs.pipe_file(name, bytes(999)))
-    with pytest.raises(Outage, match="999 of 1000 bytes"):
-        store.put(tmp_path / "file", "file")
+    with pytest.raises(InfrastructureError, match="999 of 1000 bytes"):
+        store.upload(tmp_path / "file", "file")
 
 
 @pytest.mark.timeout(60)
 def test_a_write_to_a_store_that_says_nothing_ends(monkeypatch):
     """Also when it falls silent where it is asked whether it would take what comes (`Expect: 100-continue`)."""
-    monkeypatch.setattr(storage, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 0.5)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with (
         FaultProxy(9, lambda: "silent") as proxy,
         s3_at(proxy.port),
-        pytest.raises(Outage, match=f"{BUCKET}/silent"),
+        pytest.raises(InfrastructureError, match=f"{BUCKET}/silent"),
     ):
         Store(f"s3://{BUCKET}/silent").write("a", b"some bytes")
     assert proxy.seen["silent"] > 0

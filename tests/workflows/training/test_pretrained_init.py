@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from mfcore.model.config import BranchConfig
 from mfcore.types import VIDEO
 from workflows.config import presets
-from workflows.config.latent_shapes import geometry
-from workflows.training.cost_estimate import on_paper
-from workflows.training.networks import initial_network
-from workflows.training.pretrained_init import taken_over
+from workflows.config.latent_shapes import geometry_for_preset
+from workflows.training.cost_estimate import estimate_without_dataset
+from workflows.training.networks import build_initial_network
+from workflows.training.pretrained_init import describe_wan_import
 
 TINY = (
     "model.dim=48",
@@ -40,15 +40,15 @@ def folder(tmp_path_factory):
 
 
 def config(folder, **changes):
-    start = presets.preset("base", "video", geometry("base").shapes((32, 32)))
+    start = presets.build_preset("base", "video", geometry_for_preset("base").shapes((32, 32)))
     sizes = {"dim": 48, "layers": 2, "heads": 2, "word_heads": 1, "mlp_ratio": 2.0, "text_dim": 32}
     return replace(start, init_video=str(folder), model=replace(start.model, **(sizes | changes)))
 
 
 def test_a_run_starts_from_the_weights_of_the_folder(folder):
     torch.manual_seed(0)
-    model = initial_network(config(folder), {})
-    fresh = initial_network(replace(config(folder), init_video=None), {})
+    model = build_initial_network(config(folder), {})
+    fresh = build_initial_network(replace(config(folder), init_video=None), {})
     wan: dict[str, torch.Tensor] = {}
     for path in (folder / "transformer").glob("*.safetensors"):
         wan |= load_file(path)
@@ -63,31 +63,31 @@ def test_a_run_starts_from_the_weights_of_the_folder(folder):
 
 def test_the_table_says_where_every_weight_comes_from(folder):
     sets = [*TINY, f"init_video={json.dumps(str(folder))}"]
-    shown = on_paper("video", "base", sets, None)["init_video"]
+    shown = estimate_without_dataset("video", "base", sets, None)["init_video"]
     assert "loaded          2 x branches.video.blocks.*.mlp.0.weight" in shown
     assert "blocks.*.ffn.net.0.proj.weight" in shown
     assert "initialised     1 x branches.video.text.words.weight" in shown
     assert "skipped" not in shown
-    assert taken_over(replace(config(folder), init_video=None)) == {}
+    assert describe_wan_import(replace(config(folder), init_video=None)) == {}
 
 
 def test_folders_that_do_not_fit_are_refused_with_the_reason(folder, tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        taken_over(config(tmp_path))
+        describe_wan_import(config(tmp_path))
     with pytest.raises(ValueError, match="num_attention_heads 2 there, 3 here"):
-        taken_over(config(folder, heads=3, dim=72))
+        describe_wan_import(config(folder, heads=3, dim=72))
     with pytest.raises(ValueError, match=r"mlp\.0\.bias \(96,\) there, \(144,\) here; .*mlp\.0\.weight"):
-        taken_over(config(folder, mlp_ratio=3.0))
+        describe_wan_import(config(folder, mlp_ratio=3.0))
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     (tmp_path / "a.safetensors").touch()
     with pytest.raises(ValueError, match="is a FluxTransformer2DModel: name the folder"):
-        taken_over(config(tmp_path))
+        describe_wan_import(config(tmp_path))
     branches = {VIDEO: BranchConfig(channels=48, size=(4, 4), patch=(2, 2), data_std=None)}
     with pytest.raises(ValueError, match=r"embed\.weight \(48, 64\) there, \(48, 192\) here"):
-        taken_over(config(folder, branches=branches))
+        describe_wan_import(config(folder, branches=branches))
 
 
 def test_other_stages_start_from_runs(folder):
-    joint = presets.preset("base", "joint", geometry("base").shapes((32, 32)))
+    joint = presets.build_preset("base", "joint", geometry_for_preset("base").shapes((32, 32)))
     with pytest.raises(ValueError, match="stage joint starts from finished runs"):
         replace(joint, init_video=str(folder))

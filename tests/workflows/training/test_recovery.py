@@ -18,13 +18,13 @@ from tests.helpers.gloo_processes import run_on
 from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.small_training import EVERY_PART_AT_ONCE, SMALL, killed_at, run
 from workflows.checkpoints.load import find_export, load_weights
-from workflows.checkpoints.store import COMPLETE, Shelf, complete
-from workflows.tracking.tracker import read_lines
+from workflows.checkpoints.store import COMPLETE_FILE, CheckpointStore, list_checkpoints
+from workflows.tracking.tracker import read_json_lines
 from workflows.training import heartbeat, preemption, worker
-from workflows.training.checkpointing import SaveError, restore
-from workflows.training.engines.state import Snapshot
-from workflows.training.loop import Stopped
-from workflows.training.train import train
+from workflows.training.checkpointing import CheckpointSaveError, load_training_state
+from workflows.training.engines.state import StateShard
+from workflows.training.loop import TrainingInterrupted
+from workflows.training.train import train_stage
 from workflows.utils.json_io import read_json
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -47,55 +47,57 @@ def weights_of(engines) -> dict[str, torch.Tensor]:
 
 def test_training_goes_on_while_the_copy_is_written(tmp_path, monkeypatch):
     engines, ema = parts(0)
-    before, gate, write = weights_of(engines), threading.Event(), Snapshot.write
-    monkeypatch.setattr(Snapshot, "write", lambda *args: gate.wait(30) and write(*args))
+    before, gate, write = weights_of(engines), threading.Event(), StateShard.write
+    monkeypatch.setattr(StateShard, "write", lambda *args: gate.wait(30) and write(*args))
     saver = writer(tmp_path, engines, ema)
     saver.save(PROGRESS)
     with torch.no_grad():
         for _, value in engines["student"].weights():
             value.add_(1.0)
-    assert complete(tmp_path) == [], "the save has returned before anything is written"
+    assert list_checkpoints(tmp_path) == [], "the save has returned before anything is written"
     gate.set()
     saver.wait()
-    (folder,) = complete(tmp_path)
+    (folder,) = list_checkpoints(tmp_path)
     others, average = parts(1)
-    restore(Shelf(tmp_path), folder.name, others, average)
+    load_training_state(CheckpointStore(tmp_path), folder.name, others, average)
     assert all(torch.equal(value, before[name]) for name, value in weights_of(others).items())
 
 
 def test_the_next_save_waits_for_the_one_before_it(tmp_path, monkeypatch):
     engines, ema = parts(0)
-    write = Snapshot.write
-    monkeypatch.setattr(Snapshot, "write", lambda *args: time.sleep(0.05) or write(*args))
+    write = StateShard.write
+    monkeypatch.setattr(StateShard, "write", lambda *args: time.sleep(0.05) or write(*args))
     saver = writer(tmp_path, engines, ema, keep=9)
     for n in range(3):
         saver.save(PROGRESS.__class__(step=n, samples_seen=n, first={}, last={}))
-        assert len(complete(tmp_path)) == n
+        assert len(list_checkpoints(tmp_path)) == n
     saver.close()
-    assert len(complete(tmp_path)) == 3, "after an error what is being written is finished"
+    assert len(list_checkpoints(tmp_path)) == 3, "after an error what is being written is finished"
 
 
 def test_a_failed_save_is_raised_at_the_next_step_and_the_one_before_it_used(tmp_path, data, monkeypatch):
     whole = run("video", tmp_path / "whole", data, run="v", sets=("checkpoint.every=4",))
-    write = Snapshot.write
+    write = StateShard.write
 
     def full_disk(self, folder, name):
         if folder.parent.name.startswith("000000000016"):
             raise OSError(28, "No space left on device")
         return write(self, folder, name)
 
-    monkeypatch.setattr(Snapshot, "write", full_disk)
-    with pytest.raises(SaveError, match=r"000000000016-\w+ could not be written: rank 0: OSError.*No space left"):
+    monkeypatch.setattr(StateShard, "write", full_disk)
+    with pytest.raises(
+        CheckpointSaveError, match=r"000000000016-\w+ could not be written: rank 0: OSError.*No space left"
+    ):
         run("video", tmp_path, data, run="v", sets=("checkpoint.every=4",))
-    steps = [entry["step"] for entry in read_lines(tmp_path / "v" / "metrics.jsonl")]
+    steps = [entry["step"] for entry in read_json_lines(tmp_path / "v" / "metrics.jsonl")]
     assert max(steps) <= 6, "it was raised at the next step"
     monkeypatch.undo()
     monkeypatch.setenv("MFCTL_TRACKER", "json")
     root = tmp_path / "v" / "checkpoints"
-    assert [p.name.split("-")[0] for p in complete(root)] == ["000000000008", "000000000012"]
+    assert [p.name.split("-")[0] for p in list_checkpoints(root)] == ["000000000008", "000000000012"]
     again = run("video", tmp_path, data, run="v", sets=("checkpoint.every=4",))
     assert "goes on from step 3" in (tmp_path / "v" / "log.txt").read_text()
-    assert all((p / COMPLETE).exists() for p in root.iterdir()), "the torn one is cleaned away"
+    assert all((p / COMPLETE_FILE).exists() for p in root.iterdir()), "the torn one is cleaned away"
     a, b = load_weights(whole["run_dir"]), load_weights(again["run_dir"])
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -103,31 +105,31 @@ def test_a_failed_save_is_raised_at_the_next_step_and_the_one_before_it_used(tmp
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from workflows.training.engines.state import Snapshot
+from workflows.training.engines.state import StateShard
 from workflows.training import worker
-from workflows.training.train import train
-write = Snapshot.write
+from workflows.training.train import train_stage
+write = StateShard.write
 def dying(self, folder, name):
     path = write(self, folder, name)
     if folder.parent.name.startswith("000000000024") and name == "ema":
         os.kill(os.getpid(), signal.SIGKILL)
     return path
-Snapshot.write = dying
-train("video", data=sys.argv[1], sets=sys.argv[3:], runs_dir=Path(sys.argv[2]), run="v", launch=worker.work)
+StateShard.write = dying
+train_stage("video", data=sys.argv[1], sets=sys.argv[3:], runs_dir=Path(sys.argv[2]), run="v", launch=worker.run_worker)
 """
 
 
 def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tmp_path, data):
     sets = (*SMALL, "checkpoint.every=8")
-    whole = train("video", data=data, sets=sets, runs_dir=tmp_path / "whole", run="v", launch=worker.work)
+    whole = train_stage("video", data=data, sets=sets, runs_dir=tmp_path / "whole", run="v", launch=worker.run_worker)
     command = [sys.executable, "-c", KILLED, data, str(tmp_path), *sets]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MFCTL_TRACKER": "json"}
     ended = subprocess.run(command, env=environment, capture_output=True, timeout=100, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     root = tmp_path / "v" / "checkpoints"
-    (torn,) = [p for p in root.iterdir() if not (p / COMPLETE).exists()]
+    (torn,) = [p for p in root.iterdir() if not (p / COMPLETE_FILE).exists()]
     assert list(torn.rglob("*.safetensors")), "it died in the middle"
-    again = train("video", data=data, sets=sets, runs_dir=tmp_path, run="v", launch=worker.work)
+    again = train_stage("video", data=data, sets=sets, runs_dir=tmp_path, run="v", launch=worker.run_worker)
     assert not torn.exists()
     assert again["losses"] == whole["losses"]
     for weights in ("ema", "raw"):
@@ -143,7 +145,7 @@ def test_checkpoints_elsewhere(tmp_path, data, place):
     result = run("audio", tmp_path, data, run="a", sets=sets)
     assert result["checkpoint"].startswith(f"{to}/a/checkpoints/")
     assert not (tmp_path / "a" / "checkpoints").exists()
-    assert len(Shelf(f"{to}/a/checkpoints").complete()) == 2, "the last two are kept"
+    assert len(CheckpointStore(f"{to}/a/checkpoints").list_complete()) == 2, "the last two are kept"
     a = load_weights(whole["run_dir"])
     for name in (result["run_dir"], result["checkpoint"], f"{to}/a", f"{result['checkpoint']}/export"):
         b = load_weights(name)
@@ -153,9 +155,9 @@ def test_checkpoints_elsewhere(tmp_path, data, place):
     def launch(job):
         with pytest.raises(ValueError, match="is being written by"):
             run("audio", tmp_path / "another machine", data, run="a", sets=sets)
-        worker.work(job)
+        worker.run_worker(job)
 
-    train("audio", data=data, sets=(*SMALL, *sets), runs_dir=tmp_path, run="a", launch=launch)
+    train_stage("audio", data=data, sets=(*SMALL, *sets), runs_dir=tmp_path, run="a", launch=launch)
     assert "goes on from step 8" in Path(result["run_dir"], "log.txt").read_text()
     with pytest.raises(ValueError, match="neither a run, a complete checkpoint nor its export"):
         find_export("memory://bucket/nowhere")
@@ -186,21 +188,21 @@ def test_the_record_of_a_checkpoint_is_complete(tmp_path, data):
 
 def test_a_signal_saves_at_once_and_the_same_command_goes_on(tmp_path, data, monkeypatch):
     whole = run("video", tmp_path / "whole", data, run="v")
-    step = worker.TrainingBatches.step
+    step = worker.TrainingBatchLoader.micro_batches
 
     def told(self, number):
         if number == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, number)
 
-    monkeypatch.setattr(worker.TrainingBatches, "step", told)
+    monkeypatch.setattr(worker.TrainingBatchLoader, "micro_batches", told)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError, match=r"stopped after step \d of 8 .*received SIGTERM.*run the same command"):
         run("video", tmp_path, data, run="v")
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.undo()
     monkeypatch.setenv("MFCTL_TRACKER", "json")
-    stopped = complete(tmp_path / "v" / "checkpoints")[-1]
+    stopped = list_checkpoints(tmp_path / "v" / "checkpoints")[-1]
     assert read_json(stopped / "run.json")["progress"]["step"] in range(1, 6), "batches are made two steps ahead"
     again = run("video", tmp_path, data, run="v")
     assert again["losses"] == whole["losses"]
@@ -211,33 +213,33 @@ def test_a_signal_saves_at_once_and_the_same_command_goes_on(tmp_path, data, mon
 def test_a_silent_or_slow_rank_is_named(tmp_path):
     """By a clock of the test's own."""
     said: list[str] = []
-    watch = heartbeat.Watch(tmp_path, said.append, silent=20, slow=30)
+    watch = heartbeat.HeartbeatMonitor(tmp_path, said.append, silent=20, slow=30)
 
     def beat(rank: int, count: int, step: int, doing: str) -> None:
         facts = {"rank": rank, "host": "node", "pid": 70 + rank, "beat": count, "step": step, "doing": doing}
         (tmp_path / f"{rank:05d}.json").write_text(json.dumps(facts))
 
     for now in range(60):
-        beat(0, now, 3, heartbeat.WAITING)
+        beat(0, now, 3, heartbeat.WAITING_LABEL)
         beat(1, min(now, 5), 3, "computing")
-        beat(2, now, 3, "computing" if now < 50 else heartbeat.WAITING)
-        watch.look(now)
+        beat(2, now, 3, "computing" if now < 50 else heartbeat.WAITING_LABEL)
+        watch.check(now)
     assert said[0].startswith("rank 1 (process 71 on node) has given no sign of life for 20 s; it was at step 3")
     assert said[1].startswith(
         "rank 2 (process 72 on node) has kept others waiting for 30 s: it is still computing step 3"
     )
     beat(1, 99, 4, "computing")
-    watch.look(60)
+    watch.check(60)
     assert said[2:] == ["rank 1 (process 71 on node) is back, at step 4"]
     for path in tmp_path.iterdir():
         path.unlink()
-    watch.look(100)
+    watch.check(100)
     assert len(said) == 3, "a rank that is done is not silent"
 
 
 def _hangs(folder: Path) -> None:
     """Rank 1 does not reach the sum that rank 0 waits in, until it has been named; both compute step 5."""
-    beat = heartbeat.Pulse(folder, torch.distributed.get_rank(), interval=0.1)
+    beat = heartbeat.Heartbeat(folder, torch.distributed.get_rank(), interval=0.1)
     beat(5, "computing")
     deadline = time.monotonic() + 60
     while torch.distributed.get_rank() == 1 and not (folder / "named").exists() and time.monotonic() < deadline:
@@ -248,11 +250,11 @@ def _hangs(folder: Path) -> None:
 
 def test_a_rank_that_hangs_before_a_collective_is_named(tmp_path):
     said: list[str] = []
-    watch = heartbeat.Watch(tmp_path, said.append, silent=20, slow=1.5)
+    watch = heartbeat.HeartbeatMonitor(tmp_path, said.append, silent=20, slow=1.5)
     processes = threading.Thread(target=run_on, args=(2, _hangs, tmp_path))
     processes.start()
     while processes.is_alive():
-        watch.look(time.monotonic())
+        watch.check(time.monotonic())
         if said:
             (tmp_path / "named").touch()
         time.sleep(0.1)
@@ -263,13 +265,13 @@ def test_a_rank_that_hangs_before_a_collective_is_named(tmp_path):
 
 def test_ranks_in_collectives_that_do_not_match_are_all_named(tmp_path):
     said: list[str] = []
-    watch = heartbeat.Watch(tmp_path, said.append, silent=100, slow=30)
+    watch = heartbeat.HeartbeatMonitor(tmp_path, said.append, silent=100, slow=30)
     for rank, collective in enumerate(("all_reduce", "barrier")):
         facts = {"rank": rank, "host": "node", "pid": 70 + rank, "step": 3, "doing": "computing"}
         text = json.dumps({**facts, "beat": 1, "line": "c.py:1, f", "stack": 5, "collective": collective})
         (tmp_path / f"{rank:05d}.json").write_text(text)
     for now in range(60):
-        watch.look(now)
+        watch.check(now)
     (line,) = said
     assert "rank 0 (process 70 on node) in all_reduce, step 3; rank 1 (process 71 on node) in barrier" in line
 
@@ -277,17 +279,17 @@ def test_ranks_in_collectives_that_do_not_match_are_all_named(tmp_path):
 NATIVE = """
 import ctypes, os, signal, threading, time
 from pathlib import Path
-from workflows.training import preemption as notice
+from workflows.training import preemption
 
 def send():
     os.kill(os.getpid(), signal.SIGTERM)
-    heard = notice.Notices(Path("nowhere"), "")
+    heard = preemption.PreemptionMonitor(Path("nowhere"), "")
     while not heard():
         time.sleep(0.01)
     print(heard(), flush=True)
     os._exit(0)
 
-notice.listen()
+preemption.install_sigterm_handler()
 threading.Timer(0.2, send).start()
 lock = ctypes.create_string_buffer(64)
 for _ in range(2):
@@ -301,7 +303,7 @@ def test_a_notice_is_heard_while_the_main_thread_is_in_native_code():
 
 
 def test_a_rank_beats_while_it_lives(tmp_path):
-    beat = heartbeat.Pulse(tmp_path, 3, interval=0.01)
+    beat = heartbeat.Heartbeat(tmp_path, 3, interval=0.01)
     beat(7, "computing")
     counts = set()
     for _ in range(200):
@@ -318,9 +320,9 @@ def test_a_rank_beats_while_it_lives(tmp_path):
 # --- on several plain processes -------------------------------------------------------------------------------------
 
 
-def _work_with_a_bad_clip(job: worker.Job) -> None:
+def _work_with_a_bad_clip(job: worker.TrainingJob) -> None:
     """Sample 13 (step 1, the second rank's) has a latent that is no number."""
-    assemble = worker.TrainingBatches.step
+    assemble = worker.TrainingBatchLoader.micro_batches
 
     def step(self, number):
         batches = assemble(self, number)
@@ -328,8 +330,8 @@ def _work_with_a_bad_clip(job: worker.Job) -> None:
             batch.streams["audio"].latents[batch.samples == 13] = float("nan")
         return batches
 
-    worker.TrainingBatches.step = step
-    worker.work(job)
+    worker.TrainingBatchLoader.micro_batches = step
+    worker.run_worker(job)
 
 
 @pytest.mark.slow
@@ -343,20 +345,20 @@ def test_a_bad_number_on_one_rank_is_named_with_its_clips(tmp_path, data):
     with pytest.raises(
         RuntimeError, match=r"stage audio, step 1: not finite: rank 1: the loss flow_matching/audio on clips clip-\d+, "
     ) as stopped:
-        train("audio", data=data, sets=sets, runs_dir=tmp_path, run="a", launch=launch)
+        train_stage("audio", data=data, sets=sets, runs_dir=tmp_path, run="a", launch=launch)
     assert "rank 0:" not in str(stopped.value)
     assert "samples 12..15" in str(stopped.value)
-    done = train("audio", data=data, sets=(*sets, "skip_nonfinite=1"), runs_dir=tmp_path, run="b", launch=launch)
+    done = train_stage("audio", data=data, sets=(*sets, "skip_nonfinite=1"), runs_dir=tmp_path, run="b", launch=launch)
     assert done["samples_seen"] == 24
     assert "Step left out (1 of 1)" in (tmp_path / "b" / "log.txt").read_text()
-    entries = read_lines(tmp_path / "b" / "metrics.jsonl")
+    entries = read_json_lines(tmp_path / "b" / "metrics.jsonl")
     assert ["flow_matching/audio" in entry for entry in entries] == [False, True, False, True]
     assert all(torch.isfinite(value).all() for value in load_weights(done["run_dir"], "raw").values())
 
 
 def test_a_machine_about_to_go_saves_the_run_and_hands_it_back_to_the_launcher(tmp_path, data, monkeypatch):
     whole = run("audio", tmp_path / "whole", data, run="a")
-    monkeypatch.setattr(preemption, "POLL", 0.0)
+    monkeypatch.setattr(preemption, "POLL_S", 0.0)
     asked = []
 
     def leaving() -> str:
@@ -364,11 +366,11 @@ def test_a_machine_about_to_go_saves_the_run_and_hands_it_back_to_the_launcher(t
         return "a machine of ranks [0] is about to go" if len(asked) >= 3 else ""
 
     def launch(job):
-        with pytest.raises(Stopped, match=r"stopped after step 3 of 8 \(rank 0: a machine of ranks \[0\]"):
-            worker.work(job, leaving)
-        worker.work(job)  # as the launcher does, elsewhere
+        with pytest.raises(TrainingInterrupted, match=r"stopped after step 3 of 8 \(rank 0: a machine of ranks \[0\]"):
+            worker.run_worker(job, leaving)
+        worker.run_worker(job)  # as the launcher does, elsewhere
 
-    again = train("audio", data=data, sets=SMALL, runs_dir=tmp_path, run="a", launch=launch)
+    again = train_stage("audio", data=data, sets=SMALL, runs_dir=tmp_path, run="a", launch=launch)
     assert "goes on from step 3" in (tmp_path / "a" / "log.txt").read_text()
     a, b = load_weights(whole["run_dir"]), load_weights(again["run_dir"])
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -377,7 +379,7 @@ def test_a_machine_about_to_go_saves_the_run_and_hands_it_back_to_the_launcher(t
 def test_what_moves_no_number_may_change_when_a_run_goes_on(tmp_path, data):
     whole = run("video", tmp_path / "whole", data, run="v")
     with pytest.raises(KeyboardInterrupt):
-        train("video", data=data, sets=SMALL, runs_dir=tmp_path, run="v", launch=killed_at(6))
+        train_stage("video", data=data, sets=SMALL, runs_dir=tmp_path, run="v", launch=killed_at(6))
     changed = ("data.micro=1", "checkpoint.keep=5", "log_every=1", "engine.max_failures=7", "skip_nonfinite=2")
     again = run("video", tmp_path, data, run="v", sets=changed)
     assert read_json(tmp_path / "v" / "run.json")["config"]["engine"]["max_failures"] == 7

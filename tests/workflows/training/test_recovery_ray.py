@@ -11,12 +11,12 @@ from tests.helpers import training_driver
 from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.small_training import SMALL
 from workflows.checkpoints.load import load_weights
-from workflows.checkpoints.store import Shelf
-from workflows.config.serialization import load
-from workflows.tracking.tracker import read_lines
+from workflows.checkpoints.store import CheckpointStore
+from workflows.config.serialization import from_dict
+from workflows.tracking.tracker import read_json_lines
 from workflows.training import worker
 from workflows.training.progress import Progress
-from workflows.training.train import train
+from workflows.training.train import train_stage
 from workflows.utils.json_io import read_json
 
 STEPS = 60
@@ -46,7 +46,7 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MFCTL_TRACKER", "json")
         for stage in ("video", "audio", "joint"):
-            train(stage, data=data, sets=SMALL, runs_dir=folder / "parents", run=stage, launch=worker.work)
+            train_stage(stage, data=data, sets=SMALL, runs_dir=folder / "parents", run=stage, launch=worker.run_worker)
     return folder, data
 
 
@@ -68,7 +68,7 @@ def whole(request, world, tmp_path_factory):
 def losses(runs_dir: Path) -> list[dict[str, float]]:
     """Every logged number that is not a speed."""
     timed = ("time", "data_wait", "samples_per_s", "tokens_per_s", "checkpoint", "memory", "_s")
-    lines = read_lines(runs_dir / "a" / "metrics.jsonl")
+    lines = read_json_lines(runs_dir / "a" / "metrics.jsonl")
     return [{k: v for k, v in entry.items() if not any(word in k for word in timed)} for entry in lines]
 
 
@@ -129,8 +129,8 @@ def test_a_notice_saves_at_once_and_ends_the_run(whole, world, tmp_path, who):
     target.send_signal(signal.SIGTERM)
     assert process.wait() == 1, training_driver.text(tmp_path)
     assert "run the same command to go on" in training_driver.text(tmp_path)
-    shelf = Shelf(tmp_path / "a" / "checkpoints")
-    saved = load(Progress, read_json(Path(shelf.where(shelf.complete()[-1]), "run.json"))["progress"])
+    shelf = CheckpointStore(tmp_path / "a" / "checkpoints")
+    saved = from_dict(Progress, read_json(Path(shelf.uri_of(shelf.list_complete()[-1]), "run.json"))["progress"])
     assert f"stopped after step {saved.step} of {STEPS}" in training_driver.text(tmp_path)
     assert 7 <= saved.step < STEPS
     process = begin(stage, world, tmp_path)

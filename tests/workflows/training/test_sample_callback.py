@@ -11,11 +11,11 @@ import torch
 from tests.helpers.small_training import SMALL
 from workflows.checkpoints.load import load_weights
 from workflows.config.run import EngineConfig
-from workflows.tracking.tracker import LATE, STEP, read_lines
+from workflows.tracking.tracker import LATE_KEY, STEP_KEY, read_json_lines
 from workflows.training import worker
-from workflows.training.async_samples import Snapshots, look_at, room_for_looks
-from workflows.training.samples import look_path, read_look
-from workflows.training.train import train
+from workflows.training.async_samples import SnapshotWriter, evaluate_snapshot, spare_resources
+from workflows.training.samples import load_report, report_path
+from workflows.training.train import train_stage
 
 SETS = (*SMALL, "data.held_out=0.5", "steps=4", "log_every=1", "checkpoint.every=8", "sample_every=8")
 
@@ -28,25 +28,27 @@ def no_mlflow(monkeypatch):
 
 def looks_of(result) -> dict[int, dict[str, float]]:
     """Step -> what was logged of its look, without how long it took."""
-    entries = [e for e in read_lines(Path(result["run_dir"], "metrics.jsonl")) if LATE in e]
+    entries = [e for e in read_json_lines(Path(result["run_dir"], "metrics.jsonl")) if LATE_KEY in e]
     return {e["step"]: {k: v for k, v in e.items() if k not in ("time", "sample/seconds")} for e in entries}
 
 
 def test_looks_aside_are_those_in_line(tmp_path, toy_data):
     """The first by somebody who comes when training has gone on, the last left over for the end."""
-    plain = train("video", data=toy_data, sets=SETS, runs_dir=tmp_path / "line", run="v", launch=worker.work)
+    plain = train_stage(
+        "video", data=toy_data, sets=SETS, runs_dir=tmp_path / "line", run="v", launch=worker.run_worker
+    )
     given: list[Path] = []
 
     def launch(job):
-        worker.work(job, aside=Snapshots(job.run_dir / "ray" / "it", job.card, given.append))
-        look_at(given[0], job.run_dir)
+        worker.run_worker(job, aside=SnapshotWriter(job.run_dir / "ray" / "it", job.card, given.append))
+        evaluate_snapshot(given[0], job.run_dir)
 
-    result = train("video", data=toy_data, sets=SETS, runs_dir=tmp_path / "aside", run="v", launch=launch)
+    result = train_stage("video", data=toy_data, sets=SETS, runs_dir=tmp_path / "aside", run="v", launch=launch)
     ours, theirs = looks_of(result), looks_of(plain)
     assert list(ours) == list(theirs) == [2, 4]
     for step, numbers in theirs.items():
         assert ours[step] == pytest.approx(numbers, rel=1e-6, nan_ok=True)
-    order = [(e["step"], LATE in e) for e in read_lines(Path(result["run_dir"], "metrics.jsonl"))]
+    order = [(e["step"], LATE_KEY in e) for e in read_json_lines(Path(result["run_dir"], "metrics.jsonl"))]
     assert order.index((2, True)) > order.index((4, False)), "training had gone on"
     assert not any(folder.exists() for folder in given)
     assert "beside the training" in Path(result["run_dir"], "log.txt").read_text()
@@ -59,14 +61,16 @@ def test_a_look_holds_the_figures_of_a_sweep(tmp_path, toy_data):
     """Of both modes, by window where clips are long enough; what cannot be measured says what it needs."""
     sets = (*SMALL, "data.held_out=0.5", "steps=1")
     parents = [
-        train(stage, data=toy_data, sets=sets, runs_dir=tmp_path, run=stage, launch=worker.work)["run_dir"]
+        train_stage(stage, data=toy_data, sets=sets, runs_dir=tmp_path, run=stage, launch=worker.run_worker)["run_dir"]
         for stage in ("video", "audio")
     ]
-    joint = train("joint", data=toy_data, sets=sets, init_from=parents, runs_dir=tmp_path, run="j", launch=worker.work)
+    joint = train_stage(
+        "joint", data=toy_data, sets=sets, init_from=parents, runs_dir=tmp_path, run="j", launch=worker.run_worker
+    )
     looked = (*sets, "sample_every=4")
-    result = train(
+    result = train_stage(
         "mutual", data=toy_data, sets=looked, init_from=[joint["run_dir"]], runs_dir=tmp_path, run="m",
-        launch=worker.work,
+        launch=worker.run_worker,
     )  # fmt: skip
     ((step, numbers),) = looks_of(result).items()
     assert step == 1
@@ -75,37 +79,37 @@ def test_a_look_holds_the_figures_of_a_sweep(tmp_path, toy_data):
             assert f"sample/{metric}/{mode}" in numbers
     assert numbers["sample/sync/real"] > 0.9
     assert numbers["sample/syllable_error/real"] < 0.2 < numbers["sample/syllable_error/few"]
-    look = read_look(look_path(Path(result["run_dir"]), step))
+    look = load_report(report_path(Path(result["run_dir"]), step))
     assert look.not_measured["lse_c"].startswith("not measured: needs --weights syncnet=")
     assert all(Path(path).stat().st_size > 1000 for path in look.files) and len(look.files) == 4
 
 
 def test_looks_need_room_that_the_workers_leave():
     cpu = EngineConfig(workers=2)
-    assert room_for_looks(cpu, {"CPU": 1.0}, {"CPU": 3.0}) == {"CPU": 1.0}
-    assert room_for_looks(cpu, {"CPU": 1.0}, {"CPU": 2.0}) == {}
-    assert room_for_looks(EngineConfig(workers=(1, 4)), {"CPU": 1.0}, {"CPU": 4.0}) == {}, "it may grow"
+    assert spare_resources(cpu, {"CPU": 1.0}, {"CPU": 3.0}) == {"CPU": 1.0}
+    assert spare_resources(cpu, {"CPU": 1.0}, {"CPU": 2.0}) == {}
+    assert spare_resources(EngineConfig(workers=(1, 4)), {"CPU": 1.0}, {"CPU": 4.0}) == {}, "it may grow"
     gpu = EngineConfig(workers=1, use_gpu=True)
-    assert room_for_looks(gpu, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 9.0, "GPU": 1.0}) == {}
-    assert room_for_looks(gpu, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 9.0, "GPU": 2.0}) == {"CPU": 1.0, "GPU": 1.0}
+    assert spare_resources(gpu, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 9.0, "GPU": 1.0}) == {}
+    assert spare_resources(gpu, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 9.0, "GPU": 2.0}) == {"CPU": 1.0, "GPU": 1.0}
 
 
 def test_weights_that_never_came_are_said(tmp_path, toy_data):
     """The writer was killed between the weights and their last file."""
 
     def launch(job):
-        worker.work(job, aside=Snapshots(job.run_dir / "ray" / "it", job.card, lambda folder: None))
+        worker.run_worker(job, aside=SnapshotWriter(job.run_dir / "ray" / "it", job.card, lambda folder: None))
         for file in job.run_dir.glob("ray/it/*/model.json"):
             file.unlink()
 
-    result = train("video", data=toy_data, sets=SETS, runs_dir=tmp_path, run="v", launch=launch)
+    result = train_stage("video", data=toy_data, sets=SETS, runs_dir=tmp_path, run="v", launch=launch)
     assert [numbers["sample/failed"] for numbers in looks_of(result).values()] == [1, 1]
     assert not list(Path(result["run_dir"], "ray", "it").iterdir())
 
 
 def test_networks_that_measure_are_refused_before_the_run(tmp_path, toy_data):
     with pytest.raises(ValueError, match="does not exist; give a folder of CLAP"):
-        train("video", data=toy_data, sets=(*SETS, "sample_weights=[clap=/nowhere]"), runs_dir=tmp_path, run="v")
+        train_stage("video", data=toy_data, sets=(*SETS, "sample_weights=[clap=/nowhere]"), runs_dir=tmp_path, run="v")
     assert not (tmp_path / "v").exists()
 
 
@@ -113,7 +117,7 @@ LEADER = """if True:
     import os, pathlib, ray
     os.environ["RAY_ADDRESS"] = ""  # as in a submitted job; Ray takes it for "here"
     from workflows.config.run import EngineConfig
-    from workflows.training.ray_launcher import with_a_gpu
+    from workflows.training.ray_launcher import run_with_gpu
 
     def given(run_dir):
         leads = os.getpid() == LEADER
@@ -121,14 +125,14 @@ LEADER = """if True:
         return [os.getpid(), str(run_dir), resources.get("GPU", 0.0), resources.get("trainer", 0.0)]
 
     LEADER, runs = os.getpid(), pathlib.Path("runs/v")
-    assert with_a_gpu(given, runs, EngineConfig()) == [os.getpid(), "runs/v", 0.0, 0.0], "a run on CPUs asks for none"
+    assert run_with_gpu(given, runs, EngineConfig()) == [os.getpid(), "runs/v", 0.0, 0.0], "a run on CPUs asks for none"
     ray.init(num_cpus=1, num_gpus=1, resources={"trainer": 1}, include_dashboard=False, logging_level="ERROR")
     for resource, amount in (None, 0.0), ("trainer", 1.0):
-        pid, *rest = with_a_gpu(given, runs, EngineConfig(use_gpu=True, resource=resource))
+        pid, *rest = run_with_gpu(given, runs, EngineConfig(use_gpu=True, resource=resource))
         assert pid != os.getpid() and rest == ["runs/v", 1.0, amount], rest
     ray.shutdown()
     del os.environ["RAY_ADDRESS"]
-    assert with_a_gpu(given, runs, EngineConfig(use_gpu=True))[0] == os.getpid(), "no cluster: as well as it can"
+    assert run_with_gpu(given, runs, EngineConfig(use_gpu=True))[0] == os.getpid(), "no cluster: as well as it can"
 """
 
 
@@ -158,12 +162,12 @@ def test_ray_train_validates_while_training_goes_on(tmp_path, toy_data, monkeypa
     client = pytest.importorskip("mlflow").MlflowClient
     monkeypatch.delenv("MFCTL_TRACKER")
     sets = (*SETS, "steps=200", "sample_every=200", "eval_every=100", "checkpoint.every=400")
-    result = train("video", data=toy_data, sets=sets, runs_dir=tmp_path, run="v")
-    entries = read_lines(tmp_path / "v" / "metrics.jsonl")
+    result = train_stage("video", data=toy_data, sets=sets, runs_dir=tmp_path, run="v")
+    entries = read_json_lines(tmp_path / "v" / "metrics.jsonl")
     assert sorted(looks_of(result)) == [50, 100, 150, 200]
-    order = [(e["step"], LATE in e) for e in entries]
+    order = [(e["step"], LATE_KEY in e) for e in entries]
     assert order.index((50, True)) > order.index((51, False)), "it did not wait"
-    assert [e[STEP] for e in entries if STEP in e and e["step"] > 0] == [4.0 * step for step in range(1, 201)]
+    assert [e[STEP_KEY] for e in entries if STEP_KEY in e and e["step"] > 0] == [4.0 * step for step in range(1, 201)]
     history = client(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history(result["mlflow_run"], "sample/valid/multi")
     assert sorted(point.step for point in history) == [50, 100, 150, 200]
     assert not list(tmp_path.glob("v/ray/*/look-*"))

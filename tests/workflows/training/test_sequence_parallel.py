@@ -34,7 +34,7 @@ def both_ways() -> list[tuple[torch.Tensor, ...]]:
         if ulysses:
             answer = theirs(*(x.transpose(1, 2).contiguous() for x in mine), batch_dim_idx=0).transpose(1, 2)
         else:
-            answer = group.by_token(attend(*(group.by_head(x, counts) for x in mine), None), counts)
+            answer = group.gather_heads(attend(*(group.scatter_heads(x, counts) for x in mine), None), counts)
         answer.square().sum().backward()
         found.append((answer.detach(), *(x.grad for x in parts)))
     return found

@@ -8,10 +8,10 @@ import torch
 
 from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.small_training import EVERY_PART_AT_ONCE, SMALL, killed_at, run
-from workflows.checkpoints.load import load_card, load_export, load_weights
-from workflows.checkpoints.store import complete
+from workflows.checkpoints.load import load_export, load_metadata, load_weights
+from workflows.checkpoints.store import list_checkpoints
 from workflows.training import worker
-from workflows.training.train import train
+from workflows.training.train import train_stage
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_every_stage_trains_from_the_ones_before_it(tmp_path, data):
     logged = [json.loads(row) for row in Path(mutual["run_dir"], "metrics.jsonl").read_text().splitlines()]
     assert "dmd/video" in logged[-1]
     assert "fake_score/audio" in logged[-1]
-    assert load_card(mutual["run_dir"]).stage == "mutual"
+    assert load_metadata(mutual["run_dir"]).stage == "mutual"
 
 
 def test_joint_starts_with_the_weights_of_both_parents(tmp_path, data):
@@ -50,8 +50,8 @@ def test_joint_starts_with_the_weights_of_both_parents(tmp_path, data):
 def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path, data):
     whole = run("video", tmp_path / "a", data, run="v")
     with pytest.raises(KeyboardInterrupt):
-        train("video", data=data, sets=SMALL, runs_dir=tmp_path / "b", run="v", launch=killed_at(6))
-    assert len(complete(tmp_path / "b" / "v" / "checkpoints")) == 1
+        train_stage("video", data=data, sets=SMALL, runs_dir=tmp_path / "b", run="v", launch=killed_at(6))
+    assert len(list_checkpoints(tmp_path / "b" / "v" / "checkpoints")) == 1
     resumed = run("video", tmp_path / "b", data, run="v")
     assert resumed["losses"] == whole["losses"]
     for weights in ("ema", "raw"):
@@ -72,15 +72,15 @@ def test_a_finished_run_is_not_trained_again(tmp_path, data):
     def launch(job):
         raise AssertionError("nothing to do")
 
-    assert train("audio", data=data, sets=SMALL, runs_dir=tmp_path, launch=launch) == result
+    assert train_stage("audio", data=data, sets=SMALL, runs_dir=tmp_path, launch=launch) == result
 
 
 def test_the_latest_dataset_is_found_or_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"mfctl preprocess .* --data"):
-        train("video", runs_dir=tmp_path)
+        train_stage("video", runs_dir=tmp_path)
     write_dataset(tmp_path / "old")
     new = write_dataset(tmp_path / "demo" / "new")
-    plan = train("video", runs_dir=tmp_path, sets=SMALL, dry_run=True)
+    plan = train_stage("video", runs_dir=tmp_path, sets=SMALL, dry_run=True)
     assert plan["costs"]["parameters"]["total"] > 0
     assert plan["data"] == new
     assert plan["config"]["data"]["batch"] == 4
@@ -89,7 +89,7 @@ def test_the_latest_dataset_is_found_or_asked_for(tmp_path):
 
 @pytest.mark.parametrize(("preset", "billions"), [("small", 0.1), ("base", 3.0), ("full", 13.9)])
 def test_a_dry_run_without_data_counts_a_preset_on_paper(tmp_path, preset, billions):
-    result = train("joint", preset=preset, runs_dir=tmp_path, dry_run=True)
+    result = train_stage("joint", preset=preset, runs_dir=tmp_path, dry_run=True)
     counted = result["costs"]["parameters"]
     assert counted["total"] / 1e9 == pytest.approx(billions, rel=0.05)
     assert counted["video"] == pytest.approx(counted["audio"], rel=0.01)
@@ -133,12 +133,12 @@ def test_statistics_are_frozen_by_the_first_stage(tmp_path, data):
     facts["stats"]["video"]["mean"] = [9.0] * 3
     (grown / "_dataset.json").write_text(json.dumps(facts))
     joint = run("joint", tmp_path, str(grown))
-    assert load_card(joint["run_dir"]).stats["video"].mean == (0.1,) * 3
+    assert load_metadata(joint["run_dir"]).stats["video"].mean == (0.1,) * 3
 
 
 def test_a_run_does_not_change_its_settings_or_its_data(tmp_path, data):
     with pytest.raises(KeyboardInterrupt):
-        train("video", data=data, sets=SMALL, runs_dir=tmp_path, run="v", launch=killed_at(5))
+        train_stage("video", data=data, sets=SMALL, runs_dir=tmp_path, run="v", launch=killed_at(5))
     with pytest.raises(ValueError, match=r"config.optim.lr: 0.003 -> 0.001"):
         run("video", tmp_path, data, run="v", sets=("optim.lr=1e-3",))
     with pytest.raises(ValueError, match="dataset.fingerprint"):
@@ -149,13 +149,13 @@ def test_a_second_driver_is_refused(tmp_path, data):
     def launch(job):
         with pytest.raises(ValueError, match="is being written by"):
             run("video", tmp_path, data, run="v")
-        worker.work(job)
+        worker.run_worker(job)
 
-    train("video", data=data, sets=SMALL, runs_dir=tmp_path, run="v", launch=launch)
+    train_stage("video", data=data, sets=SMALL, runs_dir=tmp_path, run="v", launch=launch)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, data, monkeypatch):
-    step = worker.TrainingBatches.step
+    step = worker.TrainingBatchLoader.micro_batches
 
     def poisoned(self, number):
         batches = step(self, number)
@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, data, monkeyp
             batches[0].streams["video"].latents[1] = float("nan")
         return batches
 
-    monkeypatch.setattr(worker.TrainingBatches, "step", poisoned)
+    monkeypatch.setattr(worker.TrainingBatchLoader, "micro_batches", poisoned)
     with pytest.raises(
         RuntimeError, match=r"stage video, step 5: not finite: .*flow_matching/video on clips clip-.*samples 20\.\.23"
     ) as said:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mfcore.objectives.losses import StepInfo, Term
+from mfcore.objectives.losses import LossTerm, StepInfo
 from mfcore.types import AVBatch
 from tests.helpers.gloo_processes import run_on
 from tests.helpers.linear_network import SelfTaught
 from tests.helpers.toy_training_run import Toy, TwoRounds, largest_error, toy_run
 from workflows.training.engines.base import NonFiniteError
-from workflows.training.loop import Stopped
+from workflows.training.loop import TrainingInterrupted
 
 SOME = ("torch",)  # engine of the ordinary tests: importing DeepSpeed takes seconds. "0" to "3" are ZeRO stages
 ALL = ("torch", "0", "1", "2", "3")
@@ -23,7 +23,7 @@ ALL = ("torch", "0", "1", "2", "3")
 class KindsOfRows(SelfTaught):
     """As the mutual stage: terms are means over the rows of a kind, and the fake score learns from some rows alone."""
 
-    def __call__(self, models, batch: AVBatch, info: StepInfo) -> dict[str, list[Term]]:
+    def __call__(self, models, batch: AVBatch, info: StepInfo) -> dict[str, list[LossTerm]]:
         terms = super().__call__(models, batch, info)
         kind = batch.samples % 4
         flow, own = terms["student"]
@@ -139,7 +139,7 @@ def test_in_process_a_run_in_two_parts_is_bit_equal(tmp_path):
     whole = toy_run(Toy(root=str(tmp_path / "whole"), kind="torch"))
     part = Toy(root=str(tmp_path / "part"), kind="torch", until=7)
     first = toy_run(part)
-    assert isinstance(first.error, Stopped)
+    assert isinstance(first.error, TrainingInterrupted)
     assert "stopped after step 7 of 12 (rank 0: told to)" in str(first.error)
     second = toy_run(replace(part, until=None, seed=50))
     assert {**first.losses, **second.losses} == whole.losses
@@ -184,7 +184,7 @@ def test_saved_on_two_processes_a_run_goes_on_at_one_three_and_four(tmp_path, to
     worlds = (1, 2, 3, 4)
     halves = [_at(toy, tmp_path, f"{k}-{w}", kind=k, steps=12, until=6) for k in zero for w in worlds]
     for results in run_on(2, _many, halves):
-        assert all(isinstance(result.error, Stopped) for result in results)
+        assert all(isinstance(result.error, TrainingInterrupted) for result in results)
     for w in worlds:
         rests = [_at(toy, tmp_path, f"{k}-{w}", kind=k, steps=12, seed=50) for k in zero]
         for results in run_on(w, _many, rests):

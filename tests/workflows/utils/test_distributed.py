@@ -12,13 +12,13 @@ import ctypes, threading, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from workflows.utils import distributed as ranks
+from workflows.utils import distributed
 
 def names():
     return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 
 def late():
-    ctypes.CDLL(None).prctl(15, ranks.EXCHANGER.encode(), 0, 0, 0)
+    ctypes.CDLL(None).prctl(15, distributed.GLOO_THREAD_NAME.encode(), 0, 0, 0)
     named.set()
     end = time.thread_time() + 0.5
     while time.thread_time() < end:
@@ -28,7 +28,7 @@ def late():
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 dist.all_reduce(torch.ones(1))
-print(ranks.EXCHANGER in names())
+print(distributed.GLOO_THREAD_NAME in names())
 named = threading.Event()
 threading.Thread(target=late, daemon=True).start()
 named.wait()

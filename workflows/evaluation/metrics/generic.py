@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mfcore.metrics.av_sync import SyncReading
+from mfcore.metrics.av_sync import SyncResult
 from mfcore.metrics.bootstrap import mean_interval
 from mfcore.metrics.frechet import frechet_bias, frechet_interval
-from mfcore.metrics.signal_quality import clipping, decibel, rms, silence
-from workflows.evaluation.clip_features import REACH, Reading
+from mfcore.metrics.signal_quality import clipped_fraction, rms, silent_fraction, to_decibels
+from workflows.evaluation.clip_features import MAX_SYNC_LAG_S, ClipFeatures
 
-Part = Sequence[Reading]
+FeatureSet = Sequence[ClipFeatures]
 Numbers = dict[str, float]
 
 _DRAWS = 100  # of a Frechet distance's bootstrap; fewer where features are many
@@ -26,7 +26,7 @@ _STILL_MOUTH = 0.05  # a mouth that opens by less than this does not speak
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class MetricValue:
     """One number of one row."""
 
     value: float
@@ -36,100 +36,102 @@ class Score:
     high: float | None = None
 
 
-Found = dict[str, Score]
+MetricValues = dict[str, MetricValue]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Real:
+class ReferenceFeatures:
     """What real clips show to the same readers."""
 
-    prompts: Part  # the clips whose conditions the samples were made from
-    reference: Part  # other real clips
+    prompts: FeatureSet  # the clips whose conditions the samples were made from
+    reference: FeatureSet  # other real clips
 
 
-def still_mouth(reading: Reading) -> bool:
+def has_still_mouth(reading: ClipFeatures) -> bool:
     """No mouth, or one that never opens."""
     return reading.picture is not None and float(np.ptp(reading.picture.opening)) < _STILL_MOUTH
 
 
-def mute(reading: Reading) -> bool:
+def is_mute(reading: ClipFeatures) -> bool:
     """Nothing said although something was to be said."""
     return reading.speech is not None and bool(reading.speech.said) and not reading.speech.heard
 
 
-FAILURES: Mapping[str, Callable[[Reading], bool]] = {
+FAILURE_PREDICATES: Mapping[str, Callable[[ClipFeatures], bool]] = {
     "not_finite": lambda r: not r.finite,
-    "silent": lambda r: r.silent,
-    "nothing_said": mute,
-    "no_mouth": still_mouth,
+    "silent": lambda r: r.is_silent,
+    "nothing_said": is_mute,
+    "no_mouth": has_still_mouth,
 }
 
 
-def each(part: Part, value: Callable[[Reading], float], worst: float, *failures: str) -> Score:
+def mean_over_clips(
+    part: FeatureSet, value: Callable[[ClipFeatures], float], worst: float, *failures: str
+) -> MetricValue:
     """Mean over clips; ``worst`` for non-finite numbers, one of ``failures``, or where there is no value."""
     values: list[float] = []
     failed = 0
     for reading in part:
-        bad = any(FAILURES[kind](reading) for kind in ("not_finite", *failures))
+        bad = any(FAILURE_PREDICATES[kind](reading) for kind in ("not_finite", *failures))
         got = worst if bad else value(reading)
         bad = bad or not np.isfinite(got)
         failed += bad
         values.append(worst if bad else got)
     found = mean_interval(values)
-    return Score(value=found.value, count=len(part), failed=failed, low=found.low, high=found.high)
+    return MetricValue(value=found.value, count=len(part), failed=failed, low=found.low, high=found.high)
 
 
-def of_all(part: Part, numbers: Mapping[str, float]) -> Found:
+def shared_values(part: FeatureSet, numbers: Mapping[str, float]) -> MetricValues:
     """Numbers that belong to all clips together."""
-    return {name: Score(value=value, count=len(part)) for name, value in numbers.items()}
+    return {name: MetricValue(value=value, count=len(part)) for name, value in numbers.items()}
 
 
-def mean(values: Sequence[float]) -> float:
+def finite_mean(values: Sequence[float]) -> float:
     """Of those that are finite; nan without any."""
     known = [value for value in values if np.isfinite(value)]
     return float(np.mean(known)) if known else float("nan")
 
 
-def motion_sync(part: Part, real: Real) -> Found:
+def motion_sync_metrics(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
     """The same for any video: confidence of ``MotionSync`` (worst 0; 1 is chance), and how far its offset is from 0."""
     del real
 
-    def confidence(r: Reading) -> float:
+    def confidence(r: ClipFeatures) -> float:
         assert r.motion_sync is not None
         return r.motion_sync.confidence
 
-    def distance(r: Reading) -> float:
+    def distance(r: ClipFeatures) -> float:
         assert r.motion_sync is not None
         return abs(r.motion_sync.offset_sec) if r.motion_sync.confidence else float("nan")
 
     return {
-        "motion_sync": each(part, confidence, 0.0, "silent"),
-        "motion_sync_offset_s": each(part, distance, REACH, "silent"),
+        "motion_sync": mean_over_clips(part, confidence, 0.0, "silent"),
+        "motion_sync_offset_s": mean_over_clips(part, distance, MAX_SYNC_LAG_S, "silent"),
     }
 
 
-def offsets(part: Part) -> list[float | None]:
+def sync_offsets(part: FeatureSet) -> list[float | None]:
     """Of each clip: seconds by which the sound comes later than the picture, where they agree best; None: failed.
 
     By the mouth where the toy readers see one, else by the motion of the whole picture.
     """
 
-    def signed(reading: Reading) -> float | None:
+    def signed(reading: ClipFeatures) -> float | None:
         found = reading.mouth_sync or reading.motion_sync
-        if found is None or any(f(reading) for f in FAILURES.values()):
+        if found is None or any(f(reading) for f in FAILURE_PREDICATES.values()):
             return None
-        return None if isinstance(found, SyncReading) and not found.confidence else found.offset_sec
+        return None if isinstance(found, SyncResult) and not found.confidence else found.offset_sec
 
     return [signed(reading) for reading in part]
 
 
-def offset_law(part: Part, real: Real) -> Found:
+def offset_statistics(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
     """The middle of the offsets, how far nine of ten lie from it, and the share within 0.08 s (two frames at 25)."""
     del real
-    found = offsets(part)
+    found = sync_offsets(part)
     known = np.array([x for x in found if x is not None])
     failed = len(found) - len(known)
-    made = lambda value: Score(value=value, count=len(found), failed=failed)
+    made = lambda value: MetricValue(value=value, count=len(found), failed=failed)
     if not len(known):
         return {"sync_within_80ms": made(0.0)}
     middle = float(np.median(known))
@@ -140,7 +142,7 @@ def offset_law(part: Part, real: Real) -> Found:
     }
 
 
-def seams(part: Part, real: Real) -> Found:
+def chunk_seam_energy(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
     """Change across chunk borders over change inside chunks, divided by the same of real clips: 1 = as real ones."""
     numbers: Numbers = {}
     for name in part[0].seams:
@@ -148,10 +150,10 @@ def seams(part: Part, real: Real) -> Found:
         numbers[f"seam_{name}"] = ours / theirs if theirs > 0 else float("nan")
         numbers[f"seam_{name}_raw"] = ours
     known = [v for k, v in numbers.items() if not k.endswith("_raw") and np.isfinite(v)]
-    return of_all(part, numbers | ({"seam": float(np.mean(known))} if known else {}))
+    return shared_values(part, numbers | ({"seam": float(np.mean(known))} if known else {}))
 
 
-def _seam(part: Part, name: str) -> float:
+def _seam(part: FeatureSet, name: str) -> float:
     """Pooled over clips; nan where nothing changes inside chunks, or there is no border."""
     energy = np.concatenate([r.seams[name].energy for r in part])
     border = np.concatenate([r.seams[name].border for r in part])
@@ -160,7 +162,9 @@ def _seam(part: Part, name: str) -> float:
     return float(energy[border].mean() / energy[~border].mean())
 
 
-def distance(name: str, ours: Sequence[NDArray[Any]], theirs: Sequence[NDArray[Any]], shrinkage: float) -> Found:
+def frechet_metrics(
+    name: str, ours: Sequence[NDArray[Any]], theirs: Sequence[NDArray[Any]], shrinkage: float
+) -> MetricValues:
     """Frechet distance of the rows of each clip, its interval, and how much of it is due to small numbers.
 
     The estimate is biased upwards: compare rows of equal ``_n``; ``_bias`` is its size, and the row of real clips shows
@@ -172,9 +176,9 @@ def distance(name: str, ours: Sequence[NDArray[Any]], theirs: Sequence[NDArray[A
         return {}
     draws = _DRAWS if ours[0].shape[1] < _WIDE else _DRAWS // 5
     found = frechet_interval(ours, theirs, draws=draws, shrinkage=shrinkage)
-    made = lambda value: Score(value=float(value), count=len(ours))
+    made = lambda value: MetricValue(value=float(value), count=len(ours))
     return {
-        name: Score(value=found.value, count=len(ours), low=found.low, high=found.high),
+        name: MetricValue(value=found.value, count=len(ours), low=found.low, high=found.high),
         f"{name}_bias": made(frechet_bias(ours, theirs, draws=draws // 5, shrinkage=shrinkage)),
         f"{name}_n": made(rows[0]),
         f"{name}_n_real": made(rows[1]),
@@ -182,41 +186,41 @@ def distance(name: str, ours: Sequence[NDArray[Any]], theirs: Sequence[NDArray[A
     }
 
 
-def picture(part: Part, real: Real) -> Found:
+def motion_and_sharpness(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
     """Mean change of grey levels (0 .. 255) from frame to frame; sharpness, also over that of the real clips."""
     del real
     value = lambda values: float(np.mean(values)) if values is not None and len(values) else np.nan
     return {
-        "motion": each(part, lambda r: value(r.motion), 0.0),
-        "sharpness": each(part, lambda r: value(r.sharpness), 0.0),
+        "motion": mean_over_clips(part, lambda r: value(r.motion), 0.0),
+        "sharpness": mean_over_clips(part, lambda r: value(r.sharpness), 0.0),
     }
 
 
-def picture_ratio(part: Part, real: Real) -> Found:
+def motion_and_sharpness_ratio(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
     """Motion and sharpness over the real clips': 1 = as real ones."""
-    ours, theirs = picture(part, real), picture(real.prompts, real)
+    ours, theirs = motion_and_sharpness(part, real), motion_and_sharpness(real.prompts, real)
     whole = {k: ours[k].value / theirs[k].value if theirs[k].value > 0 else float("nan") for k in ours}
-    return of_all(part, {f"{name}_over_real": value for name, value in whole.items()})
+    return shared_values(part, {f"{name}_over_real": value for name, value in whole.items()})
 
 
-def loudness(part: Part, real: Real) -> Found:
+def loudness_metrics(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
     """Decibel of full scale; shares of the sound that are cut off, and in which nothing can be heard."""
     del real
 
-    def level(r: Reading) -> float:
+    def level(r: ClipFeatures) -> float:
         assert r.sound is not None
-        return float(decibel(rms(r.sound))) if len(r.sound) else np.nan
+        return float(to_decibels(rms(r.sound))) if len(r.sound) else np.nan
 
-    def clipped(r: Reading) -> float:
+    def clipped(r: ClipFeatures) -> float:
         assert r.sound is not None
-        return clipping(r.sound)
+        return clipped_fraction(r.sound)
 
-    def quiet(r: Reading) -> float:
+    def quiet(r: ClipFeatures) -> float:
         assert r.sound is not None
-        return silence(r.sound, r.sample_rate)
+        return silent_fraction(r.sound, r.sample_rate)
 
     return {
-        "loudness_db": each(part, level, -60.0),
-        "clipping": each(part, clipped, 1.0),
-        "silence": each(part, quiet, 1.0),
+        "loudness_db": mean_over_clips(part, level, -60.0),
+        "clipping": mean_over_clips(part, clipped, 1.0),
+        "silence": mean_over_clips(part, quiet, 1.0),
     }

@@ -5,35 +5,42 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mfcore.metrics.windows import Window
-from workflows.evaluation.feature_models import needs
+from mfcore.metrics.windows import TimeWindow
+from workflows.evaluation.feature_models import requirement_text
 from workflows.evaluation.metrics import generic, pretrained, toyworld
-from workflows.evaluation.metrics.generic import FAILURES, Found, Numbers, Part, Real, Score
+from workflows.evaluation.metrics.generic import (
+    FAILURE_PREDICATES,
+    FeatureSet,
+    MetricValue,
+    MetricValues,
+    Numbers,
+    ReferenceFeatures,
+)
 
-SHORTEST = 1.0  # seconds of a clip that must lie in a window
+MIN_WINDOW_SECONDS = 1.0  # seconds of a clip that must lie in a window
 _TOY = "a toy world dataset"
 _PICTURE = "a checkpoint that makes pictures"
 _SOUND = "a checkpoint that makes sound"
 _SPEECH = "clips with a transcript"
 _WORDS = "a transcript in words (toy syllables are none)"
-_LIPS = needs("syncnet")
+_LIPS = requirement_text("syncnet")
 _NETWORKS = ("videomae", "clap", "faces", "sounds")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metric:
+class MetricSpec:
     """One or more related numbers."""
 
     names: tuple[str, ...]
     needs: tuple[str, ...]
-    measure: Callable[[Part, Real], Found]
+    measure: Callable[[FeatureSet, ReferenceFeatures], MetricValues]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
+class ClipSetScores:
     """What a set of clips scores in one window."""
 
-    found: Found
+    found: MetricValues
     not_measured: dict[str, str]  # metric -> "not measured: needs ..."
     failures: dict[str, int]  # kind of failure -> clips
 
@@ -43,29 +50,31 @@ class Scores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Windowed:
+class WindowScores:
     """Some clips in one window of time."""
 
     window: str  # its name; "all": whole clips
-    part: Part
-    scores: Scores
+    part: FeatureSet
+    scores: ClipSetScores
 
 
-def score_windows(part: Part, lengths: Sequence[float], windows: Sequence[Window], real: Real) -> list[Windowed]:
+def compute_metrics_by_window(
+    part: FeatureSet, lengths: Sequence[float], windows: Sequence[TimeWindow], real: ReferenceFeatures
+) -> list[WindowScores]:
     """Whole clips, then each window, over those whose ``lengths`` reach a second or more into it."""
-    made: list[Windowed] = []
-    for name, window in [("all", Window(start=0.0)), *((w.name, w) for w in windows)]:
-        least = window.start + SHORTEST if name != "all" else 0.0
-        inside = [r.cut(window) for r, length in zip(part, lengths, strict=True) if length >= least]
+    made: list[WindowScores] = []
+    for name, window in [("all", TimeWindow(start=0.0)), *((w.name, w) for w in windows)]:
+        least = window.start + MIN_WINDOW_SECONDS if name != "all" else 0.0
+        inside = [r.crop(window) for r, length in zip(part, lengths, strict=True) if length >= least]
         if inside:
-            made.append(Windowed(window=name, part=inside, scores=score(inside, real)))
+            made.append(WindowScores(window=name, part=inside, scores=compute_metrics(inside, real)))
     return made
 
 
-def score(part: Part, real: Real) -> Scores:
+def compute_metrics(part: FeatureSet, real: ReferenceFeatures) -> ClipSetScores:
     """All metrics. A number that has no value for these clips counts as not measured."""
     present = _present(part)
-    found: Found = {}
+    found: MetricValues = {}
     missing: dict[str, str] = {}
     for metric in METRICS:
         lacking = [need for need in metric.needs if need not in present]
@@ -76,21 +85,21 @@ def score(part: Part, real: Real) -> Scores:
                 found[name] = scores[name]
             else:
                 missing[name] = f"not measured: needs {wanted}"
-    failures = {kind: sum(map(failed, part)) for kind, failed in FAILURES.items()}
-    failed = sum(any(failed(r) for failed in FAILURES.values()) for r in part)
-    found["failed"] = Score(value=float(failed), count=len(part), failed=failed)
-    return Scores(found=found, not_measured=missing, failures=failures)
+    failures = {kind: sum(map(failed, part)) for kind, failed in FAILURE_PREDICATES.items()}
+    failed = sum(any(failed(r) for failed in FAILURE_PREDICATES.values()) for r in part)
+    found["failed"] = MetricValue(value=float(failed), count=len(part), failed=failed)
+    return ClipSetScores(found=found, not_measured=missing, failures=failures)
 
 
-def _present(part: Part) -> set[str]:
+def _present(part: FeatureSet) -> set[str]:
     first = part[0]
     found = {_TOY} if first.features else set[str]()
     found |= {_PICTURE} if first.motion is not None else set()
     found |= {_SOUND} if first.sound is not None else set()
-    found |= {needs(name) for name in _NETWORKS if name in first.tracks} | (
+    found |= {requirement_text(name) for name in _NETWORKS if name in first.tracks} | (
         {_LIPS} if "lips" in first.tracks else set()
     )
-    found |= {needs(name) for r in part for u in r.utterances for name in u.heard}
+    found |= {requirement_text(name) for r in part for u in r.utterances for name in u.heard}
     found |= {_WORDS} if any(r.words for r in part) else set()
     return found | ({_SPEECH} if any(r.speech and r.speech.said for r in part) else set())
 
@@ -104,36 +113,54 @@ def _distance(name: str) -> tuple[str, ...]:
 
 
 METRICS = (
-    Metric(names=("sync", "sync_offset_s"), needs=(_TOY, _PICTURE, _SOUND), measure=toyworld.mouth_sync),
-    Metric(names=("motion_sync", "motion_sync_offset_s"), needs=(_PICTURE, _SOUND), measure=generic.motion_sync),
-    Metric(
+    MetricSpec(names=("sync", "sync_offset_s"), needs=(_TOY, _PICTURE, _SOUND), measure=toyworld.mouth_sync_metrics),
+    MetricSpec(
+        names=("motion_sync", "motion_sync_offset_s"), needs=(_PICTURE, _SOUND), measure=generic.motion_sync_metrics
+    ),
+    MetricSpec(
         names=("sync_offset_median_s", "sync_offset_spread_s", "sync_within_80ms"),
         needs=(_PICTURE, _SOUND),
-        measure=generic.offset_law,
+        measure=generic.offset_statistics,
     ),
-    Metric(names=("lse_c", "lse_d", "lse_offset_s"), needs=(_PICTURE, _SOUND, _LIPS), measure=pretrained.lips),
-    Metric(names=("syllable_error",), needs=(_TOY, _SOUND, _SPEECH), measure=toyworld.syllables),
-    Metric(names=("identity_error",), needs=(_TOY, _PICTURE), measure=toyworld.identity),
-    Metric(names=("valid",), needs=(_TOY,), measure=toyworld.valid),
-    Metric(names=("entropy", "entropy_within", "choice_kl"), needs=(_TOY,), measure=toyworld.entropy),
-    Metric(
-        names=("lag1", "lag1_hand", "lag1_light", "lag1_pose"), needs=(_TOY, _PICTURE), measure=toyworld.persistence
+    MetricSpec(
+        names=("lse_c", "lse_d", "lse_offset_s"), needs=(_PICTURE, _SOUND, _LIPS), measure=pretrained.lse_metrics
     ),
-    Metric(names=("seam",), needs=(), measure=generic.seams),
-    Metric(names=_OF_PICTURE, needs=(_PICTURE,), measure=generic.seams),
-    Metric(names=_OF_SOUND, needs=(_SOUND,), measure=generic.seams),
-    Metric(names=_distance("frechet"), needs=(_TOY,), measure=toyworld.distance),
-    Metric(names=_distance("frechet_videomae"), needs=(_PICTURE, needs("videomae")), measure=pretrained.videomae),
-    Metric(names=_distance("frechet_clap"), needs=(_SOUND, needs("clap")), measure=pretrained.clap),
-    Metric(names=("sound_kl",), needs=(_SOUND, needs("sounds")), measure=pretrained.sound_kl),
-    Metric(names=("face_similarity",), needs=(_PICTURE, needs("faces")), measure=pretrained.faces),
-    Metric(names=("wer", "cer"), needs=(_SOUND, _WORDS, needs("whisper")), measure=pretrained.whisper_errors),
-    Metric(
+    MetricSpec(names=("syllable_error",), needs=(_TOY, _SOUND, _SPEECH), measure=toyworld.syllable_error),
+    MetricSpec(names=("identity_error",), needs=(_TOY, _PICTURE), measure=toyworld.mean_identity_error),
+    MetricSpec(names=("valid",), needs=(_TOY,), measure=toyworld.valid_choices),
+    MetricSpec(names=("entropy", "entropy_within", "choice_kl"), needs=(_TOY,), measure=toyworld.choice_entropy),
+    MetricSpec(
+        names=("lag1", "lag1_hand", "lag1_light", "lag1_pose"),
+        needs=(_TOY, _PICTURE),
+        measure=toyworld.lag_one_persistence,
+    ),
+    MetricSpec(names=("seam",), needs=(), measure=generic.chunk_seam_energy),
+    MetricSpec(names=_OF_PICTURE, needs=(_PICTURE,), measure=generic.chunk_seam_energy),
+    MetricSpec(names=_OF_SOUND, needs=(_SOUND,), measure=generic.chunk_seam_energy),
+    MetricSpec(names=_distance("frechet"), needs=(_TOY,), measure=toyworld.toyworld_frechet),
+    MetricSpec(
+        names=_distance("frechet_videomae"),
+        needs=(_PICTURE, requirement_text("videomae")),
+        measure=pretrained.videomae_frechet,
+    ),
+    MetricSpec(
+        names=_distance("frechet_clap"), needs=(_SOUND, requirement_text("clap")), measure=pretrained.clap_frechet
+    ),
+    MetricSpec(names=("sound_kl",), needs=(_SOUND, requirement_text("sounds")), measure=pretrained.audio_class_kl),
+    MetricSpec(
+        names=("face_similarity",), needs=(_PICTURE, requirement_text("faces")), measure=pretrained.face_similarity
+    ),
+    MetricSpec(
+        names=("wer", "cer"), needs=(_SOUND, _WORDS, requirement_text("whisper")), measure=pretrained.whisper_errors
+    ),
+    MetricSpec(
         names=("wer_pocketsphinx", "cer_pocketsphinx"),
-        needs=(_SOUND, _WORDS, needs("pocketsphinx")),
-        measure=pretrained.sphinx_errors,
+        needs=(_SOUND, _WORDS, requirement_text("pocketsphinx")),
+        measure=pretrained.pocketsphinx_errors,
     ),
-    Metric(names=("motion", "sharpness"), needs=(_PICTURE,), measure=generic.picture),
-    Metric(names=("motion_over_real", "sharpness_over_real"), needs=(_PICTURE,), measure=generic.picture_ratio),
-    Metric(names=("loudness_db", "clipping", "silence"), needs=(_SOUND,), measure=generic.loudness),
+    MetricSpec(names=("motion", "sharpness"), needs=(_PICTURE,), measure=generic.motion_and_sharpness),
+    MetricSpec(
+        names=("motion_over_real", "sharpness_over_real"), needs=(_PICTURE,), measure=generic.motion_and_sharpness_ratio
+    ),
+    MetricSpec(names=("loudness_db", "clipping", "silence"), needs=(_SOUND,), measure=generic.loudness_metrics),
 )

@@ -11,12 +11,12 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from mfcore.ema import Storage
+from mfcore.ema import WeightAccess
 from mfcore.optim import OptimConfig
 from mfcore.types import VelocityModel
 from workflows.config.run import EngineConfig
 from workflows.training.engines.deepspeed_engine import DeepSpeedEngine
-from workflows.training.engines.state import Snapshot
+from workflows.training.engines.state import StateShard
 from workflows.training.engines.torch_engine import TorchEngine
 
 
@@ -37,7 +37,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def bad_gradient(self) -> Tensor:
+    def has_non_finite_gradient(self) -> Tensor:
         """Flag: a gradient of this rank, since the last step, was not finite."""
         ...
 
@@ -50,15 +50,15 @@ class Engine(Protocol):
         ...
 
     @property
-    def storage(self) -> Storage:
+    def frozen_weight_access(self) -> WeightAccess:
         """Where the weights of the module that it does not train are kept."""
         ...
 
-    def discard(self) -> None:
+    def discard_gradients(self) -> None:
         """Forget the gradients since the last step, and leave everything else as it is."""
         ...
 
-    def snapshot(self) -> Snapshot:
+    def state_shard(self) -> StateShard:
         """A copy of this rank's share of weights and moments."""
         ...
 

@@ -10,16 +10,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mfcore.ema import Storage, WholeWeights
-from mfcore.optim import OptimConfig, adamw
+from mfcore.ema import ReplicatedWeights, WeightAccess
+from mfcore.optim import OptimConfig, build_adamw
 from mfcore.types import VelocityModel
 from workflows.config.run import EngineConfig
 from workflows.training.engines import zero3
-from workflows.training.engines.gradients import GradientWatch, set_lr, trained
-from workflows.training.engines.state import MOMENTS, SavedState, Snapshot, take_snapshot
+from workflows.training.engines.gradients import NonFiniteGradientDetector, set_lr, trainable_parameters
+from workflows.training.engines.state import MOMENTS, ShardedStateReader, StateShard, shard_state
 
 LARGEST_BUCKET = 500_000_000  # elements that DeepSpeed gathers before it sends gradients; it allocates them all at once
-STAY_WHOLE = 100_000  # elements: smaller weights stay gathered on every rank at ZeRO-3
+UNPARTITIONED_BELOW = 100_000  # elements: smaller weights stay gathered on every rank at ZeRO-3
 
 
 class DeepSpeedEngine:
@@ -29,15 +29,15 @@ class DeepSpeedEngine:
         self._ds = _deepspeed()
         self._zero = config.zero_stage
         self._optim = optim
-        self._trained = trained(module)
-        self._watch = GradientWatch(self._trained.values())
-        self._optimizer = adamw(module, optim)
+        self._trained = trainable_parameters(module)
+        self._watch = NonFiniteGradientDetector(self._trained.values())
+        self._optimizer = build_adamw(module, optim)
         with contextlib.redirect_stdout(sys.stderr):
             self._engine, *_ = self._ds.initialize(
                 model=module, optimizer=self._optimizer, config=self._settings(config), dist_init_required=False
             )
         if self._zero == 3:
-            zero3.round_once(self._ds)
+            zero3.patch_zero3_linear(self._ds)
         self._norm = 0.0
         self._steps = 0
         if self._zero == 0:  # DeepSpeed does not report the norm at stage 0: clip where it can be seen
@@ -53,7 +53,7 @@ class DeepSpeedEngine:
                 "stage": self._zero,
                 "overlap_comm": False,
                 "reduce_bucket_size": min(LARGEST_BUCKET, sum(p.numel() for p in self._trained.values())),
-                "stage3_param_persistence_threshold": STAY_WHOLE,
+                "stage3_param_persistence_threshold": UNPARTITIONED_BELOW,
                 **offload,
             },
             "zero_allow_untested_optimizer": True,
@@ -77,7 +77,7 @@ class DeepSpeedEngine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     @property
-    def bad_gradient(self) -> Tensor:
+    def has_non_finite_gradient(self) -> Tensor:
         return self._watch.flag
 
     def step(self, lr: float) -> float:
@@ -93,14 +93,14 @@ class DeepSpeedEngine:
                 yield name, p.detach()
 
     @property
-    def storage(self) -> Storage:
-        return zero3.Zero3Weights(self._ds) if self._zero == 3 else WholeWeights()
+    def frozen_weight_access(self) -> WeightAccess:
+        return zero3.Zero3ParameterAccess(self._ds) if self._zero == 3 else ReplicatedWeights()
 
     def _whole(self, p: nn.Parameter, *, change: bool = False) -> contextlib.AbstractContextManager[Any]:
         """The parameter unsharded; with ``change``, what rank 0 makes of it inside is kept."""
-        return zero3.whole(self._ds, p, change=change) if self._zero == 3 else contextlib.nullcontext()
+        return zero3.gathered(self._ds, p, change=change) if self._zero == 3 else contextlib.nullcontext()
 
-    def discard(self) -> None:
+    def discard_gradients(self) -> None:
         """The ordinary way of a step, which clears what each stage keeps where, but for the update itself."""
         self._optimizer.step = lambda closure=None: None  # hides the method of the class
         try:
@@ -109,10 +109,10 @@ class DeepSpeedEngine:
             del self._optimizer.step
         self._watch.clear()
 
-    def snapshot(self) -> Snapshot:
+    def state_shard(self) -> StateShard:
         if self._steps:
             self._link_moments()
-        return take_snapshot(self._tensors(), self._steps)
+        return shard_state(self._tensors(), self._steps)
 
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, p in self._trained.items():
@@ -128,8 +128,8 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def load(self, folder: Path, name: str) -> None:
-        state = SavedState(folder, name)
-        state.check(self._shapes())
+        state = ShardedStateReader(folder, name)
+        state.check_shapes(self._shapes())
         if state.steps:
             self._start_moments(state.steps)
             self._link_moments()
@@ -152,7 +152,7 @@ class DeepSpeedEngine:
             if key:
                 self._optimizer.state[p][key].copy_(value)
         elif self._zero == 3:
-            mine = zero3.part(value)
+            mine = zero3.local_shard(value)
             if key:
                 tools.safe_set_local_optimizer_state(p, mine, key)
             else:

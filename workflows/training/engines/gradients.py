@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class GradientWatch:
+class NonFiniteGradientDetector:
     """Looks at every gradient as it is made, before an engine shards or averages it.
 
     By its sum: one operation per weight where asking every number takes seven. A sum beyond float32 counts as bad too.
@@ -31,17 +31,17 @@ class GradientWatch:
         self._sums.clear()
 
 
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that an engine of ``module`` trains, and saves; frozen ones belong to somebody else."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def gradient_of(p: nn.Parameter) -> Tensor:
+def gradient_or_zero(p: nn.Parameter) -> Tensor:
     """A weight the losses did not touch has gradient zero (as under ZeRO), so it decays alike in all engines."""
     return torch.zeros_like(p) if p.grad is None else p.grad
 
 
-def flattened(tensors: list[Tensor]) -> Tensor:
+def flatten(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 

@@ -17,7 +17,7 @@ from workflows.utils import distributed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
+class StateShard:
     """This rank's part of a network's state, copied to this machine's memory: training may go on."""
 
     tensors: dict[str, Tensor]  # "weight/<parameter>", "exp_avg/<parameter>" ... -> value
@@ -25,27 +25,27 @@ class Snapshot:
 
     def write(self, folder: Path, name: str) -> Path:
         """The file of this rank for the network ``name``."""
-        path = folder / f"{name}-{distributed.rank():05d}-of-{distributed.world():05d}.safetensors"
+        path = folder / f"{name}-{distributed.get_rank():05d}-of-{distributed.get_world_size():05d}.safetensors"
         save_file(self.tensors, path, metadata={"steps": str(self.steps)})
         return path
 
 
-def take_snapshot(tensors: Iterator[tuple[str, str, Tensor]], steps: int) -> Snapshot:
+def shard_state(tensors: Iterator[tuple[str, str, Tensor]], steps: int) -> StateShard:
     """Copies of those of ``tensors`` (kind, parameter, value; the same walk on all ranks) that fall to this rank."""
     mine: dict[str, Tensor] = {}
     turn: dict[str, int] = {}
     for kind, parameter, value in tensors:
-        if turn.setdefault(parameter, len(turn)) % distributed.world() == distributed.rank():
-            mine[f"{kind}/{parameter}"] = copied(value)
-    return Snapshot(tensors=mine, steps=steps)
+        if turn.setdefault(parameter, len(turn)) % distributed.get_world_size() == distributed.get_rank():
+            mine[f"{kind}/{parameter}"] = to_cpu_copy(value)
+    return StateShard(tensors=mine, steps=steps)
 
 
-def copied(value: Tensor) -> Tensor:
+def to_cpu_copy(value: Tensor) -> Tensor:
     """A copy that later steps do not change: float32, in this machine's memory."""
     return value.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-class SavedState:
+class ShardedStateReader:
     """What the ranks' snapshots hold, read tensor by tensor."""
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -66,7 +66,7 @@ class SavedState:
     def read(self, kind: str, parameter: str) -> Tensor:
         return self._where[f"{kind}/{parameter}"].get_tensor(f"{kind}/{parameter}")
 
-    def check(self, shapes: dict[str, torch.Size]) -> None:
+    def check_shapes(self, shapes: dict[str, torch.Size]) -> None:
         """Names and shapes must be the network's own."""
         saved = {key.removeprefix("weight/"): h for key, h in self._where.items() if key.startswith("weight/")}
         if saved.keys() != shapes.keys():

@@ -5,12 +5,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mfcore.ema import Storage, WholeWeights
-from mfcore.optim import OptimConfig, adamw
+from mfcore.ema import ReplicatedWeights, WeightAccess
+from mfcore.optim import OptimConfig, build_adamw
 from mfcore.types import VelocityModel
 from workflows.config.run import EngineConfig
-from workflows.training.engines.gradients import GradientWatch, flattened, gradient_of, set_lr, trained
-from workflows.training.engines.state import MOMENTS, SavedState, Snapshot, take_snapshot
+from workflows.training.engines.gradients import (
+    NonFiniteGradientDetector,
+    flatten,
+    gradient_or_zero,
+    set_lr,
+    trainable_parameters,
+)
+from workflows.training.engines.state import MOMENTS, ShardedStateReader, StateShard, shard_state
 from workflows.utils import distributed
 
 
@@ -21,9 +27,9 @@ class TorchEngine:
         self._net = module
         self._optim = optim
         self._autocast = config.autocast
-        self._trained = trained(module)
-        self._optimizer = adamw(module, optim)
-        self._watch = GradientWatch(self._trained.values())
+        self._trained = trainable_parameters(module)
+        self._optimizer = build_adamw(module, optim)
+        self._watch = NonFiniteGradientDetector(self._trained.values())
         self._steps = 0
 
     @property
@@ -39,12 +45,12 @@ class TorchEngine:
         loss.backward()
 
     @property
-    def bad_gradient(self) -> Tensor:
+    def has_non_finite_gradient(self) -> Tensor:
         return self._watch.flag
 
     def step(self, lr: float) -> float:
         mine = list(self._trained.values())
-        flat = distributed.mean(flattened([gradient_of(p) for p in mine]))
+        flat = distributed.all_reduce_mean(flatten([gradient_or_zero(p) for p in mine]))
         norm = flat.norm()
         flat *= (self._optim.clip / (norm + 1e-6)).clamp(max=1.0)
         for p, gradient in zip(mine, flat.split([p.numel() for p in mine]), strict=True):
@@ -60,15 +66,15 @@ class TorchEngine:
         yield from ((name, p.detach()) for name, p in self._trained.items())
 
     @property
-    def storage(self) -> Storage:
-        return WholeWeights()
+    def frozen_weight_access(self) -> WeightAccess:
+        return ReplicatedWeights()
 
-    def discard(self) -> None:
+    def discard_gradients(self) -> None:
         self._optimizer.zero_grad()
         self._watch.clear()
 
-    def snapshot(self) -> Snapshot:
-        return take_snapshot(self._tensors(), self._steps)
+    def state_shard(self) -> StateShard:
+        return shard_state(self._tensors(), self._steps)
 
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, p in self._trained.items():
@@ -77,8 +83,8 @@ class TorchEngine:
                 yield key, name, self._optimizer.state[p][key]
 
     def load(self, folder: Path, name: str) -> None:
-        state = SavedState(folder, name)
-        state.check({n: p.shape for n, p in self._trained.items()})
+        state = ShardedStateReader(folder, name)
+        state.check_shapes({n: p.shape for n, p in self._trained.items()})
         for key, p in self._trained.items():
             p.data.copy_(state.read("weight", key))
             if state.has("exp_avg", key):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from workflows.utils import distributed
 
 
-class Zero3Weights:
+class Zero3ParameterAccess:
     """Frozen weights below a ZeRO-3 engine: each rank keeps an equal part of each, and small ones whole besides."""
 
     def __init__(self, deepspeed: Any) -> None:
@@ -18,28 +18,28 @@ class Zero3Weights:
 
     def places(self, p: nn.Parameter, value: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         kept = cast(Any, p)
-        yield kept.ds_tensor, part(value.to(kept.ds_tensor.device))
+        yield kept.ds_tensor, local_shard(value.to(kept.ds_tensor.device))
         if p.numel() == value.numel():  # gathered for good
             yield p.data, value.to(p.device)
 
     def value(self, p: nn.Parameter) -> Tensor:
-        with whole(self._ds, p):
+        with gathered(self._ds, p):
             return p.detach().cpu().clone()
 
 
-def whole(deepspeed: Any, p: nn.Parameter, *, change: bool = False) -> contextlib.AbstractContextManager[Any]:
+def gathered(deepspeed: Any, p: nn.Parameter, *, change: bool = False) -> contextlib.AbstractContextManager[Any]:
     """The parameter unsharded; with ``change``, what rank 0 makes of it inside is kept."""
     return deepspeed.zero.GatheredParameters([p], modifier_rank=0 if change else None)
 
 
-def part(value: Tensor) -> Tensor:
+def local_shard(value: Tensor) -> Tensor:
     """This rank's part of a weight, as ZeRO-3 cuts it: equal parts, the last one padded with zeros."""
-    size = -(-value.numel() // distributed.world())
-    flat = nn.functional.pad(value.flatten(), (0, size * distributed.world() - value.numel()))
-    return flat.narrow(0, size * distributed.rank(), size)
+    size = -(-value.numel() // distributed.get_world_size())
+    flat = nn.functional.pad(value.flatten(), (0, size * distributed.get_world_size() - value.numel()))
+    return flat.narrow(0, size * distributed.get_rank(), size)
 
 
-def round_once(deepspeed: Any) -> None:
+def patch_zero3_linear(deepspeed: Any) -> None:
     """Let linear layers under autocast round once, as torch's do.
 
     DeepSpeed puts a layer of its own in the place of ``torch.nn.functional.linear``, for this whole process. Under

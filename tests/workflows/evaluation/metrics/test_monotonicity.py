@@ -15,11 +15,11 @@ from mfcore.metrics.av_sync import sound_envelope
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.records import Word
 from tests.helpers.toyworld_clips import AUDIO_CODEC, META, WORLD, held, real_clip
-from workflows.evaluation.feature_models import Instruments
-from workflows.evaluation.feature_reader import Reader
-from workflows.evaluation.metrics.generic import Real
+from workflows.evaluation.feature_models import FeatureModels
+from workflows.evaluation.feature_reader import FeatureExtractor
+from workflows.evaluation.metrics.generic import ReferenceFeatures
 from workflows.evaluation.metrics.registry import METRICS
-from workflows.evaluation.signals import Signals
+from workflows.evaluation.signals import DecodedClip
 
 CHUNKS, FRAMES, RATE = 8, 97, WORLD.sample_rate
 ODD_FRAME = (torch.arange(FRAMES) - 1).clamp(min=0) // 12 % 2
@@ -28,37 +28,37 @@ GREY = torch.randn(FRAMES, 64, 64, 3, generator=NOISE)
 HISS = torch.randn(4 * RATE, generator=NOISE)
 
 
-def noise(c: Signals, by: float, i: int) -> Signals:
+def noise(c: DecodedClip, by: float, i: int) -> DecodedClip:
     return replace(c, frames=(c.frames + by * GREY).clamp(0, 255).byte())
 
 
-def hiss(c: Signals, by: float, i: int) -> Signals:
+def hiss(c: DecodedClip, by: float, i: int) -> DecodedClip:
     return replace(c, sound=c.sound + by * HISS)
 
 
-def blur(c: Signals, by: float, i: int) -> Signals:
+def blur(c: DecodedClip, by: float, i: int) -> DecodedClip:
     return replace(c, frames=torch.from_numpy(gaussian_filter(c.frames.float().numpy(), (0, by, by, 0))).byte())
 
 
-def desync(c: Signals, by: float, i: int) -> Signals:
+def desync(c: DecodedClip, by: float, i: int) -> DecodedClip:
     n = int(by * RATE)
     return replace(c, sound=torch.cat([torch.zeros(n), c.sound[: len(c.sound) - n]]))
 
 
-def jitter(c: Signals, by: float, i: int) -> Signals:
+def jitter(c: DecodedClip, by: float, i: int) -> DecodedClip:
     """Every clip by another amount, half of them early."""
     by *= 1 + i // 2
     n = int(by * RATE)
     return desync(c, by, i) if i % 2 else replace(c, sound=torch.cat([c.sound[n:], torch.zeros(n)]))
 
 
-def drift(c: Signals, by: float, i: int) -> Signals:
+def drift(c: DecodedClip, by: float, i: int) -> DecodedClip:
     """The colours walk away from the first frame's."""
     walk = by * torch.linspace(0, 1, FRAMES)[:, None, None, None] * torch.tensor([1.0, -1.0, 0.0])
     return replace(c, frames=(c.frames + walk).clamp(0, 255).byte())
 
 
-def jumps(c: Signals, by: float, i: int) -> Signals:
+def jumps(c: DecodedClip, by: float, i: int) -> DecodedClip:
     """Every second chunk is brighter and louder, and its latents are elsewhere."""
     loud = 1 + by * (torch.arange(len(c.sound)) // (RATE // 2) % 2)
     latents = {}
@@ -69,13 +69,13 @@ def jumps(c: Signals, by: float, i: int) -> Signals:
     return replace(c, frames=frames, sound=c.sound * loud, latents=latents)
 
 
-def frozen(c: Signals, by: float, i: int) -> Signals:
+def frozen(c: DecodedClip, by: float, i: int) -> DecodedClip:
     """The first frame for a share ``by`` of the clip."""
     still = round(by * FRAMES)
     return replace(c, frames=torch.cat([c.frames[:1].expand(still, -1, -1, -1), c.frames[still:]]))
 
 
-def scrambled(c: Signals, by: float, i: int) -> Signals:
+def scrambled(c: DecodedClip, by: float, i: int) -> DecodedClip:
     """A share ``by`` of the half seconds from other clips."""
     swap = [k for k in range(CHUNKS) if (k * 3) % CHUNKS < by * CHUNKS]
     frames = c.frames.clone()
@@ -84,16 +84,16 @@ def scrambled(c: Signals, by: float, i: int) -> Signals:
     return replace(c, frames=frames)
 
 
-def muted(c: Signals, by: float, i: int) -> Signals:
+def muted(c: DecodedClip, by: float, i: int) -> DecodedClip:
     """No sound in the first share ``by`` of the clip."""
     return replace(c, sound=c.sound * (torch.arange(len(c.sound)) >= by * len(c.sound)))
 
 
-def quieter(c: Signals, by: float, i: int) -> Signals:
+def quieter(c: DecodedClip, by: float, i: int) -> DecodedClip:
     return replace(c, sound=c.sound * 10**-by)
 
 
-def louder(c: Signals, by: float, i: int) -> Signals:
+def louder(c: DecodedClip, by: float, i: int) -> DecodedClip:
     return replace(c, sound=(c.sound * 10**by).clamp(-1, 1))
 
 
@@ -176,29 +176,29 @@ def ears(sound, rate):
     return " ".join(f"w{k}" for k, p in enumerate(np.array_split(sound, 8)) if np.abs(p).max() > 1e-3)
 
 
-class Planted(Instruments):
-    pictures = {"videomae": grid, "faces": face}  # noqa: RUF012
-    sounds = {"clap": bands, "sounds": classes}  # noqa: RUF012
-    lips = staticmethod(lips)
-    recognisers = {"whisper": ears, "pocketsphinx": ears}  # noqa: RUF012
+class Planted(FeatureModels):
+    video_encoders = {"videomae": grid, "faces": face}  # noqa: RUF012
+    audio_encoders = {"clap": bands, "sounds": classes}  # noqa: RUF012
+    lip_sync_model = staticmethod(lips)
+    speech_recognizers = {"whisper": ears, "pocketsphinx": ears}  # noqa: RUF012
 
 
 WORDS = tuple(Word(word=f"w{k}", start=k / 2, end=k / 2 + 0.4) for k in range(CHUNKS))
-TOY, OTHER = Reader(held(), Planted()), Reader(held(toy=None), Planted())
+TOY, OTHER = FeatureExtractor(held(), Planted()), FeatureExtractor(held(toy=None), Planted())
 SPOKEN = {name for name in (n for m in METRICS for n in m.names) if name.startswith(("wer", "cer"))}
 
 
 def read(clips, names):
     if SPOKEN & set(names):
-        return [OTHER.read(replace(c, frames=None, latents={}, words=WORDS)) for c in clips]
-    return [TOY.read(c) for c in clips]
+        return [OTHER.extract(replace(c, frames=None, latents={}, words=WORDS)) for c in clips]
+    return [TOY.extract(c) for c in clips]
 
 
 @pytest.fixture(scope="module")
-def real() -> Real:
+def real() -> ReferenceFeatures:
     """Distances are from the very clips that are harmed: at first 0."""
-    prompts = [TOY.read(c) for c in CLIPS]
-    return Real(prompts=prompts, reference=prompts)
+    prompts = [TOY.extract(c) for c in CLIPS]
+    return ReferenceFeatures(prompts=prompts, reference=prompts)
 
 
 def measured(clips, names, real) -> dict[str, float]:

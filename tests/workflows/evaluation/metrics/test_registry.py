@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from mfcore.metrics.windows import Window
+from mfcore.metrics.windows import TimeWindow
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.records import Word
 from tests.helpers.toyworld_clips import WORLD, held, real_clip
-from workflows.evaluation.feature_models import Instruments
-from workflows.evaluation.feature_reader import Reader, speech_pieces
-from workflows.evaluation.metrics.generic import Real
-from workflows.evaluation.metrics.registry import score
+from workflows.evaluation.feature_models import FeatureModels
+from workflows.evaluation.feature_reader import FeatureExtractor, split_speech
+from workflows.evaluation.metrics.generic import ReferenceFeatures
+from workflows.evaluation.metrics.registry import compute_metrics
 
-READER = Reader(held())
+READER = FeatureExtractor(held())
 
 
 def read(clips):
-    return [READER.read(clip) for clip in clips]
+    return [READER.extract(clip) for clip in clips]
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,12 @@ def clips():
 @pytest.fixture(scope="module")
 def real(clips):
     others = [real_clip(i) for i in range(20, 32)]
-    return Real(prompts=read(clips), reference=read(others))
+    return ReferenceFeatures(prompts=read(clips), reference=read(others))
 
 
 @pytest.fixture(scope="module")
 def perfect(real):
-    return score(real.prompts, real).metrics
+    return compute_metrics(real.prompts, real).metrics
 
 
 def test_real_clips_score_as_real_ones(perfect):
@@ -56,7 +56,7 @@ def test_real_clips_score_as_real_ones(perfect):
 def test_late_sound_is_found_and_costs_sync(clips, real, perfect):
     delay = int(0.12 * WORLD.sample_rate)
     late = [replace(c, sound=torch.cat([torch.zeros(delay), c.sound[:-delay]])) for c in clips]
-    found = score(read(late), real).metrics
+    found = compute_metrics(read(late), real).metrics
     assert found["sync_offset_s"] == pytest.approx(0.12, abs=0.01)
     assert found["sync"] < perfect["sync"] - 0.5
     assert found["syllable_error"] < 0.05  # it is still the same speech
@@ -64,7 +64,7 @@ def test_late_sound_is_found_and_costs_sync(clips, real, perfect):
 
 def test_sound_of_another_clip_is_neither_in_sync_nor_what_was_to_be_said(clips, real):
     swapped = [replace(c, sound=clips[i - 1].sound) for i, c in enumerate(clips)]
-    found = score(read(swapped), real).metrics
+    found = compute_metrics(read(swapped), real).metrics
     assert found["sync"] < 0.4
     assert found["syllable_error"] > 0.6
     assert found["valid"] == 1
@@ -73,14 +73,14 @@ def test_sound_of_another_clip_is_neither_in_sync_nor_what_was_to_be_said(clips,
 def test_shuffled_sound_is_in_sync_by_chance_only(clips, real):
     """Every clip with the sound of every other one: what is left is the correlation of two strangers."""
     orders = [[replace(c, sound=clips[i - k].sound) for i, c in enumerate(clips)] for k in range(1, len(clips))]
-    found = [score(read(order), real) for order in orders]
+    found = [compute_metrics(read(order), real) for order in orders]
     assert abs(np.mean([f.metrics["sync"] for f in found])) < 0.2
     assert np.mean([f.metrics["sync_within_80ms"] for f in found]) < 0.55  # 0.16 of 0.8 s, and peaks at the middle
 
 
 def test_every_number_has_its_clips_and_its_failures(clips, real):
     silent = replace(clips[0], sound=torch.zeros_like(clips[0].sound))
-    found = score(read([silent, *clips[1:]]), real).found
+    found = compute_metrics(read([silent, *clips[1:]]), real).found
     assert (found["sync"].count, found["sync"].failed) == (len(clips), 1)
     assert (found["syllable_error"].count, found["syllable_error"].failed) == (len(clips), 1)
     assert (found["identity_error"].failed, found["failed"].value) == (0, 1)
@@ -94,20 +94,22 @@ def test_every_number_has_its_clips_and_its_failures(clips, real):
 def test_speech_is_heard_in_pieces_that_belong_to_windows(clips):
     """A recogniser that hears loudness: pieces are cut between words, and cover the clip."""
     words = tuple(Word(word=f"w{i}", start=i + 0.1, end=i + 0.8) for i in range(12))
-    pieces = speech_pieces(words, 12.0)
+    pieces = split_speech(words, 12.0)
     assert pieces[0][0] == 0 and pieces[-1][1] == 12.0
     assert all(not any(w.start < end < w.end for w in words) for _, end in pieces)
 
-    class Deaf(Instruments):
-        recognisers = {"whisper": lambda sound, rate: "" if abs(sound).max() < 0.01 else "w0 w1 w2 w3 w4"}  # noqa: RUF012
+    class Deaf(FeatureModels):
+        speech_recognizers = {"whisper": lambda sound, rate: "" if abs(sound).max() < 0.01 else "w0 w1 w2 w3 w4"}  # noqa: RUF012
 
-    reader = Reader(held(toy=None), Deaf())
+    reader = FeatureExtractor(held(toy=None), Deaf())
     sound = torch.cat([0.1 * torch.ones(5 * 16000), torch.zeros(7 * 16000)])
-    part = [reader.read(replace(clips[0], sound=sound, words=words, frames=clips[0].frames))]
-    whole = score(part, Real(prompts=part, reference=part))
+    part = [reader.extract(replace(clips[0], sound=sound, words=words, frames=clips[0].frames))]
+    whole = compute_metrics(part, ReferenceFeatures(prompts=part, reference=part))
     assert whole.metrics["wer"] == pytest.approx(7 / 12)
     assert whole.not_measured["wer_pocketsphinx"].startswith("not measured: needs --weights pocketsphinx=")
-    first = score([r.cut(Window(start=0, end=5)) for r in part], Real(prompts=part, reference=part))
+    first = compute_metrics(
+        [r.crop(TimeWindow(start=0, end=5)) for r in part], ReferenceFeatures(prompts=part, reference=part)
+    )
     assert first.metrics["wer"] == 0
 
 
@@ -118,7 +120,7 @@ def test_chunks_of_other_clips_break_continuity(clips, real, perfect):
     hybrid = [
         replace(c, frames=torch.cat([c.frames[:1], *(chunk(i, k) for k in range(8))])) for i, c in enumerate(clips)
     ]
-    found = score(read(hybrid), real).metrics
+    found = compute_metrics(read(hybrid), real).metrics
     assert found["seam_pixels"] > 3
     assert found["lag1_hand"] < perfect["lag1_hand"] - 0.3
     assert found["identity_error"] > 10 * perfect["identity_error"]
@@ -126,7 +128,7 @@ def test_chunks_of_other_clips_break_continuity(clips, real, perfect):
 
 def test_one_gesture_for_ever_is_valid_but_has_no_entropy(clips, real):
     still = [replace(c, frames=c.frames[:1].expand(97, -1, -1, -1).contiguous()) for c in clips]
-    found = score(read(still), real)
+    found = compute_metrics(read(still), real)
     assert found.metrics["entropy_within"] < 0.35  # the tone of the voice is still free
     assert found.metrics["lag1_hand"] == 1
     assert found.metrics["valid"] > 0.9
@@ -137,7 +139,7 @@ def test_one_gesture_for_ever_is_valid_but_has_no_entropy(clips, real):
 def test_a_failed_clip_gets_the_worst_score_and_is_counted(clips, real, perfect):
     silent = replace(clips[0], sound=torch.zeros_like(clips[0].sound))
     broken = replace(clips[1], finite=False)
-    found = score(read([silent, broken, *clips[2:]]), real)
+    found = compute_metrics(read([silent, broken, *clips[2:]]), real)
     assert found.failures == {"not_finite": 1, "silent": 1, "nothing_said": 1, "no_mouth": 0}
     assert found.metrics["failed"] == 2
     assert found.metrics["sync"] == pytest.approx((4 * perfect["sync"] - 2) / 6, abs=0.02)
@@ -151,7 +153,7 @@ def test_everything_non_finite_scores_without_a_crash(clips, real):
     grey = [
         replace(c, frames=torch.full_like(c.frames, 127), sound=torch.zeros_like(c.sound), finite=False) for c in clips
     ]
-    found = score(read(grey), real).metrics
+    found = compute_metrics(read(grey), real).metrics
     assert found["failed"] == len(clips)
     assert (found["sync"], found["syllable_error"], found["valid"]) == (-1, 1, 0)
     assert all(np.isfinite(list(found.values())))
@@ -159,21 +161,21 @@ def test_everything_non_finite_scores_without_a_crash(clips, real):
 
 def test_one_modality_says_what_the_rest_needs(clips, real):
     videos = [replace(c, sound=None, latents={VIDEO: c.latents[VIDEO]}) for c in clips]
-    found = score(read(videos), real)
+    found = compute_metrics(read(videos), real)
     assert found.not_measured["sync"] == "not measured: needs a checkpoint that makes sound"
     assert found.not_measured["seam_sound"] == "not measured: needs a checkpoint that makes sound"
     assert {"identity_error", "valid", "entropy", "frechet", "seam_pixels", "lag1"} <= found.metrics.keys()
     sounds = [replace(c, frames=None, latents={AUDIO: c.latents[AUDIO]}) for c in clips]
-    found = score(read(sounds), real)
+    found = compute_metrics(read(sounds), real)
     assert found.not_measured["identity_error"] == "not measured: needs a checkpoint that makes pictures"
     assert {"syllable_error", "valid", "frechet", "seam_sound", "loudness_db"} <= found.metrics.keys()
     assert not found.metrics.keys() & found.not_measured.keys()
 
 
 def test_other_worlds_are_scored_without_toy_readers(clips):
-    reader = Reader(held(toy=None))
-    part = [reader.read(clip) for clip in clips]
-    found = score(part, Real(prompts=part, reference=part))
+    reader = FeatureExtractor(held(toy=None))
+    part = [reader.extract(clip) for clip in clips]
+    found = compute_metrics(part, ReferenceFeatures(prompts=part, reference=part))
     assert "needs a toy world dataset" in found.not_measured["syllable_error"]
     assert {"motion_sync", "seam", "loudness_db", "motion"} <= found.metrics.keys()
 
@@ -182,7 +184,7 @@ def test_a_window_sees_its_own_time_only(clips, real):
     """Sound that stops after two seconds is silence in the second window, and perfect in the first."""
     cut = [replace(c, sound=c.sound * (torch.arange(len(c.sound)) < 2 * WORLD.sample_rate)) for c in clips]
     part = read(cut)
-    first, second = (score([r.cut(Window(start=a, end=a + 2)) for r in part], real) for a in (0, 2))
+    first, second = (compute_metrics([r.crop(TimeWindow(start=a, end=a + 2)) for r in part], real) for a in (0, 2))
     assert first.metrics["syllable_error"] < 0.2  # syllables on the border are cut in two
     assert first.failures["silent"] == 0
     assert second.metrics["syllable_error"] == 1

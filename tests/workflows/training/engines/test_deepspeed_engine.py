@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mfcore.ema import Ema, EmaConfig
-from mfcore.objectives.losses import StepInfo, total
+from mfcore.objectives.losses import StepInfo, total_loss
 from mfcore.optim import OptimConfig
 from tests.helpers.gloo_processes import run_on
 from tests.helpers.linear_network import FlowOnly, LinearVelocity, SelfTaught, toy_batch
@@ -26,22 +26,24 @@ def _train(config: EngineConfig, first: int, steps: int, load: str | None, save:
         for name, engine in engines.items():
             engine.load(Path(load), name)
         ema.load_state_dict(torch.load(f"{load}/ema.pt"))
-    share = ROWS // distributed.world()
+    share = ROWS // distributed.get_world_size()
     losses = []
     for step in range(first, first + steps):
-        batch = toy_batch(step * ROWS + distributed.rank() * share, share)
+        batch = toy_batch(step * ROWS + distributed.get_rank() * share, share)
         models = {"ema": ema.module} | {name: e.module for name, e in engines.items()}
         terms = SelfTaught()(models, batch, StepInfo(seed=0, step=step, stage_step=step))
-        losses.append(distributed.mean(torch.stack([total(terms[n]).detach() for n in engines])).tolist())
+        losses.append(
+            distributed.all_reduce_mean(torch.stack([total_loss(terms[n]).detach() for n in engines])).tolist()
+        )
         norms = []
         for name, engine in engines.items():
-            engine.backward(total(terms[name]))
+            engine.backward(total_loss(terms[name]))
             norms.append(engine.step(1e-2))
         losses[-1] += norms
         ema.update(engines["student"].weights(), step)
     if save:
         for name, engine in engines.items():
-            engine.snapshot().write(Path(save), name)
+            engine.state_shard().write(Path(save), name)
         torch.save(ema.state_dict(), f"{save}/ema.pt")
     weights = {name: {k: v.clone() for k, v in e.weights()} for name, e in engines.items()}
     return torch.tensor(losses, dtype=torch.float64), weights
@@ -135,7 +137,7 @@ def test_bf16_keeps_float32_weights():
     )
     before = net.out.weight.detach().clone()
     terms = FlowOnly()({"student": engine.module}, toy_batch(0, 2), StepInfo(seed=0, step=0, stage_step=0))
-    engine.backward(total(terms["student"]))
+    engine.backward(total_loss(terms["student"]))
     engine.step(1e-5)
     assert terms["student"][0].values.dtype == torch.float32
     assert (net.out.weight != before).all()

@@ -3,7 +3,7 @@
 import pytest
 from torch import Tensor
 
-from mfcore.objectives.losses import StepInfo, total
+from mfcore.objectives.losses import StepInfo, total_loss
 from tests.helpers.two_rank_training import Duet, Running, rows_of_step
 from workflows.config.run import EngineConfig
 
@@ -15,7 +15,7 @@ def state_bytes(rank: int | None) -> int:
     terms = running.objective(models, rows_of_step(running.duet, 0)[0], StepInfo(seed=0, step=0, stage_step=0))
     tensors: list[Tensor] = []
     for name, engine in running.engines.items():
-        engine.backward(total(terms[name]))
+        engine.backward(total_loss(terms[name]))
     for net in (*running.nets.values(), running.ema.module):
         for p in net.parameters():
             tensors += [p, *([p.grad] if p.grad is not None else [])]
@@ -23,7 +23,10 @@ def state_bytes(rank: int | None) -> int:
     for engine in running.engines.values():
         engine.step(1e-4)
     moments = [
-        t.nbytes for e in running.engines.values() for k, t in e.snapshot().tensors.items() if k.startswith("exp_avg")
+        t.nbytes
+        for e in running.engines.values()
+        for k, t in e.state_shard().tensors.items()
+        if k.startswith("exp_avg")
     ]
     return sum(sizes.values()) + sum(moments)
 

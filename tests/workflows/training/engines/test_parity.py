@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mfcore.ema import Ema, EmaConfig
-from mfcore.objectives.losses import StepInfo, total
+from mfcore.objectives.losses import StepInfo, total_loss
 from mfcore.optim import OptimConfig
 from tests.helpers.gloo_processes import run_on
 from tests.helpers.linear_network import FlowOnly, LinearVelocity, toy_batch
@@ -93,7 +93,7 @@ def hand_over(giver: Duet, taker: Duet, folder: Path) -> tuple[torch.Tensor, tor
     first, then = Running(giver), Running(taker)
     numbers = [first.step(0)]
     for name, e in first.engines.items():
-        e.snapshot().write(folder, name)
+        e.state_shard().write(folder, name)
     average = {name: value.clone() for name, value in first.ema.weights()}
     numbers.append(first.step(1))
     distributed.barrier()
@@ -111,9 +111,9 @@ def one_small_step(config: EngineConfig) -> dict[str, float]:
             p.fill_(1.0)
     ema = Ema(net, EmaConfig(decay=0.9, warm_up=False))
     engine = build_engine(net, OptimConfig(lr=SMALL, weight_decay=0, warm_up=0), config)
-    batch = toy_batch(distributed.rank() * 2, 2)
+    batch = toy_batch(distributed.get_rank() * 2, 2)
     terms = FlowOnly()({"student": engine.module}, batch, StepInfo(seed=0, step=0, stage_step=0))
-    engine.backward(total(terms["student"]))
+    engine.backward(total_loss(terms["student"]))
     engine.step(SMALL)
     ema.update(engine.weights(), 0)
     weights = {name: w.clone() for name, w in engine.weights() if name != "unused"}
@@ -127,7 +127,7 @@ def one_small_step(config: EngineConfig) -> dict[str, float]:
 
 
 def moments(engine: Engine) -> list[torch.Tensor]:
-    held = engine.snapshot().tensors.items()
+    held = engine.state_shard().tensors.items()
     return [m for name, m in held if name.startswith("exp_avg/") and "unused" not in name]
 
 
