@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from workflows.evaluation.sweep import EvaluatedCheckpoint, Row
-from workflows.utils.json_io import read_json, write_json
+from workflows.utils.json_io import atomic_path, read_json, write_json, write_text_atomically
 
 
 def prepare_output_dir(folder: Path) -> None:
@@ -43,9 +43,8 @@ class ResultStore:
     def save_batch(self, key: str, batch: int, outcome: Any) -> None:
         """What one batch of a setting gave. Whole or not at all."""
         self._begun.mkdir(parents=True, exist_ok=True)
-        temporary = self._begun / f".tmp-{key}-{batch}"
-        temporary.write_bytes(pickle.dumps(outcome))
-        temporary.replace(self._begun / f"{key}-{batch}.pickle")
+        with atomic_path(self._begun / f"{key}-{batch}.pickle") as temporary:
+            temporary.write_bytes(pickle.dumps(outcome))
 
     def load_batch(self, key: str, batch: int) -> Any | None:
         """The same, from an earlier run of this command in this folder."""
@@ -73,7 +72,5 @@ class ResultStore:
         """``results.json``: the rows of all parts."""
         rows = [row for part in parts for row in part["rows"]]
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-        temporary.replace(self.path)
+        write_text_atomically(self.path, "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
         return rows

@@ -27,6 +27,7 @@ import psutil
 import yaml
 
 from workflows.utils.environment import DEFAULT_ENV
+from workflows.utils.json_io import write_json
 
 TEMP_ENV = "MFCTL_TEMP"
 PORTS = ("RAY_PORT", "DASHBOARD_PORT", "AGENT_PORT", "CLIENT_PORT", "METRICS_PORT")
@@ -90,7 +91,7 @@ def get_or_start_head(config: dict, state: Path) -> LocalHead:
         if head is not None:
             stop_processes(head)
         head = _start(config)
-        record.write_text(json.dumps(asdict(head), indent=1))
+        write_json(record, asdict(head))
         return head
 
 

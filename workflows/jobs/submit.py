@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.io.ray_resources import PROMISED_RESOURCES_ENV
-from workflows.cli.parse import parse_command
 from workflows.jobs import job_server, kuberay, resources
 from workflows.jobs import local_head as heads
-from workflows.jobs.command import FORWARDED_ENV, check_paths, check_secrets
+from workflows.jobs.command import FORWARDED_ENV, ParsedCommand, check_paths, check_secrets
 from workflows.jobs.job_server import (
     ClusterInfo,
     check_head_alive,
@@ -34,6 +33,7 @@ from workflows.jobs.records import SubmittedJob, state_dir
 from workflows.jobs.targets import Target, connect_target, parse_target
 from workflows.jobs.working_dir import package_working_dir
 from workflows.utils.environment import CWD_ENV, DEFAULT_ENV, base_directory, tracking_uri
+from workflows.utils.json_io import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENT_LIMIT_S = 90
@@ -42,64 +42,63 @@ UNKNOWN_EXIT = 1
 
 
 def submit_job(
-    target: str, argv: list[str], *, detach: bool = False, python: str | None = None, shared: str | None = None
+    target: str,
+    command: ParsedCommand,
+    *,
+    detach: bool = False,
+    python: str | None = None,
+    shared: str | None = None,
 ) -> dict:
-    """Run ``mfctl argv`` as a job on the target and follow its logs to the end, or with ``detach`` only start it.
+    """Run the command as a job on the target and follow its logs to the end, or with ``detach`` only start it.
 
     Relative paths of the command mean what they mean here, or with ``shared``, a folder that all machines of the target
     have mounted, what they mean there. ``python`` is the interpreter on the cluster; by default this one for a head on
     this machine, else ``python``. Returns job, address, status and exit_code (None while it runs). ValueError, before
     anything starts, for what the target could never run.
     """
-    if not argv:
-        raise ValueError(
-            "nothing to submit: write the command after --, e.g. mfctl submit cluster/local.yaml -- doctor"
-        )
     if not (ROOT / "pyproject.toml").exists():
         raise ValueError(f"submit packs a checkout, and {ROOT} is none: run it from a clone (`make venv` there)")
     place = parse_target(target)
     shared = os.path.normpath(shared) if shared else None
     if place.kind in ("elsewhere", "rayjob"):
-        _check_elsewhere(place, argv, shared, place.machines)
+        _check_elsewhere(place, command, shared, place.machines)
     if place.kind == "rayjob":
-        return _submit_rayjob(place, argv, shared, detach=detach)
-    command = parse_command(argv, shared)
+        return _submit_rayjob(place, command, shared, detach=detach)
     silent = f"{target} fell silent before it had taken the job: submit the same command again"
     with _no_other_address(), connect_target(place, state_dir()) as address:
         with translate_connection_errors(silent):
             client = job_server.connect(address)
             check_head_alive(client)
             cluster = query_cluster(client)
-            variables = _variables(place, cluster, argv, shared, python)
+            variables = _variables(place, cluster, command, shared, python)
             interpreter = python or (sys.executable if place.kind == "here" else "python")
             own = {} if cluster.is_local else resources.driver_resources(command, place.machines or cluster.machines)
-            job = _start(client, [interpreter, "-m", "workflows.cli", *argv], variables, target, own)
+            job = _start(client, interpreter, command, variables, target, own)
         print(f"job {job.id} on {job.address}", file=sys.stderr)
         return _summary(client, job) if detach else _follow(client, job)
 
 
-def _check_elsewhere(place: Target, argv: Sequence[str], shared: str | None, machines: Any) -> None:
-    command = parse_command(argv, shared)
+def _check_elsewhere(
+    place: Target, command: ParsedCommand, shared: str | None, machines: Sequence[resources.MachineType]
+) -> None:
     check_paths(command, place.name, shared)
     if machines:
         resources.require_capacity(resources.required_resources(command), machines, place.name)
 
 
 def _variables(
-    place: Target, cluster: ClusterInfo, argv: Sequence[str], shared: str | None, python: str | None
+    place: Target, cluster: ClusterInfo, command: ParsedCommand, shared: str | None, python: str | None
 ) -> dict[str, str]:
     """Check the command against the running cluster; the environment of the job."""
     if place.kind != "here":
         check_versions(cluster, place.name, python)
     if place.kind == "server" and not cluster.is_local:
-        _check_elsewhere(place, argv, shared, [])
+        _check_elsewhere(place, command, shared, [])
     if not place.machines and (cluster.fixed or place.all_nodes_joined(len(cluster.nodes))):
-        resources.require_capacity(
-            resources.required_resources(parse_command(argv, shared)), cluster.machines, place.name
-        )
+        resources.require_capacity(resources.required_resources(command), cluster.machines, place.name)
     elsewhere = place.kind == "elsewhere" or not cluster.is_local
     variables = _environment(shared, elsewhere=elsewhere) | _promised(place)
-    check_secrets(argv, variables)
+    check_secrets(command.argv, variables)
     return variables
 
 
@@ -121,17 +120,29 @@ def _environment(shared: str | None, *, elsewhere: bool) -> dict[str, str]:
 
 
 def _start(
-    client: Any, command: list[str], variables: dict[str, str], target: str, own: Mapping[str, float]
+    client: Any,
+    interpreter: str,
+    command: ParsedCommand,
+    variables: dict[str, str],
+    target: str,
+    own: Mapping[str, float],
 ) -> SubmittedJob:
+    words = [interpreter, "-m", "workflows.cli", *command.argv]
     with tempfile.TemporaryDirectory(prefix="mfctl-") as folder:
         archive = package_working_dir(ROOT, Path(folder))
-        name = _submit_when_ready(client, command, {"working_dir": str(archive), "env_vars": variables}, own)
-    job = SubmittedJob(id=name, address=client.get_address(), command=command[3:], submitted=time.time(), target=target)
+        name = _submit_when_ready(client, words, {"working_dir": str(archive), "env_vars": variables}, own)
+    job = SubmittedJob(
+        id=name,
+        address=client.get_address(),
+        command=list(command.argv),
+        submitted=time.time(),
+        target=target,
+    )
     _record(job)
     return job
 
 
-def _submit_rayjob(place: Target, argv: list[str], shared: str | None, *, detach: bool) -> dict:
+def _submit_rayjob(place: Target, command: ParsedCommand, shared: str | None, *, detach: bool) -> dict:
     """The code is the image's: what travels is the command and the environment."""
     version = place.config["spec"]["rayClusterSpec"].get("rayVersion")
     import ray
@@ -141,10 +152,12 @@ def _submit_rayjob(place: Target, argv: list[str], shared: str | None, *, detach
             f"{place.name} has rayVersion {version}, here is {ray.__version__}: build the image again, write the same"
         )
     variables = _environment(shared, elsewhere=True) | _promised(place)
-    check_secrets(argv, variables)
-    own = resources.driver_resources(parse_command(argv, shared), place.machines)
-    name = kuberay.submit_rayjob(kuberay.render_manifest(place.config, argv, variables, own))
-    job = SubmittedJob(id=name, address=place.name, command=argv, submitted=time.time(), target=place.name)
+    check_secrets(command.argv, variables)
+    own = resources.driver_resources(command, place.machines)
+    name = kuberay.submit_rayjob(kuberay.render_manifest(place.config, command.argv, variables, own))
+    job = SubmittedJob(
+        id=name, address=place.name, command=list(command.argv), submitted=time.time(), target=place.name
+    )
     _record(job)
     print(f"RayJob {name} from {place.name}; its code is that of the image", file=sys.stderr)
     if not detach:
@@ -303,9 +316,7 @@ def _last_known(job: SubmittedJob) -> dict:
 
 
 def _record(job: SubmittedJob) -> None:
-    folder = state_dir() / "jobs"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{job.id}.json").write_text(json.dumps(asdict(job), indent=1))
+    write_json(state_dir() / "jobs" / f"{job.id}.json", asdict(job))
 
 
 def _jobs() -> list[SubmittedJob]:

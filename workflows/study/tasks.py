@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,8 +33,9 @@ from workflows.study.config import StudyConfig
 from workflows.study.latent_world import GroundTruth
 from workflows.study.methods import METHODS
 from workflows.study.metrics import real_statistics, score_window
+from workflows.study.results_table import StudyRow
 from workflows.study.trainer import Trainer
-from workflows.utils.json_io import read_json, write_json
+from workflows.utils.json_io import atomic_path, read_json, write_json
 
 JOINT_KEY = "joint"
 REAL_KEY = "real"  # real clips, scored like generated ones
@@ -215,9 +216,8 @@ def _finish(trainer: Trainer, out: Path, unit: StudyTask, device: str, config: S
     batch = latent_world.sample_clips(unit.seed, held_out, max(config.joint_chunks), config.voices).batch.to(device)
     use = history_use(trainer.ema.model, batch, config.method.time, unit.seed)
     weights = _weights(out, unit.method, unit.seed)
-    part = weights.with_suffix(".part")
-    save_file({n: w.contiguous() for n, w in average.state_dict().items()}, part)
-    part.replace(weights)
+    with atomic_path(weights) as temporary:
+        save_file({n: w.contiguous() for n, w in average.state_dict().items()}, temporary)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated()
@@ -236,22 +236,26 @@ def _finish(trainer: Trainer, out: Path, unit: StudyTask, device: str, config: S
 def _score(config: StudyConfig, out: Path, unit: StudyTask, device: str) -> None:
     made = _made(config, out, unit, device)
     real = real_statistics(unit.seed)
-    facts = {
-        "method": unit.method,
-        "mode": unit.mode,
-        "steps": unit.steps,
-        "nfe": num_function_evaluations(unit.steps, unit.guidance) if unit.steps else 0,
-        "guidance": unit.guidance,
-        "seed": unit.seed,
-    }
     speed = {"clip_seconds_per_second": made.clip_seconds_per_second}
-    rows: list[dict[str, Any]] = []
+    rows: list[StudyRow] = []
     for w in parse_windows(config.windows):
         part = made.short if w.end <= config.seconds else made.long
         assert part is not None  # the configuration has no windows beyond the clips
         streams, script = part
         metrics = score_window(streams, script, w, real) | speed
-        rows.append({**facts, "window": w.name, "clips": len(script.identity), "metrics": metrics})
+        rows.append(
+            {
+                "method": unit.method,
+                "mode": unit.mode,
+                "steps": unit.steps,
+                "nfe": num_function_evaluations(unit.steps, unit.guidance) if unit.steps else 0,
+                "guidance": unit.guidance,
+                "seed": unit.seed,
+                "window": w.name,
+                "clips": len(script.identity),
+                "metrics": metrics,
+            }
+        )
     write_json(unit.result_path(out), rows)
 
 

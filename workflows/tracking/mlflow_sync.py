@@ -10,10 +10,11 @@ whose answer was lost is sent again: MLflow tells metrics by name, step, time an
 """
 
 import json
+import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from workflows.tracking.tracker import (
     Tracker,
     iter_json_lines,
 )
+from workflows.utils.json_io import write_text_atomically
 
 SYNC_STATE_FILE = "mlflow.json"
 START_SECONDS = 15.0  # how long a run waits, at its start, for the first word of its server
@@ -44,7 +46,7 @@ MLFLOW_HTTP_ENV = {
 }
 """Settings of MLflow's client, where the user has none: we try again ourselves, and can be asked to stop."""
 
-LogFn = Callable[[str], None]
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,21 +74,19 @@ def load_sync_state(folder: Path, uri: str) -> SyncState:
 
 
 def save_sync_state(folder: Path, sent: SyncState) -> None:
-    temporary = folder / f".tmp-{SYNC_STATE_FILE}"
-    temporary.write_text(json.dumps(asdict(sent), indent=1) + "\n")
-    temporary.replace(folder / SYNC_STATE_FILE)
+    write_text_atomically(folder / SYNC_STATE_FILE, json.dumps(asdict(sent), indent=1) + "\n")
 
 
 class DurableTracker:
     """The tracker of a training: JSON lines first, MLflow behind."""
 
     def __init__(
-        self, folder: Path, *, uri: str, experiment: str, name: str, tags: Mapping[str, str], say: LogFn
+        self, folder: Path, *, uri: str, experiment: str, name: str, tags: Mapping[str, str]
     ) -> None:  # fmt: skip
         for variable, value in MLFLOW_HTTP_ENV.items():
             os.environ.setdefault(variable, value)
-        self._folder, self._lines, self._say = folder, JsonLinesTracker(folder), say
-        self._sender = SyncThread(folder, uri=uri, experiment=experiment, name=name, tags=tags, say=say)
+        self._folder, self._lines = folder, JsonLinesTracker(folder)
+        self._sender = SyncThread(folder, uri=uri, experiment=experiment, name=name, tags=tags)
         self._sender.start()
         self._sender.wait_first_attempt(START_SECONDS)
 
@@ -111,7 +111,7 @@ class DurableTracker:
         """Wait a limited time until MLflow has everything; say what it has not got."""
         self._sender.flush("FAILED" if failed else "FINISHED", FLUSH_SECONDS)
         if error := self._sender.error:
-            self._say(
+            _LOGGER.warning(
                 f"MLflow at {self._sender.sent.uri} did not take the whole log ({error}). Nothing is lost: "
                 f"{describe_backlog(self._folder, self._sender.sent)} wait in {self._folder}; "
                 "the same command sends them when it is back"
@@ -122,12 +122,12 @@ class SyncThread(threading.Thread):
     """Sends what is new in a folder's log. One attempt at a time, in order."""
 
     def __init__(
-        self, folder: Path, *, uri: str, experiment: str, name: str, tags: Mapping[str, str], say: LogFn
+        self, folder: Path, *, uri: str, experiment: str, name: str, tags: Mapping[str, str]
     ) -> None:  # fmt: skip
         super().__init__(name="mlflow", daemon=True)
         self.sent = load_sync_state(folder, uri)
         self.error: str | None = None  # of the latest attempt, if it failed
-        self._folder, self._experiment, self._name, self._say = folder, experiment, name, say
+        self._folder, self._experiment, self._name = folder, experiment, name
         self._tags = {**tags, DEDUP_TAG: self.sent.key}
         self._status: str | None = None
         self._client: MlflowTracker | None = None
@@ -186,7 +186,7 @@ class SyncThread(threading.Thread):
             self._tried += 1
             self._news.notify_all()
         if fresh and not self._over:
-            self._say(
+            _LOGGER.warning(
                 f"MLflow at {self.sent.uri} does not answer ({self.error}). Training goes on; "
                 f"the log is kept in {self._folder} and sent when it is back"
             )
@@ -198,7 +198,7 @@ class SyncThread(threading.Thread):
             self._tried += 1
             self._news.notify_all()
         if again and not self._over:
-            self._say(f"MLflow at {self.sent.uri} is back and has the whole log")
+            _LOGGER.info(f"MLflow at {self.sent.uri} is back and has the whole log")
 
     def _send(self) -> None:
         client = self._connected()
@@ -231,7 +231,7 @@ class SyncThread(threading.Thread):
         if path.exists():
             client.artifact(path, folder)
         else:
-            self._say(f"{path} is gone and will not be in MLflow")
+            _LOGGER.warning(f"{path} is gone and will not be in MLflow")
 
     def _keep(self, **facts: Any) -> None:
         """Note how far it came, unless the run has gone on without us."""
@@ -285,7 +285,7 @@ def has_backlog(folder: Path, uri: str) -> bool:
 
 
 def open_durable_tracker(
-    folder: Path, *, uri: str, experiment: str, tags: Mapping[str, str], say: LogFn
+    folder: Path, *, uri: str, experiment: str, tags: Mapping[str, str]
 ) -> Tracker:  # fmt: skip
     """The log of the training in ``folder``, begun or continued; MLflow calls the run as the folder.
 
@@ -293,7 +293,7 @@ def open_durable_tracker(
     """
     if not mlflow_enabled():
         return JsonLinesTracker(folder)
-    return DurableTracker(folder, uri=uri, experiment=experiment, name=folder.name, tags=tags, say=say)
+    return DurableTracker(folder, uri=uri, experiment=experiment, name=folder.name, tags=tags)
 
 
 def first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from workflows.utils.environment import resolve_path
+from workflows.utils.json_io import write_text_atomically
 
 STEP_KEY = "samples_seen"  # logged with every entry: tells a resumed run where the log ends
 LATE_KEY = "late"  # mark of an entry that may be about a step which the log has gone past
@@ -102,9 +103,7 @@ class JsonLinesTracker:
         self._names |= set(names)
 
     def params(self, values: Mapping[str, Any]) -> None:
-        temporary = self._folder / f".tmp-{PARAMS}"
-        temporary.write_text(json.dumps(dict(values), indent=1, default=str))
-        temporary.replace(self._folder / PARAMS)
+        write_text_atomically(self._folder / PARAMS, json.dumps(dict(values), indent=1, default=str))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         with (self._folder / ARTIFACTS).open("a") as file:

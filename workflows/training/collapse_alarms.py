@@ -6,8 +6,9 @@ What is on stands in ``alarms.json`` of the run, and in ``outcome.json`` at its 
 """
 
 import json
+import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from mfcore.timeline import Timeline
 from mfcore.types import MODALITIES, AVBatch, VelocityModel
 from workflows.evaluation.signals import DecodedClip
 from workflows.utils import distributed
+from workflows.utils.json_io import write_json
 
+_LOGGER = logging.getLogger(__name__)
 ALARMS = "alarms.json"
 BASELINE_FILE = "history_use.json"
 MIN_RATIO = 0.5  # of the data's motion, of its power of sound
@@ -163,9 +166,7 @@ class HistoryUseMonitor:
         if distributed.get_rank() != 0:
             return use
         if not self._place.exists():
-            temporary = self._place.with_name(f".tmp-{BASELINE_FILE}")
-            temporary.write_text(json.dumps(use) + "\n")
-            temporary.replace(self._place)
+            write_json(self._place, use, indent=None)
         return json.loads(self._place.read_text())
 
 
@@ -205,21 +206,19 @@ def fake_score_ratio(log: Mapping[str, float]) -> dict[str, float]:
 class AlarmStore:
     """What is on, by its source. Says which alarms come and go."""
 
-    def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
-        self._place, self._say = run_dir / ALARMS, say
+    def __init__(self, run_dir: Path) -> None:
+        self._place = run_dir / ALARMS
         self._on = read_alarms(run_dir)
 
     def update(self, source: str, wrong: Wrong, step: int) -> None:
         """What ``source`` finds wrong now."""
         before, self._on[source] = self._on.get(source, {}), dict(wrong)
         if self._on[source] != before:
-            temporary = self._place.with_name(f".tmp-{ALARMS}")
-            temporary.write_text(json.dumps({k: v for k, v in self._on.items() if v}, indent=1) + "\n")
-            temporary.replace(self._place)
+            write_json(self._place, {k: v for k, v in self._on.items() if v})
         if new := [text for name, text in wrong.items() if name not in before]:
-            self._say(f"ALARM at step {step}: {'; '.join(new)}. The run may be collapsing: look at its samples")
+            _LOGGER.warning(f"ALARM at step {step}: {'; '.join(new)}. The run may be collapsing: look at its samples")
         if gone := before.keys() - wrong.keys():
-            self._say(f"alarm off at step {step}: {', '.join(sorted(gone))}")
+            _LOGGER.info(f"alarm off at step {step}: {', '.join(sorted(gone))}")
 
 
 def active_alarms(run_dir: Path) -> list[str]:

@@ -7,17 +7,20 @@ watcher's clock alone.
 """
 
 import json
+import logging
 import os
-import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from workflows.utils.json_io import write_text_atomically
+
+_LOGGER = logging.getLogger(__name__)
 HEARTBEAT_DIR = "ranks"  # folder below the run's
 INTERVAL_S = 2.0  # seconds between two beats
 SILENT_AFTER_S = 20.0  # seconds without a beat that are reported
@@ -56,12 +59,8 @@ class Heartbeat:
             count += 1
             facts = {**self._who, "beat": count, "step": step, "doing": doing, **vars(stack_location(self._trains))}
             text = json.dumps(facts)
-            temporary = self._path.with_name(f".tmp-{secrets.token_hex(4)}")
-            try:
-                temporary.write_text(text)
-                temporary.replace(self._path)
-            except OSError:  # a beat that cannot be written is a missing beat: training goes on
-                temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a beat that cannot be written is a missing beat: training goes on
+                write_text_atomically(self._path, text)
             if self._stop.wait(self._interval):
                 return
 
@@ -112,10 +111,8 @@ class _Seen:
 class HeartbeatMonitor:
     """Looks at the beats of all ranks and says who is silent or keeps the others waiting."""
 
-    def __init__(
-        self, folder: Path, say: Callable[[str], None], silent: float = SILENT_AFTER_S, slow: float = SLOW_AFTER_S
-    ) -> None:
-        self._folder, self._say, self._silent, self._slow = folder, say, silent, slow
+    def __init__(self, folder: Path, silent: float = SILENT_AFTER_S, slow: float = SLOW_AFTER_S) -> None:
+        self._folder, self._silent, self._slow = folder, silent, slow
         self._ranks: dict[str, _Seen] = {}
 
     def check(self, now: float) -> None:
@@ -148,13 +145,13 @@ class HeartbeatMonitor:
         quiet = now - seen.beat_since
         if quiet >= self._silent and not seen.silent:
             seen.silent = True
-            self._say(
+            _LOGGER.warning(
                 f"{seen.name} has given no sign of life for {quiet:.0f} s; it was at step {seen.at[0]}, {seen.at[1]}: "
                 "a stopped or dead process, or a machine out of reach. The others wait for it"
             )
         elif seen.silent and quiet < self._silent:
             seen.silent = False
-            self._say(f"{seen.name} is back, at step {seen.at[0]}")
+            _LOGGER.info(f"{seen.name} is back, at step {seen.at[0]}")
 
     def _judge_pace(self, now: float) -> None:
         waiting = [seen for seen in self._ranks.values() if seen.waits]
@@ -166,7 +163,7 @@ class HeartbeatMonitor:
             patience = min(now - other.at_since for other in kept)
             if patience >= self._slow:
                 seen.slow = step
-                self._say(
+                _LOGGER.warning(
                     f"{seen.name} has kept others waiting for {patience:.0f} s: it is still {doing} step {step}"
                     + (f" (at {seen.place.line})" if seen.place.line else "")
                 )
@@ -181,17 +178,17 @@ class HeartbeatMonitor:
                 f"{s.name} in {s.place.collective or s.at[1]}, step {s.at[0]}"
                 for s in sorted(ranks, key=lambda s: s.name)
             )
-            self._say(f"all ranks have waited for each other for {patience:.0f} s: {where}")
+            _LOGGER.warning(f"all ranks have waited for each other for {patience:.0f} s: {where}")
             for seen in ranks:
                 seen.slow = seen.at[0]
 
 
 @contextmanager
-def monitor_heartbeats(folder: Path, say: Callable[[str], None]) -> Generator[None]:
-    """While the block runs, ``say`` is told of ranks that fall silent or behind."""
+def monitor_heartbeats(folder: Path) -> Generator[None]:
+    """Log ranks that are silent or slow while the block runs."""
     for old in folder.glob("[0-9]*.json"):
         old.unlink()
-    watch, stop = HeartbeatMonitor(folder, say), threading.Event()
+    watch, stop = HeartbeatMonitor(folder), threading.Event()
 
     def run() -> None:
         while not stop.wait(1.0):
