@@ -272,7 +272,10 @@ class _Sweep:
             plots = mlflow_report.draw_plots(parts, self.results.folder, fps, rate, name)
             lines = csv_report.to_rows(rows)
             files = [csv_report.write_csv(lines, self.results.folder / "table.csv")]
-            files.append(html_report.write_html_report(self.results.folder, name, facts, parts, lines, plots))
+            report = html_report.write_html_report(
+                self.results.folder, name, facts=facts, parts=parts, lines=lines, plots=plots
+            )
+            files.append(report)
         with self._timed("tracking"):
             parent = mlflow_report.log_sweep_to_mlflow(parts, [*plots, *files], self.results, mlflow_uri, name, facts)
         return {

@@ -2,9 +2,11 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
 
 from workflows.evaluation.csv_report import MetricRow
 
@@ -31,147 +33,125 @@ COLUMNS = (  # metric, heading
     ("first_chunk_s", "first chunk, s"),
     ("failed", "failed clips"),
 )
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; margin: 0 auto; max-width: 1480px; padding: 24px }
-h1 { font-size: 24px; margin: 0 0 4px } h2 { font-size: 18px; margin: 36px 0 8px }
-.scroll { overflow-x: auto } .quiet { color: #5f5f5f; font-size: 13px } .warn { color: #9b1c31; font-weight: 600 }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-th, td { padding: 4px 7px; border-bottom: 1px solid #dcdcdc; text-align: right; white-space: nowrap }
-th { vertical-align: bottom; white-space: normal; font-weight: 600 }
-td.name, th.name { text-align: left } tr.real { background: #f3f3f0 } img { max-width: 100% }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 14px }
-figure { margin: 0 } figcaption { font-size: 13px } video { width: 100%; background: #000 }
-"""
+PLOT_HEADINGS = {  # file name without suffix
+    "frontier": "Against network evaluations",
+    "seconds": "Against seconds of computation",
+    "over_time": "Over the length of a clip",
+    "offsets": "Offsets of sound and picture",
+    "sheet": "The same prompt",
+}
 
 Parts = Sequence[Mapping[str, Any]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Setting:
+    """One sampling setting, the key of a table row."""
+
+    label: str
+    mode: str
+    steps: int
+    nfe: int
+    guidance: float
+
+    @property
+    def text(self) -> str:
+        if self.mode == "real":
+            return "real clips, coded"
+        plural = "s" if self.steps > 1 else ""
+        guided = f", w = {self.guidance:g}" if self.guidance != 1 else ""
+        return f"{self.label}: {self.mode}, {self.steps} step{plural}{guided}"
+
+
 def write_html_report(
-    folder: Path, title: str, facts: Mapping[str, Any], parts: Parts, lines: Sequence[MetricRow], plots: Sequence[Path]
+    folder: Path,
+    title: str,
+    *,
+    facts: Mapping[str, Any],
+    parts: Parts,
+    lines: Sequence[MetricRow],
+    plots: Sequence[Path],
 ) -> Path:
-    """The page, from what the folder holds."""
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        _facts(facts),
-        "<h2>Numbers of whole clips</h2>",
-        _numbers([line for line in lines if line.window == "all"]),
-        *(f'<h2>{escape(_heading(plot))}</h2><img src="{_data(plot, "image/png")}" alt="">' for plot in plots),
-        "<h2>Samples</h2>",
-        _samples(folder, parts),
-        "<h2>Not measured</h2>",
-        _missing(lines),
-    ]
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
+    """Write ``report.html`` into ``folder`` and return its path."""
+    overall = [line for line in lines if line.window == "all"]
+    columns = [(metric, name) for metric, name in COLUMNS if _is_measured(overall, metric)]
+    samples, left_out = _samples(folder, parts)
+    page = _template().render(
+        title=title,
+        facts=facts,
+        headings=[name for _, name in columns],
+        table=_table(overall, [metric for metric, _ in columns]),
+        plots=[{"heading": PLOT_HEADINGS.get(p.stem, p.stem), "uri": _data_uri(p, "image/png")} for p in plots],
+        samples=samples,
+        samples_left_out=left_out,
+        samples_folder=folder / "samples",
+        missing=_missing(lines),
     )
     path = folder / "report.html"
-    path.write_text(page + "\n".join(body) + "</body></html>\n")
+    path.write_text(page)
     return path
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
-    lines = [
-        f'<p class="quiet">{facts["clips"]} held-out clips of {escape(str(facts["dataset"]))}; '
-        f"distances are measured against {escape(facts['reference'])}</p>"
+def _template() -> Template:
+    path = Path(__file__).with_suffix(".html.jinja")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["figure"] = _figure
+    return environment.from_string(path.read_text())
+
+
+def _is_measured(lines: Sequence[MetricRow], metric: str) -> bool:
+    return any(line.metric == metric and line.value is not None for line in lines)
+
+
+def _setting_of(line: MetricRow) -> _Setting:
+    return _Setting(label=line.label, mode=line.mode, steps=line.steps, nfe=line.nfe, guidance=line.guidance)
+
+
+def _table(lines: Sequence[MetricRow], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Return one row per setting with one cell per metric; None: the setting has no such metric."""
+    found = {(_setting_of(line), line.metric): line for line in lines}
+    settings = dict.fromkeys(_setting_of(line) for line in lines)
+    return [
+        {
+            "is_real": setting.mode == "real",
+            "setting": setting.text,
+            "nfe": setting.nfe,
+            "cells": [found.get((setting, metric)) for metric in metrics],
+        }
+        for setting in settings
     ]
-    for label, overlap in facts["overlap"].items():
-        if overlap.get("clips"):
-            text = f"{label} was trained on {len(overlap['clips'])} of these clips: its scores are no test."
-            lines.append(f'<p class="warn">{escape(text)} {escape(", ".join(overlap["clips"]))}</p>')
-        elif "unknown" in overlap:
-            lines.append(f'<p class="warn">{escape(label)}: overlap not known: {escape(overlap["unknown"])}</p>')
-        else:
-            lines.append(f'<p class="quiet">None of them, nor their sources, is in the training set of {label}.</p>')
-    lines += [f'<p class="warn">{escape(text)}</p>' for text in facts["doubts"]]
-    lines += [f'<p class="quiet">Left out: {escape(text)}</p>' for text in facts["skipped"]]
-    return "\n".join(lines)
 
 
-def _numbers(lines: Sequence[MetricRow]) -> str:
-    """A row per setting; beside a value its spread over seeds, or below it the interval over clips."""
-    shown = [
-        (metric, name) for metric, name in COLUMNS if any(x.metric == metric and x.value is not None for x in lines)
-    ]
-    settings = dict.fromkeys((x.label, x.mode, x.steps, x.nfe, x.guidance) for x in lines)
-    found = {(x.label, x.mode, x.steps, x.nfe, x.guidance, x.metric): x for x in lines}
-    head = "".join(f"<th>{escape(name)}</th>" for _, name in shown)
-    rows = [_row(key, [found.get((*key, metric)) for metric, _ in shown]) for key in settings]
-    head = f'<tr><th class="name">setting</th><th>NFE</th>{head}</tr>'
-    return (
-        f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
-        '<p class="quiet">Small figures: standard deviation over seeds, and the 90% bootstrap interval over clips. '
-        "A clip that failed counts with the worst score of each metric. A Frechet distance is too high by about the "
-        "bias beside it; the row of real clips shows the floor.</p>"
-    )
-
-
-def _row(key: tuple[str, str, int, int, float], lines: Sequence[MetricRow | None]) -> str:
-    start = f'<tr class="{"real" if key[1] == "real" else ""}"><td class="name">{escape(_setting(*key))}</td>'
-    missing = "-" if key[1] == "real" else "not measured"  # real clips have no speed and read no history
-    return start + f"<td>{key[3]}</td>" + "".join(f"<td>{_cell(line, missing)}</td>" for line in lines) + "</tr>"
-
-
-def _setting(label: str, mode: str, steps: int, nfe: int, guidance: float) -> str:
-    if mode == "real":
-        return "real clips, coded"
-    return f"{label}: {mode}, {steps} step{'s' * (steps > 1)}" + (f", w = {guidance:g}" if guidance != 1 else "")
-
-
-def _cell(line: MetricRow | None, missing: str) -> str:
-    if line is None or line.value is None:
-        return f'<span class="quiet">{missing}</span>'
-    spread = "" if line.spread is None else f' <span class="quiet">&plusmn; {_figure(line.spread)}</span>'
-    wide = line.low is not None and line.high is not None
-    bounds = f'<br><span class="quiet">{_figure(line.low)} to {_figure(line.high)}</span>' if wide else ""
-    return _figure(line.value) + spread + bounds
-
-
-def _figure(value: float | None) -> str:
-    assert value is not None
+def _figure(value: float) -> str:
+    """Return ``value`` with three digits."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _heading(plot: Path) -> str:
-    names = {
-        "frontier": "Against network evaluations",
-        "seconds": "Against seconds of computation",
-        "over_time": "Over the length of a clip",
-        "offsets": "Offsets of sound and picture",
-        "sheet": "The same prompt",
-    }
-    return names.get(plot.stem, plot.stem)
+def _samples(folder: Path, parts: Parts) -> tuple[list[dict[str, str]], int]:
+    """Return captions and data URIs of samples up to ``MAX_PAGE_BYTES``, and the number of samples left out.
 
-
-def _samples(folder: Path, parts: Parts) -> str:
-    """The first prompt of every setting, then the second ones, until the page is large enough."""
-    figures: list[str] = []
-    left = MAX_PAGE_BYTES
+    The first prompt of every setting comes before the second prompts.
+    """
+    samples: list[dict[str, str]] = []
+    bytes_left = MAX_PAGE_BYTES
     most = max(len(part["samples"]) for part in parts)
     queue = [(part, part["samples"][i]) for i in range(most) for part in parts if len(part["samples"]) > i]
     for part, name in queue:
         file, row = folder / name, part["rows"][0]
-        if file.stat().st_size > left:
+        if file.stat().st_size > bytes_left:
             continue
-        left -= file.stat().st_size
-        setting = _setting(row["label"], row["mode"], row["steps"], row["nfe"], row["guidance"])
-        seeded = f", seed {row['seed']}" if row["seed"] else ""
-        video = f'<video controls preload="metadata" src="{_data(file, "video/mp4")}"></video>'
-        figures.append(f"<figure>{video}<figcaption>{escape(setting + seeded)}</figcaption></figure>")
-    rest = len(queue) - len(figures)
-    note = f'<p class="quiet">{rest} more in {escape(str(folder / "samples"))}</p>' if rest else ""
-    return f'<div class="samples">{"".join(figures)}</div>{note}'
+        bytes_left -= file.stat().st_size
+        setting = _Setting(**{field: row[field] for field in ("label", "mode", "steps", "nfe", "guidance")})
+        seed = f", seed {row['seed']}" if row["seed"] else ""
+        samples.append({"caption": setting.text + seed, "uri": _data_uri(file, "video/mp4")})
+    return samples, len(queue) - len(samples)
 
 
-def _missing(lines: Sequence[MetricRow]) -> str:
-    """Metrics without a value in any setting, and what they need."""
+def _missing(lines: Sequence[MetricRow]) -> dict[str, str]:
+    """Return the metrics without a value in any setting, with the reason."""
     known = {line.metric for line in lines if line.value is not None}
-    notes = {line.metric: line.note for line in lines if line.metric not in known}
-    rows = "".join(
-        f'<tr><td class="name">{escape(k)}</td><td class="name">{escape(v)}</td></tr>' for k, v in notes.items()
-    )
-    return f'<div class="scroll"><table>{rows}</table></div>' if rows else '<p class="quiet">Nothing.</p>'
+    return {line.metric: line.note for line in lines if line.metric not in known}
 
 
-def _data(path: Path, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _data_uri(path: Path, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode()}"
