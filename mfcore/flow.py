@@ -25,16 +25,6 @@ def velocity(x0: Tensor, eps: Tensor) -> Tensor:
     return eps - x0
 
 
-def data_from_velocity(xt: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """x_0 = x_t - t v."""
-    return xt - t * v
-
-
-def noise_from_velocity(xt: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """eps = x_t + (1 - t) v."""
-    return xt + (1 - t) * v
-
-
 def step_along(xt: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """x_r = x_t - (t - r) u: one step along the average velocity."""
     return xt - (t - r) * u
@@ -43,11 +33,6 @@ def step_along(xt: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
 def shift_time(t: Tensor, s: float) -> Tensor:
     """shift_s(t) = s t / (1 + (s - 1) t); shifts compose: shift_a(shift_b(t)) = shift_ab(t)."""
     return s * t / (1 + (s - 1) * t)
-
-
-def unshift_time(t: Tensor, s: float) -> Tensor:
-    """Inverse of ``shift_time``."""
-    return shift_time(t, 1 / s)
 
 
 @dataclass(frozen=True, kw_only=True)

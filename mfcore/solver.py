@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mfcore.device import to_device_of
 from mfcore.flow import move_streams, shift_time
-from mfcore.types import Condition, Holdable, KVCache, NoiseLevels, Stream, Streams, VelocityModel
+from mfcore.types import Condition, KVCache, NoiseLevels, Stream, Streams, VelocityModel
 
 Mode = Literal["few", "multi"]
 """few: average velocity over the whole step (r = next level). multi: instantaneous velocity (r = t), an Euler step."""
@@ -110,8 +110,8 @@ class DenoiserContext:
         return self.map_memories(lambda memory: memory.detach())
 
     def shared_passes(self) -> "DenoiserContext":
-        """For several passes over the same chunks, between which no weight changes; see ``Holdable``."""
-        return self.map_memories(lambda memory: memory.shared_passes() if isinstance(memory, Holdable) else memory)
+        """Return the context for several passes over the same chunks; see ``KVCache.shared_passes``."""
+        return self.map_memories(lambda memory: memory.shared_passes())
 
     def snapshot(self) -> "DenoiserContext":
         """To continue from here, more than once if need be: what is remembered is not changed by later passes."""
@@ -151,7 +151,8 @@ def query_velocities(context: DenoiserContext, queries: Sequence[VelocityQuery])
     """The answer to each query, by one forward pass of all their rows."""
     sizes = [len(q.rows) for q in queries]
     x = {m: s.with_latents(torch.cat([q.x[m].latents for q in queries])) for m, s in queries[0].x.items()}
-    t, r = ({m: torch.cat([getattr(q, level)[m] for q in queries]) for m in x} for level in "tr")
+    t = {m: torch.cat([q.t[m] for q in queries]) for m in x}
+    r = {m: torch.cat([q.r[m] for q in queries]) for m in x}
     u = context.rows(torch.cat([q.rows for q in queries])).velocity(x, t, r)
     parts = zip(*(u[m].split(sizes) for m in x), strict=True)
     return [dict(zip(x, part, strict=True)) for part in parts]

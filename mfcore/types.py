@@ -6,7 +6,7 @@ D text width. Audio is a stream whose latents have no height and width: ``(B, n,
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -149,14 +149,10 @@ class KVCache(Protocol):
         """What is remembered, as a value that later passes do not change."""
         ...
 
+    def shared_passes(self) -> "KVCache":
+        """Return the cache for several passes over the same chunks, which may share what they have in common.
 
-@runtime_checkable
-class Holdable(Protocol):
-    """A memory with which something may be kept from pass to pass."""
-
-    def shared_passes(self) -> KVCache:
-        """The same memory, for passes over the same chunks between which no weight changes and whose gradients are
-        taken together: what they have in common is found out once.
+        No weight may change between these passes, and their gradients must be computed together.
         """
         ...
 

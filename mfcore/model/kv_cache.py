@@ -1,7 +1,7 @@
 """What a network remembers: keys and values of the sink and of past chunks, layer by layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,13 @@ class TokenPositions:
         return TokenPositions(**{k: v[keep] for k, v in vars(self).items()})
 
 
+class PassCache:
+    """Prepared passes over one KV cache, at most one per gradient mode. Mutable: the network adds the entries."""
+
+    def __init__(self) -> None:
+        self.entries: dict[bool, Any] = {}  # by torch.is_grad_enabled()
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayeredKVCache:
     """Sink keys are kept unrotated, because their offset is constant and not their position; past keys are rotated.
@@ -67,22 +74,30 @@ class LayeredKVCache:
     sink_at: TokenPositions
     past: tuple[KeyValue, ...] = ()
     past_at: TokenPositions | None = None
-    scenes: dict[bool, Any] | None = field(default=None, init=False, repr=False, compare=False)
-    """Where it is held: what the last passes over it, without gradient and with it, have in common. A memory that is
-    made of this one is not."""
+    passes: PassCache | None = None  # shared passes over this cache; derived caches have none
 
     def shared_passes(self) -> "LayeredKVCache":
-        same = replace(self)
-        object.__setattr__(same, "scenes", {})
-        return same
+        return replace(self, passes=PassCache())
+
+    def without_passes(self) -> "LayeredKVCache":
+        """Return the same keys and values without shared passes."""
+        return replace(self, passes=None)
 
     def detach(self) -> "LayeredKVCache":
-        return replace(self, sink=tuple(kv.detach() for kv in self.sink), past=tuple(kv.detach() for kv in self.past))
+        return replace(
+            self,
+            sink=tuple(kv.detach() for kv in self.sink),
+            past=tuple(kv.detach() for kv in self.past),
+            passes=None,
+        )
 
     def rows(self, index: Tensor) -> "LayeredKVCache":
         there = row_indices(index, self.sink[0].k) if self.sink else index
         return replace(
-            self, sink=tuple(kv.rows(there) for kv in self.sink), past=tuple(kv.rows(there) for kv in self.past)
+            self,
+            sink=tuple(kv.rows(there) for kv in self.sink),
+            past=tuple(kv.rows(there) for kv in self.past),
+            passes=None,
         )
 
     @classmethod
@@ -91,7 +106,7 @@ class LayeredKVCache:
         alike = [p.by_chunk() for p in parts]
         sink = tuple(KeyValue.stack(layer) for layer in zip(*(p.sink for p in alike), strict=True))
         past = tuple(KeyValue.stack(layer) for layer in zip(*(p.past for p in alike), strict=True))
-        return replace(alike[0], sink=sink, past=past)
+        return replace(alike[0], sink=sink, past=past, passes=None)
 
     def by_chunk(self) -> "LayeredKVCache":
         """Tokens by chunk, then by branch, as a roll-out writes them; a whole clip is written branch by branch."""
@@ -103,9 +118,9 @@ class LayeredKVCache:
     def append(self, layers: list[KeyValue], at: TokenPositions) -> "LayeredKVCache":
         """A memory that also holds the (rotated) keys and the values of the tokens ``at``."""
         if self.past_at is None:
-            return replace(self, past=tuple(layers), past_at=at)
+            return replace(self, past=tuple(layers), past_at=at, passes=None)
         past = tuple(old.join(new) for old, new in zip(self.past, layers, strict=True))
-        return replace(self, past=past, past_at=self.past_at.join(at))
+        return replace(self, past=past, past_at=self.past_at.join(at), passes=None)
 
     def evict_before(self, chunk: int) -> "LayeredKVCache":
         """Forget chunks that ``chunk`` and its successors cannot see."""
@@ -119,7 +134,7 @@ class LayeredKVCache:
         assert self.past_at is not None
         place = to_device_of(index, self.past[0].k)
         past = tuple(KeyValue(kv.k.index_select(2, place), kv.v.index_select(2, place)) for kv in self.past)
-        return replace(self, past=past, past_at=self.past_at.select(index))
+        return replace(self, past=past, past_at=self.past_at.select(index), passes=None)
 
     def snapshot(self) -> "LayeredKVCache":
         return self

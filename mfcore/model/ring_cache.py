@@ -24,12 +24,15 @@ NO_SLOTS = torch.zeros(0, dtype=torch.int64)
 class RingKVCache:
     """Sink, the chunks of the window, and the chunk at work. One pass holds one chunk, and has no gradient.
 
+    Mutable: passes write keys and values in place, and every method that returns a ring returns this one.
+
     A copy to come back to, or to go on from more than once, is a ``snapshot``; ``ring_of`` it continues from there.
     """
 
     def __init__(self, source: LayeredKVCache, chunk_tokens: int) -> None:
         """With what ``source`` remembers. ``chunk_tokens``: most tokens of a chunk."""
-        self._opened, self.chunk_tokens = replace(source, past=(), past_at=None), chunk_tokens
+        self._opened = replace(source, past=(), past_at=None, passes=None)
+        self.chunk_tokens = chunk_tokens
         batch, heads, sink, width = source.sink[0].k.shape
         room = sink + (source.window + 1) * chunk_tokens
         self.k = source.sink[0].k.new_zeros(len(source.sink), batch, heads, room, width)
@@ -109,6 +112,9 @@ class RingKVCache:
         return self
 
     def detach(self) -> "RingKVCache":
+        return self
+
+    def shared_passes(self) -> "RingKVCache":
         return self
 
     def snapshot(self) -> LayeredKVCache:

@@ -1,7 +1,7 @@
 """The network: branches coupled in self-attention (METHOD 4). A uni-modal model has one branch, same code."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, cast
 
@@ -185,10 +185,10 @@ class AVTransformer(nn.Module):
         if isinstance(memory, RingKVCache):
             return self._streamed(x, some, cond, memory), memory
         gradient = torch.is_grad_enabled()
-        kept = None if store or memory.scenes is None else memory.scenes.get(gradient)
+        kept = None if store or memory.passes is None else memory.passes.entries.get(gradient)
         if kept is not None and kept[0].is_reusable(x, cond):
             scene, copies, sink_turn = kept
-            return scene, CacheView(memory=replace(memory), copies=copies, turn=sink_turn)
+            return scene, CacheView(memory=memory.without_passes(), copies=copies, turn=sink_turn)
         own = self._places(x)
         at = self._ordered(own)
         # the sink is short: no kernel needs to be made before a stream begins
@@ -196,12 +196,13 @@ class AVTransformer(nn.Module):
         mask = self._sight(at, memory, store=store).mask(backend, some.device)
         copies, sink_turn = len(at.chunk.unique()), self._sink_turn(at, memory.sink_at, some)
         # where layers are run again for the backward pass, what they keep of the text would stay
-        lasting = memory.scenes is not None and not (self.recompute and gradient)
+        lasting = memory.passes is not None and not (self.recompute and gradient)
         scene = self._scene(x, own, at, some, cond, mask, {} if lasting else None)
-        if memory.scenes is not None and not store:
-            memory.scenes[gradient] = scene, copies, sink_turn  # nothing that knows the memory: it would never go
+        if memory.passes is not None and not store:
+            # no reference to the cache itself: a cycle would keep it alive
+            memory.passes.entries[gradient] = scene, copies, sink_turn
         # without the scenes: layers that are run again keep what they read until then
-        return scene, CacheView(memory=replace(memory), copies=copies, turn=sink_turn)
+        return scene, CacheView(memory=memory.without_passes(), copies=copies, turn=sink_turn)
 
     def _streamed(self, x: Streams, like: Tensor, cond: Condition, ring: RingKVCache) -> PreparedPass:
         """All evaluations of a chunk share a scene; all that the ring holds is visible to that chunk."""

@@ -74,6 +74,9 @@ class Nothing:
     def evict_before(self, chunk):
         return self
 
+    def shared_passes(self):
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianModel:
@@ -122,6 +125,9 @@ class Past:
 
     def detach(self) -> "Past":
         return replace(self, latents={m: v.detach() for m, v in self.latents.items()})
+
+    def shared_passes(self) -> "Past":
+        return self
 
     def rows(self, index: Tensor) -> "Past":
         return replace(self, latents={m: v[index] for m, v in self.latents.items()})

@@ -47,7 +47,7 @@ def test_steps_that_share_a_scene_are_those_that_do_not(recompute):
     context, start = after_two_chunks(recompute)
     apart = context.detach()
     data = apart.shared_passes()
-    assert data.memory.scenes == {} and apart.memory.scenes is None
+    assert data.memory.passes.entries == {} and apart.memory.passes is None
 
     def made(after: DenoiserContext) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         now = start
@@ -60,7 +60,7 @@ def test_steps_that_share_a_scene_are_those_that_do_not(recompute):
         return out, torch.autograd.grad(sum(x.square().sum() for x in out), weights, allow_unused=True)
 
     (ours, mine), (theirs, other) = made(data), made(apart)
-    assert data.memory.scenes.keys() == {False, True} and apart.memory.scenes is None
+    assert data.memory.passes.entries.keys() == {False, True} and apart.memory.passes is None
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert [g is None for g in mine] == [g is None for g in other] and sum(g is not None for g in mine) > 50
     for a, b in zip(mine, other, strict=True):  # of what is shared gradients are added up in another order
@@ -110,8 +110,8 @@ def test_held_memory_goes_with_those_who_hold_it():
     held = context.detach().shared_passes()
     t = constant_levels(start, {VIDEO: 0.5, AUDIO: 0.5})
     u = held.velocity(start, t, t)
-    assert held.memory.scenes
-    gone, kept = weakref.ref(held.memory.past[0].k), weakref.ref(held.memory.scenes[True][0])
+    assert held.memory.passes.entries
+    gone, kept = weakref.ref(held.memory.past[0].k), weakref.ref(held.memory.passes.entries[True][0])
     gc.disable()
     try:
         del u, held
@@ -145,11 +145,11 @@ def test_layers_that_are_run_again_do_not_keep_what_steps_without_gradient_share
 def test_memory_that_is_made_of_held_memory_is_not():
     context, start = after_two_chunks()
     memory = context.detach().shared_passes().memory
-    assert isinstance(memory, LayeredKVCache) and memory.scenes == {}
+    assert isinstance(memory, LayeredKVCache) and memory.passes.entries == {}
     t = constant_levels(start, {VIDEO: 0.5, AUDIO: 0.5})
     with torch.no_grad():
         context.model(start, t, t, context.cond, memory)
-        assert memory.scenes.keys() == {False}
+        assert memory.passes.entries.keys() == {False}
         rows = torch.tensor([1, 0])
         for other in (
             memory.rows(rows),
@@ -157,5 +157,5 @@ def test_memory_that_is_made_of_held_memory_is_not():
             memory.detach(),
             LayeredKVCache.stack([memory, memory]),
         ):
-            assert other.scenes is None
-        assert memory.shared_passes().scenes == {}
+            assert other.passes is None
+        assert memory.shared_passes().passes.entries == {}
