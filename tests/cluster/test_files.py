@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
-from workflows.cli.parse import parse_command
+from tests.helpers.parsed_command import parse
 from workflows.jobs import kuberay, resources
 from workflows.jobs.command import check_paths
 from workflows.jobs.targets import parse_target
@@ -242,7 +242,7 @@ def test_the_entrypoints_are_commands_that_their_pods_can_run(name: str) -> None
     target = parse_target(str(CLUSTER / "kuberay" / name))
     python, module, package, *argv = target.config["spec"]["entrypoint"].split()
     assert (python, module, package) == ("python", "-m", "workflows.cli")
-    resources.require_capacity(resources.required_resources(parse_command(argv, "/shared")), target.machines, name)
+    resources.require_capacity(resources.required_resources(parse(argv, "/shared")), target.machines, name)
 
 
 # ----------------------------------------------------------------------------------------------------------- placement
@@ -262,7 +262,7 @@ def test_the_entrypoints_are_commands_that_their_pods_can_run(name: str) -> None
 )
 def test_every_stage_fits_on_some_machines_of_the_clouds(name: str, words: str) -> None:
     target = parse_target(str(CLUSTER / name))
-    need = resources.required_resources(parse_command(words.split(), "/shared"))
+    need = resources.required_resources(parse(words.split(), "/shared"))
     assert need is not None
     resources.require_capacity(need, target.machines, name)
 
@@ -280,9 +280,9 @@ def submissions() -> list[str]:
 def test_the_commands_of_the_pages_are_taken_and_fit(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.net:5000")
     monkeypatch.chdir(ROOT)
-    given = parse_command(line.split()[1:]).values  # its own options, the target, the command
+    given = parse(line.split()[1:]).values  # its own options, the target, the command
     target, shared = parse_target(given["target"]), given["shared"]
-    command = parse_command(given["argv"], shared)
+    command = parse(given["argv"], shared)
     if target.kind != "here":
         check_paths(command, target.name, shared)
     if target.machines:
@@ -416,9 +416,7 @@ def test_pods_know_the_same_limit(name: str) -> None:
 
 def test_the_command_of_the_evaluating_job_has_the_gpu() -> None:
     target = parse_target(str(CLUSTER / "kuberay" / "rayjob-evaluate.yaml"))
-    own = resources.driver_resources(
-        parse_command(target.config["spec"]["entrypoint"].split()[3:], "/shared"), target.machines
-    )
+    own = resources.driver_resources(parse(target.config["spec"]["entrypoint"].split()[3:], "/shared"), target.machines)
     assert own == {"GPU": target.config["spec"]["entrypointNumGpus"]}
 
 

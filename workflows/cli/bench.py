@@ -7,6 +7,7 @@ import typer
 
 from workflows.cli import output
 from workflows.cli.options import ConfigOverrides, JsonFlag, PresetName, parse_ints, parse_size, parse_sizes
+from workflows.cli.traits import command
 from workflows.utils import environment
 
 app = typer.Typer(name="bench", help="Speed on this hardware, against the limits.", no_args_is_help=True)
@@ -99,6 +100,7 @@ def stream(
 
 
 @app.command("preprocess")
+@command(paths=("folder",))
 def preprocess(
     folder: Annotated[
         str | None,

@@ -16,11 +16,13 @@ from workflows.cli.options import (
     OverwriteFlag,
     parse_sizes,
 )
+from workflows.cli.traits import command
 from workflows.utils import environment, progress
 
 SOURCES_HELP = "Media files, folders, globs, s3:// prefixes, or manifests (csv, jsonl, parquet)."
 
 
+@command(paths=("out",))
 def toyworld(
     out: OutputPath,
     *,
@@ -55,6 +57,7 @@ def toyworld(
     output.run_command(work, as_json=json)
 
 
+@command(paths=("sources", "out", "config"))
 def preprocess(
     sources: Annotated[list[str], typer.Argument(parser=environment.resolve_path, metavar="SRC...", help=SOURCES_HELP)],
     out: DatasetUri,
@@ -104,6 +107,7 @@ def preprocess(
     output.run_command(work, as_json=json)
 
 
+@command(paths=("dataset", "sheet"))
 def inspect(
     dataset: DatasetUri,
     *,
@@ -131,6 +135,7 @@ def inspect(
     output.run_command(work, as_json=json, render=render)
 
 
+@command(paths=("folder", "out"))
 def manifest(
     layout: Annotated[str, typer.Argument(help="emilia, panda70m, speakervid or seamless.")],
     folder: Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="FOLDER")],
@@ -147,6 +152,7 @@ def manifest(
     output.run_command(work, as_json=json)
 
 
+@command(paths=("dataset", "out"))
 def reconstruct(
     dataset: DatasetUri,
     clip_id: Annotated[str, typer.Argument(metavar="CLIP_ID", help="A clip's id, as `mfctl inspect` lists it.")],

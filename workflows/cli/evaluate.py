@@ -7,6 +7,7 @@ import typer
 from mfcore.metrics.windows import DEFAULT_WINDOWS
 from workflows.cli import output
 from workflows.cli.options import JsonFlag, parse_ints
+from workflows.cli.traits import command
 from workflows.utils import environment, progress
 
 Checkpoints = Annotated[
@@ -42,6 +43,7 @@ Out = Annotated[
 ]
 
 
+@command(writes_runs=True, driver_only=True, paths=("checkpoints", "data", "out"))
 def evaluate(
     checkpoints: Checkpoints,
     *,

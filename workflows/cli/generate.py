@@ -4,9 +4,11 @@ import typer
 
 from workflows.cli import output
 from workflows.cli.options import CheckpointPath, JsonFlag, Mp4Path, OverwriteFlag
+from workflows.cli.traits import command
 from workflows.utils import environment
 
 
+@command(driver_only=True, paths=("checkpoint", "out", "first_frame", "voice"))
 def generate(
     checkpoint: CheckpointPath,
     out: Mp4Path,

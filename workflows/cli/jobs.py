@@ -1,5 +1,6 @@
 """The verbs about Ray jobs: submit, status, logs, stop. Part of the command line in ``cli.py``."""
 
+import os
 import shlex
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ JobIdArgument = Annotated[
 
 @app.command()
 def submit(
+    context: typer.Context,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="A cluster file, an address, or a RayJob's file.")],
     argv: Annotated[list[str], typer.Argument(metavar="-- VERB...", help="The mfctl command to run there.")],
     *,
@@ -33,9 +35,12 @@ def submit(
     """Run an mfctl command as a Ray job, follow its logs and end with its exit code."""
 
     def work() -> Any:
-        from workflows.jobs.submit import submit_job as run_submit
+        from workflows.cli.parse import parse_command
+        from workflows.jobs.submit import submit_job
 
-        return run_submit(target, argv, detach=detach, python=python, shared=shared)
+        base = os.path.normpath(shared) if shared else None
+        command = parse_command(context.find_root().command, argv, base)
+        return submit_job(target, command, detach=detach, python=python, shared=base)
 
     output.run_command(work, as_json=json, code=lambda done: done["exit_code"] or 0)
 

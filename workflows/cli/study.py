@@ -6,11 +6,13 @@ import typer
 
 from workflows.cli import output
 from workflows.cli.options import ConfigOverrides, DryRunFlag, JsonFlag
+from workflows.cli.traits import command
 from workflows.utils import environment
 
 DEFAULT_STUDY_DIR = "runs/study"
 
 
+@command(writes_runs=True, driver_only=True, paths=("out", "networks"))
 def study(
     *,
     out: Annotated[str, typer.Option(parser=environment.resolve_path, help="Folder of the study.")] = DEFAULT_STUDY_DIR,

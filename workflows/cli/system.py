@@ -7,6 +7,7 @@ import typer
 
 from workflows.cli import output
 from workflows.cli.options import JsonFlag
+from workflows.cli.traits import command
 from workflows.utils import environment
 
 DEFAULT_DEMO_DIR = "runs/demo"
@@ -21,6 +22,7 @@ def doctor(*, json: JsonFlag = False) -> None:
     )
 
 
+@command(writes_runs=True, paths=("out",))
 def demo(
     *,
     out: Annotated[

@@ -116,6 +116,20 @@ class EngineConfig:
     def max_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
+    def worker_resources(self, cluster_cpus: float) -> dict[str, float]:
+        """Return the Ray resources of one worker on a cluster with that many CPUs.
+
+        Workers of a fixed number share the CPUs if these are fewer. Elastic workers need whole CPUs: Ray Train cannot
+        count how many fractions fit on a machine.
+        """
+        is_elastic = self.min_workers != self.max_workers
+        resources = {"CPU": 1.0 if is_elastic else min(1.0, cluster_cpus / self.max_workers)}
+        if self.use_gpu:
+            resources["GPU"] = 1.0
+        if self.resource:
+            resources[self.resource] = 1.0
+        return resources
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:

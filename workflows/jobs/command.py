@@ -31,16 +31,18 @@ FORWARDED_ENV = (
     "MLFLOW_S3_ENDPOINT_URL",
 )
 """Variables that say where something is, credentials among it, and hold none."""
-WRITES_RUNS = ("train", "evaluate", "study", "demo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedCommand:
-    """A command of mfctl, read by its own verb's rules."""
+    """A command of mfctl with its arguments parsed; made by ``workflows.cli.parse``."""
 
+    argv: tuple[str, ...]  # as given, without "mfctl"
     verb: str
-    values: Mapping[str, Any]  # of its arguments and options, by name
-    paths: Mapping[str, str]  # word as an error message names it -> local path or URI
+    values: Mapping[str, Any]  # of its arguments and options, by name; empty for --help
+    paths: Mapping[str, str]  # option and value, as error messages show them -> local path or URI
+    writes_runs: bool = False  # writes run directories and tracking entries
+    driver_only: bool = False  # computes in the process of the command, not in Ray workers
 
     @property
     def sets(self) -> list[str]:
@@ -58,13 +60,13 @@ def check_paths(command: ParsedCommand, target: str, shared: str | None) -> None
                 f"the "
                 "folder that all its machines have mounted, e.g. --shared /shared, and a path under it"
             )
-    if command.verb in WRITES_RUNS and shared is None:
+    if command.writes_runs and shared is None:
         raise ValueError(
             f"{command.verb} keeps its runs in a folder that all machines of {target} must see: name one that they "
             f"have "
             "mounted, e.g. --shared /shared (the files of this folder all mount one there)"
         )
-    if command.verb in WRITES_RUNS and os.environ.get("MFCTL_TRACKER") != "json":
+    if command.writes_runs and os.environ.get("MFCTL_TRACKER") != "json":
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if uri is None or uri.startswith(("sqlite:", "file:")) or "://" not in uri:
             raise ValueError(

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor, inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workflows.jobs.command import ParsedCommand
 
+if TYPE_CHECKING:
+    from workflows.config.run import EngineConfig
+
 Resources = Mapping[str, float]
-DRIVER_ONLY_COMMANDS = ("evaluate", "generate", "study")
-"""Verbs that compute in the process of the command itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +39,10 @@ def required_resources(command: ParsedCommand) -> ResourceRequest | None:
     if command.verb != "train" or not command.values:
         return None
     engine = _engine(command)
-    bundle = (
-        {"CPU": 1.0}
-        if engine.use_gpu or engine.min_workers != engine.max_workers
-        else {"CPU": 1.0 / engine.max_workers}
-    )
-    if engine.use_gpu:
-        bundle["GPU"] = 1.0
-    if engine.resource:
-        bundle[engine.resource] = 1.0
     return ResourceRequest(
-        description=f"train with engine.workers={engine.workers}", bundle=bundle, count=engine.min_workers
+        description=f"train with engine.workers={engine.workers}",
+        bundle=engine.worker_resources(inf if engine.use_gpu else 1.0),
+        count=engine.min_workers,
     )
 
 
@@ -72,7 +66,7 @@ def driver_resources(command: ParsedCommand, machines: Sequence[MachineType]) ->
 
     Ray runs the process of a job on the head unless it is told what it needs, and heads here lead only.
     """
-    if command.verb not in DRIVER_ONLY_COMMANDS or not command.values:
+    if not command.driver_only or not command.values:
         return {}
     if command.verb == "evaluate" and command.values.get("workers", 1) > 1:  # these are Ray's
         return {}
@@ -93,7 +87,7 @@ def total_resources(machines: Sequence[MachineType]) -> dict[str, float]:
     return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
 
 
-def _engine(command: ParsedCommand) -> Any:
+def _engine(command: ParsedCommand) -> "EngineConfig":
     """The engine's configuration, whatever the latents: presets of one name have the same for all."""
     from mfcore.types import AUDIO, VIDEO
     from workflows.config import latent_shapes, presets, serialization
@@ -190,7 +184,7 @@ def merge_equal(machines: Sequence[MachineType]) -> list[MachineType]:
         plain = {name: amount for name, amount in one.resources.items() if _countable(name)}
         key = tuple(sorted(plain.items()))
         kinds[key] = (
-            replace(kinds[key], most=kinds[key].max_count + one.max_count)
+            replace(kinds[key], max_count=kinds[key].max_count + one.max_count)
             if key in kinds
             else replace(one, resources=plain)
         )

@@ -123,15 +123,10 @@ def _scaling(engine: EngineConfig) -> Any:
     from ray.train import ScalingConfig
 
     fixed = engine.min_workers == engine.max_workers
-    cpus = ray.cluster_resources().get("CPU", 1.0)
-    # an elastic run counts whole CPUs: Ray Train cannot tell how many fractions fit on a machine
-    resources = {"CPU": min(1.0, cpus / engine.max_workers) if fixed else 1.0}
     return ScalingConfig(
         num_workers=engine.max_workers if fixed else (engine.min_workers, engine.max_workers),
         use_gpu=engine.use_gpu,
-        resources_per_worker=resources
-        | ({"GPU": 1.0} if engine.use_gpu else {})
-        | ({engine.resource: 1.0} if engine.resource else {}),
+        resources_per_worker=engine.worker_resources(ray.cluster_resources().get("CPU", 1.0)),
         elastic_resize_monitor_interval_s=RESCALE_INTERVAL_S,
     )
 

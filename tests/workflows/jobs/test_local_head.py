@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.parsed_command import parse
 from workflows.jobs import local_head, submit
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -59,7 +60,7 @@ def test_wrong_targets_are_refused_before_anything_starts(
     here: Path, target: str, argv: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        submit.submit_job(target, argv)
+        submit.submit_job(target, parse(argv))
     assert not list(here.iterdir())
 
 

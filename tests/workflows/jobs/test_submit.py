@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from preprocessing.io.ray_resources import PROMISED_RESOURCES_ENV
+from tests.helpers.parsed_command import parse
 from workflows.cli.app import app
-from workflows.cli.parse import parse_command
 from workflows.jobs import job_server, kuberay, resources, submit
 from workflows.jobs.command import check_paths, check_secrets
 from workflows.jobs.job_server import ClusterInfo, check_versions
@@ -54,18 +54,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("target", [AWS, ONPREM, TRAIN_JOB])
 def test_what_other_machines_could_not_do_is_refused(here: Path, target: str, words: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        submit.submit_job(target, words.split())
+        submit.submit_job(target, parse(words.split()))
     assert not list(here.iterdir())
 
 
 def test_a_shared_folder_makes_paths_under_it_good(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     words = ["train", "--stage", "video", "--data", "toy", "--from", "runs/v"]
-    command = parse_command(words, "/shared/me")
+    command = parse(words, "/shared/me")
     assert set(command.paths.values()) == {"/shared/me/toy", "runs/v"} or "/shared/me/toy" in command.paths.values()
-    check_paths(parse_command(words[:5], "/shared/me"), AWS, "/shared/me")
+    check_paths(parse(words[:5], "/shared/me"), AWS, "/shared/me")
     with pytest.raises(ValueError, match="/elsewhere/toy is a path of this machine"):
-        check_paths(parse_command([*words[:4], "/elsewhere/toy"], "/shared"), AWS, "/shared")
+        check_paths(parse([*words[:4], "/elsewhere/toy"], "/shared"), AWS, "/shared")
 
 
 @pytest.mark.parametrize("uri", [None, "sqlite:////shared/mlflow.db", "file:///shared/mlruns", "runs"])
@@ -75,7 +75,7 @@ def test_a_store_that_one_machine_writes_is_refused(
     if uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(ValueError, match=r"MLFLOW_TRACKING_URI=.*cluster/mlflow"):
-        submit.submit_job(AWS, ["train", "--stage", "video", "--data", "s3://b/d"], shared="/shared")
+        submit.submit_job(AWS, parse(["train", "--stage", "video", "--data", "s3://b/d"], "/shared"), shared="/shared")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,15 @@ def test_more_than_the_file_can_ever_give_is_refused(
     monkeypatch.setenv("MFCTL_TRACKER", "json")
     words = ["train", "--stage", "joint", "--preset", "base", "--data", "s3://b/d", "--set", sets]
     with pytest.raises(ValueError, match=message):
-        submit.submit_job(target, words, shared="/shared")
+        submit.submit_job(target, parse(words, "/shared"), shared="/shared")
+
+
+def test_equal_machines_are_merged() -> None:
+    resources_of = {"CPU": 4.0, "memory": 1.0}
+    machines = [
+        MachineType(name=name, resources=resources_of | {f"node:{name}": 1.0}, max_count=1) for name in ("a", "b")
+    ]
+    assert resources.merge_equal(machines) == [MachineType(name="a", resources={"CPU": 4.0}, max_count=2)]
 
 
 def test_room_is_counted_by_whole_processes() -> None:
@@ -155,7 +163,7 @@ def test_a_server_that_is_silent_or_another_is_not_waited_for(
         with pytest.raises(
             job_server.ClusterUnreachable, match=f"what answers at http://127.0.0.1:{port} is no Ray job server"
         ):
-            submit.submit_job(f"http://127.0.0.1:{port}", ["doctor"])
+            submit.submit_job(f"http://127.0.0.1:{port}", parse(["doctor"]))
         for connection in connections:
             connection.close()
 
@@ -281,7 +289,7 @@ WITH_GPUS = MachineType(name="gpus", resources={"CPU": 48.0, "GPU": 4.0}, max_co
 def test_what_computes_in_its_own_process_does_not_do_so_on_the_head(
     words: str, on_gpus: dict[str, float], on_plain: dict[str, float]
 ) -> None:
-    command = parse_command(words.split(), "/shared")
+    command = parse(words.split(), "/shared")
     assert resources.driver_resources(command, [HEAD_ALONE, PLAIN, WITH_GPUS]) == on_gpus
     assert resources.driver_resources(command, [HEAD_ALONE, PLAIN]) == on_plain
     assert resources.driver_resources(command, [HEAD_ALONE]) == {}
@@ -300,9 +308,7 @@ def test_a_job_knows_what_its_cluster_can_bring() -> None:
 
 
 def test_preprocessing_on_gpus_needs_some() -> None:
-    need = resources.required_resources(
-        parse_command(["preprocess", "s3://b/c", "s3://b/d", "--set", "encoder.gpus=0.25"])
-    )
+    need = resources.required_resources(parse(["preprocess", "s3://b/c", "s3://b/d", "--set", "encoder.gpus=0.25"]))
     assert need == ResourceRequest(description="preprocess", bundle={"CPU": 1.0, "GPU": 0.25}, count=1)
     with pytest.raises(ValueError, match="has room for 0"):
         resources.require_capacity(need, [HEAD_ALONE, PLAIN], "plain.yaml")
@@ -370,7 +376,7 @@ def test_a_rayjob_carries_our_command_and_gives_back_its_exit_code(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.mlflow.svc:5000")
     words = ["train", "--stage", "joint", "--data", "s3://b/d"]
-    result = submit.submit_job(TRAIN_JOB, words, shared="/shared")
+    result = submit.submit_job(TRAIN_JOB, parse(words, "/shared"), shared="/shared")
     assert (result["job"], result["status"], result["exit_code"]) == ("mutual-forcing-train-x7k2p", "FAILED", 2)
     assert "what the job said" in capfd.readouterr().out
     given = json.loads((kubectl / "given.json").read_text())
@@ -390,7 +396,7 @@ def test_a_rayjob_that_computes_by_itself_asks_for_a_gpu(kubectl: Path, monkeypa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.mlflow.svc:5000")
     file = str(ROOT / "cluster" / "kuberay" / "rayjob-evaluate.yaml")
     for words, own in ((["evaluate", "runs/a"], 1.0), (["train", "--stage", "joint", "--data", "s3://b/d"], None)):
-        submit.submit_job(file, words, shared="/shared", detach=True)
+        submit.submit_job(file, parse(words, "/shared"), shared="/shared", detach=True)
         spec = json.loads((kubectl / "given.json").read_text())["spec"]
         assert spec.get("entrypointNumGpus") == own
         assert PROMISED_RESOURCES_ENV in yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
@@ -434,7 +440,9 @@ def test_a_cluster_that_kubectl_cannot_reach_is_one_message(here: Path, monkeypa
     with pytest.raises(
         RuntimeError, match="kubectl create failed: The connection .* was refused .*get-contexts|current-context"
     ):
-        submit.submit_job(TRAIN_JOB, ["preprocess", "s3://b/c", "s3://b/d", "--set", "workers=0"], shared="/shared")
+        submit.submit_job(
+            TRAIN_JOB, parse(["preprocess", "s3://b/c", "s3://b/d", "--set", "workers=0"], "/shared"), shared="/shared"
+        )
 
 
 @pytest.mark.slow
