@@ -2,18 +2,18 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from mfcore.objectives.losses import LossTerm, summarize_terms
 from mfcore.types import AVBatch
+from preprocessing.io.prefetch import prefetch
 from workflows.bench import roofline
 from workflows.bench import synthetic_data as noise
 from workflows.bench.reference_loop import NEVER, ReferenceLoop, dmd_loop, full_copy_loop, reference_loop
 from workflows.config.run import EngineConfig, RunConfig
 from workflows.data.batches import RankShard, TrainingBatchLoader
-from workflows.data.clip_loader import prefetch
 from workflows.tracking.tracker import NullTracker
 from workflows.training.loop import LoopCallbacks, count_tokens, gather_terms, loop_config, run_loop
 from workflows.training.metrics import NON_LOSS_PREFIXES
@@ -70,8 +70,8 @@ class VariantRunner:
         with roofline.track_bytes_at_step() as seen:
             self._runner.run(first, len(first))
         batches = synthetic_batches(self._config)
-        make: Callable[[int], list[AVBatch]] = lambda step: to_device(batches.micro_batches(step))
-        self._batches = prefetch(make, len(first), NEVER, self._config.data.prefetch)
+        later = (to_device(batches.micro_batches(step)) for step in itertools.count(len(first)))
+        self._batches = prefetch(later, lambda _: 1, self._config.data.prefetch)
         return max(seen)
 
     def run_round(self, steps: int) -> RoundTiming:

@@ -1,10 +1,8 @@
 """Clips of one rank on their way from row groups to batches: each group is read once per epoch, ahead of its use."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from queue import Full, Queue
-from threading import Event, Thread
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -12,7 +10,6 @@ import numpy as np
 from workflows.data.batch_sampler import BucketBatchSampler, IntArray, ShuffleWindow
 
 C = TypeVar("C")
-T = TypeVar("T")
 LoadFn = Callable[[Sequence[int]], Sequence[Callable[[], C]]]
 """Reads clips of one row group at once; what it gives for each of them decodes the clip when called."""
 
@@ -95,38 +92,3 @@ class RowGroupLoader(Generic[C]):
             else:
                 self._read(coming, reading, step)
         self._ahead += due
-
-
-def prefetch(make: Callable[[int], T], first: int, last: int, ahead: int) -> Iterator[T]:
-    """``make(first) .. make(last - 1)`` in order, from a background thread: ``ahead`` wait while one more is made."""
-    ready: Queue[T | BaseException] = Queue(ahead)
-    stop = Event()
-
-    def put(item: T | BaseException) -> None:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.2)
-                return
-            except Full:
-                continue
-
-    def work() -> None:
-        try:
-            for i in range(first, last):
-                if stop.is_set():
-                    return
-                put(make(i))
-        except BaseException as error:  # handed to the consumer, who raises it
-            put(error)
-
-    thread = Thread(target=work, daemon=True, name="prefetch")
-    thread.start()
-    try:
-        for _ in range(first, last):
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()

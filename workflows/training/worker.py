@@ -11,6 +11,7 @@ from mfcore.model.compile import CompilerNotFoundError
 from mfcore.types import AVBatch
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.io.lease import LeaseLostError, verify_lease
+from preprocessing.io.prefetch import prefetch
 from preprocessing.io.storage import Store
 from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
 from workflows.checkpoints.model_card import ExportMetadata
@@ -19,7 +20,6 @@ from workflows.config import serialization
 from workflows.config.run import RunConfig, Stage
 from workflows.config.stages import STAGES
 from workflows.data.batches import ClipSplit, RankShard, TrainingBatchLoader, clip_split, validation_batches
-from workflows.data.clip_loader import prefetch
 from workflows.data.collate import BatchCollator
 from workflows.tracking.mlflow_sync import open_durable_tracker
 from workflows.tracking.tracker import PARAMS, NullTracker, Tracker
@@ -131,9 +131,8 @@ def _train(
             ema=ema,
             objective=build_objective(config),
             batches=prefetch(
-                lambda step: [b.to(device) for b in batches.micro_batches(step)],
-                start.step,
-                config.steps,
+                ([b.to(device) for b in batches.micro_batches(step)] for step in range(start.step, config.steps)),
+                lambda _: 1,
                 config.data.prefetch,
             ),
             evaluate=lambda models: evaluate_held_out(objective, judged, config.seed, models),

@@ -6,9 +6,10 @@ from threading import Barrier, Event
 import numpy as np
 import pytest
 
+from preprocessing.io.prefetch import prefetch
 from tests.helpers.memory_clips import Shelves
 from workflows.data.batch_sampler import BucketBatchSampler, make_buckets
-from workflows.data.clip_loader import RowGroupLoader, prefetch
+from workflows.data.clip_loader import RowGroupLoader
 
 BATCH, SHUFFLE, GROUP, COUNT = 12, 8, 8, 384  # four windows per epoch
 WAIT = 20.0  # seconds until a test that hangs fails
@@ -77,7 +78,7 @@ def test_asking_for_any_step_gives_its_clips():
 
 
 def test_prefetching_keeps_the_order_and_hands_over_errors():
-    assert list(prefetch(lambda i: i * i, 3, 8, 2)) == [9, 16, 25, 36, 49]
+    assert list(prefetch((i * i for i in range(3, 8)), lambda _: 1, 2)) == [9, 16, 25, 36, 49]
 
     def fail(i: int) -> int:
         if i == 5:
@@ -85,7 +86,7 @@ def test_prefetching_keeps_the_order_and_hands_over_errors():
         return i
 
     with pytest.raises(ValueError, match="row 5"):
-        list(prefetch(fail, 3, 8, 2))
+        list(prefetch((fail(i) for i in range(3, 8)), lambda _: 1, 2))
 
 
 def test_reading_and_training_overlap():
@@ -97,7 +98,7 @@ def test_reading_and_training_overlap():
             both.wait(WAIT)
         return i
 
-    for i in prefetch(make, 0, 6, 1):
+    for i in prefetch((make(i) for i in range(6)), lambda _: 1, 1):
         if i < 5:
             both.wait(WAIT)
 
@@ -112,7 +113,7 @@ def test_a_slow_step_finds_its_batches_ready_and_no_more_than_asked_for():
             enough.set()
         return i
 
-    batches = prefetch(make, 0, 100, 3)
+    batches = prefetch((make(i) for i in range(100)), lambda _: 1, 3)
     assert next(batches) == 0
     assert enough.wait(WAIT), "three wait, one more is made, with the step still at the first"
     assert not Event().wait(0.3) and made == [0, 1, 2, 3, 4]
