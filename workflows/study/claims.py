@@ -47,7 +47,7 @@ def _of_seeds(table: ResultTable, *some: set[int]) -> tuple[ResultTable, tuple[i
 
 def _hardness(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _common(table, "joint")
-    few, many = (1 - table.get("valid", "joint", "multi", n, EARLY).mean for n in (4, most))
+    few, many = (1 - table.get("valid", "joint", "multi", steps=n, window=EARLY).mean for n in (4, most))
     ratio = few / max(many, 1e-9)
     claim = (
         f"the world is hard enough: invalid chunks of the joint network, 4 Euler steps over {most}, at least {HARD:g}"
@@ -57,15 +57,15 @@ def _hardness(table: ResultTable, most: int) -> list[Claim]:
 
 def _best(table: ResultTable, most: int) -> bool:
     """Whether teacher forcing at its best was asked with guidance."""
-    return table.has("teacher_forcing", "multi", most, True, EARLY)
+    return table.has("teacher_forcing", "multi", steps=most, window=EARLY, guided=True)
 
 
 def _as_good(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _common(table, "mutual", "teacher_forcing")
     out, guided = list[Claim](), _best(table, most)
     for metric, sign in (("sync", -1), ("syllable_error", 1), ("frechet", 1)):
-        ours = table.get(metric, "mutual", "few", 4, EARLY)
-        theirs = table.get(metric, "teacher_forcing", "multi", most, EARLY, guided=guided)
+        ours = table.get(metric, "mutual", "few", steps=4, window=EARLY)
+        theirs = table.get(metric, "teacher_forcing", "multi", steps=most, window=EARLY, guided=guided)
         met = sign * (ours.mean - theirs.mean) <= max(ours.spread, theirs.spread)
         claim = f"{metric}, {EARLY} s: Mutual Forcing at 4 NFE not worse than teacher forcing at {most * (1 + guided)}"
         out.append(Claim(claim=claim, measured=f"{ours} against {theirs}", met=met, seeds=seeds))
@@ -74,8 +74,8 @@ def _as_good(table: ResultTable, most: int) -> list[Claim]:
 
 def _gap(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _common(table, "mutual", "teacher_forcing")
-    ours = table.get("valid", "mutual", "few", 4, EARLY).mean
-    low, high = (table.get("valid", "teacher_forcing", "multi", n, EARLY).mean for n in (4, most))
+    ours = table.get("valid", "mutual", "few", steps=4, window=EARLY).mean
+    low, high = (table.get("valid", "teacher_forcing", "multi", steps=n, window=EARLY).mean for n in (4, most))
     closed = (ours - low) / max(high - low, 1e-9)
     claim = f"valid chunks: share of the gap between 4 Euler steps and {most} that 4 few steps close, at least {GAP:g}"
     measured = f"{low:.3f} -> {ours:.3f} of {high:.3f}: {closed:.2f}"
@@ -86,8 +86,8 @@ def _late(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _common(table, "mutual", "teacher_forcing")
     out, guided = list[Claim](), _best(table, most)
     for metric in DRIFT_COLUMNS:
-        ours = table.get(metric, "mutual", "few", 4, LATE)
-        theirs = table.get(metric, "teacher_forcing", "multi", most, LATE, guided=guided)
+        ours = table.get(metric, "mutual", "few", steps=4, window=LATE)
+        theirs = table.get(metric, "teacher_forcing", "multi", steps=most, window=LATE, guided=guided)
         claim = f"{metric}, {LATE} s: Mutual Forcing at 4 NFE better than teacher forcing at {most * (1 + guided)}"
         out.append(Claim(claim=claim, measured=f"{ours} against {theirs}", met=ours.mean < theirs.mean, seeds=seeds))
     return out
@@ -99,7 +99,8 @@ def _growth(table: ResultTable, metric: str, method: str) -> float:
     power = 1 if metric == "frechet" else 2
 
     def beyond(window: str) -> float:
-        ours, real = table.get(metric, method, "few", 4, window), table.get(metric, "real", "multi", 0, window)
+        ours = table.get(metric, method, "few", steps=4, window=window)
+        real = table.get(metric, "real", "multi", steps=0, window=window)
         return max(0.0, ours.mean**power - real.mean**power) ** (1 / power)
 
     return beyond(LATE) - beyond(EARLY)
@@ -109,7 +110,7 @@ def _drift(table: ResultTable, most: int) -> list[Claim]:
     out: list[Claim] = []
     for metric in DRIFT_COLUMNS:
         for other in ("shortcut_forced", "dmd_forced", "hybrid_forced"):
-            if table.has(other, "few", 4, False, LATE):
+            if table.has(other, "few", steps=4, window=LATE):
                 same, seeds = _common(table, "mutual", other, "real")
                 ours, theirs = (_growth(same, metric, method) for method in ("mutual", other))
                 claim = f"{metric}: growth from {EARLY} s to {LATE} s none, or at most half of {METHODS[other].title}"
@@ -120,7 +121,7 @@ def _drift(table: ResultTable, most: int) -> list[Claim]:
 
 def _continuity(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _common(table, "mutual")
-    seam = table.get("seam", "mutual", "few", 4, LATE)
+    seam = table.get("seam", "mutual", "few", steps=4, window=LATE)
     claim = f"seam energy, {LATE} s, over the data's, at most {SEAM:g}"
     out = [Claim(claim=claim, measured=str(seam), met=seam.mean <= SEAM, seeds=seeds)]
     for modality in ("video", "audio"):
@@ -135,7 +136,7 @@ def _four_as_eight(table: ResultTable, most: int) -> list[Claim]:
     table, seeds = _common(table, "mutual")
     out: list[Claim] = []
     for metric, sign in (("frechet", 1), ("valid", -1), ("sync", -1), ("syllable_error", 1)):
-        four, eight = (table.get(metric, "mutual", "few", n, EARLY) for n in (4, 8))
+        four, eight = (table.get(metric, "mutual", "few", steps=n, window=EARLY) for n in (4, 8))
         met = sign * (four.mean - eight.mean) <= max(four.spread, eight.spread)
         claim = f"{metric}, {EARLY} s: 4 few steps not worse than 8 beyond the spread"
         out.append(Claim(claim=claim, measured=f"{four} against {eight}", met=met, seeds=seeds))

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -12,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from workflows.study.methods import ABLATIONS, BASELINES, METHODS
+from workflows.study.results_table import ResultSeries, StudyRow
 
 matplotlib.use("Agg")
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[StudyRow]
 PANELS = (
     ("frechet", "Frechet distance (lower is better)"),
     ("valid", "valid chunks (higher)"),
@@ -36,11 +37,13 @@ def draw_plots(rows: Rows, folder: Path) -> list[Path]:
     """``frontier.png`` (first window), ``drift.png`` (all windows), ``ablations.png``, as far as there are rows."""
     windows = sorted({row["window"] for row in rows}, key=lambda w: float(w.split("-")[0]))
     lines = _lines(rows)
-    table = {k: v for k, v in lines.items() if k[0] not in ABLATIONS}
-    made = [_page(folder / "frontier.png", f"{windows[0]} s, against network evaluations", table, "nfe", windows[:1])]
+    table = {series: own for series, own in lines.items() if series.method not in ABLATIONS}
+    title = f"{windows[0]} s, against network evaluations"
+    made = [_page(folder / "frontier.png", title, table, axis="nfe", windows=windows[:1])]
     if len(windows) > 1:
-        at = {k: v for k, v in table.items() if k[1] == "few" or k[0] in ("joint", "teacher_forcing")}
-        made.append(_page(folder / "drift.png", f"{STEPS_SHOWN} steps per chunk, over time", at, "window", windows))
+        title = f"{STEPS_SHOWN} steps per chunk, over time"
+        shown = {s: own for s, own in table.items() if s.mode == "few" or s.method in ("joint", "teacher_forcing")}
+        made.append(_page(folder / "drift.png", title, shown, axis="window", windows=windows))
     if changed := [name for name in ABLATIONS if _at(rows, name, windows[0])]:
         made.append(_changes(folder / "ablations.png", rows, changed, windows))
     return made
@@ -48,8 +51,8 @@ def draw_plots(rows: Rows, folder: Path) -> list[Path]:
 
 def _at(rows: Rows, method: str, window: str) -> list[Mapping[str, float]]:
     """Metrics of the few-step mode at ``STEPS_SHOWN`` steps, of each seed."""
-    asked = (method, "few", STEPS_SHOWN, window)
-    return [r["metrics"] for r in rows if (r["method"], r["mode"], r["steps"], r["window"]) == asked]
+    of_method = [row for row in rows if row["method"] == method and row["mode"] == "few"]
+    return [row["metrics"] for row in of_method if row["steps"] == STEPS_SHOWN and row["window"] == window]
 
 
 def _changes(path: Path, rows: Rows, names: Sequence[str], windows: Sequence[str]) -> Path:
@@ -76,61 +79,73 @@ def _changes(path: Path, rows: Rows, names: Sequence[str], windows: Sequence[str
     return _saved(figure, path)
 
 
-def _lines(rows: Rows) -> dict[tuple[str, str, bool], list[Mapping[str, Any]]]:
-    lines: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = defaultdict(list)
+def _lines(rows: Rows) -> dict[ResultSeries, list[StudyRow]]:
+    lines: dict[ResultSeries, list[StudyRow]] = defaultdict(list)
     for row in rows:
         if row["steps"]:
-            lines[row["method"], row["mode"], row["guidance"] != 1.0].append(row)
+            lines[ResultSeries.of_row(row)].append(row)
     order = ["joint", *METHODS]
-    return {key: lines[key] for key in sorted(lines, key=lambda key: (order.index(key[0]), key[1:]))}
+    ranked = sorted(lines, key=lambda series: (order.index(series.method), series.mode, series.guided))
+    return {series: lines[series] for series in ranked}
 
 
-def _page(path: Path, title: str, lines: Mapping[Any, Rows], against: str, windows: Sequence[str]) -> Path:
+def _page(
+    path: Path,
+    title: str,
+    lines: Mapping[ResultSeries, Rows],
+    *,
+    axis: Literal["nfe", "window"],
+    windows: Sequence[str],
+) -> Path:
     figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), constrained_layout=True)
-    for axis, (metric, name) in zip(axes.flat, PANELS, strict=True):
-        for key, rows in lines.items():
-            _line(axis, key, rows, metric, against, windows)
-        axis.set_title(name, fontsize=10, loc="left")
-        if against == "nfe":
-            axis.set_xscale("log", base=2)
+    for panel, (metric, name) in zip(axes.flat, PANELS, strict=True):
+        for series, rows in lines.items():
+            _draw_series(panel, series, _points(rows, metric, axis=axis, windows=windows))
+        panel.set_title(name, fontsize=10, loc="left")
+        if axis == "nfe":
+            panel.set_xscale("log", base=2)
         else:
-            axis.set_xticks(range(len(windows)), windows)
+            panel.set_xticks(range(len(windows)), windows)
         if metric in _LOG:
-            axis.set_yscale("log")
-        axis.grid(alpha=0.3)
+            panel.set_yscale("log")
+        panel.grid(alpha=0.3)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(title)
     return _saved(figure, path)
 
 
-def _line(
-    axis: Axes, key: tuple[str, str, bool], rows: Rows, metric: str, against: str, windows: Sequence[str]
-) -> None:
-    points: dict[float, list[float]] = defaultdict(list)
+def _points(
+    rows: Rows, metric: str, *, axis: Literal["nfe", "window"], windows: Sequence[str]
+) -> dict[int, list[float]]:
+    points: dict[int, list[float]] = defaultdict(list)
     for row in rows:
-        if row["window"] in windows and (against == "nfe" or row["steps"] == STEPS_SHOWN):
-            x = row["nfe"] if against == "nfe" else windows.index(row["window"])
+        if row["window"] in windows and (axis == "nfe" or row["steps"] == STEPS_SHOWN):
+            x = row["nfe"] if axis == "nfe" else windows.index(row["window"])
             points[x].append(row["metrics"][metric])
+    return points
+
+
+def _draw_series(panel: Axes, series: ResultSeries, points: Mapping[int, Sequence[float]]) -> None:
     if not points:
         return
     xs = sorted(points)
-    middle, spread = (np.array([f(points[x]) for x in xs]) for f in (np.mean, np.std))
-    method, mode, guided = key
-    title = METHODS[method].title if method in METHODS else method
-    label = title + {"few": "", "multi": ", guided" if guided else ", Euler"}[mode]
-    style = {"few": "-", "multi": ":" if guided else "--"}[mode]
-    (drawn,) = axis.plot(
+    middle = np.array([np.mean(points[x]) for x in xs])
+    spread = np.array([np.std(points[x]) for x in xs])
+    title = METHODS[series.method].title if series.method in METHODS else series.method
+    label = title + {"few": "", "multi": ", guided" if series.guided else ", Euler"}[series.mode]
+    style = {"few": "-", "multi": ":" if series.guided else "--"}[series.mode]
+    (drawn,) = panel.plot(
         xs,
         middle,
         style,
         marker="o",
         markersize=3,
         label=label,
-        color=_COLORS[method],
-        lw=2.5 if method == "mutual" else 1.2,
+        color=_COLORS[series.method],
+        lw=2.5 if series.method == "mutual" else 1.2,
     )
-    axis.fill_between(xs, middle - spread, middle + spread, color=drawn.get_color(), alpha=0.15)
+    panel.fill_between(xs, middle - spread, middle + spread, color=drawn.get_color(), alpha=0.15)
 
 
 def _saved(figure: Figure, path: Path) -> Path:

@@ -2,17 +2,66 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any
+from typing import NotRequired, TypedDict
 
+from mfcore.solver import Mode
 from workflows.study.methods import METHODS
 
-Rows = Sequence[Mapping[str, Any]]
 COLUMNS = (
     "frechet", "valid", "syllable_error", "sync", "offset_ms", "identity_error", "voice_error", "voice_changes",
     "voice_entropy", "entropy", "seam", "lag1", "motion", "loudness", "failed",
 )  # fmt: skip
 DRIFT_COLUMNS = ("frechet", "identity_error", "voice_error")
 EARLY, LATE = "0-5", "15-25"
+
+
+class StudyRow(TypedDict):
+    """Scores of one window, as stored in ``rows/*.json``."""
+
+    method: str
+    mode: Mode
+    steps: int  # per chunk; 0: real clips
+    nfe: int
+    guidance: float
+    seed: int
+    window: str
+    clips: NotRequired[int]
+    metrics: dict[str, float]
+
+
+class TrainingCost(TypedDict):
+    """Cost of one training, as stored in ``train.json``."""
+
+    method: str
+    seed: int
+    steps: int
+    history_use: dict[str, float]  # by modality
+    state_bytes: int
+    peak_memory_bytes: NotRequired[int]
+    cpu_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultSeries:
+    """One method in one mode: a line of a plot, an MLflow run."""
+
+    method: str
+    mode: Mode
+    guided: bool
+
+    @classmethod
+    def of_row(cls, row: StudyRow) -> "ResultSeries":
+        return cls(method=row["method"], mode=row["mode"], guided=row["guidance"] != 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultKey:
+    """One line of a result table."""
+
+    series: ResultSeries
+    steps: int
+    window: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,31 +84,35 @@ def seed_statistic(values: Iterable[float]) -> SeedStatistic:
 class ResultTable:
     """Metrics by (method, mode, steps, guided, window)."""
 
-    def __init__(self, rows: Rows, costs: Rows) -> None:
-        self._made_of = rows, costs
-        values: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    def __init__(self, rows: Sequence[StudyRow], costs: Sequence[TrainingCost]) -> None:
+        self.rows = rows
+        self._costs = costs
+        values: dict[ResultKey, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
-            key = (row["method"], row["mode"], row["steps"], row["guidance"] != 1.0, row["window"])
+            key = ResultKey(series=ResultSeries.of_row(row), steps=row["steps"], window=row["window"])
             for name, value in row["metrics"].items():
                 values[key][name].append(value)
         self._values = {key: {n: seed_statistic(v) for n, v in some.items()} for key, some in values.items()}
-        grouped: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        grouped: dict[str, list[TrainingCost]] = defaultdict(list)
         for cost in costs:
             grouped[cost["method"]].append(cost)
         self.costs = dict(grouped)
 
     @property
-    def order(self) -> list[tuple[Any, ...]]:
+    def keys(self) -> list[ResultKey]:
         """Keys, method after method as they stand in ``METHODS``."""
         order = ["real", "joint", *METHODS]
-        return sorted(self._values, key=lambda k: (order.index(k[0]), k[1], k[3], k[2]))
+        return sorted(
+            self._values, key=lambda k: (order.index(k.series.method), k.series.mode, k.series.guided, k.steps)
+        )
 
-    def has(self, *key: Any) -> bool:
-        return key in self._values
+    def has(self, method: str, mode: Mode, *, steps: int, window: str, guided: bool = False) -> bool:
+        series = ResultSeries(method=method, mode=mode, guided=guided)
+        return ResultKey(series=series, steps=steps, window=window) in self._values
 
     def seeds(self, *methods: str) -> set[int]:
         """The seeds that any of ``methods`` has rows of."""
-        return {row["seed"] for row in self._made_of[0] if row["method"] in methods}
+        return {row["seed"] for row in self.rows if row["method"] in methods}
 
     def trained(self, method: str) -> set[int]:
         """The seeds of its trainings on record."""
@@ -67,19 +120,21 @@ class ResultTable:
 
     def with_seeds(self, seeds: Collection[int]) -> "ResultTable":
         """The same, of some seeds."""
-        rows, costs = ([r for r in some if r["seed"] in seeds] for some in self._made_of)
+        rows = [row for row in self.rows if row["seed"] in seeds]
+        costs = [cost for cost in self._costs if cost["seed"] in seeds]
         return ResultTable(rows, costs)
 
     def get(
-        self, metric: str, method: str, mode: str, steps: int, window: str, *, guided: bool = False
+        self, metric: str, method: str, mode: Mode, *, steps: int, window: str, guided: bool = False
     ) -> SeedStatistic:
-        return self._values[method, mode, steps, guided, window][metric]
+        series = ResultSeries(method=method, mode=mode, guided=guided)
+        return self._values[ResultKey(series=series, steps=steps, window=window)][metric]
 
-    def row(self, *key: Any) -> Mapping[str, SeedStatistic]:
+    def row(self, key: ResultKey) -> Mapping[str, SeedStatistic]:
         """All metrics of one key."""
         return self._values[key]
 
-    def cost(self, method: str, of: Callable[[Mapping[str, Any]], float]) -> SeedStatistic:
+    def cost(self, method: str, of: Callable[[TrainingCost], float]) -> SeedStatistic:
         return seed_statistic(of(c) for c in self.costs[method])
 
     def history_use(self, method: str, modality: str) -> SeedStatistic:

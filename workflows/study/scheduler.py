@@ -13,14 +13,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from workflows.config.serialization import diff
 from workflows.study.config import SAMPLING, StudyConfig
 from workflows.study.methods import GROUPS, METHODS
-from workflows.study.results_table import COLUMNS
+from workflows.study.results_table import COLUMNS, StudyRow, TrainingCost
 from workflows.study.tasks import (
     JOINT_KEY,
     LOG_FILE,
@@ -221,30 +221,34 @@ def _end_after(parent: BaseProcess) -> None:
     os._exit(1)  # what was saved is whole, and the same command goes on from there
 
 
-def load_scores(out: Path) -> list[dict[str, Any]]:
+def load_scores(out: Path) -> list[StudyRow]:
     """All scores on disk. ValueError names a file that holds none."""
-    rows: list[dict[str, Any]] = []
+    rows: list[StudyRow] = []
     for path in sorted((out / "rows").glob("*.json")):
-        some = read_json(path)
-        if not isinstance(some, list) or not some or not all(_is_row(row) for row in some):
+        stored = read_json(path)
+        if not isinstance(stored, list) or not stored or not all(_is_row(row) for row in stored):
             raise corrupt_file_error(path)
-        rows += some
+        rows += stored
     return rows
 
 
-def _is_row(row: Any) -> bool:
+def _is_row(row: Any) -> TypeGuard[StudyRow]:
     if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict):
         return False
     known = row.get("method") in {JOINT_KEY, REAL_KEY, *METHODS}
     return known and row.keys() >= ROW_COLUMNS and row["metrics"].keys() >= set(COLUMNS)
 
 
-def load_costs(out: Path) -> list[dict[str, Any]]:
+def _is_cost(cost: Any) -> TypeGuard[TrainingCost]:
+    return isinstance(cost, dict) and cost.keys() >= COST_COLUMNS
+
+
+def load_costs(out: Path) -> list[TrainingCost]:
     """What each finished training took. ValueError names a file that does not say it."""
-    costs: list[dict[str, Any]] = []
+    costs: list[TrainingCost] = []
     for path in sorted(out.glob("seed-*/*/train.json")):
         cost = read_json(path)
-        if not isinstance(cost, dict) or not cost.keys() >= COST_COLUMNS:
+        if not _is_cost(cost):
             raise corrupt_file_error(path)
         costs.append(cost)
     return costs

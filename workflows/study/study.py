@@ -15,7 +15,7 @@ import torch
 from workflows.config import serialization
 from workflows.study.claims import check_claims
 from workflows.study.config import study_preset
-from workflows.study.results_table import ResultTable, method_title
+from workflows.study.results_table import ResultSeries, ResultTable, StudyRow, TrainingCost, method_title
 from workflows.study.scheduler import import_networks, load_costs, load_scores, parse_seeds, run_tasks, select_methods
 from workflows.study.tables import to_markdown
 from workflows.study.tasks import pending_tasks, plan_tasks
@@ -78,22 +78,22 @@ def run_study(
         return left | {"next": "the time was up: the same command goes on"}
     if outcome.failed and not load_scores(folder):
         return left | {"next": "nothing was scored: the same command tries again"}
-    return _publish(folder, max(config.counts), tracking, serialization.to_dict(config), device) | {
-        "failed": outcome.failed
-    }
+    settings = serialization.to_dict(config)
+    result = _publish(folder, max(config.counts), tracking=tracking, settings=settings, device=device)
+    return result | {"failed": outcome.failed}
 
 
-def _publish(folder: Path, most: int, tracking: str, config: dict[str, Any], device: str) -> dict[str, Any]:
+def _publish(folder: Path, max_steps: int, *, tracking: str, settings: dict[str, Any], device: str) -> dict[str, Any]:
     rows, costs = load_scores(folder), load_costs(folder)
     table = ResultTable(rows, costs)
     results = folder / "results.json"
     results.write_text(json.dumps(rows, indent=1))
     page = folder / "results.md"
-    page.write_text(_head(costs, device) + to_markdown(table, most))
+    page.write_text(_head(costs, device) + to_markdown(table, max_steps))
     pictures = _pictures(rows, folder)
-    claims = [vars(bar) for bar in check_claims(table, most)]
+    claims = [vars(claim) for claim in check_claims(table, max_steps)]
     (folder / "bars.json").write_text(json.dumps(claims, indent=1))
-    parent = _log(folder, table, [results, page, *pictures], tracking, config)
+    parent = _log(folder, table, [results, page, *pictures], uri=tracking, settings=settings)
     return {
         "results": str(results),
         "mlflow_parent_run": parent,
@@ -104,7 +104,7 @@ def _publish(folder: Path, most: int, tracking: str, config: dict[str, Any], dev
     }
 
 
-def _head(costs: Sequence[dict[str, Any]], device: str) -> str:
+def _head(costs: Sequence[TrainingCost], device: str) -> str:
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
@@ -115,7 +115,7 @@ def _head(costs: Sequence[dict[str, Any]], device: str) -> str:
     )
 
 
-def _pictures(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+def _pictures(rows: Sequence[StudyRow], folder: Path) -> list[Path]:
     try:
         from workflows.study import plots
     except ModuleNotFoundError as missing:  # a GPU machine may have torch alone: the same command draws elsewhere
@@ -124,7 +124,7 @@ def _pictures(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     return plots.draw_plots(rows, folder)
 
 
-def _log(folder: Path, table: ResultTable, files: Sequence[Path], uri: str, config: dict[str, Any]) -> str | None:
+def _log(folder: Path, table: ResultTable, files: Sequence[Path], *, uri: str, settings: dict[str, Any]) -> str | None:
     """A parent run with the page, and a run per method and mode whose step is the number of evaluations.
 
     ``mlflow.json`` notes what one store has got: another gets everything, and the same one again what has changed.
@@ -136,17 +136,17 @@ def _log(folder: Path, table: ResultTable, files: Sequence[Path], uri: str, conf
     opened = partial(open_tracker, uri=uri, experiment=EXPERIMENT)
     parent = opened(folder=folder / "log", name=folder.name, run_id=known["parent"])
     known["parent"] = parent.run_id
-    parent.params(serialization.flatten(config))
+    parent.params(serialization.flatten(settings))
     for path in files:
         parent.artifact(path)
-    for method, mode, guided in dict.fromkeys((k[0], k[1], k[3]) for k in table.order if k[2]):
-        name = f"{method}-{mode}" + ("-guided" if guided else "")
-        points = _points(table, method, mode, guided)
+    for series in dict.fromkeys(key.series for key in table.keys if key.steps):
+        name = f"{series.method}-{series.mode}" + ("-guided" if series.guided else "")
+        points = _points(table, series)
         digest = hashlib.sha256(json.dumps(points).encode()).hexdigest()
         had = known["runs"].get(name, {})
         if had.get("digest") == digest:
             continue
-        place, tags = folder / "log" / name, {"method": method_title(method)}
+        place, tags = folder / "log" / name, {"method": method_title(series.method)}
         child = opened(folder=place, name=name, run_id=had.get("run"), parent=parent.run_id, tags=tags)
         for nfe, metrics in points.items():
             child.log(nfe, metrics)
@@ -158,12 +158,11 @@ def _log(folder: Path, table: ResultTable, files: Sequence[Path], uri: str, conf
     return parent.run_id
 
 
-def _points(table: ResultTable, method: str, mode: str, guided: bool) -> dict[int, dict[str, float]]:
+def _points(table: ResultTable, series: ResultSeries) -> dict[int, dict[str, float]]:
     """Means over seeds of every metric of every window, by number of evaluations."""
     points: dict[int, dict[str, float]] = defaultdict(dict)
-    for key in table.order:
-        if (key[0], key[1], key[3]) == (method, mode, guided) and key[2]:
-            steps, window = key[2], key[4]
-            values = {f"{window}/{name}": value.mean for name, value in table.row(*key).items()}
-            points[steps * (1 + guided)] |= values
+    for key in table.keys:
+        if key.series == series and key.steps:
+            values = {f"{key.window}/{name}": value.mean for name, value in table.row(key).items()}
+            points[key.steps * (1 + series.guided)] |= values
     return points

@@ -1,11 +1,10 @@
 """Rows of a study to a table, to the bars it is measured by, and to a page of Markdown."""
 
 from collections.abc import Collection
-from typing import Any
 
 from workflows.study.claims import check_claims
 from workflows.study.methods import ABLATION_COUNTS, ABLATIONS, METHODS
-from workflows.study.results_table import COLUMNS, EARLY, LATE, ResultTable, method_title
+from workflows.study.results_table import COLUMNS, EARLY, LATE, ResultKey, ResultTable, method_title
 
 
 def to_markdown(table: ResultTable, most: int) -> str:
@@ -16,13 +15,11 @@ def to_markdown(table: ResultTable, most: int) -> str:
         for b in check_claims(table, most)
     ]
     lines += _ablations(table)
-    windows = list(dict.fromkeys(key[4] for key in table.order))
+    windows = list(dict.fromkeys(key.window for key in table.keys))
     for window in windows:
         lines += ["", f"## {window} s", "", f"| method | mode | steps | NFE | {' | '.join(COLUMNS)} |"]
         lines.append("|" + "-|" * (4 + len(COLUMNS)))
-        for key in table.order:
-            if key[4] == window:
-                lines.append(_line(table, key))
+        lines += [_line(table, key) for key in table.keys if key.window == window]
     lines += [
         "",
         "## Training",
@@ -56,8 +53,9 @@ def _ablations(table: ResultTable) -> list[str]:
     }
 
     def cell(method: str, metric: str, steps: int, windows: tuple[str, ...]) -> str:
-        asked = [w for w in windows if same.has(method, "few", steps, False, w)]
-        return " -> ".join(f"{same.get(metric, method, 'few', steps, w).mean:.3f}" for w in asked) or "-"
+        found = [w for w in windows if same.has(method, "few", steps=steps, window=w)]
+        means = [same.get(metric, method, "few", steps=steps, window=w).mean for w in found]
+        return " -> ".join(f"{mean:.3f}" for mean in means) or "-"
 
     seeds = _seeds(table.seeds(*names))
     lines = ["", "## One change at a time", "", f"Seeds: {seeds}. Arrows lead from {EARLY} s to {LATE} s.", ""]
@@ -81,9 +79,11 @@ def _state(table: ResultTable, method: str) -> str:
     return f"{table.cost(method, lambda c: c['state_bytes'] / 1e6).mean:.1f}"
 
 
-def _line(table: ResultTable, key: tuple[Any, ...]) -> str:
-    method, mode, steps, guided, window = key
-    cells = [str(table.get(name, method, mode, steps, window, guided=guided)) for name in COLUMNS]
-    shown_mode = {"multi": "Euler" + (", guided" if guided else ""), "few": "few-step"}[mode] if steps else "-"
-    evaluations = steps * (1 + guided)
-    return f"| {method_title(method)} | {shown_mode} | {steps or '-'} | {evaluations or '-'} | {' | '.join(cells)} |"
+def _line(table: ResultTable, key: ResultKey) -> str:
+    series, steps, row = key.series, key.steps, table.row(key)
+    cells = [str(row[name]) for name in COLUMNS]
+    euler = "Euler, guided" if series.guided else "Euler"
+    mode = {"multi": euler, "few": "few-step"}[series.mode] if steps else "-"
+    evaluations = steps * (1 + series.guided)
+    title = method_title(series.method)
+    return f"| {title} | {mode} | {steps or '-'} | {evaluations or '-'} | {' | '.join(cells)} |"

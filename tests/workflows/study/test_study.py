@@ -220,8 +220,8 @@ def row(method, mode, steps, window, *, guidance=1.0, seed=0, nfe=None, **metric
     }
 
 
-def made_up(**ours):
-    """Rows and costs of a study whose claims hold, with changes to what Mutual Forcing does early on at 4 steps."""
+def made_up_rows(**ours):
+    """Rows of a study whose claims hold, with changes to what Mutual Forcing does early on at 4 steps."""
     rows = [
         row("joint", "multi", 4, "0-5", valid=0.7),
         row("joint", "multi", 50, "0-5", valid=0.99),
@@ -237,12 +237,19 @@ def made_up(**ours):
         early = ours if window == "0-5" else {}
         rows.append(row("mutual", "few", 4, window, **({"valid": 0.97, "seam": 1.1} | early)))
         rows.append(row("mutual", "few", 8, window, valid=0.97))
+    return rows
+
+
+def made_up_costs():
     use = {"video": 6.0, "audio": 9.0}
-    costs = [
+    return [
         {"method": m, "seed": 0, "history_use": use, "state_bytes": b, "cpu_seconds": b, "steps": 1, "seconds": 1.0}
         for m, b in (("joint", 1), ("mutual", 2), ("dmd_self_forcing", 3))
     ]
-    return ResultTable(rows, costs)
+
+
+def made_up(**ours):
+    return ResultTable(made_up_rows(**ours), made_up_costs())
 
 
 class TestBars:
@@ -275,7 +282,7 @@ class TestBars:
 
     def test_what_is_compared_is_of_the_same_seeds(self):
         """A seed that the other row has not is in no bar: its values would be in one mean, and not in the other."""
-        rows, costs = made_up()._made_of
+        rows, costs = made_up_rows(), made_up_costs()
         more = [r | {"seed": 1, "metrics": r["metrics"] | {"frechet": 99.0}} for r in rows if r["method"] == "mutual"]
         table = ResultTable([*rows, *more], costs)
         claims = {n: {b.claim for b in check_claims(table, 50) if len(b.seeds) == n} for n in (1, 2)}
@@ -295,7 +302,7 @@ class TestBars:
         assert bar.met is met
 
     def test_without_guidance_it_is_many_steps_that_are_met(self):
-        rows, costs = made_up()._made_of
+        rows, costs = made_up_rows(), made_up_costs()
         plain = [r | {"guidance": 1.0} for r in rows if r["guidance"] == 1.0 or r["window"] == "15-25"]
         found = check_claims(ResultTable(plain, costs), 50)
         assert len(found) == 20

@@ -20,20 +20,20 @@ def table(tmp_path_factory) -> ResultTable:
 
 @pytest.mark.parametrize("window", [EARLY, LATE])
 def test_one_step_of_the_few_step_mode_is_far_better_than_one_euler_step(table, window):
-    few = table.get("frechet", "mutual", "few", 1, window).mean
-    assert few < 0.6 * table.get("frechet", "teacher_forcing", "multi", 1, window).mean
+    few = table.get("frechet", "mutual", "few", steps=1, window=window).mean
+    assert few < 0.6 * table.get("frechet", "teacher_forcing", "multi", steps=1, window=window).mean
 
 
 def test_four_steps_keep_identity_better_than_four_euler_steps(table):
-    few = table.get("identity_error", "mutual", "few", 4, LATE).mean
-    assert few < 0.8 * table.get("identity_error", "teacher_forcing", "multi", 4, LATE).mean
+    few = table.get("identity_error", "mutual", "few", steps=4, window=LATE).mean
+    assert few < 0.8 * table.get("identity_error", "teacher_forcing", "multi", steps=4, window=LATE).mean
 
 
 def test_the_literal_reading_unlearns_history(table):
     """What only history carries: the slow state falls behind, and another clip's history would do nearly as well."""
-    ours, literal = (table.get("lag1", m, "few", 4, LATE).mean for m in ("mutual", "literal"))
+    ours, literal = (table.get("lag1", m, "few", steps=4, window=LATE).mean for m in ("mutual", "literal"))
     assert literal < 0.95 < ours
     for modality in ("video", "audio"):
         assert table.history_use("literal", modality).mean < 0.9 * table.history_use("mutual", modality).mean
-    frechet = {m: table.get("frechet", m, "few", 4, LATE).mean for m in ("mutual", "literal")}
+    frechet = {m: table.get("frechet", m, "few", steps=4, window=LATE).mean for m in ("mutual", "literal")}
     assert frechet["mutual"] < 0.8 * frechet["literal"]
