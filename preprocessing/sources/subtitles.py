@@ -1,45 +1,64 @@
-"""Subtitles -> words with times: SubRip (.srt) and WebVTT (.vtt), as bytes of a file beside a source.
+"""Read words with times from SubRip (.srt) and WebVTT (.vtt) files.
 
-A subtitle gives the time of a line, not of its words: a line's time is shared out over its words by their letters.
+A cue has times for its lines, not for its words. Words share the time of their cue in proportion to their letters.
 WebVTT may mark words inside a line (``<00:00:01.500>``); then those times are used.
 """
 
 import html
+import io
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import webvtt
 
 from preprocessing.records import Word
 
 _TIME = r"(?:(\d+):)?(\d{1,2}):(\d{2})[,.](\d{1,3})"
-_LINE = re.compile(rf"{_TIME}\s*-->\s*{_TIME}")
+_TIMING = re.compile(rf"^(?:\d+[ \t]*\n)?[ \t]*{_TIME}[ \t]*-->[ \t]*{_TIME}", re.MULTILINE)
 _MARK = re.compile(rf"<{_TIME}>")
 _TAG = re.compile(r"<[^>]*>|\{\\[^}]*\}")
+_TOUCHING_S = 0.1  # longest pause between a cue and the rolling cue that repeats it
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cue:
+    start: float  # seconds
+    end: float
+    lines: tuple[str, ...]  # with tags and marks, none empty
+
+    @property
+    def texts(self) -> list[str]:
+        return [_plain(line) for line in self.lines]
 
 
 def parse_subtitles(data: bytes) -> tuple[Word, ...]:
-    """The words of a file in the order of their times. ValueError when it holds no line with times."""
-    text = data.decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n")
-    words: list[Word] = []
-    found = False
-    for block in re.split(r"\n\s*\n", text):
-        head, _, said = _split(block)
-        if head is None:
-            continue
-        found = True
-        start, end = _seconds(head.groups()[:4]), _seconds(head.groups()[4:])
-        if end < start:
-            raise ValueError(f"a line ends before it starts: {head.group()}")
-        words += _words(said, start, end)
-    if not found:
+    """Return the words of a subtitle file, sorted by time. Raise ValueError if it has no cue with times."""
+    text = data.decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n").lstrip()
+    first = _TIMING.search(text)
+    if first is None:
         raise ValueError("no line with times, such as 00:00:01,000 --> 00:00:02,500")
+    if text.startswith("WEBVTT"):
+        captions = webvtt.from_buffer(io.StringIO(_TIMING.sub(_timing, text)))
+    else:
+        numbered = _TIMING.sub(lambda found: f"1\n{_timing(found)}", text[first.start() :])
+        captions = webvtt.from_buffer(io.StringIO(numbered + "\n\n"), format="srt")
+    words = [word for cue in _without_repeats([_cue(caption) for caption in captions]) for word in _words(cue)]
     return tuple(sorted(words, key=lambda word: (word.start, word.end)))
 
 
-def _split(block: str) -> tuple[re.Match[str] | None, str, str]:
-    """The line of times in a block of lines, what stands before and behind it."""
-    found = _LINE.search(block)
-    if found is None:
-        return None, block, ""
-    return found, block[: found.start()], block[found.end() :].partition("\n")[2]  # behind: settings of the line
+def _timing(found: re.Match[str]) -> str:
+    """Return a line of times with all digits. Raise ValueError if the end is before the start."""
+    start, end = _seconds(found.groups()[:4]), _seconds(found.groups()[4:])
+    if end < start:
+        raise ValueError(f"a line ends before it starts: {found.group().strip()}")
+    return f"{_stamp(start)} --> {_stamp(end)}"
+
+
+def _stamp(seconds: float) -> str:
+    minutes, rest = divmod(round(1000 * seconds), 60_000)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d}.{rest % 1000:03d}"
 
 
 def _seconds(parts: tuple[str | None, ...]) -> float:
@@ -50,22 +69,54 @@ def _seconds(parts: tuple[str | None, ...]) -> float:
     return int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds) + int(fraction.ljust(3, "0")) / 1000
 
 
-def _words(said: str, start: float, end: float) -> list[Word]:
-    """Between two marks words share the time."""
-    words: list[Word] = []
-    at = [start, *(_seconds(mark.groups()) for mark in _MARK.finditer(said)), end]
-    parts = _MARK.sub("\0", said).split("\0")
-    for part, begin, stop in zip(parts, at, at[1:], strict=False):
-        words += distribute_words(html.unescape(_TAG.sub(" ", part)), begin, stop)
-    return words
+def _cue(caption: webvtt.Caption) -> _Cue:
+    return _Cue(
+        start=caption.start_time.in_milliseconds() / 1000,
+        end=caption.end_time.in_milliseconds() / 1000,
+        lines=tuple(line for line in caption.raw_text.split("\n") if _plain(line)),
+    )
+
+
+def _without_repeats(cues: Sequence[_Cue]) -> list[_Cue]:
+    """Remove the lines of rolling captions that repeat the end of the previous cue.
+
+    A cue that only repeats counts as repeated speech unless another cue of the file adds lines to repeated ones.
+    """
+    repeated = [0, *(_repeated_lines(previous, cue) for previous, cue in pairwise(cues))]
+    if not any(0 < count < len(cue.lines) for count, cue in zip(repeated, cues, strict=False)):
+        return list(cues)
+    return [replace(cue, lines=cue.lines[count:]) for count, cue in zip(repeated, cues, strict=True)]
+
+
+def _repeated_lines(previous: _Cue, cue: _Cue) -> int:
+    """Return how many lines at the start of `cue` equal those at the end of the cue directly before."""
+    if cue.start - previous.end > _TOUCHING_S:
+        return 0
+    longest = min(len(previous.lines), len(cue.lines))
+    counts = (count for count in range(longest, 0, -1) if previous.texts[-count:] == cue.texts[:count])
+    return next(counts, 0)
+
+
+def _words(cue: _Cue) -> Iterator[Word]:
+    """Yield the words of a cue; those between two marks share the time between them."""
+    text = "\n".join(cue.lines)
+    times = [cue.start, *(_seconds(mark.groups()) for mark in _MARK.finditer(text)), cue.end]
+    parts = _MARK.sub("\0", text).split("\0")
+    for part, (start, end) in zip(parts, pairwise(times), strict=True):
+        yield from distribute_words(_plain(part), start, end)
+
+
+def _plain(text: str) -> str:
+    """Return text without tags, entities and repeated spaces."""
+    return " ".join(html.unescape(_TAG.sub(" ", text)).split())
 
 
 def distribute_words(text: str, start: float, end: float) -> list[Word]:
-    """The words of a text, each with the share of the time that its letters are of all."""
+    """Return the words of a text; each gets a share of the time in proportion to its letters."""
     names = text.split()
-    letters, words, at = sum(len(name) for name in names), list[Word](), start
+    letters, words, time = sum(len(name) for name in names), list[Word](), start
     for name in names:
         length = max(0.0, end - start) * len(name) / letters
-        words.append(Word(word=name, start=round(at, 6), end=round(min(end, at + length), 6)))
-        at += length
+        words.append(Word(word=name, start=round(time, 6), end=round(min(end, time + length), 6)))
+        time += length
     return words

@@ -30,6 +30,71 @@ def test_marks_inside_a_line_are_used():
     assert spoken(VTT) == [("one", 2.0, 3.0), ("two", 3.0, 4.0)]
 
 
+ROLLING_VTT = b"""WEBVTT
+Kind: captions
+Language: en
+
+00:00:00.160 --> 00:00:02.389 align:start position:0%
+ 
+hello<00:00:00.400><c> my</c><00:00:00.640><c> friends</c>
+
+00:00:02.389 --> 00:00:02.399 align:start position:0%
+hello my friends
+ 
+
+00:00:02.399 --> 00:00:04.150 align:start position:0%
+hello my friends
+today<00:00:02.800><c> we</c><00:00:03.000><c> talk</c>
+
+00:00:04.150 --> 00:00:04.160 align:start position:0%
+today we talk
+ 
+"""
+ROLLING_SRT = b"""1
+00:00:00,160 --> 00:00:02,389
+hello my friends
+
+2
+00:00:02,389 --> 00:00:02,399
+hello my friends
+
+3
+00:00:02,399 --> 00:00:04,150
+hello my friends
+today we talk
+
+4
+00:00:04,150 --> 00:00:04,160
+today we talk
+"""
+
+
+@pytest.mark.parametrize("data", [ROLLING_VTT, ROLLING_SRT], ids=["vtt", "srt"])
+def test_rolling_captions_give_each_word_once(data: bytes):
+    words = spoken(data)
+    assert [w for w, _, _ in words] == ["hello", "my", "friends", "today", "we", "talk"]
+    assert (words[0][1], words[2][2], words[3][1], words[5][2]) == (0.16, 2.389, 2.399, 4.15)
+
+
+def test_times_of_words_in_rolling_captions_are_used():
+    assert spoken(ROLLING_VTT)[1:5] == [
+        ("my", 0.4, 0.64),
+        ("friends", 0.64, 2.389),
+        ("today", 2.399, 2.8),
+        ("we", 2.8, 3.0),
+    ]
+
+
+def test_a_line_that_is_spoken_twice_is_kept():
+    """Without rolling captions, equal cues are two sentences; after a pause they always are."""
+    assert [
+        w for w, _, _ in spoken(b"1\n00:00:01,000 --> 00:00:02,000\nNo\n\n2\n00:00:02,000 --> 00:00:03,000\nNo\n")
+    ] == ["No", "No"]
+    late = ROLLING_SRT + b"\n5\n00:00:09,000 --> 00:00:10,000\ntoday we talk\n"
+    assert [w for w, _, _ in spoken(late)][-3:] == ["today", "we", "talk"]
+    assert len(spoken(late)) == 9
+
+
 def test_wrong_files_say_so():
     with pytest.raises(ValueError, match="no line with times"):
         parse_subtitles(b"hello")
