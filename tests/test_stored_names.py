@@ -96,7 +96,7 @@ from workflows.study.trainer import STEP_FILE
 from workflows.tracking.mlflow_sync import SYNC_STATE_FILE, SyncState, save_sync_state
 from workflows.tracking.mlflow_tracker import EXPERIMENT_TAGS, PARENT_RUN_TAG
 from workflows.tracking.tracker import ARTIFACTS, DEDUP_TAG, LATE_KEY, METRICS, PARAMS, STEP_KEY, JsonLinesTracker
-from workflows.training import worker
+from workflows.training import run_log, worker
 from workflows.training.checkpointing import PARTS_DIR
 from workflows.training.collapse_alarms import (
     ALARMS,
@@ -329,7 +329,7 @@ def file_names(_: "Material") -> Any:
         "run": {
             "record": RUN_FILE,
             "outcome": OUTCOME_FILE,
-            "log": worker.LOG_FILE,
+            "log": run_log.LOG_FILE,
             "metrics": METRICS,
             "parameters": PARAMS,
             "artifacts": ARTIFACTS,
@@ -372,8 +372,7 @@ def small_records(material: "Material") -> Any:
     """Return the keys of small JSON files that a run or a cluster keeps, each written by its own writer."""
     folder = material.folder / "records"
     folder.mkdir()
-    said: list[str] = []
-    AlarmStore(folder, said.append).update("samples", {"motion/few": "motion is low"}, 3)
+    AlarmStore(folder).update("samples", {"motion/few": "motion is low"}, 3)
     watch = HistoryUseMonitor(folder, [linear_clips(8, 4, 0)], TimeConfig(shift={AUDIO: 1.0}), 0)
     watch.measure(LinearGaussian(0.95, 0.0, 0.1))
     save_sync_state(folder, SyncState(uri="sqlite:///mlflow.db", key="k"))

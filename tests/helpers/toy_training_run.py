@@ -1,5 +1,6 @@
 """The real loop, engines and checkpoints around a network of a hundred weights: many runs in a second."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from workflows.training.checkpointing import CheckpointWriter, latest_intact_che
 from workflows.training.engines.base import build_engine
 from workflows.training.loop import LoopCallbacks, LoopConfig, run_loop
 from workflows.training.progress import Progress
+from workflows.training.run_log import redirect_logs
 from workflows.utils import distributed
 
 OPTIM = OptimConfig(lr=1e-2, clip=0.3, warm_up=3)
@@ -61,18 +63,35 @@ class Result:
     weights: dict[str, dict[str, torch.Tensor]]
     error: Exception | None
     progress: Progress | None
-    said: list[str]
+    messages: list[str]  # logged
+
+
+class ListHandler(logging.Handler):
+    """Keep the messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def toy_run(toy: Toy) -> Result:
-    """Called by all ranks together. What the loop raises is part of the result."""
+    """Train, on all ranks together. The result contains an error of the loop."""
+    handler = ListHandler()
+    with redirect_logs(handler):
+        return replace(_toy_run(toy), messages=handler.messages)
+
+
+def _toy_run(toy: Toy) -> Result:
     config = EngineConfig(kind="torch") if toy.kind == "torch" else EngineConfig(zero_stage=int(toy.kind))
     nets = {name: LinearVelocity(seed=toy.seed + i) for i, name in enumerate(("student", "fake"))}
     ema = Ema(nets["student"], EmaConfig(decay=0.9))
     engines = {name: build_engine(net, OPTIM, config) for name, net in nets.items()}
-    shelf, tracker, said, at = CheckpointStore(Path(toy.root)), Kept(), [], [0]
+    shelf, tracker, at = CheckpointStore(Path(toy.root)), Kept(), [0]
     start = Progress(step=0, samples_seen=0, first={}, last={})
-    if name := latest_intact_checkpoint(shelf, said.append):
+    if name := latest_intact_checkpoint(shelf):
         start = load_training_state(shelf, name, engines, ema)
     saver = CheckpointWriter(
         shelf, engines=engines, ema=ema, card=CARD, facts=lambda _: {}, keep=9, may_write=lambda: True
@@ -108,7 +127,6 @@ def toy_run(toy: Toy) -> Result:
                 ),
                 heartbeat=lambda step, doing: at.__setitem__(0, step),
                 clip_ids=lambda samples: [f"clip-{int(s)}" for s in samples],
-                log=said.append,
             ),
         )
     except (RuntimeError, ValueError) as raised:
@@ -118,7 +136,7 @@ def toy_run(toy: Toy) -> Result:
     losses = {e["step"]: {k: v for k, v in e.items() if any(word in k for word in keep)} for e in tracker.entries}
     weights = {name: {k: v.clone() for k, v in engine.weights()} for name, engine in engines.items()}
     weights["ema"] = {k: v.clone() for k, v in ema.weights()}
-    return Result(losses=losses, weights=weights, error=error, progress=progress, said=said)
+    return Result(losses=losses, weights=weights, error=error, progress=progress, messages=[])
 
 
 def _batches(toy: Toy, first: int):

@@ -155,7 +155,6 @@ class EngineRunner:
                 stop_reason=lambda: "",
                 heartbeat=lambda step, doing: None,
                 clip_ids=lambda samples: [str(int(i)) for i in samples],
-                log=lambda text: None,
             ),
         )
 

@@ -9,6 +9,7 @@ run and an error wait for it.
 
 import contextlib
 import json
+import logging
 import secrets
 import tempfile
 import threading
@@ -32,6 +33,7 @@ from workflows.training.progress import Progress
 from workflows.utils import distributed
 from workflows.utils.json_io import write_json
 
+_LOGGER = logging.getLogger(__name__)
 PEER_TIMEOUT_S = 60.0  # seconds that an error waits for the checkpoint being written
 PARTS_DIR = "parts"
 
@@ -210,7 +212,7 @@ def _gathered(error: str | None) -> list[str]:
     return [text for text in distributed.all_gather_object(error) if text]
 
 
-def latest_intact_checkpoint(shelf: CheckpointStore, say: Callable[[str], None]) -> str | None:
+def latest_intact_checkpoint(shelf: CheckpointStore) -> str | None:
     """The latest complete checkpoint without damage, as rank 0 sees it. Called by all ranks together."""
     found = None
     if distributed.get_rank() == 0:
@@ -218,7 +220,7 @@ def latest_intact_checkpoint(shelf: CheckpointStore, say: Callable[[str], None])
             if (damage := shelf.find_corruption(name)) is None:
                 found = name
                 break
-            say(f"{damage}: it is passed over")
+            _LOGGER.warning(f"{damage}: it is passed over")
     return distributed.broadcast_from_rank_zero(found)
 
 

@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from workflows.utils.json_io import write_text_atomically
+from workflows.utils.threads import background_thread
 
 _LOGGER = logging.getLogger(__name__)
 HEARTBEAT_DIR = "ranks"  # folder below the run's
@@ -38,9 +39,9 @@ class Heartbeat:
         self._who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
         self._at: tuple[int, str] = (0, "starting")
         self._trains = threading.get_ident()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
-        self._thread.start()
+        self._exit = ExitStack()
+        self._exit.callback(self._path.unlink, missing_ok=True)
+        self._exit.enter_context(background_thread(self._run, name="heartbeat"))
 
     def __call__(self, step: int, doing: str) -> None:
         """Note where this rank is; costs nothing."""
@@ -48,11 +49,9 @@ class Heartbeat:
 
     def close(self) -> None:
         """This rank is done."""
-        self._stop.set()
-        self._thread.join()
-        self._path.unlink(missing_ok=True)
+        self._exit.close()
 
-    def _run(self) -> None:
+    def _run(self, stop: threading.Event) -> None:
         count = 0
         while True:
             step, doing = self._at
@@ -61,7 +60,7 @@ class Heartbeat:
             text = json.dumps(facts)
             with suppress(OSError):  # a beat that cannot be written is a missing beat: training goes on
                 write_text_atomically(self._path, text)
-            if self._stop.wait(self._interval):
+            if stop.wait(self._interval):
                 return
 
 
@@ -188,16 +187,11 @@ def monitor_heartbeats(folder: Path) -> Generator[None]:
     """Log ranks that are silent or slow while the block runs."""
     for old in folder.glob("[0-9]*.json"):
         old.unlink()
-    watch, stop = HeartbeatMonitor(folder), threading.Event()
+    monitor = HeartbeatMonitor(folder)
 
-    def run() -> None:
+    def check(stop: threading.Event) -> None:
         while not stop.wait(1.0):
-            watch.check(time.monotonic())
+            monitor.check(time.monotonic())
 
-    thread = threading.Thread(target=run, name="watch", daemon=True)
-    thread.start()
-    try:
+    with background_thread(check, name="heartbeat monitor"):
         yield
-    finally:
-        stop.set()
-        thread.join()

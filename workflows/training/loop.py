@@ -1,5 +1,6 @@
 """The training loop. It knows engines, objective, tracker and batches by what they do, and no stage by name."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from workflows.training.metrics import ThroughputMeter, format_progress_line
 from workflows.training.progress import Progress
 from workflows.utils import distributed
 
+_LOGGER = logging.getLogger(__name__)
 STUDENT = "student"  # the network that is trained; others are there for its sake
 
 Models = Mapping[str, VelocityModel]
@@ -66,7 +68,6 @@ class LoopCallbacks:
     stop_reason: Callable[[], str]  # why this rank is to stop, "" while it is not
     heartbeat: Callable[[int, str], object]  # told of the step and of what this rank is about to do in it
     clip_ids: Callable[[Tensor], list[str]]  # clip ids of sample numbers
-    log: Callable[[str], None]  # a line for people
     # a look at a step's end, by all ranks, given what will be logged: makes samples when they are due, adds numbers
     on_step_end: Callable[[Progress, Mapping[str, float]], dict[str, float]] = lambda progress, log: {}
     # a context in which the networks note, by name, where numbers first are not finite
@@ -160,7 +161,7 @@ class _Run:
         first = self.evaluate(self.models)
         progress = replace(start, first=first, last=first)
         self.tracker.log(0, {STEP_KEY: 0, **prefix_held_out(first)})
-        self.around.log(format_progress_line(self.config.name, self.config.steps, progress, {}))
+        _LOGGER.info(format_progress_line(self.config.name, self.config.steps, progress, {}))
         return progress
 
     def compute(self, micros: Sequence[AVBatch], step: int) -> list[MicroBatchResult]:
@@ -248,7 +249,7 @@ class _Run:
                 progress = replace(progress, last=self.evaluate(self.models))
             log |= prefix_held_out(progress.last)
         if log:
-            self.around.log(format_progress_line(config.name, config.steps, progress, log))
+            _LOGGER.info(format_progress_line(config.name, config.steps, progress, log))
         with self.meter.exclude():
             log |= self.around.on_step_end(progress, log)
         if log:
@@ -303,7 +304,7 @@ def skip_step(
             "raise optim.warm_up, look at those clips, or allow some with --set skip_nonfinite=N; then run the same "
             "command to go on from the last checkpoint"
         )
-    around.log(f"{text}. Step left out ({progress.skipped + 1} of {config.skip_nonfinite})")
+    _LOGGER.warning(f"{text}. Step left out ({progress.skipped + 1} of {config.skip_nonfinite})")
     for engine in engines.values():
         engine.discard_gradients()
 

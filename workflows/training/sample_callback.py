@@ -5,6 +5,7 @@ A look is made in line, by rank 0 while the others wait; or aside, by somebody w
 at the step of the weights, and nothing that training draws from is touched.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,14 +22,14 @@ from workflows.training.progress import Progress
 from workflows.training.samples import FOLDER, LOOKS, SampleEvaluator, SampleReport, load_report, report_path
 from workflows.utils import distributed
 
-LogFn = Callable[[str], None]
+_LOGGER = logging.getLogger(__name__)
 
 
 class SampleReportPublisher:
     """Puts finished looks into a run's log, each once: what the log on disk has is not put there again."""
 
-    def __init__(self, run_dir: Path, alarms: AlarmStore, say: LogFn) -> None:
-        self._run_dir, self._alarms, self._say = run_dir, alarms, say
+    def __init__(self, run_dir: Path, alarms: AlarmStore) -> None:
+        self._run_dir, self._alarms = run_dir, alarms
         self._known = {e["step"] for e in read_json_lines(run_dir / METRICS) if LATE_KEY in e}
 
     def pending(self) -> list[SampleReport]:
@@ -44,13 +45,13 @@ class SampleReportPublisher:
         for look in looks:
             tracker.log(look.step, look.numbers or {"sample/failed": 1.0}, late=True)
             if look.error:
-                self._say(f"no samples at step {look.step}: {look.error}")
+                _LOGGER.warning(f"no samples at step {look.step}: {look.error}")
                 continue
             for path in look.files:
                 tracker.artifact(Path(path), FOLDER)
             tracker.artifact(report_path(self._run_dir, look.step), LOOKS)
             seconds = look.numbers["sample/seconds"]
-            self._say(f"samples of step {look.step} made in {seconds:.1f} s, {FOLDER}/step-{look.step:08d}-*")
+            _LOGGER.info(f"samples of step {look.step} made in {seconds:.1f} s, {FOLDER}/step-{look.step:08d}-*")
             self._alarms.update("samples", look.wrong, look.step)
 
 
@@ -66,14 +67,13 @@ class SampleCallback:
         sampler: SampleEvaluator,
         tracker: Tracker,
         beat: Callable[[int, str], object],
-        say: LogFn,
         watch: HistoryUseMonitor | None,
         aside: SnapshotWriter | None,
     ) -> None:
         self._run_dir, self._config, self._card, self._ema, self._sampler = run_dir, config, card, ema, sampler
         self._tracker, self._beat, self._gap, self._watch, self._aside = tracker, beat, FakeScoreRatio(), watch, aside
-        self._alarms = AlarmStore(run_dir, say)
-        self._published = SampleReportPublisher(run_dir, self._alarms, say)
+        self._alarms = AlarmStore(run_dir)
+        self._published = SampleReportPublisher(run_dir, self._alarms)
 
     def __call__(self, progress: Progress, log: Mapping[str, float]) -> dict[str, float]:
         """Numbers to log besides ``log``."""

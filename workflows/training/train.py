@@ -12,11 +12,12 @@ Nothing is written before everything was checked. A run is a folder:
 """
 
 import importlib.metadata
+import logging
 import platform
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,16 @@ from workflows.training.resolve import (
     make_export_metadata,
     resolve_run,
 )
+from workflows.training.run_log import LOG_FILE, RunLogHandler, redirect_logs
 from workflows.training.sample_callback import SampleReportPublisher
 from workflows.training.samples import report_path
-from workflows.training.worker import LOG_FILE, TrainingJob, open_training_tracker
+from workflows.training.worker import TrainingJob, open_training_tracker
 from workflows.utils import environment
 from workflows.utils.json_io import read_json, write_json
 from workflows.utils.progress import training_progress
+from workflows.utils.threads import background_thread
 
+_LOGGER = logging.getLogger(__name__)
 LaunchFn = Callable[[TrainingJob], None]
 """Runs ``workflows.training.worker.work`` on all ranks of a job and returns when they are done."""
 SampleFn = Callable[[Path], list[Path]]
@@ -94,27 +98,37 @@ def train_stage(
             "costs": cost_estimate.estimate_costs(request.config, card.timeline),
             **start,
         }
-    _say(start.get("init_video", ""))
-    _check_record(request)
-    with _lease(request.run_dir) as lease, _checkpoint_lease(request):
-        if final_progress(request.run_dir) is None:
-            _check_checkpoint(request)
-            _begin(request)
-            job = TrainingJob(
-                config=request.config,
-                card=card,
-                data=request.data,
-                parents=request.parents,
-                run_dir=request.run_dir,
-                tracking_uri=tracking_uri(runs),
-                token=lease.token,
-            )
-            log = request.run_dir / LOG_FILE
-            with _shown(log), monitor_heartbeats(request.run_dir / HEARTBEAT_DIR, lambda text: _add_line(log, text)):
-                (launch or run_on_ray)(job)
-            _raise_if_failed(request.run_dir, lease.token)
-        _conclude(request, sample, tracking_uri(runs), on_ray=launch is None)
+    with redirect_logs(logging.StreamHandler()):
+        if start:
+            _LOGGER.info(start["init_video"])
+        _check_record(request)
+        with _lease(request.run_dir) as lease, _checkpoint_lease(request):
+            if final_progress(request.run_dir) is None:
+                _check_checkpoint(request)
+                _begin(request)
+                job = TrainingJob(
+                    config=request.config,
+                    card=card,
+                    data=request.data,
+                    parents=request.parents,
+                    run_dir=request.run_dir,
+                    tracking_uri=tracking_uri(runs),
+                    token=lease.token,
+                )
+                _launch(job, launch or run_on_ray)
+            _conclude(request, sample, tracking_uri(runs), on_ray=launch is None)
     return _result(request)
+
+
+def _launch(job: TrainingJob, launch: LaunchFn) -> None:
+    """Run all ranks to the end; show their log and report slow ranks meanwhile. Raise the error of the outcome."""
+    with (
+        _shown(job.run_dir / LOG_FILE),
+        redirect_logs(RunLogHandler(job.run_dir)),
+        monitor_heartbeats(job.run_dir / HEARTBEAT_DIR),
+    ):
+        launch(job)
+    _raise_if_failed(job.run_dir, job.token)
 
 
 def _check_record(request: ResolvedRun) -> None:
@@ -175,10 +189,9 @@ def _version(name: str) -> str | None:
 @contextmanager
 def _shown(log: Path) -> Iterator[None]:
     """Show what the workers add to their log, without the noise of Ray's own processes."""
-    stop = threading.Event()
     start = log.stat().st_size if log.exists() else 0
 
-    def follow(show: Callable[[str], None]) -> None:
+    def follow(show: Callable[[str], None], stop: threading.Event) -> None:
         place, rest = start, b""
         while True:
             ended = stop.wait(0.3)
@@ -193,14 +206,8 @@ def _shown(log: Path) -> Iterator[None]:
             if ended:
                 return
 
-    with training_progress() as show:
-        thread = threading.Thread(target=follow, args=(show,), name="log", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+    with training_progress() as show, background_thread(partial(follow, show), name="log"):
+        yield
 
 
 def _raise_if_failed(run_dir: Path, token: str) -> None:
@@ -212,11 +219,6 @@ def _raise_if_failed(run_dir: Path, token: str) -> None:
         raise RuntimeError(outcome["error"])
     if "stopped" in outcome:
         raise TrainingInterrupted(outcome["stopped"])
-
-
-def _add_line(log: Path, text: str) -> None:
-    with log.open("a") as file:
-        file.write(text + "\n")
 
 
 def _conclude(request: ResolvedRun, sample: SampleFn | None, uri: str, *, on_ray: bool) -> None:
@@ -231,21 +233,16 @@ def _conclude(request: ResolvedRun, sample: SampleFn | None, uri: str, *, on_ray
     if sample is not None and "samples" not in outcome:
         made = computed(sample, is_done=report_path(run_dir, outcome["progress"]["step"]).exists())
         outcome["samples"] = [str(path) for path in made]
-    published = SampleReportPublisher(run_dir, AlarmStore(run_dir, _say), _say)
+    published = SampleReportPublisher(run_dir, AlarmStore(run_dir))
     if (looks := published.pending()) or has_backlog(run_dir, uri):
-        tracker = open_training_tracker(request.config, request.data, run_dir, uri, _say)
+        tracker = open_training_tracker(request.config, request.data, run_dir, uri)
         published.publish(looks, tracker)
         tracker.finish()
         outcome["mlflow_run"] = tracker.run_id
     outcome["alarms"] = active_alarms(run_dir)
     write_json(place, outcome)
     if outcome["alarms"]:
-        _say(f"ALARM still on at the end of {run_dir}: {'; '.join(outcome['alarms'])}. Look at its samples")
-
-
-def _say(text: str) -> None:
-    if text:
-        print(text, file=sys.stderr, flush=True)
+        _LOGGER.warning(f"ALARM still on at the end of {run_dir}: {'; '.join(outcome['alarms'])}. Look at its samples")
 
 
 def _result(request: ResolvedRun) -> dict[str, Any]:

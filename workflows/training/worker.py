@@ -1,5 +1,6 @@
 """What every rank of a training run does, under Ray Train or without it."""
 
+import logging
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -42,12 +43,13 @@ from workflows.training.networks import build_initial_network, build_training_ne
 from workflows.training.objectives import build_objective, schedule_values, validation_objective
 from workflows.training.preemption import PreemptionMonitor
 from workflows.training.progress import Progress
+from workflows.training.run_log import RunLogHandler, redirect_logs
 from workflows.training.sample_callback import SampleCallback
 from workflows.training.samples import SampleEvaluator
 from workflows.utils import distributed
 from workflows.utils.json_io import read_json, write_json
 
-LOG_FILE = "log.txt"
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,11 @@ def run_worker(job: TrainingJob, leaving: Callable[[], str] = lambda: "", aside:
     is raised to the launcher, which starts it again elsewhere. ``aside``: takes the weights of looks that the launcher
     has made while training goes on; None: rank 0 makes them.
     """
+    with redirect_logs(RunLogHandler(job.run_dir) if distributed.get_rank() == 0 else logging.NullHandler()):
+        _run_worker(job, leaving, aside)
+
+
+def _run_worker(job: TrainingJob, leaving: Callable[[], str], aside: SnapshotWriter | None) -> None:
     preemption.install_sigterm_handler()
     tracker = _tracker(job)
     pulse = Heartbeat(job.run_dir / HEARTBEAT_DIR, distributed.get_rank())
@@ -99,9 +106,9 @@ def _train(
     engines, ema = nets.engines, nets.ema
     start = Progress(step=0, samples_seen=0, first={}, last={})
     shelf = CheckpointStore(checkpoint_root(job.run_dir, config.checkpoint.to))
-    if saved := latest_intact_checkpoint(shelf, lambda text: _say(job, text)):
+    if saved := latest_intact_checkpoint(shelf):
         start = load_training_state(shelf, saved, engines, ema)
-        _say(job, f"{config.stage} goes on from step {start.step} on {distributed.get_world_size()} workers")
+        _LOGGER.info(f"{config.stage} goes on from step {start.step} on {distributed.get_world_size()} workers")
     train, held_out, assembly = _splits(job)
     together = config.engine.sequence
     share = RankShard(
@@ -143,7 +150,6 @@ def _train(
                 stop_reason=notices,
                 heartbeat=pulse,
                 clip_ids=batches.clip_ids,
-                log=lambda text: _say(job, text),
                 on_step_end=_looks(job, ema, tracker, pulse, judged, aside),
                 record_non_finite=nets.record_non_finite,
             ),
@@ -153,10 +159,9 @@ def _train(
 def _looks(
     job: TrainingJob, ema: Ema, tracker: Tracker, pulse: Heartbeat, judged: list[AVBatch], aside: SnapshotWriter | None
 ) -> SampleCallback:
-    say: Callable[[str], None] = lambda text: _say(job, text)
     if job.config.sample_every:
         kind = "GPU" if job.config.engine.use_gpu else "CPU"
-        say(
+        _LOGGER.info(
             "samples are made beside the training, on resources that it leaves free"
             if aside
             else f"samples are made in line, by rank 0 while the others wait: no spare {kind} to make them on"
@@ -165,7 +170,7 @@ def _looks(
     watch = HistoryUseMonitor(job.run_dir, judged, job.config.objective.time, job.config.seed)
     looped = job.config.stage == "mutual"  # the others train on real history alone
     return SampleCallback(
-        job.run_dir, job.config, job.card, ema, sampler, tracker, pulse, say, watch if looped else None, aside
+        job.run_dir, job.config, job.card, ema, sampler, tracker, pulse, watch if looped else None, aside
     )
 
 
@@ -198,17 +203,17 @@ def _tracker(job: TrainingJob) -> Tracker:
     """Rank 0's: the run's log, continued when the run was begun before."""
     if distributed.get_rank() != 0:
         return NullTracker()
-    tracker = open_training_tracker(job.config, job.data, job.run_dir, job.tracking_uri, lambda text: _say(job, text))
+    tracker = open_training_tracker(job.config, job.data, job.run_dir, job.tracking_uri)
     if not (job.run_dir / PARAMS).exists():
         tracker.artifact(job.run_dir / RUN_FILE, "configuration")
         tracker.params(serialization.flatten(serialization.to_dict(job.config)))
     return tracker
 
 
-def open_training_tracker(config: RunConfig, data: str, run_dir: Path, uri: str, say: Callable[[str], None]) -> Tracker:
+def open_training_tracker(config: RunConfig, data: str, run_dir: Path, uri: str) -> Tracker:
     """Where the run in ``run_dir`` keeps its log, and from where it is sent on."""
     tags = {"stage": config.stage, "run_dir": str(run_dir), "dataset": data}
-    return open_durable_tracker(run_dir, uri=uri, experiment="train", tags=tags, say=say)
+    return open_durable_tracker(run_dir, uri=uri, experiment="train", tags=tags)
 
 
 def _finish(job: TrainingJob, tracker: Tracker, outcome: dict[str, Any]) -> None:
@@ -216,10 +221,3 @@ def _finish(job: TrainingJob, tracker: Tracker, outcome: dict[str, Any]) -> None
     if distributed.get_rank() == 0:
         write_json(job.run_dir / OUTCOME_FILE, {**outcome, "token": job.token, "mlflow_run": tracker.run_id})
     distributed.barrier()
-
-
-def _say(job: TrainingJob, text: str) -> None:
-    """A line for people; the driver shows the file as it grows."""
-    if distributed.get_rank() == 0:
-        with (job.run_dir / LOG_FILE).open("a") as file:
-            file.write(text + "\n")

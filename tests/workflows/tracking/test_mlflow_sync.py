@@ -40,8 +40,8 @@ def impatient(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
-def opened(folder: Path, uri: str, said: list[str]) -> DurableTracker:
-    tracker = open_durable_tracker(folder, uri=uri, experiment="train", tags={"stage": "video"}, say=said.append)
+def opened(folder: Path, uri: str) -> DurableTracker:
+    tracker = open_durable_tracker(folder, uri=uri, experiment="train", tags={"stage": "video"})
     assert isinstance(tracker, DurableTracker)
     return tracker
 
@@ -81,14 +81,14 @@ def mute_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_a_server_that_hangs_costs_no_time_and_the_next_one_gets_everything(tmp_path, store, monkeypatch):
-    run, said = tmp_path / "run", []
+def test_a_server_that_hangs_costs_no_time_and_the_next_one_gets_everything(tmp_path, store, monkeypatch, caplog):
+    run = tmp_path / "run"
     (tmp_path / "sample.mp4").write_bytes(b"mp4")
     with mute_server() as uri, monkeypatch.context() as patch:
         patch.setattr(mlflow_sync, "START_SECONDS", 0.2)
         patch.setattr(mlflow_sync, "FLUSH_SECONDS", 0.5)
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # longer than any pause of a machine
-        tracker = opened(run, uri, said)
+        tracker = opened(run, uri)
         tracker.params({"steps": 30})
         assert log_steps(tracker, range(30)) < 4
         tracker.artifact(tmp_path / "sample.mp4", "samples")
@@ -97,8 +97,8 @@ def test_a_server_that_hangs_costs_no_time_and_the_next_one_gets_everything(tmp_
         assert time.perf_counter() - began < 8
         assert has_backlog(run, uri)
     assert tracker.run_id is None
-    assert "30 log entries, 1 files and the parameters wait in" in said[-1], said
-    later = opened(run, store, said)
+    assert "30 log entries, 1 files and the parameters wait in" in caplog.messages[-1], caplog.messages
+    later = opened(run, store)
     later.finish()
     assert steps_in(store, later.run_id) == list(range(30))
     facts = later._sender._connected()._client.get_run(later.run_id)
@@ -108,7 +108,7 @@ def test_a_server_that_hangs_costs_no_time_and_the_next_one_gets_everything(tmp_
     assert not has_backlog(run, store)
 
 
-def test_what_arrived_without_an_answer_counts_once(tmp_path, store, monkeypatch):
+def test_what_arrived_without_an_answer_counts_once(tmp_path, store, monkeypatch, caplog):
     lost = {"_start": 1, "send": 2, "params": 1, "artifact": 1, "finish": 1}
     for name in lost:
         whole = getattr(MlflowTracker, name)
@@ -121,8 +121,7 @@ def test_what_arrived_without_an_answer_counts_once(tmp_path, store, monkeypatch
             return answer
 
         monkeypatch.setattr(MlflowTracker, name, half)
-    said: list[str] = []
-    tracker = opened(tmp_path / "once", store, said)
+    tracker = opened(tmp_path / "once", store)
     tracker.params({"a": 1})
     log_steps(tracker, range(20))
     (tmp_path / "x.txt").write_text("x")
@@ -136,7 +135,7 @@ def test_what_arrived_without_an_answer_counts_once(tmp_path, store, monkeypatch
     client = MlflowClient(tracking_uri=store)
     runs = client.search_runs([client.get_run(tracker.run_id).info.experiment_id], "attributes.run_name = 'once'")
     assert [(r.info.run_id, r.info.status) for r in runs] == [(tracker.run_id, "FINISHED")]
-    assert not any("did not take" in line for line in said), said
+    assert not any("did not take" in line for line in caplog.messages), caplog.messages
 
 
 def test_a_killed_process_leaves_its_log_to_the_next_one(tmp_path, store):
@@ -232,12 +231,12 @@ class Server:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_real_server_killed_hung_and_gone_at_the_end(tmp_path, monkeypatch):
+def test_a_real_server_killed_hung_and_gone_at_the_end(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     (tmp_path / "sample.mp4").write_bytes(b"mp4")
-    server, said = Server(tmp_path), []
+    server = Server(tmp_path)
     try:
-        tracker = opened(tmp_path / "run", server.uri, said)
+        tracker = opened(tmp_path / "run", server.uri)
         run = tracker.run_id
         waited = [log_steps(tracker, range(50))]
         server.signal(signal.SIGKILL)
@@ -253,10 +252,10 @@ def test_a_real_server_killed_hung_and_gone_at_the_end(tmp_path, monkeypatch):
         monkeypatch.setattr(mlflow_sync, "FLUSH_SECONDS", 3.0)
         waited += [log_steps(tracker, range(1000, 1010))]
         tracker.finish()
-        assert "did not take the whole log" in said[-1]
+        assert "did not take the whole log" in caplog.messages[-1]
         server.start()
         monkeypatch.setattr(mlflow_sync, "FLUSH_SECONDS", 60.0)
-        opened(tmp_path / "run", server.uri, said).finish()
+        opened(tmp_path / "run", server.uri).finish()
         assert steps_in(server.uri, run) == list(range(1010))
         from mlflow import MlflowClient
 

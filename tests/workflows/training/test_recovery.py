@@ -2,6 +2,7 @@
 (With Ray: ``test_survival_ray.py``.)"""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -210,10 +211,10 @@ def test_a_signal_saves_at_once_and_the_same_command_goes_on(tmp_path, data, mon
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_silent_or_slow_rank_is_named(tmp_path):
+def test_a_silent_or_slow_rank_is_named(tmp_path, caplog):
     """By a clock of the test's own."""
-    said: list[str] = []
-    watch = heartbeat.HeartbeatMonitor(tmp_path, said.append, silent=20, slow=30)
+    caplog.set_level(logging.INFO)
+    watch = heartbeat.HeartbeatMonitor(tmp_path, silent=20, slow=30)
 
     def beat(rank: int, count: int, step: int, doing: str) -> None:
         facts = {"rank": rank, "host": "node", "pid": 70 + rank, "beat": count, "step": step, "doing": doing}
@@ -224,17 +225,19 @@ def test_a_silent_or_slow_rank_is_named(tmp_path):
         beat(1, min(now, 5), 3, "computing")
         beat(2, now, 3, "computing" if now < 50 else heartbeat.WAITING_LABEL)
         watch.check(now)
-    assert said[0].startswith("rank 1 (process 71 on node) has given no sign of life for 20 s; it was at step 3")
-    assert said[1].startswith(
+    assert caplog.messages[0].startswith(
+        "rank 1 (process 71 on node) has given no sign of life for 20 s; it was at step 3"
+    )
+    assert caplog.messages[1].startswith(
         "rank 2 (process 72 on node) has kept others waiting for 30 s: it is still computing step 3"
     )
     beat(1, 99, 4, "computing")
     watch.check(60)
-    assert said[2:] == ["rank 1 (process 71 on node) is back, at step 4"]
+    assert caplog.messages[2:] == ["rank 1 (process 71 on node) is back, at step 4"]
     for path in tmp_path.iterdir():
         path.unlink()
     watch.check(100)
-    assert len(said) == 3, "a rank that is done is not silent"
+    assert len(caplog.messages) == 3, "a rank that is done is not silent"
 
 
 def _hangs(folder: Path) -> None:
@@ -248,31 +251,29 @@ def _hangs(folder: Path) -> None:
     beat.close()
 
 
-def test_a_rank_that_hangs_before_a_collective_is_named(tmp_path):
-    said: list[str] = []
-    watch = heartbeat.HeartbeatMonitor(tmp_path, said.append, silent=20, slow=1.5)
+def test_a_rank_that_hangs_before_a_collective_is_named(tmp_path, caplog):
+    watch = heartbeat.HeartbeatMonitor(tmp_path, silent=20, slow=1.5)
     processes = threading.Thread(target=run_on, args=(2, _hangs, tmp_path))
     processes.start()
     while processes.is_alive():
         watch.check(time.monotonic())
-        if said:
+        if caplog.messages:
             (tmp_path / "named").touch()
         time.sleep(0.1)
-    assert len(said) == 1
-    assert said[0].startswith("rank 1 (process ")
-    assert "it is still computing step 5 (at test_recovery.py:" in said[0] and "_hangs)" in said[0]
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("rank 1 (process ")
+    assert "it is still computing step 5 (at test_recovery.py:" in caplog.text and "_hangs)" in caplog.text
 
 
-def test_ranks_in_collectives_that_do_not_match_are_all_named(tmp_path):
-    said: list[str] = []
-    watch = heartbeat.HeartbeatMonitor(tmp_path, said.append, silent=100, slow=30)
+def test_ranks_in_collectives_that_do_not_match_are_all_named(tmp_path, caplog):
+    watch = heartbeat.HeartbeatMonitor(tmp_path, silent=100, slow=30)
     for rank, collective in enumerate(("all_reduce", "barrier")):
         facts = {"rank": rank, "host": "node", "pid": 70 + rank, "step": 3, "doing": "computing"}
         text = json.dumps({**facts, "beat": 1, "line": "c.py:1, f", "stack": 5, "collective": collective})
         (tmp_path / f"{rank:05d}.json").write_text(text)
     for now in range(60):
         watch.check(now)
-    (line,) = said
+    (line,) = caplog.messages
     assert "rank 0 (process 70 on node) in all_reduce, step 3; rank 1 (process 71 on node) in barrier" in line
 
 
