@@ -1,13 +1,14 @@
 """Errors of recognised speech, whoever recognised it; and recognisers: Whisper from a local folder, PocketSphinx."""
 
 import importlib.util
-import re
 from collections.abc import Hashable, Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rapidfuzz.distance import Levenshtein
 from scipy.signal import resample_poly
 
 RATE = 16000  # samples a second that recognisers hear
@@ -22,32 +23,27 @@ class SpeechRecognizer(Protocol):
     def __call__(self, sound: Sound, sample_rate: int) -> str: ...
 
 
-def edit_distance(heard: Units, said: Units) -> int:
-    """Least number of insertions, deletions and substitutions (Levenshtein) that turn one into the other."""
-    row = list(range(len(said) + 1))
-    for i, unit in enumerate(heard, start=1):
-        diagonal, row[0] = row[0], i
-        for j, wanted in enumerate(said, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (unit != wanted))
-    return row[-1]
-
-
-def error_rate(heard: Sequence[Units], said: Sequence[Units]) -> float:
-    """Sum of edit distances / number of units said, over clips: the word error rate of words, 0 to above 1.
-
-    With syllables or characters as units it is their error rate. ValueError where counts differ or nothing is said.
-    """
-    if len(heard) != len(said):
-        raise ValueError(f"{len(heard)} clips heard but {len(said)} said: give one transcript per clip")
-    total = sum(len(units) for units in said)
-    if total == 0:
-        raise ValueError("an error rate is a share of what is said, and nothing is: leave out clips without speech")
-    return sum(edit_distance(h, s) for h, s in zip(heard, said, strict=True)) / total
+def edit_distance(hypothesis: Units, reference: Units) -> int:
+    """Return the Levenshtein distance: the least number of insertions, deletions and substitutions."""
+    return Levenshtein.distance(hypothesis, reference)
 
 
 def normalize_words(text: str) -> list[str]:
-    """Words in lower case without punctuation; apostrophes inside a word stay. Numerals are not spelled out."""
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower().replace("\u2019", "'"))
+    """Return the words of ``text`` as Whisper's English normalizer writes them, which word error rates compare.
+
+    Raises ValueError if transformers is not installed.
+    """
+    return str(_english_normalizer()(text)).split()
+
+
+@cache
+def _english_normalizer() -> Any:
+    """Return the normalizer without the table of British spellings, which only published checkpoints contain."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("word error rates need transformers: pip install 'mutual-forcing[speech]'")
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    return EnglishTextNormalizer({})
 
 
 def resample(sound: Sound, sample_rate: int, rate: int = RATE) -> NDArray[np.float32]:
@@ -121,8 +117,9 @@ class PocketSphinx:
     """The embedded recogniser of English: its package ships the model, nothing is fetched. ValueError without it."""
 
     def __init__(self) -> None:
-        if importlib.util.find_spec("pocketsphinx") is None:
-            raise ValueError("the embedded recogniser is not installed: pip install pocketsphinx")
+        for package in ("pocketsphinx", "transformers"):  # the second one normalizes the words
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"PocketSphinx needs {package}: pip install 'mutual-forcing[speech]'")
         from pocketsphinx import Decoder  # pyright: ignore
 
         self._decoder: Any = Decoder(samprate=RATE, loglevel="FATAL")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
 from mfcore.metrics.av_sync import SyncResult
+from mfcore.metrics.speech import resample
 
 FPS, RATE, FACE = 25, 16000, 224
 _WINDOW = 5  # frames
@@ -116,7 +117,7 @@ class SyncNetSync:
         self, frames: NDArray[np.uint8], fps: float, sound: NDArray[np.floating[Any]], sample_rate: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Vectors ``(n, 1024)`` of lips and of sound, ``FPS`` a second: a :class:`mfcore.metrics.lse.LipVectors`."""
-        faces, cepstra = face_windows(frames, fps), mfcc(_at_rate(sound, sample_rate))
+        faces, cepstra = face_windows(frames, fps), mfcc(resample(sound, sample_rate, RATE))
         count = min(len(faces), (len(cepstra) // 4) - _WINDOW + 1)
         if count < 1:
             return np.zeros((0, 1024), np.float32), np.zeros((0, 1024), np.float32)
@@ -151,17 +152,7 @@ def face_windows(frames: NDArray[np.uint8], fps: float) -> Float[Tensor, "b 3 5 
     return faces.unfold(0, _WINDOW, 1).permute(0, 1, 4, 2, 3) if count >= _WINDOW else faces[:0, :, None]
 
 
-def _at_rate(sound: NDArray[np.floating[Any]], sample_rate: int) -> NDArray[np.float64]:
-    """Sound at 16 kHz by linear interpolation behind a box filter: the cepstra look at 300 to 8000 Hz coarsely."""
-    if sample_rate == RATE:
-        return sound.astype(np.float64)
-    width = max(1, round(sample_rate / RATE))
-    smooth = np.convolve(sound.astype(np.float64), np.ones(width) / width, mode="same")
-    times = np.arange(int(len(sound) * RATE / sample_rate)) / RATE
-    return np.interp(times, np.arange(len(sound)) / sample_rate, smooth)
-
-
-def mfcc(sound: NDArray[np.float64]) -> NDArray[np.float64]:
+def mfcc(sound: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Cepstra ``(k, 13)`` of 16 kHz sound in [-1, 1] as the published checkpoint was trained on them.
 
     Samples as 16-bit numbers, pre-emphasis 0.97, windows of 25 ms every 10 ms without taper, power of a 512-point
@@ -170,7 +161,7 @@ def mfcc(sound: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     if not len(sound):
         return np.zeros((0, 13))
-    wave = np.clip(np.round(sound * 32768), -32768, 32767)
+    wave = np.clip(np.round(sound.astype(np.float64) * 32768), -32768, 32767)
     wave = np.append(wave[0], wave[1:] - 0.97 * wave[:-1])
     count = 1 + max(0, ceil((len(wave) - 400) / 160))
     wave = np.pad(wave, (0, max(0, (count - 1) * 160 + 400 - len(wave))))

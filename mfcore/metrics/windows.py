@@ -31,10 +31,6 @@ class TimeWindow:
             min(count, _first(self.start, rate)), count if self.end == inf else min(count, _first(self.end, rate))
         )
 
-    def covered_by(self, seconds: float) -> bool:
-        """Whether a clip of ``seconds`` reaches into the window."""
-        return self.start < seconds
-
 
 def parse_windows(text: str) -> tuple[TimeWindow, ...]:
     """Windows of a list such as ``0-5,5-15,60-``."""

@@ -102,7 +102,7 @@ class FeatureExtractor:
                 SpeechSegment(
                     at=(start + end) / 2,
                     said=tuple(
-                        x for w in words if start <= (w.start + w.end) / 2 < end for x in normalize_words(w.word)
+                        normalize_words(" ".join(w.word for w in words if start <= (w.start + w.end) / 2 < end))
                     ),
                     heard={
                         n: tuple(normalize_words(hear(part, rate)))

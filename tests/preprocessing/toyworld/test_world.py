@@ -16,7 +16,6 @@ from mfcore.codecs.dct import DctCodec, DctConfig
 from mfcore.codecs.mel import MelCodec
 from mfcore.metrics.av_sync import SyncEstimate, sound_envelope, sync_offset
 from mfcore.metrics.distributions import mode_entropy
-from mfcore.metrics.speech import error_rate
 from mfcore.timeline import video_clock
 from preprocessing.toyworld.audio_reader import mouth_correlation, read_audio
 from preprocessing.toyworld.choices import valid_fraction
@@ -35,6 +34,7 @@ from preprocessing.toyworld.world import (
     sample_truth,
     write_toyworld,
 )
+from tests.helpers.error_rate import error_rate
 
 CONFIG = ToyConfig(seconds=6.0, seed=5)
 CLIPS = 8

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mfcore.metrics.speech import error_rate
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.media.decoder import Decoder
 from preprocessing.media.probe import probe
 from preprocessing.toyworld.audio_reader import read_audio
 from preprocessing.toyworld.world import ToyConfig, write_toyworld
+from tests.helpers.error_rate import error_rate
 from tests.helpers.media_folder import FPS, RATE, make_folder, write_clip
 from workflows.data.build import build_dataset
 from workflows.data.inspect import inspect_dataset
