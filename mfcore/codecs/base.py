@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,38 +29,28 @@ class Codec(Protocol):
     Video signals are uint8 ``(frames, height, width, 3)`` RGB; audio float32 ``(samples,)`` mono in [-1, 1].
     """
 
-    @property
-    def id(self) -> str:
-        """Equal ids mean interchangeable latents, e.g. ``dct-v1/c48/b8/g4``."""
-        ...
-
-    @property
-    def channels(self) -> int: ...
-
-    @property
-    def static_channels(self) -> int:
-        """Leading channels in which a still picture has one value in the first and in all later latents; sound: 0."""
-        ...
+    id: str  # equal ids mean interchangeable latents, e.g. dct-v1/c48/b8/g4
+    channels: int
+    static_channels: int = 0  # leading channels in which a still video has one value in all latents; audio: 0
 
     @property
     def clock(self) -> LatentClock: ...
 
     @property
     def published_stats(self) -> LatentStats | None:
-        """Whitening statistics that come with the codec; None: they are measured on the data."""
-        ...
+        """Return the whitening statistics published with the codec; None if they are measured on the data."""
+        return None
 
     def load(self) -> None:
-        """Fetch the weights now rather than at first use. ValueError when they are not found."""
-        ...
+        """Load the weights now instead of at first use. Raises ValueError if they are not found."""
 
     def encode(self, signal: Tensor) -> Float[Tensor, "n C *space"]:
         """Latents, float32; for video the first one is the first frame alone (``clock.head == 1``)."""
         ...
 
     def encode_batch(self, signals: Tensor) -> Float[Tensor, "b n C *space"]:
-        """The same of several signals of one length, ``(b, ...)``."""
-        ...
+        """Return the latents of signals of equal length, ``(b, ...)``."""
+        return torch.stack([self.encode(signal) for signal in signals])
 
     def decoder(self) -> StreamDecoder: ...
 
@@ -71,17 +62,11 @@ class Codec(Protocol):
 class TextCodec(Protocol):
     """Captions and transcripts to the vectors that condition the network; there is no way back."""
 
-    @property
-    def id(self) -> str:
-        """Equal ids mean interchangeable vectors, e.g. ``words-v2/d64``."""
-        ...
-
-    @property
-    def width(self) -> int: ...
+    id: str  # equal ids mean interchangeable vectors, e.g. words-v2/d64
+    width: int
 
     def load(self) -> None:
-        """Fetch the weights now rather than at first use. ValueError when they are not found."""
-        ...
+        """Load the weights now instead of at first use. Raises ValueError if they are not found."""
 
     def tokenize(self, text: str) -> list[str]:
         """The words of a caption; a transcript brings its own."""

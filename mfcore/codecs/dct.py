@@ -19,6 +19,7 @@ from einops import rearrange
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
+from mfcore.codecs.base import Codec
 from mfcore.timeline import LatentClock, video_clock
 
 # BT.601 full range, rows Y, Cb, Cr of an RGB triple. The rows of its inverse weigh a unit error of Y, Cb and Cr with
@@ -56,7 +57,7 @@ class DctConfig:
             raise ValueError(f"channels={self.channels}: a block of {self.block} pixels has 1 to {most} coefficients")
 
 
-class DctCodec:
+class DctCodec(Codec):
     """Latents ``(1 + n, C, H / block, W / block)`` float32 of ``1 + n * group`` frames.
 
     The transform is orthonormal up to the colour matrix and one gain, chosen so that a still picture has the same value
@@ -64,34 +65,18 @@ class DctCodec:
     the first that do not fill a group are dropped.
     """
 
-    published_stats = None
-
     def __init__(self, config: DctConfig | None = None) -> None:
-        self.config = config or DctConfig()
-        self._frame = _Basis(self.config, frames=1)
-        self._group = _Basis(self.config, frames=self.config.group)
-
-    @property
-    def id(self) -> str:
-        c = self.config
-        return f"dct-v1/c{c.channels}/b{c.block}/g{c.group}"
-
-    @property
-    def channels(self) -> int:
-        return self.config.channels
-
-    @property
-    def static_channels(self) -> int:
-        """Where the orders of the frame's and the group's coefficients part."""
-        frame, group = (_order(self.config, n) for n in (1, self.config.group))
-        return int((frame == group).all(axis=1).cumprod().sum())
+        self.config = c = config or DctConfig()
+        self.id = f"dct-v1/c{c.channels}/b{c.block}/g{c.group}"
+        self.channels = c.channels
+        self._frame = _Basis(c, frames=1)
+        self._group = _Basis(c, frames=c.group)
+        # The static channels are those before the first difference of the two orders.
+        self.static_channels = int((self._frame.order == self._group.order).all(axis=1).cumprod().sum())
 
     @property
     def clock(self) -> LatentClock:
         return video_clock(Fraction(self.config.fps), self.config.group)
-
-    def load(self) -> None:
-        """Nothing: there are no weights."""
 
     def frames(self, latents: int) -> int:
         """Frames that ``latents`` latents decode to."""
@@ -103,10 +88,6 @@ class DctCodec:
         groups = (len(signal) - 1) // self.config.group
         first, rest = signal[:1], signal[1 : 1 + groups * self.config.group]
         return torch.cat([self._frame.analyze(first), self._group.analyze(rest)])
-
-    def encode_batch(self, signals: UInt8[Tensor, "b f H W 3"]) -> Float[Tensor, "b n C h w"]:
-        """The same of clips of one length."""
-        return torch.stack([self.encode(signal) for signal in signals])
 
     def decode(self, latents: Float[Tensor, "n C h w"]) -> UInt8[Tensor, "f H W 3"]:
         """RGB frames of the first-frame latent and any number of group latents."""
@@ -153,7 +134,7 @@ class _Basis:
 
     def __init__(self, config: DctConfig, frames: int) -> None:
         self.block, self.frames = config.block, frames
-        order = _order(config, frames)
+        self.order = order = _order(config, frames)
         waves = np.einsum("ti,uj,vk->tuvijk", *(dct_matrix(n) for n in (frames, config.block, config.block)))
         kept = waves[order[:, 0], order[:, 1], order[:, 2]]  # (C, g, p, p)
         # A constant block of value 1 has the coefficient sqrt(g p p) before this scaling.

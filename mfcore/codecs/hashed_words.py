@@ -17,13 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mfcore.codecs.base import TextCodec
+
 _WHOLE = 1.0  # weight of the word as a whole beside its spelling
 _LONGEST = 4  # letters of the longest n-gram
 _PLACE = 0.5  # weight of the position beside the word
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")  # letters and digits, apostrophes inside
 
 
-class HashedWordEncoder:
+class HashedWordEncoder(TextCodec):
     """Vectors ``(L, width)`` of words; a :class:`mfcore.codecs.base.TextCodec`."""
 
     def __init__(self, width: int = 64, version: int = 2) -> None:
@@ -34,14 +36,8 @@ class HashedWordEncoder:
             raise ValueError(
                 f"width={width}: words need at least 8 numbers to differ; 64 serves about a thousand words"
             )
+        self.id = f"words-v{version}/d{width}"
         self.width, self.version = width, version
-
-    @property
-    def id(self) -> str:
-        return f"words-v{self.version}/d{self.width}"
-
-    def load(self) -> None:
-        """Nothing: there are no weights."""
 
     def tokenize(self, text: str) -> list[str]:
         """Lower-case words in order of appearance; punctuation separates and is dropped."""

@@ -15,6 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mfcore.codecs.base import Codec
 from mfcore.codecs.dct import dct_matrix
 from mfcore.codecs.phase_reconstruction import PhaseDecoder, StftFrames
 from mfcore.timeline import LatentClock, audio_clock
@@ -67,17 +68,17 @@ class MelConfig:
         return self.group * self.hop
 
 
-class MelCodec:
+class MelCodec(Codec):
     """Latents ``(n, C)`` float32 of mono sound; the last one is completed with silence.
 
     The level of every frame survives the truncation: the coefficients of its mean carry a correction. Decoding keeps
     magnitudes, not phases: the sound is heard as the same, its waveform is another one.
     """
 
-    published_stats = None
-
     def __init__(self, config: MelConfig | None = None) -> None:
         self.config = c = config or MelConfig()
+        self.id = f"mel-v1/r{c.sample_rate}/w{c.window}/h{c.hop}/m{c.mels}/g{c.group}/c{c.channels}"
+        self.channels = c.channels
         self._frames = StftFrames(window=c.window, hop=c.hop)
         bank = torch.from_numpy(mel_filterbank(c.sample_rate, c.window, c.mels)).float()
         self._width = bank.sum(1)  # bins per band, weighted
@@ -88,24 +89,8 @@ class MelCodec:
         self._energy = float(self._frames.taper(torch.device("cpu")).square().sum())
 
     @property
-    def id(self) -> str:
-        c = self.config
-        return f"mel-v1/r{c.sample_rate}/w{c.window}/h{c.hop}/m{c.mels}/g{c.group}/c{c.channels}"
-
-    @property
-    def channels(self) -> int:
-        return self.config.channels
-
-    @property
-    def static_channels(self) -> int:
-        return 0
-
-    @property
     def clock(self) -> LatentClock:
         return audio_clock(self.config.sample_rate, self.config.samples)
-
-    def load(self) -> None:
-        """Nothing: there are no weights."""
 
     def encode(self, signal: Float[Tensor, " samples"]) -> Float[Tensor, "n C"]:
         """``ceil(samples / (group * hop))`` latents of a waveform. ValueError for a wrong type or no sample."""
@@ -118,10 +103,6 @@ class MelCodec:
         # The mean of logarithms falls as detail is cut: give every frame its energy back.
         lost = torch.log(self._loudness(power) / self._loudness(self._to_power(latents)))
         return latents + self._project(lost[..., None].expand_as(power))
-
-    def encode_batch(self, signals: Float[Tensor, "b samples"]) -> Float[Tensor, "b n C"]:
-        """The same of clips of one length."""
-        return torch.stack([self.encode(signal) for signal in signals])
 
     def decode(self, latents: Float[Tensor, "n C"]) -> Float[Tensor, " samples"]:
         """``n * group * hop`` samples in [-1, 1]; equal to pushing portions."""

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mfcore.codecs.base import Codec
 from mfcore.codecs.pretrained import compute_device, locate_weights, model_folder, read_config, weights_digest
 from mfcore.timeline import LatentClock, audio_clock
 
@@ -69,30 +70,17 @@ def receptive_field(ratios: Sequence[int]) -> tuple[int, int]:
     return 3 - first, last + 3  # the input convolution: 7 taps
 
 
-class OobleckCodec:
+class OobleckCodec(Codec):
     """Latents ``(n, C)`` float32 of mono sound, the mean of the posterior; the last one is completed with silence.
 
     The weights load at first use.
     """
 
-    published_stats = None
-
     def __init__(self, config: OobleckConfig, device: torch.device | str | None = None) -> None:
-        self.config = config
+        self.config = c = config
+        self.id = f"oobleck-v1/c{c.channels}/r{c.sample_rate}/h{c.hop}/{c.weights}"
+        self.channels = c.channels
         self.device = compute_device(device)
-
-    @property
-    def id(self) -> str:
-        c = self.config
-        return f"oobleck-v1/c{c.channels}/r{c.sample_rate}/h{c.hop}/{c.weights}"
-
-    @property
-    def channels(self) -> int:
-        return self.config.channels
-
-    @property
-    def static_channels(self) -> int:
-        return 0
 
     @property
     def clock(self) -> LatentClock:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mfcore.codecs.base import TextCodec
 from mfcore.codecs.pretrained import (
     compute_device,
     compute_dtype,
@@ -51,7 +52,7 @@ def _tokenizer_folder(folder: str) -> Path:
     return inside if inside.is_dir() else Path(folder)
 
 
-class T5TextEncoder:
+class T5TextEncoder(TextCodec):
     """A :class:`mfcore.codecs.base.TextCodec` of pretrained vectors, as the encoder gives them (not normalised).
 
     A caption is one vector per token, in context. A word of a transcript is encoded by itself, the mean over its
@@ -60,12 +61,9 @@ class T5TextEncoder:
 
     def __init__(self, config: T5Config, device: torch.device | str | None = None) -> None:
         self.config = config
+        self.id = f"t5-v1/d{config.width}/{config.weights}"
         self.width = config.width
         self.device = compute_device(device)
-
-    @property
-    def id(self) -> str:
-        return f"t5-v1/d{self.width}/{self.config.weights}"
 
     @cached_property
     def _folder(self) -> str:

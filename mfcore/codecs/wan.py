@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from mfcore.codecs.base import Codec
 from mfcore.codecs.pretrained import (
     compute_device,
     compute_dtype,
@@ -65,29 +66,17 @@ def wan_config_from_folder(folder: str, fps: Fraction = Fraction(24)) -> WanConf
     )
 
 
-class WanCodec:
+class WanCodec(Codec):
     """Latents ``(1 + n, C, H / block, W / block)`` float32 of ``1 + 4 n`` frames: the mean of the posterior, raw.
 
     Frames after the first that do not fill a group of four are dropped. The weights load at first use.
     """
 
     def __init__(self, config: WanConfig, device: torch.device | str | None = None) -> None:
-        self.config = config
+        self.config = c = config
+        self.id = f"wan-v1/c{c.channels}/b{c.block}/g{c.group}/{c.weights}"
+        self.channels = self.static_channels = c.channels  # all latents have the same channels
         self.device = compute_device(device)
-
-    @property
-    def id(self) -> str:
-        c = self.config
-        return f"wan-v1/c{c.channels}/b{c.block}/g{c.group}/{c.weights}"
-
-    @property
-    def channels(self) -> int:
-        return self.config.channels
-
-    @property
-    def static_channels(self) -> int:
-        """All: every latent is described by the same channels."""
-        return self.config.channels
 
     @property
     def clock(self) -> LatentClock:
