@@ -12,6 +12,13 @@ from torch import Tensor
 
 from mfcore.device import to_device_of
 
+# Sample numbers by purpose. Training counts samples from 0; the ranges below never meet it or each other.
+PADDING_SAMPLE = -1  # row that makes rank shards of an evaluation equal and does not count
+VALIDATION_SAMPLE_OFFSET = 1 << 40  # held-out clips of evaluations and sweeps; real statistics of the study
+STUDY_SCORE_SAMPLE_OFFSET = 1 << 41  # clips of the study whose generated continuations are scored
+STUDY_HISTORY_SAMPLE_OFFSET = 1 << 42  # clips of the study on which history use is measured
+STUDY_MUTUAL_SEED_OFFSET = 1000  # added to a study seed after the joint network: other clips
+
 
 def generator(seed: int, stream: str, index: int) -> torch.Generator:
     """A CPU generator for draw number ``index`` of the named ``stream``."""

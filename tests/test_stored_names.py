@@ -76,7 +76,7 @@ from workflows.cli import output
 from workflows.cli.app import app
 from workflows.config import presets, serialization
 from workflows.config.latent_shapes import geometry_for_preset
-from workflows.config.run import Stage
+from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES
 from workflows.data import inspect
 from workflows.evaluation import csv_report, mlflow_report

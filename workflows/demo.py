@@ -19,7 +19,9 @@ from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.media.mp4_writer import write_mp4
 from preprocessing.toyworld.world import ToyConfig, render_frames, sample_truth, write_toyworld
-from workflows.config.run import Stage
+from workflows.config.run import DEFAULT_HELD_OUT_SHARE
+from workflows.config.stage_names import Stage
+from workflows.config.stages import STAGES
 from workflows.data.build import build_dataset
 from workflows.data.inspect import inspect_dataset
 from workflows.evaluation.evaluate import evaluate_checkpoints
@@ -29,10 +31,6 @@ from workflows.training.train import train_stage
 from workflows.utils import environment
 from workflows.utils.json_io import write_json
 from workflows.utils.progress import progress_bar
-
-STAGES: tuple[Stage, ...] = ("video", "audio", "joint", "mutual")
-PARENTS: dict[Stage, tuple[Stage, ...]] = {"video": (), "audio": (), "joint": ("video", "audio"), "mutual": ("joint",)}
-HELD_OUT = 0.1  # share of the clips that no stage is trained on, as in the presets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +149,7 @@ def run_stage(story: DemoConfig, stage: Stage) -> dict[str, Any]:
     return train_stage(
         stage,
         data=str(story.dataset),
-        init_from=[str(story.out / parent) for parent in PARENTS[stage]],
+        init_from=[str(story.out / parent) for parent in STAGES[stage].parents],
         sets=story.sets,
         run=stage,
         runs_dir=story.out,
@@ -201,7 +199,7 @@ def repeat_words(words: Sequence[Mapping[str, Any]], period: float, seconds: flo
 
 def held_out_source(story: DemoConfig) -> Path:
     """The file of the first clip that no stage was trained on."""
-    _, held_out = open_dataset(str(story.dataset)).split(HELD_OUT)
+    _, held_out = open_dataset(str(story.dataset)).split(DEFAULT_HELD_OUT_SHARE)
     return Path(unquote(held_out.clip(0).source_uri.removeprefix("file://")))
 
 

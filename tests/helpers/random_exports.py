@@ -15,7 +15,7 @@ from mfcore.types import AUDIO, VIDEO
 from workflows.checkpoints.model_card import ExportMetadata
 from workflows.config import presets, serialization
 from workflows.config.latent_shapes import LatentShapes
-from workflows.config.run import Stage
+from workflows.config.stage_names import Stage
 from workflows.utils.json_io import write_json
 
 CHANNELS = {VIDEO: 48, AUDIO: 64}

@@ -19,10 +19,8 @@ from mfcore.optim import OptimConfig, build_adamw, learning_rate
 from mfcore.types import AVBatch
 from workflows.config.run import RunConfig
 from workflows.training.networks import build_fake_score, build_initial_network, configure_networks
-from workflows.training.objectives import build_objective
+from workflows.training.objectives import NEVER, build_objective
 from workflows.utils import distributed
-
-NEVER = 1 << 30
 
 Rounds = Iterator[dict[str, list[LossTerm]]]
 

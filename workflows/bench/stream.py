@@ -24,15 +24,20 @@ from mfcore.types import VIDEO, Condition, VelocityModel
 from workflows.bench import roofline
 from workflows.bench.random_network import random_network, random_network_bytes
 from workflows.bench.stream_runner import (
-    CAPTION,
-    WORDS,
     StreamRunner,
     latent_shapes,
     measure_decode_ms,
     noise_condition,
 )
 from workflows.config import presets, serialization
-from workflows.config.latent_shapes import FPS, LatentGeometry, default_size, geometry_for_preset
+from workflows.config.latent_shapes import (
+    CAPTION_TOKENS,
+    FPS,
+    VISIBLE_WORDS,
+    LatentGeometry,
+    default_size,
+    geometry_for_preset,
+)
 from workflows.inference.precision import DTYPES, Precision, default_precision
 from workflows.training.memory_check import available_memory, require_memory
 from workflows.utils import timing
@@ -155,7 +160,7 @@ def chunk_workload(plan: StreamBenchPlan) -> ChunkWorkload:
     }
     sink = sum(b.tokens * (1 if m == VIDEO else timeline.count(m, 1)) for m, b in branches.items())
     seen = sink + (plan.model.window_chunks + 1) * sum(each.values())
-    return ChunkWorkload(tokens=each, seen=seen, caption=CAPTION, words=WORDS)
+    return ChunkWorkload(tokens=each, seen=seen, caption=CAPTION_TOKENS, words=VISIBLE_WORDS)
 
 
 def measure(plan: StreamBenchPlan) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from mfcore.rollout import GeneratedChunk, noise_starts, rollout
 from mfcore.solver import DenoiserContext, schedule
 from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO, Condition, Stream, VelocityModel
-from workflows.config.latent_shapes import EMBEDDED, LatentGeometry
+from workflows.config.latent_shapes import CAPTION_TOKENS, EMBEDDED, VISIBLE_WORDS, LatentGeometry
 from workflows.utils import timing
 
-CAPTION, WORDS = 128, 8  # tokens of a caption; words within reach of a chunk
 NO_END = 1 << 30  # chunks
 SHIFT = {VIDEO: 5.0, AUDIO: 1.0}
 
@@ -28,15 +27,15 @@ def latent_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def noise_condition(model: ModelConfig, timeline: Timeline, device: torch.device) -> Condition:
-    """A caption, a first frame, a voice, and always ``WORDS`` words within reach, wherever the stream has got to."""
+    """A caption, a first frame, a voice and ``VISIBLE_WORDS`` words that every chunk attends to."""
     shapes, draw = latent_shapes(model), torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=draw)
-    always = torch.tensor([-1e9, 1e9], dtype=torch.float64).expand(1, WORDS, 2)  # their middle is what counts
+    always = torch.tensor([-1e9, 1e9], dtype=torch.float64).expand(1, VISIBLE_WORDS, 2)  # their middle is what counts
     return Condition(
-        caption=normal(1, CAPTION, model.text_dim),
-        caption_mask=torch.ones(1, CAPTION, dtype=torch.bool),
-        words=normal(1, WORDS, model.text_dim),
-        words_mask=torch.ones(1, WORDS, dtype=torch.bool),
+        caption=normal(1, CAPTION_TOKENS, model.text_dim),
+        caption_mask=torch.ones(1, CAPTION_TOKENS, dtype=torch.bool),
+        words=normal(1, VISIBLE_WORDS, model.text_dim),
+        words_mask=torch.ones(1, VISIBLE_WORDS, dtype=torch.bool),
         word_times=always,
         first_frame=normal(1, *shapes[VIDEO]),
         voice=normal(1, timeline.count(AUDIO, 1), *shapes[AUDIO]),

@@ -34,6 +34,7 @@ from workflows.bench.variants import Variant
 from workflows.config import presets, serialization
 from workflows.config.latent_shapes import CHUNKS, default_size, geometry_for_preset
 from workflows.config.run import RunConfig
+from workflows.config.stage_names import Stage
 from workflows.training.memory_check import require_training_memory
 
 MAX_SLOWDOWN = 1.05  # of ray_zero1 over bare
@@ -46,7 +47,7 @@ OTHER_VARIANTS = {"compiled": Variant(compiled=True)}  # of every stage
 
 def bench_train(
     *,
-    stage: Literal["video", "audio", "joint", "mutual"] = "joint",
+    stage: Stage = "joint",
     preset: str = "tiny",
     size: tuple[int, int] | None = None,
     workers: int = 1,
@@ -82,7 +83,7 @@ def bench_train(
 
 
 def bench_config(
-    stage: Literal["video", "audio", "joint", "mutual"],
+    stage: Stage,
     preset: str,
     workers: int,
     tokens: int,

@@ -11,14 +11,14 @@ from mfcore.types import AVBatch
 from preprocessing.io.prefetch import prefetch
 from workflows.bench import roofline
 from workflows.bench import synthetic_data as noise
-from workflows.bench.reference_loop import NEVER, ReferenceLoop, dmd_loop, full_copy_loop, reference_loop
+from workflows.bench.reference_loop import ReferenceLoop, dmd_loop, full_copy_loop, reference_loop
 from workflows.config.run import EngineConfig, RunConfig
 from workflows.data.batches import RankShard, TrainingBatchLoader
 from workflows.tracking.tracker import NullTracker
 from workflows.training.loop import LoopCallbacks, count_tokens, gather_terms, loop_config, run_loop
 from workflows.training.metrics import NON_LOSS_PREFIXES
 from workflows.training.networks import build_initial_network, build_training_networks
-from workflows.training.objectives import build_objective
+from workflows.training.objectives import NEVER, build_objective
 from workflows.training.progress import Progress
 from workflows.utils import distributed, timing
 

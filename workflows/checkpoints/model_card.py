@@ -5,7 +5,7 @@ from mfcore.codecs.stats import LatentStats
 from mfcore.model.config import ModelConfig
 from mfcore.solver import Mode
 from mfcore.timeline import LatentClock, Timeline
-from workflows.config.run import Stage
+from workflows.config.stage_names import Stage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import typer
 from workflows.cli import output
 from workflows.cli.options import ConfigOverrides, JsonFlag, PresetName, parse_ints, parse_size, parse_sizes
 from workflows.cli.traits import command
+from workflows.config.stage_names import Stage
 from workflows.utils import environment
 
 app = typer.Typer(name="bench", help="Speed on this hardware, against the limits.", no_args_is_help=True)
@@ -19,7 +20,7 @@ DEFAULT_VARIANTS = "bare,ray_torch,ray_zero0,ray_zero1,ray_zero2,ray_zero3"
 def train(
     *,
     preset: PresetName = "tiny",
-    stage: Annotated[Literal["video", "audio", "joint", "mutual"], typer.Option(help="Whose step.")] = "joint",
+    stage: Annotated[Stage, typer.Option(help="Whose step.")] = "joint",
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture; default 64x64 or 192x336.")] = None,
     workers: Annotated[int, typer.Option(help="Processes: one per GPU, or CPU processes that share the cores.")] = 1,
     tokens: Annotated[int, typer.Option(help="Latent tokens per rank and step, at least.")] = 3000,

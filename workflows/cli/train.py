@@ -1,17 +1,18 @@
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from workflows.cli import output
 from workflows.cli.options import ConfigFile, ConfigOverrides, DryRunFlag, JsonFlag, PresetName
 from workflows.cli.traits import command
+from workflows.config.stage_names import Stage
 from workflows.utils import environment
 
 
 @command(writes_runs=True, paths=("data", "init_from", "init_video_from", "config"))
 def train(
     *,
-    stage: Annotated[Literal["video", "audio", "joint", "mutual"], typer.Option(help="What to train.")],
+    stage: Annotated[Stage, typer.Option(help="What to train.")],
     data: Annotated[
         str | None,
         typer.Option(

@@ -14,6 +14,8 @@ from mfcore.types import AUDIO, VIDEO
 FPS = Fraction(24)
 CHUNK_SECONDS = Fraction(1, 2)
 CHUNKS = 20  # of a usual clip
+CAPTION_TOKENS = 128  # of a usual caption
+VISIBLE_WORDS = 8  # words that one chunk attends to
 
 
 @dataclass(frozen=True, kw_only=True)

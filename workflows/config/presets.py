@@ -14,7 +14,8 @@ from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO
 from workflows.config.latent_shapes import LatentShapes
-from workflows.config.run import CheckpointConfig, DataConfig, EngineConfig, RunConfig, Stage
+from workflows.config.run import CheckpointConfig, DataConfig, EngineConfig, RunConfig
+from workflows.config.stage_names import Stage
 
 MODALITIES: dict[Stage, tuple[str, ...]] = {
     "video": (VIDEO,),

@@ -12,8 +12,9 @@ from mfcore.model.lora import FakeScoreConfig
 from mfcore.objectives.flow_matching import FlowMatchingConfig
 from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.optim import OptimConfig
+from workflows.config.stage_names import Stage
 
-Stage = Literal["video", "audio", "joint", "mutual"]
+DEFAULT_HELD_OUT_SHARE = 0.1  # of the sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class DataConfig:
     micro: int | None = None  # clips per rank and backward pass; None: the rank's whole share at once
     chunks: tuple[int, int]  # fewest and most chunks of a training clip, drawn for every step
     shuffle: int = 32  # batches whose clips are mixed with each other; a rank holds its part of so many in memory
-    held_out: float = 0.1  # share of the sources kept for evaluation
+    held_out: float = DEFAULT_HELD_OUT_SHARE  # share of the sources kept for evaluation
     held_out_clips: int = 16  # clips of an evaluation
     drop_both: float = 0.1  # chance that caption and transcript are both hidden (guidance)
     drop_caption: float = 0.05  # chance that the caption alone is hidden
@@ -204,7 +205,3 @@ class RunConfig:
         kinds everywhere, means over parts of the batch combine into the mean over all of it.
         """
         return len(self.objective.rows) if isinstance(self.objective, MutualConfig) else 1
-
-    @property
-    def total_samples(self) -> int:
-        return self.steps * self.data.batch

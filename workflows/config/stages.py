@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mfcore.types import AUDIO, VIDEO
-from workflows.config.run import Stage
+from workflows.config.stage_names import Stage
 
 
 @dataclass(frozen=True, kw_only=True)

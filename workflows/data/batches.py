@@ -13,15 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mfcore.rng import generator
+from mfcore.rng import PADDING_SAMPLE, VALIDATION_SAMPLE_OFFSET, generator
 from mfcore.types import AVBatch
 from preprocessing.dataset.reader import ClipDataset
 from workflows.config.run import DataConfig
 from workflows.data.batch_sampler import BucketBatchSampler, make_buckets
 from workflows.data.clip_loader import LoadFn, RowGroupLoader
 from workflows.data.collate import (
-    PADDING_SAMPLE,
-    VALIDATION_SAMPLE_OFFSET,
     BatchCollator,
     LatentClip,
     apply_condition_dropout,

@@ -12,9 +12,6 @@ from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Stream
 from workflows.config.run import DataConfig
 
-VALIDATION_SAMPLE_OFFSET = 1 << 40  # sample numbers of held-out clips: noise that training never draws
-PADDING_SAMPLE = -1  # sample number of a row that makes the shares of an evaluation equal and does not count
-
 
 class LatentClip(Protocol):
     """Raw latents and text of one clip, as ``preprocessing.reader`` gives them."""

@@ -23,6 +23,7 @@ from typing import Any
 from mfcore.metrics.windows import DEFAULT_WINDOWS, TimeWindow, parse_windows
 from workflows.checkpoints.load import find_export, load_metadata
 from workflows.checkpoints.model_card import ExportMetadata
+from workflows.config.run import DEFAULT_HELD_OUT_SHARE
 from workflows.evaluation import csv_report, html_report, mlflow_report
 from workflows.evaluation.clip_features import ClipFeatures
 from workflows.evaluation.contamination import find_train_test_overlap, overlap_warnings
@@ -48,8 +49,6 @@ from workflows.inference.precision import Precision
 from workflows.utils import environment
 from workflows.utils.json_io import read_json
 from workflows.utils.progress import ProgressCallback, progress_bar
-
-_HELD_OUT = 0.1  # share of the sources, where the checkpoint does not say what it was trained with
 
 
 def evaluate_checkpoints(
@@ -138,7 +137,7 @@ def _trained_on(subject: EvaluatedCheckpoint) -> str:
 
 def _held_out(subject: EvaluatedCheckpoint) -> float:
     """The share that the training kept away; a smaller share of the same sources lies inside it."""
-    return float(_record(subject).get("config", {}).get("data", {}).get("held_out", _HELD_OUT))
+    return float(_record(subject).get("config", {}).get("data", {}).get("held_out", DEFAULT_HELD_OUT_SHARE))
 
 
 def _kept_away(subjects: Sequence[EvaluatedCheckpoint], uri: str) -> float | None:

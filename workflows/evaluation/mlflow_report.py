@@ -10,6 +10,7 @@ from preprocessing.media.decoder import decode_range
 from preprocessing.media.probe import probe
 from workflows.evaluation import plots
 from workflows.evaluation.results import ResultStore
+from workflows.tracking.mlflow_sync import SYNC_STATE_FILE
 from workflows.tracking.mlflow_tracker import open_tracker
 from workflows.tracking.tracker import Tracker
 from workflows.utils import figures
@@ -69,7 +70,7 @@ def log_sweep_to_mlflow(
     parts: Sequence[Part], images: Sequence[Path], results: ResultStore, uri: str, name: str, facts: Mapping[str, Any]
 ) -> str | None:
     """Put what MLflow does not have yet under the sweep's parent run; its id, None without MLflow."""
-    note = results.folder / "mlflow.json"
+    note = results.folder / SYNC_STATE_FILE
     known = read_json(note) if note.exists() else {}
     here = known.get("uri") == uri
     run_id: str | None = known["parent"] if here else None

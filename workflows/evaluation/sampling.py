@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mfcore.flow import TimeConfig
 from mfcore.metrics.history_use import mode_history_use
+from mfcore.rng import VALIDATION_SAMPLE_OFFSET
 from mfcore.rollout import join_chunks
 from mfcore.types import VIDEO, AVBatch, Condition
-from workflows.data.collate import VALIDATION_SAMPLE_OFFSET, BatchCollator
+from workflows.data.collate import BatchCollator
 from workflows.evaluation.held_out import Prompt
 from workflows.evaluation.signals import DecodedClip, decode_latents
 from workflows.inference.pipeline import StreamingPipeline

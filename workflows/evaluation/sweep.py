@@ -13,7 +13,7 @@ from typing import Any, cast, get_args
 from mfcore.solver import Mode
 from workflows.checkpoints.load import WeightKind, find_export, load_metadata, weight_files
 from workflows.checkpoints.store import COMPLETE_FILE
-from workflows.config.run import Stage
+from workflows.config.stage_names import Stage
 from workflows.inference.precision import Precision
 from workflows.inference.sampling import SamplingParams, resolve_sampling_params
 from workflows.utils.json_io import read_json

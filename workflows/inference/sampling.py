@@ -12,7 +12,7 @@ class SamplingParams:
     """How chunks are sampled."""
 
     mode: Mode = "few"
-    steps: int = 4
+    steps: int = DEFAULT_FEW_STEPS
     guidance: float = 1.0  # of the multi-step mode; the few-step mode has it built in
     trust: float | None = None  # label of the generated history; None: 1 in few-step mode, no label in multi-step mode
     seed: int = 0

@@ -16,6 +16,7 @@ from mfcore.metrics.continuity import lag_one_correlation, seam_energy
 from mfcore.metrics.distributions import mode_entropy
 from mfcore.metrics.frechet import frechet_distance
 from mfcore.metrics.windows import TimeWindow
+from mfcore.rng import VALIDATION_SAMPLE_OFFSET
 from mfcore.types import AUDIO, VIDEO, Stream
 from workflows.study import latent_world
 from workflows.study.latent_world import GroundTruth
@@ -91,7 +92,7 @@ def chunk_features(factors: ClipFactors, script: GroundTruth, first: int, last: 
 
 def real_statistics(seed: int, clips: int = 512, chunks: int = 20) -> RealStatistics:
     """Measured on real clips that no network sees."""
-    drawn = latent_world.sample_clips(seed, torch.arange(clips) + (1 << 40), chunks)
+    drawn = latent_world.sample_clips(seed, torch.arange(clips) + VALIDATION_SAMPLE_OFFSET, chunks)
     real = ClipFactors.from_latents(drawn.batch.streams)
     rows = chunk_features(real, drawn.script, 0, chunks)
     pose = _pose(real, 0, chunks)

@@ -19,6 +19,7 @@ from workflows.study.results_table import ResultSeries, ResultTable, StudyRow, T
 from workflows.study.scheduler import import_networks, load_costs, load_scores, parse_seeds, run_tasks, select_methods
 from workflows.study.tables import to_markdown
 from workflows.study.tasks import pending_tasks, plan_tasks
+from workflows.tracking.mlflow_sync import SYNC_STATE_FILE
 from workflows.tracking.mlflow_tracker import mlflow_enabled, open_tracker
 from workflows.utils.json_io import read_json, write_json
 
@@ -129,7 +130,7 @@ def _log(folder: Path, table: ResultTable, files: Sequence[Path], *, uri: str, s
 
     ``mlflow.json`` notes what one store has got: another gets everything, and the same one again what has changed.
     """
-    note, store = folder / "mlflow.json", uri if mlflow_enabled() else "json"
+    note, store = folder / SYNC_STATE_FILE, uri if mlflow_enabled() else "json"
     known: dict[str, Any] = read_json(note, default={})
     if known.get("store") != store:
         known = {"store": store, "parent": None, "runs": {}}

@@ -14,12 +14,11 @@ from mfcore.model.flops import (
 from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.timeline import Timeline
 from workflows.config import presets, serialization
-from workflows.config.latent_shapes import default_size, geometry_for_preset
-from workflows.config.run import RunConfig, Stage
+from workflows.config.latent_shapes import CAPTION_TOKENS, VISIBLE_WORDS, default_size, geometry_for_preset
+from workflows.config.run import RunConfig
+from workflows.config.stage_names import Stage
+from workflows.inference.sampling import DEFAULT_FEW_STEPS
 from workflows.training.pretrained_init import describe_wan_import
-
-FEW_STEPS = 4
-CAPTION, WORDS = 128, 8  # tokens of a caption; words within reach of a chunk
 
 
 def estimate_costs(config: RunConfig, timeline: Timeline) -> dict[str, Any]:
@@ -27,12 +26,12 @@ def estimate_costs(config: RunConfig, timeline: Timeline) -> dict[str, Any]:
     model, clocks = config.model, {m: timeline.clocks[m] for m in config.model.branches}
     timeline = Timeline(clocks=clocks, chunk_seconds=timeline.chunk_seconds)
     weights = count_parameters(model)
-    load = steady_state_workload(model, timeline, caption=CAPTION, words=WORDS)
+    load = steady_state_workload(model, timeline, caption=CAPTION_TOKENS, words=VISIBLE_WORDS)
     ranks = config.engine.max_workers
     return {
         "parameters": weights,
         "gflop_per_evaluation": round(forward_flops(model, load) / 1e9, 3),
-        f"gflop_per_chunk_at_{FEW_STEPS}_steps": round(chunk_flops(model, load, FEW_STEPS) / 1e9, 3),
+        f"gflop_per_chunk_at_{DEFAULT_FEW_STEPS}_steps": round(chunk_flops(model, load, DEFAULT_FEW_STEPS) / 1e9, 3),
         "cache_bytes_per_second_of_history": cache_bytes_per_second(model, timeline),
         "state_bytes_per_rank": {
             f"zero{stage}": training_state_bytes(weights["total"], ranks, stage) for stage in range(4)

@@ -12,9 +12,9 @@ from torch import Tensor
 from mfcore.ema import Ema
 from mfcore.objectives.losses import LossTerm, Objective, StepInfo, summarize_terms, total_loss
 from mfcore.optim import OptimConfig, learning_rate
+from mfcore.rng import PADDING_SAMPLE
 from mfcore.types import AVBatch, VelocityModel
 from workflows.config.run import RunConfig
-from workflows.data.collate import PADDING_SAMPLE
 from workflows.tracking.tracker import STEP_KEY, Tracker
 from workflows.training.engines.base import Engine, NonFiniteError
 from workflows.training.metrics import ThroughputMeter, format_progress_line

@@ -17,7 +17,8 @@ from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO
 from mfcore.weights import load_strict, merge_branches
 from workflows.checkpoints.load import load_weights
-from workflows.config.run import EngineConfig, RunConfig, Stage
+from workflows.config.run import EngineConfig, RunConfig
+from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES
 from workflows.training.engines.base import Engine, build_engine
 from workflows.training.pretrained_init import load_wan_weights

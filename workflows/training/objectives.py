@@ -9,7 +9,7 @@ from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.optim import learning_rate
 from workflows.config.run import RunConfig
 
-NEVER = 1 << 40
+NEVER = 1 << 40  # step that no run reaches
 
 
 def build_objective(config: RunConfig) -> Objective:

@@ -16,7 +16,8 @@ from workflows.checkpoints.load import find_export, load_metadata
 from workflows.checkpoints.model_card import ExportMetadata
 from workflows.config import presets, serialization
 from workflows.config.latent_shapes import LatentShapes
-from workflows.config.run import RunConfig, Stage
+from workflows.config.run import RunConfig
+from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES
 from workflows.evaluation.feature_models import parse_feature_models
 from workflows.training.objectives import max_few_steps

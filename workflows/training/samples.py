@@ -21,7 +21,8 @@ from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
 from workflows.checkpoints.load import load_export
 from workflows.checkpoints.model_card import ExportMetadata
 from workflows.config import serialization
-from workflows.config.run import RunConfig, Stage
+from workflows.config.run import RunConfig
+from workflows.config.stage_names import Stage
 from workflows.evaluation.clip_features import ClipFeatures
 from workflows.evaluation.feature_models import FeatureModels, parse_feature_models
 from workflows.evaluation.feature_reader import FeatureExtractor

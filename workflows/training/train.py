@@ -26,7 +26,7 @@ from preprocessing.io.storage import Store
 from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
 from workflows.checkpoints.store import CheckpointStore, checkpoint_root, join_uri
 from workflows.config import serialization
-from workflows.config.run import Stage
+from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES, headline_loss
 from workflows.tracking.mlflow_sync import has_backlog
 from workflows.tracking.tracker import tracking_uri

@@ -18,7 +18,8 @@ from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
 from workflows.checkpoints.model_card import ExportMetadata
 from workflows.checkpoints.store import CheckpointStore, checkpoint_root
 from workflows.config import serialization
-from workflows.config.run import RunConfig, Stage
+from workflows.config.run import RunConfig
+from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES
 from workflows.data.batches import ClipSplit, RankShard, TrainingBatchLoader, clip_split, validation_batches
 from workflows.data.collate import BatchCollator

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from mfcore.rng import PADDING_SAMPLE, VALIDATION_SAMPLE_OFFSET
 from mfcore.types import AUDIO, VIDEO, AVBatch
 from tests.helpers.memory_clips import ASSEMBLY, STATS, TIMELINE, Shelves, clips
 from workflows.config.run import DataConfig
 from workflows.data.batches import RankShard, TrainingBatchLoader, validation_batches
-from workflows.data.collate import PADDING_SAMPLE, VALIDATION_SAMPLE_OFFSET, apply_condition_dropout
+from workflows.data.collate import apply_condition_dropout
 
 CONFIG = DataConfig(batch=4, chunks=(3, 6))
 

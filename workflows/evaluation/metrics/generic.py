@@ -20,6 +20,7 @@ from workflows.evaluation.clip_features import MAX_SYNC_LAG_S, ClipFeatures
 FeatureSet = Sequence[ClipFeatures]
 Numbers = dict[str, float]
 
+FRECHET_SHRINKAGE = 0.3  # of covariances: clips are fewer than features
 _DRAWS = 100  # of a Frechet distance's bootstrap; fewer where features are many
 _WIDE = 100  # features from which each draw takes long
 _STILL_MOUTH = 0.05  # a mouth that opens by less than this does not speak

@@ -21,7 +21,6 @@ from workflows.evaluation.metrics.generic import (
     mean_over_clips,
 )
 
-SHRINKAGE = 0.3  # as for the toy features: segments are fewer than features
 _FAR_LIPS = 20.0  # LSE-D of a clip that failed: twice what unrelated lips and sound have
 _RARE = 1e-6  # least probability of a class
 
@@ -90,7 +89,7 @@ def clap_frechet(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
 
 def _frechet(part: FeatureSet, real: ReferenceFeatures, name: str) -> MetricValues:
     clips = lambda readings: [r.tracks[name].values for r in readings if name in r.tracks]
-    return generic.frechet_metrics(f"frechet_{name}", clips(part), clips(real.reference), SHRINKAGE)
+    return generic.frechet_metrics(f"frechet_{name}", clips(part), clips(real.reference), generic.FRECHET_SHRINKAGE)
 
 
 def face_similarity(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:

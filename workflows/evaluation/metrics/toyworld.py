@@ -26,7 +26,6 @@ from workflows.evaluation.metrics.generic import (
     shared_values,
 )
 
-SHRINKAGE = 0.3  # of the covariances of the Frechet distance: there are few half seconds
 _FAR = 30.0  # real spreads at which features are cut, and what cannot be read is
 
 
@@ -183,7 +182,7 @@ def toyworld_frechet(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
         return {}
     middle, unit = everything.mean(0), np.maximum(everything.std(0), 1e-3)
     ours, theirs = ([_scaled(x, middle, unit) for x in clips] for clips in (ours, theirs))
-    return generic.frechet_metrics("frechet", ours, theirs, SHRINKAGE)
+    return generic.frechet_metrics("frechet", ours, theirs, generic.FRECHET_SHRINKAGE)
 
 
 def _scaled(x: NDArray[np.float64], middle: NDArray[np.float64], unit: NDArray[np.float64]) -> NDArray[np.float64]:
