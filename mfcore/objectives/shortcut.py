@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mfcore.device import row_indices
-from mfcore.flow import add_noise, expand_levels, move_streams, shift_time
+from mfcore.flow import expand_levels, move_streams, shift_time
 from mfcore.objectives.losses import LossTerm, chunk_means
 from mfcore.rng import uniform_rows
 from mfcore.solver import DenoiserContext, Mode
@@ -114,26 +114,10 @@ def shortcut_target(
     return out
 
 
-def shortcut_terms(
-    student: DenoiserContext,
-    teacher: DenoiserContext,
-    clean: Streams,
-    eps: dict[str, Tensor],
-    at: Intervals,
-    is_finest: Tensor,
-    *,
-    weight: float = 1.0,
-) -> list[LossTerm]:
-    """mean (u(x_t, t, r) - target)^2 per sample, chunk and modality."""
-    x = add_noise(clean, eps, at.t)
-    target = shortcut_target(teacher, x, at, is_finest)
-    return shortcut_loss(student.velocity(x, at.t, at.r), target, clean, at, weight=weight)
-
-
 def shortcut_loss(
     u: Mapping[str, Tensor], target: Mapping[str, Tensor], clean: Streams, at: Intervals, *, weight: float = 1.0
 ) -> list[LossTerm]:
-    """The same of velocities ``u`` and targets that are known already."""
+    """Return mean (u(x_t, t, r) - target)^2 per sample, chunk and modality."""
     return [
         LossTerm(
             name="shortcut",
