@@ -101,12 +101,9 @@ class DeepSpeedEngine:
         return zero3.gathered(self._ds, p, change=change) if self._zero == 3 else contextlib.nullcontext()
 
     def discard_gradients(self) -> None:
-        """The ordinary way of a step, which clears what each stage keeps where, but for the update itself."""
-        self._optimizer.step = lambda closure=None: None  # hides the method of the class
-        try:
+        """Run a DeepSpeed step without the update: it clears the buffers of every ZeRO stage."""
+        with _disabled_step(self._optimizer):
             self._engine.step()
-        finally:
-            del self._optimizer.step
         self._watch.clear()
 
     def state_shard(self) -> StateShard:
@@ -180,6 +177,21 @@ class DeepSpeedEngine:
         if self._zero in (1, 2):
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextlib.contextmanager
+def _disabled_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Replace `optimizer.step` by a function without effect while the block runs."""
+
+    def skip_update(closure: Any = None) -> None:
+        del closure
+
+    hidden: Any = optimizer
+    hidden.step = skip_update  # an attribute of the instance hides the method
+    try:
+        yield
+    finally:
+        del hidden.step
 
 
 def _deepspeed() -> Any:
