@@ -17,7 +17,7 @@ from mfcore.types import AVBatch, VelocityModel
 from workflows.config.run import RunConfig
 from workflows.tracking.tracker import STEP_KEY, Tracker
 from workflows.training.engines.base import Engine, NonFiniteError
-from workflows.training.metrics import ThroughputMeter, format_progress_line
+from workflows.training.metrics import ThroughputMeter, progress_event
 from workflows.training.progress import Progress
 from workflows.utils import distributed
 
@@ -161,7 +161,7 @@ class _Run:
         first = self.evaluate(self.models)
         progress = replace(start, first=first, last=first)
         self.tracker.log(0, {STEP_KEY: 0, **prefix_held_out(first)})
-        _LOGGER.info(format_progress_line(self.config.name, self.config.steps, progress, {}))
+        _LOGGER.info(progress_event(self.config.name, self.config.steps, progress, {}))
         return progress
 
     def compute(self, micros: Sequence[AVBatch], step: int) -> list[MicroBatchResult]:
@@ -249,7 +249,7 @@ class _Run:
                 progress = replace(progress, last=self.evaluate(self.models))
             log |= prefix_held_out(progress.last)
         if log:
-            _LOGGER.info(format_progress_line(config.name, config.steps, progress, log))
+            _LOGGER.info(progress_event(config.name, config.steps, progress, log))
         with self.meter.exclude():
             log |= self.around.on_step_end(progress, log)
         if log:

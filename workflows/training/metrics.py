@@ -42,6 +42,7 @@ import torch
 
 from workflows.training.progress import Progress
 from workflows.utils import distributed
+from workflows.utils.progress import ProgressEvent
 
 GIB = float(1 << 30)
 NON_LOSS_PREFIXES = ("grad_norm/", "lr/", "speed/", "memory/", "gpu/", "alarm/", "sample/")
@@ -131,20 +132,20 @@ def gpu_utilisation() -> float | None:
         return None
 
 
-def format_progress_line(name: str, steps: int, progress: Progress, log: Mapping[str, float]) -> str:
-    """One line for people: step, losses, speed, time left. ``workflows.console.run_display`` makes a bar of it."""
+def progress_event(stage: str, steps: int, progress: Progress, log: Mapping[str, float]) -> ProgressEvent:
+    """Return the event of a step: losses, speed and time left as text."""
     losses = {
         k: v
         for k, v in log.items()
         if k.removeprefix("held_out/").count("/") == 1 and not k.startswith(NON_LOSS_PREFIXES)
     }
     losses = losses if log else {f"held_out/{k}": v for k, v in progress.first.items()}
-    parts = [f"{name} {progress.step}/{steps}", *(f"{k} {v:.4f}" for k, v in losses.items())]
+    parts = [f"{k} {v:.4f}" for k, v in losses.items()]
     if "speed/samples_per_s" in log:
         parts += [f"{log['speed/samples_per_s']:.1f} samples/s", f"{format_count(log['speed/tokens_per_s'])} tokens/s"]
     if "speed/left_s" in log:
         parts.append(f"{format_duration(log['speed/left_s'])} left")
-    return "  ".join(parts)
+    return ProgressEvent(stage=stage, step=progress.step, steps=steps, text="  ".join(parts))
 
 
 def format_count(number: float) -> str:

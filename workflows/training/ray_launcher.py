@@ -14,7 +14,7 @@ from workflows.training.async_samples import SnapshotWriter, spare_resources
 from workflows.training.heartbeat import HEARTBEAT_DIR
 from workflows.training.worker import TrainingJob
 from workflows.utils import distributed
-from workflows.utils.ray_runtime import ray_session, worker_runtime_env
+from workflows.utils.ray_runtime import ray_session, train_run_config, worker_runtime_env
 
 T = TypeVar("T")
 RESCALE_INTERVAL_S = 30.0  # seconds between looks for room for more workers, where their number may vary
@@ -52,8 +52,7 @@ def run_with_gpu(work: Callable[[Path], T], run_dir: Path, engine: EngineConfig)
 
 def _fit(job: TrainingJob) -> None:
     import ray
-    from ray.train import FailureConfig, LoggingConfig
-    from ray.train import RunConfig as RayRunConfig
+    from ray.train import FailureConfig
     from ray.train.torch import TorchTrainer
 
     scaling = _scaling(job.config.engine)
@@ -65,12 +64,10 @@ def _fit(job: TrainingJob) -> None:
         validation_config=_validation(job.run_dir, room) if aside else None,
         torch_config=_listening("nccl" if job.config.engine.use_gpu else "gloo"),
         scaling_config=scaling,
-        run_config=RayRunConfig(
-            name=job.token,  # its store knows ASCII alone, and a run may have any name
-            storage_path=str(job.run_dir / "ray"),
+        run_config=train_run_config(
+            job.token,  # its store knows ASCII alone, and a run may have any name
+            str(job.run_dir / "ray"),
             failure_config=FailureConfig(max_failures=job.config.engine.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env=worker_runtime_env(),
         ),
     )
     each = ", ".join(f"{name} {amount:g}" for name, amount in (scaling.resources_per_worker or {}).items())

@@ -7,17 +7,15 @@ Nothing is written before everything was checked. A run is a folder:
     samples/, looks/, alarms.json   generated clips, what they score, and what is wrong with them
     checkpoints/  see ``workflows.checkpoint``; elsewhere with the setting checkpoint.to
     ranks/        signs of life of the workers
-    log.txt       what people are shown while it trains
+    log.txt, log.jsonl   see ``workflows.training.run_log``
     outcome.json  put last: the final progress, or why the run stopped
 """
 
 import importlib.metadata
 import logging
 import platform
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from workflows.config import serialization
 from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES, headline_loss
 from workflows.tracking.mlflow_sync import has_backlog
-from workflows.tracking.tracker import tracking_uri
 from workflows.training import cost_estimate
 from workflows.training.async_samples import evaluate_remaining, unevaluated_snapshots
 from workflows.training.collapse_alarms import AlarmStore, active_alarms
@@ -45,14 +42,12 @@ from workflows.training.resolve import (
     make_export_metadata,
     resolve_run,
 )
-from workflows.training.run_log import LOG_FILE, RunLogHandler, redirect_logs
+from workflows.training.run_log import RunLogHandler, redirect_logs, show_run_log
 from workflows.training.sample_callback import SampleReportPublisher
 from workflows.training.samples import report_path
 from workflows.training.worker import TrainingJob, open_training_tracker
 from workflows.utils import environment
 from workflows.utils.json_io import read_json, write_json
-from workflows.utils.progress import training_progress
-from workflows.utils.threads import background_thread
 
 _LOGGER = logging.getLogger(__name__)
 LaunchFn = Callable[[TrainingJob], None]
@@ -112,18 +107,18 @@ def train_stage(
                     data=request.data,
                     parents=request.parents,
                     run_dir=request.run_dir,
-                    tracking_uri=tracking_uri(runs),
+                    tracking_uri=environment.tracking_uri(runs),
                     token=lease.token,
                 )
                 _launch(job, launch or run_on_ray)
-            _conclude(request, sample, tracking_uri(runs), on_ray=launch is None)
+            _conclude(request, sample, environment.tracking_uri(runs), on_ray=launch is None)
     return _result(request)
 
 
 def _launch(job: TrainingJob, launch: LaunchFn) -> None:
     """Run all ranks to the end; show their log and report slow ranks meanwhile. Raise the error of the outcome."""
     with (
-        _shown(job.run_dir / LOG_FILE),
+        show_run_log(job.run_dir),
         redirect_logs(RunLogHandler(job.run_dir)),
         monitor_heartbeats(job.run_dir / HEARTBEAT_DIR),
     ):
@@ -184,30 +179,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-@contextmanager
-def _shown(log: Path) -> Iterator[None]:
-    """Show what the workers add to their log, without the noise of Ray's own processes."""
-    start = log.stat().st_size if log.exists() else 0
-
-    def follow(show: Callable[[str], None], stop: threading.Event) -> None:
-        place, rest = start, b""
-        while True:
-            ended = stop.wait(0.3)
-            if log.exists():
-                with log.open("rb") as file:
-                    file.seek(place)
-                    new = file.read()
-                place += len(new)
-                *lines, rest = (rest + new).split(b"\n")
-                for line in lines:
-                    show(line.decode(errors="replace"))
-            if ended:
-                return
-
-    with training_progress() as show, background_thread(partial(follow, show), name="log"):
-        yield
 
 
 def _raise_if_failed(run_dir: Path, token: str) -> None:

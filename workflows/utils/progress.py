@@ -1,16 +1,31 @@
-import re
+"""Progress on standard error: a bar on a terminal, plain lines elsewhere."""
+
 import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 ProgressCallback = Callable[[int, int], None]
-"""Called as ``progress(done, in all)``."""
+"""Called as ``progress(done, total)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressEvent:
+    """Position of a training stage, and its latest numbers as text."""
+
+    stage: str
+    step: int
+    steps: int  # of the whole stage
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.step}/{self.steps}  {self.text}".rstrip()
 
 
 @contextmanager
 def progress_bar(label: str, *, every: float = 5.0) -> Generator[ProgressCallback]:
-    """How far long work has come: a bar on a terminal, a plain line every few seconds elsewhere. On standard error."""
+    """Yield a callback that draws a bar on a terminal, or prints a line every `every` seconds elsewhere."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress as Bar
@@ -22,15 +37,11 @@ def progress_bar(label: str, *, every: float = 5.0) -> Generator[ProgressCallbac
         yield _plain_lines(label, every)
 
 
-_STEP = re.compile(r"(\w+) (\d+)/(\d+)  (.*)")
-"""A line about a step, as ``workflows.training.meter.line`` writes it."""
-
-
 @contextmanager
-def training_progress() -> Generator[Callable[[str], None]]:
-    """Shows lines of a training's log on standard error: with a bar on a terminal, elsewhere as they are."""
+def training_progress() -> Generator[Callable[[ProgressEvent | str], None]]:
+    """Yield a function that shows entries of a training log: events as a bar on a terminal, all as lines elsewhere."""
     if not sys.stderr.isatty():
-        yield lambda text: print(text, file=sys.stderr, flush=True)
+        yield lambda entry: print(entry, file=sys.stderr, flush=True)
         return
     from rich.console import Console, Group
     from rich.live import Live
@@ -43,13 +54,12 @@ def training_progress() -> Generator[Callable[[str], None]]:
     console = Console(stderr=True)
     with Live(bar, console=console, refresh_per_second=4) as live:
 
-        def show(text: str) -> None:
-            if step := _STEP.fullmatch(text):
-                stage, done, steps, rest = step.groups()
-                bar.update(task, description=stage, completed=int(done), total=int(steps))
-                live.update(Group(bar, Text(rest)))
+        def show(entry: ProgressEvent | str) -> None:
+            if isinstance(entry, ProgressEvent):
+                bar.update(task, description=entry.stage, completed=entry.step, total=entry.steps)
+                live.update(Group(bar, Text(entry.text)))
             else:
-                console.print(Text(text))  # above the bar
+                console.print(Text(entry))  # above the bar
 
         yield show
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from workflows.training import metrics
-from workflows.training.metrics import ThroughputMeter, format_count, format_duration, format_progress_line
+from workflows.training.metrics import ThroughputMeter, format_count, format_duration, progress_event
 from workflows.training.progress import Progress
-from workflows.utils.progress import training_progress
+from workflows.utils.progress import ProgressEvent, training_progress
 
 
 def test_speed_is_of_training_and_time_left_of_everything(monkeypatch):
@@ -50,11 +50,11 @@ def test_a_line_has_step_losses_speed_and_time_left():
         "lr/fake": 1,
     }
     log |= {"speed/samples_per_s": 12.34, "speed/tokens_per_s": 45_678.0, "speed/left_s": 199.2, "alarm/raised": 1.0}
-    assert format_progress_line("video", 300, progress, log) == (
+    assert str(progress_event("video", 300, progress, log)) == (
         "video 20/300  flow_matching/video 1.2500  held_out/flow_matching/video 1.5000  "
         "12.3 samples/s  45.7k tokens/s  3 min 20 s left"
     )
-    assert format_progress_line("video", 300, progress, {}) == "video 20/300  held_out/flow_matching/video 2.5000"
+    assert str(progress_event("video", 300, progress, {})) == "video 20/300  held_out/flow_matching/video 2.5000"
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (60, "1 min 0 s"), (7501, "2 h 5 min")])
@@ -66,16 +66,20 @@ def test_three_digits():
     assert [format_count(n) for n in (9.5, 950, 1234, 4.56e6)] == ["9.5", "950", "1.23k", "4.56M"]
 
 
-LINES = ("video goes on from step 4", "video 5/10  loss 1.25  9 samples/s", "no samples: [red] is a folder [/x]")
+ENTRIES = (
+    "video: resuming at step 4",
+    ProgressEvent(stage="video", step=5, steps=10, text="loss 1.25  9 samples/s"),
+    "no samples: [red] is a folder [/x]",
+)
 
 
 def test_elsewhere_than_on_a_terminal_lines_stay_as_they_are(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
     with training_progress() as show:
-        for text in LINES:
-            show(text)
-    assert out.getvalue().splitlines() == list(LINES)
+        for entry in ENTRIES:
+            show(entry)
+    assert out.getvalue().splitlines() == [ENTRIES[0], "video 5/10  loss 1.25  9 samples/s", ENTRIES[2]]
 
 
 def test_a_terminal_shows_a_bar_with_the_latest_losses(monkeypatch):
@@ -88,10 +92,10 @@ def test_a_terminal_shows_a_bar_with_the_latest_losses(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys, "stderr", out)
     with training_progress() as show:
-        for text in LINES:
-            show(text)
+        for entry in ENTRIES:
+            show(entry)
     text = out.getvalue()
     assert "5/10" in text
     assert "loss 1.25  9 samples/s" in text
-    assert "video goes on from step 4" in text
+    assert "video: resuming at step 4" in text
     assert "no samples: [red] is a folder [/x]" in text, "paths are not read as colours"
