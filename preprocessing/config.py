@@ -89,6 +89,11 @@ class PreprocessConfig:
         """Where pretrained networks compute."""
         return "cuda" if self.encoder.gpus else "cpu"
 
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """Return the Ray resources that one worker reserves; no GPU entry without a GPU."""
+        return {"CPU": 1.0} | ({"GPU": self.encoder.gpus} if self.encoder.gpus else {})
+
     def target_size(self, shown: tuple[float, float]) -> tuple[int, int]:
         """The size for a picture seen as (height, width): the nearest shape, of that the largest that enlarges
         nothing, else the smallest."""

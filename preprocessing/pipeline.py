@@ -156,18 +156,13 @@ def cut_source(
                 yield clip if isinstance(clip, Rejected) else replace(clip, **known)
 
 
-def process_source(
-    source: Source, config: PreprocessConfig, encoders: Encoders, spent: StepTimer | None = None
-) -> Iterator[Clip | Rejected]:
-    """Every span of a source, finished or rejected. No failure of a source or a step leaves this function."""
-    return (found for _, found in process_sources([source], config, encoders, spent))
-
-
 def process_sources(
     sources: Sequence[Source], config: PreprocessConfig, encoders: Encoders, spent: StepTimer | None = None
 ) -> Generator[tuple[Source, Clip | Rejected]]:
-    """Every span of the sources, in order. With pretrained codecs clips of one shape that follow each other are encoded
-    together, while the next ones are decoded."""
+    """Yield every span of the sources in order, encoded or rejected. No failure of a source or a step is raised.
+
+    With pretrained codecs, consecutive clips of one shape are encoded as a batch while the next ones are decoded.
+    """
     spent = spent or StepTimer()
 
     def one(clip: Clip) -> Clip | Rejected:

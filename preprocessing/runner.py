@@ -243,16 +243,18 @@ def _run_on_ray(
     arguments = (store.uri, token, config)
     # memory 0: else Ray Data asks for as much as a task returned (kilobytes of facts), and an autoscaler that knows its
     # kinds of machines by CPUs alone, as it does Google's, never brings one for a task that asks for memory.
-    gpus = config.encoder.gpus or None
-    place: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "memory": 0, "concurrency": workers}
+    wanted = config.worker_resources
+    place: dict[str, Any] = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU"), "memory": 0}
+    place["concurrency"] = workers
     actor: Any = _Worker  # Ray makes one per worker
     if config.weight_folders or config.whisper:
         made = data.map(actor, fn_constructor_args=arguments, **place)
     else:
         task: Any = _work  # with arguments of its own behind the row
         made = data.map(task, fn_args=arguments, **place)
-    asked, there = {"CPU": 1.0, "GPU": gpus or 0.0}, ray.cluster_resources
-    with report_while_waiting(f"machines for {workers} workers", there, seen=resources_available(asked, there)):
+    available = ray.cluster_resources
+    seen = resources_available(wanted, available)
+    with report_while_waiting(f"machines for {workers} workers", available, seen=seen):
         for row in made.iter_rows():
             if row["outage"]:
                 raise InfrastructureError(row["outage"])

@@ -92,7 +92,7 @@ class _Place:
 
     id: str
     source_uri: str
-    content: str  # what the split goes by: a hash of the source's content, its URI in sets that have none
+    content: str  # hash of the content of the source; decides the split
     file: str
     group: int  # row group of the file
     row: int  # within the row group
@@ -191,7 +191,7 @@ class ClipDataset:
             return pq.ParquetFile(handle).read_row_group(group, columns=names, use_threads=False)
 
     def split(self, fraction: float) -> tuple["ClipDataset", "ClipDataset"]:
-        """(training clips, held-out clips), split by a hash of the source's content (of its URI in older sets).
+        """(training clips, held-out clips), split by a hash of the source's content.
 
         Clips of one source stay together, wherever the source lies, and growth of the dataset moves none across. (In a
         set so small that one side would be empty, the source with the smallest or the largest hash goes there.)
@@ -246,13 +246,13 @@ def _places(store: Store, name: str, timeline: Timeline) -> list[_Place]:
         file = pq.ParquetFile(handle)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         names = ["id", "source_uri", "source_content", "vae_latent_shape", "audio_latent_shape"]
-        table = file.read([n for n in names if n in file.schema_arrow.names], use_threads=False)
+        table = file.read(names, use_threads=False)
     where = ((group, row) for group, size in enumerate(sizes) for row in range(size))
     return [
         _Place(
             id=row["id"],
             source_uri=row["source_uri"],
-            content=row.get("source_content") or row["source_uri"],
+            content=row["source_content"],
             file=name,
             group=group,
             row=number,

@@ -64,7 +64,6 @@ CLIPS = pa.schema(
         pa.field("sync_confidence", pa.float64()),
         pa.field("video_latent_times", pa.list_(pa.float64())),
         pa.field("audio_latent_times", pa.list_(pa.float64())),
-        # added later: a dataset may lack them
         pa.field("source_content", pa.string()),
         pa.field("source_fps", pa.float64()),
         pa.field("loudness_db", pa.float64()),
@@ -93,7 +92,7 @@ SOURCES = pa.schema(
         pa.field("unit", pa.string()),
         pa.field("caption", pa.string()),
         pa.field("transcript", CLIPS.field("transcript").type),
-        pa.field("duplicate_of", pa.string()),  # added later: a dataset may lack it
+        pa.field("duplicate_of", pa.string()),
     ]
 )
 

@@ -54,7 +54,7 @@ def _source(row: Mapping[str, Any]) -> Source:
         fingerprint=row["fingerprint"],
         caption=row["caption"],
         transcript=None if words is None else tuple(Word(**word) for word in words),
-        duplicate_of=row.get("duplicate_of"),
+        duplicate_of=row["duplicate_of"],
     )
 
 

@@ -11,17 +11,24 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import psutil
+
 _SCRATCH = re.compile(r"mfctl-([0-9a-f]{8})-(\d+)-(\d+)-.*")
 
 
 def process_start_time(pid: int) -> str | None:
-    """Something that tells a process from a later one with the same number; None when there is no such process."""
+    """Return the start time of a process, to detect reuse of its PID; None if no process with this PID runs.
+
+    The unit is clock ticks since boot: changes of the system clock do not affect it.
+    """
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            fields = file.read().rsplit(")", 1)[1].split()
-    except OSError:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        seconds = process.create_time() - psutil.boot_time()
+    except psutil.Error:
         return None
-    return None if fields[0] == "Z" else fields[19]
+    return str(round(seconds * os.sysconf("SC_CLK_TCK")))
 
 
 def limit_process(command: Sequence[str], memory: int) -> list[str]:

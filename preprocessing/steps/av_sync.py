@@ -5,17 +5,16 @@ LatentSync's thresholds: confidence of at least 3, an offset of at most 6 frames
 out. The clip keeps only whole chunks in which both picture and shifted sound are real: nothing is padded.
 """
 
-import hashlib
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from math import ceil
-from pathlib import Path
 from typing import Literal
 
 from mfcore.metrics.av_sync import MotionSync, SyncEstimator
 from mfcore.metrics.syncnet import SyncNetSync, load_syncnet
+from preprocessing.io.hashing import sha256_file
 from preprocessing.records import Clip, Rejected
 from preprocessing.spans import SpanPlan
 
@@ -49,7 +48,7 @@ def syncnet_config(file: str) -> SyncConfig:
 
 def _digest(file: str) -> str:
     try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+        return sha256_file(file)[:12]
     except OSError as error:
         raise ValueError(f"the weights of SyncNet, {file}, cannot be read: {error.strerror}") from None
 

@@ -66,6 +66,7 @@ def _row(number: int, chunks: int, channels: int) -> dict[str, object]:
         span=(0.0, chunks / 2),
         frames=np.zeros((1, 4, 4, 3), np.uint8),
         waveform=None,
+        content=f"file:///clip-{number}.mp4",
         caption="a caption",
         transcript=words,
         latents={VIDEO: video, AUDIO: sound + 0.1 * torch.randn(n[AUDIO], CHANNELS[AUDIO], generator=draw)},

@@ -18,7 +18,7 @@ from preprocessing.io.storage import Store
 from preprocessing.media.decoder import Decoder
 from preprocessing.media.mp4_writer import write_mp4
 from preprocessing.media.probe import probe
-from preprocessing.pipeline import build_encoders, process_source, span_plan
+from preprocessing.pipeline import build_encoders, span_plan
 from preprocessing.records import Clip, Rejected, Source, Word
 from preprocessing.runner import process_unit
 from preprocessing.sources.discovery import find_sources
@@ -28,6 +28,7 @@ from preprocessing.steps.quality_filters import FilterConfig, check_audio
 from preprocessing.toyworld.world import write_toyworld
 from tests.helpers.av_clock_media import numbered_frames, read_numbers, sound
 from tests.helpers.media_folder import FPS, RATE, make_folder, silent_black, write_clip
+from tests.helpers.source_processing import process_source
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2)
 

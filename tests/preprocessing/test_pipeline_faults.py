@@ -21,10 +21,11 @@ from preprocessing.io.errors import InfrastructureError
 from preprocessing.io.processes import delete_stale_scratch, scratch_dir
 from preprocessing.media.decoder import Decoder
 from preprocessing.media.probe import MediaError, probe
-from preprocessing.pipeline import MAX_DECODER_ATTEMPTS, build_encoders, process_source
+from preprocessing.pipeline import MAX_DECODER_ATTEMPTS, build_encoders
 from preprocessing.records import Clip, Rejected
 from preprocessing.sources.discovery import find_sources
 from tests.helpers.media_folder import FPS, RATE, write_clip
+from tests.helpers.source_processing import process_source
 from workflows.data.build import build_dataset
 from workflows.data.inspect import inspect_dataset
 

@@ -15,13 +15,14 @@ from mfcore.types import AUDIO, VIDEO
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.media.probe import probe
-from preprocessing.pipeline import build_encoders, process_source, process_sources
+from preprocessing.pipeline import build_encoders, process_sources
 from preprocessing.records import Clip, Rejected
 from preprocessing.sources.discovery import find_sources
 from preprocessing.steps import encode as encode_step
 from preprocessing.steps.encode import EncoderConfig
 from preprocessing.toyworld.world import write_toyworld
 from tests.helpers.small_training import SMALL
+from tests.helpers.source_processing import process_source
 from tests.helpers.tiny_pretrained import save_oobleck, save_t5, save_wan
 from workflows.checkpoints.load import load_metadata
 from workflows.data.build import build_dataset

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, cast
 
+from preprocessing.io.hashing import sha256_file
 from preprocessing.io.storage import Store, is_remote
 
 COMPLETE_FILE = "COMPLETE"
@@ -92,11 +93,6 @@ def join_uri(root: str | Path, *parts: str) -> str | Path:
 def file_entry(folder: Path, path: Path) -> tuple[str, dict[str, Any]]:
     """The line of ``COMPLETE`` for one file."""
     return path.relative_to(folder).as_posix(), {"size": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:

@@ -19,11 +19,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     return cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
 
 
-def canonical_json(config: Any) -> str:
-    """Equal configurations give equal text."""
-    return json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
-
-
 def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     """A ``kind`` from JSON values. ValueError names the field, its value and what was expected."""
     try:

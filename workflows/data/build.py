@@ -22,7 +22,6 @@ from preprocessing.dataset.units import (
     read_units,
     write_units,
 )
-from preprocessing.io.hashing import diff
 from preprocessing.io.lease import LOCK, Lease
 from preprocessing.io.storage import TEMPORARY, Store, is_remote, local_path
 from preprocessing.media.probe import MediaError, probe
@@ -30,6 +29,7 @@ from preprocessing.pipeline import build_encoders
 from preprocessing.runner import process_units
 from preprocessing.sources.discovery import MANIFESTS, find_sources
 from preprocessing.steps.encode import RunningMoments, merge_sums
+from workflows.config.serialization import diff
 
 ProgressCallback = Callable[[int, int, dict[str, Any]], None]
 """Called as ``progress(units done, units in all, counts so far)``."""

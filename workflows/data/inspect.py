@@ -18,12 +18,12 @@ from preprocessing.dataset.near_duplicates import find_duplicates
 from preprocessing.dataset.reader import ClipDataset, excluded_ids, open_dataset, read_metadata_json
 from preprocessing.dataset.units import read_markers, read_units, sum_counts
 from preprocessing.dataset.units import verify_dataset as verify_files
-from preprocessing.io.hashing import canonical_json, diff
+from preprocessing.io.hashing import canonical_json
 from preprocessing.io.storage import Store, local_copy
 from preprocessing.media.decoder import Decoder
 from preprocessing.media.probe import MediaError, probe
 from preprocessing.sources.discovery import split_fragment
-from workflows.config.serialization import flatten
+from workflows.config.serialization import diff, flatten
 from workflows.data.build import dataset_counts
 from workflows.data.reconstruct import decode_latents
 from workflows.tracking.mlflow_tracker import open_tracker

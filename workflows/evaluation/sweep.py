@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from mfcore.solver import Mode
+from preprocessing.io.hashing import sha256_file
 from workflows.checkpoints.load import WeightKind, find_export, load_metadata, weight_files
 from workflows.checkpoints.store import COMPLETE_FILE
 from workflows.config.stage_names import Stage
@@ -104,13 +105,8 @@ def _digest(export: Path, weights: WeightKind) -> str:
         known = cast(Mapping[str, Any], read_json(marker)["files"])
         digests = [str(known[f"export/{file.name}"]["sha256"]) for file in files]
     else:
-        digests = [_sha256(file) for file in files]
+        digests = [sha256_file(file) for file in files]
     return digests[0][:16] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plan_sweep(

@@ -11,10 +11,11 @@ import torch
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset import reader
 from preprocessing.dataset.reader import open_dataset
-from preprocessing.pipeline import build_encoders, process_source
+from preprocessing.pipeline import build_encoders
 from preprocessing.sources.discovery import edge_fingerprint, find_sources
 from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.media_folder import make_folder, write_clip
+from tests.helpers.source_processing import process_source
 from workflows.data.build import build_dataset
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit=2)

@@ -9,11 +9,12 @@ import psutil
 import pytest
 
 from preprocessing.config import PreprocessConfig
-from preprocessing.pipeline import build_encoders, process_source
+from preprocessing.pipeline import build_encoders
 from preprocessing.records import Clip
 from preprocessing.sources.discovery import find_sources
 from preprocessing.toyworld.world import write_toyworld
 from tests.helpers.media_folder import write_clip
+from tests.helpers.source_processing import process_source
 
 SEED = 20260425
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(1), stall_seconds=20)

@@ -11,12 +11,13 @@ import pytest
 from preprocessing.config import PreprocessConfig
 from preprocessing.media.mp4_writer import write_mp4
 from preprocessing.media.scene_cuts import SceneConfig, SceneCutDetector
-from preprocessing.pipeline import build_encoders, process_source
+from preprocessing.pipeline import build_encoders
 from preprocessing.records import Clip, Rejected
 from preprocessing.sources.discovery import find_sources
 from preprocessing.toyworld.world import ToyConfig
 from preprocessing.toyworld.world import write_clip as write_toy_clip
 from tests.helpers.av_clock_media import numbered_frames, sound
+from tests.helpers.source_processing import process_source
 
 FPS, RATE = Fraction(24), 16000
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2))

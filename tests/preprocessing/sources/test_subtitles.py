@@ -35,12 +35,12 @@ Kind: captions
 Language: en
 
 00:00:00.160 --> 00:00:02.389 align:start position:0%
- 
+\x20
 hello<00:00:00.400><c> my</c><00:00:00.640><c> friends</c>
 
 00:00:02.389 --> 00:00:02.399 align:start position:0%
 hello my friends
- 
+\x20
 
 00:00:02.399 --> 00:00:04.150 align:start position:0%
 hello my friends
@@ -48,7 +48,7 @@ today<00:00:02.800><c> we</c><00:00:03.000><c> talk</c>
 
 00:00:04.150 --> 00:00:04.160 align:start position:0%
 today we talk
- 
+\x20
 """
 ROLLING_SRT = b"""1
 00:00:00,160 --> 00:00:02,389

@@ -9,13 +9,14 @@ import torch
 
 from mfcore.metrics.av_sync import SyncResult
 from preprocessing.config import PreprocessConfig
-from preprocessing.pipeline import build_encoders, process_source, span_plan
+from preprocessing.pipeline import build_encoders, span_plan
 from preprocessing.records import Clip, Rejected, Source, Word
 from preprocessing.sources.discovery import find_sources
 from preprocessing.sources.sidecar import attach_text
 from preprocessing.steps import av_sync
 from preprocessing.steps.av_sync import SyncConfig, check_sync, shift_audio, syncnet_config
 from preprocessing.toyworld.world import write_toyworld
+from tests.helpers.source_processing import process_source
 from tests.helpers.tiny_syncnet import published
 from workflows.data.codec_options import apply_sync_option
 

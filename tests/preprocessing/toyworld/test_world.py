@@ -71,7 +71,7 @@ def syllable_error(read: Sequence[TranscriptWord], transcript: Sequence[Transcri
 
 def lateness(opening: np.ndarray, fps: float, sound: np.ndarray, rate: int) -> SyncEstimate:
     """How much later than the mouth the sound is."""
-    return sync_offset(opening, fps, sound_envelope(sound, rate, 100), 100, 0.4)
+    return sync_offset(opening, fps, sound_envelope(sound, rate, 100), 100, max_lag=0.4)
 
 
 def with_other_choices(truth: ToyTruth, names: tuple[str, ...], step: int) -> ToyTruth:
