@@ -9,17 +9,19 @@ from pathlib import Path
 import torch
 
 from mfcore.ema import Ema, EmaConfig
+from mfcore.flow import TimeConfig
+from mfcore.objectives.flow_matching import FlowMatchingConfig
 from mfcore.objectives.losses import Objective
 from mfcore.optim import OptimConfig
 from tests.helpers.checkpoint_parts import CARD
 from tests.helpers.linear_network import LinearVelocity, SelfTaught, toy_batch
 from workflows.checkpoints.store import CheckpointStore
-from workflows.config.run import EngineConfig
+from workflows.config.run import CheckpointConfig, DataConfig, EngineConfig, RunConfig
 from workflows.data.batches import RankShard
 from workflows.tracking.tracker import NullTracker
 from workflows.training.checkpointing import CheckpointWriter, latest_intact_checkpoint, load_training_state
 from workflows.training.engines.base import build_engine
-from workflows.training.loop import LoopCallbacks, LoopConfig, run_loop
+from workflows.training.loop import TrainingLoop
 from workflows.training.progress import Progress
 from workflows.training.run_log import redirect_logs
 from workflows.utils import distributed
@@ -89,7 +91,8 @@ def _toy_run(toy: Toy) -> Result:
     nets = {name: LinearVelocity(seed=toy.seed + i) for i, name in enumerate(("student", "fake"))}
     ema = Ema(nets["student"], EmaConfig(decay=0.9))
     engines = {name: build_engine(net, OPTIM, config) for name, net in nets.items()}
-    shelf, tracker, at = CheckpointStore(Path(toy.root)), Kept(), [0]
+    shelf, tracker, steps = CheckpointStore(Path(toy.root)), Kept(), [0]
+    is_last_rank = distributed.get_rank() == distributed.get_world_size() - 1
     start = Progress(step=0, samples_seen=0, first={}, last={})
     if name := latest_intact_checkpoint(shelf):
         start = load_training_state(shelf, name, engines, ema)
@@ -98,37 +101,20 @@ def _toy_run(toy: Toy) -> Result:
     )
     error, progress = None, None
     try:
-        progress = run_loop(
-            LoopConfig(
-                name="toy",
-                seed=0,
-                steps=toy.steps,
-                batch=toy.batch,
-                log_every=1,
-                eval_every=1000,
-                save_every=toy.every,
-                skip_nonfinite=toy.skip,
-            ),
-            start,
+        loop = TrainingLoop(
+            config=_run_config(toy, config),
             engines=engines,
             optims=dict.fromkeys(engines, OPTIM),
             ema=ema,
             objective=_Poisoned(toy),
-            batches=_batches(toy, start.step),
             evaluate=lambda models: {},
-            count_tokens=lambda batch: 1,
             tracker=tracker,
             saver=saver,
-            around=LoopCallbacks(
-                stop_reason=lambda: (
-                    "told to"
-                    if distributed.get_rank() == distributed.get_world_size() - 1 and at[0] + 1 == toy.until
-                    else ""
-                ),
-                heartbeat=lambda step, doing: at.__setitem__(0, step),
-                clip_ids=lambda samples: [f"clip-{int(s)}" for s in samples],
-            ),
+            stop_reason=lambda: "requested" if is_last_rank and steps[-1] + 1 == toy.until else "",
+            heartbeat=lambda step, activity: steps.append(step),
+            clip_ids=lambda samples: [f"clip-{int(s)}" for s in samples],
         )
+        progress = loop.run(start, _batches(toy, start.step))
     except (RuntimeError, ValueError) as raised:
         error = raised
     saver.close()
@@ -137,6 +123,22 @@ def _toy_run(toy: Toy) -> Result:
     weights = {name: {k: v.clone() for k, v in engine.weights()} for name, engine in engines.items()}
     weights["ema"] = {k: v.clone() for k, v in ema.weights()}
     return Result(losses=losses, weights=weights, error=error, progress=progress, messages=[])
+
+
+def _run_config(toy: Toy, engine: EngineConfig) -> RunConfig:
+    return RunConfig(
+        stage="audio",
+        steps=toy.steps,
+        model=CARD.model,
+        objective=FlowMatchingConfig(time=TimeConfig(shift={"audio": 1.0})),
+        optim=OPTIM,
+        data=DataConfig(batch=toy.batch, chunks=(2, 2)),
+        engine=engine,
+        checkpoint=CheckpointConfig(every=toy.every),
+        log_every=1,
+        eval_every=1000,
+        skip_nonfinite=toy.skip,
+    )
 
 
 def _batches(toy: Toy, first: int):

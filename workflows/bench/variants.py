@@ -15,7 +15,7 @@ from workflows.bench.reference_loop import ReferenceLoop, dmd_loop, full_copy_lo
 from workflows.config.run import EngineConfig, RunConfig
 from workflows.data.batches import RankShard, TrainingBatchLoader
 from workflows.tracking.tracker import NullTracker
-from workflows.training.loop import LoopCallbacks, count_tokens, gather_terms, loop_config, run_loop
+from workflows.training.loop import TrainingLoop, gather_terms
 from workflows.training.metrics import NON_LOSS_PREFIXES
 from workflows.training.networks import build_initial_network, build_training_networks
 from workflows.training.objectives import NEVER, build_objective
@@ -138,25 +138,25 @@ class EngineRunner:
         self._log = LastEntryTracker()
 
     def run(self, batches: Batches, steps: int) -> None:
-        until = replace(self._config, steps=self._progress.step + steps)
-        self._progress = run_loop(
-            replace(loop_config(until), eval_every=NEVER, save_every=NEVER),
-            self._progress,
+        until = replace(
+            self._config,
+            steps=self._progress.step + steps,
+            eval_every=NEVER,
+            checkpoint=replace(self._config.checkpoint, every=NEVER),
+        )
+        loop = TrainingLoop(
+            config=until,
             engines=self._networks.engines,
             optims=self._networks.optims,
             ema=self._networks.ema,
             objective=self._objective,
-            batches=batches,
             evaluate=lambda _: {},
-            count_tokens=lambda batch: count_tokens(self._config, batch),
             tracker=self._log,
             saver=NullSaver(),
-            around=LoopCallbacks(
-                stop_reason=lambda: "",
-                heartbeat=lambda step, doing: None,
-                clip_ids=lambda samples: [str(int(i)) for i in samples],
-            ),
+            stop_reason=lambda: "",
+            clip_ids=lambda samples: [str(int(i)) for i in samples],
         )
+        self._progress = loop.run(self._progress, batches)
 
     def loss(self) -> float:
         return _sum_of_losses(self._log.metrics)

@@ -1,9 +1,10 @@
-"""The training loop. It knows engines, objective, tracker and batches by what they do, and no stage by name."""
+"""The training loop. It depends on Protocols of engine, objective, tracker and saver, and on no stage."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -22,24 +23,9 @@ from workflows.training.progress import Progress
 from workflows.utils import distributed
 
 _LOGGER = logging.getLogger(__name__)
-STUDENT = "student"  # the network that is trained; others are there for its sake
+STUDENT = "student"  # the network that is trained; the others help to train it
 
 Models = Mapping[str, VelocityModel]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """How long, and how often."""
-
-    name: str  # of the stage, for messages
-    seed: int
-    steps: int  # optimizer steps of the stage
-    batch: int  # samples per step, over all ranks
-    log_every: int  # steps
-    eval_every: int  # steps
-    save_every: int  # samples
-    sequence: int = 1  # ranks that have the same clips
-    skip_nonfinite: int = 0  # steps that may be left out because a loss or gradient is not finite
 
 
 class CheckpointSaver(Protocol):
@@ -62,19 +48,6 @@ class TrainingInterrupted(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopCallbacks:
-    """What a run has around it besides its numbers."""
-
-    stop_reason: Callable[[], str]  # why this rank is to stop, "" while it is not
-    heartbeat: Callable[[int, str], object]  # told of the step and of what this rank is about to do in it
-    clip_ids: Callable[[Tensor], list[str]]  # clip ids of sample numbers
-    # a look at a step's end, by all ranks, given what will be logged: makes samples when they are due, adds numbers
-    on_step_end: Callable[[Progress, Mapping[str, float]], dict[str, float]] = lambda progress, log: {}
-    # a context in which the networks note, by name, where numbers first are not finite
-    record_non_finite: Callable[[], AbstractContextManager[Mapping[str, str]]] = lambda: nullcontext({})
-
-
-@dataclass(frozen=True, kw_only=True)
 class MicroBatchResult:
     """One round of a micro-batch."""
 
@@ -83,230 +56,231 @@ class MicroBatchResult:
     rest: Iterator[dict[str, list[LossTerm]]]  # further rounds
 
 
-def run_loop(
-    config: LoopConfig,
-    start: Progress,
-    *,
-    engines: Mapping[str, Engine],
-    optims: Mapping[str, OptimConfig],
-    ema: Ema,
-    objective: Objective,
-    batches: Iterable[list[AVBatch]],
-    evaluate: Callable[[Models], dict[str, float]],
-    count_tokens: Callable[[AVBatch], int],
-    tracker: Tracker,
-    saver: CheckpointSaver,
-    around: LoopCallbacks,
-) -> Progress:
-    """Train from ``start`` to the end of the stage; returns the final progress, which is saved.
-
-    ``batches``: this rank's micro-batches of every step from ``start.step`` on. NonFiniteError, Stopped and the
-    saver's own error are raised on all ranks together, between two steps.
-    """
-    run = _Run(
-        config=config,
-        engines=engines,
-        optims=optims,
-        ema=ema,
-        objective=objective,
-        models={"ema": ema.model} | {name: e.module for name, e in engines.items()},
-        evaluate=evaluate,
-        count_tokens=count_tokens,
-        tracker=tracker,
-        saver=saver,
-        around=around,
-        meter=ThroughputMeter(),
-    )
-    progress = run.begin(start) if start.step == 0 else start
-    for micros in batches:
-        run.meter.batch_ready()
-        passes = run.compute(micros, progress.step)
-        bad, noticed = run.agree(passes, progress.step)
-        bad, log = run.update(progress, passes, bad=bad)
-        progress = run.count(progress, bad=bad)
-        progress = run.report(progress, [] if bad else passes, log)
-        run.save(progress, noticed=noticed)
-        around.heartbeat(progress.step, "fetching the batch of")
-        run.meter.step_end()
-    saver.wait()
-    return progress
-
-
-def count_tokens(config: RunConfig, batch: AVBatch) -> int:
-    """Tokens that the network attends with, head and history not counted."""
-    return sum(
-        s.latents.shape[0] * s.latents.shape[1] * config.model.branches[m].tokens for m, s in batch.streams.items()
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Run:
-    """The parts of one step, in the order in which the loop takes them."""
+class TrainingLoop:
+    """Everything that takes part in the training of one stage."""
 
-    config: LoopConfig
+    config: RunConfig
     engines: Mapping[str, Engine]
     optims: Mapping[str, OptimConfig]
     ema: Ema
     objective: Objective
-    models: Models
-    evaluate: Callable[[Models], dict[str, float]]
-    count_tokens: Callable[[AVBatch], int]
+    evaluate: Callable[[Models], dict[str, float]]  # held-out terms
     tracker: Tracker
     saver: CheckpointSaver
-    around: LoopCallbacks
-    meter: ThroughputMeter
+    stop_reason: Callable[[], str]  # of this rank; "" while it continues
+    clip_ids: Callable[[Tensor], list[str]]  # clip ids of sample numbers
+    # called with the step and the activity of this rank in it
+    heartbeat: Callable[[int, str], object] = lambda step, activity: None
+    # called on all ranks after each step with the metrics about to be logged; returns more metrics
+    on_step_end: Callable[[Progress, Mapping[str, float]], dict[str, float]] = lambda progress, metrics: {}
+    # context that records the first block of each network whose activations are non-finite
+    record_non_finite: Callable[[], AbstractContextManager[Mapping[str, str]]] = lambda: nullcontext({})
+    meter: ThroughputMeter = field(default_factory=ThroughputMeter)
 
-    def begin(self, start: Progress) -> Progress:
-        """Judge the untrained network."""
+    def run(self, start: Progress, batches: Iterable[list[AVBatch]]) -> Progress:
+        """Train from ``start`` to the end of the stage and return the final progress, which is saved.
+
+        Args:
+            start: Step 0, or the progress of a loaded checkpoint.
+            batches: This rank's micro-batches of each step from ``start.step`` on.
+
+        Raises:
+            NonFiniteError, TrainingInterrupted, the saver's error: On all ranks together, between two steps.
+        """
+        progress = self._evaluate_initial(start) if start.step == 0 else start
+        for micros in batches:
+            self.meter.batch_ready()
+            passes = self._compute(micros, progress.step)
+            bad, must_stop = self._sync(passes, progress.step)
+            bad, metrics = self._update(progress, passes, bad=bad)
+            progress = self._count(progress, bad=bad)
+            progress = self._report(progress, [] if bad else passes, metrics)
+            self._save(progress, must_stop=must_stop)
+            self.heartbeat(progress.step, "fetching the batch of")
+            self.meter.step_end()
+        self.saver.wait()
+        return progress
+
+    @cached_property
+    def models(self) -> Models:
+        """The networks by name, as objectives expect them."""
+        return {"ema": self.ema.model} | {name: e.module for name, e in self.engines.items()}
+
+    def _evaluate_initial(self, start: Progress) -> Progress:
+        """Evaluate the initial network before step 1."""
         first = self.evaluate(self.models)
         progress = replace(start, first=first, last=first)
         self.tracker.log(0, {STEP_KEY: 0, **prefix_held_out(first)})
-        _LOGGER.info(progress_event(self.config.name, self.config.steps, progress, {}))
+        _LOGGER.info(progress_event(self.config.stage, self.config.steps, progress, {}))
         return progress
 
-    def compute(self, micros: Sequence[AVBatch], step: int) -> list[MicroBatchResult]:
-        """Losses and gradients."""
-        self.around.heartbeat(step, "computing")
-        info = StepInfo(seed=self.config.seed, step=step, stage_step=step)
-        passes = [self.backward(micro, self.objective.rounds(self.models, micro, info)) for micro in micros]
-        samples, tokens = sum(len(m.samples) for m in micros), sum(self.count_tokens(m) for m in micros)
-        self.meter.count(samples / self.config.sequence, tokens / self.config.sequence)
+    def _compute(self, micros: Sequence[AVBatch], step: int) -> list[MicroBatchResult]:
+        """Compute the losses and gradients of the first round."""
+        self.heartbeat(step, "computing")
+        info, models = StepInfo(seed=self.config.seed, step=step, stage_step=step), self.models
+        passes = [self._backward(micro, self.objective.rounds(models, micro, info)) for micro in micros]
+        samples = sum(len(m.samples) for m in micros)
+        tokens = sum(count_tokens(self.config, m) for m in micros)
+        group = self.config.engine.sequence  # ranks with the same clips
+        self.meter.count(samples / group, tokens / group)
         return [p for p in passes if p]
 
-    def backward(self, micro: AVBatch, rounds: Iterator[dict[str, list[LossTerm]]]) -> MicroBatchResult | None:
-        """The next round of a micro-batch, if there is one: its losses and gradients.
+    def _backward(self, micro: AVBatch, rounds: Iterator[dict[str, list[LossTerm]]]) -> MicroBatchResult | None:
+        """Compute the next round of a micro-batch; None if there is none.
 
-        Engines average gradients over the ranks, whose shares may differ: a micro-batch counts by its part of the
-        global batch, as if the ranks had equal ones. (Where rows differ in kind, each micro-batch holds them in equal
-        parts.) Ranks that have the same clips count as one: the mean over them is the gradient of a whole clip.
+        Engines average gradients over the ranks, whose shards may differ in size. So each micro-batch is weighted by
+        its part of the global batch. Where rows differ in kind, each micro-batch has them in equal parts. Ranks with
+        the same clips count as one: the mean over them is the gradient of a whole clip.
         """
-        shares = distributed.get_world_size() // self.config.sequence
+        shards = distributed.get_world_size() // self.config.engine.sequence
         if (terms := next(rounds, None)) is None:
             return None
         for name, own in terms.items():
-            self.engines[name].backward(total_loss(own) * (len(micro.samples) * shares / self.config.batch))
-        seen = {name: [replace(t, values=t.values.detach()) for t in own] for name, own in terms.items()}
-        return MicroBatchResult(micro=micro, terms=seen, rest=rounds)
+            weight = len(micro.samples) * shards / self.config.data.batch
+            self.engines[name].backward(total_loss(own) * weight)
+        detached = {name: [replace(t, values=t.values.detach()) for t in own] for name, own in terms.items()}
+        return MicroBatchResult(micro=micro, terms=detached, rest=rounds)
 
-    def agree(self, passes: Sequence[MicroBatchResult], step: int) -> tuple[bool, bool]:
-        """On all ranks: whether a number of the step is not finite, and whether a rank was told to stop."""
-        self.around.heartbeat(step, "waiting for the others")
-        bad, noticed, unsaved = sync_flags(passes, self.engines, self.around.stop_reason(), self.saver.has_failed)
-        self.around.heartbeat(step, "updating")
+    def _sync(self, passes: Sequence[MicroBatchResult], step: int) -> tuple[bool, bool]:
+        """Return, equal on all ranks, if a number of the step is non-finite and if a rank must stop.
+
+        Raises the error of the saver if a rank could not write its part of a checkpoint.
+        """
+        self.heartbeat(step, "waiting for the others")
+        bad, must_stop, unsaved = sync_flags(
+            passes, self.engines, must_stop=bool(self.stop_reason()), save_failed=self.saver.has_failed
+        )
+        self.heartbeat(step, "updating")
         if unsaved:
             self.saver.wait()  # raises
-        return bad, noticed
+        return bad, must_stop
 
-    def update(
+    def _update(
         self, progress: Progress, first: Sequence[MicroBatchResult], *, bad: bool
     ) -> tuple[bool, dict[str, float]]:
-        """Move the weights, or leave the step out: whether it was; rates and gradient norms for the log.
+        """Update the weights, or skip the step. Return if it was skipped, and learning rates and gradient norms.
 
-        The fake score moves first, and once more with every further round; the student moves once, its average last.
+        The fake score moves first, and again with each further round. The student moves once, and its EMA last.
         """
-        passes, log = first, dict[str, float]()
+        passes, metrics = first, dict[str, float]()
         while not bad:
-            log |= self.move(progress.step, [name for name in passes[0].terms if name != STUDENT])
-            again = [p for p in (self.backward(own.micro, own.rest) for own in passes) if p]
+            metrics |= self._step_optimizers(progress.step, [name for name in passes[0].terms if name != STUDENT])
+            results = [self._backward(own.micro, own.rest) for own in passes]
+            again = [result for result in results if result]
             if not again:
-                log |= self.move(progress.step, [STUDENT])
+                metrics |= self._step_optimizers(progress.step, [STUDENT])
                 self.ema.update(self.engines[STUDENT].weights(), progress.step)
-                return False, log
-            passes, (bad, _) = again, self.agree(again, progress.step)
-        engines = {n: self.engines[n] for n in first[0].terms}
-        skip_step(self.config, progress, passes, engines, self.around, self.where(first, progress.step))
+                return False, metrics
+            bad, _ = self._sync(again, progress.step)
+            passes = again
+        self._skip_step(progress, passes, names=list(first[0].terms), blocks=self._locate(first, progress.step))
         return True, {}
 
     @torch.no_grad()
-    def where(self, passes: Sequence[MicroBatchResult], step: int) -> list[str]:
-        """Blocks and chunks at which numbers of this rank's step first are not finite: its forward passes again."""
+    def _locate(self, passes: Sequence[MicroBatchResult], step: int) -> list[str]:
+        """Return the blocks and chunks of this rank with the first non-finite numbers, by another forward pass."""
         info = StepInfo(seed=self.config.seed, step=step, stage_step=step)
-        with self.around.record_non_finite() as noted:
+        with self.record_non_finite() as found:
             for own in passes:
                 next(self.objective.rounds(self.models, own.micro, info), None)
-        return [f"{name}: {text}" for name, text in noted.items()]
+        return [f"{name}: {text}" for name, text in found.items()]
 
-    def move(self, step: int, names: Sequence[str]) -> dict[str, float]:
-        """One optimizer step of each of these networks."""
+    def _skip_step(
+        self, progress: Progress, passes: Sequence[MicroBatchResult], *, names: Sequence[str], blocks: list[str]
+    ) -> None:
+        """Discard the gradients of a non-finite step. Raise NonFiniteError after ``skip_nonfinite`` such steps."""
+        engines = {name: self.engines[name] for name in names}
+        mine = [describe_non_finite(p, self.clip_ids) for p in passes if not _is_finite(p.terms)]
+        gradients = [f"the gradient of {n}" for n, engine in engines.items() if bool(engine.has_non_finite_gradient)]
+        if gradients and not mine:
+            clips = [clip for p in passes for clip in self.clip_ids(p.micro.samples)]
+            mine = [f"{', '.join(gradients)} on clips {', '.join(clips)}"]
+        found = _join_by_rank([*mine, *blocks])
+        text = f"stage {self.config.stage}, step {progress.step}: not finite: {found}"
+        if progress.skipped >= self.config.skip_nonfinite:
+            raise NonFiniteError(
+                f"{text}. The weights are unchanged by this step; {progress.skipped} such steps were skipped before. "
+                "Lower optim.lr, raise optim.warm_up, check those clips, or allow more with --set skip_nonfinite=N. "
+                "Then run the same command to resume from the last checkpoint"
+            )
+        _LOGGER.warning(f"{text}. Step skipped ({progress.skipped + 1} of {self.config.skip_nonfinite})")
+        for engine in engines.values():
+            engine.discard_gradients()
+
+    def _step_optimizers(self, step: int, names: Sequence[str]) -> dict[str, float]:
+        """Run one optimizer step of each of these networks. Return gradient norms and learning rates."""
         rates = {name: learning_rate(self.optims[name], step, self.config.steps) for name in names}
         norms = {name: self.engines[name].step(rate) for name, rate in rates.items()}
         return {f"grad_norm/{n}": v for n, v in norms.items()} | {f"lr/{n}": v for n, v in rates.items()}
 
-    def count(self, progress: Progress, *, bad: bool) -> Progress:
-        """One step more."""
-        done = progress.step + 1
-        return replace(progress, step=done, samples_seen=done * self.config.batch, skipped=progress.skipped + int(bad))
+    def _count(self, progress: Progress, *, bad: bool) -> Progress:
+        step = progress.step + 1
+        skipped = progress.skipped + int(bad)
+        return replace(progress, step=step, samples_seen=step * self.config.data.batch, skipped=skipped)
 
-    def report(self, progress: Progress, passes: Sequence[MicroBatchResult], rates: Mapping[str, float]) -> Progress:
-        """Log, evaluate and look at samples where they are due."""
-        config, done = self.config, progress.step
-        last, log = done == config.steps, dict[str, float]()
-        if done % config.log_every == 0 or last:
-            seen = gather_terms(term for p in passes for own in p.terms.values() for term in own)
-            log = summarize_terms(seen) | dict(rates) | self.meter.collect((config.steps - done) * config.batch)
-        if done % config.eval_every == 0 or last:
+    def _report(
+        self, progress: Progress, passes: Sequence[MicroBatchResult], update_metrics: Mapping[str, float]
+    ) -> Progress:
+        """Log, evaluate and generate samples where they are due. Return the progress with the latest evaluation."""
+        config, step = self.config, progress.step
+        is_last, metrics = step == config.steps, dict[str, float]()
+        if step % config.log_every == 0 or is_last:
+            terms = gather_terms(term for p in passes for own in p.terms.values() for term in own)
+            speed = self.meter.collect((config.steps - step) * config.data.batch)
+            metrics = summarize_terms(terms) | dict(update_metrics) | speed
+        if step % config.eval_every == 0 or is_last:
             with self.meter.exclude():
                 progress = replace(progress, last=self.evaluate(self.models))
-            log |= prefix_held_out(progress.last)
-        if log:
-            _LOGGER.info(progress_event(config.name, config.steps, progress, log))
+            metrics |= prefix_held_out(progress.last)
+        if metrics:
+            _LOGGER.info(progress_event(config.stage, config.steps, progress, metrics))
         with self.meter.exclude():
-            log |= self.around.on_step_end(progress, log)
-        if log:
-            self.tracker.log(done, {STEP_KEY: progress.samples_seen, **log})
+            metrics |= self.on_step_end(progress, metrics)
+        if metrics:
+            self.tracker.log(step, {STEP_KEY: progress.samples_seen, **metrics})
         return progress
 
-    def save(self, progress: Progress, *, noticed: bool) -> None:
-        """A checkpoint where one is due; ends the run on a notice."""
-        config, last = self.config, progress.step == self.config.steps
-        if last or noticed or crosses_interval(progress.samples_seen, config.batch, config.save_every):
+    def _save(self, progress: Progress, *, must_stop: bool) -> None:
+        """Save a checkpoint where one is due. Raise TrainingInterrupted on a stop request."""
+        config, is_last = self.config, progress.step == self.config.steps
+        if is_last or must_stop or crosses_interval(progress.samples_seen, config.data.batch, config.checkpoint.every):
             with self.meter.saving():
                 self.saver.save(progress)
-        if noticed and not last:
-            save_and_stop(config, progress, self.saver, self.around)
+        if must_stop and not is_last:
+            self.saver.wait()
+            reason = self.stop_reason()
+            reasons = _join_by_rank([reason] if reason else [])
+            raise TrainingInterrupted(
+                f"stage {config.stage} stopped after step {progress.step} of {config.steps} ({reasons}). "
+                "Its checkpoint is written. Run the same command to resume"
+            )
+
+
+def count_tokens(config: RunConfig, batch: AVBatch) -> int:
+    """Return the number of tokens in the batch, without head and history."""
+    counts = [
+        s.latents.shape[0] * s.latents.shape[1] * config.model.branches[m].tokens for m, s in batch.streams.items()
+    ]
+    return sum(counts)
 
 
 def sync_flags(
-    passes: Sequence[MicroBatchResult], engines: Mapping[str, Engine], notice: str, failed: bool
+    passes: Sequence[MicroBatchResult], engines: Mapping[str, Engine], *, must_stop: bool, save_failed: bool
 ) -> list[bool]:
-    """What any rank knows, on all ranks: a loss or gradient that is not finite, a notice, a checkpoint that failed."""
+    """Return, true on all ranks if on any: a non-finite loss or gradient, a stop request, a failed save."""
     losses = [t.values for p in passes for own in p.terms.values() for t in own if t.values.numel()]
     bad = torch.stack([~torch.isfinite(values).all() for values in losses]).any()
     for engine in engines.values():
         bad = bad | engine.has_non_finite_gradient
-    rest = torch.tensor([bool(notice), failed], device=bad.device)
+    rest = torch.tensor([must_stop, save_failed], device=bad.device)
     return distributed.all_reduce_any(torch.cat([bad[None], rest]))
 
 
-def skip_step(
-    config: LoopConfig,
-    progress: Progress,
-    passes: Sequence[MicroBatchResult],
-    engines: Mapping[str, Engine],
-    around: LoopCallbacks,
-    where: list[str],
-) -> None:
-    """Forget the gradients of a step that is not finite; NonFiniteError when no more may be left out."""
-    mine = [describe_non_finite(p, around.clip_ids) for p in passes if not _finite(p.terms)]
-    if not mine and (
-        names := [f"the gradient of {name}" for name, e in engines.items() if bool(e.has_non_finite_gradient)]
-    ):
-        clips = [clip for p in passes for clip in around.clip_ids(p.micro.samples)]
-        mine = [f"{', '.join(names)} on clips {', '.join(clips)}"]
-    mine += where
-    found = "; ".join(
-        f"rank {r}: {text}" for r, texts in enumerate(distributed.all_gather_object(mine)) for text in texts
-    )
-    text = f"stage {config.name}, step {progress.step}: not finite: {found}"
-    if progress.skipped >= config.skip_nonfinite:
-        raise NonFiniteError(
-            f"{text}. No weight was moved by it; {progress.skipped} such steps were left out before. Lower optim.lr, "
-            "raise optim.warm_up, look at those clips, or allow some with --set skip_nonfinite=N; then run the same "
-            "command to go on from the last checkpoint"
-        )
-    _LOGGER.warning(f"{text}. Step left out ({progress.skipped + 1} of {config.skip_nonfinite})")
-    for engine in engines.values():
-        engine.discard_gradients()
+def _join_by_rank(texts: list[str]) -> str:
+    """Return the texts of all ranks, each with its rank. Called by all ranks together."""
+    gathered = enumerate(distributed.all_gather_object(texts))
+    return "; ".join(f"rank {rank}: {text}" for rank, own in gathered for text in own)
 
 
 def describe_non_finite(found: MicroBatchResult, name_clips: Callable[[Tensor], list[str]]) -> str:
@@ -317,20 +291,8 @@ def describe_non_finite(found: MicroBatchResult, name_clips: Callable[[Tensor], 
     return f"the loss {', '.join(keys)} on clips {clips} (samples {int(samples[0])}..{int(samples[-1])})"
 
 
-def _finite(terms: Mapping[str, list[LossTerm]]) -> bool:
+def _is_finite(terms: Mapping[str, list[LossTerm]]) -> bool:
     return all(bool(torch.isfinite(t.values).all()) for own in terms.values() for t in own)
-
-
-def save_and_stop(config: LoopConfig, progress: Progress, saver: CheckpointSaver, around: LoopCallbacks) -> None:
-    """End between two steps, on a notice."""
-    saver.wait()
-    reasons = [
-        f"rank {rank}: {text}" for rank, text in enumerate(distributed.all_gather_object(around.stop_reason())) if text
-    ]
-    raise TrainingInterrupted(
-        f"stage {config.name} stopped after step {progress.step} of {config.steps} ({'; '.join(reasons)}); "
-        "its checkpoint is written: run the same command to go on"
-    )
 
 
 def crosses_interval(samples: int, batch: int, every: int) -> bool:
@@ -367,17 +329,3 @@ def evaluate_held_out(objective: Objective, batches: list[AVBatch], seed: int, m
             sums[term.key] = sums.get(term.key, 0.0) + float(term.values[counts].mean(-1).sum())
     rows = sum(int((batch.samples != PADDING_SAMPLE).sum()) for batch in batches)
     return distributed.weighted_mean({key: value / max(1, rows) for key, value in sums.items()}, rows)
-
-
-def loop_config(config: RunConfig) -> LoopConfig:
-    return LoopConfig(
-        name=config.stage,
-        seed=config.seed,
-        steps=config.steps,
-        batch=config.data.batch,
-        log_every=config.log_every,
-        eval_every=config.eval_every,
-        save_every=config.checkpoint.every,
-        sequence=config.engine.sequence,
-        skip_nonfinite=config.skip_nonfinite,
-    )

@@ -32,12 +32,9 @@ from workflows.training.collapse_alarms import HistoryUseMonitor
 from workflows.training.engines.base import NonFiniteError
 from workflows.training.heartbeat import HEARTBEAT_DIR, Heartbeat
 from workflows.training.loop import (
-    LoopCallbacks,
     TrainingInterrupted,
-    count_tokens,
+    TrainingLoop,
     evaluate_held_out,
-    loop_config,
-    run_loop,
 )
 from workflows.training.memory_check import InsufficientMemoryError, require_training_memory_on_all_ranks
 from workflows.training.networks import build_initial_network, build_training_networks
@@ -131,28 +128,27 @@ def _train(
         may_write=lambda: _is_ours(job),
     )
     with closing(saver):
-        return run_loop(
-            loop_config(config),
-            start,
+        loop = TrainingLoop(
+            config=config,
             engines=engines,
             optims=nets.optims,
             ema=ema,
             objective=build_objective(config),
-            batches=prefetch(
+            evaluate=lambda models: evaluate_held_out(objective, judged, config.seed, models),
+            tracker=tracker,
+            saver=saver,
+            stop_reason=notices,
+            clip_ids=batches.clip_ids,
+            heartbeat=pulse,
+            on_step_end=_looks(job, ema, tracker, pulse, judged, aside),
+            record_non_finite=nets.record_non_finite,
+        )
+        return loop.run(
+            start,
+            prefetch(
                 ([b.to(device) for b in batches.micro_batches(step)] for step in range(start.step, config.steps)),
                 lambda _: 1,
                 config.data.prefetch,
-            ),
-            evaluate=lambda models: evaluate_held_out(objective, judged, config.seed, models),
-            count_tokens=lambda batch: count_tokens(config, batch),
-            tracker=tracker,
-            saver=saver,
-            around=LoopCallbacks(
-                stop_reason=notices,
-                heartbeat=pulse,
-                clip_ids=batches.clip_ids,
-                on_step_end=_looks(job, ema, tracker, pulse, judged, aside),
-                record_non_finite=nets.record_non_finite,
             ),
         )
 

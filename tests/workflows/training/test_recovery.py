@@ -351,7 +351,7 @@ def test_a_bad_number_on_one_rank_is_named_with_its_clips(tmp_path, data):
     assert "samples 12..15" in str(stopped.value)
     done = train_stage("audio", data=data, sets=(*sets, "skip_nonfinite=1"), runs_dir=tmp_path, run="b", launch=launch)
     assert done["samples_seen"] == 24
-    assert "Step left out (1 of 1)" in (tmp_path / "b" / "log.txt").read_text()
+    assert "Step skipped (1 of 1)" in (tmp_path / "b" / "log.txt").read_text()
     entries = read_json_lines(tmp_path / "b" / "metrics.jsonl")
     assert ["flow_matching/audio" in entry for entry in entries] == [False, True, False, True]
     assert all(torch.isfinite(value).all() for value in load_weights(done["run_dir"], "raw").values())

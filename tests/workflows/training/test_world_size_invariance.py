@@ -84,10 +84,10 @@ def test_a_bad_number_on_one_rank_stops_both_before_the_step(on_two):
         for result, step, words in (
             (by_loss, 1, "rank 1: the loss fm/audio on clips clip-6, clip-7 (samples 6..7)"),
             (by_gradient, 1, "rank 1: the gradient of student on clips clip-6, clip-7"),
-            (spent, 2, "1 such steps were left out before"),
+            (spent, 2, "1 such steps were skipped before"),
         ):
             assert isinstance(result.error, NonFiniteError), kind
-            assert f"stage toy, step {step}: not finite: rank 1" in str(result.error)
+            assert f"stage audio, step {step}: not finite: rank 1" in str(result.error)
             assert words in str(result.error)
             assert max(result.losses) == step, "no step after it"
 
@@ -140,7 +140,7 @@ def test_in_process_a_run_in_two_parts_is_bit_equal(tmp_path):
     part = Toy(root=str(tmp_path / "part"), kind="torch", until=7)
     first = toy_run(part)
     assert isinstance(first.error, TrainingInterrupted)
-    assert "stopped after step 7 of 12 (rank 0: told to)" in str(first.error)
+    assert "stopped after step 7 of 12 (rank 0: requested)" in str(first.error)
     second = toy_run(replace(part, until=None, seed=50))
     assert {**first.losses, **second.losses} == whole.losses
     for name, weights in whole.weights.items():
