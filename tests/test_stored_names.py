@@ -83,7 +83,7 @@ from workflows.evaluation import csv_report, mlflow_report
 from workflows.evaluation.evaluate import evaluate_checkpoints
 from workflows.evaluation.metrics.generic import FAILURE_PREDICATES
 from workflows.evaluation.metrics.registry import METRICS as SWEEP_METRICS
-from workflows.inference.generate import generate_clip
+from workflows.inference.generate import ClipPrompt, generate_clip
 from workflows.jobs import job_server, local_head, records, submit
 from workflows.study import study as study_report
 from workflows.study.config import SAMPLING, study_preset
@@ -599,7 +599,7 @@ def bench_results(_: "Material") -> Any:
     turn = RoundTiming(step_s=1.0, wait_s=0.0, cpu_s=1.0, loss=1.0)
     names = (bench_steps.REFERENCE_VARIANT, "ray_zero1")
     plan = bench_steps.TrainBenchPlan(
-        config=bench_train.bench_config("joint", "tiny", 1, 1, ()),
+        config=bench_train.bench_config(stage="joint", preset="tiny", workers=1, tokens=1, sets=()),
         variants=dict.fromkeys(names, Variant()),
         rounds=1,
         turn=1,
@@ -676,7 +676,7 @@ def study_folder(material: "Material") -> Any:
     claim_study_dir(config, out)
     scored = [StudyTask(kind="score", method=name, seed=0, mode=mode, steps=1) for name, mode in SCORED.items()]
     for unit in (*(StudyTask(kind="train", method=name, seed=0) for name in (JOINT_KEY, "mutual")), *scored):
-        run_task(config, out, unit, "cpu", float("inf"))
+        run_task(config, out, unit, device="cpu", deadline=float("inf"))
     planned = plan_tasks(study_preset("toy-study"), select_methods(["all", "ablations"], [0]))
     return {
         "methods": {name: [m.key, list(m.modes), list(m.counts or ())] for name, m in METHODS.items()},
@@ -820,10 +820,8 @@ def generated(material: "Material") -> Any:
     source = str(min(material.toy_clips.glob("*.mp4")))
     made = generate_clip(
         material.sampled["mutual"]["run_dir"],
+        ClipPrompt(first_frame=source, transcript="ba do", seconds=1.0),
         out=str(material.folder / "g.mp4"),
-        first_frame=source,
-        transcript="ba do",
-        seconds=1.0,
     )
     return {
         "generate": types_of(output.to_json_types(made)),

@@ -16,79 +16,85 @@ class Claim:
     seeds: tuple[int, ...]  # of all that is compared: one seed is not a mean of three
 
 
-def check_claims(table: ResultTable, most: int) -> list[Claim]:
-    """The study's claims, as far as the rows that they need are there. ``most``: steps of the quality mode.
+def check_claims(table: ResultTable, max_steps: int) -> list[Claim]:
+    """The study's claims, as far as the rows that they need are there. ``max_steps``: steps of the quality mode.
 
     What is compared is compared on the seeds that all of it has.
     """
     checks = (_hardness, _as_good, _gap, _late, _drift, _continuity, _four_as_eight, _cheaper)
-    if most <= 4:  # nothing finer was asked for that four steps could be compared with
+    if max_steps <= 4:  # nothing finer was asked for that four steps could be compared with
         checks = (_drift, _continuity, _cheaper)
     out: list[Claim] = []
     for check in checks:
         try:
-            out += check(table, most)
+            out += check(table, max_steps)
         except KeyError:  # a row that this comparison needs was not asked for
             continue
     return out
 
 
-def _common(table: ResultTable, *methods: str) -> tuple[ResultTable, tuple[int, ...]]:
+def _with_common_seeds(table: ResultTable, *methods: str) -> tuple[ResultTable, tuple[int, ...]]:
     """The table of the seeds that all of ``methods`` have rows of. KeyError where there are none."""
-    return _of_seeds(table, *(table.seeds(method) for method in methods))
+    return _restrict_seeds(table, *(table.seeds(method) for method in methods))
 
 
-def _of_seeds(table: ResultTable, *some: set[int]) -> tuple[ResultTable, tuple[int, ...]]:
-    seeds = set.intersection(*some)
+def _restrict_seeds(table: ResultTable, *seed_sets: set[int]) -> tuple[ResultTable, tuple[int, ...]]:
+    seeds = set.intersection(*seed_sets)
     if not seeds:
         raise KeyError("no seed in common")
     return table.with_seeds(seeds), tuple(sorted(seeds))
 
 
-def _hardness(table: ResultTable, most: int) -> list[Claim]:
-    table, seeds = _common(table, "joint")
-    few, many = (1 - table.get("valid", "joint", "multi", steps=n, window=EARLY).mean for n in (4, most))
+def _hardness(table: ResultTable, max_steps: int) -> list[Claim]:
+    table, seeds = _with_common_seeds(table, "joint")
+    few = 1 - table.get("valid", "joint", "multi", steps=4, window=EARLY).mean
+    many = 1 - table.get("valid", "joint", "multi", steps=max_steps, window=EARLY).mean
     ratio = few / max(many, 1e-9)
     claim = (
-        f"the world is hard enough: invalid chunks of the joint network, 4 Euler steps over {most}, at least {HARD:g}"
+        "the world is hard enough: invalid chunks of the joint network, "
+        f"4 Euler steps over {max_steps}, at least {HARD:g}"
     )
     return [Claim(claim=claim, measured=f"{few:.3f} / {many:.3f} = {ratio:.1f}", met=ratio >= HARD, seeds=seeds)]
 
 
-def _best(table: ResultTable, most: int) -> bool:
+def _has_guided_baseline(table: ResultTable, max_steps: int) -> bool:
     """Whether teacher forcing at its best was asked with guidance."""
-    return table.has("teacher_forcing", "multi", steps=most, window=EARLY, guided=True)
+    return table.has("teacher_forcing", "multi", steps=max_steps, window=EARLY, guided=True)
 
 
-def _as_good(table: ResultTable, most: int) -> list[Claim]:
-    table, seeds = _common(table, "mutual", "teacher_forcing")
-    out, guided = list[Claim](), _best(table, most)
+def _as_good(table: ResultTable, max_steps: int) -> list[Claim]:
+    table, seeds = _with_common_seeds(table, "mutual", "teacher_forcing")
+    out, guided = list[Claim](), _has_guided_baseline(table, max_steps)
     for metric, sign in (("sync", -1), ("syllable_error", 1), ("frechet", 1)):
         ours = table.get(metric, "mutual", "few", steps=4, window=EARLY)
-        theirs = table.get(metric, "teacher_forcing", "multi", steps=most, window=EARLY, guided=guided)
+        theirs = table.get(metric, "teacher_forcing", "multi", steps=max_steps, window=EARLY, guided=guided)
         met = sign * (ours.mean - theirs.mean) <= max(ours.spread, theirs.spread)
-        claim = f"{metric}, {EARLY} s: Mutual Forcing at 4 NFE not worse than teacher forcing at {most * (1 + guided)}"
+        claim = (
+            f"{metric}, {EARLY} s: Mutual Forcing at 4 NFE not worse than teacher forcing at {max_steps * (1 + guided)}"
+        )
         out.append(Claim(claim=claim, measured=f"{ours} against {theirs}", met=met, seeds=seeds))
     return out
 
 
-def _gap(table: ResultTable, most: int) -> list[Claim]:
-    table, seeds = _common(table, "mutual", "teacher_forcing")
+def _gap(table: ResultTable, max_steps: int) -> list[Claim]:
+    table, seeds = _with_common_seeds(table, "mutual", "teacher_forcing")
     ours = table.get("valid", "mutual", "few", steps=4, window=EARLY).mean
-    low, high = (table.get("valid", "teacher_forcing", "multi", steps=n, window=EARLY).mean for n in (4, most))
+    low, high = (table.get("valid", "teacher_forcing", "multi", steps=n, window=EARLY).mean for n in (4, max_steps))
     closed = (ours - low) / max(high - low, 1e-9)
-    claim = f"valid chunks: share of the gap between 4 Euler steps and {most} that 4 few steps close, at least {GAP:g}"
+    claim = (
+        f"valid chunks: share of the gap between 4 Euler steps and {max_steps} that 4 few steps close, at least {GAP:g}"
+    )
     measured = f"{low:.3f} -> {ours:.3f} of {high:.3f}: {closed:.2f}"
     return [Claim(claim=claim, measured=measured, met=closed >= GAP, seeds=seeds)]
 
 
-def _late(table: ResultTable, most: int) -> list[Claim]:
-    table, seeds = _common(table, "mutual", "teacher_forcing")
-    out, guided = list[Claim](), _best(table, most)
+def _late(table: ResultTable, max_steps: int) -> list[Claim]:
+    table, seeds = _with_common_seeds(table, "mutual", "teacher_forcing")
+    out, guided = list[Claim](), _has_guided_baseline(table, max_steps)
     for metric in DRIFT_COLUMNS:
         ours = table.get(metric, "mutual", "few", steps=4, window=LATE)
-        theirs = table.get(metric, "teacher_forcing", "multi", steps=most, window=LATE, guided=guided)
-        claim = f"{metric}, {LATE} s: Mutual Forcing at 4 NFE better than teacher forcing at {most * (1 + guided)}"
+        theirs = table.get(metric, "teacher_forcing", "multi", steps=max_steps, window=LATE, guided=guided)
+        claim = f"{metric}, {LATE} s: Mutual Forcing at 4 NFE better than teacher forcing at {max_steps * (1 + guided)}"
         out.append(Claim(claim=claim, measured=f"{ours} against {theirs}", met=ours.mean < theirs.mean, seeds=seeds))
     return out
 
@@ -106,21 +112,23 @@ def _growth(table: ResultTable, metric: str, method: str) -> float:
     return beyond(LATE) - beyond(EARLY)
 
 
-def _drift(table: ResultTable, most: int) -> list[Claim]:
+def _drift(table: ResultTable, max_steps: int) -> list[Claim]:
     out: list[Claim] = []
     for metric in DRIFT_COLUMNS:
         for other in ("shortcut_forced", "dmd_forced", "hybrid_forced"):
             if table.has(other, "few", steps=4, window=LATE):
-                same, seeds = _common(table, "mutual", other, "real")
+                same, seeds = _with_common_seeds(table, "mutual", other, "real")
                 ours, theirs = (_growth(same, metric, method) for method in ("mutual", other))
-                claim = f"{metric}: growth from {EARLY} s to {LATE} s none, or at most half of {METHODS[other].title}"
+                claim = (
+                    f"{metric}: growth from {EARLY} s to {LATE} s none, or at most half of {METHODS[other].title}"
+                )
                 met = ours <= max(0.0, DRIFT * theirs)
                 out.append(Claim(claim=claim, measured=f"{ours:.3f} against {theirs:.3f}", met=met, seeds=seeds))
     return out
 
 
-def _continuity(table: ResultTable, most: int) -> list[Claim]:
-    table, seeds = _common(table, "mutual")
+def _continuity(table: ResultTable, max_steps: int) -> list[Claim]:
+    table, seeds = _with_common_seeds(table, "mutual")
     seam = table.get("seam", "mutual", "few", steps=4, window=LATE)
     claim = f"seam energy, {LATE} s, over the data's, at most {SEAM:g}"
     out = [Claim(claim=claim, measured=str(seam), met=seam.mean <= SEAM, seeds=seeds)]
@@ -132,8 +140,8 @@ def _continuity(table: ResultTable, most: int) -> list[Claim]:
     return out
 
 
-def _four_as_eight(table: ResultTable, most: int) -> list[Claim]:
-    table, seeds = _common(table, "mutual")
+def _four_as_eight(table: ResultTable, max_steps: int) -> list[Claim]:
+    table, seeds = _with_common_seeds(table, "mutual")
     out: list[Claim] = []
     for metric, sign in (("frechet", 1), ("valid", -1), ("sync", -1), ("syllable_error", 1)):
         four, eight = (table.get(metric, "mutual", "few", steps=n, window=EARLY) for n in (4, 8))
@@ -143,8 +151,8 @@ def _four_as_eight(table: ResultTable, most: int) -> list[Claim]:
     return out
 
 
-def _cheaper(table: ResultTable, most: int) -> list[Claim]:
-    table, seeds = _of_seeds(table, *(table.trained(method) for method in ("mutual", "dmd_self_forcing")))
+def _cheaper(table: ResultTable, max_steps: int) -> list[Claim]:
+    table, seeds = _restrict_seeds(table, *(table.trained(method) for method in ("mutual", "dmd_self_forcing")))
     out: list[Claim] = []
     for what, of in (
         ("bytes of model state", lambda c: c["state_bytes"]),

@@ -78,7 +78,7 @@ class SyntheticClips:
     """Clips with their truth."""
 
     batch: AVBatch
-    script: GroundTruth
+    truth: GroundTruth
 
 
 def mixing_matrix(modality: str) -> Float[Tensor, "C C"]:
@@ -120,8 +120,9 @@ def voice_means(voices: int) -> Float[Tensor, "voices 2"]:
 
 def sample_clips(seed: int, samples: Int64[Tensor, " B"], chunks: int, voices: int = VOICES) -> SyntheticClips:
     """Clips number ``samples`` of the world, ``chunks`` long. Each depends on (seed, its number, chunks) alone."""
-    script = _script(seed, samples, chunks, voices)
-    video, audio = _video_factors(seed, samples, chunks, script), _audio_factors(seed, samples, chunks, script)
+    truth = _draw_truth(seed, samples, chunks, voices)
+    video = _video_factors(seed, samples, chunks, truth)
+    audio = _audio_factors(seed, samples, chunks, truth)
     latents = {
         VIDEO: (video @ mixing_matrix(VIDEO))[..., None, None],
         AUDIO: audio @ mixing_matrix(AUDIO),
@@ -134,14 +135,14 @@ def sample_clips(seed: int, samples: Int64[Tensor, " B"], chunks: int, voices: i
         )
         for m in (VIDEO, AUDIO)
     }
-    cond = _condition(script, latents[VIDEO][:, 0])
-    return SyntheticClips(batch=AVBatch(streams=streams, cond=cond, samples=samples), script=script)
+    cond = _condition(truth, latents[VIDEO][:, 0])
+    return SyntheticClips(batch=AVBatch(streams=streams, cond=cond, samples=samples), truth=truth)
 
 
-def _script(seed: int, samples: Tensor, chunks: int, voices: int) -> GroundTruth:
+def _draw_truth(seed: int, samples: Tensor, chunks: int, voices: int) -> GroundTruth:
     seconds = chunks * float(CHUNK_SECONDS)
-    said = int(seconds / SHORTEST) + 1
-    draws = uniform_rows(seed, "study/speech", samples, said, 3)
+    syllables = int(seconds / SHORTEST) + 1
+    draws = uniform_rows(seed, "study/speech", samples, syllables, 3)
     lengths = SHORTEST + (LONGEST - SHORTEST) * draws[..., 0]
     end = lengths.cumsum(1)
     syllable = (draws[..., 1] * SYLLABLES).long()
@@ -151,11 +152,11 @@ def _script(seed: int, samples: Tensor, chunks: int, voices: int) -> GroundTruth
     flips = (picks[:, 1:, 3] > STAY_PROBABILITY).long()
     choices[:, :, 3] = (choices[:, :1, 3] + torch.nn.functional.pad(flips.cumsum(1), (1, 0))) % 2
     identity = (uniform_rows(seed, "study/identity", samples, 2) * 2 - 1) * 3**0.5
-    known = voice_means(voices)
+    means = voice_means(voices)
     return GroundTruth(
         identity=identity,
-        voice=known[(uniform_rows(seed, "study/voice", samples, 1)[:, 0] * voices).long()],
-        voices=known,
+        voice=means[(uniform_rows(seed, "study/voice", samples, 1)[:, 0] * voices).long()],
+        voices=means,
         syllable=syllable,
         start=end - lengths,
         end=end,
@@ -163,14 +164,14 @@ def _script(seed: int, samples: Tensor, chunks: int, voices: int) -> GroundTruth
     )
 
 
-def _speech(seed: int, samples: Tensor, script: GroundTruth, at: Tensor) -> tuple[Tensor, Tensor]:
+def _speech_at(seed: int, samples: Tensor, truth: GroundTruth, at: Tensor) -> tuple[Tensor, Tensor]:
     """Syllable (B, n) and its envelope times stress (B, n) at the seconds ``at``."""
-    now = torch.searchsorted(script.end, at.float().expand(len(samples), -1).contiguous(), right=True)
-    now = now.clamp_max(script.end.shape[1] - 1)
-    start, end = script.start.gather(1, now), script.end.gather(1, now)
-    stress = 0.6 + 0.8 * uniform_rows(seed, "study/stress", samples, script.end.shape[1]).gather(1, now)
+    now = torch.searchsorted(truth.end, at.float().expand(len(samples), -1).contiguous(), right=True)
+    now = now.clamp_max(truth.end.shape[1] - 1)
+    start, end = truth.start.gather(1, now), truth.end.gather(1, now)
+    stress = 0.6 + 0.8 * uniform_rows(seed, "study/stress", samples, truth.end.shape[1]).gather(1, now)
     envelope = torch.sin(pi * (at.float() - start) / (end - start)).clamp_min(0).sqrt()
-    syllable = script.syllable.gather(1, now)
+    syllable = truth.syllable.gather(1, now)
     return syllable, torch.where(syllable == SYLLABLES, 0.0, envelope * stress)
 
 
@@ -179,36 +180,36 @@ def latent_midpoints(modality: str, chunks: int) -> Tensor:
     return TIMELINE.times(modality, chunks) + 0.5 / float(TIMELINE.clocks[modality].rate)
 
 
-def _video_factors(seed: int, samples: Tensor, chunks: int, script: GroundTruth) -> Float[Tensor, "B 1+n C"]:
+def _video_factors(seed: int, samples: Tensor, chunks: int, truth: GroundTruth) -> Float[Tensor, "B 1+n C"]:
     count = TIMELINE.count(VIDEO, chunks)
     noise = normal_rows(seed, "study/video", samples, torch.empty(len(samples), 1 + count, CHANNELS[VIDEO]))
-    syllable, loud = _speech(seed, samples, script, latent_midpoints(VIDEO, chunks))
+    syllable, loud = _speech_at(seed, samples, truth, latent_midpoints(VIDEO, chunks))
     mouth = MOUTH_SHAPES[syllable] * loud[..., None]
     factors = NOISE * noise
-    factors[..., IDENTITY] += script.identity[:, None]
-    factors[..., POSE] = _wander(noise[..., POSE], PERSISTENCE ** (1 / TIMELINE.count(VIDEO, 1)))
+    factors[..., IDENTITY] += truth.identity[:, None]
+    factors[..., POSE] = _ornstein_uhlenbeck(noise[..., POSE], PERSISTENCE ** (1 / TIMELINE.count(VIDEO, 1)))
     factors[:, 1:, MOUTH] += mouth
     of_latent = torch.cat([torch.zeros(1, dtype=torch.long), TIMELINE.chunk_index(VIDEO, chunks) + 1])
-    picked = script.choices[:, of_latent]
-    for place, where in enumerate(TWO_MODES):
-        factors[..., where] = picked[..., place : place + 1] * 2.0 - 1 + MODE_SPREAD * noise[..., where]
+    picked = truth.choices[:, of_latent]
+    for index, factor in enumerate(TWO_MODES):
+        factors[..., factor] = picked[..., index : index + 1] * 2.0 - 1 + MODE_SPREAD * noise[..., factor]
     return factors
 
 
-def _audio_factors(seed: int, samples: Tensor, chunks: int, script: GroundTruth) -> Float[Tensor, "B n C"]:
+def _audio_factors(seed: int, samples: Tensor, chunks: int, truth: GroundTruth) -> Float[Tensor, "B n C"]:
     count = TIMELINE.count(AUDIO, chunks)
     noise = normal_rows(seed, "study/audio", samples, torch.empty(len(samples), count, CHANNELS[AUDIO]))
-    syllable, loud = _speech(seed, samples, script, latent_midpoints(AUDIO, chunks))
-    tone = script.choices[:, TIMELINE.chunk_index(AUDIO, chunks) + 1, 4:] * 2.0 - 1
+    syllable, loud = _speech_at(seed, samples, truth, latent_midpoints(AUDIO, chunks))
+    tone = truth.choices[:, TIMELINE.chunk_index(AUDIO, chunks) + 1, 4:] * 2.0 - 1
     factors = NOISE * noise
-    factors[..., VOICE] += script.voice[:, None]
+    factors[..., VOICE] += truth.voice[:, None]
     factors[..., FORMANTS] += FORMANT_SHAPES[syllable] * loud[..., None]
     factors[..., LOUDNESS] += 1.5 * loud[..., None]
     factors[..., TONE] = tone + MODE_SPREAD * noise[..., TONE]
     return factors
 
 
-def _wander(noise: Float[Tensor, "B n c"], keep: float) -> Tensor:
+def _ornstein_uhlenbeck(noise: Float[Tensor, "B n c"], keep: float) -> Tensor:
     """A stationary walk of unit variance: x_i = keep x_{i-1} + sqrt(1 - keep^2) noise_i."""
     steps = [noise[:, 0]]
     for i in range(1, noise.shape[1]):
@@ -216,15 +217,15 @@ def _wander(noise: Float[Tensor, "B n c"], keep: float) -> Tensor:
     return torch.stack(steps, dim=1)
 
 
-def _condition(script: GroundTruth, first_frame: Float[Tensor, "B C 1 1"]) -> Condition:
+def _condition(truth: GroundTruth, first_frame: Float[Tensor, "B C 1 1"]) -> Condition:
     batch = len(first_frame)
-    spoken: Bool[Tensor, "B J"] = script.syllable < SYLLABLES
+    spoken: Bool[Tensor, "B J"] = truth.syllable < SYLLABLES
     return Condition(
         caption=torch.zeros(batch, 1, WORD_DIM),
         caption_mask=torch.zeros(batch, 1, dtype=torch.bool),
-        words=WORDS[script.syllable],
+        words=WORDS[truth.syllable],
         words_mask=spoken,
-        word_times=torch.stack([script.start, script.end], dim=-1).double(),
+        word_times=torch.stack([truth.start, truth.end], dim=-1).double(),
         first_frame=first_frame,
         voice=torch.zeros(batch, 1, CHANNELS[AUDIO]),
         voice_mask=torch.zeros(batch, dtype=torch.bool),

@@ -65,16 +65,17 @@ def chunk_choices(factors: ClipFactors) -> tuple[Tensor, Tensor]:
     """Choice per chunk (B, K, 5) and whether every latent of the chunk holds it within reach (B, K, 5)."""
     video, audio = factors.by_chunk(VIDEO), factors.by_chunk(AUDIO)
     picks: list[Tensor] = []
-    holds: list[Tensor] = []
-    for values in [*(video[..., where] for where in latent_world.TWO_MODES), audio[..., latent_world.TONE]]:
-        one = values[..., 0]
-        side = torch.where(one[..., :1] > 0, 1.0, -1.0)
-        picks.append((side[..., 0] > 0).long())
-        holds.append(((one - side).abs() < MODE_RADIUS).all(-1))
-    return torch.stack(picks, -1), torch.stack(holds, -1)
+    valid: list[Tensor] = []
+    choices = [video[..., factor] for factor in latent_world.TWO_MODES]
+    for choice in [*choices, audio[..., latent_world.TONE]]:
+        values = choice[..., 0]
+        mode = torch.where(values[..., :1] > 0, 1.0, -1.0)
+        picks.append((mode[..., 0] > 0).long())
+        valid.append(((values - mode).abs() < MODE_RADIUS).all(-1))
+    return torch.stack(picks, -1), torch.stack(valid, -1)
 
 
-def chunk_features(factors: ClipFactors, script: GroundTruth, first: int, last: int) -> np.ndarray:
+def chunk_features(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> np.ndarray:
     """One row per clip and chunk: mean of every factor, and the step of pose across the border before it.
 
     Identity is what differs from the first frame's, voice what differs from the nearest one that there is: as they
@@ -84,8 +85,8 @@ def chunk_features(factors: ClipFactors, script: GroundTruth, first: int, last: 
     pose = factors.by_chunk(VIDEO)[..., latent_world.POSE]
     step = torch.zeros_like(pose[:, :, 0])
     step[:, 1:] = (pose[:, 1:, 0] - pose[:, :-1, -1]) * 5
-    video[..., latent_world.IDENTITY] -= script.identity[:, None]
-    audio[..., latent_world.VOICE] -= script.voices[_nearest(audio[..., latent_world.VOICE], script)]
+    video[..., latent_world.IDENTITY] -= truth.identity[:, None]
+    audio[..., latent_world.VOICE] -= truth.voices[_nearest(audio[..., latent_world.VOICE], truth)]
     rows = torch.cat([video, audio, step], dim=-1)[:, max(first, 1) : last]  # no border before chunk 0
     return rows.flatten(0, 1).double().numpy()
 
@@ -94,7 +95,7 @@ def real_statistics(seed: int, clips: int = 512, chunks: int = 20) -> RealStatis
     """Measured on real clips that no network sees."""
     drawn = latent_world.sample_clips(seed, torch.arange(clips) + VALIDATION_SAMPLE_OFFSET, chunks)
     real = ClipFactors.from_latents(drawn.batch.streams)
-    rows = chunk_features(real, drawn.script, 0, chunks)
+    rows = chunk_features(real, drawn.truth, 0, chunks)
     pose = _pose(real, 0, chunks)
     return RealStatistics(
         features=(rows - rows.mean(0)) / rows.std(0),
@@ -108,51 +109,53 @@ def real_statistics(seed: int, clips: int = 512, chunks: int = 20) -> RealStatis
 
 
 def score_window(
-    streams: Mapping[str, Stream], script: GroundTruth, window: TimeWindow, ref: RealStatistics
+    streams: Mapping[str, Stream], truth: GroundTruth, window: TimeWindow, ref: RealStatistics
 ) -> dict[str, float]:
     """Every metric of one window; nan where it does not apply.
 
     Numbers that are not finite count as the worst.
     """
-    made = ClipFactors.from_latents(streams)
-    bad = ~(torch.isfinite(made.video).flatten(1).all(1) & torch.isfinite(made.audio).flatten(1).all(1))
-    made = ClipFactors(
-        video=made.video.nan_to_num(1e3, 1e3, -1e3).clamp(-1e3, 1e3),
-        audio=made.audio.nan_to_num(1e3, 1e3, -1e3).clamp(-1e3, 1e3),
-        chunks=made.chunks,
+    factors = ClipFactors.from_latents(streams)
+    non_finite = ~(torch.isfinite(factors.video).flatten(1).all(1) & torch.isfinite(factors.audio).flatten(1).all(1))
+    factors = ClipFactors(
+        video=factors.video.nan_to_num(1e3, 1e3, -1e3).clamp(-1e3, 1e3),
+        audio=factors.audio.nan_to_num(1e3, 1e3, -1e3).clamp(-1e3, 1e3),
+        chunks=factors.chunks,
     )
     length = float(latent_world.CHUNK_SECONDS)
-    first, last = int(window.start / length), min(made.chunks, int(window.end / length))
-    picks, holds = chunk_choices(made)
-    picks, holds = picks[:, first:last], holds[:, first:last]
-    rows = (chunk_features(made, script, first, last) - ref.mean) / ref.std
-    pose = _pose(made, first, last)
-    offset, sync = _sync(made, first, last)
+    first, last = int(window.start / length), min(factors.chunks, int(window.end / length))
+    picks, valid = chunk_choices(factors)
+    picks, valid = picks[:, first:last], valid[:, first:last]
+    rows = (chunk_features(factors, truth, first, last) - ref.mean) / ref.std
+    pose = _pose(factors, first, last)
+    offset, sync = _sync(factors, first, last)
     return {
-        "valid": float(holds.all(-1).float().mean()),
-        **{f"valid_{name}": float(holds[..., i].float().mean()) for i, name in enumerate(latent_world.CHOICES)},
+        "valid": float(valid.all(-1).float().mean()),
+        **{f"valid_{name}": float(valid[..., i].float().mean()) for i, name in enumerate(latent_world.CHOICES)},
         "entropy": float(
             np.mean([mode_entropy(picks[..., i].numpy(), 2) for i in range(len(latent_world.CHOICES))]) / np.log(2)
         ),
         "gesture_flips": float((picks[:, 1:, 3] != picks[:, :-1, 3]).float().mean()),
-        "syllable_error": _syllable_error(made, script, window),
+        "syllable_error": _syllable_error(factors, truth, window),
         "sync": sync,
         "offset_ms": offset,
-        "identity_error": _identity_error(made, script, first, last),
-        "voice_error": _voice_error(made, script, first, last),
-        "voice_entropy": _voice_entropy(made, script, first, last),
-        "voice_changes": _voice_changes(made, script, first, last),
+        "identity_error": _identity_error(factors, truth, first, last),
+        "voice_error": _voice_error(factors, truth, first, last),
+        "voice_entropy": _voice_entropy(factors, truth, first, last),
+        "voice_changes": _voice_changes(factors, truth, first, last),
         "seam": _seam(pose) / ref.seam,
         "lag1": lag_one_correlation(pose.mean(2).numpy()) / ref.lag1,
         "frechet": frechet_distance(rows, ref.features),
-        "motion": _motion(made, first, last) / ref.motion,
-        "loudness": float(_of(made.audio, AUDIO, first, last)[..., latent_world.LOUDNESS].clamp_min(0).mean())
+        "motion": _motion(factors, first, last) / ref.motion,
+        "loudness": float(
+            _latents_of_chunks(factors.audio, AUDIO, first, last)[..., latent_world.LOUDNESS].clamp_min(0).mean()
+        )
         / ref.loudness,
-        "failed": float(bad.float().mean()),
+        "failed": float(non_finite.float().mean()),
     }
 
 
-def _of(values: Tensor, modality: str, first: int, last: int) -> Tensor:
+def _latents_of_chunks(values: Tensor, modality: str, first: int, last: int) -> Tensor:
     per = latent_world.TIMELINE.count(modality, 1)
     return values[:, first * per : last * per]
 
@@ -169,62 +172,57 @@ def _seam(pose: Float[Tensor, "R K m"]) -> float:
 
 def _motion(factors: ClipFactors, first: int, last: int) -> float:
     """Mean absolute change of pose and mouth inside and across chunks."""
-    values = _of(factors.video, VIDEO, first, last)[..., 2:5]
+    values = _latents_of_chunks(factors.video, VIDEO, first, last)[..., 2:5]
     return float(values.diff(dim=1).abs().mean())
 
 
-def _identity_error(factors: ClipFactors, script: GroundTruth, first: int, last: int) -> float:
+def _identity_error(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> float:
     """Root mean square over clips of what the window's mean identity differs from the first frame's."""
-    seen = _of(factors.video, VIDEO, first, last)[..., latent_world.IDENTITY].mean(1)
-    return float((seen - script.identity).square().mean().sqrt())
+    seen = _latents_of_chunks(factors.video, VIDEO, first, last)[..., latent_world.IDENTITY].mean(1)
+    return float((seen - truth.identity).square().mean().sqrt())
 
 
-def _voice_error(factors: ClipFactors, script: GroundTruth, first: int, last: int) -> float:
+def _voice_error(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> float:
     """The same of what the window's mean voice differs from the nearest one that there is."""
-    seen = _of(factors.audio, AUDIO, first, last)[..., latent_world.VOICE].mean(1)
-    return float((seen - script.voices[_nearest(seen, script)]).square().mean().sqrt())
+    seen = _latents_of_chunks(factors.audio, AUDIO, first, last)[..., latent_world.VOICE].mean(1)
+    return float((seen - truth.voices[_nearest(seen, truth)]).square().mean().sqrt())
 
 
-def _voice_entropy(factors: ClipFactors, script: GroundTruth, first: int, last: int) -> float:
+def _voice_entropy(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> float:
     """How evenly the voices are chosen over clips: 1 evenly, 0 one for all; nan where there is only one."""
-    voices = len(script.voices)
+    voices = len(truth.voices)
     if voices == 1:
         return float("nan")
-    seen = _of(factors.audio, AUDIO, first, last)[..., latent_world.VOICE].mean(1)
-    return mode_entropy(_nearest(seen, script).numpy(), voices) / float(np.log(voices))
+    seen = _latents_of_chunks(factors.audio, AUDIO, first, last)[..., latent_world.VOICE].mean(1)
+    return mode_entropy(_nearest(seen, truth).numpy(), voices) / float(np.log(voices))
 
 
-def _voice_changes(factors: ClipFactors, script: GroundTruth, first: int, last: int) -> float:
+def _voice_changes(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> float:
     """Share of clips that by the end of the window have another voice, the nearest one, than in their first second."""
-    heard = (
-        _of(factors.audio, AUDIO, *span)[..., latent_world.VOICE].mean(1)
-        for span in ((0, VOICE_CHUNKS), (last - 1, last))
-    )
-    then, now = (_nearest(voice, script) for voice in heard)
-    return float((then != now).float().mean())
+    start = _latents_of_chunks(factors.audio, AUDIO, 0, VOICE_CHUNKS)[..., latent_world.VOICE].mean(1)
+    end = _latents_of_chunks(factors.audio, AUDIO, last - 1, last)[..., latent_world.VOICE].mean(1)
+    return float((_nearest(start, truth) != _nearest(end, truth)).float().mean())
 
 
-def _nearest(voice: Float[Tensor, "*B 2"], script: GroundTruth) -> Int64[Tensor, "*B"]:
-    return (voice[..., None, :] - script.voices).square().sum(-1).argmin(-1)
+def _nearest(voice: Float[Tensor, "*B 2"], truth: GroundTruth) -> Int64[Tensor, "*B"]:
+    return (voice[..., None, :] - truth.voices).square().sum(-1).argmin(-1)
 
 
-def _syllable_error(factors: ClipFactors, script: GroundTruth, window: TimeWindow) -> float:
+def _syllable_error(factors: ClipFactors, truth: GroundTruth, window: TimeWindow) -> float:
     """Share of the syllables that end in the window whose formants are nearest to another one's, or to silence."""
-    at = latent_world.latent_midpoints(AUDIO, factors.chunks).float().expand(len(script.end), -1).contiguous()
-    now = torch.searchsorted(script.end, at, right=True).clamp_max(script.end.shape[1] - 1)
-    batch, said = script.end.shape
-    sums = torch.zeros(batch, said, 3).scatter_add_(
+    at = latent_world.latent_midpoints(AUDIO, factors.chunks).float().expand(len(truth.end), -1).contiguous()
+    now = torch.searchsorted(truth.end, at, right=True).clamp_max(truth.end.shape[1] - 1)
+    batch, syllables = truth.end.shape
+    sums = torch.zeros(batch, syllables, 3).scatter_add_(
         1, now[..., None].expand(-1, -1, 3), factors.audio[..., latent_world.FORMANTS]
     )
-    counts = torch.zeros(batch, said).scatter_add_(1, now, torch.ones_like(at))
-    heard = torch.cdist(
+    counts = torch.zeros(batch, syllables).scatter_add_(1, now, torch.ones_like(at))
+    nearest = torch.cdist(
         sums / counts.clamp_min(1)[..., None], latent_world.FORMANT_SHAPES * MEAN_SYLLABLE_LEVEL
     ).argmin(-1)
     end = min(window.end, factors.chunks * float(latent_world.CHUNK_SECONDS))
-    asked = (
-        (script.syllable < latent_world.SYLLABLES) & (script.end > window.start) & (script.end <= end) & (counts > 0)
-    )
-    return float((heard != script.syllable)[asked].float().mean())
+    counted = (truth.syllable < latent_world.SYLLABLES) & (truth.end > window.start) & (truth.end <= end) & (counts > 0)
+    return float((nearest != truth.syllable)[counted].float().mean())
 
 
 def _sync(factors: ClipFactors, first: int, last: int) -> tuple[float, float]:
@@ -236,9 +234,9 @@ def _sync(factors: ClipFactors, first: int, last: int) -> tuple[float, float]:
     offsets: list[float] = []
     values: list[float] = []
     half = 1 / 8 - 1 / 16  # the middles of a picture latent and of a sound latent, after their starts
-    for opened, loud in zip(mouth, factors.audio[..., 5].numpy(), strict=True):
-        heard = np.interp(when + half, audio, loud)
-        flat = opened.std() < 1e-6 or heard.std() < 1e-6
-        values.append(0.0 if flat else float(np.corrcoef(opened, heard)[0, 1]))
-        offsets.append(abs(sync_offset(opened, 4.0, heard, 4.0, 0.5).offset_sec) * 1000)
+    for opening, loudness in zip(mouth, factors.audio[..., 5].numpy(), strict=True):
+        loudness = np.interp(when + half, audio, loudness)
+        flat = opening.std() < 1e-6 or loudness.std() < 1e-6
+        values.append(0.0 if flat else float(np.corrcoef(opening, loudness)[0, 1]))
+        offsets.append(abs(sync_offset(opening, 4.0, loudness, 4.0, max_lag=0.5).offset_sec) * 1000)
     return float(np.mean(offsets)), float(np.mean(values))

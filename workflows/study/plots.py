@@ -36,36 +36,37 @@ _COLORS = {name: f"C{number}" for number, name in enumerate(BASELINES)} | {"join
 def draw_plots(rows: Rows, folder: Path) -> list[Path]:
     """``frontier.png`` (first window), ``drift.png`` (all windows), ``ablations.png``, as far as there are rows."""
     windows = sorted({row["window"] for row in rows}, key=lambda w: float(w.split("-")[0]))
-    lines = _lines(rows)
+    lines = _group_rows(rows)
     table = {series: own for series, own in lines.items() if series.method not in ABLATIONS}
     title = f"{windows[0]} s, against network evaluations"
-    made = [_page(folder / "frontier.png", title, table, axis="nfe", windows=windows[:1])]
+    paths = [_draw_page(folder / "frontier.png", title, table, axis="nfe", windows=windows[:1])]
     if len(windows) > 1:
         title = f"{STEPS_SHOWN} steps per chunk, over time"
         shown = {s: own for s, own in table.items() if s.mode == "few" or s.method in ("joint", "teacher_forcing")}
-        made.append(_page(folder / "drift.png", title, shown, axis="window", windows=windows))
-    if changed := [name for name in ABLATIONS if _at(rows, name, windows[0])]:
-        made.append(_changes(folder / "ablations.png", rows, changed, windows))
-    return made
+        paths.append(_draw_page(folder / "drift.png", title, shown, axis="window", windows=windows))
+    changed = [name for name in ABLATIONS if _metrics_at(rows, name, windows[0])]
+    if changed:
+        paths.append(_draw_ablations(folder / "ablations.png", rows, changed, windows))
+    return paths
 
 
-def _at(rows: Rows, method: str, window: str) -> list[Mapping[str, float]]:
+def _metrics_at(rows: Rows, method: str, window: str) -> list[Mapping[str, float]]:
     """Metrics of the few-step mode at ``STEPS_SHOWN`` steps, of each seed."""
     of_method = [row for row in rows if row["method"] == method and row["mode"] == "few"]
     return [row["metrics"] for row in of_method if row["steps"] == STEPS_SHOWN and row["window"] == window]
 
 
-def _changes(path: Path, rows: Rows, names: Sequence[str], windows: Sequence[str]) -> Path:
+def _draw_ablations(path: Path, rows: Rows, names: Sequence[str], windows: Sequence[str]) -> Path:
     """A row per ablation; behind it the range of the unchanged method's seeds."""
     figure, axes = plt.subplots(2, 4, figsize=(17, 3 + 0.42 * len(names)), constrained_layout=True, sharey=True)
     late = next((w for w in reversed(windows) if float(w.split("-")[1]) <= 25.0), windows[-1])  # with all the clips
     for axis, (metric, name) in zip(axes.flat, PANELS, strict=True):
         for window, color in dict(zip((windows[0], late), ("C0", "C3"), strict=True)).items():
-            whole = [m[metric] for m in _at(rows, "mutual", window)]
+            whole = [m[metric] for m in _metrics_at(rows, "mutual", window)]
             if whole:
                 axis.axvspan(min(whole), max(whole), color=color, alpha=0.15)
                 axis.axvline(float(np.mean(whole)), color=color, lw=0.8)
-            values = [float(np.mean([m[metric] for m in _at(rows, n, window)])) for n in names]
+            values = [float(np.mean([m[metric] for m in _metrics_at(rows, n, window)])) for n in names]
             axis.plot(values, range(len(names)), "o", color=color, markersize=4, label=f"{window} s")
         axis.set_title(name, fontsize=10, loc="left")
         axis.set_yticks(range(len(names)), [f"{METHODS[n].key}) {METHODS[n].title}" for n in names], fontsize=8)
@@ -76,10 +77,10 @@ def _changes(path: Path, rows: Rows, names: Sequence[str], windows: Sequence[str
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle(f"one change at a time, {STEPS_SHOWN} steps per chunk; bands: seeds of Mutual Forcing unchanged")
-    return _saved(figure, path)
+    return _save(figure, path)
 
 
-def _lines(rows: Rows) -> dict[ResultSeries, list[StudyRow]]:
+def _group_rows(rows: Rows) -> dict[ResultSeries, list[StudyRow]]:
     lines: dict[ResultSeries, list[StudyRow]] = defaultdict(list)
     for row in rows:
         if row["steps"]:
@@ -89,7 +90,7 @@ def _lines(rows: Rows) -> dict[ResultSeries, list[StudyRow]]:
     return {series: lines[series] for series in ranked}
 
 
-def _page(
+def _draw_page(
     path: Path,
     title: str,
     lines: Mapping[ResultSeries, Rows],
@@ -112,7 +113,7 @@ def _page(
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(title)
-    return _saved(figure, path)
+    return _save(figure, path)
 
 
 def _points(
@@ -148,7 +149,7 @@ def _draw_series(panel: Axes, series: ResultSeries, points: Mapping[int, Sequenc
     panel.fill_between(xs, middle - spread, middle + spread, color=drawn.get_color(), alpha=0.15)
 
 
-def _saved(figure: Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
     return path

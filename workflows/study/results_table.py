@@ -77,8 +77,9 @@ class SeedStatistic:
 
 
 def seed_statistic(values: Iterable[float]) -> SeedStatistic:
-    some = list(values)
-    return SeedStatistic(mean=mean(some), spread=stdev(some) if len(some) > 1 else 0.0, seeds=len(some))
+    by_seed = list(values)
+    spread = stdev(by_seed) if len(by_seed) > 1 else 0.0
+    return SeedStatistic(mean=mean(by_seed), spread=spread, seeds=len(by_seed))
 
 
 class ResultTable:
@@ -92,7 +93,9 @@ class ResultTable:
             key = ResultKey(series=ResultSeries.of_row(row), steps=row["steps"], window=row["window"])
             for name, value in row["metrics"].items():
                 values[key][name].append(value)
-        self._values = {key: {n: seed_statistic(v) for n, v in some.items()} for key, some in values.items()}
+        self._values: dict[ResultKey, dict[str, SeedStatistic]] = {}
+        for key, metrics in values.items():
+            self._values[key] = {name: seed_statistic(by_seed) for name, by_seed in metrics.items()}
         grouped: dict[str, list[TrainingCost]] = defaultdict(list)
         for cost in costs:
             grouped[cost["method"]].append(cost)

@@ -1,4 +1,4 @@
-"""``mfctl study``: all units of a study on so many processes, then the table."""
+"""``mfctl study``: all tasks of a study on so many processes, then the table."""
 
 import json
 import multiprocessing
@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -71,9 +71,9 @@ def claim_study_dir(config: StudyConfig, out: Path) -> None:
     """A study goes on only with the configuration that it began with."""
     path = out / "study.json"
     if path.exists():
-        odd = _differences(path, config)
-        if odd:
-            raise ValueError(f"{out} holds a study with other settings ({'; '.join(odd)}): choose a new folder")
+        differences = _differences(path, config)
+        if differences:
+            raise ValueError(f"{out} holds a study with other settings ({'; '.join(differences)}): choose a new folder")
         return
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: --out names the folder of a study")
@@ -86,17 +86,19 @@ def claim_study_dir(config: StudyConfig, out: Path) -> None:
         raise ValueError(f"cannot keep a study in {out}: {error.strerror}") from None
 
 
-def _differences(path: Path, config: StudyConfig, *, but: Collection[str] = ()) -> list[str]:
+def _differences(path: Path, config: StudyConfig, *, ignore: Collection[str] = ()) -> list[str]:
     """``a.b: 1 -> 2`` for what ``config`` has otherwise than the study of this file."""
     wanted = json.loads(json.dumps(asdict(config)))
     try:
-        found = read_json(path)
+        stored = read_json(path)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        stored = None
+    if not isinstance(stored, dict):
         raise ValueError(f"{path} is damaged, or of another program: choose a new folder")
-    kept, here = ({k: v for k, v in some.items() if k not in but} for some in (found, wanted))
-    return diff(kept, here)
+    for settings in (stored, wanted):
+        for key in ignore:
+            settings.pop(key, None)
+    return diff(stored, wanted)
 
 
 def import_networks(config: StudyConfig, source: Path, out: Path, methods: dict[str, Sequence[int]]) -> int:
@@ -107,18 +109,18 @@ def import_networks(config: StudyConfig, source: Path, out: Path, methods: dict[
     path = source / "study.json"
     if not path.exists():
         raise ValueError(f"{source} holds no study: give the folder that --out named for one")
-    odd = _differences(path, config, but=SAMPLING)
-    if odd:
+    differences = _differences(path, config, ignore=SAMPLING)
+    if differences:
         raise ValueError(
-            f"the networks in {source} were trained with other settings ({'; '.join(odd)}): give the same ones "
+            f"the networks in {source} were trained with other settings ({'; '.join(differences)}): give the same ones "
             f"with --set; only {', '.join(SAMPLING)} may differ"
         )
     claim_study_dir(config, out)
-    taken = 0
-    for unit in plan_tasks(config, methods):
-        if unit.kind != "train":
+    copied = 0
+    for task in plan_tasks(config, methods):
+        if task.kind != "train":
             continue
-        record, folder = unit.result_path(source), unit.result_path(out).parent
+        record, folder = task.result_path(source), task.result_path(out).parent
         if (folder / record.name).exists() or not record.exists() or not (record.parent / WEIGHTS).exists():
             continue
         if (folder / STEP_FILE).exists():  # a training of this study's own goes on
@@ -127,16 +129,16 @@ def import_networks(config: StudyConfig, source: Path, out: Path, methods: dict[
         for name in (WEIGHTS, LOG_FILE, record.name):  # the record last: it says that a training is done
             if (record.parent / name).exists():
                 shutil.copy(record.parent / name, folder / name)
-        taken += 1
-    return taken
+        copied += 1
+    return copied
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOutcome:
-    """How a study was left."""
+    """How a study was pending."""
 
     done: bool  # False: the time was up, and the same call goes on
-    failed: dict[str, str] = field(default_factory=dict)  # units by name, with what went wrong
+    failed: dict[str, str] = field(default_factory=dict)  # tasks by name, with what went wrong
 
 
 def run_tasks(
@@ -147,76 +149,78 @@ def run_tasks(
     workers: int,
     device: str,
     minutes: float | None,
-    say: Any = print,
+    log: Callable[[str], object] = print,
 ) -> StudyOutcome:
-    """Do what is missing. A unit that fails takes those that need it with it, and no other."""
+    """Do what is missing. A task that fails takes those that need it with it, and no other."""
     if minutes is not None and minutes <= 0:
         raise ValueError(f"--minutes {minutes:g}: give more than none, or leave it out for no limit")
     claim_study_dir(config, out)
     deadline = float("inf") if minutes is None else time.time() + 60 * minutes
-    left = pending_tasks(out, plan_tasks(config, methods))
-    total, failed = len(left), dict[str, str]()
-    if not left:
+    pending = pending_tasks(out, plan_tasks(config, methods))
+    total = len(pending)
+    failed: dict[str, str] = {}
+    if not pending:
         return StudyOutcome(done=True)
     with worker_pool(workers) as pool:
         running: dict[Future[None], StudyTask] = {}
-        while left or running:
-            for unit in list(_ready(left, out)):
+        while pending or running:
+            for task in list(_ready(pending, out)):
                 if len(running) >= workers or time.time() > deadline:
                     break
-                left.remove(unit)
-                running[pool.submit(run_task, config, out, unit, device, deadline)] = unit
+                pending.remove(task)
+                future = pool.submit(run_task, config, out, task, device=device, deadline=deadline)
+                running[future] = task
             if not running:
                 return StudyOutcome(done=False, failed=failed)
             done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
-                unit = running.pop(future)
+                task = running.pop(future)
                 try:
                     future.result()
                 except DeadlineReached as stop:
-                    say(str(stop))
-                    left.append(unit)
+                    log(str(stop))
+                    pending.append(task)
                 except BrokenProcessPool:
                     raise
                 except Exception as error:
                     if not isinstance(error, ValueError):  # no wrong number, a fault: where it is
                         traceback.print_exception(error)
-                    failed[unit.name] = f"{type(error).__name__}: {error}"
-                    lost = _that_need(unit, left)
-                    left = [other for other in left if other not in lost]
-                    say(f"{unit.name} failed, and with it {len(lost)} units that need it: {failed[unit.name]}")
+                    failed[task.name] = f"{type(error).__name__}: {error}"
+                    skipped = _dependents(task, pending)
+                    pending = [other for other in pending if other not in skipped]
+                    log(f"{task.name} failed, and with it {len(skipped)} tasks that need it: {failed[task.name]}")
                 else:
-                    say(f"{total - len(left) - len(running) - len(failed)} of {total}: {unit.name}")
+                    log(f"{total - len(pending) - len(running) - len(failed)} of {total}: {task.name}")
     return StudyOutcome(done=True, failed=failed)
 
 
-def _that_need(unit: StudyTask, among: Sequence[StudyTask]) -> list[StudyTask]:
-    """Those that cannot be done without ``unit``, at once or through another."""
+def _dependents(task: StudyTask, among: Sequence[StudyTask]) -> list[StudyTask]:
+    """Those that cannot be done without ``task``, at once or through another."""
     found: list[StudyTask] = []
     for other in among:  # what is needed comes first
-        if other.dependency == unit or other.dependency in found:
+        if other.dependency == task or other.dependency in found:
             found.append(other)
     return found
 
 
-def _ready(left: Sequence[StudyTask], out: Path) -> Iterator[StudyTask]:
-    yield from (unit for unit in left if unit.is_ready(out))
+def _ready(pending: Sequence[StudyTask], out: Path) -> Iterator[StudyTask]:
+    yield from (task for task in pending if task.is_ready(out))
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
     """So many processes, which end with this one."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(workers,))
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(workers,))
 
 
-def _begin(workers: int) -> None:
+def _init_worker(workers: int) -> None:
     """A process of the pool: has its share of the threads, and ends when the one that started it is gone, however."""
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     if parent := multiprocessing.parent_process():
-        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+        threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
 
-def _end_after(parent: BaseProcess) -> None:
+def _exit_with(parent: BaseProcess) -> None:
     parent.join()
     os._exit(1)  # what was saved is whole, and the same command goes on from there
 
@@ -244,7 +248,7 @@ def _is_cost(cost: Any) -> TypeGuard[TrainingCost]:
 
 
 def load_costs(out: Path) -> list[TrainingCost]:
-    """What each finished training took. ValueError names a file that does not say it."""
+    """What each finished training took. ValueError names a file that does not log it."""
     costs: list[TrainingCost] = []
     for path in sorted(out.glob("seed-*/*/train.json")):
         cost = read_json(path)

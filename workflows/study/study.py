@@ -1,4 +1,4 @@
-"""The whole of ``mfctl study``: settings, units, and what is made of their rows."""
+"""The whole of ``mfctl study``: settings, tasks, and what is made of their rows."""
 
 import hashlib
 import json
@@ -58,10 +58,10 @@ def run_study(
         return {"config": serialization.to_dict(config), "methods": {m: list(s) for m, s in wanted.items()}}
     folder = Path(out)
     if networks:
-        taken = import_networks(config, Path(networks), folder, wanted)
-        own = [unit.name for unit in pending_tasks(folder, plan_tasks(config, wanted)) if unit.kind == "train"]
+        copied = import_networks(config, Path(networks), folder, wanted)
+        own = [task.name for task in pending_tasks(folder, plan_tasks(config, wanted)) if task.kind == "train"]
         print(
-            f"{taken} trained networks taken from {networks}"
+            f"{copied} trained networks taken from {networks}"
             + (f"; it has none of {', '.join(own)}: they are trained here" if own else ""),
             file=sys.stderr,
         )
@@ -72,13 +72,13 @@ def run_study(
         workers=workers,
         device=device,
         minutes=minutes,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        log=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    left = {"results": None, "done": outcome.done, "failed": outcome.failed}
+    unfinished = {"results": None, "done": outcome.done, "failed": outcome.failed}
     if not outcome.done:
-        return left | {"next": "the time was up: the same command goes on"}
+        return unfinished | {"next": "the time was up: the same command goes on"}
     if outcome.failed and not load_scores(folder):
-        return left | {"next": "nothing was scored: the same command tries again"}
+        return unfinished | {"next": "nothing was scored: the same command tries again"}
     settings = serialization.to_dict(config)
     result = _publish(folder, max(config.counts), tracking=tracking, settings=settings, device=device)
     return result | {"failed": outcome.failed}
@@ -90,33 +90,32 @@ def _publish(folder: Path, max_steps: int, *, tracking: str, settings: dict[str,
     results = folder / "results.json"
     results.write_text(json.dumps(rows, indent=1))
     page = folder / "results.md"
-    page.write_text(_head(costs, device) + to_markdown(table, max_steps))
-    pictures = _pictures(rows, folder)
+    page.write_text(_page_header(costs, device) + to_markdown(table, max_steps))
+    plot_files = _draw_plots(rows, folder)
     claims = [vars(claim) for claim in check_claims(table, max_steps)]
     (folder / "bars.json").write_text(json.dumps(claims, indent=1))
-    parent = _log(folder, table, [results, page, *pictures], uri=tracking, settings=settings)
+    parent = _log_to_tracker(folder, table, [results, page, *plot_files], uri=tracking, settings=settings)
     return {
         "results": str(results),
         "mlflow_parent_run": parent,
         "page": page.read_text(),
         "bars": claims,
-        "plots": [str(path) for path in pictures],
+        "plots": [str(path) for path in plot_files],
         "done": True,
     }
 
 
-def _head(costs: Sequence[TrainingCost], device: str) -> str:
+def _page_header(costs: Sequence[TrainingCost], device: str) -> str:
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     hours = sum(cost["seconds"] for cost in costs) / 3600
-    made = f"commit {commit}, " if commit else ""
-    return (
-        f"# Study\n\nMade by {made}torch {torch.__version__} on {device}; training took {hours:.1f} hours in all.\n\n"
-    )
+    version = f"commit {commit}, " if commit else ""
+    made_by = f"{version}torch {torch.__version__} on {device}"
+    return f"# Study\n\nMade by {made_by}; training took {hours:.1f} hours in all.\n\n"
 
 
-def _pictures(rows: Sequence[StudyRow], folder: Path) -> list[Path]:
+def _draw_plots(rows: Sequence[StudyRow], folder: Path) -> list[Path]:
     try:
         from workflows.study import plots
     except ModuleNotFoundError as missing:  # a GPU machine may have torch alone: the same command draws elsewhere
@@ -125,18 +124,21 @@ def _pictures(rows: Sequence[StudyRow], folder: Path) -> list[Path]:
     return plots.draw_plots(rows, folder)
 
 
-def _log(folder: Path, table: ResultTable, files: Sequence[Path], *, uri: str, settings: dict[str, Any]) -> str | None:
+def _log_to_tracker(
+    folder: Path, table: ResultTable, files: Sequence[Path], *, uri: str, settings: dict[str, Any]
+) -> str | None:
     """A parent run with the page, and a run per method and mode whose step is the number of evaluations.
 
     ``mlflow.json`` notes what one store has got: another gets everything, and the same one again what has changed.
     """
-    note, store = folder / SYNC_STATE_FILE, uri if mlflow_enabled() else "json"
-    known: dict[str, Any] = read_json(note, default={})
-    if known.get("store") != store:
-        known = {"store": store, "parent": None, "runs": {}}
-    opened = partial(open_tracker, uri=uri, experiment=EXPERIMENT)
-    parent = opened(folder=folder / "log", name=folder.name, run_id=known["parent"])
-    known["parent"] = parent.run_id
+    record_path = folder / SYNC_STATE_FILE
+    store = uri if mlflow_enabled() else "json"
+    record: dict[str, Any] = read_json(record_path, default={})
+    if record.get("store") != store:
+        record = {"store": store, "parent": None, "runs": {}}
+    open_run = partial(open_tracker, uri=uri, experiment=EXPERIMENT)
+    parent = open_run(folder=folder / "log", name=folder.name, run_id=record["parent"])
+    record["parent"] = parent.run_id
     parent.params(serialization.flatten(settings))
     for path in files:
         parent.artifact(path)
@@ -144,18 +146,23 @@ def _log(folder: Path, table: ResultTable, files: Sequence[Path], *, uri: str, s
         name = f"{series.method}-{series.mode}" + ("-guided" if series.guided else "")
         points = _points(table, series)
         digest = hashlib.sha256(json.dumps(points).encode()).hexdigest()
-        had = known["runs"].get(name, {})
-        if had.get("digest") == digest:
+        previous = record["runs"].get(name, {})
+        if previous.get("digest") == digest:
             continue
-        place, tags = folder / "log" / name, {"method": method_title(series.method)}
-        child = opened(folder=place, name=name, run_id=had.get("run"), parent=parent.run_id, tags=tags)
+        child = open_run(
+            folder=folder / "log" / name,
+            name=name,
+            run_id=previous.get("run"),
+            parent=parent.run_id,
+            tags={"method": method_title(series.method)},
+        )
         for nfe, metrics in points.items():
             child.log(nfe, metrics)
         child.finish()
-        known["runs"][name] = {"run": child.run_id, "digest": digest}
-        write_json(note, known)
+        record["runs"][name] = {"run": child.run_id, "digest": digest}
+        write_json(record_path, record)
     parent.finish()
-    write_json(note, known)
+    write_json(record_path, record)
     return parent.run_id
 
 

@@ -30,8 +30,10 @@ def training_batch(config: StudyConfig, seed: int, step: int) -> AVBatch:
     samples = torch.arange(config.batch) + step * config.batch
     pick = float(uniform_rows(seed, "study/length", [step], 1))
     batch = latent_world.sample_clips(seed, samples, config.chunks[int(pick * len(config.chunks))], config.voices).batch
-    silent = uniform_rows(seed, "study/silent", samples, 1)[:, 0] < NO_TRANSCRIPT_SHARE
-    return AVBatch(streams=batch.streams, cond=batch.cond.drop(caption=silent, words=silent), samples=samples)
+    without_words = uniform_rows(seed, "study/silent", samples, 1)[:, 0] < NO_TRANSCRIPT_SHARE
+    return AVBatch(
+        streams=batch.streams, cond=batch.cond.drop(caption=without_words, words=without_words), samples=samples
+    )
 
 
 class Trainer:
@@ -68,14 +70,15 @@ class Trainer:
         }
         self.step = 0
 
-    def train_step(self, *, told: bool = True) -> dict[str, float]:
+    def train_step(self, *, with_metrics: bool = True) -> dict[str, float]:
         """One step of every network: means of the terms, and the norm of each network's gradient before clipping.
 
-        ``told``: whether anybody reads the means; each is a number that the CPU waits for.
+        ``with_metrics``: whether anybody reads the means; each is a number that the CPU waits for.
         """
         batch = training_batch(self.config, self.seed, self.step).to(self.device)
         info = StepInfo(seed=self.seed, step=self.step, stage_step=self.step)
-        seen, taught = dict[str, float](), False
+        metrics: dict[str, float] = {}
+        student_moves = False
         for terms in self.objective.rounds(self.models, batch, info):
             for name, own in terms.items():
                 if not own:  # the fake score learns alone at first
@@ -84,16 +87,17 @@ class Trainer:
                 if not torch.isfinite(loss):
                     raise NonFiniteError(f"step {self.step}: the loss of the network {name!r} is {float(loss)}")
                 self.engines[name].backward(loss)
-                if told:
-                    seen |= {key: value for key, value in summarize_terms(own).items() if key.count("/") == 1}
-            taught = taught or bool(terms.get("student"))
+                if with_metrics:
+                    means = summarize_terms(own)
+                    metrics |= {key: value for key, value in means.items() if key.count("/") == 1}
+            student_moves = student_moves or bool(terms.get("student"))
             if terms.get("fake"):
-                seen |= self._move("fake")
-        if taught:
-            seen |= self._move("student")
+                metrics |= self._move("fake")
+        if student_moves:
+            metrics |= self._move("student")
         self.ema.update(self.engines["student"].weights(), self.step)
         self.step += 1
-        return seen
+        return metrics
 
     def _move(self, name: str) -> dict[str, float]:
         lr = learning_rate(self.optims[name], self.step, self.steps)

@@ -55,7 +55,7 @@ def clips():
 
 @pytest.fixture(scope="module")
 def real(ref, clips):
-    return score_window(clips.batch.streams, clips.script, WHOLE, ref)
+    return score_window(clips.batch.streams, clips.truth, WHOLE, ref)
 
 
 def change(clips, modality, how):
@@ -107,7 +107,7 @@ class TestWorld:
     def test_the_first_frame_tells_no_voice(self):
         many = sample_clips(0, torch.arange(2000), 1)
         first = read_factors(VIDEO, many.batch.cond.first_frame[:, None])[:, 0]
-        both = torch.cat([first, many.script.voice], dim=1).T
+        both = torch.cat([first, many.truth.voice], dim=1).T
         assert both.corrcoef()[: len(first.T), len(first.T) :].abs().max() < 0.08  # 3.6 / sqrt(2000)
 
     def test_pose_goes_on_across_chunks_and_gestures_stay(self, real):
@@ -129,34 +129,34 @@ class TestScores:
         before = real
         for scale in (0.2, 0.6):
             noisy = change(clips, VIDEO, lambda x, scale=scale: x + scale * torch.randn_like(x))
-            now = score_window(noisy, clips.script, WHOLE, ref)
+            now = score_window(noisy, clips.truth, WHOLE, ref)
             assert now["frechet"] > before["frechet"]
             assert now["valid"] < before["valid"]
             assert now["sync"] < before["sync"]
             before = now
 
     def test_another_clips_sound_is_out_of_sync_and_says_the_wrong_thing(self, clips, ref):
-        now = score_window(change(clips, AUDIO, lambda x: x.roll(1, 0)), clips.script, WHOLE, ref)
+        now = score_window(change(clips, AUDIO, lambda x: x.roll(1, 0)), clips.truth, WHOLE, ref)
         assert abs(now["sync"]) < 0.15
         assert now["syllable_error"] > 0.7
 
     def test_late_sound_is_seen(self, clips, ref):
-        now = score_window(change(clips, AUDIO, lambda x: x.roll(2, 1)), clips.script, WHOLE, ref)
+        now = score_window(change(clips, AUDIO, lambda x: x.roll(2, 1)), clips.truth, WHOLE, ref)
         assert now["offset_ms"] == pytest.approx(250, abs=30)
 
     def test_a_jump_at_every_border_is_seam_energy(self, clips, ref):
         jump = 2.0 * (clips.batch.streams[VIDEO].chunk % 2)[:, None]
-        now = score_window(moved(clips, VIDEO, latent_world.POSE, lambda x: x + jump), clips.script, WHOLE, ref)
+        now = score_window(moved(clips, VIDEO, latent_world.POSE, lambda x: x + jump), clips.truth, WHOLE, ref)
         assert now["seam"] > 10
 
     def test_another_face_is_an_identity_error(self, clips, ref):
-        now = score_window(moved(clips, VIDEO, latent_world.IDENTITY, lambda x: x + 0.5), clips.script, WHOLE, ref)
+        now = score_window(moved(clips, VIDEO, latent_world.IDENTITY, lambda x: x + 0.5), clips.truth, WHOLE, ref)
         assert now["identity_error"] == pytest.approx(0.5, abs=0.02)
 
     def test_a_voice_that_changes_on_the_way_is_a_voice_error(self, clips, ref, real):
         late = (clips.batch.streams[AUDIO].chunk >= 5)[:, None] * 0.5
         now = score_window(
-            moved(clips, AUDIO, latent_world.VOICE, lambda x: x + late), clips.script, TimeWindow(start=2.5, end=5), ref
+            moved(clips, AUDIO, latent_world.VOICE, lambda x: x + late), clips.truth, TimeWindow(start=2.5, end=5), ref
         )
         assert now["voice_error"] == pytest.approx(0.5, abs=0.02)
         assert now["voice_changes"] == 0
@@ -168,7 +168,7 @@ class TestScores:
         )
         now = score_window(
             moved(clips, AUDIO, latent_world.VOICE, lambda x: x * turned),
-            clips.script,
+            clips.truth,
             TimeWindow(start=2.5, end=5),
             ref,
         )
@@ -178,25 +178,25 @@ class TestScores:
 
     def test_another_voice_from_the_start_is_none(self, clips, ref, real):
         """Which of them speaks is free: the first frame does not say."""
-        now = score_window(moved(clips, AUDIO, latent_world.VOICE, lambda x: -x), clips.script, WHOLE, ref)
+        now = score_window(moved(clips, AUDIO, latent_world.VOICE, lambda x: -x), clips.truth, WHOLE, ref)
         assert now["voice_error"] == pytest.approx(real["voice_error"], abs=1e-4)
         assert now["frechet"] == pytest.approx(real["frechet"], rel=0.1)
 
     def test_one_choice_for_all_is_no_entropy(self, clips, ref):
-        now = score_window(moved(clips, VIDEO, latent_world.BROW, lambda x: x.abs()), clips.script, WHOLE, ref)
+        now = score_window(moved(clips, VIDEO, latent_world.BROW, lambda x: x.abs()), clips.truth, WHOLE, ref)
         assert now["entropy"] == pytest.approx(0.8, abs=0.02)
 
     def test_one_voice_for_all_is_no_voice_entropy(self, clips, ref, real):
         def lone(voice):
-            return voice - clips.script.voice[:, None] + clips.script.voices[0]
+            return voice - clips.truth.voice[:, None] + clips.truth.voices[0]
 
-        now = score_window(moved(clips, AUDIO, latent_world.VOICE, lone), clips.script, WHOLE, ref)
+        now = score_window(moved(clips, AUDIO, latent_world.VOICE, lone), clips.truth, WHOLE, ref)
         assert now["voice_entropy"] == 0
         assert real["voice_entropy"] > 0.95
 
     def test_numbers_that_are_not_finite_fail(self, clips, ref):
         broken = change(clips, AUDIO, lambda x: torch.where(torch.arange(len(x))[:, None, None] < 24, torch.nan, x))
-        now = score_window(broken, clips.script, WHOLE, ref)
+        now = score_window(broken, clips.truth, WHOLE, ref)
         assert now["failed"] == 0.25
         assert now["valid"] < 0.8
         assert now["voice_error"] > 100
@@ -353,7 +353,7 @@ class TestPictures:
     def test_ablations_have_a_picture_of_their_own(self, tmp_path, monkeypatch):
         """What is drawn, by its axes: rows of ablations neither crowd the other plots nor are they lost."""
         drawn = {}
-        monkeypatch.setattr(plots, "_saved", lambda figure, path: drawn.update({path.name: figure.axes}) or path)
+        monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update({path.name: figure.axes}) or path)
         rows = [
             row(name, "few", steps, window, nfe=steps, seam=seam)
             for name, seam in (("mutual", 1.0), ("no_label", 2.0), ("hybrid_forced", 3.0))
@@ -435,14 +435,16 @@ class TestRuns:
 
     def test_an_interrupted_study_ends_as_one_that_was_not(self, tmp_path):
         config, methods = small(), select_methods(["mutual"], [0])
-        for unit in plan_tasks(config, methods):
-            run_task(config, tmp_path / "whole", unit, "cpu", float("inf"))
+        for task in plan_tasks(config, methods):
+            run_task(config, tmp_path / "whole", task, device="cpu", deadline=float("inf"))
         stops = 0
-        for unit in plan_tasks(config, methods):
-            while not unit.is_done(tmp_path / "cut"):
+        for task in plan_tasks(config, methods):
+            while not task.is_done(tmp_path / "cut"):
                 with suppress(DeadlineReached):
                     stops += 1
-                    run_task(config, tmp_path / "cut", unit, "cpu", 0.0)  # the time is up after every step
+                    run_task(
+                        config, tmp_path / "cut", task, device="cpu", deadline=0.0
+                    )  # the time is up after every step
         assert stops >= config.joint_steps + config.steps
         assert everything(tmp_path / "cut") == everything(tmp_path / "whole")
 
@@ -450,28 +452,28 @@ class TestRuns:
     def test_weights_that_are_gone_are_made_again_where_they_are_needed(self, tmp_path, gone):
         """Rows and costs are small and can be kept, weights and states are not."""
         config, planned = small(), plan_tasks(small(), select_methods(["mutual"], [0]))
-        for unit in planned:
-            run_task(config, tmp_path, unit, "cpu", float("inf"))
+        for task in planned:
+            run_task(config, tmp_path, task, device="cpu", deadline=float("inf"))
         before = everything(tmp_path)
         for folder in [*tmp_path.glob(gone), *tmp_path.glob("seed-*/*/weights.safetensors")]:
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
         assert pending_tasks(tmp_path, planned) == []
         (tmp_path / "rows" / f"{planned[-1].name}.json").unlink()
         left = pending_tasks(tmp_path, planned)
-        assert [unit.name for unit in left] == ["seed-0-joint", "seed-0-mutual", planned[-1].name]
-        assert [unit.is_ready(tmp_path) for unit in left] == [True, False, False]
-        for unit in left:
-            run_task(config, tmp_path, unit, "cpu", float("inf"))
+        assert [task.name for task in left] == ["seed-0-joint", "seed-0-mutual", planned[-1].name]
+        assert [task.is_ready(tmp_path) for task in left] == [True, False, False]
+        for task in left:
+            run_task(config, tmp_path, task, device="cpu", deadline=float("inf"))
         assert everything(tmp_path) == before
         assert all(cost["cpu_seconds"] > 0 for cost in load_costs(tmp_path))
 
     def test_every_method_trains(self, tmp_path):
         config = small()
-        run_task(config, tmp_path, StudyTask(kind="train", method="joint", seed=0), "cpu", float("inf"))
+        run_task(config, tmp_path, StudyTask(kind="train", method="joint", seed=0), device="cpu", deadline=float("inf"))
         for name in BASELINES:
-            unit = StudyTask(kind="train", method=name, seed=0)
-            run_task(config, tmp_path, unit, "cpu", float("inf"))
-            last = json.loads((unit.result_path(tmp_path).parent / "log.jsonl").read_text().splitlines()[-1])
+            task = StudyTask(kind="train", method=name, seed=0)
+            run_task(config, tmp_path, task, device="cpu", deadline=float("inf"))
+            last = json.loads((task.result_path(tmp_path).parent / "log.jsonl").read_text().splitlines()[-1])
             terms = {key.split("/")[0] for key in last if "/" in key} - {"gradient_norm"}
             assert terms == TERMS[name], name
 
@@ -513,26 +515,28 @@ class TestRuns:
         monkeypatch.setattr(tasks, "rollout", spy)
         mode = "few" if name in METHODS else "multi"
         score = StudyTask(kind="score", method=name, seed=0, mode=mode, steps=2)
-        for unit in [
+        for task in [
             StudyTask(kind="train", method="joint", seed=0),
             StudyTask(kind="train", method=name, seed=0),
             score,
         ]:
-            if not unit.is_done(tmp_path):
-                run_task(small(), tmp_path, unit, "cpu", float("inf"))
+            if not task.is_done(tmp_path):
+                run_task(small(), tmp_path, task, device="cpu", deadline=float("inf"))
         assert told == [None if label is None else {label}] * 2  # the clips that go on, and the others
 
     def test_ablations_are_asked_where_bars_are(self):
         planned = plan_tasks(study_preset("toy-study"), select_methods(["ablations"], [0]))
-        steps = {unit.steps for unit in planned if unit.kind == "score" and unit.method in ABLATIONS}
+        steps = {task.steps for task in planned if task.kind == "score" and task.method in ABLATIONS}
         assert steps == {4, 8}
 
     def test_an_ablation_trains(self, tmp_path):
-        run_task(small(), tmp_path, StudyTask(kind="train", method="joint", seed=0), "cpu", float("inf"))
+        run_task(
+            small(), tmp_path, StudyTask(kind="train", method="joint", seed=0), device="cpu", deadline=float("inf")
+        )
         for name in ("low_rank", "online_targets"):
-            unit = StudyTask(kind="train", method=name, seed=0)
-            run_task(small(), tmp_path, unit, "cpu", float("inf"))
-            assert unit.is_done(tmp_path)
+            task = StudyTask(kind="train", method=name, seed=0)
+            run_task(small(), tmp_path, task, device="cpu", deadline=float("inf"))
+            assert task.is_done(tmp_path)
 
     def test_groups_name_methods(self):
         assert select_methods(["core"], [0, 1, 2]) == {name: [0, 1, 2] for name in GROUPS["core"]}
@@ -580,20 +584,20 @@ class TestRuns:
 
     def test_guidance_of_one_is_none(self):
         planned = plan_tasks(replace(small(), guidance=1.0), select_methods(["teacher_forcing"], [0]))
-        assert len({unit.name for unit in planned}) == len(planned)
+        assert len({task.name for task in planned}) == len(planned)
 
     def test_a_unit_that_fails_stops_no_other(self, tmp_path):
         begun = tmp_path / "seed-0" / "mutual" / "step.json"
         claim_study_dir(small(), tmp_path)
         begun.parent.mkdir(parents=True)
         begun.write_text("{")
-        said = []
+        lines = []
         methods = select_methods(["mutual", "teacher_forcing"], [0])
-        outcome = run_tasks(small(), tmp_path, methods, workers=2, device="cpu", minutes=None, say=said.append)
+        outcome = run_tasks(small(), tmp_path, methods, workers=2, device="cpu", minutes=None, log=lines.append)
         assert outcome.done
         assert list(outcome.failed) == ["seed-0-mutual"]
         assert str(begun) in outcome.failed["seed-0-mutual"]
-        assert any("with it 3 units that need it" in line for line in said)
+        assert any("with it 3 tasks that need it" in line for line in lines)
         assert {one["method"] for one in load_scores(tmp_path)} == {"real", "joint", "teacher_forcing"}
         begun.unlink()  # as the message says
         assert run_tasks(small(), tmp_path, methods, workers=2, device="cpu", minutes=None) == StudyOutcome(done=True)
@@ -651,15 +655,15 @@ class TestRuns:
         config, (here, there) = small(), (tmp_path / "here", tmp_path / "there")
         claim_study_dir(config, here)
         for name in ("joint", "mutual", "literal"):
-            run_task(config, here, StudyTask(kind="train", method=name, seed=0), "cpu", float("inf"))
+            run_task(config, here, StudyTask(kind="train", method=name, seed=0), device="cpu", deadline=float("inf"))
         other = replace(config, counts=(3,), windows="0-2", long_seconds=5.0)
         claim_study_dir(other, there)
         (there / "seed-0" / "mutual").mkdir(parents=True)  # a copy that was interrupted
         assert import_networks(other, here, there, {"mutual": range(1)}) == 2
         planned = plan_tasks(other, {"mutual": range(1)})
-        assert {unit.kind for unit in pending_tasks(there, planned)} == {"score"}
-        for unit in pending_tasks(there, planned):
-            run_task(other, there, unit, "cpu", float("inf"))
+        assert {task.kind for task in pending_tasks(there, planned)} == {"score"}
+        for task in pending_tasks(there, planned):
+            run_task(other, there, task, device="cpu", deadline=float("inf"))
         assert {(r["method"], r["steps"], r["window"]) for r in load_scores(there)} == {
             (m, n, "0-2") for m, n in [("real", 0), ("joint", 4), ("joint", 3), ("mutual", 3)]
         }
@@ -705,7 +709,7 @@ class TestLog:
     @pytest.fixture
     def publish(self, tmp_path, monkeypatch):
         """The command, on committed rows of the first seeds of one method: nothing is left to be done."""
-        monkeypatch.setattr(study_report, "_pictures", lambda rows, folder: [])
+        monkeypatch.setattr(study_report, "_draw_plots", lambda rows, folder: [])
         done, out = published_study_dir(), tmp_path / "study"
 
         def run(seeds: int, store: str | None) -> str | None:
