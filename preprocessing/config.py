@@ -1,4 +1,4 @@
-"""Everything a dataset is a function of, beside its sources."""
+"""Configuration of preprocessing: a dataset is a function of it and of its sources."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -20,73 +20,78 @@ from preprocessing.steps.quality_filters import FilterConfig
 from preprocessing.steps.transcribe import WhisperConfig
 
 MODALITIES = {"paired": (VIDEO, AUDIO), "video": (VIDEO,), "audio": (AUDIO,)}
-_LEAST_BYTES = 1 << 26  # what ffmpeg takes for itself
-_SAME_SHAPE = 0.01  # relative difference of aspect ratios that makes none
+_MIN_DECODER_BYTES = 1 << 26  # memory of ffmpeg without frames
+_ASPECT_TOLERANCE = 0.01  # relative difference below which aspect ratios are equal
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """What a dataset is a function of, beside its sources (``workers`` aside, which changes nothing in it)."""
+    """Settings of a dataset. `workers` does not affect its content."""
 
     modality: Literal["paired", "video", "audio"] = "paired"  # paired: reject a source that lacks a stream
-    sizes: tuple[tuple[int, int], ...] = ((64, 64),)  # height, width of encoded pictures, pixels; nearest shape chosen
-    fit: Literal["crop", "pad"] = "crop"  # how another aspect ratio becomes this one
-    audio_track: int | None = None  # which of a file's sounds, 0 the first; None: the one that it marks as default
-    chunk_seconds: Fraction = Fraction(1, 2)  # of the model that will be trained
-    window_seconds: Fraction = Fraction(10)  # longest clip, its first frame not counted
+    sizes: tuple[tuple[int, int], ...] = (
+        (64, 64),
+    )  # height, width of encoded frames in pixels; the nearest is used
+    fit: Literal["crop", "pad"] = "crop"  # treatment of other aspect ratios
+    audio_track: int | None = None  # number of the audio stream, from 0; None: the default stream of the file
+    chunk_seconds: Fraction = Fraction(1, 2)  # chunk length of the model
+    window_seconds: Fraction = Fraction(10)  # longest clip without its first frame
     min_chunks: int = 2  # whole chunks of the shortest clip
     video: VideoConfig = field(default_factory=DctConfig)  # its fps is the frame rate of the dataset
     audio: AudioConfig = field(default_factory=MelConfig)  # its sample_rate is the sample rate of the dataset
     text_width: int = 64  # width of the hashed embeddings of caption and transcript
-    words: Literal[1, 2] = 2  # version of those; datasets from before it was a setting have 1
-    text: T5Config | None = None  # a pretrained encoder of captions and transcripts instead
-    whisper: WhisperConfig | None = None  # makes the transcripts that no manifest or sidecar has
+    words: Literal[1, 2] = 2  # version of the hashed embeddings
+    text: T5Config | None = None  # pretrained encoder of captions and transcripts; None: hashed embeddings
+    whisper: WhisperConfig | None = None  # transcribes sources without a transcript
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     scenes: SceneConfig = field(default_factory=SceneConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
-    keep_duplicates: bool = False  # also sources whose bytes are those of another one
+    keep_duplicates: bool = False  # keep sources with equal bytes
     latent_dtype: Literal["float32", "float16"] = "float32"
-    sources_per_unit: int = 16  # sources that are processed and published together
-    stall_seconds: float = 60.0  # a decoder that gives nothing for so long is stopped
-    decoder_bytes: int = DECODER_BYTES  # of memory for one decoder
-    workers: int | None = None  # processes through Ray; None: one per CPU; 0: in this process, without Ray
+    sources_per_unit: int = 16  # sources per work unit
+    stall_seconds: float = 60.0  # timeout of a decoder without output
+    decoder_bytes: int = DECODER_BYTES  # memory limit of one decoder
+    workers: int | None = None  # Ray workers; None: one per CPU; 0: in this process, without Ray
 
     def __post_init__(self) -> None:
         if not self.sizes:
-            raise ValueError("sizes must name at least one height and width, such as 64x64")
+            raise ValueError("sizes is empty: give at least one height and width, such as 64x64")
         for height, width in self.sizes:
             if height % self.video.block or width % self.video.block or height % 2 or width % 2 or not height * width:
                 raise ValueError(
-                    f"size {height}x{width}: both must be even and multiples of video.block={self.video.block}"
+                    f"size {height}x{width}: height and width must be even multiples of video.block={self.video.block}"
                 )
         if self.min_chunks < 1 or self.min_chunks * self.chunk_seconds > self.window_seconds:
             raise ValueError(
                 f"min_chunks={self.min_chunks} of {float(self.chunk_seconds)} s do not fit into window_seconds="
-                f"{float(self.window_seconds)}: choose fewer, or a longer window"
+                f"{float(self.window_seconds)}. Set fewer chunks or a longer window"
             )
         if self.audio_track is not None and self.audio_track < 0:
-            raise ValueError(f"audio_track={self.audio_track}: the first one is 0")
+            raise ValueError(f"audio_track={self.audio_track} is negative: the first track is 0")
         if self.sources_per_unit < 1 or (self.workers is not None and self.workers < 0) or self.text_width < 1:
             raise ValueError("sources_per_unit and text_width must be at least 1, workers at least 0")
-        if self.decoder_bytes < _LEAST_BYTES or self.stall_seconds <= 0:
-            raise ValueError(f"decoder_bytes must be at least {_LEAST_BYTES} (64 MiB), stall_seconds positive")
+        if self.decoder_bytes < _MIN_DECODER_BYTES or self.stall_seconds <= 0:
+            raise ValueError(f"decoder_bytes must be at least {_MIN_DECODER_BYTES} (64 MiB), stall_seconds positive")
 
     @property
     def modalities(self) -> tuple[str, ...]:
+        """Return the names of the modalities in the dataset."""
         return MODALITIES[self.modality]
 
     @property
     def fps(self) -> Fraction:
+        """Return the frame rate of the dataset."""
         return Fraction(self.video.fps)
 
     @property
     def sample_rate(self) -> int:
+        """Return the sample rate of the dataset in Hz."""
         return self.audio.sample_rate
 
     @property
     def device(self) -> str:
-        """Where pretrained networks compute."""
+        """Return the torch device of pretrained networks."""
         return "cuda" if self.encoder.gpus else "cpu"
 
     @property
@@ -95,32 +100,35 @@ class PreprocessConfig:
         return {"CPU": 1.0} | ({"GPU": self.encoder.gpus} if self.encoder.gpus else {})
 
     def target_size(self, shown: tuple[float, float]) -> tuple[int, int]:
-        """The size for a picture seen as (height, width): the nearest shape, of that the largest that enlarges
-        nothing, else the smallest."""
+        """Return the configured size for a source displayed as (height, width).
+
+        The nearest aspect ratio is used; among equals the largest size without upscaling, else the smallest.
+        """
 
         def distance(size: tuple[int, int]) -> tuple[int, bool, float]:
             shape = abs(log(size[1] * shown[0] / (size[0] * shown[1])))
             enlarges = size[0] > shown[0] and size[1] > shown[1]
-            return round(shape / _SAME_SHAPE), enlarges, size[0] * size[1] * (1 if enlarges else -1)
+            return round(shape / _ASPECT_TOLERANCE), enlarges, size[0] * size[1] * (1 if enlarges else -1)
 
         return min(self.sizes, key=distance)
 
     @property
     def weight_folders(self) -> dict[str, str]:
-        """Where pretrained weights are, by modality (and ``text``)."""
+        """Return the folders of pretrained weights by modality, or "text"."""
         used = {**{m: {VIDEO: self.video, AUDIO: self.audio}[m] for m in self.modalities}, "text": self.text}
         return {name: folder for name, part in used.items() if (folder := getattr(part, "folder", ""))}
 
     def resolved(self) -> dict[str, Any]:
-        """The configuration as plain JSON values, without what changes nothing in the dataset."""
+        """Return the settings that affect the content of the dataset as plain JSON values."""
         values: dict[str, Any] = json.loads(canonical_json(asdict(self)))
         del values["workers"]
         for part in ("video", "audio", "text", "whisper"):
-            (values[part] or {}).pop("folder", None)  # the digest of the weights stays
+            (values[part] or {}).pop("folder", None)  # the digest of the weights is kept
         del values["sync"]["file"]
         values["encoder"] = {"batch": self.encoder.batch, "bfloat16": self.encoder.gpus > 0}
         return values
 
     @property
     def fingerprint(self) -> str:
+        """Return the hash of the resolved configuration."""
         return content_hash(self.resolved())

@@ -1,48 +1,56 @@
-"""What stops a run and not a clip: a full disk, an object store that is away. Afterwards the same command goes on."""
+"""Infrastructure errors: failures of storage or the machine that end a run and do not concern a single clip."""
 
 import errno
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_UNKNOWN_TO_S3 = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed")
-_AGAIN = "then run the same command again: it goes on where it stopped"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BAD_CREDENTIALS = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed")
+_RERUN = "then run the same command again to resume"
 
 
 class InfrastructureError(RuntimeError):
-    """The machine or its storage fails, whichever clip it is. The message says what to do."""
+    """Failure of the machine or its storage, independent of the clip. The message contains the remedy."""
 
 
 @contextmanager
-def translate_storage_errors(place: str, hint: str = "", bucket: bool = True) -> Generator[None]:
-    """Errors of reading and writing at ``place`` become Outage with the remedy, to which ``hint`` adds.
+def translate_storage_errors(location: str, hint: str = "", bucket: bool = True) -> Generator[None]:
+    """Raise InfrastructureError with a remedy for failures to read or write at `location`.
 
-    That something is absent, there already or forbidden stays the error that it is; ``bucket`` says whether its absence
-    is an outage.
+    A file that is absent, exists already or is forbidden keeps its own error.
+
+    Args:
+        location: Path or URI that messages name.
+        hint: Added to the remedy for a full disk.
+        bucket: Also translate a missing bucket.
     """
     try:
         yield
     except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         if bucket and "(NoSuchBucket)" in str(error.__cause__):
-            raise InfrastructureError(f"{place}: there is no such bucket: make it (again), {_AGAIN}") from error
-        if any(f"({code})" in str(error.__cause__) for code in _UNKNOWN_TO_S3):
+            raise InfrastructureError(f"{location}: no such bucket. Create it, {_RERUN}") from error
+        if any(f"({code})" in str(error.__cause__) for code in _BAD_CREDENTIALS):
             raise InfrastructureError(
-                f"{place}: the credentials are no longer good ({error}): renew them, {_AGAIN}"
+                f"{location}: the credentials are invalid or expired ({error}). Renew them, {_RERUN}"
             ) from error
         raise
     except OSError as error:
-        if error.errno in _FULL:
-            raise InfrastructureError(f"{place}: no space is left ({error}): free some{hint}, {_AGAIN}") from error
-        raise InfrastructureError(f"{place} cannot be read or written ({error}): mend that, {_AGAIN}") from error
+        if error.errno in _DISK_FULL:
+            raise InfrastructureError(f"{location}: no space is left ({error}). Free some{hint}, {_RERUN}") from error
+        raise InfrastructureError(f"{location} cannot be read or written ({error}). Repair it, {_RERUN}") from error
     except Exception as error:
-        if not _of_object_storage(error):
+        if not _is_object_storage_error(error):
             raise
-        raise InfrastructureError(f"{place} does not answer as it should ({error}): when it does, {_AGAIN}") from error
+        raise InfrastructureError(
+            f"{location}: invalid response of the object store ({error}). Wait until it works, {_RERUN}"
+        ) from error
 
 
-def _of_object_storage(error: Exception) -> bool:
-    """Whether the client of the object store raised it; one that was never loaded cannot have."""
-    core, parsers, http = (sys.modules.get(name) for name in ("botocore.exceptions", "botocore.parsers", "aiohttp"))
+def _is_object_storage_error(error: Exception) -> bool:
+    """Return True if the client of the object store raised the error; it need not be loaded."""
+    core = sys.modules.get("botocore.exceptions")
+    parsers = sys.modules.get("botocore.parsers")
+    http = sys.modules.get("aiohttp")
     kinds = (core and core.BotoCoreError, parsers and parsers.ResponseParserError, http and http.ClientError)
     return isinstance(error, tuple(kind for kind in kinds if kind))

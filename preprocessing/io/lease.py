@@ -1,8 +1,7 @@
-"""One driver per dataset: a lease in ``_lock`` with a fencing token that workers check before they publish.
+"""Lease of a dataset: one driver at a time, recorded in ``_lock`` with a fencing token.
 
-A driver that dies stops renewing, and its lease runs out; on the machine where it ran it is known to be dead at once.
-Whoever takes over writes a new token, so a worker of the dead driver that wakes up late finds another token and writes
-nothing.
+A dead driver stops renewing and its lease expires. On the machine where it ran, its death is detected at once. The next
+driver writes a new token. Workers verify it before they publish, so a late worker of a dead driver writes nothing.
 """
 
 import json
@@ -24,19 +23,22 @@ LEASE_SECONDS = 60.0
 
 
 class LeaseLostError(InfrastructureError):
-    """Another driver owns the dataset now, or nobody does."""
+    """The lease belongs to another driver or to none."""
 
 
 def verify_lease(store: Store, token: str) -> None:
-    """LeaseLost unless ``token`` still owns the store."""
-    if not (held := _read(store)):
-        raise LeaseLostError(f"{store.uri} has lost its {LOCK}: was it emptied or removed? Run the same command again")
-    if held.get("token") != token:
-        raise LeaseLostError(f"{store.uri} is owned by another driver now: this one stops without writing")
+    """Raise LeaseLostError unless `token` holds the lease of the store."""
+    lease = _read(store)
+    if not lease:
+        raise LeaseLostError(
+            f"{store.uri} has no {LOCK}: was the dataset emptied or removed? Run the same command again to resume"
+        )
+    if lease.get("token") != token:
+        raise LeaseLostError(f"{store.uri} is owned by another driver. This driver stops without writing")
 
 
 class Lease:
-    """Hold a store for the length of a ``with`` block. ValueError when another living driver holds it."""
+    """Lease of a store for the length of a ``with`` block. Raises ValueError if another live driver holds it."""
 
     def __init__(self, store: Store, seconds: float = LEASE_SECONDS) -> None:
         self.token = secrets.token_hex(8)
@@ -46,21 +48,19 @@ class Lease:
 
     def __enter__(self) -> Self:
         if not self._store.create_exclusive(LOCK, self._content()):
-            held = _read(self._store)
-            if (holder := _alive(held)) is not None:
-                raise ValueError(
-                    f"{self._store.uri} is being written by {holder}: wait for it, or stop it and try again"
-                )
+            holder = _live_holder(_read(self._store))
+            if holder is not None:
+                raise ValueError(f"{self._store.uri} is being written by {holder}. Wait for it, or stop it")
             self._store.remove(LOCK)
             if not self._store.create_exclusive(LOCK, self._content()):
-                raise ValueError(f"{self._store.uri}: another driver took over a moment ago: try again later")
+                raise ValueError(f"{self._store.uri}: another driver took the lease just now. Try again later")
         self._renewer.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
         self._renewer.join()
-        with suppress(InfrastructureError):  # else it would hide what went wrong before; the lease runs out by itself
+        with suppress(InfrastructureError):  # must not hide an earlier error; the lease expires anyway
             if _read(self._store).get("token") == self.token:
                 self._store.remove(LOCK)
 
@@ -77,9 +77,9 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(self._seconds / 4):
-            with suppress(InfrastructureError, OSError):  # the next time, perhaps; if never, the lease runs out
+            with suppress(InfrastructureError, OSError):  # retried at the next interval, else the lease expires
                 if _read(self._store).get("token") != self.token:
-                    return  # lost: the workers find out by themselves
+                    return  # lost: workers detect it with verify_lease
                 self._store.write(LOCK, self._content())
 
 
@@ -90,10 +90,10 @@ def _read(store: Store) -> dict[str, Any]:
         return {}
 
 
-def _alive(held: dict[str, Any]) -> str | None:
-    """Who holds the lease, or None when it is free, expired, or its process on this machine is gone."""
-    if not held or held["expires"] < time.time():
+def _live_holder(lease: dict[str, Any]) -> str | None:
+    """Describe the holder of a lease; None if it is free, expired or its process on this machine is dead."""
+    if not lease or lease["expires"] < time.time():
         return None
-    if held["host"] == socket.gethostname() and process_start_time(held["pid"]) != held["started"]:
+    if lease["host"] == socket.gethostname() and process_start_time(lease["pid"]) != lease["started"]:
         return None
-    return f"process {held['pid']} on {held['host']} (lease for another {held['expires'] - time.time():.0f} s)"
+    return f"process {lease['pid']} on {lease['host']} (lease for another {lease['expires'] - time.time():.0f} s)"

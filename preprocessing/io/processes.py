@@ -1,4 +1,4 @@
-"""Processes and what they leave: children that end with their parent, temporary folders of those that were killed."""
+"""Child processes that end with their parent, and temporary folders of killed processes."""
 
 import hashlib
 import os
@@ -32,17 +32,17 @@ def process_start_time(pid: int) -> str | None:
 
 
 def limit_process(command: Sequence[str], memory: int) -> list[str]:
-    """A command whose process has at most so many bytes of data, and ends when the thread that started it does.
+    """Return a command whose process has at most `memory` bytes of data and ends with the thread that started it.
 
-    Where util-linux is not installed it is the command as it was.
+    Without util-linux, the command is returned unchanged.
     """
-    limit = ["prlimit", f"--data={memory}"] if _installed("prlimit") else []
-    tied = ["setpriv", "--pdeathsig", "KILL"] if _installed("setpriv") else []
-    return [*limit, *tied, *command]
+    limit = ["prlimit", f"--data={memory}"] if _is_installed("prlimit") else []
+    kill_with_parent = ["setpriv", "--pdeathsig", "KILL"] if _is_installed("setpriv") else []
+    return [*limit, *kill_with_parent, *command]
 
 
 @cache
-def _installed(program: str) -> bool:
+def _is_installed(program: str) -> bool:
     return shutil.which(program) is not None
 
 
@@ -51,19 +51,19 @@ def _installed(program: str) -> bool:
 
 @contextmanager
 def scratch_dir() -> Generator[Path]:
-    """A temporary folder, removed at the end, and by ``sweep_scratch`` if this process is killed before."""
-    name = f"mfctl-{_host()}-{os.getpid()}-{process_start_time(os.getpid()) or 0}-"
+    """Yield a temporary folder, removed at the end, or by `delete_stale_scratch` if this process is killed."""
+    name = f"mfctl-{_host_digest()}-{os.getpid()}-{process_start_time(os.getpid()) or 0}-"
     with tempfile.TemporaryDirectory(prefix=name) as folder:
         yield Path(folder)
 
 
 def delete_stale_scratch() -> None:
-    """Remove the temporary folders that killed processes of this machine left."""
+    """Remove the temporary folders of killed processes of this machine."""
     for path in Path(tempfile.gettempdir()).glob("mfctl-*"):
         match = _SCRATCH.fullmatch(path.name)
-        if match and match[1] == _host() and match[3] not in ("0", process_start_time(int(match[2]))):
+        if match and match[1] == _host_digest() and match[3] not in ("0", process_start_time(int(match[2]))):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _host() -> str:
+def _host_digest() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]

@@ -1,7 +1,7 @@
-"""Files on a local path or under s3://, through fsspec; names inside a store are relative, with forward slashes.
+"""Files in a local folder or under s3://, through fsspec. Names in a store are relative, with forward slashes.
 
-A file is either absent or complete: local files are written beside their target and renamed, S3 objects appear when
-their upload ends. What a killed process leaves are local temporary files, which ``sweep`` removes.
+A file is either absent or complete. Local files are written next to their target and renamed; S3 objects appear when
+their upload ends. A killed process may leave local temporary files, which `Store.delete_temporary` removes.
 """
 
 import os
@@ -21,43 +21,44 @@ from preprocessing.io.errors import InfrastructureError, translate_storage_error
 from preprocessing.io.processes import scratch_dir
 
 TEMPORARY = ".tmp-"
-READ_TIMEOUT_S = 20  # after which a connection to an object store counts as broken
+READ_TIMEOUT_S = 20  # after which a connection to an object store is closed
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
 def local_uri(path: str | os.PathLike[str]) -> str:
-    """file:// URI of a local path, percent-encoded from the bytes of its name."""
+    """Return the file:// URI of a local path, percent-encoded from the bytes of its name."""
     return "file://" + quote_from_bytes(os.fsencode(os.path.abspath(os.fspath(path))))
 
 
 def local_path(uri: str) -> str:
-    """The local path behind a file:// URI (any bytes come back as they were)."""
+    """Return the local path of a file:// URI, with the original bytes of its name."""
     return os.fsdecode(unquote_to_bytes(uri.removeprefix("file://")))
 
 
 def is_remote(uri: str) -> bool:
+    """Return True for a URI of object storage."""
     return "://" in uri and not uri.startswith("file://")
 
 
-def _reaching(
+def _translating_errors(
     bucket: bool,
 ) -> "Callable[[Callable[Concatenate[Store, _P], _T]], Callable[Concatenate[Store, _P], _T]]":
-    """Of a method of a store: failures to read or write are Outage; ``bucket``: also that there is no bucket."""
+    """Decorate a method of a store with `translate_storage_errors`."""
 
     def decorate(method: "Callable[Concatenate[Store, _P], _T]") -> "Callable[Concatenate[Store, _P], _T]":
         @wraps(method)
-        def reaching(store: "Store", *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        def translated(store: "Store", *args: _P.args, **kwargs: _P.kwargs) -> _T:
             with translate_storage_errors(store.uri, bucket=bucket):
                 return method(store, *args, **kwargs)
 
-        return reaching
+        return translated
 
     return decorate
 
 
 class Store:
-    """A folder, here or in object storage. Where that fails, its methods raise Outage."""
+    """Local folder or prefix in object storage. Methods raise InfrastructureError if the storage fails."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri if is_remote(uri) else os.path.abspath(local_path(uri) if uri.startswith("file://") else uri)
@@ -67,34 +68,35 @@ class Store:
     def _full(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
-    @_reaching(bucket=False)
+    @_translating_errors(bucket=False)
     def exists(self, name: str) -> bool:
+        """Return True if a file or folder of this name exists."""
         if self.remote:
             self._fs.invalidate_cache()
         return bool(self._fs.exists(self._full(name)))
 
-    @_reaching(bucket=False)
+    @_translating_errors(bucket=False)
     def list_entries(self) -> list[str]:
-        """Sorted names of what lies directly in the store, folders too; none when there is no such place."""
+        """Return the sorted names of the files and folders directly in the store; empty if it is absent."""
         if self.remote:
             self._fs.invalidate_cache()
         if not self._fs.exists(self._root):
             return []
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False))
 
-    @_reaching(bucket=False)
+    @_translating_errors(bucket=False)
     def read(self, name: str) -> bytes:
-        """The content of a file. FileNotFoundError when it is absent."""
+        """Return the content of a file. Raise FileNotFoundError if it is absent."""
         with self.open(name) as file:
             return file.read()
 
     def open(self, name: str) -> IO[bytes]:
-        """A seekable file for reading."""
+        """Open a file for reading; it is seekable."""
         return self._fs.open(self._full(name), "rb")
 
-    @_reaching(bucket=False)
+    @_translating_errors(bucket=False)
     def list_files(self, folder: str) -> list[str]:
-        """Sorted names of the complete files directly in a folder; none when it is absent."""
+        """Return the sorted names of the complete files directly in a folder; empty if it is absent."""
         if self.remote:
             self._fs.invalidate_cache()
         full = self._full(folder)
@@ -103,31 +105,32 @@ class Store:
         names = (str(path).rsplit("/", 1)[1] for path in self._fs.ls(full, detail=False))
         return sorted(f"{folder}/{name}" for name in names if name and not name.startswith(TEMPORARY))
 
-    @_reaching(bucket=True)
+    @_translating_errors(bucket=True)
     def write(self, name: str, data: bytes) -> None:
-        """Put a whole file, replacing one of that name."""
+        """Write a file, replacing one of that name."""
         if self.remote:
             self._fs.pipe_file(self._full(name), data)
             return
-        with self._beside(name) as temporary:
+        with self._replacing(name) as temporary:
             temporary.write_bytes(data)
 
-    @_reaching(bucket=True)
+    @_translating_errors(bucket=True)
     def upload(self, local: Path, name: str) -> None:
-        """Put a finished local file, replacing one of that name."""
+        """Copy a local file into the store, replacing one of that name."""
         if self.remote:
             self._fs.put_file(str(local), self._full(name))
-            if (arrived := self._fs.info(self._full(name), refresh=True)["size"]) != local.stat().st_size:
+            stored = self._fs.info(self._full(name), refresh=True)["size"]
+            if stored != local.stat().st_size:
                 raise InfrastructureError(
-                    f"{self.uri}/{name} arrived with {arrived} of {local.stat().st_size} bytes: try again"
+                    f"{self.uri}/{name}: only {stored} of {local.stat().st_size} bytes were stored. Try again"
                 )
             return
-        with self._beside(name) as temporary:
+        with self._replacing(name) as temporary:
             shutil.copyfile(local, temporary)
 
-    @_reaching(bucket=True)
+    @_translating_errors(bucket=True)
     def create_exclusive(self, name: str, data: bytes) -> bool:
-        """Put a file unless one of that name exists; whether it was put. (Object storage: check, then put.)"""
+        """Write a file unless one of that name exists; return True if written. Not atomic in object storage."""
         if self.remote:
             if self.exists(name):
                 return False
@@ -138,22 +141,22 @@ class Store:
         temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(4)}")
         temporary.write_bytes(data)
         try:
-            os.link(temporary, target)  # fails when the name is taken, and never shows a half-written file
+            os.link(temporary, target)  # atomic: fails if the name exists
         except FileExistsError:
             return False
         finally:
             temporary.unlink()
         return True
 
-    @_reaching(bucket=True)
+    @_translating_errors(bucket=True)
     def remove(self, name: str) -> None:
-        """Remove a file of ours; nothing happens when it is absent."""
+        """Remove a file if it exists."""
         if self._fs.exists(self._full(name)):
             self._fs.rm_file(self._full(name))
 
-    @_reaching(bucket=False)
+    @_translating_errors(bucket=False)
     def download(self, name: str, local: Path) -> None:
-        """Copy a file to a local path, whole or not at all."""
+        """Copy a file to a local path, completely or not at all."""
         temporary = local.with_name(f"{TEMPORARY}{secrets.token_hex(4)}")
         try:
             self._fs.get_file(self._full(name), str(temporary))
@@ -161,23 +164,23 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
 
-    @_reaching(bucket=True)
+    @_translating_errors(bucket=True)
     def remove_folder(self, name: str) -> None:
-        """Remove a folder of ours with everything in it; nothing happens when it is absent."""
+        """Remove a folder with its content if it exists."""
         if self.remote:
             self._fs.invalidate_cache()
         if self._fs.exists(self._full(name)):
             self._fs.rm(self._full(name), recursive=True)
 
-    @_reaching(bucket=True)
+    @_translating_errors(bucket=True)
     def delete_temporary(self) -> None:
-        """Remove temporary files that killed processes of ours left in a local store."""
+        """Remove temporary files that killed processes left in a local store."""
         if not self.remote and os.path.isdir(self._root):
             for path in Path(self._root).glob(f"**/{TEMPORARY}*"):
                 path.unlink()
 
     @contextmanager
-    def _beside(self, name: str) -> Generator[Path]:
+    def _replacing(self, name: str) -> Generator[Path]:
         target = Path(self._full(name))
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{target.name}")
@@ -190,9 +193,9 @@ class Store:
 
 @contextmanager
 def local_copy(uri: str) -> Generator[str]:
-    """A local path with the content of a source: the file itself, or a temporary copy of a remote object.
+    """Yield a local path with the content of a source: the file itself or a temporary copy of a remote object.
 
-    FileNotFoundError or PermissionError when there is no such object, or it is not for us; Outage for all else.
+    Raise FileNotFoundError or PermissionError for an absent or forbidden object, else InfrastructureError.
     """
     if not is_remote(uri):
         yield local_path(uri)
@@ -208,30 +211,30 @@ def local_copy(uri: str) -> Generator[str]:
 
 
 def filesystem_for(uri: str) -> tuple[Any, str]:
-    """fsspec filesystem and path of a URI."""
+    """Return the fsspec filesystem and the path of a URI."""
     return fsspec.core.url_to_fs(uri, **filesystem_options(uri))
 
 
-def _ask_no_leave_to_write() -> None:
-    """Let botocore send what it writes at once. It asks the server first (`Expect: 100-continue`), and aiohttp waits
-    for that answer without any limit: a store that fell silent then was waited for for ever.
-    """
+def _disable_expect_header() -> None:
+    """Stop botocore from sending `Expect: 100-continue`: aiohttp waits for the reply without a timeout."""
     from botocore import handlers
 
-    asks = ("before-call.s3", handlers.add_expect_header)
-    if asks in handlers.BUILTIN_HANDLERS:
-        handlers.BUILTIN_HANDLERS.remove(asks)
+    handler = ("before-call.s3", handlers.add_expect_header)
+    if handler in handlers.BUILTIN_HANDLERS:
+        handlers.BUILTIN_HANDLERS.remove(handler)
 
 
 def filesystem_options(uri: str) -> dict[str, Any]:
-    """How patient a filesystem is. S3: what AWS_MAX_ATTEMPTS and AWS_RETRY_MODE say, by default six attempts with
-    growing pauses at errors of the server, broken connections and silence; s3fs repeats broken transfers on top."""
+    """Return the timeouts and retries of a filesystem; empty except for S3.
+
+    AWS_MAX_ATTEMPTS (default: 6) and AWS_RETRY_MODE (default: standard) apply. s3fs retries broken transfers as well.
+    """
     if uri.split("://", 1)[0] not in ("s3", "s3a"):
         return {}
-    _ask_no_leave_to_write()
+    _disable_expect_header()
     retries = {
         "mode": os.environ.get("AWS_RETRY_MODE", "standard"),
         "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "6")),
     }
-    silence = {"connect_timeout": READ_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
-    return {"config_kwargs": {**silence, "retries": retries}}
+    timeouts = {"connect_timeout": READ_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
+    return {"config_kwargs": {**timeouts, "retries": retries}}

@@ -1,8 +1,7 @@
-"""Known corpora -> the project's manifest: rows of uri, caption, transcript, start and end.
+"""Manifests of known corpora: rows of uri, caption, transcript, start and end.
 
-The media stay where they are; paths in a manifest are absolute. Only what a corpus says is passed on. Where it gives a
-text without times (Emilia, SpeakerVid-5M) the clip's time is shared out over the words by their letters, as for a line
-of subtitles; run a recogniser first where exact times matter.
+Media files are not copied; paths in a manifest are absolute. For text without times (Emilia, SpeakerVid-5M), words
+share the duration of the clip in proportion to their letters. Run a speech recognizer first if exact times matter.
 """
 
 import ast
@@ -21,29 +20,31 @@ Row = dict[str, Any]
 
 
 def emilia(folder: Path) -> Iterator[Row]:
-    """Speech: a sound file and a ``.json`` of its name with ``text`` and ``duration``, at any depth."""
+    """Yield the rows of Emilia: audio files with a ``.json`` of the same name with ``text`` and ``duration``."""
     for sound, facts in _with_json(folder, SOUND_SUFFIXES):
-        yield _row(sound, transcript=_spread(facts, ("text",), sound))
+        yield _row(sound, transcript=_timed_words(facts, ("text",), sound))
 
 
 def panda70m(folder: Path) -> Iterator[Row]:
-    """Video: ``*.csv`` with videoID, timestamp and caption lists, and whole videos ``<videoID>.mp4`` (or other endings)
-    at any depth. Videos that are not there are left out: many of the corpus are gone."""
+    """Yield the rows of Panda-70M: ``*.csv`` with videoID, timestamp and caption lists, and videos ``<videoID>.mp4``.
+
+    Missing videos are skipped, as many of this corpus are no longer available.
+    """
     videos = {path.stem: path for path in _media(folder, VIDEO_SUFFIXES)}
     for table in sorted(folder.glob("*.csv")):
         csv.field_size_limit(1 << 28)
         with table.open(newline="", encoding="utf-8") as file:
             for number, row in enumerate(csv.DictReader(file), start=2):
                 if (video := videos.get(row.get("videoID") or "")) is not None:
-                    yield from _parts(video, row, f"{table}, line {number}")
+                    yield from _panda_rows(video, row, f"{table}, line {number}")
 
 
-def _parts(video: Path, row: Mapping[str, str], where: str) -> Iterator[Row]:
+def _panda_rows(video: Path, row: Mapping[str, str], where: str) -> Iterator[Row]:
     try:
         times, captions = ast.literal_eval(row["timestamp"]), ast.literal_eval(row["caption"])
         spans = [(_seconds(start), _seconds(end)) for start, end in times]
     except (KeyError, SyntaxError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: timestamp and caption must be lists, as Panda-70M has them ({error})") from None
+        raise ValueError(f"{where}: timestamp and caption are not lists as in Panda-70M ({error})") from None
     for (start, end), caption in zip(spans, captions, strict=True):
         yield _row(video, caption=caption, start=start, end=end)
 
@@ -54,17 +55,20 @@ def _seconds(clock: str) -> float:
 
 
 def speakervid(folder: Path) -> Iterator[Row]:
-    """Talking video, cut: a video and a ``.json`` of its name; text under ``asr``, ``transcript`` or ``text``, caption
-    under ``caption`` or ``description``, length under ``duration``."""
+    """Yield the rows of SpeakerVid-5M: videos with a ``.json`` of the same name.
+
+    Keys: text in ``asr``, ``transcript`` or ``text``, caption in ``caption`` or ``description``, and ``duration``.
+    """
     for video, facts in _with_json(folder, VIDEO_SUFFIXES):
         caption = next((facts[key] for key in ("caption", "description") if isinstance(facts.get(key), str)), None)
-        yield _row(video, caption=caption, transcript=_spread(facts, ("asr", "transcript", "text"), video))
+        yield _row(video, caption=caption, transcript=_timed_words(facts, ("asr", "transcript", "text"), video))
 
 
 def seamless(folder: Path) -> Iterator[Row]:
-    """Seamless Interaction: a video and a ``.json`` of its name with timed words under ``metadata:transcript``."""
+    """Yield the rows of Seamless Interaction: videos with timed words in ``metadata:transcript`` of a ``.json``."""
     for video, facts in _with_json(folder, VIDEO_SUFFIXES):
-        words = [w for line in facts.get("metadata:transcript") or [] for w in line.get("words") or []]
+        lines = facts.get("metadata:transcript") or []
+        words = [w for line in lines for w in line.get("words") or []]
         timed = [
             Word(word=str(w["word"]).strip(), start=float(w["start"]), end=float(w["end"]))
             for w in words
@@ -82,15 +86,15 @@ CORPORA: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def write_manifest(layout: str, folder: str, out: str) -> int:
-    """Put the manifest of a corpus into a new ``.jsonl``; its rows. ValueError when there is nothing to put in it."""
+    """Write the manifest of a corpus to a new ``.jsonl`` and return its row count. Raise ValueError if it is empty."""
     if layout not in CORPORA:
-        raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(CORPORA)}")
+        raise ValueError(f"unknown layout {layout!r}: use one of {', '.join(CORPORA)}")
     if not Path(folder).is_dir() or not out.endswith(".jsonl") or Path(out).exists():
-        raise ValueError(f"name a folder ({folder}) and a .jsonl that does not exist yet ({out})")
+        raise ValueError(f"expected a folder ({folder}) and a .jsonl file that does not exist yet ({out})")
     rows = [json.dumps(row, ensure_ascii=False) for row in CORPORA[layout](Path(folder).resolve())]
     if not rows:
         raise ValueError(
-            f"{folder} holds nothing in the layout {layout}: see docs/guides/prepare-data.md for what is expected"
+            f"{folder} has no files in the layout {layout}. See docs/guides/prepare-data.md for the layouts"
         )
     Path(out).write_text("\n".join(rows) + "\n", encoding="utf-8", errors="surrogateescape")
     return len(rows)
@@ -101,26 +105,26 @@ def _media(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _with_json(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Media files with the JSON object beside them; those without one are left out."""
+    """Yield media files with the JSON object of the same name; files without one are skipped."""
     for path in _media(folder, suffixes):
-        beside = path.with_suffix(".json")
-        if not beside.is_file():
+        sidecar = path.with_suffix(".json")
+        if not sidecar.is_file():
             continue
         try:
-            facts = json.loads(beside.read_text(encoding="utf-8"))
+            facts = json.loads(sidecar.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{beside} is not JSON: {error}") from None
+            raise ValueError(f"{sidecar} is not JSON: {error}") from None
         if isinstance(facts, dict):
             yield path, facts
 
 
-def _spread(facts: Mapping[str, Any], keys: tuple[str, ...], path: Path) -> list[Word] | None:
-    """Words of the first text there is, over the clip's ``duration``; None without a text."""
+def _timed_words(facts: Mapping[str, Any], keys: tuple[str, ...], path: Path) -> list[Word] | None:
+    """Return the words of the first text, spread over ``duration``; None without a text."""
     text = next((facts[key] for key in keys if isinstance(facts.get(key), str) and facts[key].strip()), None)
     if text is None:
         return None
     if not isinstance(facts.get("duration"), int | float):
-        raise ValueError(f"{path.with_suffix('.json')} has a text and no duration in seconds: add it")
+        raise ValueError(f"{path.with_suffix('.json')} has a text and no duration: add `duration` in seconds")
     return distribute_words(text, 0.0, float(facts["duration"]))
 
 

@@ -1,8 +1,8 @@
-"""What the user named -> a sorted list of sources: files, folders, globs, s3:// prefixes, manifests.
+"""Find sources: files, folders, globs, s3:// prefixes and manifests become a sorted list.
 
-A manifest (csv, jsonl or parquet) has a column ``uri`` (relative paths count from the manifest's folder) and optionally
-``caption``, ``transcript`` (list of {word, start, end}, or that as JSON), ``start`` and ``end`` in seconds since the
-file's origin (one of them may be missing). A part of a file is its own source; its URI ends in the media fragment
+A manifest (csv, jsonl or parquet) has the column ``uri``; relative paths start at the folder of the manifest. Optional
+columns are ``caption``, ``transcript`` (list of {word, start, end}, or that as JSON), ``start`` and ``end`` in seconds
+since the origin of the file. A part of a file is a separate source; its URI ends in the media fragment
 ``#t=start,end``.
 """
 
@@ -36,7 +36,7 @@ _EDGE = 1 << 16  # bytes hashed at each end of a file
 
 
 def split_fragment(uri: str) -> tuple[str, tuple[float, float | None] | None]:
-    """The URI of the file, and the span in seconds that a ``#t=start,end`` fragment names (end None: to the end)."""
+    """Split a URI into that of the file and the (start, end) seconds of its fragment; end None: to the end."""
     base, mark, span = uri.partition("#t=")
     if not mark:
         return uri, None
@@ -45,20 +45,18 @@ def split_fragment(uri: str) -> tuple[str, tuple[float, float | None] | None]:
 
 
 def find_sources(arguments: Iterable[str]) -> list[Source]:
-    """All sources that the arguments name, each once, sorted by URI. ValueError when an argument names nothing."""
+    """Return the unique sources of all arguments by URI. Raise ValueError if an argument has none."""
     found: dict[str, Source] = {}
     for argument in arguments:
-        named = list(_named(argument))
-        if not named:
-            raise ValueError(
-                f"no media files in {argument}: expected names ending in {', '.join(VIDEO_SUFFIXES[:5])}, ..."
-            )
-        for source in named:
+        sources = list(_find(argument))
+        if not sources:
+            raise ValueError(f"no media files in {argument}: expected suffixes such as {', '.join(VIDEO_SUFFIXES[:5])}")
+        for source in sources:
             found.setdefault(source.uri, source)
     return [found[uri] for uri in sorted(found)]
 
 
-def _named(argument: str) -> Iterator[Source]:
+def _find(argument: str) -> Iterator[Source]:
     suffix = os.path.splitext(argument)[1].lower()
     if is_remote(argument):
         yield from _manifest(argument, suffix) if suffix in MANIFESTS else _remote(argument)
@@ -81,7 +79,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def edge_fingerprint(path: str) -> str:
-    """A hash of a file's size and of its first and last 64 KiB: the same for the same file anywhere."""
+    """Return a hash of the size and the first and last 64 KiB of a file, independent of its location."""
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
@@ -92,7 +90,7 @@ def edge_fingerprint(path: str) -> str:
 
 
 def _local(path: str) -> Source:
-    """A file; what cannot be read, or is none (a pipe, a broken link), is a source too, to be rejected later."""
+    """Return the source of a path. An unreadable or special file is a source too; probing rejects it later."""
     try:
         if os.path.isfile(path):
             return Source(uri=local_uri(path), size=os.path.getsize(path), fingerprint=edge_fingerprint(path))
@@ -102,13 +100,15 @@ def _local(path: str) -> Source:
 
 
 def has_same_content(one: Source, other: Source) -> bool:
-    """Whether two sources of one size and fingerprint are the same file content, all of it. (In object storage the
-    fingerprint is the ETag, which is of all content.) False where one of them cannot be read."""
-    places = [split_fragment(source.uri)[0] for source in (one, other)]
-    if any(is_remote(place) for place in places):
-        return all(is_remote(place) for place in places)
+    """Return True if two sources of equal size and fingerprint have equal content; False if one is unreadable.
+
+    In object storage, the fingerprint is the ETag of the whole content.
+    """
+    uris = [split_fragment(source.uri)[0] for source in (one, other)]
+    if any(is_remote(uri) for uri in uris):
+        return all(is_remote(uri) for uri in uris)
     try:
-        return filecmp.cmp(*(local_path(place) for place in places), shallow=False)
+        return filecmp.cmp(*(local_path(uri) for uri in uris), shallow=False)
     except OSError:
         return False
 
@@ -133,26 +133,28 @@ def _remote(prefix: str) -> Iterator[Source]:
 
 def _manifest(path: str, suffix: str) -> Iterator[Source]:
     folder = os.path.dirname(path if is_remote(path) else os.path.abspath(path))
-    fs, place = filesystem_for(path if is_remote(path) else os.path.abspath(path))
+    fs, full = filesystem_for(path if is_remote(path) else os.path.abspath(path))
     fs.invalidate_cache()
-    with translate_storage_errors(path, bucket=False), fs.open(place, "rb") as file:
+    with translate_storage_errors(path, bucket=False), fs.open(full, "rb") as file:
         for number, row in enumerate(_rows(file, suffix), start=1):
             where = f"{path}, row {number}"
             uri = row.get("uri") or row.get("path")
             if not uri:
-                raise ValueError(f"{where}: no `uri`; a manifest needs a column of that name")
-            yield _manifest_source(row, str(uri), folder, where)
+                raise ValueError(f"{where}: no `uri`. A manifest needs this column")
+            yield _manifest_source(row, str(uri), folder, where=where)
 
 
 def _rows(file: Any, suffix: str) -> Iterator[Mapping[str, Any]]:
     if suffix == ".parquet":
         yield from pq.read_table(file).to_pylist()
         return
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")  # names of any bytes
+    text = io.TextIOWrapper(
+        file, encoding="utf-8-sig", errors="surrogateescape", newline=""
+    )  # file names may have any bytes
     yield from csv.DictReader(text) if suffix == ".csv" else (json.loads(line) for line in text if line.strip())
 
 
-def _manifest_source(row: Mapping[str, Any], uri: str, folder: str, where: str) -> Source:
+def _manifest_source(row: Mapping[str, Any], uri: str, folder: str, *, where: str) -> Source:
     caption, words = row.get("caption") or None, parse_transcript(row.get("transcript"), where)
     if is_remote(uri) or is_remote(folder):
         source = next(_remote(uri if is_remote(uri) else f"{folder}/{uri}"), None)
@@ -167,17 +169,17 @@ def _manifest_source(row: Mapping[str, Any], uri: str, folder: str, where: str) 
 
 
 def _fragment(row: Mapping[str, Any], where: str) -> str:
-    """``#t=start,end``, in milliseconds where that is exact enough, of a row that names a part of a file."""
-    given = [row.get("start"), row.get("end")]
-    if all(value in (None, "") for value in given):
+    """Return ``#t=start,end`` with up to six decimals for a row about a part of a file, else an empty string."""
+    bounds = [row.get("start"), row.get("end")]
+    if all(value in (None, "") for value in bounds):
         return ""
     try:
-        start, end = (None if value in (None, "") else float(value) for value in given)
+        start, end = (None if value in (None, "") else float(value) for value in bounds)
     except (TypeError, ValueError):
-        raise ValueError(f"{where}: start and end are seconds, got {given[0]!r} and {given[1]!r}") from None
+        raise ValueError(f"{where}: start={bounds[0]!r} and end={bounds[1]!r} must be seconds") from None
     start = start or 0.0
     if not 0 <= start < (inf if end is None else end) <= inf:
-        raise ValueError(f"{where}: start={start} and end={end} name no part of a file: 0 <= start < end")
+        raise ValueError(f"{where}: start={start} and end={end} are not a span. Set 0 <= start < end")
     return f"#t={_seconds(start)},{'' if end is None else _seconds(end)}"
 
 
@@ -186,18 +188,18 @@ def _seconds(value: float) -> str:
 
 
 def parse_transcript(value: Any, where: str) -> tuple[Word, ...] | None:
-    """A transcript from JSON, a list of mappings, or nothing; ValueError says where it is malformed."""
+    """Return the words of a transcript (JSON, list of mappings or None). Raise ValueError if it is malformed."""
     if value is None or value == "":
         return None
     try:
-        listed = json.loads(value) if isinstance(value, str) else value
-        return tuple(Word(word=str(w["word"]), start=float(w["start"]), end=float(w["end"])) for w in listed)
+        entries = json.loads(value) if isinstance(value, str) else value
+        return tuple(Word(word=str(w["word"]), start=float(w["start"]), end=float(w["end"])) for w in entries)
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{where}: a transcript is a list of {{word, start, end}}, got {value!r:.80}") from error
+        raise ValueError(f"{where}: transcript {value!r:.80} is not a list of {{word, start, end}}") from error
 
 
 def display_name(uri: str) -> str:
-    """The last part of a source's name, readable, bytes that are no UTF-8 still percent-encoded."""
+    """Return the last part of a URI, decoded; names with bytes outside UTF-8 remain percent-encoded."""
     name = uri.split("#", 1)[0].rsplit("/", 1)[-1]
     decoded = unquote(name)
     return name if "\N{REPLACEMENT CHARACTER}" in decoded else decoded

@@ -1,8 +1,7 @@
-"""Caption and transcript of a clip: from the manifest, else from the file beside the source, else recorded as missing.
+"""Caption and transcript of a clip: from the manifest, else from sidecar files, else missing.
 
-``NAME.json`` = {"caption": text, "transcript": [{"word", "start", "end"}]}, times in seconds since the source's origin;
-``NAME.srt`` or ``NAME.vtt`` = the transcript where there is none yet; ``NAME.txt`` = the caption. Nothing is ever
-invented.
+``NAME.json`` = {"caption": text, "transcript": [{"word", "start", "end"}]}, times in seconds since the source's origin.
+``NAME.vtt`` or ``NAME.srt``: the transcript if the JSON has none. ``NAME.txt``: the caption.
 """
 
 import json
@@ -18,8 +17,8 @@ from preprocessing.sources.discovery import parse_transcript, split_fragment
 from preprocessing.sources.subtitles import parse_subtitles
 
 
-def _beside(uri: str, suffix: str) -> bytes | None:
-    """Content of the file beside a source, or None."""
+def _read_sidecar_file(uri: str, suffix: str) -> bytes | None:
+    """Return the content of the file with the name of the source and another suffix, or None."""
     if is_remote(uri):
         fs, path = filesystem_for(unquote(uri))
         path = os.path.splitext(path)[0] + suffix
@@ -33,11 +32,11 @@ def _beside(uri: str, suffix: str) -> bytes | None:
 
 
 def read_sidecar(source: Source) -> Source:
-    """The source with caption and transcript filled in where its manifest gave none. Rejected when malformed."""
+    """Return the source with caption and transcript from sidecar files. Raise Rejected if one is malformed."""
     if source.caption is not None and source.transcript is not None:
         return source
     uri, _ = split_fragment(source.uri)
-    facts = _json_beside(uri)
+    facts = _read_json(uri)
     caption, words = source.caption, source.transcript
     try:
         if caption is None and "caption" in facts:
@@ -45,17 +44,17 @@ def read_sidecar(source: Source) -> Source:
         if words is None:
             words = parse_transcript(facts.get("transcript"), "sidecar")
         for suffix in (".vtt", ".srt"):
-            if words is None and (data := _beside(uri, suffix)) is not None:
+            if words is None and (data := _read_sidecar_file(uri, suffix)) is not None:
                 words = parse_subtitles(data)
     except ValueError as error:
         raise Rejected("transcript", "bad_sidecar", str(error)) from error
-    if caption is None and (text := _beside(uri, ".txt")) is not None:
+    if caption is None and (text := _read_sidecar_file(uri, ".txt")) is not None:
         caption = text.decode("utf-8", "replace").strip()
     return replace(source, caption=caption, transcript=words)
 
 
-def _json_beside(uri: str) -> dict[str, Any]:
-    data = _beside(uri, ".json")
+def _read_json(uri: str) -> dict[str, Any]:
+    data = _read_sidecar_file(uri, ".json")
     if data is None:
         return {}
     try:
@@ -66,8 +65,8 @@ def _json_beside(uri: str) -> dict[str, Any]:
 
 
 def attach_text(clip: Clip) -> Clip:
-    """Caption, and the words whose middle lies in the span, their times shifted to the span and kept inside."""
-    start, end = clip.span[0] + clip.moved, clip.span[1] + clip.moved  # where in the source's sound
+    """Return the clip with its caption and the words whose middle is in the span, with times relative to the span."""
+    start, end = clip.span[0] + clip.moved, clip.span[1] + clip.moved  # times in the audio of the source
     words = tuple(
         Word(word=w.word, start=max(0.0, w.start - start), end=min(end - start, w.end - start))
         for w in clip.source.transcript or ()
