@@ -29,9 +29,7 @@ class PreprocessConfig:
     """Settings of a dataset. `workers` does not affect its content."""
 
     modality: Literal["paired", "video", "audio"] = "paired"  # paired: reject a source that lacks a stream
-    sizes: tuple[tuple[int, int], ...] = (
-        (64, 64),
-    )  # height, width of encoded frames in pixels; the nearest is used
+    sizes: tuple[tuple[int, int], ...] = ((64, 64),)  # height, width of encoded frames in pixels; the nearest is used
     fit: Literal["crop", "pad"] = "crop"  # treatment of other aspect ratios
     audio_track: int | None = None  # number of the audio stream, from 0; None: the default stream of the file
     chunk_seconds: Fraction = Fraction(1, 2)  # chunk length of the model

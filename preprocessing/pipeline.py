@@ -151,7 +151,7 @@ def cut_source(
             cut_score=config.scenes.threshold,
         ) as decoder:
             for clip in cut_spans(
-                decoder, info, source, plan, config.scenes, until=None if within is None else within[1]
+                decoder, info, source, plan, scenes=config.scenes, until=None if within is None else within[1]
             ):
                 yield clip if isinstance(clip, Rejected) else replace(clip, **known)
 

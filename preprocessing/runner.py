@@ -54,6 +54,7 @@ def process_unit(
     store: Store,
     token: str,
     config: PreprocessConfig,
+    *,
     encoders: Encoders,
     spent: StepTimer | None = None,
 ) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def process_unit(
                 files.add(source, clip)
         verify_lease(store, token)
         published = [
-            _publish(store, file.path, kind, f"{kind}/{unit.name}{suffix}.parquet", file.rows)
+            _publish(store, file.path, kind=kind, name=f"{kind}/{unit.name}{suffix}.parquet", rows=file.rows)
             for kind, suffix, file in files.written()
         ]
     marker = {
@@ -162,7 +163,7 @@ def _reject_row(source: Source, rejected: Rejected) -> dict[str, Any]:
     }
 
 
-def _publish(store: Store, local: Path, kind: str, name: str, rows: int) -> dict[str, Any] | None:
+def _publish(store: Store, local: Path, *, kind: str, name: str, rows: int) -> dict[str, Any] | None:
     """Put a file unless it has no rows; its entry in the marker."""
     if rows == 0:
         return None
@@ -187,7 +188,7 @@ class _Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit, spent = WorkUnit.from_json(row["unit"]), StepTimer()
         try:
-            marker = process_unit(unit, self._store, self._token, self._config, self._encoders, spent)
+            marker = process_unit(unit, self._store, self._token, self._config, encoders=self._encoders, spent=spent)
         except (InfrastructureError, OSError) as error:  # said in words: Ray would wrap it in pages of its own
             return {"marker": "null", "spent": "{}", "outage": str(error) or repr(error)}
         return {"marker": canonical_json(marker), "spent": canonical_json(spent.seconds), "outage": ""}
@@ -214,7 +215,7 @@ def _work(row: dict[str, Any], store_uri: str, token: str, config: PreprocessCon
 
 
 def process_units(
-    units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig, on_done: OnUnitDone
+    units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig, *, on_done: OnUnitDone
 ) -> None:
     """Process all units through Ray Data, or in this process for ``workers=0``. Outage as ``run_unit``."""
     delete_stale_scratch()
@@ -222,15 +223,15 @@ def process_units(
         encoders = _kept_encoders(config)
         for unit in units:
             spent = StepTimer()
-            on_done(process_unit(unit, store, token, config, encoders, spent), spent.seconds)
+            on_done(process_unit(unit, store, token, config, encoders=encoders, spent=spent), spent.seconds)
     elif units:
-        _run_on_ray(units, store, token, config, on_done)
+        _run_on_ray(units, store, token, config, on_done=on_done)
         delete_stale_scratch()  # of workers that were killed meanwhile
         store.delete_temporary()
 
 
 def _run_on_ray(
-    units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig, on_done: OnUnitDone
+    units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig, *, on_done: OnUnitDone
 ) -> None:
     _start_ray()
     import ray

@@ -127,7 +127,7 @@ class Decoder:
         outputs: list[Any] = []
         large = {"flush_packets": 0, "blocksize": _PIPE_BYTES}  # a write, and a read of ours, per 32 KiB costs time
         if self.video:
-            chain = video_filters(self.video, self.fps, self.size, fit, self.start)
+            chain = video_filters(self.video, fps=self.fps, size=self.size, fit=fit, start=self.start)
             if cut_score is not None:
                 chain += "," + scene_filters(rf"pipe\:{scene_write}", cut_score)
             outputs.append(

@@ -22,7 +22,7 @@ def has_filter(name: str) -> bool:
     return any(line.split()[1:2] == [name] for line in listed.stdout.splitlines())
 
 
-def video_filters(info: VideoInfo, fps: Fraction, size: tuple[int, int], fit: str, start: float) -> str:
+def video_filters(info: VideoInfo, *, fps: Fraction, size: tuple[int, int], fit: str, start: float) -> str:
     """Nearest source frame per output instant, upright, square pixels, 8 bits, exactly ``size`` = (height, width)."""
     height, width = size
     within = "max" if fit == "crop" else "min"

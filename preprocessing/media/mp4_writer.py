@@ -143,6 +143,7 @@ def write_mp4(
     frames: Frames | None,
     fps: Fraction | None,
     waveform: Waveform | None = None,
+    *,
     sample_rate: int | None = None,
 ) -> None:
     """Write a whole clip; see Mp4Writer. Frames uint8 ``(n, height, width, 3)``, waveform float32 ``(samples,)``."""

@@ -63,7 +63,7 @@ def build_estimator(config: SyncConfig) -> SyncEstimator | None:
     return SyncNetSync(load_syncnet(config.file))
 
 
-def check_sync(clip: Clip, config: SyncConfig, plan: SpanPlan, fps: Fraction, sample_rate: int) -> Clip:
+def check_sync(clip: Clip, config: SyncConfig, plan: SpanPlan, *, fps: Fraction, sample_rate: int) -> Clip:
     """The clip with its offset and confidence, its sound in step if so configured. Rejected beyond the thresholds."""
     estimator = build_estimator(config)
     if estimator is None or clip.frames is None or clip.waveform is None:
@@ -78,10 +78,10 @@ def check_sync(clip: Clip, config: SyncConfig, plan: SpanPlan, fps: Fraction, sa
     offset, confidence = round(found.offset_sec, 6), round(found.confidence, 4)
     if not config.shift or offset == 0:
         return replace(clip, sync=(offset, confidence))
-    return replace(shift_audio(clip, offset, plan, fps, sample_rate), sync=(0.0, confidence))
+    return replace(shift_audio(clip, offset, plan, fps=fps, sample_rate=sample_rate), sync=(0.0, confidence))
 
 
-def shift_audio(clip: Clip, late: float, plan: SpanPlan, fps: Fraction, sample_rate: int) -> Clip:
+def shift_audio(clip: Clip, late: float, plan: SpanPlan, *, fps: Fraction, sample_rate: int) -> Clip:
     """The clip with its sound ``late`` seconds earlier, cut to the whole chunks in which both are there.
 
     Sound that came too early has none for the first frames: they are left out. Rejected when too little remains.

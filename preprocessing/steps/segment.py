@@ -44,6 +44,7 @@ def cut_spans(
     info: MediaInfo,
     source: Source,
     plan: SpanPlan,
+    *,
     scenes: SceneConfig | None = None,
     until: float | None = None,
 ) -> Iterator[Clip | Rejected]:
@@ -53,7 +54,14 @@ def cut_spans(
     the file's own, comes as a last Rejected with the span that was lost; before any frame it is raised. So is, at any
     time, MediaError(killed), behind nothing that an undisturbed decoder would not have given.
     """
-    window = _Window(decoder, source, plan, scenes or SceneConfig(threshold=None), info.origin, until)
+    window = _Window(
+        decoder,
+        source=source,
+        plan=plan,
+        scenes=scenes or SceneConfig(threshold=None),
+        origin=info.origin,
+        until=until,
+    )
     first, scene, given = 0, 0, 0  # frame of the next span, first frame of its scene, spans that the scene gave
     while True:
         try:
@@ -78,14 +86,21 @@ def cut_spans(
         else:
             break
     if window.limit is None or first + portion.length < max(1, window.limit):
-        yield from _lost(decoder, info, window.origin, first + portion.length, until)
+        yield from _lost(decoder, info, origin=window.origin, frames=first + portion.length, until=until)
 
 
 class _Window:
     """Walks through a decoder's stream, a full span at a time, and makes clips of what it sees."""
 
     def __init__(
-        self, decoder: Decoder, source: Source, plan: SpanPlan, scenes: SceneConfig, origin: float, until: float | None
+        self,
+        decoder: Decoder,
+        *,
+        source: Source,
+        plan: SpanPlan,
+        scenes: SceneConfig,
+        origin: float,
+        until: float | None,
     ) -> None:
         self.origin = decoder.start - origin  # of frame 0, seconds after the source's origin
         self.limit = None if until is None else round((until - self.origin) * decoder.fps)
@@ -147,7 +162,7 @@ class _Window:
         return (round(self.origin + float(first / fps), 6), round(self.origin + float(last / fps), 6))
 
 
-def _lost(decoder: Decoder, info: MediaInfo, origin: float, frames: int, until: float | None) -> Iterator[Rejected]:
+def _lost(decoder: Decoder, info: MediaInfo, *, origin: float, frames: int, until: float | None) -> Iterator[Rejected]:
     """What should have followed the ``frames`` that were decoded, if anything."""
     failure, said = decoder.failure(), decoder.stderr_lines()
     greedy = failure is not None and is_out_of_memory(said)

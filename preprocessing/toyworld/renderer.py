@@ -165,7 +165,7 @@ def _at(pose: Pose, dx: float, dy: float) -> tuple[Array, Array]:
     return where[:, :1, None], where[:, 1:, None]
 
 
-def _ellipse(x: Array, y: Array, rx: Array | float, ry: Array | float, power: int = 2) -> Array:
+def _ellipse(x: Array, y: Array, rx: Array | float, ry: Array | float, *, power: int = 2) -> Array:
     """Distance to a superellipse of even power (2 or 4), exact on the axes and near enough at a soft edge."""
     u, v = np.square(x / rx), np.square(y / ry)
     radius = np.sqrt(u + v) if power == 2 else np.sqrt(np.sqrt(u * u + v * v))
@@ -193,7 +193,7 @@ def _draw_head(board: _Board, look: Appearance, pose: Pose) -> None:
             board.paint((8, 56, 6, 26), hair, lambda x, y, bx=bx, by=by: board.cover(np.hypot(x - bx, y - by) - 5.8))
     board.paint((22, 42, 44, 62), face, lambda x, y: board.cover(np.abs(x - cx) - 5.5) + 0 * y)
     board.paint((6, 58, 50, 64), _SHIRT, lambda x, y: board.cover(_ellipse(x - 32, y - 68, 23, 13)[None]))
-    board.paint((12, 52, 10, 56), face, lambda x, y: board.cover(_ellipse(x - cx, y - cy, rx, ry, power)))
+    board.paint((12, 52, 10, 56), face, lambda x, y: board.cover(_ellipse(x - cx, y - cy, rx, ry, power=power)))
 
     def fringe(x: Array, y: Array) -> Array:
         line = -16.6 + np.square(x - cx) * 0.012
@@ -213,7 +213,7 @@ def _draw_eyes(board: _Board, pose: Pose) -> None:
         def white(x: Array, y: Array, cx: Array = cx, cy: Array = cy) -> Array:
             return board.cover(_ellipse(x - cx, y - cy, _EYE_RADIUS, height))
 
-        def pupil(x: Array, y: Array, px: Array = px, py: Array = py, white: _Shape = white) -> Array:
+        def pupil(x: Array, y: Array, *, px: Array = px, py: Array = py, white: _Shape = white) -> Array:
             return white(x, y) * board.cover(np.hypot(x - px, y - py) - _PUPIL_RADIUS)
 
         board.paint(box, _WHITE, white)
@@ -225,7 +225,7 @@ def _draw_brows(board: _Board, pose: Pose) -> None:
     for side in (-1, 1):
         cx, cy = _at(pose, side * EYE[0], 0)
 
-        def brow(x: Array, y: Array, cx: Array = cx, cy: Array = cy, side: int = side) -> Array:
+        def brow(x: Array, y: Array, *, cx: Array = cx, cy: Array = cy, side: int = side) -> Array:
             along = np.clip(x - cx, -4.2, 4.2)
             return board.cover(np.hypot(x - cx - along, y - cy - height + side * slope * along) - 1.6)
 
@@ -261,7 +261,7 @@ def _draw_hand(board: _Board, pose: Pose) -> None:
         shown = (pose.hand == state).astype(np.float32)[:, None, None]
         thumb = 4.5 if hx < 32 else -4.5  # towards the head
 
-        def glove(x: Array, y: Array, hx: float = hx, hy: float = hy, thumb: float = thumb) -> Array:
+        def glove(x: Array, y: Array, *, hx: float = hx, hy: float = hy, thumb: float = thumb) -> Array:
             palm = _ellipse(x - hx, y - hy, 4.6, 6.0)
             return board.cover(np.minimum(palm, np.hypot(x - hx - thumb, y - hy - 0.5) - 2.3))
 

@@ -70,8 +70,11 @@ def read_video(frames: NDArray[np.uint8], config: ToyConfig) -> VideoReadings:
     hair = np.median(video.box((28, 36, 12.5, 13.5)), axis=(0, 1))
     head = _find_head(video, wall, face, hair)
     aligned = video.shifted(head)
-    look = _read_look(aligned, background, light.mode[np.maximum(half, 0).clip(max=len(groups) - 1)], face, hair)
+    lights = light.mode[np.maximum(half, 0).clip(max=len(groups) - 1)]
+    look = _read_look(aligned, background=background, light=lights, face=face, hair=hair)
     eyes, brows = (_medians(aligned.relative(box), groups) for box in (_EYES, _FOREHEAD))
+    gazes = _templates(video.size, look, "gaze", modes=GAZES, box=_EYES)
+    brow_shapes = _templates(video.size, look, "brows", modes=len(BROWS), box=_FOREHEAD)
     skin = np.concatenate([aligned.relative(_mirror(_CHEEKS, s)) for s in (-1, 1)], axis=1)
     return VideoReadings(
         head=head.astype(np.float64) / 64,
@@ -79,8 +82,8 @@ def read_video(frames: NDArray[np.uint8], config: ToyConfig) -> VideoReadings:
         look=look,
         face_colour=np.stack([np.median(skin[g], axis=(0, 1)) for g in groups]).astype(np.float64),
         choices={
-            "gaze": make_reading(*nearest_mode(eyes, _templates(video.size, look, "gaze", GAZES, _EYES))),
-            "brows": make_reading(*nearest_mode(brows, _templates(video.size, look, "brows", len(BROWS), _FOREHEAD))),
+            "gaze": make_reading(*nearest_mode(eyes, gazes)),
+            "brows": make_reading(*nearest_mode(brows, brow_shapes)),
             "hand": _read_hand(video, wall, look, groups),
             "light": light,
         },
@@ -192,7 +195,7 @@ def _hair_depth(video: _Video, wall: Array, hair: Array) -> Array:
     return share.clip(-0.5, 1).sum(1).mean(1) * np.float32(64 / video.size)
 
 
-def _read_look(aligned: _Video, background: int, light: NDArray[np.int64], face: Array, hair: Array) -> Appearance:
+def _read_look(aligned: _Video, *, background: int, light: NDArray[np.int64], face: Array, hair: Array) -> Appearance:
     known = {"face": _closest(face, FACES), "hair": _closest(hair, HAIRS), "background": background}
     common = int(np.bincount(light).argmax())
     seen = np.median(aligned.relative(_HEAD)[light == common][::2], axis=0).ravel()
@@ -203,7 +206,7 @@ def _read_look(aligned: _Video, background: int, light: NDArray[np.int64], face:
 
 
 @lru_cache(maxsize=64)
-def _outlines(size: int, light: int, face: int, hair: int, background: int) -> NDArray[np.float64]:
+def _outlines(size: int, light: int, *, face: int, hair: int, background: int) -> NDArray[np.float64]:
     """Heads of all shapes and styles ``[shapes x styles, P]``."""
     looks = [
         Appearance(face=face, shape=shape, hair=hair, style=style, background=background)
@@ -216,7 +219,7 @@ def _outlines(size: int, light: int, face: int, hair: int, background: int) -> N
 
 
 @lru_cache(maxsize=256)
-def _templates(size: int, look: Appearance, choice: str, modes: int, box: Box) -> NDArray[np.float64]:
+def _templates(size: int, look: Appearance, choice: str, *, modes: int, box: Box) -> NDArray[np.float64]:
     """A patch around a head at rest for each mode of a choice, ``[modes, P]``."""
     patches = _Video(
         renderer.draw_frames(size, look, renderer.draw_still(modes, **{choice: np.arange(modes)}))

@@ -83,7 +83,8 @@ def synthesize(
     phase = 2 * np.pi * np.cumsum(np.interp(at, points, pitch)) / sample_rate
     names = np.asarray([VOCABULARY.index(w["word"]) for w in transcript] + [0])
     tones = np.asarray(voice.tones)[np.minimum((points / HALF_SECOND).astype(int), len(voice.tones) - 1)]
-    gains = _harmonics(names[entry], place, tones, pitch, voice.pitch, sample_rate) * envelope[:, None]
+    gains = _harmonics(names[entry], place, tones, pitch, base=voice.pitch, sample_rate=sample_rate)
+    gains *= envelope[:, None]
     gains[1:-1] = (gains[:-2] + 2 * gains[1:-1] + gains[2:]) / 4  # a change of tone takes 12 ms and does not click
     sound = _LEVEL * _sum_harmonics(phase, at * _CONTROL, gains)
     sound += _ROOM * np.random.default_rng([seed, 0x50]).standard_normal(samples)
@@ -91,7 +92,7 @@ def synthesize(
 
 
 def _harmonics(
-    syllable: NDArray[np.int64], place: Array, tone: NDArray[np.int64], pitch: Array, base: float, sample_rate: int
+    syllable: NDArray[np.int64], place: Array, tone: NDArray[np.int64], pitch: Array, *, base: float, sample_rate: int
 ) -> Array:
     """Amplitudes ``[points, harmonics]`` of unit total power."""
     count = int(min(7400, 0.46 * sample_rate) / (1.03 * base))

@@ -226,7 +226,7 @@ def write_clip(out_dir: Path, config: ToyConfig, index: int) -> Path:
     if not path.exists():
         truth = sample_truth(config, index)
         _put(path.with_suffix(".json"), json.dumps(_sidecar(truth), indent=1))
-        write_mp4(path, render_frames(truth), config.fps, render_audio(truth), config.sample_rate)
+        write_mp4(path, render_frames(truth), config.fps, render_audio(truth), sample_rate=config.sample_rate)
     return path
 
 

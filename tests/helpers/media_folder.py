@@ -14,7 +14,7 @@ FPS, RATE = Fraction(24), 16000
 
 def write_clip(path: Path, seconds: float, picture: bool = True, heard: bool = True) -> Path:
     frames = numbered_frames(round(seconds * FPS)) if picture else None
-    write_mp4(path, frames, FPS, sound(seconds, RATE) if heard else None, RATE)
+    write_mp4(path, frames, FPS, sound(seconds, RATE) if heard else None, sample_rate=RATE)
     return path
 
 

@@ -72,7 +72,7 @@ def test_the_last_audio_latent_hears_what_the_source_has_and_silence_behind_it(t
     wave = (0.3 * np.sin(np.arange(3 * RATE) * 0.2)).astype(np.float32)
     for name, seconds in (("long", 3.0), ("exact", 2.0)):
         heard = wave[: round(seconds * RATE)]
-        write_mp4(tmp_path / f"{name}.mp4", numbered_frames(round(seconds * FPS) + 1), FPS, heard, RATE)
+        write_mp4(tmp_path / f"{name}.mp4", numbered_frames(round(seconds * FPS) + 1), FPS, heard, sample_rate=RATE)
     (long, _), (exact,) = spans_of(tmp_path / "long.mp4"), spans_of(tmp_path / "exact.mp4")
     assert isinstance(long, Clip)
     assert isinstance(exact, Clip)
@@ -108,10 +108,10 @@ def reason(path: Path, config: PreprocessConfig = CONFIG) -> str:
 def test_every_bad_clip_has_its_reason(tmp_path):
     black, silence = silent_black()
     frames, wave = numbered_frames(60), sound(2.5, RATE)
-    write_mp4(tmp_path / "black.mp4", black, FPS, wave, RATE)
-    write_mp4(tmp_path / "silent.mp4", frames, FPS, silence, RATE)
-    write_mp4(tmp_path / "frozen.mp4", np.repeat(frames[:1], 60, 0), FPS, wave, RATE)
-    write_mp4(tmp_path / "small.mp4", frames[:, ::8, ::8], FPS, wave, RATE)
+    write_mp4(tmp_path / "black.mp4", black, FPS, wave, sample_rate=RATE)
+    write_mp4(tmp_path / "silent.mp4", frames, FPS, silence, sample_rate=RATE)
+    write_mp4(tmp_path / "frozen.mp4", np.repeat(frames[:1], 60, 0), FPS, wave, sample_rate=RATE)
+    write_mp4(tmp_path / "small.mp4", frames[:, ::8, ::8], FPS, wave, sample_rate=RATE)
     (tmp_path / "text.mp4").write_text("no media")
     (tmp_path / "sidecar.json").write_text("{")
     write_clip(tmp_path / "sidecar.mp4", 2.2)
@@ -231,7 +231,7 @@ def test_a_unit_made_twice_has_the_same_bytes(tmp_path):
     def content(place: Path) -> dict[str, str]:
         store = Store(str(place))
         with Lease(store) as lease:
-            process_unit(units[0], store, lease.token, CONFIG, build_encoders(CONFIG))
+            process_unit(units[0], store, lease.token, CONFIG, encoders=build_encoders(CONFIG))
         files = (p for p in place.rglob("*") if p.is_file())
         return {str(p.relative_to(place)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
@@ -244,7 +244,7 @@ def test_an_orphaned_worker_publishes_nothing(tmp_path):
     store = Store(str(tmp_path / "out"))
     (unit,) = plan_units([], find_sources([str(write_clip(tmp_path / "a.mp4", 2.2))]), 5, CONFIG.fingerprint)
     with Lease(store), pytest.raises(LeaseLostError):
-        process_unit(unit, store, "token of a dead driver", CONFIG, build_encoders(CONFIG))
+        process_unit(unit, store, "token of a dead driver", CONFIG, encoders=build_encoders(CONFIG))
     assert store.list_entries() == []
 
 
@@ -292,7 +292,7 @@ def test_rejects_are_rows(tmp_path):
     store = Store(str(tmp_path / "out"))
     (unit,) = plan_units([], find_sources([str(make_folder(tmp_path / "media"))]), 5, CONFIG.fingerprint)
     with Lease(store) as lease:
-        marker = process_unit(unit, store, lease.token, CONFIG, build_encoders(CONFIG))
+        marker = process_unit(unit, store, lease.token, CONFIG, encoders=build_encoders(CONFIG))
     rows = pq.read_table(tmp_path / "out" / "rejects" / f"{unit.name}.parquet").to_pylist()
     assert [(r["uri"].rsplit("/", 1)[1], r["reason"]) for r in rows] == [
         ("mute.mp4", "no_audio"),

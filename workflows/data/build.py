@@ -165,7 +165,7 @@ def _run(
             totals.add(marker)
             show(done, len(units), totals.counts())
 
-        process_units(missing, store, token, config, on_done)
+        process_units(missing, store, token, config, on_done=on_done)
 
 
 def _finish(store: Store, config: PreprocessConfig, units: Sequence[WorkUnit]) -> None:

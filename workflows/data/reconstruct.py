@@ -21,7 +21,7 @@ def reconstruct_clip(dataset: str, clip_id: str, out: str, overwrite: bool = Fal
     seconds = len(frames) / fps if frames is not None else Fraction(0 if sound is None else len(sound), rate)
     sound = None if sound is None else sound[: round(seconds * rate)]
     Path(out).resolve().parent.mkdir(parents=True, exist_ok=True)
-    write_mp4(out, frames, fps, sound, rate)
+    write_mp4(out, frames, fps, sound, sample_rate=rate)
     return {"path": out, "seconds": float(seconds), "frames": 0 if frames is None else len(frames), "fps": float(fps)}
 
 

@@ -114,7 +114,7 @@ class EvaluationWorker:
                 None if signals.frames is None else signals.frames.numpy(),
                 frame_rate_of(self.held.meta) if signals.frames is not None else None,
                 None if signals.sound is None else signals.sound.numpy(),
-                self.reader.sample_rate if signals.sound is not None else None,
+                sample_rate=self.reader.sample_rate if signals.sound is not None else None,
             )
             return path.read_bytes()
 

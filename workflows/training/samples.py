@@ -163,7 +163,7 @@ class SampleEvaluator:
                     frames,
                     None if frames is None else frame_rate_of(self._held.meta),
                     sound,
-                    None if sound is None else streamer.sample_rate,
+                    sample_rate=None if sound is None else streamer.sample_rate,
                 )
                 out[prompt.number] = signals
         return [out[number] for number in sorted(out)]

@@ -31,7 +31,7 @@ def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
 )
 def test_any_name(name, tmp_path):
     path = tmp_path / name
-    write_mp4(path, numbered_frames(12), FPS, sound(0.5, RATE), RATE)
+    write_mp4(path, numbered_frames(12), FPS, sound(0.5, RATE), sample_rate=RATE)
     frames, _ = decode_all(path)
     assert list(read_numbers(frames)) == list(range(12))
 
@@ -95,7 +95,7 @@ def test_a_span_in_the_middle_is_that_part_of_the_whole(tmp_path):
 
 def test_writer_keeps_picture_and_sound_together(tmp_path):
     path = tmp_path / "out.mp4"
-    write_mp4(path, numbered_frames(72), FPS, sound(3.0, RATE), RATE)
+    write_mp4(path, numbered_frames(72), FPS, sound(3.0, RATE), sample_rate=RATE)
     frames, wave = decode_all(path)
     assert list(read_numbers(frames)) == list(range(72))
     assert np.abs(find_beeps(wave, RATE) - BEEPS).max() < 0.002

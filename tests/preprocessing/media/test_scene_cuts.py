@@ -46,7 +46,7 @@ def write_scenes(path: Path, lengths: tuple[int, ...], keep: str = "1") -> Path:
     """Scenes of so many frames; ``keep``: expression of the frames that stay, the others go without replacement."""
     frames = np.concatenate([scene(i, n) for i, n in enumerate(lengths)])
     whole = path.with_suffix(".whole.mp4") if keep != "1" else path
-    write_mp4(whole, frames, FPS, sound(len(frames) / FPS, RATE), RATE)
+    write_mp4(whole, frames, FPS, sound(len(frames) / FPS, RATE), sample_rate=RATE)
     if keep != "1":
         vary = ["-vf", f"select='{keep}'", "-fps_mode", "passthrough", "-crf", "12", "-c:a", "copy"]
         subprocess.run(["ffmpeg", "-v", "error", "-i", str(whole), *vary, str(path)], check=True)
@@ -79,7 +79,7 @@ def test_a_flash_is_no_cut_and_a_switched_light_is_none(tmp_path):
     frames = numbered_frames(73, np.array([20, 45]))
     frames[50:] = (frames[50:] * 0.7).astype(np.uint8)
     frames[30:32] = 255
-    write_mp4(tmp_path / "flash.mp4", frames, FPS, sound(73 / 24, RATE), RATE)
+    write_mp4(tmp_path / "flash.mp4", frames, FPS, sound(73 / 24, RATE), sample_rate=RATE)
     assert [one.span for one in spans(tmp_path / "flash.mp4")] == [(0.0, 2.041667), (2.0, 3.041667)]
 
 

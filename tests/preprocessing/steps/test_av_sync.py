@@ -58,10 +58,10 @@ def test_thresholds_reject_with_a_reason(monkeypatch):
     for offset, confidence, reason in ((0.0, 1.9, "unsure"), (0.25, 5.0, "out_of_sync"), (-0.25, 5.0, "out_of_sync")):
         says(monkeypatch, offset, confidence)
         with pytest.raises(Rejected) as error:
-            check_sync(clip(), STRICT, PLAN, Fraction(24), 16000)
+            check_sync(clip(), STRICT, PLAN, fps=Fraction(24), sample_rate=16000)
         assert (error.value.step, error.value.reason) == ("sync", reason)
     says(monkeypatch, 0.3, 0.1)
-    kept = check_sync(clip(), SyncConfig(), PLAN, Fraction(24), 16000)  # recorded only
+    kept = check_sync(clip(), SyncConfig(), PLAN, fps=Fraction(24), sample_rate=16000)  # recorded only
     assert kept.sync == (0.3, 0.1)
     assert kept.waveform[0] == 0
 
@@ -70,7 +70,7 @@ def test_thresholds_reject_with_a_reason(monkeypatch):
 def test_moved_sound_meets_the_picture_and_nothing_is_padded(monkeypatch, late):
     says(monkeypatch, late, 3.0)
     before = clip()
-    after = check_sync(before, STRICT, PLAN, Fraction(24), 16000)
+    after = check_sync(before, STRICT, PLAN, fps=Fraction(24), sample_rate=16000)
     assert after.sync == (0.0, 3.0)
     assert (len(after.frames), len(after.waveform)) == (PLAN.frames[5], PLAN.samples[5])
     first = int(after.frames[0, 0, 0, 0])  # frame of the source clip, at first / 24 seconds
@@ -83,7 +83,7 @@ def test_moved_sound_meets_the_picture_and_nothing_is_padded(monkeypatch, late):
 
 def test_a_clip_with_too_little_left_is_rejected():
     with pytest.raises(Rejected, match="too_short"):
-        shift_audio(clip(2), 0.2, PLAN, Fraction(24), 16000)
+        shift_audio(clip(2), 0.2, PLAN, fps=Fraction(24), sample_rate=16000)
 
 
 def test_syncnet_is_configured_by_a_file_whose_content_counts(tmp_path):

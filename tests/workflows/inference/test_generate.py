@@ -43,7 +43,7 @@ def image(tmp_path) -> str:
 @pytest.fixture
 def voice(tmp_path) -> str:
     sound = 0.3 * np.sin(np.arange(32000) * 0.05).astype(np.float32)
-    write_mp4(tmp_path / "voice.mp4", None, None, sound, 16000)
+    write_mp4(tmp_path / "voice.mp4", None, None, sound, sample_rate=16000)
     return str(tmp_path / "voice.mp4")
 
 

@@ -33,7 +33,7 @@ def write_sources(folder: Path, count: int, *, seen: bool = True, heard: bool = 
     for number in range(count):
         frames = np.repeat(numbered_frames(73 + number), 2, axis=1 + number % 2)
         wave = sound(3 + number / 24, RATE)
-        write_mp4(folder / f"{number}.mp4", frames if seen else None, FPS, wave if heard else None, RATE)
+        write_mp4(folder / f"{number}.mp4", frames if seen else None, FPS, wave if heard else None, sample_rate=RATE)
     return str(folder)
 
 
