@@ -1,14 +1,15 @@
 """Run one function on all ranks of a bench, under Ray Train or as plain processes, and bring back what rank 0 says."""
 
 import pickle
-import socket
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from workflows.config.run import EngineConfig
-from workflows.utils.ray_runtime import ray_session, worker_runtime_env
+from workflows.utils.environment import find_free_ports
+from workflows.utils.ray_runtime import ray_session, train_run_config
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -30,32 +31,26 @@ def _on_ray(function: Callable[[A], R], argument: A, engine: EngineConfig) -> R:
 
 def _fit(call: bytes, engine: EngineConfig, folder: str) -> Any:
     import ray
-    from ray.train import LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    def enter(settings: dict[str, bytes]) -> bytes:
+    def run_rank(settings: dict[str, bytes]) -> bytes:
         """Pickled by value, so that Ray's own processes, which need not find our packages, can hand it on."""
         import pickle
 
         function, argument = pickle.loads(settings["call"])
         return pickle.dumps(function(argument))
 
-    cpus = ray.cluster_resources().get("CPU", 1.0)
     result = TorchTrainer(
-        enter,
+        run_rank,
         train_loop_config={"call": call},
         torch_config=TorchConfig(backend="nccl" if engine.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=engine.max_workers,
             use_gpu=engine.use_gpu,
-            resources_per_worker={"CPU": min(1.0, cpus / engine.max_workers), **({"GPU": 1} if engine.use_gpu else {})},
+            resources_per_worker=engine.worker_resources(ray.cluster_resources().get("CPU", 1.0)),
         ),
-        run_config=RunConfig(
-            name="bench",
-            storage_path=folder,
-            logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env=worker_runtime_env(),
-        ),
+        run_config=train_run_config("bench", folder),
     ).fit()
     assert result.return_value is not None, "Ray Train gave nothing back"
     return pickle.loads(result.return_value)
@@ -64,28 +59,37 @@ def _fit(call: bytes, engine: EngineConfig, folder: str) -> Any:
 def _on_processes(function: Callable[[A], R], argument: A, engine: EngineConfig) -> R:
     from torch.multiprocessing.spawn import spawn
 
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        spawn(_enter, (engine, port, folder, function, argument), nprocs=engine.max_workers, join=True)
-        return pickle.loads((Path(folder) / "result").read_bytes())
+    with tempfile.TemporaryDirectory() as folder:
+        (port,) = find_free_ports(1)
+        call = _RankCall(function=function, argument=argument, engine=engine, port=port, result=Path(folder) / "result")
+        spawn(_run_rank, (call,), nprocs=engine.max_workers, join=True)
+        return pickle.loads(call.result.read_bytes())
 
 
-def _enter(rank: int, engine: EngineConfig, port: int, folder: str, function: Callable[[A], R], argument: A) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _RankCall(Generic[A, R]):
+    function: Callable[[A], R]
+    argument: A
+    engine: EngineConfig
+    port: int
+    result: Path  # written by rank 0
+
+
+def _run_rank(rank: int, call: _RankCall[A, R]) -> None:
     import torch
     import torch.distributed as dist
 
-    if engine.use_gpu:
+    use_gpu = call.engine.use_gpu
+    if use_gpu:
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        "nccl" if engine.use_gpu else "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
+        "nccl" if use_gpu else "gloo",
+        init_method=f"tcp://127.0.0.1:{call.port}",
         rank=rank,
-        world_size=engine.max_workers,
+        world_size=call.engine.max_workers,
     )
-    result = function(argument)
+    result = call.function(call.argument)
     if rank == 0:
-        (Path(folder) / "result").write_bytes(pickle.dumps(result))
+        call.result.write_bytes(pickle.dumps(result))
     dist.barrier()
     dist.destroy_process_group()

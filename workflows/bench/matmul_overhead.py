@@ -1,6 +1,7 @@
 """How much of a forward pass is not matrix products: norms, rotations, modulation, copies, Python."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from workflows.utils import timing
 
 MATMUL_OPS = ("addmm", "mm", "bmm", "baddbmm")
 ATTENTION_OP = "_scaled_dot_product"
-LEAST_ROUNDS = 15  # the least time of a few rounds is that of a busy machine
+MIN_ROUNDS = 15  # the minimum of a few rounds is that of a busy machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class MatmulOverhead:
     block: float  # one block of each branch, and the attention between them
 
 
-class _Recorded(TorchDispatchMode):
+class _MatmulRecorder(TorchDispatchMode):
     """Keeps the calls of matrix products and attention inside, with what they were given."""
 
     def __init__(self) -> None:
@@ -39,9 +40,26 @@ class _Recorded(TorchDispatchMode):
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def again(self) -> None:
+    def replay(self) -> None:
         for func, args, kwargs in self.calls:
             func(*args, **kwargs)
+
+
+@contextmanager
+def record_layer_inputs(model: Any) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield a list that receives the arguments of every ``model.run_layer`` call inside the block."""
+    inputs: list[tuple[Any, ...]] = []
+    run_layer = model.run_layer
+
+    def record_and_run(*args: Any) -> Any:
+        inputs.append(args)
+        return run_layer(*args)
+
+    model.run_layer = record_and_run  # hides the method of the class
+    try:
+        yield inputs
+    finally:
+        del model.run_layer
 
 
 @torch.no_grad()
@@ -52,23 +70,25 @@ def measure_matmul_overhead(config: RunConfig, batch: AVBatch, rounds: int) -> M
     t = constant_levels(batch.streams, dict.fromkeys(batch.streams, 0.5))
     with torch.autocast(device.type, config.engine.autocast, enabled=config.engine.autocast is not None):
         context = DenoiserContext(model=model, cond=batch.cond).append_history(history_of(batch.streams), None)
-        forward = lambda: context.velocity(batch.streams, t, t)
-        given, run = list[tuple[Any, ...]](), model.run_layer
-        model.run_layer = lambda *args: given.append(args) or run(*args)  # hides the method
-        forward()
-        del model.run_layer
-        block = lambda: run(*given[-1])
+
+        def forward() -> object:
+            return context.velocity(batch.streams, t, t)
+
+        with record_layer_inputs(model) as inputs:
+            forward()
+        last_layer = inputs[-1]
         return MatmulOverhead(
-            forward=_over_products(forward, device, max(rounds, LEAST_ROUNDS)),
-            block=_over_products(block, device, max(rounds, LEAST_ROUNDS)),
+            forward=_time_over_matmuls(forward, device, max(rounds, MIN_ROUNDS)),
+            block=_time_over_matmuls(lambda: model.run_layer(*last_layer), device, max(rounds, MIN_ROUNDS)),
         )
 
 
-def _over_products(work: Callable[[], object], device: torch.device, rounds: int) -> float:
-    with _Recorded() as products:
+def _time_over_matmuls(work: Callable[[], object], device: torch.device, rounds: int) -> float:
+    with _MatmulRecorder() as matmuls:
         work()
-    times = [
-        (timing.time_call(device, work)[0], timing.time_call(device, products.again)[0]) for _ in range(rounds + 1)
-    ]
-    whole, alone = (min(column) for column in zip(*times[1:], strict=True))
-    return whole / alone
+    work_s: list[float] = []
+    matmul_s: list[float] = []
+    for _ in range(rounds + 1):
+        work_s.append(timing.time_call(device, work)[0])
+        matmul_s.append(timing.time_call(device, matmuls.replay)[0])
+    return min(work_s[1:]) / min(matmul_s[1:])  # the first round warms up

@@ -10,7 +10,6 @@ from statistics import median, quantiles
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mfcore.model.compile import EAGER
 from mfcore.model.config import ModelConfig
@@ -20,7 +19,7 @@ from mfcore.model.transformer import AVTransformer
 from mfcore.rollout import join_chunks
 from mfcore.solver import DenoiserContext, denoise
 from mfcore.timeline import Timeline
-from mfcore.types import VIDEO, Condition, VelocityModel
+from mfcore.types import VIDEO, Condition, Stream, VelocityModel
 from workflows.bench import roofline
 from workflows.bench.random_network import random_network, random_network_bytes
 from workflows.bench.stream_runner import (
@@ -58,7 +57,7 @@ class StreamBenchPlan:
     chunks: int  # of the long stream
     rounds: int  # of what is measured in turns
     model: ModelConfig
-    known: LatentGeometry
+    geometry: LatentGeometry
     device: torch.device
     dtype: torch.dtype
     compile: bool = False  # blocks
@@ -66,7 +65,7 @@ class StreamBenchPlan:
 
     @property
     def timeline(self) -> Timeline:
-        return self.known.timeline(tuple(self.model.branches))
+        return self.geometry.timeline(tuple(self.model.branches))
 
 
 def bench_stream(
@@ -83,7 +82,16 @@ def bench_stream(
     sets: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What ``--json`` prints. ValueError for what cannot be streamed, or does not fit into memory."""
-    plan = plan_stream_bench(preset, size, steps, chunks, rounds, device, precision, sets)
+    plan = plan_stream_bench(
+        preset=preset,
+        size=size,
+        steps=steps,
+        chunks=chunks,
+        rounds=rounds,
+        device=device,
+        precision=precision,
+        sets=sets,
+    )
     plan = replace(plan, compile=compile, graphs=graphs)
     check_feasible(plan)
     with torch.no_grad(), torch.autocast(plan.device.type, plan.dtype, enabled=plan.dtype != torch.float32):
@@ -91,6 +99,7 @@ def bench_stream(
 
 
 def plan_stream_bench(
+    *,
     preset: str,
     size: tuple[int, int] | None,
     steps: int,
@@ -107,9 +116,10 @@ def plan_stream_bench(
         )
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; leave it out to measure the CPU")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    size, known = size or default_size(preset), geometry_for_preset(preset)
-    config = presets.build_preset(preset, "joint", known.shapes(size))
+    chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    size = size or default_size(preset)
+    geometry = geometry_for_preset(preset)
+    config = presets.build_preset(preset, "joint", geometry.shapes(size))
     config = serialization.apply_overrides(config, serialization.parse_overrides(sets))
     return StreamBenchPlan(
         preset=preset,
@@ -118,9 +128,9 @@ def plan_stream_bench(
         chunks=chunks,
         rounds=rounds,
         model=replace(config.model, attention="sdpa"),  # what a stream is compared with is the reference
-        known=known,
-        device=place,
-        dtype=DTYPES[precision or default_precision(place)],
+        geometry=geometry,
+        device=chosen_device,
+        dtype=DTYPES[precision or default_precision(chosen_device)],
     )
 
 
@@ -141,9 +151,9 @@ def check_feasible(plan: StreamBenchPlan) -> None:
     smaller = order[list(reversed(presets.PRESETS)).index(plan.preset) :]
     options = [(f"--precision bf16 --preset {plan.preset}", replace(plan, dtype=torch.bfloat16))]
     for name in smaller:
-        known = geometry_for_preset(name)
-        model = presets.build_preset(name, "joint", known.shapes(plan.size)).model
-        options.append((f"--preset {name}", replace(plan, preset=name, model=model, known=known)))
+        geometry = geometry_for_preset(name)
+        model = presets.build_preset(name, "joint", geometry.shapes(plan.size)).model
+        options.append((f"--preset {name}", replace(plan, preset=name, model=model, geometry=geometry)))
     require_memory(
         f"streaming preset {plan.preset} at {plan.size[0]}x{plan.size[1]}",
         memory_parts(plan),
@@ -155,12 +165,14 @@ def check_feasible(plan: StreamBenchPlan) -> None:
 def chunk_workload(plan: StreamBenchPlan) -> ChunkWorkload:
     """A usual chunk: counts of sounds differ by one between chunks, so theirs is a mean, rounded."""
     timeline, branches = plan.timeline, plan.model.branches
-    each = {
-        m: round(timeline.count(m, EARLY_CHUNKS, EARLY_CHUNKS) / EARLY_CHUNKS) * b.tokens for m, b in branches.items()
-    }
-    sink = sum(b.tokens * (1 if m == VIDEO else timeline.count(m, 1)) for m, b in branches.items())
-    seen = sink + (plan.model.window_chunks + 1) * sum(each.values())
-    return ChunkWorkload(tokens=each, seen=seen, caption=CAPTION_TOKENS, words=VISIBLE_WORDS)
+    tokens: dict[str, int] = {}
+    sink = 0
+    for m, branch in branches.items():
+        mean_count = round(timeline.count(m, EARLY_CHUNKS, EARLY_CHUNKS) / EARLY_CHUNKS)
+        tokens[m] = mean_count * branch.tokens
+        sink += branch.tokens * (1 if m == VIDEO else timeline.count(m, 1))
+    seen = sink + (plan.model.window_chunks + 1) * sum(tokens.values())
+    return ChunkWorkload(tokens=tokens, seen=seen, caption=CAPTION_TOKENS, words=VISIBLE_WORDS)
 
 
 def measure(plan: StreamBenchPlan) -> dict[str, Any]:
@@ -168,14 +180,15 @@ def measure(plan: StreamBenchPlan) -> dict[str, Any]:
     net = random_network(plan.model, plan.device, plan.dtype)
     cond = noise_condition(plan.model, plan.timeline, plan.device)
     model = apply_inference_optimizations(net, compile=plan.compile, graphs=plan.graphs)
-    make = lambda: StreamRunner(net, cond, plan.timeline, plan.steps, model)
-    make().time_chunks(2)  # warms up
-    first_s = [make().time_chunks(1)[0] for _ in range(3)]
-    late, early = make(), make()
+    new_stream = lambda: StreamRunner(net, cond, plan.timeline, steps=plan.steps, model=model)
+    new_stream().time_chunks(2)  # warms up
+    first_s = [new_stream().time_chunks(1)[0] for _ in range(3)]
+    late = new_stream()
+    early = new_stream()
     times = late.time_chunks(EARLY_CHUNKS)
-    held = roofline.allocated_bytes(plan.device)
+    bytes_early = roofline.allocated_bytes(plan.device)
     times += late.time_chunks(plan.chunks - EARLY_CHUNKS)
-    growth = roofline.allocated_bytes(plan.device) / held
+    growth = roofline.allocated_bytes(plan.device) / bytes_early
     early.time_chunks(EARLY_CHUNKS)
     turns = [(late.time_chunks(1)[0], early.time_chunks(1)[0]) for _ in range(plan.rounds)]
     del late, early
@@ -192,15 +205,19 @@ def measure_switch_speedup(
     """What the switches gain, by chunks with and without them in turns, and the largest difference they make."""
     if not (plan.compile or plan.graphs):
         return {"switch_speedup": None}
-    code, ratios, gap = net.code, list[float](), 0.0
-    fast, plain = (StreamRunner(net, cond, plan.timeline, plan.steps, own) for own in (model, net))
-    for number in range(EARLY_CHUNKS + plan.rounds):
-        quick_s = fast.time_chunks(1)[0]
+    code = net.code
+    ratios: list[float] = []
+    gap = 0.0
+    optimized = StreamRunner(net, cond, plan.timeline, steps=plan.steps, model=model)
+    eager = StreamRunner(net, cond, plan.timeline, steps=plan.steps)
+    for chunk in range(EARLY_CHUNKS + plan.rounds):
+        optimized_s = optimized.time_chunks(1)[0]
         net.code = EAGER
-        slow_s = plain.time_chunks(1)[0]
+        eager_s = eager.time_chunks(1)[0]
         net.code = code
-        gap = max(gap, *(_gap(s.latents, plain.chunk[m].latents) for m, s in fast.chunk.items()))
-        ratios += [slow_s / quick_s] if number >= EARLY_CHUNKS else []
+        gap = max(gap, _max_difference(optimized.chunk, eager.chunk))
+        if chunk >= EARLY_CHUNKS:
+            ratios.append(eager_s / optimized_s)
     return {"switch_speedup": median(ratios), "switch_gap": gap}
 
 
@@ -209,34 +226,34 @@ def measure_cache_speedup(plan: StreamBenchPlan, net: AVTransformer, cond: Condi
     prefix = sum(plan.timeline.count(m, CACHED_AT) * b.tokens for m, b in plan.model.branches.items())
     if prefix > MOST_RECOMPUTED:
         return {"cached_speedup": None, "not_compared": f"a prefix of {prefix} tokens is too long for a dense mask"}
-    ring = StreamRunner(net, cond, plan.timeline, plan.steps)
-    before = [chunk.clean for chunk in ring.generate(CACHED_AT - 1)]
-    kept, (last,) = ring.context.snapshot(), [chunk.clean for chunk in ring.generate(1)]
-    history, start = join_chunks([*before, last]), next(ring.starts)
-    bare = DenoiserContext(model=net, cond=cond).prefill()
-    whole: list[float] = []  # nothing is kept from one evaluation to the next
-    once: list[float] = []  # the prefix is run once for all evaluations of the chunk
-    cached: list[float] = []
+    stream = StreamRunner(net, cond, plan.timeline, steps=plan.steps)
+    before = [chunk.clean for chunk in stream.generate(CACHED_AT - 1)]
+    snapshot = stream.context.snapshot()
+    (last,) = [chunk.clean for chunk in stream.generate(1)]
+    history = join_chunks([*before, last])
+    start = next(stream.starts)
+    empty = DenoiserContext(model=net, cond=cond).prefill()
+    ratios: list[float] = []  # the prefix is run for every evaluation
+    ratios_once: list[float] = []  # the prefix is run once for all evaluations of the chunk
     gap = 0.0
     for _ in range(max(3, plan.rounds // 3)):
-        remembered_s, context = timing.time_call(plan.device, bare.append_history, history, None)
-        made_s, (made, _) = timing.time_call(plan.device, denoise, context, start, ring.plan)
-        again = ring.fork(kept).append_history(last, None)  # has heard the caption, as a stream has
-        own_s, (own, _) = timing.time_call(plan.device, denoise, again, start, ring.plan)
-        stored_s, _ = timing.time_call(plan.device, again.append_history, own, None)
-        whole.append(plan.steps * remembered_s + made_s)
-        once.append(remembered_s + made_s)
-        cached.append(own_s + stored_s)
-        gap = max(gap, *(_gap(made[m].latents, own[m].latents) for m in made))
+        prefix_s, context = timing.time_call(plan.device, empty.append_history, history, None)
+        uncached_s, (uncached, _) = timing.time_call(plan.device, denoise, context, start, stream.plan)
+        forked = stream.fork(snapshot).append_history(last, None)  # with a cached caption, as a stream has
+        denoise_s, (cached, _) = timing.time_call(plan.device, denoise, forked, start, stream.plan)
+        write_s, _ = timing.time_call(plan.device, forked.append_history, cached, None)
+        ratios.append((plan.steps * prefix_s + uncached_s) / (denoise_s + write_s))
+        ratios_once.append((prefix_s + uncached_s) / (denoise_s + write_s))
+        gap = max(gap, _max_difference(uncached, cached))
     return {
-        "cached_speedup": median(a / b for a, b in zip(whole, cached, strict=True)),
-        "cached_speedup_prefix_once": median(a / b for a, b in zip(once, cached, strict=True)),
+        "cached_speedup": median(ratios),
+        "cached_speedup_prefix_once": median(ratios_once),
         "cached_gap": gap,
     }
 
 
-def _gap(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max())
+def _max_difference(one: Mapping[str, Stream], other: Mapping[str, Stream]) -> float:
+    return max(float((s.latents - other[m].latents).abs().max()) for m, s in one.items())
 
 
 def summarize(
@@ -252,7 +269,7 @@ def summarize(
         "precision": str(plan.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "size": list(plan.size),
-        "padded": list(plan.known.padded(plan.size)),
+        "padded": list(plan.geometry.padded(plan.size)),
         "steps": plan.steps,
         "compile": plan.compile,
         "graphs": plan.graphs,
@@ -276,7 +293,7 @@ def summarize(
         "matmul_flops_per_s": rate,
         "ratio_to_matmul": flops / chunk_s / rate,
         **compared,
-        "decode_ms": measure_decode_ms(plan.known, latent_shapes(plan.model), plan.timeline, plan.rounds),
+        "decode_ms": measure_decode_ms(plan.geometry, latent_shapes(plan.model), plan.timeline, rounds=plan.rounds),
     }
 
 
@@ -289,14 +306,12 @@ def format_table(result: Mapping[str, Any]) -> str:
     speedup = result["cached_speedup"]
     decode = result["decode_ms"]
     switches = [name for name in ("compile", "graphs") if result[name]]
-    gain = (
-        [
+    gain: list[str] = []
+    if switches:
+        gain.append(
             f"{' and '.join(switches):24} {result['switch_speedup']:9.2f} times as fast as without; difference "
             f"{result['switch_gap']:.0e}"
-        ]
-        if switches
-        else []
-    )
+        )
     lines = [
         f"preset {result['preset']} at {size} (padded to {padded}), {result['steps']} steps and a pass that writes the "
         f"cache, {result['precision']} on {result['device']}, {result['threads']} thread(s)",

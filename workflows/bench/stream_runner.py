@@ -27,7 +27,7 @@ def latent_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def noise_condition(model: ModelConfig, timeline: Timeline, device: torch.device) -> Condition:
-    """A caption, a first frame, a voice and ``VISIBLE_WORDS`` words that every chunk attends to."""
+    """Return random conditions; ``VISIBLE_WORDS`` words are within reach of every chunk of a stream."""
     shapes, draw = latent_shapes(model), torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=draw)
     always = torch.tensor([-1e9, 1e9], dtype=torch.float64).expand(1, VISIBLE_WORDS, 2)  # their middle is what counts
@@ -47,17 +47,30 @@ class StreamRunner:
     """A stream that goes on where it stopped."""
 
     def __init__(
-        self, net: AVTransformer, cond: Condition, timeline: Timeline, steps: int, model: VelocityModel | None = None
+        self,
+        net: AVTransformer,
+        cond: Condition,
+        timeline: Timeline,
+        *,
+        steps: int,
+        model: VelocityModel | None = None,
     ) -> None:
         """``model``: what is asked in place of ``net``."""
-        self._model, self._cond, self._device = model or net, cond, cond.caption.device
+        self._model = model or net
+        self._cond = cond
+        self._device = cond.caption.device
         branches = net.config.branches
-        self._most = sum(timeline.max_count(m) * b.tokens for m, b in branches.items())
+        self._ring_tokens = sum(timeline.max_count(m) * b.tokens for m, b in branches.items())
         self.plan = schedule(steps, {m: SHIFT[m] for m in branches})
         self.starts = noise_starts(
-            timeline, latent_shapes(net.config), range(NO_END), 0, torch.zeros(1, dtype=torch.long), cond.caption
+            timeline,
+            latent_shapes(net.config),
+            range(NO_END),
+            seed=0,
+            samples=torch.zeros(1, dtype=torch.long),
+            like=cond.caption,
         )
-        self._made: Iterator[GeneratedChunk] | None = None
+        self._rollout: Iterator[GeneratedChunk] | None = None
         self._last: GeneratedChunk | None = None
 
     @property
@@ -74,37 +87,37 @@ class StreamRunner:
 
     def fork(self, context: DenoiserContext) -> DenoiserContext:
         """A ring of its own that goes on from ``context``."""
-        return context.map_memories(lambda memory: to_ring_cache(memory, self._most))
+        return context.map_caches(lambda cache: to_ring_cache(cache, self._ring_tokens))
 
     def generate(self, count: int) -> Iterator[GeneratedChunk]:
         for _ in range(count):
-            if self._made is None:
-                opened = DenoiserContext(model=self._model, cond=self._cond).prefill()
-                self._made = rollout(self.fork(opened), self.starts, self.plan)
-            self._last = next(self._made)
+            if self._rollout is None:
+                context = DenoiserContext(model=self._model, cond=self._cond).prefill()
+                self._rollout = rollout(self.fork(context), self.starts, self.plan)
+            self._last = next(self._rollout)
             yield self._last
 
     def time_chunks(self, count: int) -> list[float]:
         """Seconds that each of the next chunks took: writing the one before, and denoising. The first opens."""
-        made = self.generate(count)
-        return [timing.time_call(self._device, next, made)[0] for _ in range(count)]
+        chunks = self.generate(count)
+        return [timing.time_call(self._device, next, chunks)[0] for _ in range(count)]
 
 
 def measure_decode_ms(
-    known: LatentGeometry, shapes: Mapping[str, tuple[int, ...]], timeline: Timeline, chunks: int
+    geometry: LatentGeometry, shapes: Mapping[str, tuple[int, ...]], timeline: Timeline, *, rounds: int
 ) -> dict[str, float] | None:
     """Milliseconds by modality, the median of ``chunks``; None for codecs whose weights are not here."""
-    if known != EMBEDDED:
+    if geometry != EMBEDDED:
         return None
     codecs = {VIDEO: DctCodec(), AUDIO: MelCodec()}
     draw = torch.Generator().manual_seed(0)
-    taken: dict[str, float] = {}
+    decode_ms: dict[str, float] = {}
     for m, shape in shapes.items():
         decoder = codecs[m].decoder()
         decoder.push(torch.randn((1, *shape), generator=draw))  # the first frame
         times: list[float] = []
-        for k in range(chunks):
+        for k in range(rounds):
             latents = torch.randn((timeline.count(m, 1, k), *shape), generator=draw)
             times.append(timing.time_call(torch.device("cpu"), decoder.push, latents)[0])
-        taken[m] = 1e3 * median(times)
-    return taken
+        decode_ms[m] = 1e3 * median(times)
+    return decode_ms

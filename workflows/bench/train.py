@@ -65,7 +65,7 @@ def bench_train(
     """
     if rounds < 1 or turn < 1:
         raise ValueError(f"--rounds and --turn must be at least 1, got {rounds} and {turn}")
-    config = bench_config(stage, preset, workers, tokens, sets, size)
+    config = bench_config(stage=stage, preset=preset, workers=workers, tokens=tokens, sets=sets, size=size)
     require_training_memory(config, "cuda" if config.engine.use_gpu else "cpu")
     chosen, missing = available_variants(config, variants)
     if config.engine.compile or "compiled" in chosen:
@@ -83,6 +83,7 @@ def bench_train(
 
 
 def bench_config(
+    *,
     stage: Stage,
     preset: str,
     workers: int,

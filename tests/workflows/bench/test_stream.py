@@ -68,8 +68,17 @@ def test_nothing_is_held_that_grows(result):
 
 
 def test_operations_are_those_of_a_chunk_of_the_padded_size():
-    plan = stream.plan_stream_bench("full", (192, 336), 4, 500, 5, "cpu", "bf16", ())
-    assert plan.known.padded(plan.size) == (192, 352)
+    plan = stream.plan_stream_bench(
+        preset="full",
+        size=(192, 336),
+        steps=4,
+        chunks=500,
+        rounds=5,
+        device="cpu",
+        precision="bf16",
+        sets=(),
+    )
+    assert plan.geometry.padded(plan.size) == (192, 352)
     assert stream.chunk_workload(plan).tokens == {VIDEO: 3 * 6 * 11, AUDIO: 11}
     assert chunk_flops(plan.model, stream.chunk_workload(plan), 4) == pytest.approx(12.0e12, rel=0.05)
     assert memory_parts(plan)["weights"] == pytest.approx(2 * 13.9e9, rel=0.05)

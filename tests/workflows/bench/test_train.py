@@ -64,7 +64,7 @@ def test_the_mutual_stage_is_measured_with_all_its_parts_and_against_dmd_and_a_f
         stage="mutual", tokens=1, rounds=1, turn=1, sets=low, variants=["ray_torch", "dmd1", "full_copy"]
     )
     assert result["batch"] == 4 and result["loss_gap"]["torch"] < 1e-5
-    config = bench_config("mutual", "tiny", 1, 1, SMALL)
+    config = bench_config(stage="mutual", preset="tiny", workers=1, tokens=1, sets=SMALL)
     assert [config.objective.row_kind(i, 0) for i in range(4)] == list(config.objective.rows)
     assert config.objective.dmd_scale(0) == 1
     # student and fake score with gradients and moments, average, and the teacher that the mutual stage does without
@@ -78,7 +78,7 @@ def test_the_mutual_stage_is_measured_with_all_its_parts_and_against_dmd_and_a_f
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_batch_holds_the_asked_tokens_per_rank_and_no_clip_more(workers):
-    config = bench_config("joint", "tiny", workers, 3000, ())
+    config = bench_config(stage="joint", preset="tiny", workers=workers, tokens=3000, sets=())
     rows = config.data.batch // workers
     batches = variants.synthetic_batches(config, workers - 1, workers)
     (micro,) = batches.micro_batches(0)
