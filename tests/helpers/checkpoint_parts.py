@@ -39,7 +39,7 @@ def writer(root: Path | str, engines, ema, keep: int = 2, *, ours: bool = True) 
         CheckpointStore(root),
         engines=engines,
         ema=ema,
-        card=CARD,
+        metadata=CARD,
         facts=lambda _: {"stage": "audio"},
         keep=keep,
         may_write=lambda: ours,

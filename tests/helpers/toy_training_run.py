@@ -97,7 +97,7 @@ def _toy_run(toy: Toy) -> Result:
     if name := latest_intact_checkpoint(shelf):
         start = load_training_state(shelf, name, engines, ema)
     saver = CheckpointWriter(
-        shelf, engines=engines, ema=ema, card=CARD, facts=lambda _: {}, keep=9, may_write=lambda: True
+        shelf, engines=engines, ema=ema, metadata=CARD, facts=lambda _: {}, keep=9, may_write=lambda: True
     )
     error, progress = None, None
     try:

@@ -35,8 +35,8 @@ _NAME = "look-"
 class SnapshotWriter:
     """Weights set aside under ``root`` for looks that others make. Every method is called by all ranks together."""
 
-    def __init__(self, root: Path, card: ExportMetadata, hand_over: Callable[[Path], object]) -> None:
-        self._root, self._card, self._hand_over = root, card, hand_over
+    def __init__(self, root: Path, metadata: ExportMetadata, hand_over: Callable[[Path], object]) -> None:
+        self._root, self._metadata, self._hand_over = root, metadata, hand_over
         self._writing: threading.Thread | None = None
 
     def write(self, model: nn.Module, step: int) -> None:
@@ -54,7 +54,7 @@ class SnapshotWriter:
     def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         with contextlib.suppress(OSError):  # no room: the look says that its weights never came
             save_file(dict(weights), folder / "ema.safetensors")
-            write_json(folder / METADATA_FILE, serialization.to_dict(self._card))
+            write_json(folder / METADATA_FILE, serialization.to_dict(self._metadata))
 
     def close(self) -> None:
         """Until what was set aside last is written."""
@@ -72,8 +72,8 @@ def evaluate_snapshot(folder: Path, run_dir: Path, patience: float = SNAPSHOT_TI
         time.sleep(0.1)
     step = _step(folder)
     if not report_path(run_dir, step).exists():
-        model, card = load_export(folder)
-        sample_evaluator_for(run_dir).evaluate(model.to(distributed.local_device()), card, step)
+        model, metadata = load_export(folder)
+        sample_evaluator_for(run_dir).evaluate(model.to(distributed.local_device()), metadata, step)
     shutil.rmtree(folder, ignore_errors=True)
     return load_report(report_path(run_dir, step)).numbers
 

@@ -49,7 +49,7 @@ class _Content:
     networks: dict[str, StateShard]
     export: dict[str, dict[str, Tensor]]  # file name -> weights; rank 0 alone
     facts: dict[str, Any]
-    card: ExportMetadata
+    metadata: ExportMetadata
 
     def write(self, folder: Path) -> list[Path]:
         """All files of this rank under ``folder``."""
@@ -61,7 +61,7 @@ class _Content:
         for name, weights in self.export.items():
             save_file(weights, folder / "export" / name)
             files.append(folder / "export" / name)
-        write_json(folder / "export" / METADATA_FILE, serialization.to_dict(self.card))
+        write_json(folder / "export" / METADATA_FILE, serialization.to_dict(self.metadata))
         write_json(folder / "run.json", self.facts)
         return [*files, folder / "export" / METADATA_FILE, folder / "run.json"]
 
@@ -70,10 +70,10 @@ class CheckpointWriter:
     """Saves a run's checkpoints on its shelf. Every method but ``close`` is called by all ranks together."""
 
     def __init__(
-        self, shelf: CheckpointStore, *, engines: Mapping[str, Engine], ema: Ema, card: ExportMetadata,
+        self, shelf: CheckpointStore, *, engines: Mapping[str, Engine], ema: Ema, metadata: ExportMetadata,
         facts: Callable[[Progress], Mapping[str, Any]], keep: int, may_write: Callable[[], bool],
     ) -> None:  # fmt: skip
-        self._shelf, self._engines, self._ema, self._card = shelf, engines, ema, card
+        self._shelf, self._engines, self._ema, self._metadata = shelf, engines, ema, metadata
         self._facts, self._keep, self._may_write = facts, keep, may_write
         self._pending: _Writing | None = None
         if distributed.get_rank() == 0 and may_write():
@@ -98,7 +98,7 @@ class CheckpointWriter:
             "ema", {k: to_cpu_copy(v) for k, v in self._ema.weights() if first}
         )
         facts = {**self._facts(progress), "progress": serialization.to_dict(progress)}
-        return _Content(networks=networks, export=export if first else {}, facts=facts, card=self._card)
+        return _Content(networks=networks, export=export if first else {}, facts=facts, metadata=self._metadata)
 
     def _finish(self, name: str, files: Mapping[str, Any]) -> None:
         """Rank 0's last act: from now on the checkpoint exists."""

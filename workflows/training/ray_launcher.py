@@ -55,14 +55,14 @@ def _fit(job: TrainingJob) -> None:
     from ray.train import FailureConfig
     from ray.train.torch import TorchTrainer
 
-    scaling = _scaling(job.config.engine)
-    room = spare_resources(job.config.engine, scaling.resources_per_worker, ray.available_resources())
-    aside = bool(room) and job.config.sample_every > 0
+    scaling = _scaling_config(job.config.engine)
+    spare = spare_resources(job.config.engine, scaling.resources_per_worker, ray.available_resources())
+    async_samples = bool(spare) and job.config.sample_every > 0
     trainer = TorchTrainer(
-        _entrance(),
-        train_loop_config={"job": pickle.dumps(job), "aside": aside},
-        validation_config=_validation(job.run_dir, room) if aside else None,
-        torch_config=_listening("nccl" if job.config.engine.use_gpu else "gloo"),
+        _worker_function(),
+        train_loop_config={"job": pickle.dumps(job), "async_samples": async_samples},
+        validation_config=_validation_config(job.run_dir, spare) if async_samples else None,
+        torch_config=_torch_config("nccl" if job.config.engine.use_gpu else "gloo"),
         scaling_config=scaling,
         run_config=train_run_config(
             job.token,  # its store knows ASCII alone, and a run may have any name
@@ -72,21 +72,21 @@ def _fit(job: TrainingJob) -> None:
     )
     each = ", ".join(f"{name} {amount:g}" for name, amount in (scaling.resources_per_worker or {}).items())
     what = f"machines for {job.config.engine.min_workers} workers with {each} each"
-    with report_while_waiting(what, ray.cluster_resources, seen=_stirs(job.run_dir / HEARTBEAT_DIR)):
+    with report_while_waiting(what, ray.cluster_resources, seen=_heartbeat_detector(job.run_dir / HEARTBEAT_DIR)):
         trainer.fit()
 
 
-def _stirs(beats: Path) -> Callable[[], bool]:
+def _heartbeat_detector(beats: Path) -> Callable[[], bool]:
     """Whether a worker has given a sign of life since now."""
 
-    def found() -> dict[str, float]:
+    def modification_times() -> dict[str, float]:
         return {path.name: path.stat().st_mtime for path in beats.glob("*.json")}
 
-    before = found()
-    return lambda: found() != before
+    before = modification_times()
+    return lambda: modification_times() != before
 
 
-def _validation(run_dir: Path, room: Mapping[str, float]) -> Any:
+def _validation_config(run_dir: Path, spare: Mapping[str, float]) -> Any:
     """Ray Train's asynchronous validation: looks, one at a time, each in a process of its own."""
     from ray.train import ValidationConfig
 
@@ -99,11 +99,11 @@ def _validation(run_dir: Path, room: Mapping[str, float]) -> Any:
 
         return evaluate_snapshot(Path(checkpoint.path), Path(place))
 
-    resources = {"num_cpus": room["CPU"], "num_gpus": room.get("GPU", 0)}
+    resources = {"num_cpus": spare["CPU"], "num_gpus": spare.get("GPU", 0)}
     return ValidationConfig(validate, ray_remote_kwargs={**resources, "runtime_env": worker_runtime_env()})
 
 
-def open_snapshot_writer(card: ExportMetadata) -> SnapshotWriter:
+def open_snapshot_writer(metadata: ExportMetadata) -> SnapshotWriter:
     """Weights for looks, reported to Ray Train from below the folder where it wants its checkpoints."""
     from ray.train import Checkpoint, CheckpointUploadMode, get_context, report
 
@@ -112,10 +112,10 @@ def open_snapshot_writer(card: ExportMetadata) -> SnapshotWriter:
         report({}, mine, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD, validation=mine is not None)
 
     storage: Any = get_context().get_storage()
-    return SnapshotWriter(Path(storage.experiment_fs_path), card, hand_over)
+    return SnapshotWriter(Path(storage.experiment_fs_path), metadata, hand_over)
 
 
-def _scaling(engine: EngineConfig) -> Any:
+def _scaling_config(engine: EngineConfig) -> Any:
     import ray
     from ray.train import ScalingConfig
 
@@ -158,7 +158,7 @@ def bind_gloo_to_ray_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def _entrance() -> Callable[[dict[str, Any]], None]:
+def _worker_function() -> Callable[[dict[str, Any]], None]:
     """The function of every worker. Made here, so that it is pickled by value: Ray's own processes, which hand it on,
     need not find our packages."""
 
@@ -170,47 +170,47 @@ def _entrance() -> Callable[[dict[str, Any]], None]:
         from workflows.training.ray_launcher import open_snapshot_writer, set_worker_threads
         from workflows.training.worker import run_worker
 
-        def leaving() -> str:
+        def preemption_reason() -> str:
             # ray.train.get_preemption_info() is a barrier by way of an actor; the ranks agree by themselves
             info = get_train_context().preemption_context.preemption_info
             return f"a machine of ranks {info.preempted_ranks} is about to go" if info else ""
 
         set_worker_threads()
         job = pickle.loads(settings["job"])
-        run_worker(job, leaving, open_snapshot_writer(job.card) if settings["aside"] else None)
+        run_worker(job, preemption_reason, open_snapshot_writer(job.metadata) if settings["async_samples"] else None)
 
     return enter
 
 
-def _listening(backend: str) -> Any:
+def _torch_config(backend: str) -> Any:
     """Ray's set-up of torch.distributed on the cluster's network, after which every worker takes SIGTERM for a notice.
 
     A worker trains in a thread, where signals cannot be asked for; what a backend executes runs in the main one.
     """
     from ray.train.torch import TorchConfig
 
-    def listen() -> None:
+    def install_handler() -> None:
         from workflows.training import preemption
 
         preemption.install_sigterm_handler()
 
-    def find_network() -> None:
+    def bind_gloo() -> None:
         from workflows.training.ray_launcher import bind_gloo_to_ray_interface
 
         bind_gloo_to_ray_interface()
 
     class Backend(TorchConfig().backend_cls):
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(find_network)
+            worker_group.execute(bind_gloo)
             super().on_start(worker_group, backend_config)
 
         def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
             super().on_training_start(worker_group, backend_config)
-            worker_group.execute(listen)
+            worker_group.execute(install_handler)
 
-    class Listening(TorchConfig):
+    class ClusterTorchConfig(TorchConfig):
         @property
         def backend_cls(self):
             return Backend
 
-    return Listening(backend=backend)
+    return ClusterTorchConfig(backend=backend)

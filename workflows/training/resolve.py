@@ -60,6 +60,7 @@ class ResolvedRun:
 
 def resolve_run(
     stage: Stage,
+    *,
     data: str | None,
     init_from: Sequence[str],
     preset: str,
@@ -206,11 +207,11 @@ def make_export_metadata(config: RunConfig, meta: DatasetMetadata, parents: Mapp
     ValueError when a parent is of another stage or size, or the dataset holds latents that it was not trained on.
     """
     plan = STAGES[config.stage]
-    cards: dict[Stage, ExportMetadata] = {stage: load_metadata(path) for stage, path in parents.items()}
+    parent_metadata: dict[Stage, ExportMetadata] = {stage: load_metadata(path) for stage, path in parents.items()}
     stats = {m: meta.stats[m].soften(config.data.whitening.get(m, 1.0)) for m in plan.modalities}
-    for stage, card in cards.items():
-        _check_parent(stage, parents[stage], card, config, meta)
-        stats |= card.stats
+    for stage, metadata in parent_metadata.items():
+        _check_parent(stage, parents[stage], metadata, config=config, meta=meta)
+        stats |= metadata.stats
     return ExportMetadata(
         model=config.model,
         stage=config.stage,
@@ -226,24 +227,28 @@ def make_export_metadata(config: RunConfig, meta: DatasetMetadata, parents: Mapp
     )
 
 
-def _check_parent(stage: Stage, path: Path, card: ExportMetadata, config: RunConfig, meta: DatasetMetadata) -> None:
-    if card.stage != stage:
-        raise ValueError(f"{path} is of stage {card.stage}; stage {config.stage} starts from {_names(config.stage)}")
-    mine, theirs = _size(config.model), _size(card.model)
-    if mine != theirs or any(config.model.branches[m] != b for m, b in card.model.branches.items()):
+def _check_parent(
+    stage: Stage, path: Path, metadata: ExportMetadata, *, config: RunConfig, meta: DatasetMetadata
+) -> None:
+    if metadata.stage != stage:
+        raise ValueError(
+            f"{path} is of stage {metadata.stage}; stage {config.stage} starts from {_names(config.stage)}"
+        )
+    mine, theirs = _size(config.model), _size(metadata.model)
+    if mine != theirs or any(config.model.branches[m] != b for m, b in metadata.model.branches.items()):
         odd = [f"{k} {theirs[k]} there, {mine[k]} here" for k in mine if mine[k] != theirs[k]] or [
             "its branches differ"
         ]
         raise ValueError(f"{path} is of another size: {'; '.join(odd)}. Use the same --preset and --set for both")
-    for m in card.codecs:
-        if card.codecs[m] != meta.codecs.get(m) or card.clocks[m] != meta.clocks.get(m):
+    for m in metadata.codecs:
+        if metadata.codecs[m] != meta.codecs.get(m) or metadata.clocks[m] != meta.clocks.get(m):
             raise ValueError(
-                f"{path} was trained on {m} latents of {card.codecs[m]}, this dataset holds {meta.codecs.get(m)}: "
+                f"{path} was trained on {m} latents of {metadata.codecs[m]}, this dataset holds {meta.codecs.get(m)}: "
                 "preprocess with the same codec settings"
             )
-    if card.chunk_seconds != meta.chunk_seconds or card.text_codec != meta.text_codec:
+    if metadata.chunk_seconds != meta.chunk_seconds or metadata.text_codec != meta.text_codec:
         raise ValueError(
-            f"{path} was trained with chunks of {float(card.chunk_seconds)} s and text of {card.text_codec}, "
+            f"{path} was trained with chunks of {float(metadata.chunk_seconds)} s and text of {metadata.text_codec}, "
             f"this dataset has {float(meta.chunk_seconds)} s and {meta.text_codec}: preprocess with the same settings"
         )
 

@@ -30,29 +30,29 @@ class SampleReportPublisher:
 
     def __init__(self, run_dir: Path, alarms: AlarmStore) -> None:
         self._run_dir, self._alarms = run_dir, alarms
-        self._known = {e["step"] for e in read_json_lines(run_dir / METRICS) if LATE_KEY in e}
+        self._published = {e["step"] for e in read_json_lines(run_dir / METRICS) if LATE_KEY in e}
 
     def pending(self) -> list[SampleReport]:
         """In the order of steps."""
-        found = [load_report(p) for p in sorted((self._run_dir / LOOKS).glob("step-*.json")) if self._new(p)]
-        self._known |= {look.step for look in found}
+        found = [load_report(p) for p in sorted((self._run_dir / LOOKS).glob("step-*.json")) if self._is_new(p)]
+        self._published |= {report.step for report in found}
         return found
 
-    def _new(self, path: Path) -> bool:
-        return int(path.stem.removeprefix("step-")) not in self._known
+    def _is_new(self, path: Path) -> bool:
+        return int(path.stem.removeprefix("step-")) not in self._published
 
-    def publish(self, looks: Sequence[SampleReport], tracker: Tracker) -> None:
-        for look in looks:
-            tracker.log(look.step, look.numbers or {"sample/failed": 1.0}, late=True)
-            if look.error:
-                _LOGGER.warning(f"no samples at step {look.step}: {look.error}")
+    def publish(self, reports: Sequence[SampleReport], tracker: Tracker) -> None:
+        for report in reports:
+            tracker.log(report.step, report.numbers or {"sample/failed": 1.0}, late=True)
+            if report.error:
+                _LOGGER.warning(f"no samples at step {report.step}: {report.error}")
                 continue
-            for path in look.files:
+            for path in report.files:
                 tracker.artifact(Path(path), FOLDER)
-            tracker.artifact(report_path(self._run_dir, look.step), LOOKS)
-            seconds = look.numbers["sample/seconds"]
-            _LOGGER.info(f"samples of step {look.step} made in {seconds:.1f} s, {FOLDER}/step-{look.step:08d}-*")
-            self._alarms.update("samples", look.wrong, look.step)
+            tracker.artifact(report_path(self._run_dir, report.step), LOOKS)
+            seconds = report.numbers["sample/seconds"]
+            _LOGGER.info(f"samples of step {report.step} made in {seconds:.1f} s, {FOLDER}/step-{report.step:08d}-*")
+            self._alarms.update("samples", report.wrong, report.step)
 
 
 class SampleCallback:
@@ -61,36 +61,39 @@ class SampleCallback:
     def __init__(
         self,
         run_dir: Path,
+        *,
         config: RunConfig,
-        card: ExportMetadata,
+        metadata: ExportMetadata,
         ema: Ema,
-        sampler: SampleEvaluator,
+        evaluator: SampleEvaluator,
         tracker: Tracker,
-        beat: Callable[[int, str], object],
-        watch: HistoryUseMonitor | None,
-        aside: SnapshotWriter | None,
+        heartbeat: Callable[[int, str], object],
+        history_use: HistoryUseMonitor | None,
+        snapshots: SnapshotWriter | None,
     ) -> None:
-        self._run_dir, self._config, self._card, self._ema, self._sampler = run_dir, config, card, ema, sampler
-        self._tracker, self._beat, self._gap, self._watch, self._aside = tracker, beat, FakeScoreRatio(), watch, aside
+        self._run_dir, self._config, self._metadata = run_dir, config, metadata
+        self._ema, self._evaluator, self._tracker = ema, evaluator, tracker
+        self._heartbeat, self._snapshots = heartbeat, snapshots
+        self._fake_score, self._history_use = FakeScoreRatio(), history_use
         self._alarms = AlarmStore(run_dir)
-        self._published = SampleReportPublisher(run_dir, self._alarms)
+        self._publisher = SampleReportPublisher(run_dir, self._alarms)
 
     def __call__(self, progress: Progress, log: Mapping[str, float]) -> dict[str, float]:
         """Numbers to log besides ``log``."""
-        numbers, wrong = self._gap.measure(log)
+        numbers, wrong = self._fake_score.measure(log)
         if distributed.get_rank() == 0 and numbers:
             self._alarms.update("fake score", wrong, progress.step)
-        numbers |= self._history(progress.step)
+        numbers |= self._measure_history_use(progress.step)
         if self.is_due(progress):
-            self._look(progress.step)
+            self._sample(progress.step)
         if distributed.get_rank() == 0 and self._config.sample_every and (log or self.is_due(progress)):
-            self._published.publish(self._published.pending(), self._tracker)
+            self._publisher.publish(self._publisher.pending(), self._tracker)
         return numbers
 
-    def _history(self, step: int) -> dict[str, float]:
-        if self._watch is None or (step % self._config.eval_every and step != self._config.steps):
+    def _measure_history_use(self, step: int) -> dict[str, float]:
+        if self._history_use is None or (step % self._config.eval_every and step != self._config.steps):
             return {}
-        numbers, wrong = self._watch.measure(self._ema.model)
+        numbers, wrong = self._history_use.measure(self._ema.model)
         if distributed.get_rank() == 0:
             self._alarms.update("history", wrong, step)
         return numbers
@@ -101,24 +104,24 @@ class SampleCallback:
             return False
         return progress.step == self._config.steps or seen // every > (seen - self._config.data.batch) // every
 
-    def _look(self, step: int) -> None:
+    def _sample(self, step: int) -> None:
         if distributed.broadcast_from_rank_zero(report_path(self._run_dir, step).exists()):
             return  # of an earlier attempt: the same weights
-        model = materialize_ema(self._ema, self._card)
-        if self._aside is not None:
-            self._aside.write(model, step)
+        model = materialize_ema(self._ema, self._metadata)
+        if self._snapshots is not None:
+            self._snapshots.write(model, step)
             return
         if distributed.get_rank() == 0:
-            self._beat(step - 1, "making samples after")  # the others have beaten for this step that they wait
-            self._sampler.evaluate(model, self._card, step)
+            self._heartbeat(step - 1, "making samples after")  # the others have beaten for this step that they wait
+            self._evaluator.evaluate(model, self._metadata, step)
         distributed.barrier()
 
 
-def materialize_ema(ema: Ema, card: ExportMetadata) -> nn.Module:
+def materialize_ema(ema: Ema, metadata: ExportMetadata) -> nn.Module:
     """The average as a network that one rank can run alone. Called by all ranks."""
     if type(ema.storage) is ReplicatedWeights:
         return ema.module
     weights = ema.state_dict()
-    model = build_model(card.model, 0)
+    model = build_model(metadata.model, 0)
     model.load_state_dict(weights)
     return model.to(next(iter(weights.values())).device).eval().requires_grad_(False)

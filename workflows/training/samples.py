@@ -105,17 +105,17 @@ class SampleEvaluator:
             self._path(step, self._how(stage, m), p.number) for m in sampling_modes(stage) for p in self._held.prompts
         ]
 
-    def evaluate(self, model: nn.Module, card: ExportMetadata, step: int) -> SampleReport:
+    def evaluate(self, model: nn.Module, metadata: ExportMetadata, step: int) -> SampleReport:
         """Make, read and score the samples of ``step``, and write all of it down. What fails is said, not raised."""
         try:
-            look = self._look(StreamingPipeline(model, card), step)
+            look = self._look(StreamingPipeline(model, metadata), step)
         except (OSError, ValueError, RuntimeError) as error:  # no file, no codec, no memory: training goes on
             look = SampleReport(step=step, error=str(error) or type(error).__name__)
         look.write(self._run_dir)
         return look
 
     def _look(self, streamer: StreamingPipeline, step: int) -> SampleReport:
-        began, stage = time.perf_counter(), streamer.card.stage
+        began, stage = time.perf_counter(), streamer.metadata.stage
         alive, real = self._real
         numbers: dict[str, float] = {}
         wrong: dict[str, str] = {}
@@ -182,6 +182,6 @@ def final_samples(run_dir: Path) -> list[Path]:
     """Sample files of a finished run's last step, made from its checkpoint unless they were made while it trained."""
     step = read_json(run_dir / OUTCOME_FILE)["progress"]["step"]
     if not report_path(run_dir, step).exists():
-        model, card = load_export(run_dir)
-        sample_evaluator_for(run_dir).evaluate(model.to(distributed.local_device()), card, step)
+        model, metadata = load_export(run_dir)
+        sample_evaluator_for(run_dir).evaluate(model.to(distributed.local_device()), metadata, step)
     return [Path(path) for path in load_report(report_path(run_dir, step)).files]

@@ -79,18 +79,27 @@ def train_stage(
         raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}")
     runs = Path(environment.resolve_path(str(runs_dir)))
     try:
-        request = resolve_run(stage, data, init_from, preset, sets, config_file, run, runs)
+        request = resolve_run(
+            stage,
+            data=data,
+            init_from=init_from,
+            preset=preset,
+            sets=sets,
+            config_file=config_file,
+            run=run,
+            runs=runs,
+        )
     except ValueError as missing:
         if dry_run and not data and not init_from:
             return cost_estimate.estimate_without_dataset(stage, preset, sets, config_file) | {"missing": str(missing)}
         raise
-    card = make_export_metadata(request.config, request.dataset.meta, request.parents)
+    metadata = make_export_metadata(request.config, request.dataset.meta, request.parents)
     start = describe_wan_import(request.config)
     if dry_run:
         return {
             **request.record(),
             "run_dir": str(request.run_dir),
-            "costs": cost_estimate.estimate_costs(request.config, card.timeline),
+            "costs": cost_estimate.estimate_costs(request.config, metadata.timeline),
             **start,
         }
     with redirect_logs(logging.StreamHandler()):
@@ -103,7 +112,7 @@ def train_stage(
                 _begin(request)
                 job = TrainingJob(
                     config=request.config,
-                    card=card,
+                    metadata=metadata,
                     data=request.data,
                     parents=request.parents,
                     run_dir=request.run_dir,

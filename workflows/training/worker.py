@@ -55,7 +55,7 @@ class TrainingJob:
     """A run as the driver hands it to the ranks."""
 
     config: RunConfig
-    card: ExportMetadata
+    metadata: ExportMetadata
     data: str  # dataset
     parents: dict[Stage, Path]
     run_dir: Path
@@ -63,7 +63,9 @@ class TrainingJob:
     token: str  # of the run's lease: a rank of a dead driver finds another one and writes nothing
 
 
-def run_worker(job: TrainingJob, leaving: Callable[[], str] = lambda: "", aside: SnapshotWriter | None = None) -> None:
+def run_worker(
+    job: TrainingJob, preemption_reason: Callable[[], str] = lambda: "", snapshots: SnapshotWriter | None = None
+) -> None:
     """Train to the end of the stage, from the latest complete checkpoint if there is one.
 
     Rank 0 leaves ``outcome.json``. A loss that is not finite is an outcome too: trying again would give it again. So is
@@ -72,76 +74,85 @@ def run_worker(job: TrainingJob, leaving: Callable[[], str] = lambda: "", aside:
     has made while training goes on; None: rank 0 makes them.
     """
     with redirect_logs(RunLogHandler(job.run_dir) if distributed.get_rank() == 0 else logging.NullHandler()):
-        _run_worker(job, leaving, aside)
+        _run_worker(job, preemption_reason, snapshots)
 
 
-def _run_worker(job: TrainingJob, leaving: Callable[[], str], aside: SnapshotWriter | None) -> None:
+def _run_worker(job: TrainingJob, preemption_reason: Callable[[], str], snapshots: SnapshotWriter | None) -> None:
     preemption.install_sigterm_handler()
     tracker = _tracker(job)
-    pulse = Heartbeat(job.run_dir / HEARTBEAT_DIR, distributed.get_rank())
+    heartbeat = Heartbeat(job.run_dir / HEARTBEAT_DIR, distributed.get_rank())
     try:
-        progress = _train(job, tracker, pulse, PreemptionMonitor(job.run_dir, job.token, leaving), aside)
+        monitor = PreemptionMonitor(job.run_dir, job.token, preemption_reason)
+        progress = _train(job, tracker=tracker, heartbeat=heartbeat, stop_reason=monitor, snapshots=snapshots)
     except (NonFiniteError, InsufficientMemoryError, CompilerNotFoundError) as error:
         _finish(job, tracker, {"error": str(error)})
     except TrainingInterrupted as error:
-        if any(distributed.all_gather_object(leaving())):
+        if any(distributed.all_gather_object(preemption_reason())):
             raise
         _finish(job, tracker, {"stopped": str(error)})
     else:
         _finish(job, tracker, {"progress": serialization.to_dict(progress)})
     finally:
-        pulse.close()
-        if aside is not None:
-            aside.close()
+        heartbeat.close()
+        if snapshots is not None:
+            snapshots.close()
 
 
 def _train(
-    job: TrainingJob, tracker: Tracker, pulse: Heartbeat, notices: PreemptionMonitor, aside: SnapshotWriter | None
+    job: TrainingJob,
+    *,
+    tracker: Tracker,
+    heartbeat: Heartbeat,
+    stop_reason: Callable[[], str],
+    snapshots: SnapshotWriter | None,
 ) -> Progress:
     config, device = job.config, distributed.local_device()
     require_training_memory_on_all_ranks(config)
-    nets = build_training_networks(config, build_initial_network(config, job.parents).to(device))
-    engines, ema = nets.engines, nets.ema
+    networks = build_training_networks(config, build_initial_network(config, job.parents).to(device))
+    engines, ema = networks.engines, networks.ema
     start = Progress(step=0, samples_seen=0, first={}, last={})
     shelf = CheckpointStore(checkpoint_root(job.run_dir, config.checkpoint.to))
     if saved := latest_intact_checkpoint(shelf):
         start = load_training_state(shelf, saved, engines, ema)
         _LOGGER.info(f"{config.stage} goes on from step {start.step} on {distributed.get_world_size()} workers")
-    train, held_out, assembly = _splits(job)
-    together = config.engine.sequence
-    share = RankShard(
-        rank=distributed.get_rank() // together,
-        world=distributed.get_world_size() // together,
+    train, held_out, collator = _splits(job)
+    sequence = config.engine.sequence
+    shard = RankShard(
+        rank=distributed.get_rank() // sequence,
+        world=distributed.get_world_size() // sequence,
         unit=config.rows_per_cycle,
     )
-    batches = TrainingBatchLoader(train, assembly, config.data, config.seed, share)
-    every = replace(share, unit=1)
-    judged = [b.to(device) for b in validation_batches(held_out, assembly, config.data, config.seed, every)]
+    batches = TrainingBatchLoader(train, collator, config.data, config.seed, shard)
+    row_shard = replace(shard, unit=1)
+    validation = validation_batches(held_out, collator, config.data, config.seed, row_shard)
+    validation = [b.to(device) for b in validation]
     objective = validation_objective(config)
     saver = CheckpointWriter(
         shelf,
         engines=engines,
         ema=ema,
-        card=job.card,
-        facts=lambda progress: _facts(job, tracker, progress),
+        metadata=job.metadata,
+        facts=lambda progress: _checkpoint_record(job, tracker, progress),
         keep=config.checkpoint.keep,
-        may_write=lambda: _is_ours(job),
+        may_write=lambda: _owns_run(job),
     )
     with closing(saver):
         loop = TrainingLoop(
             config=config,
             engines=engines,
-            optims=nets.optims,
+            optims=networks.optims,
             ema=ema,
             objective=build_objective(config),
-            evaluate=lambda models: evaluate_held_out(objective, judged, config.seed, models),
+            evaluate=lambda models: evaluate_held_out(objective, validation, config.seed, models),
             tracker=tracker,
             saver=saver,
-            stop_reason=notices,
+            stop_reason=stop_reason,
             clip_ids=batches.clip_ids,
-            heartbeat=pulse,
-            on_step_end=_looks(job, ema, tracker, pulse, judged, aside),
-            record_non_finite=nets.record_non_finite,
+            heartbeat=heartbeat,
+            on_step_end=_sample_callback(
+                job, ema, tracker=tracker, heartbeat=heartbeat, validation=validation, snapshots=snapshots
+            ),
+            record_non_finite=networks.record_non_finite,
         )
         return loop.run(
             start,
@@ -153,32 +164,46 @@ def _train(
         )
 
 
-def _looks(
-    job: TrainingJob, ema: Ema, tracker: Tracker, pulse: Heartbeat, judged: list[AVBatch], aside: SnapshotWriter | None
+def _sample_callback(
+    job: TrainingJob,
+    ema: Ema,
+    *,
+    tracker: Tracker,
+    heartbeat: Heartbeat,
+    validation: list[AVBatch],
+    snapshots: SnapshotWriter | None,
 ) -> SampleCallback:
     if job.config.sample_every:
         kind = "GPU" if job.config.engine.use_gpu else "CPU"
         _LOGGER.info(
             "samples are made beside the training, on resources that it leaves free"
-            if aside
+            if snapshots
             else f"samples are made in line, by rank 0 while the others wait: no spare {kind} to make them on"
         )
-    sampler = SampleEvaluator(job.run_dir, job.data, job.config)
-    watch = HistoryUseMonitor(job.run_dir, judged, job.config.objective.time, job.config.seed)
-    looped = job.config.stage == "mutual"  # the others train on real history alone
+    evaluator = SampleEvaluator(job.run_dir, job.data, job.config)
+    history_use = HistoryUseMonitor(job.run_dir, validation, job.config.objective.time, job.config.seed)
+    trains_on_rollouts = job.config.stage == "mutual"  # other stages train on real history only
     return SampleCallback(
-        job.run_dir, job.config, job.card, ema, sampler, tracker, pulse, watch if looped else None, aside
+        job.run_dir,
+        config=job.config,
+        metadata=job.metadata,
+        ema=ema,
+        evaluator=evaluator,
+        tracker=tracker,
+        heartbeat=heartbeat,
+        history_use=history_use if trains_on_rollouts else None,
+        snapshots=snapshots,
     )
 
 
 def _splits(job: TrainingJob) -> tuple[ClipSplit, ClipSplit, BatchCollator]:
     plan, config = STAGES[job.config.stage], job.config.data
     train, held_out = open_dataset(job.data, plan.modalities).split(config.held_out)
-    assembly = BatchCollator(timeline=job.card.timeline, stats=job.card.stats)
-    return clip_split(train), clip_split(held_out), assembly
+    collator = BatchCollator(timeline=job.metadata.timeline, stats=job.metadata.stats)
+    return clip_split(train), clip_split(held_out), collator
 
 
-def _facts(job: TrainingJob, tracker: Tracker, progress: Progress) -> dict[str, Any]:
+def _checkpoint_record(job: TrainingJob, tracker: Tracker, progress: Progress) -> dict[str, Any]:
     """``run.json`` of a checkpoint, but for the progress: the run's record, and where its schedules stand."""
     position = schedule_values(job.config, progress.step)
     return read_json(job.run_dir / RUN_FILE) | {
@@ -188,7 +213,7 @@ def _facts(job: TrainingJob, tracker: Tracker, progress: Progress) -> dict[str, 
     }
 
 
-def _is_ours(job: TrainingJob) -> bool:
+def _owns_run(job: TrainingJob) -> bool:
     try:
         verify_lease(Store(str(job.run_dir)), job.token)
     except LeaseLostError:

@@ -40,7 +40,7 @@ def test_looks_aside_are_those_in_line(tmp_path, toy_data):
     given: list[Path] = []
 
     def launch(job):
-        worker.run_worker(job, aside=SnapshotWriter(job.run_dir / "ray" / "it", job.card, given.append))
+        worker.run_worker(job, snapshots=SnapshotWriter(job.run_dir / "ray" / "it", job.metadata, given.append))
         evaluate_snapshot(given[0], job.run_dir)
 
     result = train_stage("video", data=toy_data, sets=SETS, runs_dir=tmp_path / "aside", run="v", launch=launch)
@@ -98,7 +98,7 @@ def test_weights_that_never_came_are_said(tmp_path, toy_data):
     """The writer was killed between the weights and their last file."""
 
     def launch(job):
-        worker.run_worker(job, aside=SnapshotWriter(job.run_dir / "ray" / "it", job.card, lambda folder: None))
+        worker.run_worker(job, snapshots=SnapshotWriter(job.run_dir / "ray" / "it", job.metadata, lambda folder: None))
         for file in job.run_dir.glob("ray/it/*/model.json"):
             file.unlink()
 
