@@ -32,7 +32,7 @@ META = DatasetMetadata(
 )
 
 
-def held(toy: ToyConfig | None = WORLD) -> EvaluationSet:
+def evaluation_set(toy: ToyConfig | None = WORLD) -> EvaluationSet:
     return EvaluationSet(prompts=(), reference=(), meta=META, toy=toy, repeated=False)
 
 

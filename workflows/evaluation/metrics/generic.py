@@ -1,7 +1,7 @@
 """Measures of a set of clips of any world, each with the worst score for a clip that failed.
 
-A measure is a function of a part (the clips, or a window of each) and of the real clips read by the same readers. What
-it finds comes with its count, the clips that failed, and a bootstrap interval where clips have values of their own.
+A metric is a function of the clips (or of one window of each) and, if its ``MetricSpec`` says so, of the real clips.
+Each value has a count, the number of failed clips, and a bootstrap interval if clips have separate values.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -93,9 +93,8 @@ def finite_mean(values: Sequence[float]) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
-def motion_sync_metrics(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def motion_sync_metrics(part: FeatureSet) -> MetricValues:
     """The same for any video: confidence of ``MotionSync`` (worst 0; 1 is chance), and how far its offset is from 0."""
-    del real
 
     def confidence(r: ClipFeatures) -> float:
         assert r.motion_sync is not None
@@ -126,9 +125,8 @@ def sync_offsets(part: FeatureSet) -> list[float | None]:
     return [signed(reading) for reading in part]
 
 
-def offset_statistics(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def offset_statistics(part: FeatureSet) -> MetricValues:
     """The middle of the offsets, how far nine of ten lie from it, and the share within 0.08 s (two frames at 25)."""
-    del real
     found = sync_offsets(part)
     known = np.array([x for x in found if x is not None])
     failed = len(found) - len(known)
@@ -187,9 +185,8 @@ def frechet_metrics(
     }
 
 
-def motion_and_sharpness(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def motion_and_sharpness(part: FeatureSet) -> MetricValues:
     """Mean change of grey levels (0 .. 255) from frame to frame; sharpness, also over that of the real clips."""
-    del real
     value = lambda values: float(np.mean(values)) if values is not None and len(values) else np.nan
     return {
         "motion": mean_over_clips(part, lambda r: value(r.motion), 0.0),
@@ -199,14 +196,13 @@ def motion_and_sharpness(part: FeatureSet, real: ReferenceFeatures) -> MetricVal
 
 def motion_and_sharpness_ratio(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
     """Motion and sharpness over the real clips': 1 = as real ones."""
-    ours, theirs = motion_and_sharpness(part, real), motion_and_sharpness(real.prompts, real)
+    ours, theirs = motion_and_sharpness(part), motion_and_sharpness(real.prompts)
     whole = {k: ours[k].value / theirs[k].value if theirs[k].value > 0 else float("nan") for k in ours}
     return shared_values(part, {f"{name}_over_real": value for name, value in whole.items()})
 
 
-def loudness_metrics(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def loudness_metrics(part: FeatureSet) -> MetricValues:
     """Decibel of full scale; shares of the sound that are cut off, and in which nothing can be heard."""
-    del real
 
     def level(r: ClipFeatures) -> float:
         assert r.sound is not None

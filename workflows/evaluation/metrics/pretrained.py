@@ -25,9 +25,8 @@ _FAR_LIPS = 20.0  # LSE-D of a clip that failed: twice what unrelated lips and s
 _RARE = 1e-6  # least probability of a class
 
 
-def lse_metrics(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def lse_metrics(part: FeatureSet) -> MetricValues:
     """LSE-C (worst 0), LSE-D, and how far the best shift is from 0."""
-    del real
     found = {id(r): lip_sync_error(r.tracks["lips"].values, r.tracks["voice"].values) for r in part}
 
     def item(name: str, worst: float) -> MetricValue:
@@ -41,15 +40,13 @@ def lse_metrics(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
     }
 
 
-def whisper_errors(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def whisper_errors(part: FeatureSet) -> MetricValues:
     """Word and character error rates by Whisper; nothing heard counts every word as wrong."""
-    del real
     return _errors(part, "whisper", "")
 
 
-def pocketsphinx_errors(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def pocketsphinx_errors(part: FeatureSet) -> MetricValues:
     """The same by the embedded recogniser, whose own errors are many: a number beside, not instead."""
-    del real
     return _errors(part, "pocketsphinx", "_pocketsphinx")
 
 
@@ -92,9 +89,8 @@ def _frechet(part: FeatureSet, real: ReferenceFeatures, name: str) -> MetricValu
     return generic.frechet_metrics(f"frechet_{name}", clips(part), clips(real.reference), generic.FRECHET_SHRINKAGE)
 
 
-def face_similarity(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def face_similarity(part: FeatureSet) -> MetricValues:
     """Cosine of the face's vector with the first frame's, mean over segments (worst -1)."""
-    del real
 
     def similarity(r: ClipFeatures) -> float:
         track = r.tracks["faces"]

@@ -33,7 +33,12 @@ class MetricSpec:
 
     names: tuple[str, ...]
     needs: tuple[str, ...]
-    measure: Callable[[FeatureSet, ReferenceFeatures], MetricValues]
+    measure: Callable[..., MetricValues]  # of the clips, and of the real clips if needs_reference
+    needs_reference: bool = False
+
+    def compute(self, part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+        """Return the values for the clips; names without a value are absent."""
+        return self.measure(part, real) if self.needs_reference else self.measure(part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ def compute_metrics(part: FeatureSet, real: ReferenceFeatures) -> ClipSetScores:
     missing: dict[str, str] = {}
     for metric in METRICS:
         lacking = [need for need in metric.needs if need not in present]
-        scores = {} if lacking else metric.measure(part, real)
+        scores = {} if lacking else metric.compute(part, real)
         wanted = ", ".join(lacking) or "longer clips, more of them, or some in which it varies"
         for name in metric.names:
             if name in scores and np.isfinite(scores[name].value):
@@ -128,25 +133,39 @@ METRICS = (
     MetricSpec(names=("syllable_error",), needs=(_TOY, _SOUND, _SPEECH), measure=toyworld.syllable_error),
     MetricSpec(names=("identity_error",), needs=(_TOY, _PICTURE), measure=toyworld.mean_identity_error),
     MetricSpec(names=("valid",), needs=(_TOY,), measure=toyworld.valid_choices),
-    MetricSpec(names=("entropy", "entropy_within", "choice_kl"), needs=(_TOY,), measure=toyworld.choice_entropy),
+    MetricSpec(
+        names=("entropy", "entropy_within", "choice_kl"),
+        needs=(_TOY,),
+        measure=toyworld.choice_entropy,
+        needs_reference=True,
+    ),
     MetricSpec(
         names=("lag1", "lag1_hand", "lag1_light", "lag1_pose"),
         needs=(_TOY, _PICTURE),
         measure=toyworld.lag_one_persistence,
     ),
-    MetricSpec(names=("seam",), needs=(), measure=generic.chunk_seam_energy),
-    MetricSpec(names=_OF_PICTURE, needs=(_PICTURE,), measure=generic.chunk_seam_energy),
-    MetricSpec(names=_OF_SOUND, needs=(_SOUND,), measure=generic.chunk_seam_energy),
-    MetricSpec(names=_distance("frechet"), needs=(_TOY,), measure=toyworld.toyworld_frechet),
+    MetricSpec(names=("seam",), needs=(), measure=generic.chunk_seam_energy, needs_reference=True),
+    MetricSpec(names=_OF_PICTURE, needs=(_PICTURE,), measure=generic.chunk_seam_energy, needs_reference=True),
+    MetricSpec(names=_OF_SOUND, needs=(_SOUND,), measure=generic.chunk_seam_energy, needs_reference=True),
+    MetricSpec(names=_distance("frechet"), needs=(_TOY,), measure=toyworld.toyworld_frechet, needs_reference=True),
     MetricSpec(
         names=_distance("frechet_videomae"),
         needs=(_PICTURE, requirement_text("videomae")),
         measure=pretrained.videomae_frechet,
+        needs_reference=True,
     ),
     MetricSpec(
-        names=_distance("frechet_clap"), needs=(_SOUND, requirement_text("clap")), measure=pretrained.clap_frechet
+        names=_distance("frechet_clap"),
+        needs=(_SOUND, requirement_text("clap")),
+        measure=pretrained.clap_frechet,
+        needs_reference=True,
     ),
-    MetricSpec(names=("sound_kl",), needs=(_SOUND, requirement_text("sounds")), measure=pretrained.audio_class_kl),
+    MetricSpec(
+        names=("sound_kl",),
+        needs=(_SOUND, requirement_text("sounds")),
+        measure=pretrained.audio_class_kl,
+        needs_reference=True,
+    ),
     MetricSpec(
         names=("face_similarity",), needs=(_PICTURE, requirement_text("faces")), measure=pretrained.face_similarity
     ),
@@ -160,7 +179,10 @@ METRICS = (
     ),
     MetricSpec(names=("motion", "sharpness"), needs=(_PICTURE,), measure=generic.motion_and_sharpness),
     MetricSpec(
-        names=("motion_over_real", "sharpness_over_real"), needs=(_PICTURE,), measure=generic.motion_and_sharpness_ratio
+        names=("motion_over_real", "sharpness_over_real"),
+        needs=(_PICTURE,),
+        measure=generic.motion_and_sharpness_ratio,
+        needs_reference=True,
     ),
     MetricSpec(names=("loudness_db", "clipping", "silence"), needs=(_SOUND,), measure=generic.loudness_metrics),
 )

@@ -29,9 +29,8 @@ from workflows.evaluation.metrics.generic import (
 _FAR = 30.0  # real spreads at which features are cut, and what cannot be read is
 
 
-def mouth_sync_metrics(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def mouth_sync_metrics(part: FeatureSet) -> MetricValues:
     """Mouth opening against loudness: correlation at offset 0 (worst -1), and how far the best offset is from 0."""
-    del real
     mean_of = partial(mean_over_clips, part)
 
     def correlation(r: ClipFeatures) -> float:
@@ -49,9 +48,8 @@ def mouth_sync_metrics(part: FeatureSet, real: ReferenceFeatures) -> MetricValue
     }
 
 
-def syllable_error(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def syllable_error(part: FeatureSet) -> MetricValues:
     """Edit distance of syllables over their number, at most 1 for any one clip: babble is no better than silence."""
-    del real
     wrong: list[int] = []
     said: list[int] = []
     failed = 0
@@ -70,9 +68,8 @@ def syllable_error(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
     }
 
 
-def mean_identity_error(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def mean_identity_error(part: FeatureSet) -> MetricValues:
     """Colour of the face against the first frame's, root mean square over RGB in 0 .. 1 (worst 1)."""
-    del real
 
     def error(r: ClipFeatures) -> float:
         assert r.picture is not None
@@ -81,9 +78,8 @@ def mean_identity_error(part: FeatureSet, real: ReferenceFeatures) -> MetricValu
     return {"identity_error": mean_over_clips(part, error, 1.0)}
 
 
-def valid_choices(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def valid_choices(part: FeatureSet) -> MetricValues:
     """Share of half seconds whose free choices are all one of the world's modes (worst 0)."""
-    del real
 
     def share(r: ClipFeatures) -> float:
         return valid_fraction(choices) if (choices := free_choices_of(r)) else float("nan")
@@ -139,12 +135,11 @@ def _modes(part: FeatureSet, name: str) -> list[NDArray[np.int64]]:
     return [c.mode[c.valid] for c in found]
 
 
-def lag_one_persistence(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+def lag_one_persistence(part: FeatureSet) -> MetricValues:
     """Lag-1 correlation, half second to half second: of the head's place, and of the choices that persist.
 
     For a choice: how much more often than by chance the mode stays, (same - chance) / (1 - chance).
     """
-    del real
     numbers: dict[str, float] = {f"lag1_{name}": _stays(part, name) for name in sorted(PERSISTENT)}
     heads = [_per_half(r) for r in part]
     steps = min(len(head) for head in heads)

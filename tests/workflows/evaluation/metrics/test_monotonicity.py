@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 from mfcore.metrics.av_sync import sound_envelope
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.records import Word
-from tests.helpers.toyworld_clips import AUDIO_CODEC, META, WORLD, held, real_clip
+from tests.helpers.toyworld_clips import AUDIO_CODEC, META, WORLD, evaluation_set, real_clip
 from workflows.evaluation.feature_models import FeatureModels
 from workflows.evaluation.feature_reader import FeatureExtractor
 from workflows.evaluation.metrics.generic import ReferenceFeatures
@@ -184,7 +184,7 @@ class Planted(FeatureModels):
 
 
 WORDS = tuple(Word(word=f"w{k}", start=k / 2, end=k / 2 + 0.4) for k in range(CHUNKS))
-TOY, OTHER = FeatureExtractor(held(), Planted()), FeatureExtractor(held(toy=None), Planted())
+TOY, OTHER = FeatureExtractor(evaluation_set(), Planted()), FeatureExtractor(evaluation_set(toy=None), Planted())
 SPOKEN = {name for name in (n for m in METRICS for n in m.names) if name.startswith(("wer", "cer"))}
 
 
@@ -205,7 +205,7 @@ def measured(clips, names, real) -> dict[str, float]:
     part, found = read(clips, names), {}
     for metric in METRICS:
         if set(metric.names) & set(names):
-            found |= {name: score.value for name, score in metric.measure(part, real).items()}
+            found |= {name: score.value for name, score in metric.compute(part, real).items()}
     return found
 
 

@@ -9,13 +9,13 @@ import torch
 from mfcore.metrics.windows import TimeWindow
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.records import Word
-from tests.helpers.toyworld_clips import WORLD, held, real_clip
+from tests.helpers.toyworld_clips import WORLD, evaluation_set, real_clip
 from workflows.evaluation.feature_models import FeatureModels
 from workflows.evaluation.feature_reader import FeatureExtractor, split_speech
 from workflows.evaluation.metrics.generic import ReferenceFeatures
 from workflows.evaluation.metrics.registry import compute_metrics
 
-READER = FeatureExtractor(held())
+READER = FeatureExtractor(evaluation_set())
 
 
 def read(clips):
@@ -93,15 +93,17 @@ def test_every_number_has_its_clips_and_its_failures(clips, real):
 
 def test_speech_is_heard_in_pieces_that_belong_to_windows(clips):
     """A recogniser that hears loudness: pieces are cut between words, and cover the clip."""
-    words = tuple(Word(word=f"w{i}", start=i + 0.1, end=i + 0.8) for i in range(12))
+    spoken = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot"]
+    spoken += ["golf", "hotel", "india", "juliet", "kilo", "lima"]
+    words = tuple(Word(word=word, start=i + 0.1, end=i + 0.8) for i, word in enumerate(spoken))
     pieces = split_speech(words, 12.0)
     assert pieces[0][0] == 0 and pieces[-1][1] == 12.0
     assert all(not any(w.start < end < w.end for w in words) for _, end in pieces)
 
     class Deaf(FeatureModels):
-        speech_recognizers = {"whisper": lambda sound, rate: "" if abs(sound).max() < 0.01 else "w0 w1 w2 w3 w4"}  # noqa: RUF012
+        speech_recognizers = {"whisper": lambda sound, rate: "" if abs(sound).max() < 0.01 else " ".join(spoken[:5])}  # noqa: RUF012
 
-    reader = FeatureExtractor(held(toy=None), Deaf())
+    reader = FeatureExtractor(evaluation_set(toy=None), Deaf())
     sound = torch.cat([0.1 * torch.ones(5 * 16000), torch.zeros(7 * 16000)])
     part = [reader.extract(replace(clips[0], sound=sound, words=words, frames=clips[0].frames))]
     whole = compute_metrics(part, ReferenceFeatures(prompts=part, reference=part))
@@ -173,7 +175,7 @@ def test_one_modality_says_what_the_rest_needs(clips, real):
 
 
 def test_other_worlds_are_scored_without_toy_readers(clips):
-    reader = FeatureExtractor(held(toy=None))
+    reader = FeatureExtractor(evaluation_set(toy=None))
     part = [reader.extract(clip) for clip in clips]
     found = compute_metrics(part, ReferenceFeatures(prompts=part, reference=part))
     assert "needs a toy world dataset" in found.not_measured["syllable_error"]
