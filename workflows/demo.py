@@ -25,7 +25,7 @@ from workflows.config.stages import STAGES
 from workflows.data.build import build_dataset
 from workflows.data.inspect import inspect_dataset
 from workflows.evaluation.evaluate import evaluate_checkpoints
-from workflows.inference.generate import generate_clip
+from workflows.inference.generate import ClipPrompt, generate_clip
 from workflows.training.samples import final_samples
 from workflows.training.train import train_stage
 from workflows.utils import environment
@@ -176,12 +176,14 @@ def make_sample(story: DemoConfig, run_dir: Path, name: str, *, seconds: float, 
     repeated = repeat_words(words["transcript"], story.seconds, seconds)
     generate_clip(
         str(run_dir),
+        ClipPrompt(
+            first_frame=str(source),
+            transcript=json.dumps(repeated),
+            caption=words["caption"],
+            voice=str(source),
+            seconds=seconds,
+        ),
         out=str(target),
-        first_frame=str(source),
-        transcript=json.dumps(repeated),
-        caption=words["caption"],
-        voice=str(source),
-        seconds=seconds,
         steps=steps,
     )
     return target

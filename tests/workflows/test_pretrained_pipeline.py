@@ -29,7 +29,7 @@ from workflows.data.build import build_dataset
 from workflows.data.codec_options import apply_codec_options
 from workflows.data.inspect import inspect_dataset
 from workflows.data.reconstruct import reconstruct_clip
-from workflows.inference.generate import generate_clip
+from workflows.inference.generate import ClipPrompt, generate_clip
 from workflows.training import worker
 from workflows.training.train import train_stage
 
@@ -160,9 +160,16 @@ def test_a_checkpoint_generates_with_the_codecs_it_remembers(trained, tmp_path, 
     assert card.folders == {VIDEO: f"{models}/wan", AUDIO: f"{models}/stable", "text": f"{models}/t5"}
     Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / "first.png")
     facts = generate_clip(
-        trained, out=str(tmp_path / "out.mp4"), first_frame=str(tmp_path / "first.png"),
-        transcript='[{"word": "ba", "start": 0.1, "end": 0.4}]', caption="a hat", seconds=1.5, steps=1,
-    )  # fmt: skip
+        trained,
+        ClipPrompt(
+            first_frame=str(tmp_path / "first.png"),
+            transcript='[{"word": "ba", "start": 0.1, "end": 0.4}]',
+            caption="a hat",
+            seconds=1.5,
+        ),
+        out=str(tmp_path / "out.mp4"),
+        steps=1,
+    )
     assert facts["frames"] == 1 + 3 * 12
     info = probe(tmp_path / "out.mp4")
     assert info.audio.sample_rate == 44100

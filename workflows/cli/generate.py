@@ -1,3 +1,5 @@
+"""`mfctl generate`: stream one clip from a checkpoint into an mp4 file."""
+
 from typing import Annotated, Any, Literal
 
 import typer
@@ -7,6 +9,10 @@ from workflows.cli.options import CheckpointPath, JsonFlag, Mp4Path, OverwriteFl
 from workflows.cli.traits import command
 from workflows.utils import environment
 
+CONDITIONS = "Conditions"
+SAMPLING = "Sampling"
+EXECUTION = "Execution"
+
 
 @command(driver_only=True, paths=("checkpoint", "out", "first_frame", "voice"))
 def generate(
@@ -14,38 +20,102 @@ def generate(
     out: Mp4Path,
     *,
     first_frame: Annotated[
-        str | None, typer.Option(parser=environment.resolve_path, metavar="IMAGE", help="The clip begins with it.")
+        str | None,
+        typer.Option(
+            parser=environment.resolve_path,
+            metavar="IMAGE",
+            rich_help_panel=CONDITIONS,
+            help="Image or video with the first frame of the clip.",
+        ),
     ] = None,
     transcript: Annotated[
-        str | None, typer.Option(metavar="TEXT|JSON", help="Words, or a JSON file with times.")
+        str | None,
+        typer.Option(
+            metavar="TEXT|JSON",
+            rich_help_panel=CONDITIONS,
+            help="Spoken words: text, or a file with times (.json, .srt, .vtt, .txt).",
+        ),
     ] = None,
-    caption: Annotated[str, typer.Option(help="What is to be seen and heard.")] = "",
+    caption: Annotated[
+        str, typer.Option(rich_help_panel=CONDITIONS, help="Caption of the clip.", show_default="empty")
+    ] = "",
     voice: Annotated[
-        str | None, typer.Option(parser=environment.resolve_path, metavar="CLIP", help="Speak as in this clip.")
+        str | None,
+        typer.Option(
+            parser=environment.resolve_path,
+            metavar="CLIP",
+            rich_help_panel=CONDITIONS,
+            help="Media file with the reference voice.",
+        ),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Length of the clip.")] = 10.0,
-    steps: Annotated[int | None, typer.Option(help="Solver steps per chunk; default: as the mode needs.")] = None,
+    seconds: Annotated[float, typer.Option(rich_help_panel=SAMPLING, help="Length of the clip in seconds.")] = 10.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=SAMPLING,
+            show_default="4 in few-step mode, 50 in multi-step mode",
+            help="Solver steps per chunk.",
+        ),
+    ] = None,
     mode: Annotated[
-        Literal["few", "multi"] | None, typer.Option(help="Which of the model's two modes; default: as its stage can.")
+        Literal["few", "multi"] | None,
+        typer.Option(
+            rich_help_panel=SAMPLING,
+            show_default="few for stage mutual, else multi",
+            help="Few-step or multi-step mode.",
+        ),
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance weight of the multi-step mode.")] = None,
-    trust: Annotated[float | None, typer.Option(help="How far history is taken for generated; 0: as real.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    weights: Annotated[Literal["ema", "raw"], typer.Option(help="Which weights of the checkpoint.")] = "ema",
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=SAMPLING,
+            show_default="1 in few-step mode, 1.5 in multi-step mode",
+            help="Guidance weight.",
+        ),
+    ] = None,
+    trust: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=SAMPLING,
+            show_default="1 in few-step mode, none in multi-step mode",
+            help="Trust label of the history; 0: real, 1: generated.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(rich_help_panel=SAMPLING, help="Seed of the noise.")] = 0,
+    weights: Annotated[
+        Literal["ema", "raw"],
+        typer.Option(rich_help_panel=EXECUTION, help="Weights of the checkpoint: moving average or last step."),
+    ] = "ema",
     precision: Annotated[
-        Literal["fp32", "bf16"] | None, typer.Option(help="Of weights and products; default: bf16 on CUDA, else fp32.")
+        Literal["fp32", "bf16"] | None,
+        typer.Option(
+            rich_help_panel=EXECUTION,
+            show_default="bf16 on CUDA, else fp32",
+            help="Precision of weights and products.",
+        ),
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Blocks through torch.compile.")] = False,
-    graphs: Annotated[bool, typer.Option("--graphs", help="On a GPU: a chunk's passes as CUDA graphs.")] = False,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", rich_help_panel=EXECUTION, help="Compile transformer blocks with torch.compile."),
+    ] = False,
+    graphs: Annotated[
+        bool,
+        typer.Option(
+            "--graphs", rich_help_panel=EXECUTION, help="Run the passes of a chunk as CUDA graphs (GPU only)."
+        ),
+    ] = False,
     overwrite: OverwriteFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Stream a clip chunk by chunk from a checkpoint into an mp4 file."""
+    """Stream a clip chunk by chunk from a checkpoint into an mp4 file.
+
+    Example: mfctl generate runs/mutual clip.mp4 --transcript "hello there" --seconds 20
+    """
 
     def work() -> Any:
-        from workflows.inference.generate import generate_clip as run_generate
+        from workflows.inference.generate import generate_clip
 
-        return run_generate(
+        return generate_clip(
             checkpoint,
             first_frame=first_frame,
             transcript=transcript,

@@ -129,7 +129,7 @@ class ClipFeatures:
         if self.picture is None or self.sound is None:
             return None
         envelope = sound_envelope(self.sound, self.sample_rate, ENVELOPE_RATE_HZ)
-        return sync_offset(self.picture.opening, self.fps, envelope, ENVELOPE_RATE_HZ, MAX_SYNC_LAG_S)
+        return sync_offset(self.picture.opening, self.fps, envelope, ENVELOPE_RATE_HZ, max_lag=MAX_SYNC_LAG_S)
 
     @cached_property
     def motion_sync(self) -> SyncResult | None:

@@ -2,12 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.dataset.units import read_units
 from preprocessing.io.storage import Store
 from workflows.evaluation.held_out import EvaluationSet
+
+
+class OverlapSummary(TypedDict, total=False):
+    """JSON form of an overlap: either ``unknown``, or ``clips`` and ``sources``."""
+
+    unknown: str
+    clips: list[str]
+    sources: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,29 +27,33 @@ class TrainTestOverlap:
     unknown: str | None = None  # why it could not be found out
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> OverlapSummary:
         if self.unknown is not None:
             return {"unknown": self.unknown}
         return {"clips": list(self.clips), "sources": dict(self.sources)}
 
 
-def find_train_test_overlap(held: EvaluationSet, uri: str, trained_on: str | None, held_out: float) -> TrainTestOverlap:
+def find_train_test_overlap(
+    evaluation_set: EvaluationSet, uri: str, trained_on: str | None, held_out: float
+) -> TrainTestOverlap:
     """``uri``: dataset of the prompts; ``held_out``: share of its own dataset that the training kept away."""
     if trained_on is None:
         return TrainTestOverlap(clips=(), sources={}, unknown="the checkpoint does not say what it was trained with")
     try:
         training, _ = open_dataset(trained_on).split(held_out)
         contents = _contents(trained_on)
-        ours = contents if trained_on == uri else _contents(uri)
+        own_contents = contents if trained_on == uri else _contents(uri)
     except (ValueError, OSError) as error:
         return TrainTestOverlap(clips=(), sources={}, unknown=f"its training set cannot be read: {error}")
     ids, names = set(training.ids), training.sources
-    known = {contents.get(name, name) for name in names}
-    clips = [p.clip for p in held.prompts]
-    shared = [c for c in clips if c.id in ids or c.source_uri in names or ours.get(c.source_uri) in known]
+    known_contents = {contents.get(name, name) for name in names}
+    clips = [p.clip for p in evaluation_set.prompts]
+    shared = [
+        c for c in clips if c.id in ids or c.source_uri in names or own_contents.get(c.source_uri) in known_contents
+    ]
     return TrainTestOverlap(
         clips=tuple(c.id for c in shared),
-        sources={c.source_uri: ours.get(c.source_uri, "unknown") for c in shared},
+        sources={c.source_uri: own_contents.get(c.source_uri, "unknown") for c in shared},
     )
 
 
@@ -50,10 +62,10 @@ def _contents(uri: str) -> dict[str, str]:
     return {s.uri: s.fingerprint for unit in read_units(Store(uri)) for s in unit.sources}
 
 
-def overlap_warnings(found: Mapping[str, TrainTestOverlap]) -> Sequence[str]:
+def overlap_warnings(overlaps: Mapping[str, TrainTestOverlap]) -> Sequence[str]:
     """A line for each checkpoint (by label) that has seen some of the prompts, or may have."""
     lines: list[str] = []
-    for label, overlap in found.items():
+    for label, overlap in overlaps.items():
         if overlap.clips:
             names = ", ".join(overlap.clips[:3]) + (" ..." if len(overlap.clips) > 3 else "")
             lines.append(f"{label} was trained on {len(overlap.clips)} of these clips: {names}; its scores are no test")

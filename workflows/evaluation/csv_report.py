@@ -1,14 +1,13 @@
 """A sweep as one line per number: what a reviewer loads into a spreadsheet."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-Rows = Sequence[Mapping[str, Any]]
+from workflows.evaluation.rows import SweepRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,30 +31,42 @@ class MetricRow:
     note: str  # what a number that is not measured needs
 
 
-def to_rows(rows: Rows) -> list[MetricRow]:
-    """Seeds of one setting together; every metric of the sweep in every setting."""
-    keys = dict.fromkeys(_key(row) for row in rows)
-    return [line for key in keys for line in _of_setting([row for row in rows if _key(row) == key])]
+def to_rows(rows: Sequence[SweepRow]) -> list[MetricRow]:
+    """Return one row per setting, window and metric; seeds are averaged."""
+    by_setting: dict[Hashable, list[SweepRow]] = {}
+    for row in rows:
+        by_setting.setdefault(_setting_key(row), []).append(row)
+    found: list[MetricRow] = []
+    for seeds in by_setting.values():
+        found += [_metric_row(seeds, metric) for metric in _metric_names(seeds)]
+    return found
 
 
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("label", "mode", "steps", "nfe", "guidance", "window"))
+def _setting_key(row: SweepRow) -> Hashable:
+    return row["label"], row["mode"], row["steps"], row["nfe"], row["guidance"], row["window"]
 
 
-def _of_setting(rows: Rows) -> list[MetricRow]:
-    names = dict.fromkeys(name for row in rows for kind in ("metrics", "not_measured") for name in row[kind])
-    return [_line(rows, name) for name in names]
+def _metric_names(rows: Sequence[SweepRow]) -> list[str]:
+    names: dict[str, None] = {}
+    for row in rows:
+        names |= dict.fromkeys([*row["metrics"], *row["not_measured"]])
+    return list(names)
 
 
-def _line(rows: Rows, metric: str) -> MetricRow:
-    known = [row for row in rows if metric in row["metrics"]]
-    values = [row["metrics"][metric] for row in known]
-    details = [row["detail"][metric] for row in known if metric in row["detail"]]
-    bounds = [(d["low"], d["high"]) for d in details if "low" in d]
+def _metric_row(rows: Sequence[SweepRow], metric: str) -> MetricRow:
+    measured = [row for row in rows if metric in row["metrics"]]
+    values = [row["metrics"][metric] for row in measured]
+    details = [row["detail"][metric] for row in measured if metric in row["detail"]]
+    bounds = [(d["low"], d["high"]) for d in details if "low" in d and "high" in d]
     low, high = np.mean(bounds, axis=0).tolist() if bounds else (None, None)
     first = rows[0]
     return MetricRow(
-        **{name: first[name] for name in ("label", "mode", "steps", "nfe", "guidance", "window")},
+        label=first["label"],
+        mode=first["mode"],
+        steps=first["steps"],
+        nfe=first["nfe"],
+        guidance=first["guidance"],
+        window=first["window"],
         metric=metric,
         value=float(np.mean(values)) if values else None,
         spread=float(np.std(values, ddof=1)) if len(values) > 1 else None,
@@ -64,7 +75,7 @@ def _line(rows: Rows, metric: str) -> MetricRow:
         failed=sum(d["failed"] for d in details),
         low=low,
         high=high,
-        note="" if known else rows[0]["not_measured"][metric],
+        note="" if measured else rows[0]["not_measured"][metric],
     )
 
 

@@ -33,12 +33,12 @@ from workflows.evaluation.held_out import EvaluationSet, check_compatibility, fr
 from workflows.evaluation.metrics.generic import MetricValue, Numbers, ReferenceFeatures, sync_offsets
 from workflows.evaluation.metrics.registry import compute_metrics_by_window
 from workflows.evaluation.results import ResultStore, prepare_output_dir
+from workflows.evaluation.rows import MetricDetail, SettingColumns, SettingResult, SweepMetadata, SweepRow
 from workflows.evaluation.sampling import group_prompts
 from workflows.evaluation.signals import decode_real_clips
 from workflows.evaluation.sweep import (
     METRICS_VERSION,
     EvaluatedCheckpoint,
-    Row,
     SweepPoint,
     deduplicate_labels,
     identify_checkpoint,
@@ -78,178 +78,209 @@ def evaluate_checkpoints(
     as kind=place. ``precision``: that of the samples; numbers of two precisions are never taken together. ValueError,
     with nothing written, when a checkpoint or the dataset is missing, they do not fit, or no setting makes sense.
     """
-    subjects = deduplicate_labels(
+    evaluated = deduplicate_labels(
         [identify_checkpoint(path, precision=precision) for path in dict.fromkeys(checkpoints)]
     )
-    settings, skipped = plan_sweep(subjects, modes, steps, guidance, seeds)
-    cut, instruments = parse_windows(windows), parse_feature_models(weights)
-    instruments.load_all()
-    uri = data or _trained_on(subjects[0])
-    held = select_evaluation_set(uri, clips=clips, seconds=seconds, fraction=_kept_away(subjects, uri))
-    cards = {subject: load_metadata(subject.path) for subject in subjects}
-    for subject, card in cards.items():
-        check_compatibility(card, held.meta, subject.path, uri)
-    overlaps = {s.label: find_train_test_overlap(held, uri, _record(s).get("data"), _held_out(s)) for s in subjects}
-    doubts = _doubts(settings, cards)
-    for line in [*overlap_warnings(overlaps), *doubts]:
+    points, skipped = plan_sweep(evaluated, modes=modes, steps=steps, guidance=guidance, seeds=seeds)
+    time_windows, feature_models = parse_windows(windows), parse_feature_models(weights)
+    feature_models.load_all()
+    uri = data or _training_dataset(evaluated[0])
+    evaluation_set = select_evaluation_set(
+        uri, clips=clips, seconds=seconds, fraction=_common_held_out_fraction(evaluated, uri)
+    )
+    metadata = {checkpoint: load_metadata(checkpoint.path) for checkpoint in evaluated}
+    for checkpoint, export_metadata in metadata.items():
+        check_compatibility(export_metadata, evaluation_set.meta, checkpoint.path, uri)
+    overlaps = {
+        s.label: find_train_test_overlap(evaluation_set, uri, _read_run_record(s).get("data"), _held_out_fraction(s))
+        for s in evaluated
+    }
+    step_warnings = _step_count_warnings(points, metadata)
+    for line in [*overlap_warnings(overlaps), *step_warnings]:
         print(f"warning: {line}", file=sys.stderr, flush=True)
-    scope = hashlib.sha256(f"{METRICS_VERSION} {windows} {held.digest()} {instruments.id}".encode()).hexdigest()[:12]
-    name = "+".join(dict.fromkeys(s.label for s in subjects)) + f"-{scope[:6]}"
+    scope = hashlib.sha256(
+        f"{METRICS_VERSION} {windows} {evaluation_set.digest()} {feature_models.id}".encode()
+    ).hexdigest()[:12]
+    name = "+".join(dict.fromkeys(s.label for s in evaluated)) + f"-{scope[:6]}"
     folder = Path(out) if out else Path(environment.resolve_path("runs/evaluate")) / name
     prepare_output_dir(folder)
     sweep = _Sweep(
-        held=held, windows=cut, results=ResultStore(folder, scope), subjects=subjects, instruments=instruments
+        evaluation_set=evaluation_set,
+        windows=time_windows,
+        store=ResultStore(folder, scope),
+        evaluated=evaluated,
+        feature_models=feature_models,
     )
-    with progress_bar("evaluate") as show:
-        sweep.run(settings, progress or show, workers)
-    facts = {
+    with progress_bar("evaluate") as bar:
+        sweep.run(points, progress or bar, workers)
+    source = "of the same" if evaluation_set.own_reference else "other"
+    facts: SweepMetadata = {
         "dataset": uri,
-        "clips": len(held.prompts),
+        "clips": len(evaluation_set.prompts),
         "scope": scope,
         "skipped": skipped,
-        "doubts": doubts,
-        "repeated": held.repeated,
-        "reference": f"{len(held.reference)} {'of the same' if held.own_reference else 'other'} clips",
+        "doubts": step_warnings,
+        "repeated": evaluation_set.repeated,
+        "reference": f"{len(evaluation_set.reference)} {source} clips",
         "overlap": {label: overlap.summary for label, overlap in overlaps.items()},
         "weights": list(weights),
     }
     return sweep.finish(name, mlflow_uri or environment.tracking_uri(), facts)
 
 
-def _doubts(settings: Sequence[SweepPoint], cards: Mapping[EvaluatedCheckpoint, ExportMetadata]) -> list[str]:
+def _step_count_warnings(
+    points: Sequence[SweepPoint], metadata: Mapping[EvaluatedCheckpoint, ExportMetadata]
+) -> list[str]:
     """A line for each checkpoint and number of steps that its training does not reach to."""
-    found = [(s.subject.label, cards[s.subject].step_count_warning(s.how.mode, s.how.steps)) for s in settings]
-    return list(dict.fromkeys(f"{label}: {doubt}" for label, doubt in found if doubt))
+    found = [
+        (s.checkpoint.label, metadata[s.checkpoint].step_count_warning(s.params.mode, s.params.steps)) for s in points
+    ]
+    return list(dict.fromkeys(f"{label}: {warning}" for label, warning in found if warning))
 
 
-def _record(subject: EvaluatedCheckpoint) -> Mapping[str, Any]:
+def _read_run_record(checkpoint: EvaluatedCheckpoint) -> Mapping[str, Any]:
     """``run.json`` of the checkpoint; empty for a bare export."""
-    path = find_export(subject.path).parent / "run.json"
+    path = find_export(checkpoint.path).parent / "run.json"
     return read_json(path) if path.exists() else {}
 
 
-def _trained_on(subject: EvaluatedCheckpoint) -> str:
-    uri = _record(subject).get("data")
+def _training_dataset(checkpoint: EvaluatedCheckpoint) -> str:
+    uri = _read_run_record(checkpoint).get("data")
     if not uri:
-        raise ValueError(f"{subject.path} does not say what it was trained on: name a dataset with --data DATASET")
+        raise ValueError(f"{checkpoint.path} does not say what it was trained on: name a dataset with --data DATASET")
     return str(uri)
 
 
-def _held_out(subject: EvaluatedCheckpoint) -> float:
+def _held_out_fraction(checkpoint: EvaluatedCheckpoint) -> float:
     """The share that the training kept away; a smaller share of the same sources lies inside it."""
-    return float(_record(subject).get("config", {}).get("data", {}).get("held_out", DEFAULT_HELD_OUT_SHARE))
+    return float(_read_run_record(checkpoint).get("config", {}).get("data", {}).get("held_out", DEFAULT_HELD_OUT_SHARE))
 
 
-def _kept_away(subjects: Sequence[EvaluatedCheckpoint], uri: str) -> float | None:
+def _common_held_out_fraction(evaluated: Sequence[EvaluatedCheckpoint], uri: str) -> float | None:
     """The share of a dataset that every training on it kept away; None: none of them was on it, all may be used."""
-    return min((_held_out(s) for s in subjects if _record(s).get("data") == uri), default=None)
+    return min((_held_out_fraction(s) for s in evaluated if _read_run_record(s).get("data") == uri), default=None)
 
 
 @dataclass(kw_only=True)
 class _Sweep:
     """A sweep at work."""
 
-    held: EvaluationSet
+    evaluation_set: EvaluationSet
     windows: tuple[TimeWindow, ...]
-    results: ResultStore
-    subjects: Sequence[EvaluatedCheckpoint]
-    instruments: FeatureModels
+    store: ResultStore
+    evaluated: Sequence[EvaluatedCheckpoint]
+    feature_models: FeatureModels
     times: dict[str, float] = field(default_factory=dict[str, float])  # seconds by kind of work
-    real: ReferenceFeatures = field(init=False)  # known once there is something to do
+    reference: ReferenceFeatures = field(init=False)  # known once there is something to do
 
     @cached_property
-    def examiner(self) -> EvaluationWorker:
-        return EvaluationWorker(self.held, self.instruments)
+    def worker(self) -> EvaluationWorker:
+        return EvaluationWorker(self.evaluation_set, self.feature_models)
 
-    def run(self, settings: Sequence[SweepPoint], progress: ProgressCallback, workers: int) -> None:
+    def run(self, points: Sequence[SweepPoint], progress: ProgressCallback, workers: int) -> None:
         """Everything that is not there yet."""
-        todo = [s for s in settings if self.results.load_finished(self._key(s)) is None]
-        if not todo:
+        pending = [s for s in points if not self.store.is_finished(self._key(s))]
+        if not pending:
             progress(0, 0)
             return
-        with open_executor(self.examiner, workers) as hands:
+        with open_executor(self.worker, workers) as executor:
             with self._timed("real"):
-                self.real = hands.extract_real_features()
-            if self.results.load_finished(f"real-{self.results.scope}") is None:
-                self._score_real()
-            self._run(todo, hands, progress, workers)
+                self.reference = executor.extract_real_features()
+            if not self.store.is_finished(f"real-{self.store.scope}"):
+                self._score_real_clips()
+            self._run(pending, executor, progress, workers)
 
-    def _run(self, todo: Sequence[SweepPoint], hands: SweepExecutor, progress: ProgressCallback, workers: int) -> None:
-        waiting = {self._key(s): (s, dict[int, TaskResult]()) for s in todo}
+    def _run(
+        self, pending: Sequence[SweepPoint], executor: SweepExecutor, progress: ProgressCallback, workers: int
+    ) -> None:
+        unfinished = {self._key(s): (s, dict[int, TaskResult]()) for s in pending}
         tasks: list[SampleTask] = []
-        for task in (task for s in todo for task in self._tasks(s)):
-            key = self._key(task.setting)
-            if (kept := self.results.load_batch(key, task.batch)) is not None:
-                waiting[key][1][task.batch] = kept
+        for task in (task for s in pending for task in self._tasks(s)):
+            key = self._key(task.point)
+            if (saved := self.store.load_batch(key, task.batch)) is not None:
+                unfinished[key][1][task.batch] = saved
             else:
                 tasks.append(task)
-        for key in [key for key, (s, got) in waiting.items() if len(got) == len(self._tasks(s))]:
-            self._settle(*waiting.pop(key), workers)  # killed between its last batch and its rows
+        for key in [key for key, (s, finished) in unfinished.items() if len(finished) == len(self._tasks(s))]:
+            self._finish_point(*unfinished.pop(key), workers)  # killed between its last batch and its rows
         progress(0, len(tasks))
         with self._timed("samples"):
-            for done, (task, outcome) in enumerate(hands.map(tasks), start=1):
-                key = self._key(task.setting)
-                setting, got = waiting[key]
-                got[task.batch] = outcome
-                if len(got) == len(self._tasks(setting)):
-                    self._settle(setting, got, workers)
+            for done, (task, task_result) in enumerate(executor.map(tasks), start=1):
+                key = self._key(task.point)
+                point, finished = unfinished[key]
+                finished[task.batch] = task_result
+                if len(finished) == len(self._tasks(point)):
+                    self._finish_point(point, finished, workers)
                 else:
-                    self.results.save_batch(key, task.batch, outcome)
+                    self.store.save_batch(key, task.batch, task_result)
                 progress(done, len(tasks))
 
-    def _key(self, setting: SweepPoint) -> str:
-        return setting.key(self.results.scope)
+    def _key(self, point: SweepPoint) -> str:
+        return point.key(self.store.scope)
 
-    def _tasks(self, setting: SweepPoint) -> list[SampleTask]:
-        place = {prompt.number: i for i, prompt in enumerate(self.held.prompts)}
+    def _tasks(self, point: SweepPoint) -> list[SampleTask]:
+        place = {prompt.number: i for i, prompt in enumerate(self.evaluation_set.prompts)}
         return [
-            SampleTask(setting=setting, batch=i, prompts=tuple(place[p.number] for p in batch))
-            for i, batch in enumerate(group_prompts(self.held.prompts))
+            SampleTask(point=point, batch=i, prompts=tuple(place[p.number] for p in batch))
+            for i, batch in enumerate(group_prompts(self.evaluation_set.prompts))
         ]
 
-    def _score_real(self) -> None:
-        facts = {"checkpoint": "real", "mode": "real", "steps": 0, "nfe": 0, "guidance": 1.0, "seed": 0}
-        lengths = [float(p.clip.chunks * self.held.meta.chunk_seconds) for p in self.held.prompts]
-        rows = self._rows({**facts, "label": "real"}, self.real.prompts, lengths)
-        signals = decode_real_clips(self.held, [p.clip for p in self.held.prompts[:MAX_SAVED_SAMPLES]])
-        name = f"real-{self.results.scope[:6]}"
-        samples = self._files(name, {i: self.examiner.encode_mp4(s) for i, s in enumerate(signals)})
-        part = {"digest": "real", "name": "real", "rows": rows, "samples": samples}
-        self.results.save_finished(f"real-{self.results.scope}", part)
+    def _score_real_clips(self) -> None:
+        columns: SettingColumns = {
+            "checkpoint": "real",
+            "mode": "real",
+            "steps": 0,
+            "nfe": 0,
+            "guidance": 1.0,
+            "seed": 0,
+            "label": "real",
+        }
+        lengths = [float(p.clip.chunks * self.evaluation_set.meta.chunk_seconds) for p in self.evaluation_set.prompts]
+        rows = self._rows(columns, self.reference.prompts, lengths)
+        signals = decode_real_clips(
+            self.evaluation_set, [p.clip for p in self.evaluation_set.prompts[:MAX_SAVED_SAMPLES]]
+        )
+        name = f"real-{self.store.scope[:6]}"
+        samples = self._write_samples(name, {i: self.worker.encode_mp4(s) for i, s in enumerate(signals)})
+        result = SettingResult(digest="real", name="real", rows=rows, samples=samples)
+        self.store.save_finished(f"real-{self.store.scope}", result)
 
-    def _settle(self, setting: SweepPoint, got: Mapping[int, TaskResult], workers: int) -> None:
+    def _finish_point(self, point: SweepPoint, finished: Mapping[int, TaskResult], workers: int) -> None:
         """Score a setting whose batches are all there, and store its rows."""
-        by_prompt = {p: (r, o.length) for o in got.values() for p, r in zip(o.prompts, o.readings, strict=True)}
-        readings, lengths = zip(*(by_prompt[p] for p in sorted(by_prompt)), strict=True)
-        facts = {**setting.columns, "label": setting.subject.label, "workers": workers}
+        by_prompt = {p: (r, o.length) for o in finished.values() for p, r in zip(o.prompts, o.features, strict=True)}
+        features, lengths = zip(*(by_prompt[p] for p in sorted(by_prompt)), strict=True)
         with self._timed("score"):
-            rows = self._rows(facts, readings, lengths)
-        rows[0]["metrics"] |= got[0].setting_metrics | _batch_speed(list(got.values()))
-        name = f"{setting.name}-{self._key(setting)[:6]}"  # other clips and other weights have files of their own
-        samples = self._files(name, {p: mp4 for o in got.values() for p, mp4 in o.samples.items()})
-        part = {"digest": setting.subject.digest, "name": setting.name, "rows": rows, "samples": samples}
-        self.results.save_finished(self._key(setting), part)
+            rows = self._rows(point.columns(workers), features, lengths)
+        rows[0]["metrics"] |= finished[0].setting_metrics | _batch_speed(list(finished.values()))
+        name = f"{point.name}-{self._key(point)[:6]}"  # other clips and other weights have files of their own
+        samples = self._write_samples(name, {p: mp4 for o in finished.values() for p, mp4 in o.samples.items()})
+        result = SettingResult(digest=point.checkpoint.digest, name=point.name, rows=rows, samples=samples)
+        self.store.save_finished(self._key(point), result)
 
-    def _rows(self, facts: Row, readings: Sequence[ClipFeatures], lengths: Sequence[float]) -> list[Row]:
-        """A row for the whole clips, then one for each window that they reach into."""
-        return [
-            {
-                **facts,
+    def _rows(
+        self, columns: SettingColumns, features: Sequence[ClipFeatures], lengths: Sequence[float]
+    ) -> list[SweepRow]:
+        """Return a row for the whole clips, then one for each window that clips reach into."""
+        rows: list[SweepRow] = []
+        for one in compute_metrics_by_window(features, lengths, self.windows, self.reference):
+            row: SweepRow = {
+                **columns,
                 "window": one.window,
                 "clips": len(one.part),
                 "metrics": one.scores.metrics,
                 "detail": {name: _detail(score) for name, score in one.scores.found.items()},
                 "failures": one.scores.failures,
                 "not_measured": one.scores.not_measured,
-                **({"offsets": sync_offsets(one.part)} if one.window == "all" else {}),
             }
-            for one in compute_metrics_by_window(readings, lengths, self.windows, self.real)
-        ]
+            if one.window == "all":
+                row["offsets"] = sync_offsets(one.part)
+            rows.append(row)
+        return rows
 
-    def _files(self, name: str, clips: Mapping[int, bytes]) -> list[str]:
+    def _write_samples(self, name: str, clips: Mapping[int, bytes]) -> list[str]:
         """Kept samples, in the order of prompts; paths below the sweep's folder."""
         with self._timed("files"):
-            folder = self.results.folder / "samples"
+            folder = self.store.folder / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             paths = [folder / f"{name}-{i}.mp4" for i in range(len(clips))]
             for path, prompt in zip(paths, sorted(clips), strict=True):
@@ -258,32 +289,34 @@ class _Sweep:
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:
-        began = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self.times[kind] = self.times.get(kind, 0.0) + time.perf_counter() - began
+        self.times[kind] = self.times.get(kind, 0.0) + time.perf_counter() - start
 
-    def finish(self, name: str, mlflow_uri: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, name: str, mlflow_uri: str, facts: SweepMetadata) -> dict[str, Any]:
         """Results, plots, the page and MLflow from all that this folder holds of these checkpoints and clips."""
-        parts = self.results.load_all(self.subjects)
-        rows = self.results.write_summary(parts)
+        results = self.store.load_all(self.evaluated)
+        rows = self.store.write_summary(results)
         with self._timed("plots"):
-            fps, rate = frame_rate_of(self.held.meta), self.examiner.reader.sample_rate
-            plots = mlflow_report.draw_plots(parts, self.results.folder, fps, rate, name)
-            lines = csv_report.to_rows(rows)
-            files = [csv_report.write_csv(lines, self.results.folder / "table.csv")]
+            fps, rate = frame_rate_of(self.evaluation_set.meta), self.worker.reader.sample_rate
+            plots = mlflow_report.draw_plots(results, self.store.folder, fps=fps, sample_rate=rate, title=name)
+            metric_rows = csv_report.to_rows(rows)
+            files = [csv_report.write_csv(metric_rows, self.store.folder / "table.csv")]
             report = html_report.write_html_report(
-                self.results.folder, name, facts=facts, parts=parts, lines=lines, plots=plots
+                self.store.folder, name, facts=facts, results=results, metric_rows=metric_rows, plots=plots
             )
             files.append(report)
         with self._timed("tracking"):
-            parent = mlflow_report.log_sweep_to_mlflow(parts, [*plots, *files], self.results, mlflow_uri, name, facts)
+            parent = mlflow_report.log_sweep_to_mlflow(
+                results, [*plots, *files], self.store, uri=mlflow_uri, name=name, facts=facts
+            )
         return {
-            "results": str(self.results.path),
+            "results": str(self.store.path),
             "table": str(files[0]),
             "report": str(files[1]),
             "mlflow_parent_run": parent,
             "plots": [str(path) for path in plots],
-            "samples": [str(self.results.folder / path) for part in parts for path in part["samples"]],
+            "samples": [str(self.store.folder / path) for result in results for path in result["samples"]],
             "clips": facts["clips"],
             "rows": len(rows),
             "not_measured": {k: v for row in rows if row["window"] == "all" for k, v in row["not_measured"].items()},
@@ -294,15 +327,16 @@ class _Sweep:
         }
 
 
-def _detail(one: MetricValue) -> Row:
-    known = one.low is not None
-    return {"count": one.count, "failed": one.failed} | ({"low": one.low, "high": one.high} if known else {})
+def _detail(value: MetricValue) -> MetricDetail:
+    if value.low is None or value.high is None:
+        return {"count": value.count, "failed": value.failed}
+    return {"count": value.count, "failed": value.failed, "low": value.low, "high": value.high}
 
 
-def _batch_speed(outcomes: Sequence[TaskResult]) -> Numbers:
+def _batch_speed(task_results: Sequence[TaskResult]) -> Numbers:
     """Seconds of clip per second of computation where many streams run at once."""
-    made = sum(o.length * len(o.prompts) for o in outcomes)
+    made = sum(o.length * len(o.prompts) for o in task_results)
     return {
-        "batch_seconds_per_second": made / sum(o.seconds for o in outcomes),
-        "batch_rows": float(max(len(o.prompts) for o in outcomes)),
+        "batch_seconds_per_second": made / sum(o.seconds for o in task_results),
+        "batch_rows": float(max(len(o.prompts) for o in task_results)),
     }

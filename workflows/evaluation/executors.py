@@ -32,59 +32,59 @@ class SweepExecutor(Protocol):
 
 
 @contextmanager
-def open_executor(examiner: EvaluationWorker, workers: int) -> Iterator[SweepExecutor]:
+def open_executor(worker: EvaluationWorker, workers: int) -> Iterator[SweepExecutor]:
     """One worker is this process. More are Ray's: in the Ray that is running, else in one started for it."""
     if workers == 1:
-        yield LocalExecutor(examiner)
+        yield LocalExecutor(worker)
         return
     from workflows.utils.ray_runtime import ray_session
 
     with ray_session(workers):
-        yield RayExecutor(examiner, workers)
+        yield RayExecutor(worker, workers)
 
 
-def _real(examiner: EvaluationWorker, readings: Sequence[ClipFeatures]) -> ReferenceFeatures:
-    prompts = len(examiner.held.prompts)
-    return ReferenceFeatures(prompts=readings[:prompts], reference=readings[prompts:])
+def _reference_features(worker: EvaluationWorker, features: Sequence[ClipFeatures]) -> ReferenceFeatures:
+    prompts = len(worker.evaluation_set.prompts)
+    return ReferenceFeatures(prompts=features[:prompts], reference=features[prompts:])
 
 
-def _real_batches(examiner: EvaluationWorker) -> list[range]:
+def _real_batches(worker: EvaluationWorker) -> list[range]:
     """Places of the real clips, as many at once as of samples."""
-    clips = len(examiner.held.real_clips)
+    clips = len(worker.evaluation_set.real_clips)
     return [range(at, min(at + MAX_BATCH_SIZE, clips)) for at in range(0, clips, MAX_BATCH_SIZE)]
 
 
 class LocalExecutor:
     """Checkpoint after checkpoint, batch after batch, in this process."""
 
-    def __init__(self, examiner: EvaluationWorker) -> None:
-        self._examiner = examiner
+    def __init__(self, worker: EvaluationWorker) -> None:
+        self._worker = worker
 
     def extract_real_features(self) -> ReferenceFeatures:
-        examiner = self._examiner
-        return _real(
-            examiner, [r for places in _real_batches(examiner) for r in examiner.extract_real_features(places)]
+        worker = self._worker
+        return _reference_features(
+            worker, [r for indices in _real_batches(worker) for r in worker.extract_real_features(indices)]
         )
 
     def map(self, tasks: Sequence[SampleTask]) -> Iterator[CompletedTask]:
-        for _, group in groupby(tasks, key=lambda task: task.setting.subject.path):
-            yield from _of_one(self._examiner, list(group))
+        for _, group in groupby(tasks, key=lambda task: task.point.checkpoint.path):
+            yield from _run_checkpoint(self._worker, list(group))
 
 
-def _of_one(examiner: EvaluationWorker, tasks: Sequence[SampleTask]) -> Iterator[CompletedTask]:
+def _run_checkpoint(worker: EvaluationWorker, tasks: Sequence[SampleTask]) -> Iterator[CompletedTask]:
     """One thread samples, another reads the batch before."""
-    onces = {
-        id(task): examiner.measure_once(task.setting) for task in tasks if task.is_first
+    setting_metrics = {
+        id(task): worker.measure_once(task.point) for task in tasks if task.is_first
     }  # while nothing else runs
     with ThreadPoolExecutor(1) as pool, reserve_reader_thread():
-        before: tuple[SampleTask, Future[TaskResult]] | None = None
+        previous: tuple[SampleTask, Future[TaskResult]] | None = None
         for task in tasks:
-            batch = examiner.sample_batch(task)
-            if before is not None:
-                yield before[0], before[1].result()
-            before = task, pool.submit(examiner.extract_features, task, batch, onces.get(id(task), {}))
-        if before is not None:
-            yield before[0], before[1].result()
+            batch = worker.sample_batch(task)
+            if previous is not None:
+                yield previous[0], previous[1].result()
+            previous = task, pool.submit(worker.extract_features, task, batch, setting_metrics.get(id(task), {}))
+        if previous is not None:
+            yield previous[0], previous[1].result()
 
 
 @contextmanager
@@ -101,51 +101,53 @@ def reserve_reader_thread() -> Iterator[None]:
 class RayExecutor:
     """Each free worker takes the next piece of work; the longest samples come first."""
 
-    def __init__(self, examiner: EvaluationWorker, workers: int) -> None:
+    def __init__(self, worker: EvaluationWorker, workers: int) -> None:
         import ray
 
         from workflows.utils.ray_runtime import worker_runtime_env
 
-        room = max_resources(ray.cluster_resources())
-        share, gpus = (min(1.0, room.get(kind, 0.0) / workers) for kind in ("CPU", "GPU"))
-        share = share or 1.0  # a head alone, of no CPUs: a worker that asked for none would run there
-        shared = ray.put(examiner.held)
+        resources = max_resources(ray.cluster_resources())
+        cpus, gpus = (min(1.0, resources.get(kind, 0.0) / workers) for kind in ("CPU", "GPU"))
+        cpus = cpus or 1.0  # a head alone, of no CPUs: a worker that asked for none would run there
+        evaluation_set_ref = ray.put(worker.evaluation_set)
         actor: Any = ray.remote(EvaluationWorker)
-        make = actor.options(num_cpus=share, num_gpus=gpus, runtime_env=worker_runtime_env())
-        self._examiner = examiner
-        self._staff = [make.remote(shared, examiner.instruments) for _ in range(workers)]
+        create = actor.options(num_cpus=cpus, num_gpus=gpus, runtime_env=worker_runtime_env())
+        self._worker = worker
+        self._actors = [create.remote(evaluation_set_ref, worker.feature_models) for _ in range(workers)]
         threads = max(1, (os.cpu_count() or 1) // workers)
-        asked, there = {"CPU": share, "GPU": gpus}, ray.cluster_resources
-        with report_while_waiting(f"machines for {workers} workers", there, seen=resources_available(asked, there)):
-            ray.get([worker.set_num_threads.remote(threads) for worker in self._staff])
+        required, there = {"CPU": cpus, "GPU": gpus}, ray.cluster_resources
+        with report_while_waiting(f"machines for {workers} workers", there, seen=resources_available(required, there)):
+            ray.get([worker.set_num_threads.remote(threads) for worker in self._actors])
 
     def extract_real_features(self) -> ReferenceFeatures:
-        read: dict[range, list[ClipFeatures]] = dict(
-            self._share(
-                _real_batches(self._examiner), lambda worker, places: worker.extract_real_features.remote(places)
+        features: dict[range, list[ClipFeatures]] = dict(
+            self._run_on_actors(
+                _real_batches(self._worker), lambda worker, indices: worker.extract_real_features.remote(indices)
             )
         )
-        return _real(self._examiner, [r for places in sorted(read, key=lambda p: p.start) for r in read[places]])
+        return _reference_features(
+            self._worker, [r for indices in sorted(features, key=lambda p: p.start) for r in features[indices]]
+        )
 
     def map(self, tasks: Sequence[SampleTask]) -> Iterator[CompletedTask]:
         # a long task begun last would keep the other workers waiting
-        order = sorted(tasks, key=lambda t: (t.setting.subject.path, -t.setting.how.num_function_evaluations))
-        yield from self._share(order, lambda worker, task: worker.run_task.remote(task))
+        order = sorted(tasks, key=lambda t: (t.point.checkpoint.path, -t.point.params.num_function_evaluations))
+        yield from self._run_on_actors(order, lambda worker, task: worker.run_task.remote(task))
 
-    def _share(self, pieces: Sequence[Any], give: Callable[[Any, Any], Any]) -> Iterator[tuple[Any, Any]]:
+    def _run_on_actors(self, items: Sequence[Any], submit: Callable[[Any, Any], Any]) -> Iterator[tuple[Any, Any]]:
         import ray
 
-        waiting, running = deque(pieces), dict[Any, tuple[Any, Any]]()
+        pending, running = deque(items), dict[Any, tuple[Any, Any]]()
 
         def start(worker: Any) -> None:
-            if waiting:
-                piece = waiting.popleft()
-                running[give(worker, piece)] = worker, piece
+            if pending:
+                item = pending.popleft()
+                running[submit(worker, item)] = worker, item
 
-        for worker in self._staff:
+        for worker in self._actors:
             start(worker)
         while running:
             (ready,), _ = ray.wait(list(running))
-            worker, piece = running.pop(ready)
+            worker, item = running.pop(ready)
             start(worker)  # before the result is used: nobody waits for that
-            yield piece, ray.get(ready)
+            yield item, ray.get(ready)

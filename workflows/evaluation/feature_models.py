@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -23,61 +22,62 @@ MODEL_KINDS: Mapping[str, str] = {
     "sounds": "a folder of a sound classifier (AST) in transformers' layout",
 }
 
+T = TypeVar("T")
+
 
 def requirement_text(kind: str) -> str:
     """How a metric says what it lacks."""
     return f"--weights {kind}=... ({MODEL_KINDS[kind]})"
 
 
-@dataclass(frozen=True, kw_only=True)
 class FeatureModels:
-    """What is at hand. Networks are loaded when first used; a copy sent to another process loads its own."""
+    """Pretrained networks used by metrics, loaded at first use. A pickled copy contains paths only."""
 
-    places: Mapping[str, str] = field(default_factory=dict[str, str])  # kind -> folder or file
+    def __init__(self, paths: Mapping[str, str] | None = None) -> None:
+        """Take the file or folder of each kind of model."""
+        self.paths = dict(paths or {})
 
     @property
     def id(self) -> str:
-        """Scores through other instruments are other scores."""
-        return ",".join(f"{kind}={place}" for kind, place in sorted(self.places.items()))
+        """Return a string that identifies the models; scores of other models are not comparable."""
+        return ",".join(f"{kind}={path}" for kind, path in sorted(self.paths.items()))
 
     @cached_property
     def speech_recognizers(self) -> dict[str, SpeechRecognizer]:
-        made: dict[str, SpeechRecognizer] = {}
-        if "whisper" in self.places:
-            made["whisper"] = Whisper(self.places["whisper"], _device())
-        if "pocketsphinx" in self.places:
-            made["pocketsphinx"] = PocketSphinx()
-        return made
+        """Return the speech recognizers by kind."""
+        recognizers: dict[str, SpeechRecognizer] = {}
+        if "whisper" in self.paths:
+            recognizers["whisper"] = Whisper(self.paths["whisper"], _device())
+        if "pocketsphinx" in self.paths:
+            recognizers["pocketsphinx"] = PocketSphinx()
+        return recognizers
 
     @cached_property
     def video_encoders(self) -> dict[str, VideoEncoder]:
-        return _made(self.places, {"videomae": VideoMAE, "faces": FaceEncoder})
+        """Return the networks for frames by kind."""
+        return self._load({"videomae": VideoMAE, "faces": FaceEncoder})
 
     @cached_property
     def audio_encoders(self) -> dict[str, AudioEncoder]:
-        return _made(self.places, {"clap": CLAP, "sounds": AudioClassifier})
+        """Return the networks for audio by kind."""
+        return self._load({"clap": CLAP, "sounds": AudioClassifier})
 
     @cached_property
     def lip_sync_model(self) -> LipEmbeddingModel | None:
-        place = self.places.get("syncnet")
-        return None if place is None else SyncNetSync(load_syncnet(place)).vectors
+        """Return the embeddings of SyncNet; None without its weights."""
+        path = self.paths.get("syncnet")
+        return None if path is None else SyncNetSync(load_syncnet(path)).vectors
 
     def load_all(self) -> None:
-        """Load everything once. ValueError where a place holds something else."""
+        """Load all models. Raises ValueError for a path with other content."""
         _ = self.speech_recognizers, self.video_encoders, self.audio_encoders, self.lip_sync_model
 
+    def _load(self, loaders: Mapping[str, Callable[[str, str], T]]) -> dict[str, T]:
+        return {kind: load(self.paths[kind], _device()) for kind, load in loaders.items() if kind in self.paths}
+
     def __getstate__(self) -> dict[str, Mapping[str, str]]:
-        return {"places": self.places}
-
-    def __setstate__(self, state: Mapping[str, Mapping[str, str]]) -> None:
-        object.__setattr__(self, "places", state["places"])
-
-
-T = TypeVar("T")
-
-
-def _made(places: Mapping[str, str], makers: Mapping[str, Callable[[str, str], T]]) -> dict[str, T]:
-    return {kind: make(places[kind], _device()) for kind, make in makers.items() if kind in places}
+        """Return the state to pickle, without loaded networks."""
+        return {"paths": self.paths}
 
 
 def _device() -> str:
@@ -98,4 +98,4 @@ def parse_feature_models(texts: Sequence[str]) -> FeatureModels:
         elif not Path(place).exists():
             raise ValueError(f"--weights {text!r}: {place} does not exist; give {MODEL_KINDS[kind]}")
         places[kind] = place
-    return FeatureModels(places=places)
+    return FeatureModels(places)

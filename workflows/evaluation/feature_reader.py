@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from mfcore.metrics.av_sync import block_statistics, motion_energy, sound_envelope
 from mfcore.metrics.continuity import step_energy
 from mfcore.metrics.feature_extractors import SEGMENT
-from mfcore.metrics.lip_sync_error import FPS as LIPS
+from mfcore.metrics.lip_sync_error import FPS as LIP_SYNC_FPS
 from mfcore.metrics.signal_quality import rms, sharpness, to_decibels
 from mfcore.metrics.speech import normalize_words
 from mfcore.types import AUDIO, VIDEO
@@ -33,86 +33,92 @@ from workflows.evaluation.signals import DecodedClip
 SEGMENT_SECONDS = (
     5.0  # seconds of speech that a recogniser hears at once, about: windows of time need pieces of their own
 )
-_EDGES = (60.0, 400.0, 1200.0, 3000.0, 8000.0)  # Hz, bands of the sound's features
-_FAR = 2.0  # residuals of a reading are cut here: what is read nowhere is not infinitely far
+_BAND_EDGES_HZ = (60.0, 400.0, 1200.0, 3000.0, 8000.0)  # Hz, bands of the sound's features
+_MAX_RESIDUAL = 2.0  # residuals of a reading are cut here: what is read nowhere is not infinitely far
 
 
 class FeatureExtractor:
     """Reads clips of one dataset."""
 
-    def __init__(self, held: EvaluationSet, instruments: FeatureModels | None = None) -> None:
-        self._held, self._toy = held, held.toy
-        self._instruments = instruments or FeatureModels()
-        self._fps = float(frame_rate_of(held.meta))
-        codec: Any = held.codecs.get(AUDIO)
+    def __init__(self, evaluation_set: EvaluationSet, feature_models: FeatureModels | None = None) -> None:
+        self._evaluation_set, self._toy = evaluation_set, evaluation_set.toy
+        self._feature_models = feature_models or FeatureModels()
+        self._fps = float(frame_rate_of(evaluation_set.meta))
+        codec: Any = evaluation_set.codecs.get(AUDIO)
         self.sample_rate = codec.config.sample_rate if codec else 16000
 
-    def extract(self, signals: DecodedClip) -> ClipFeatures:
-        frames = None if signals.frames is None else signals.frames.numpy()
-        sound = None if signals.sound is None else signals.sound.numpy()
-        picture = self._picture(frames) if frames is not None and self._toy else None
+    def extract(self, clip: DecodedClip) -> ClipFeatures:
+        frames = None if clip.frames is None else clip.frames.numpy()
+        sound = None if clip.sound is None else clip.sound.numpy()
+        picture = self._toy_video(frames) if frames is not None and self._toy else None
         motion = None if frames is None else motion_energy(frames)
         features: dict[str, Array] = {}
         if picture is not None and motion is not None and frames is not None:
-            features[VIDEO] = _picture_features(picture, motion, frames, self._fps)
+            features[VIDEO] = _video_vectors(picture, motion, frames, self._fps)
         if sound is not None and self._toy:
-            features[AUDIO] = _sound_features(sound, self.sample_rate)
-        reading = ClipFeatures(
-            finite=signals.finite,
+            features[AUDIO] = _audio_vectors(sound, self.sample_rate)
+        features_of_clip = ClipFeatures(
+            finite=clip.finite,
             fps=self._fps,
             sample_rate=self.sample_rate,
             motion=motion,
             sharpness=None if frames is None else sharpness(frames),
             blocks=None if frames is None else block_statistics(frames),
             sound=sound,
-            seams=self._seams(signals, frames, sound),
+            seams=self._boundary_energies(clip, frames, sound),
             features=features,
             picture=picture,
-            speech=self._speech(sound, signals.words) if sound is not None and self._toy else None,
-            words=self._toy is None and bool(signals.words),
+            speech=self._toy_audio(sound, clip.words) if sound is not None and self._toy else None,
+            words=self._toy is None and bool(clip.words),
             tracks=self._tracks(frames, sound),
-            utterances=self._utterances(sound, signals.words) if sound is not None and not self._toy else (),
+            utterances=self._speech_segments(sound, clip.words) if sound is not None and not self._toy else (),
         )
-        _ = reading.mouth_sync, reading.motion_sync  # here, where workers share the work
-        return reading
+        _ = features_of_clip.mouth_sync, features_of_clip.motion_sync  # here, where workers share the work
+        return features_of_clip
 
     def _tracks(self, frames: NDArray[np.uint8] | None, sound: NDArray[np.float32] | None) -> dict[str, FeatureTrack]:
         """What the networks at hand see and hear."""
-        made: dict[str, FeatureTrack] = {}
+        tracks: dict[str, FeatureTrack] = {}
         if frames is not None:
-            for name, extract in self._instruments.video_encoders.items():
+            for name, extract in self._feature_models.video_encoders.items():
                 rows = extract(frames, self._fps)
                 first = rows[0] if name == "faces" else None
-                made[name] = FeatureTrack(values=rows if first is None else rows[1:], rate=1 / SEGMENT, reference=first)
+                tracks[name] = FeatureTrack(
+                    values=rows if first is None else rows[1:], rate=1 / SEGMENT, reference=first
+                )
         if sound is not None:
-            for name, extract in self._instruments.audio_encoders.items():
-                made[name] = FeatureTrack(values=extract(sound, self.sample_rate), rate=1 / SEGMENT)
-        if frames is not None and sound is not None and self._instruments.lip_sync_model is not None:
-            lips, voice = self._instruments.lip_sync_model(frames, self._fps, sound, self.sample_rate)
-            made |= {"lips": FeatureTrack(values=lips, rate=LIPS), "voice": FeatureTrack(values=voice, rate=LIPS)}
-        return made
+            for name, extract in self._feature_models.audio_encoders.items():
+                tracks[name] = FeatureTrack(values=extract(sound, self.sample_rate), rate=1 / SEGMENT)
+        if frames is not None and sound is not None and self._feature_models.lip_sync_model is not None:
+            lips, voice = self._feature_models.lip_sync_model(frames, self._fps, sound, self.sample_rate)
+            tracks |= {
+                "lips": FeatureTrack(values=lips, rate=LIP_SYNC_FPS),
+                "voice": FeatureTrack(values=voice, rate=LIP_SYNC_FPS),
+            }
+        return tracks
 
-    def _utterances(self, sound: NDArray[np.float32], words: Sequence[Word]) -> tuple[SpeechSegment, ...]:
-        if not self._instruments.speech_recognizers or not words:
+    def _speech_segments(self, sound: NDArray[np.float32], words: Sequence[Word]) -> tuple[SpeechSegment, ...]:
+        if not self._feature_models.speech_recognizers or not words:
             return ()
-        rate, made = self.sample_rate, list[SpeechSegment]()
+        rate = self.sample_rate
+        segments: list[SpeechSegment] = []
         for start, end in split_speech(words, len(sound) / rate):
             part = sound[round(start * rate) : round(end * rate)]
-            made.append(
+            segments.append(
                 SpeechSegment(
                     at=(start + end) / 2,
                     said=tuple(
                         normalize_words(" ".join(w.word for w in words if start <= (w.start + w.end) / 2 < end))
                     ),
                     heard={
-                        n: tuple(normalize_words(hear(part, rate)))
-                        for n, hear in self._instruments.speech_recognizers.items()
+                        n: tuple(normalize_words(transcribe(part, rate)))
+                        for n, transcribe in self._feature_models.speech_recognizers.items()
                     },
                 )
             )
-        return tuple(made)
+        return tuple(segments)
 
-    def _picture(self, frames: NDArray[np.uint8]) -> ToyVideoFeatures:
+    def _toy_video(self, frames: NDArray[np.uint8]) -> ToyVideoFeatures:
         assert self._toy is not None
         # The first frame is read as every other one: as half a second of it.
         still = np.repeat(frames[:1], int(self._fps * HALF_SECOND) + 1, axis=0)
@@ -126,7 +132,7 @@ class FeatureExtractor:
             choices=seen.choices,
         )
 
-    def _speech(self, sound: NDArray[np.float32], words: Sequence[Word]) -> ToyAudioFeatures:
+    def _toy_audio(self, sound: NDArray[np.float32], words: Sequence[Word]) -> ToyAudioFeatures:
         assert self._toy is not None
         heard = read_audio(sound, self.sample_rate, self._toy)
         return ToyAudioFeatures(
@@ -135,19 +141,19 @@ class FeatureExtractor:
             tone=heard.tone,
         )
 
-    def _seams(
-        self, signals: DecodedClip, frames: NDArray[np.uint8] | None, sound: NDArray[np.float32] | None
+    def _boundary_energies(
+        self, clip: DecodedClip, frames: NDArray[np.uint8] | None, sound: NDArray[np.float32] | None
     ) -> dict[str, ChunkBoundaryEnergy]:
-        chunk, seams = float(self._held.meta.chunk_seconds), {}
+        chunk, seams = float(self._evaluation_set.meta.chunk_seconds), {}
         if frames is not None:
             # The first frame belongs to what came before: frame j shows the world at j / fps, chunk k ends with it.
-            seams["pixels"] = _seam(frames, (np.arange(len(frames)) - 1) / self._fps, chunk)
+            seams["pixels"] = _boundary_energy(frames, (np.arange(len(frames)) - 1) / self._fps, chunk)
         if sound is not None:
             envelope = sound_envelope(sound, self.sample_rate, ENVELOPE_RATE_HZ)
-            seams["sound"] = _seam(envelope, np.arange(len(envelope)) / ENVELOPE_RATE_HZ, chunk)
-        timeline = self._held.meta.timeline()
-        for m, latents in signals.latents.items():
-            whitened = self._held.meta.stats[m].whiten(latents.float(), space=latents.ndim - 2).numpy()
+            seams["sound"] = _boundary_energy(envelope, np.arange(len(envelope)) / ENVELOPE_RATE_HZ, chunk)
+        timeline = self._evaluation_set.meta.timeline()
+        for m, latents in clip.latents.items():
+            whitened = self._evaluation_set.meta.stats[m].whiten(latents.float(), space=latents.ndim - 2).numpy()
             chunks = -(-len(latents) // timeline.count(m, 1)) + 1
             clock = timeline.clocks[m]
             times = timeline.times(m, chunks).numpy()[: len(latents)] - float(clock.offset)
@@ -158,24 +164,24 @@ class FeatureExtractor:
         return seams
 
 
-def _seam(values: Array | NDArray[np.uint8], times: Array, chunk: float) -> ChunkBoundaryEnergy:
+def _boundary_energy(values: Array | NDArray[np.uint8], times: Array, chunk: float) -> ChunkBoundaryEnergy:
     index = np.floor(times / chunk + 1e-6)
     return ChunkBoundaryEnergy(energy=step_energy(values), times=np.maximum(times[1:], 0), border=np.diff(index) != 0)
 
 
-def _halves(values: Array, per_half: float, count: int) -> list[Array]:
+def _split_half_seconds(values: Array, per_half: float, count: int) -> list[Array]:
     """The parts of ``values`` that belong to each half second; the last one may be short."""
     edges = np.round(np.arange(count + 1) * per_half).astype(int)
     return [values[a : max(b, a + 1)] for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
-def _picture_features(picture: ToyVideoFeatures, motion: Array, frames: NDArray[np.uint8], fps: float) -> Array:
+def _video_vectors(picture: ToyVideoFeatures, motion: Array, frames: NDArray[np.uint8], fps: float) -> Array:
     """``[K, 8]``: mouth (mean, spread), head, motion, sharpness, colour drift, distance to the modes of the choices."""
     count = len(picture.face)
-    parts = lambda values: _halves(values[1:], fps * HALF_SECOND, count)
+    parts = lambda values: _split_half_seconds(values[1:], fps * HALF_SECOND, count)
     grey = frames[..., 1].astype(np.float32)
     sharp = np.abs(np.diff(grey, axis=2)).mean((1, 2))
-    residuals = np.mean([np.minimum(c.residual[:count], _FAR) for c in picture.choices.values()], axis=0)
+    residuals = np.mean([np.minimum(c.residual[:count], _MAX_RESIDUAL) for c in picture.choices.values()], axis=0)
     return np.stack(
         [
             np.array([part.mean() for part in parts(picture.opening)]),
@@ -190,15 +196,17 @@ def _picture_features(picture: ToyVideoFeatures, motion: Array, frames: NDArray[
     )
 
 
-def _sound_features(sound: NDArray[np.float32], sample_rate: int) -> Array:
+def _audio_vectors(sound: NDArray[np.float32], sample_rate: int) -> Array:
     """``[K, 6]``: loudness and its spread in dB, the shares of four bands in dB."""
     rows: list[list[float]] = []
-    for part in _halves(
+    for part in _split_half_seconds(
         sound.astype(np.float64), sample_rate * HALF_SECOND, max(1, round(len(sound) / sample_rate / HALF_SECOND))
     ):
         power = np.square(np.abs(np.fft.rfft(part * np.hanning(len(part)))))
         at = np.fft.rfftfreq(len(part), 1 / sample_rate)
-        bands = [power[(at >= a) & (at < b)].sum() for a, b in zip(_EDGES[:-1], _EDGES[1:], strict=True)]
+        bands = [
+            power[(at >= a) & (at < b)].sum() for a, b in zip(_BAND_EDGES_HZ[:-1], _BAND_EDGES_HZ[1:], strict=True)
+        ]
         envelope = to_decibels(sound_envelope(part, sample_rate, ENVELOPE_RATE_HZ))
         shares = 10 * np.log10(1e-4 + np.array(bands) / (sum(bands) + 1e-12))
         rows.append([to_decibels(rms(part)), float(envelope.std()), *shares])

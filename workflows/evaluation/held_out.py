@@ -112,8 +112,7 @@ def _toy_config(clips: Sequence[ClipTensors], meta: DatasetMetadata) -> ToyConfi
     words = {w.word for clip in clips for w in clip.transcript}
     if not words <= set(VOCABULARY) or not all(_TOY_CAPTION.fullmatch(clip.caption) for clip in clips):
         return None
-    sizes = meta.config.get("sizes", [meta.config.get("size", (1, 1))])  # one `size` in older datasets
-    if VIDEO in meta.clocks and any(height != width for height, width in sizes):
+    if VIDEO in meta.clocks and any(height != width for height, width in meta.config["sizes"]):
         return None
     spoken = max((VOCABULARY.index(word) + 1 for word in words), default=0)
     return ToyConfig(fps=frame_rate_of(meta), syllables=max(12, spoken))

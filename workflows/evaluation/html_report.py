@@ -1,7 +1,7 @@
 """``report.html`` of a sweep: the numbers, the plots and some samples on one page that needs no other file."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from workflows.evaluation.csv_report import MetricRow
+from workflows.evaluation.rows import SettingResult, SweepMetadata
 
 MAX_PAGE_BYTES = 24 << 20  # of samples on the page, before base64 makes them a third larger
 COLUMNS = (  # metric, heading
@@ -41,8 +42,6 @@ PLOT_HEADINGS = {  # file name without suffix
     "sheet": "The same prompt",
 }
 
-Parts = Sequence[Mapping[str, Any]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Setting:
@@ -67,15 +66,15 @@ def write_html_report(
     folder: Path,
     title: str,
     *,
-    facts: Mapping[str, Any],
-    parts: Parts,
-    lines: Sequence[MetricRow],
+    facts: SweepMetadata,
+    results: Sequence[SettingResult],
+    metric_rows: Sequence[MetricRow],
     plots: Sequence[Path],
 ) -> Path:
     """Write ``report.html`` into ``folder`` and return its path."""
-    overall = [line for line in lines if line.window == "all"]
+    overall = [metric_row for metric_row in metric_rows if metric_row.window == "all"]
     columns = [(metric, name) for metric, name in COLUMNS if _is_measured(overall, metric)]
-    samples, left_out = _samples(folder, parts)
+    samples, left_out = _samples(folder, results)
     page = _template().render(
         title=title,
         facts=facts,
@@ -85,7 +84,7 @@ def write_html_report(
         samples=samples,
         samples_left_out=left_out,
         samples_folder=folder / "samples",
-        missing=_missing(lines),
+        missing=_missing(metric_rows),
     )
     path = folder / "report.html"
     path.write_text(page)
@@ -99,18 +98,24 @@ def _template() -> Template:
     return environment.from_string(path.read_text())
 
 
-def _is_measured(lines: Sequence[MetricRow], metric: str) -> bool:
-    return any(line.metric == metric and line.value is not None for line in lines)
+def _is_measured(metric_rows: Sequence[MetricRow], metric: str) -> bool:
+    return any(metric_row.metric == metric and metric_row.value is not None for metric_row in metric_rows)
 
 
-def _setting_of(line: MetricRow) -> _Setting:
-    return _Setting(label=line.label, mode=line.mode, steps=line.steps, nfe=line.nfe, guidance=line.guidance)
+def _setting_of(metric_row: MetricRow) -> _Setting:
+    return _Setting(
+        label=metric_row.label,
+        mode=metric_row.mode,
+        steps=metric_row.steps,
+        nfe=metric_row.nfe,
+        guidance=metric_row.guidance,
+    )
 
 
-def _table(lines: Sequence[MetricRow], metrics: Sequence[str]) -> list[dict[str, Any]]:
+def _table(metric_rows: Sequence[MetricRow], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Return one row per setting with one cell per metric; None: the setting has no such metric."""
-    found = {(_setting_of(line), line.metric): line for line in lines}
-    settings = dict.fromkeys(_setting_of(line) for line in lines)
+    found = {(_setting_of(metric_row), metric_row.metric): metric_row for metric_row in metric_rows}
+    settings = dict.fromkeys(_setting_of(metric_row) for metric_row in metric_rows)
     return [
         {
             "is_real": setting.mode == "real",
@@ -127,30 +132,32 @@ def _figure(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _samples(folder: Path, parts: Parts) -> tuple[list[dict[str, str]], int]:
+def _samples(folder: Path, results: Sequence[SettingResult]) -> tuple[list[dict[str, str]], int]:
     """Return captions and data URIs of samples up to ``MAX_PAGE_BYTES``, and the number of samples left out.
 
     The first prompt of every setting comes before the second prompts.
     """
     samples: list[dict[str, str]] = []
     bytes_left = MAX_PAGE_BYTES
-    most = max(len(part["samples"]) for part in parts)
-    queue = [(part, part["samples"][i]) for i in range(most) for part in parts if len(part["samples"]) > i]
-    for part, name in queue:
-        file, row = folder / name, part["rows"][0]
+    most = max(len(result["samples"]) for result in results)
+    queue = [(result, result["samples"][i]) for i in range(most) for result in results if len(result["samples"]) > i]
+    for result, name in queue:
+        file, row = folder / name, result["rows"][0]
         if file.stat().st_size > bytes_left:
             continue
         bytes_left -= file.stat().st_size
-        setting = _Setting(**{field: row[field] for field in ("label", "mode", "steps", "nfe", "guidance")})
+        setting = _Setting(
+            label=row["label"], mode=row["mode"], steps=row["steps"], nfe=row["nfe"], guidance=row["guidance"]
+        )
         seed = f", seed {row['seed']}" if row["seed"] else ""
         samples.append({"caption": setting.text + seed, "uri": _data_uri(file, "video/mp4")})
     return samples, len(queue) - len(samples)
 
 
-def _missing(lines: Sequence[MetricRow]) -> dict[str, str]:
+def _missing(metric_rows: Sequence[MetricRow]) -> dict[str, str]:
     """Return the metrics without a value in any setting, with the reason."""
-    known = {line.metric for line in lines if line.value is not None}
-    return {line.metric: line.note for line in lines if line.metric not in known}
+    known = {metric_row.metric for metric_row in metric_rows if metric_row.value is not None}
+    return {metric_row.metric: metric_row.note for metric_row in metric_rows if metric_row.metric not in known}
 
 
 def _data_uri(path: Path, media_type: str) -> str:

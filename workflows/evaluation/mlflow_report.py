@@ -1,15 +1,15 @@
 """A sweep's plots, and its pages in MLflow: a parent run, and a child run for every setting."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from preprocessing.media.decoder import decode_range
 from preprocessing.media.probe import probe
 from workflows.evaluation import plots
 from workflows.evaluation.results import ResultStore
+from workflows.evaluation.rows import SettingResult, StoredSettingResult, SweepMetadata, SweepRow
 from workflows.tracking.mlflow_sync import SYNC_STATE_FILE
 from workflows.tracking.mlflow_tracker import open_tracker
 from workflows.tracking.tracker import Tracker
@@ -17,76 +17,91 @@ from workflows.utils import figures
 from workflows.utils.json_io import read_json, write_json
 
 EXPERIMENT = "evaluate"
+PARAMETERS = ("checkpoint", "mode", "steps", "nfe", "guidance", "seed", "precision", "clips")  # of a child run
 
-Part = Mapping[str, Any]
 
-
-def draw_plots(parts: Sequence[Part], folder: Path, fps: Fraction, sample_rate: int, title: str) -> list[Path]:
+def draw_plots(
+    results: Sequence[SettingResult], folder: Path, *, fps: Fraction, sample_rate: int, title: str
+) -> list[Path]:
     """Frontier, metrics over time (where clips are long enough), comparison sheet."""
-    rows = [row for part in parts for row in part["rows"]]
+    rows = [row for result in results for row in result["rows"]]
     clips = max(row["clips"] for row in rows)
-    made = [plots.plot_frontier(rows, folder / "frontier.png", f"{title}: quality against evaluations, {clips} clips")]
-    made += [x for x in [plots.plot_latency(rows, folder / "seconds.png", f"{title}: quality against time")] if x]
+    paths = [plots.plot_frontier(rows, folder / "frontier.png", f"{title}: quality against evaluations, {clips} clips")]
+    paths += [x for x in [plots.plot_latency(rows, folder / "seconds.png", f"{title}: quality against time")] if x]
     over_time = plots.plot_over_time(rows, folder / "over_time.png", f"{title}: over the length of a clip")
-    many = _several(parts)
-    strips = [_strip(folder / part["samples"][0], part, fps, sample_rate, many) for part in _for_the_eye(parts)]
-    apart = plots.plot_sync_offsets(rows, folder / "offsets.png", f"{title}: offsets of sound and picture")
-    made += [path for path in (over_time, apart) if path]
-    return [*made, figures.contact_sheet(strips, folder / "sheet.png", f"{title}: the same prompt in every row")]
+    with_label = _has_several_labels(results)
+    strips = [
+        _read_strip(
+            folder / result["samples"][0], _sheet_label(result["rows"][0], with_label=with_label), fps, sample_rate
+        )
+        for result in _select_for_sheet(results)
+    ]
+    offsets = plots.plot_sync_offsets(rows, folder / "offsets.png", f"{title}: offsets of sound and picture")
+    paths += [path for path in (over_time, offsets) if path]
+    return [*paths, figures.contact_sheet(strips, folder / "sheet.png", f"{title}: the same prompt in every row")]
 
 
-def _several(parts: Sequence[Part]) -> bool:
+def _has_several_labels(results: Sequence[SettingResult]) -> bool:
     """Whether there is more than one checkpoint, or one in more than one precision: their labels tell them apart."""
-    return len({part["rows"][0]["label"] for part in parts if part["digest"] != "real"}) > 1
+    return len({result["rows"][0]["label"] for result in results if result["digest"] != "real"}) > 1
 
 
-def _for_the_eye(parts: Sequence[Part]) -> list[Part]:
+def _select_for_sheet(results: Sequence[SettingResult]) -> list[SettingResult]:
     """The real clip, then each checkpoint's modes by step count; the first seed only."""
 
-    def place(part: Part) -> tuple[bool, str, str, int]:
-        row = part["rows"][0]
+    def position(result: SettingResult) -> tuple[bool, str, str, int]:
+        row = result["rows"][0]
         return row["mode"] != "real", row["label"], row["mode"], row["nfe"]
 
-    first = min(part["rows"][0]["seed"] for part in parts)
-    return sorted((p for p in parts if p["rows"][0]["seed"] == first or p["digest"] == "real"), key=place)
+    first = min(result["rows"][0]["seed"] for result in results)
+    return sorted((p for p in results if p["rows"][0]["seed"] == first or p["digest"] == "real"), key=position)
 
 
-def _strip(path: Path, part: Part, fps: Fraction, sample_rate: int, named: bool) -> figures.ClipStrip:
-    """Read back from the sample's file: what a sweep keeps is what its sheet shows."""
-    row, info = part["rows"][0], probe(path)
+def _sheet_label(row: SweepRow, *, with_label: bool) -> str:
+    if row["mode"] == "real":
+        return "real, coded"
+    label = f"{row['label']}\n" if with_label else ""
+    plural = "s" if row["steps"] > 1 else ""
+    guided = f", w = {row['guidance']:g}" if row["guidance"] != 1 else ""
+    return f"{label}{row['mode']}-step mode\n{row['steps']} step{plural}, {row['nfe']} NFE{guided}"
+
+
+def _read_strip(path: Path, label: str, fps: Fraction, sample_rate: int) -> figures.ClipStrip:
+    """Decode the stored mp4, so that the sheet shows the samples that the sweep keeps."""
+    info = probe(path)
     size = (info.video.height, info.video.width) if info.video else (16, 16)
     seconds = float(info.duration or 0)
     frames, sound = decode_range(path, 0.0, seconds, fps=fps, size=size, sample_rate=sample_rate)
-    nfe = (
-        (f"{row['label']}\n" if named else "")
-        + f"{row['mode']}-step mode\n{row['steps']} step{'s' * (row['steps'] > 1)}, {row['nfe']} NFE"
-        + (f", w = {row['guidance']:g}" if row["guidance"] != 1 else "")
-    )
-    label = "real, coded" if row["mode"] == "real" else nfe
     return figures.ClipStrip(label=label, frames=frames, sound=sound, seconds=seconds)
 
 
 def log_sweep_to_mlflow(
-    parts: Sequence[Part], images: Sequence[Path], results: ResultStore, uri: str, name: str, facts: Mapping[str, Any]
+    results: Sequence[StoredSettingResult],
+    images: Sequence[Path],
+    store: ResultStore,
+    *,
+    uri: str,
+    name: str,
+    facts: SweepMetadata,
 ) -> str | None:
     """Put what MLflow does not have yet under the sweep's parent run; its id, None without MLflow."""
-    note = results.folder / SYNC_STATE_FILE
-    known = read_json(note) if note.exists() else {}
-    here = known.get("uri") == uri
-    run_id: str | None = known["parent"] if here else None
-    logged: list[str] = known["logged"] if here else []
-    new = [part for part in parts if part["key"] not in logged]
-    if not new:
+    record = store.folder / SYNC_STATE_FILE
+    logged_before = read_json(record) if record.exists() else {}
+    same_server = logged_before.get("uri") == uri
+    run_id: str | None = logged_before["parent"] if same_server else None
+    logged: list[str] = logged_before["logged"] if same_server else []
+    pending = [result for result in results if result["key"] not in logged]
+    if not pending:
         return run_id
-    parent = open_tracker(uri=uri, folder=results.folder / "log", experiment=EXPERIMENT, name=name, run_id=run_id)
+    parent = open_tracker(uri=uri, folder=store.folder / "log", experiment=EXPERIMENT, name=name, run_id=run_id)
     with closing_tracker(parent):
         if run_id is None:
             parent.params(facts)
-        for part in new:
-            _log_part(part, parts, parent, results, uri)
-            logged.append(part["key"])
-            write_json(note, {"uri": uri, "parent": parent.run_id, "logged": logged})
-        for path in [*images, results.path]:
+        for result in pending:
+            _log_result(result, results, parent=parent, store=store, uri=uri)
+            logged.append(result["key"])
+            write_json(record, {"uri": uri, "parent": parent.run_id, "logged": logged})
+        for path in [*images, store.path]:
             parent.artifact(path)
     return parent.run_id
 
@@ -102,42 +117,45 @@ def closing_tracker(tracker: Tracker) -> Iterator[Tracker]:
     tracker.finish()
 
 
-def _log_part(part: Part, parts: Sequence[Part], parent: Tracker, results: ResultStore, uri: str) -> None:
+def _log_result(
+    result: SettingResult, results: Sequence[SettingResult], *, parent: Tracker, store: ResultStore, uri: str
+) -> None:
     """A point on the parent's curves and a child run; of the real clips only the samples."""
-    if part["digest"] == "real":
-        _log_samples(parent, part, results)
+    if result["digest"] == "real":
+        _log_samples(parent, result, store)
         return
-    _log_point(parent, part, parts)
+    _log_point(parent, result, results)
     child = open_tracker(
         uri=uri,
-        folder=results.folder / "log" / part["name"],
+        folder=store.folder / "log" / result["name"],
         experiment=EXPERIMENT,
-        name=part["name"],
+        name=result["name"],
         parent=parent.run_id,
     )
-    row = part["rows"][0]
+    row = result["rows"][0]
     with closing_tracker(child):
-        names = ("checkpoint", "mode", "steps", "nfe", "guidance", "seed", "precision", "clips")
-        child.params({key: row[key] for key in names if key in row})
+        child.params({name: value for name, value in row.items() if name in PARAMETERS})
         values: dict[str, float] = {}
-        for windowed in part["rows"]:
+        for windowed in result["rows"]:
             prefix = "" if windowed["window"] == "all" else f"{windowed['window']}/"
             values |= {prefix + name: value for name, value in windowed["metrics"].items()}
         child.log(row["nfe"], values)
-        _log_samples(child, part, results)
+        _log_samples(child, result, store)
 
 
-def _log_point(parent: Tracker, part: Part, parts: Sequence[Part]) -> None:
+def _log_point(parent: Tracker, result: SettingResult, results: Sequence[SettingResult]) -> None:
     """``few/sync`` against the number of evaluations: the UI's own chart of the parent is the frontier."""
-    many = _several(parts)
-    real = next((p["rows"][0]["metrics"] for p in parts if p["digest"] == "real"), {})
-    row = part["rows"][0]
-    weights = {p["rows"][0]["guidance"] for p in parts if p["rows"][0]["mode"] == row["mode"]}
-    prefix = (f"{row['label']}/" if many else "") + row["mode"] + (f"-w{row['guidance']:g}" * (len(weights) > 1))
-    shown = {f"{prefix}/{k}": v for k, v in row["metrics"].items()}
-    parent.log(row["nfe"], shown | {f"real/{k}": v for k, v in real.items() if k in row["metrics"]})
+    with_label = _has_several_labels(results)
+    real = next((p["rows"][0]["metrics"] for p in results if p["digest"] == "real"), {})
+    row = result["rows"][0]
+    weights = {p["rows"][0]["guidance"] for p in results if p["rows"][0]["mode"] == row["mode"]}
+    label = f"{row['label']}/" if with_label else ""
+    guided = f"-w{row['guidance']:g}" if len(weights) > 1 else ""
+    prefix = f"{label}{row['mode']}{guided}"
+    values = {f"{prefix}/{k}": v for k, v in row["metrics"].items()}
+    parent.log(row["nfe"], values | {f"real/{k}": v for k, v in real.items() if k in row["metrics"]})
 
 
-def _log_samples(tracker: Tracker, part: Part, results: ResultStore) -> None:
-    for path in part["samples"]:
-        tracker.artifact(results.folder / path, "samples")
+def _log_samples(tracker: Tracker, result: SettingResult, store: ResultStore) -> None:
+    for path in result["samples"]:
+        tracker.artifact(store.folder / path, "samples")

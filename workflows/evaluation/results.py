@@ -1,10 +1,11 @@
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from workflows.evaluation.sweep import EvaluatedCheckpoint, Row
+from workflows.evaluation.rows import SettingResult, StoredSettingResult, SweepRow
+from workflows.evaluation.sweep import EvaluatedCheckpoint
+from workflows.evaluation.worker import TaskResult
 from workflows.utils.json_io import atomic_path, read_json, write_json, write_text_atomically
 
 
@@ -28,49 +29,51 @@ class ResultStore:
     def path(self) -> Path:
         return self.folder / "results.json"
 
-    def load_finished(self, key: str) -> dict[str, Any] | None:
-        """What was stored under a key."""
-        path = self._parts / f"{key}.json"
-        return read_json(path) if path.exists() else None
+    def is_finished(self, key: str) -> bool:
+        """Return True if the rows of a setting are stored."""
+        return (self._parts / f"{key}.json").exists()
 
-    def save_finished(self, key: str, part: Mapping[str, Any]) -> None:
-        """A setting's rows; its batches are needed no more."""
+    def save_finished(self, key: str, result: SettingResult) -> None:
+        """Write the rows of a setting and delete its batches."""
         self._parts.mkdir(parents=True, exist_ok=True)
-        write_json(self._parts / f"{key}.json", {"scope": self.scope, "key": key, **part})
+        write_json(self._parts / f"{key}.json", {"scope": self.scope, "key": key, **result})
         for path in self._begun.glob(f"{key}-*.pickle"):
             path.unlink()
 
-    def save_batch(self, key: str, batch: int, outcome: Any) -> None:
+    def save_batch(self, key: str, batch: int, outcome: TaskResult) -> None:
         """What one batch of a setting gave. Whole or not at all."""
         self._begun.mkdir(parents=True, exist_ok=True)
         with atomic_path(self._begun / f"{key}-{batch}.pickle") as temporary:
             temporary.write_bytes(pickle.dumps(outcome))
 
-    def load_batch(self, key: str, batch: int) -> Any | None:
+    def load_batch(self, key: str, batch: int) -> TaskResult | None:
         """The same, from an earlier run of this command in this folder."""
         path = self._begun / f"{key}-{batch}.pickle"
         return pickle.loads(path.read_bytes()) if path.exists() else None
 
-    def load_all(self, subjects: Sequence[EvaluatedCheckpoint]) -> list[dict[str, Any]]:
+    def load_all(self, subjects: Sequence[EvaluatedCheckpoint]) -> list[StoredSettingResult]:
         """All that was measured in this folder, of these checkpoints, on these clips; cheapest first.
 
         They have the labels of ``subjects``: another sweep may have called them otherwise.
         """
-        found = [read_json(path) for path in sorted(self._parts.glob("*.json"))]
-        labels: dict[tuple[str, str], str] = {(s.digest, s.precision): s.label for s in subjects}
+        stored: list[StoredSettingResult] = [read_json(path) for path in sorted(self._parts.glob("*.json"))]
+        labels = {(s.digest, s.precision): s.label for s in subjects}
         wanted = {"real", *(digest for digest, _ in labels)}
-        mine = [p for p in found if p["scope"] == self.scope and p["digest"] in wanted]
-        for part in mine:
-            first = part["rows"][0]
-            label, before = labels.get((part["digest"], first.get("precision", "fp32"))), first["label"]
-            if label is not None and label != before:
-                part["name"] = label + part["name"].removeprefix(before)
-                part["rows"] = [row | {"label": label} for row in part["rows"]]
-        return sorted(mine, key=lambda p: (p["rows"][0]["nfe"], p["name"]))
+        results = [r for r in stored if r["scope"] == self.scope and r["digest"] in wanted]
+        for result in results:
+            first = result["rows"][0]
+            if "precision" not in first:  # real clips
+                continue
+            label = labels.get((result["digest"], first["precision"]))
+            if label is not None:
+                result["name"] = label + result["name"].removeprefix(first["label"])
+                for row in result["rows"]:
+                    row["label"] = label
+        return sorted(results, key=lambda r: (r["rows"][0]["nfe"], r["name"]))
 
-    def write_summary(self, parts: Sequence[Mapping[str, Any]]) -> list[Row]:
-        """``results.json``: the rows of all parts."""
-        rows = [row for part in parts for row in part["rows"]]
+    def write_summary(self, results: Sequence[SettingResult]) -> list[SweepRow]:
+        """Write the rows of all settings to ``results.json`` and return them."""
+        rows = [row for result in results for row in result["rows"]]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self.path, "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
         return rows

@@ -26,9 +26,9 @@ class DecodedClip:
     words: tuple[Word, ...]  # what is to be said
 
 
-def decode_real_clips(held: EvaluationSet, clips: Sequence[ClipTensors]) -> list[DecodedClip]:
+def decode_real_clips(evaluation_set: EvaluationSet, clips: Sequence[ClipTensors]) -> list[DecodedClip]:
     """What the codecs keep of real clips: the best that any model could do. Whole chunks only."""
-    codecs, timeline = held.codecs, held.meta.timeline()
+    codecs, timeline = evaluation_set.codecs, evaluation_set.meta.timeline()
     out: list[DecodedClip] = []
     for chunks, group in groupby(clips, key=lambda clip: clip.chunks):
         rows: list[dict[str, Tensor]] = []
@@ -36,7 +36,7 @@ def decode_real_clips(held: EvaluationSet, clips: Sequence[ClipTensors]) -> list
             latents = {VIDEO: clip.video, AUDIO: clip.audio}
             ends = {m: clock.head + timeline.count(m, chunks) for m, clock in timeline.clocks.items()}
             rows.append({m: x[: ends[m]].float() for m, x in latents.items() if x is not None and m in ends})
-        out += decode_latents(codecs, rows, [c.transcript for c in same], chunks * held.meta.chunk_seconds)
+        out += decode_latents(codecs, rows, [c.transcript for c in same], chunks * evaluation_set.meta.chunk_seconds)
     return out
 
 

@@ -15,13 +15,12 @@ from preprocessing.io.hashing import sha256_file
 from workflows.checkpoints.load import WeightKind, find_export, load_metadata, weight_files
 from workflows.checkpoints.store import COMPLETE_FILE
 from workflows.config.stage_names import Stage
+from workflows.evaluation.rows import SettingColumns
 from workflows.inference.precision import Precision
 from workflows.inference.sampling import SamplingParams, resolve_sampling_params
 from workflows.utils.json_io import read_json
 
 METRICS_VERSION = 3  # raise when a metric changes its meaning: older rows are then measured again
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,62 +38,73 @@ class EvaluatedCheckpoint:
 class SweepPoint:
     """One point of the frontier."""
 
-    subject: EvaluatedCheckpoint
-    how: SamplingParams
+    checkpoint: EvaluatedCheckpoint
+    params: SamplingParams
 
     @property
     def name(self) -> str:
-        how = self.how
-        guided = f"-w{how.guidance:g}" if how.guidance != 1 else ""
-        seeded = f"-seed{how.seed}" if how.seed else ""
-        return f"{self.subject.label}-{how.mode}-{how.steps:02d}{guided}{seeded}"
+        params = self.params
+        guided = f"-w{params.guidance:g}" if params.guidance != 1 else ""
+        seeded = f"-seed{params.seed}" if params.seed else ""
+        return f"{self.checkpoint.label}-{params.mode}-{params.steps:02d}{guided}{seeded}"
 
-    @property
-    def columns(self) -> Row:
-        """The columns of a result row that name the setting."""
-        how = self.how
+    def columns(self, workers: int) -> SettingColumns:
+        """Return the columns of a result row that identify the setting."""
+        params = self.params
         return {
-            "checkpoint": self.subject.path,
-            "mode": how.mode,
-            "steps": how.steps,
-            "nfe": how.num_function_evaluations,
-            "guidance": how.guidance,
-            "seed": how.seed,
-            "precision": self.subject.precision,
+            "checkpoint": self.checkpoint.path,
+            "mode": params.mode,
+            "steps": params.steps,
+            "nfe": params.num_function_evaluations,
+            "guidance": params.guidance,
+            "seed": params.seed,
+            "precision": self.checkpoint.precision,
+            "label": self.checkpoint.label,
+            "workers": workers,
         }
 
     def key(self, scope: str) -> str:
         """Of the file that holds its rows: the same weights, clips and settings give the same samples."""
-        how = self.how
-        parts = (scope, self.subject.digest, how.mode, how.steps, how.guidance, how.trust_label, how.seed)
-        parts += () if self.subject.precision == "fp32" else (self.subject.precision,)  # files of old sweeps are fp32
+        params = self.params
+        parts = (
+            scope,
+            self.checkpoint.digest,
+            params.mode,
+            params.steps,
+            params.guidance,
+            params.trust_label,
+            params.seed,
+        )
+        parts += (
+            () if self.checkpoint.precision == "fp32" else (self.checkpoint.precision,)
+        )  # keys of fp32 do not contain it
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def identify_checkpoint(path: str, weights: WeightKind = "ema", precision: Precision = "fp32") -> EvaluatedCheckpoint:
     """A checkpoint's stage, name and digest. ValueError when there is none."""
-    export, card = find_export(path), load_metadata(path)
-    place = Path(path)
-    if place.name == "export":
-        place = place.parent
-    label = f"{place.parent.parent.name}-{place.name}" if place.parent.name == "checkpoints" else place.name
-    label = _plain(label) + ("" if precision == "fp32" else f"-{precision}")  # lines and plots go by it
+    export, metadata = find_export(path), load_metadata(path)
+    folder = Path(path)
+    if folder.name == "export":
+        folder = folder.parent
+    label = f"{folder.parent.parent.name}-{folder.name}" if folder.parent.name == "checkpoints" else folder.name
+    label = _safe_name(label) + ("" if precision == "fp32" else f"-{precision}")  # lines and plots go by it
     return EvaluatedCheckpoint(
-        path=path, label=label, stage=card.stage, digest=_digest(export, weights), precision=precision
+        path=path, label=label, stage=metadata.stage, digest=_digest(export, weights), precision=precision
     )
 
 
-def deduplicate_labels(subjects: Sequence[EvaluatedCheckpoint]) -> list[EvaluatedCheckpoint]:
+def deduplicate_labels(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[EvaluatedCheckpoint]:
     """With labels of their own: of those whose folders have the same name each gets the start of its digest. The same
     weights under one name are one subject."""
-    found: dict[tuple[str, str], EvaluatedCheckpoint] = {}
-    for subject in subjects:
-        found.setdefault((subject.label, subject.digest), subject)
-    names = Counter(label for label, _ in found)
-    return [replace(s, label=f"{s.label}-{s.digest[:6]}") if names[s.label] > 1 else s for s in found.values()]
+    unique: dict[tuple[str, str], EvaluatedCheckpoint] = {}
+    for checkpoint in checkpoints:
+        unique.setdefault((checkpoint.label, checkpoint.digest), checkpoint)
+    names = Counter(label for label, _ in unique)
+    return [replace(s, label=f"{s.label}-{s.digest[:6]}") if names[s.label] > 1 else s for s in unique.values()]
 
 
-def _plain(label: str) -> str:
+def _safe_name(label: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
 
 
@@ -110,7 +120,8 @@ def _digest(export: Path, weights: WeightKind) -> str:
 
 
 def plan_sweep(
-    subjects: Sequence[EvaluatedCheckpoint],
+    checkpoints: Sequence[EvaluatedCheckpoint],
+    *,
     modes: Sequence[str],
     steps: Sequence[int],
     guidance: Sequence[float],
@@ -122,26 +133,26 @@ def plan_sweep(
     when nothing is left.
     """
     known = get_args(Mode)
-    if wrong := [m for m in modes if m not in known]:
-        raise ValueError(f"unknown mode {wrong[0]!r}: --modes takes {', '.join(known)}")
+    if unknown := [m for m in modes if m not in known]:
+        raise ValueError(f"unknown mode {unknown[0]!r}: --modes takes {', '.join(known)}")
     if any(not isfinite(w) for w in guidance):
         raise ValueError(f"--guidance {list(guidance)}: give finite weights; 1 is none")
     if not steps or min(steps) < 1:
         raise ValueError(f"--steps {list(steps)}: give whole numbers above 0")
-    settings, skipped = [], []
-    for subject in subjects:
+    points, skipped = [], []
+    for checkpoint in checkpoints:
         for mode in dict.fromkeys(modes):
-            if mode == "few" and subject.stage != "mutual":
-                skipped.append(f"few-step mode of {subject.label}: stage {subject.stage} has not trained it")
+            if mode == "few" and checkpoint.stage != "mutual":
+                skipped.append(f"few-step mode of {checkpoint.label}: stage {checkpoint.stage} has not trained it")
                 continue
             weights = [1.0] if mode == "few" else list(dict.fromkeys(guidance)) or [None]
             for count, weight, seed in product(sorted(set(steps)), weights, seeds):
-                how = resolve_sampling_params(
-                    subject.stage, mode=cast(Mode, mode), steps=count, guidance=weight, trust=None, seed=seed
+                params = resolve_sampling_params(
+                    checkpoint.stage, mode=cast(Mode, mode), steps=count, guidance=weight, trust=None, seed=seed
                 )
-                settings.append(SweepPoint(subject=subject, how=how))
-    if not settings:
+                points.append(SweepPoint(checkpoint=checkpoint, params=params))
+    if not points:
         raise ValueError(
             f"nothing to evaluate: {'; '.join(skipped)}. Add multi to --modes, or name a mutual checkpoint"
         )
-    return settings, skipped
+    return points, skipped

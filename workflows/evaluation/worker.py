@@ -29,7 +29,7 @@ MetricDict = dict[str, float]
 class SampleTask:
     """One batch of one setting: what is done, kept and sent to a worker as one."""
 
-    setting: SweepPoint
+    point: SweepPoint
     batch: int
     prompts: tuple[int, ...]  # places among the held-out prompts
 
@@ -44,7 +44,7 @@ class TaskResult:
     """What a task gave."""
 
     prompts: tuple[int, ...]
-    readings: tuple[ClipFeatures, ...]
+    features: tuple[ClipFeatures, ...]
     length: float  # seconds of each sample
     seconds: float  # that sampling took
     samples: dict[int, bytes]  # prompt -> mp4, of those that are kept
@@ -54,69 +54,72 @@ class TaskResult:
 class EvaluationWorker:
     """Holds one network at a time: tasks should come checkpoint after checkpoint."""
 
-    def __init__(self, held: EvaluationSet, instruments: FeatureModels) -> None:
-        self.held, self.instruments = held, instruments
-        self.reader = FeatureExtractor(held, instruments)
-        self._streamer: tuple[EvaluatedCheckpoint, StreamingPipeline] | None = None
-        self._uses: dict[tuple[EvaluatedCheckpoint, str], MetricDict] = {}
+    def __init__(self, evaluation_set: EvaluationSet, feature_models: FeatureModels) -> None:
+        self.evaluation_set, self.feature_models = evaluation_set, feature_models
+        self.reader = FeatureExtractor(evaluation_set, feature_models)
+        self._pipeline: tuple[EvaluatedCheckpoint, StreamingPipeline] | None = None
+        self._history_use: dict[tuple[EvaluatedCheckpoint, str], MetricDict] = {}
 
     def set_num_threads(self, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
 
-    def pipeline_for(self, subject: EvaluatedCheckpoint) -> StreamingPipeline:
-        if self._streamer is None or self._streamer[0] != subject:
-            self._streamer = (subject, StreamingPipeline.from_checkpoint(subject.path, precision=subject.precision))
-        return self._streamer[1]
+    def pipeline_for(self, checkpoint: EvaluatedCheckpoint) -> StreamingPipeline:
+        if self._pipeline is None or self._pipeline[0] != checkpoint:
+            self._pipeline = (
+                checkpoint,
+                StreamingPipeline.from_checkpoint(checkpoint.path, precision=checkpoint.precision),
+            )
+        return self._pipeline[1]
 
-    def measure_once(self, setting: SweepPoint) -> MetricDict:
+    def measure_once(self, point: SweepPoint) -> MetricDict:
         """What belongs to a setting rather than to a sample: its speed alone, and how its mode reads history."""
-        subject, how = setting.subject, setting.how
-        streamer, key = self.pipeline_for(subject), (subject, how.mode)
-        if key not in self._uses:
-            self._uses[key] = measure_history_use(streamer, self.held.prompts, how)
-        return measure_stream_speed(streamer, self.held.prompts[0], how) | self._uses[key]
+        checkpoint, params = point.checkpoint, point.params
+        pipeline, key = self.pipeline_for(checkpoint), (checkpoint, params.mode)
+        if key not in self._history_use:
+            self._history_use[key] = measure_history_use(pipeline, self.evaluation_set.prompts, params)
+        return measure_stream_speed(pipeline, self.evaluation_set.prompts[0], params) | self._history_use[key]
 
     def sample_batch(self, task: SampleTask) -> SampledBatch:
-        return sample_batch(self.pipeline_for(task.setting.subject), self._prompts(task), task.setting.how)
+        return sample_batch(self.pipeline_for(task.point.checkpoint), self._prompts(task), task.point.params)
 
-    def extract_features(self, task: SampleTask, batch: SampledBatch, once: MetricDict) -> TaskResult:
+    def extract_features(self, task: SampleTask, batch: SampledBatch, setting_metrics: MetricDict) -> TaskResult:
         """Decode and read the samples."""
-        signals = decode_batch(self.pipeline_for(task.setting.subject), batch)
-        numbers = {p: self.held.prompts[p].number for p in task.prompts}
-        kept = {p: s for p, s in zip(task.prompts, signals, strict=True) if numbers[p] < MAX_SAVED_SAMPLES}
+        clips = decode_batch(self.pipeline_for(task.point.checkpoint), batch)
+        prompt_numbers = {p: self.evaluation_set.prompts[p].number for p in task.prompts}
+        saved = {p: s for p, s in zip(task.prompts, clips, strict=True) if prompt_numbers[p] < MAX_SAVED_SAMPLES}
         return TaskResult(
             prompts=task.prompts,
-            readings=tuple(self.reader.extract(s) for s in signals),
+            features=tuple(self.reader.extract(s) for s in clips),
             length=float(batch.length),
             seconds=batch.seconds,
-            samples={p: self.encode_mp4(s) for p, s in kept.items()},
-            setting_metrics=once,
+            samples={p: self.encode_mp4(s) for p, s in saved.items()},
+            setting_metrics=setting_metrics,
         )
 
     def run_task(self, task: SampleTask) -> TaskResult:
         """All of it."""
-        once = self.measure_once(task.setting) if task.is_first else {}
-        return self.extract_features(task, self.sample_batch(task), once)
+        setting_metrics = self.measure_once(task.point) if task.is_first else {}
+        return self.extract_features(task, self.sample_batch(task), setting_metrics)
 
-    def extract_real_features(self, places: Sequence[int]) -> list[ClipFeatures]:
+    def extract_real_features(self, indices: Sequence[int]) -> list[ClipFeatures]:
         """Some of the real clips, as the codecs keep them."""
-        signals = decode_real_clips(self.held, [self.held.real_clips[i] for i in places])
-        return [self.reader.extract(s) for s in signals]
+        clips = decode_real_clips(self.evaluation_set, [self.evaluation_set.real_clips[i] for i in indices])
+        return [self.reader.extract(s) for s in clips]
 
-    def encode_mp4(self, signals: DecodedClip) -> bytes:
+    def encode_mp4(self, clip: DecodedClip) -> bytes:
         """As it plays."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "clip.mp4"
             write_mp4(
                 path,
-                None if signals.frames is None else signals.frames.numpy(),
-                frame_rate_of(self.held.meta) if signals.frames is not None else None,
-                None if signals.sound is None else signals.sound.numpy(),
-                sample_rate=self.reader.sample_rate if signals.sound is not None else None,
+                None if clip.frames is None else clip.frames.numpy(),
+                frame_rate_of(self.evaluation_set.meta) if clip.frames is not None else None,
+                None if clip.sound is None else clip.sound.numpy(),
+                sample_rate=self.reader.sample_rate if clip.sound is not None else None,
             )
             return path.read_bytes()
 
     def _prompts(self, task: SampleTask) -> Sequence[Prompt]:
-        return [self.held.prompts[p] for p in task.prompts]
+        return [self.evaluation_set.prompts[p] for p in task.prompts]

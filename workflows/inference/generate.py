@@ -31,30 +31,47 @@ class DecodedChunk:
     seconds: float  # time that sampling and decoding took
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClipPrompt:
+    """Conditions and length of a clip, as given on the command line."""
+
+    first_frame: str | None = None  # image or video
+    transcript: str | None = None  # text, JSON, or a file of either kind
+    caption: str = ""
+    voice: str | None = None  # media file with the reference voice
+    seconds: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions:
+    """Weights of a checkpoint and the way they are executed."""
+
+    weights: WeightKind = "ema"
+    precision: Precision | None = None  # None: bf16 on a GPU, fp32 on a CPU
+    compile: bool = False
+    graphs: bool = False
+
+
 def generate_clip(
     checkpoint: str,
+    prompt: ClipPrompt,
     *,
     out: str,
-    first_frame: str | None = None,
-    transcript: str | None = None,
-    caption: str = "",
-    voice: str | None = None,
-    seconds: float = 10.0,
+    runtime: RuntimeOptions | None = None,
     steps: int | None = None,
     mode: Mode | None = None,
     guidance: float | None = None,
     trust: float | None = None,
     seed: int = 0,
-    weights: WeightKind = "ema",
-    precision: Precision | None = None,
-    compile: bool = False,
-    graphs: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write ``out`` and say what it holds. ValueError for anything the user can put right; then nothing is written.
+    """Write the clip to ``out`` and return facts about it.
 
-    ``precision``: default bf16 on a GPU, fp32 on a CPU.
+    Raises ValueError for wrong input, before anything is written. The defaults of the sampling parameters depend on
+    the stage, see ``resolve_sampling_params``.
     """
+    runtime = runtime or RuntimeOptions()
+    seconds = prompt.seconds
     target = Path(out)
     if target.suffix.lower() != ".mp4":
         raise ValueError(f"{target}: the result is an mp4, give it a name that ends in .mp4")
@@ -62,81 +79,88 @@ def generate_clip(
         raise ValueError(f"{target} exists: choose another name, or add --overwrite")
     if not 0 < seconds < inf:
         raise ValueError(f"--seconds {seconds}: a clip needs a positive length, and an end")
-    streamer = StreamingPipeline.from_checkpoint(checkpoint, weights, precision)
-    streamer.enable_optimizations(compile=compile, graphs=graphs)
-    how = resolve_sampling_params(
-        streamer.card.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed
+    pipeline = StreamingPipeline.from_checkpoint(checkpoint, runtime.weights, runtime.precision)
+    pipeline.enable_optimizations(compile=runtime.compile, graphs=runtime.graphs)
+    params = resolve_sampling_params(
+        pipeline.metadata.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed
     )
-    words, allotted = read_transcript(transcript)
-    cond = streamer.encode_conditions(
-        caption=caption,
+    words, estimated = read_transcript(prompt.transcript)
+    cond = pipeline.encode_conditions(
+        caption=prompt.caption,
         transcript=words,
-        first_frame=read_first_frame(first_frame, streamer) if VIDEO in streamer.codecs else None,
-        voice=read_voice(voice, streamer) if voice is not None and AUDIO in streamer.codecs else None,
+        first_frame=read_first_frame(prompt.first_frame, pipeline) if VIDEO in pipeline.codecs else None,
+        voice=read_voice(prompt.voice, pipeline) if prompt.voice is not None and AUDIO in pipeline.codecs else None,
     )
-    if late := [word.word for word in words if word.start >= seconds]:
-        said = f"{len(late)} of {len(words)} words begin after the end of the clip, at {seconds:g} s: {' '.join(late)}"
-        print(f"warning: {said:.300}; give more --seconds", file=sys.stderr, flush=True)
-    if doubt := streamer.card.step_count_warning(how.mode, how.steps):
-        print(f"warning: {doubt}", file=sys.stderr, flush=True)
+    if late_words := [word.word for word in words if word.start >= seconds]:
+        count = f"{len(late_words)} of {len(words)} words"
+        message = f"{count} begin after the end of the clip, at {seconds:g} s: {' '.join(late_words)}"
+        print(f"warning: {message:.300}. Increase --seconds.", file=sys.stderr, flush=True)
+    if warning := pipeline.metadata.step_count_warning(params.mode, params.steps):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    facts = stream_to_mp4(streamer, cond, ceil(seconds / float(streamer.card.chunk_seconds)), how, target)
-    made = {"mode": how.mode, "steps": how.steps, "nfe": how.num_function_evaluations, "precision": streamer.precision}
-    return {"path": str(target), **facts, **made} | (
-        {"word_times": "allotted from the speaking rate", "transcript": [vars(w) for w in words]} if allotted else {}
+    chunks = ceil(seconds / float(pipeline.metadata.chunk_seconds))
+    facts = stream_to_mp4(pipeline, cond, target, chunks=chunks, params=params)
+    sampling = {
+        "mode": params.mode,
+        "steps": params.steps,
+        "nfe": params.num_function_evaluations,
+        "precision": pipeline.precision,
+    }
+    return {"path": str(target), **facts, **sampling} | (
+        {"word_times": "allotted from the speaking rate", "transcript": [vars(w) for w in words]} if estimated else {}
     )
 
 
 def decode_stream(
-    streamer: StreamingPipeline, cond: Condition, chunks: int, how: SamplingParams
+    pipeline: StreamingPipeline, cond: Condition, chunks: int, params: SamplingParams
 ) -> Iterator[DecodedChunk]:
     """Signals of one row, chunk by chunk; together they equal decoding the whole."""
-    decoders = {m: codec.decoder() for m, codec in streamer.codecs.items()}
-    began = time.perf_counter()
-    pending = {VIDEO: decoders[VIDEO].push(streamer.first_frame_latent(cond, 0))} if VIDEO in decoders else {}
-    for chunk in streamer.generate_chunks(cond, chunks, how, samples=torch.zeros(1, dtype=torch.long)):
-        signals = _push(streamer, decoders, chunk, pending)
+    decoders = {m: codec.decoder() for m, codec in pipeline.codecs.items()}
+    start = time.perf_counter()
+    pending = {VIDEO: decoders[VIDEO].push(pipeline.first_frame_latent(cond, 0))} if VIDEO in decoders else {}
+    for chunk in pipeline.generate_chunks(cond, chunks, params, samples=torch.zeros(1, dtype=torch.long)):
+        signals = _push(pipeline, decoders, chunk, pending)
         pending = {}
-        yield DecodedChunk(signals=signals, seconds=time.perf_counter() - began)
-        began = time.perf_counter()
+        yield DecodedChunk(signals=signals, seconds=time.perf_counter() - start)
+        start = time.perf_counter()
     rest = {m: d.flush() for m, d in decoders.items()}
-    yield DecodedChunk(signals=rest, seconds=time.perf_counter() - began)
+    yield DecodedChunk(signals=rest, seconds=time.perf_counter() - start)
 
 
 def _push(
-    streamer: StreamingPipeline, decoders: Mapping[str, Any], chunk: Mapping[str, Stream], pending: Mapping[str, Tensor]
+    pipeline: StreamingPipeline, decoders: Mapping[str, Any], chunk: Mapping[str, Stream], pending: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    new = {m: decoders[m].push(streamer.denormalize(m, chunk[m].latents[0])) for m in chunk}
+    new = {m: decoders[m].push(pipeline.denormalize(m, chunk[m].latents[0])) for m in chunk}
     return {m: torch.cat([pending[m], x]) if m in pending else x for m, x in new.items()}
 
 
 def stream_to_mp4(
-    streamer: StreamingPipeline, cond: Condition, chunks: int, how: SamplingParams, target: Path
+    pipeline: StreamingPipeline, cond: Condition, target: Path, *, chunks: int, params: SamplingParams
 ) -> dict[str, Any]:
     """Stream row 0 of ``cond`` into an mp4."""
-    picture, sound = VIDEO in streamer.codecs, AUDIO in streamer.codecs
-    length = chunks * streamer.card.chunk_seconds + (Fraction(1) / streamer.fps if picture else 0)
-    left = int(length * streamer.sample_rate) if sound else 0
+    has_video, has_audio = VIDEO in pipeline.codecs, AUDIO in pipeline.codecs
+    length = chunks * pipeline.metadata.chunk_seconds + (Fraction(1) / pipeline.fps if has_video else 0)
+    samples_left = int(length * pipeline.sample_rate) if has_audio else 0
     frames, times = 0, []
     with Mp4Writer(
         target,
-        fps=streamer.fps if picture else None,
-        size=streamer.frame_size if picture else None,
-        sample_rate=streamer.sample_rate if sound else None,
+        fps=pipeline.fps if has_video else None,
+        size=pipeline.frame_size if has_video else None,
+        sample_rate=pipeline.sample_rate if has_audio else None,
     ) as writer:
-        for portion in decode_stream(streamer, cond, chunks, how):
-            times.append(portion.seconds)
-            if picture:
-                frames += len(portion.signals[VIDEO])
-                writer.push_frames(portion.signals[VIDEO].numpy())
-            if sound:
-                samples = portion.signals[AUDIO][:left].numpy()  # the last latent may reach beyond the last frame
-                left -= len(samples)
+        for chunk in decode_stream(pipeline, cond, chunks, params):
+            times.append(chunk.seconds)
+            if has_video:
+                frames += len(chunk.signals[VIDEO])
+                writer.push_frames(chunk.signals[VIDEO].numpy())
+            if has_audio:
+                samples = chunk.signals[AUDIO][:samples_left].numpy()  # the last latent may reach beyond the last frame
+                samples_left -= len(samples)
                 writer.push_samples(samples.astype(np.float32))
     return {
         "seconds": float(length),
         "frames": frames,
-        "fps": float(streamer.fps) if picture else None,
+        "fps": float(pipeline.fps) if has_video else None,
         "first_chunk_s": round(times[0], 4),
         "seconds_per_second": round(float(length) / sum(times), 3),
     }

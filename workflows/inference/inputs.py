@@ -22,29 +22,29 @@ SUBTITLE_SUFFIXES = (".srt", ".vtt")
 PAUSE_SECONDS = 0.1  # seconds between words whose times are allotted
 
 
-def read_first_frame(path: str | None, streamer: StreamingPipeline) -> Tensor | None:
+def read_first_frame(path: str | None, pipeline: StreamingPipeline) -> Tensor | None:
     """An image, or the first frame of a video, scaled to cover the model's picture and cut to its centre."""
     if path is None:
         return None
-    place, (height, width) = Path(path), streamer.frame_size
-    if not place.exists():
+    file, (height, width) = Path(path), pipeline.frame_size
+    if not file.exists():
         raise ValueError(f"--first-frame {path} does not exist")
     try:
-        with Image.open(place) as image:
-            picture = image.convert("RGB")
+        with Image.open(file) as image:
+            image = image.convert("RGB")
     except UnidentifiedImageError:
-        return _first_of_video(path, streamer)
-    scale = max(height / picture.height, width / picture.width)
-    size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+        return _read_first_video_frame(path, pipeline)
+    scale = max(height / image.height, width / image.width)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    picture = picture.resize(size, Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
-    return torch.from_numpy(np.asarray(picture).copy())
+    image = image.resize(size, Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
+    return torch.from_numpy(np.asarray(image).copy())
 
 
-def _first_of_video(path: str, streamer: StreamingPipeline) -> Tensor:
+def _read_first_video_frame(path: str, pipeline: StreamingPipeline) -> Tensor:
     try:
         frames, _ = decode_range(
-            path, start=0.0, end=1.0, fps=streamer.fps, size=streamer.frame_size, sample_rate=16000
+            path, start=0.0, end=1.0, fps=pipeline.fps, size=pipeline.frame_size, sample_rate=16000
         )
     except MediaError as error:
         raise ValueError(f"--first-frame {path} is neither an image nor a video: {error}") from None
@@ -53,7 +53,7 @@ def _first_of_video(path: str, streamer: StreamingPipeline) -> Tensor:
     return torch.from_numpy(frames[0].copy())
 
 
-def read_voice(path: str, streamer: StreamingPipeline) -> Tensor:
+def read_voice(path: str, pipeline: StreamingPipeline) -> Tensor:
     """The sound of a media file, at most its first 30 seconds."""
     if not Path(path).exists():
         raise ValueError(f"--voice {path} does not exist")
@@ -61,7 +61,7 @@ def read_voice(path: str, streamer: StreamingPipeline) -> Tensor:
         if probe(path).audio is None:
             raise ValueError(f"--voice {path} has no sound")
         _, sound = decode_range(
-            path, start=0.0, end=30.0, fps=Fraction(8), size=(16, 16), sample_rate=streamer.sample_rate
+            path, start=0.0, end=30.0, fps=Fraction(8), size=(16, 16), sample_rate=pipeline.sample_rate
         )
     except MediaError as error:
         raise ValueError(f"--voice {path} cannot be read: {error}") from None
@@ -70,29 +70,29 @@ def read_voice(path: str, streamer: StreamingPipeline) -> Tensor:
     return torch.from_numpy(sound.copy())
 
 
-def read_transcript(given: str | None) -> tuple[list[Word], bool]:
+def read_transcript(text_or_path: str | None) -> tuple[list[Word], bool]:
     """Words with times, and whether the times were allotted: a JSON file or list, subtitles, a text file, or the text
     itself."""
-    if not given:
+    if not text_or_path:
         return [], False
-    suffix, here = Path(given[-8:]).suffix.lower(), _is_file(given)
-    if suffix in (".json", ".txt", *SUBTITLE_SUFFIXES) and not here and not any(c.isspace() for c in given):
-        raise ValueError(f"--transcript {given} does not exist")
-    if here and suffix in SUBTITLE_SUFFIXES:
+    suffix, is_file = Path(text_or_path[-8:]).suffix.lower(), _is_file(text_or_path)
+    if suffix in (".json", ".txt", *SUBTITLE_SUFFIXES) and not is_file and not any(c.isspace() for c in text_or_path):
+        raise ValueError(f"--transcript {text_or_path} does not exist")
+    if is_file and suffix in SUBTITLE_SUFFIXES:
         try:
-            return list(parse_subtitles(Path(given).read_bytes())), False
+            return list(parse_subtitles(Path(text_or_path).read_bytes())), False
         except ValueError as error:
-            raise ValueError(f"--transcript {given}: {error}") from None
+            raise ValueError(f"--transcript {text_or_path}: {error}") from None
     try:
-        text = Path(given).read_text() if here else given
+        text = Path(text_or_path).read_text() if is_file else text_or_path
     except UnicodeDecodeError:
-        raise ValueError(f"--transcript {given} is no text") from None
+        raise ValueError(f"--transcript {text_or_path} is no text") from None
     if suffix == ".json" or re.match(r"""\s*(\[\s*(\{|\])|\{\s*")""", text):
-        return _from_json(text), False
+        return _parse_json(text), False
     return estimate_word_times(text.split()), True
 
 
-def _from_json(text: str) -> list[Word]:
+def _parse_json(text: str) -> list[Word]:
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -108,21 +108,21 @@ def _from_json(text: str) -> list[Word]:
     return words
 
 
-def _is_file(given: str) -> bool:
+def _is_file(text_or_path: str) -> bool:
     try:
-        return Path(given).is_file()
+        return Path(text_or_path).is_file()
     except OSError:  # a text too long to be a name
         return False
 
 
 def estimate_word_times(words: Sequence[str]) -> list[Word]:
     """Times from a speaking rate of ``SYLLABLES_PER_SECOND``, a syllable being a run of vowels."""
-    out: list[Word] = []
-    at = 0.0
+    timed: list[Word] = []
+    start = 0.0
     for word in words:
         if not any(c.isalnum() for c in word):  # a dash is not said
             continue
         length = max(1, len(re.findall(r"[aeiouy]+", word.lower()))) / SYLLABLES_PER_SECOND
-        out.append(Word(word=word, start=round(at, 3), end=round(at + length, 3)))
-        at += length + PAUSE_SECONDS
-    return out
+        timed.append(Word(word=word, start=round(start, 3), end=round(start + length, 3)))
+        start += length + PAUSE_SECONDS
+    return timed

@@ -1,6 +1,6 @@
 """A trained network with its codecs: conditions in, chunks of picture and sound out, one after the other."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from fractions import Fraction
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from mfcore.codecs.base import Codec, StreamDecoder
+from mfcore.codecs.base import Codec
 from mfcore.codecs.factory import codec_from_id, text_codec_from_id
 from mfcore.model.cuda_graphs import apply_inference_optimizations, check_inference_optimizations
 from mfcore.model.ring_cache import to_ring_cache
@@ -35,15 +35,15 @@ class NonFiniteActivationError(FloatingPointError):
 class StreamingPipeline:
     """Generates; keeps no state between calls, so one instance serves many clips."""
 
-    def __init__(self, model: nn.Module, card: ExportMetadata, precision: Precision = "fp32") -> None:
+    def __init__(self, model: nn.Module, metadata: ExportMetadata, precision: Precision = "fp32") -> None:
         """``precision`` is that of ``model``'s weights, see ``workflows.precision.narrow``."""
-        self.model, self.card, self.timeline = model.eval(), card, card.timeline
+        self.model, self.metadata, self.timeline = model.eval(), metadata, metadata.timeline
         self.precision: Precision = precision
-        self._asked = cast(VelocityModel, model)
+        self._velocity_model = cast(VelocityModel, model)
         self.codecs: dict[str, Codec] = {
-            m: codec_from_id(i, card.clocks[m], card.folders.get(m, "")) for m, i in card.codecs.items()
+            m: codec_from_id(i, metadata.clocks[m], metadata.folders.get(m, "")) for m, i in metadata.codecs.items()
         }
-        self.text = text_codec_from_id(card.text_codec, card.folders.get("text", ""))
+        self.text = text_codec_from_id(metadata.text_codec, metadata.folders.get("text", ""))
         self._device = next(model.parameters()).device
 
     @classmethod
@@ -51,14 +51,16 @@ class StreamingPipeline:
         cls, path: str | Path, weights: WeightKind = "ema", precision: Precision | None = "fp32"
     ) -> "StreamingPipeline":
         """From a run, a checkpoint or an export; on the GPU where there is one. ``precision`` None: as usual there."""
-        model, card = load_export(path, weights)
+        model, metadata = load_export(path, weights)
         precision = precision or default_precision(distributed.local_device())
-        return cls(cast_weights(model, precision).to(distributed.local_device()), card, precision)
+        return cls(cast_weights(model, precision).to(distributed.local_device()), metadata, precision)
 
     def enable_optimizations(self, *, compile: bool, graphs: bool) -> None:
         """Stream faster from now on, the same clips. ValueError for what cannot be done here."""
         check_inference_optimizations(self._device, compile=compile, graphs=graphs)
-        self._asked = apply_inference_optimizations(cast(AVTransformer, self.model), compile=compile, graphs=graphs)
+        self._velocity_model = apply_inference_optimizations(
+            cast(AVTransformer, self.model), compile=compile, graphs=graphs
+        )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Where the network is asked something, products are in the streamer's precision."""
@@ -67,10 +69,6 @@ class StreamingPipeline:
     @property
     def device(self) -> torch.device:
         return self._device
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return tuple(self.card.clocks)
 
     @property
     def fps(self) -> Fraction:
@@ -82,7 +80,7 @@ class StreamingPipeline:
     def frame_size(self) -> tuple[int, int]:
         """Height and width of the picture, pixels."""
         codec: Any = self.codecs[VIDEO]
-        height, width = self.card.model.branches[VIDEO].size
+        height, width = self.metadata.model.branches[VIDEO].size
         return height * codec.config.block, width * codec.config.block
 
     @property
@@ -93,7 +91,7 @@ class StreamingPipeline:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Latent shape (C, ...) per modality."""
-        branches = self.card.model.branches
+        branches = self.metadata.model.branches
         return {m: (b.channels, *(b.size if m == VIDEO else ())) for m, b in branches.items()}
 
     def encode_conditions(
@@ -106,22 +104,22 @@ class StreamingPipeline:
     ) -> Condition:
         """One row. ``voice``: a recording to speak like, cut to one chunk; None lets the network choose a voice."""
         words = self.text.encode([w.word for w in transcript]) if transcript else torch.zeros(1, self.text.width)
-        about = self.text.encode_caption(caption)
-        spoken = len(about) > 0
-        about = about if spoken else torch.zeros(1, self.text.width)
+        caption_embedding = self.text.encode_caption(caption)
+        has_caption = len(caption_embedding) > 0
+        caption_embedding = caption_embedding if has_caption else torch.zeros(1, self.text.width)
         times = [(w.start, w.end) for w in transcript] or [(0.0, 0.0)]
         return Condition(
-            caption=about[None],
-            caption_mask=torch.full((1, len(about)), spoken),
+            caption=caption_embedding[None],
+            caption_mask=torch.full((1, len(caption_embedding)), has_caption),
             words=words[None],
             words_mask=torch.full((1, len(words)), bool(transcript)),
             word_times=torch.tensor(times, dtype=torch.float64)[None],
-            first_frame=self._first_latent(first_frame),
-            voice=self._voice_latents(voice),
+            first_frame=self._encode_first_frame(first_frame),
+            voice=self._encode_voice(voice),
             voice_mask=torch.tensor([voice is not None]) if AUDIO in self.codecs else None,
         ).to(self._device)
 
-    def _first_latent(self, frame: Tensor | None) -> Tensor | None:
+    def _encode_first_frame(self, frame: Tensor | None) -> Tensor | None:
         if VIDEO not in self.codecs:
             return None
         if frame is None:
@@ -129,9 +127,9 @@ class StreamingPipeline:
         if tuple(frame.shape[:2]) != self.frame_size:
             raise ValueError(f"the first frame must be {self.frame_size} pixels, got {tuple(frame.shape[:2])}")
         latent = self.codecs[VIDEO].encode(frame[None])
-        return self.card.stats[VIDEO].whiten(latent, head=True, space=2)
+        return self.metadata.stats[VIDEO].whiten(latent, head=True, space=2)
 
-    def _voice_latents(self, voice: Tensor | None) -> Tensor | None:
+    def _encode_voice(self, voice: Tensor | None) -> Tensor | None:
         if AUDIO not in self.codecs:
             return None
         n = self.timeline.count(AUDIO, 1)
@@ -140,16 +138,17 @@ class StreamingPipeline:
         latents = self.codecs[AUDIO].encode(voice)
         if len(latents) < n:
             raise ValueError(
-                f"the reference voice is too short: at least {float(self.card.chunk_seconds)} s are needed"
+                f"the reference voice is too short: at least {float(self.metadata.chunk_seconds)} s are needed"
             )
-        return self.card.stats[AUDIO].whiten(_loudest(latents, voice, n))[None]
+        return self.metadata.stats[AUDIO].whiten(_loudest_span(latents, voice, n))[None]
 
     @torch.no_grad()
     def generate_chunks(
         self,
         cond: Condition,
         chunks: int,
-        how: SamplingParams,
+        params: SamplingParams,
+        *,
         samples: Tensor | None = None,
         conds: Iterable[Condition] | None = None,
     ) -> Iterator[dict[str, Stream]]:
@@ -159,40 +158,46 @@ class StreamingPipeline:
         """
         rows = cond.caption.shape[0]
         samples = torch.arange(rows) if samples is None else samples
-        like = cond.caption.float()
-        starts = noise_starts(self.timeline, self.shapes(), range(chunks), how.seed, samples, like)
-        most = sum(self.timeline.max_count(m) * b.tokens for m, b in self.card.model.branches.items())
+        template = cond.caption.float()
+        starts = noise_starts(
+            self.timeline, self.shapes(), range(chunks), seed=params.seed, samples=samples, like=template
+        )
+        max_tokens = sum(self.timeline.max_count(m) * b.tokens for m, b in self.metadata.model.branches.items())
         with self.autocast():
-            context = DenoiserContext(model=self._asked, cond=cond, guidance=how.guidance).prefill()
-        context = context.map_memories(lambda memory: to_ring_cache(memory, most))
-        trust = None if how.trust_label is None else torch.full((rows,), how.trust_label, device=self._device)
-        plan = schedule(how.steps, self.card.shift)
-        starts, same = tee(starts)
-        made = rollout(context, starts, plan, mode=how.mode, trust=trust, conds=conds)
-        for start, chunk in self._each(zip(same, made, strict=False)):
+            context = DenoiserContext(model=self._velocity_model, cond=cond, guidance=params.guidance).prefill()
+        context = context.map_caches(lambda cache: to_ring_cache(cache, max_tokens))
+        trust = None if params.trust_label is None else torch.full((rows,), params.trust_label, device=self._device)
+        levels = schedule(params.steps, self.metadata.shift)
+        starts, starts_again = tee(starts)
+        chunks_made = rollout(context, starts, levels, mode=params.mode, trust=trust, conds=conds)
+        for start, chunk in self._iterate_in_autocast(zip(starts_again, chunks_made, strict=False)):
             if not all(bool(s.latents.isfinite().all()) for s in chunk.clean.values()):
-                self._blame(chunk, start, plan, how)
+                self._raise_non_finite(chunk, start, levels, params)
             yield chunk.clean
 
-    def _each(self, made: Iterator[tuple[Streams, GeneratedChunk]]) -> Iterator[tuple[Streams, GeneratedChunk]]:
+    def _iterate_in_autocast(
+        self, chunks_made: Iterator[tuple[Streams, GeneratedChunk]]
+    ) -> Iterator[tuple[Streams, GeneratedChunk]]:
         """Each is made in the streamer's precision; what is done between them is not."""
         while True:
             with self.autocast():
-                one = next(made, None)
-            if one is None:
+                item = next(chunks_made, None)
+            if item is None:
                 return
-            yield one
+            yield item
 
-    def _blame(self, chunk: GeneratedChunk, start: Streams, plan: Schedule, how: SamplingParams) -> NoReturn:
+    def _raise_non_finite(
+        self, chunk: GeneratedChunk, start: Streams, levels: Schedule, params: SamplingParams
+    ) -> NoReturn:
         """Make a chunk that is not finite again, looking at every block. NonFiniteActivation names the place."""
         try:
-            for network in find_transformers(self.model):
-                network.guard = _raise
+            for transformer in find_transformers(self.model):
+                transformer.guard = _raise_error
             with self.autocast():
-                denoise(replace(chunk.before, model=self.model), start, plan, mode=how.mode)
+                denoise(replace(chunk.before, model=self.model), start, levels, mode=params.mode)
         finally:
-            for network in find_transformers(self.model):
-                network.guard = None
+            for transformer in find_transformers(self.model):
+                transformer.guard = None
         number = int(next(iter(start.values())).chunk[0])
         raise NonFiniteActivationError(
             f"chunk {number} is not finite, though what leaves its blocks is: look at the head"
@@ -201,42 +206,22 @@ class StreamingPipeline:
     def denormalize(self, modality: str, whitened: Float[Tensor, "..."], *, head: bool = False) -> Tensor:
         """Latents as the codec reads them."""
         space = 2 if modality == VIDEO else 0
-        return self.card.stats[modality].restore(whitened.float().cpu(), head=head, space=space)
-
-    def decoders(self, cond: Condition) -> list[dict[str, StreamDecoder]]:
-        """A decoder per row and modality; those of the picture have been given the first frame."""
-        rows: list[dict[str, StreamDecoder]] = []
-        for i in range(cond.caption.shape[0]):
-            row = {m: codec.decoder() for m, codec in self.codecs.items()}
-            rows.append(row)
-            if VIDEO in row and cond.first_frame is None:
-                raise ValueError(f"row {i} has no first frame")
-        return rows
+        return self.metadata.stats[modality].restore(whitened.float().cpu(), head=head, space=space)
 
     def first_frame_latent(self, cond: Condition, row: int) -> Tensor:
         """The raw first-frame latent of a row, (1, C, h, w)."""
         assert cond.first_frame is not None
         return self.denormalize(VIDEO, cond.first_frame[row : row + 1], head=True)
 
-    def decode(self, cond: Condition, chunks: Sequence[Mapping[str, Stream]], row: int) -> dict[str, Tensor]:
-        """Whole signals of one row: frames uint8 (n, H, W, 3) and samples float32."""
-        out: dict[str, Tensor] = {}
-        for m, codec in self.codecs.items():
-            latents = self.denormalize(m, torch.cat([c[m].latents[row] for c in chunks]))
-            if m == VIDEO:
-                latents = torch.cat([self.first_frame_latent(cond, row), latents])
-            out[m] = codec.decode(latents)
-        return out
+
+def _raise_error(message: str) -> NoReturn:
+    raise NonFiniteActivationError(message)
 
 
-def _raise(odd: str) -> NoReturn:
-    raise NonFiniteActivationError(odd)
-
-
-def _loudest(latents: Tensor, sound: Tensor, n: int) -> Tensor:
+def _loudest_span(latents: Tensor, sound: Tensor, n: int) -> Tensor:
     """The run of ``n`` latents whose sound has the most energy: a pause would say nothing of a voice."""
-    per = len(sound) // len(latents)
-    energy = sound[: per * len(latents)].reshape(len(latents), per).square().mean(1)
+    samples_per_latent = len(sound) // len(latents)
+    energy = sound[: samples_per_latent * len(latents)].reshape(len(latents), samples_per_latent).square().mean(1)
     runs = energy.unfold(0, n, 1).sum(1)
-    first = int(runs.argmax())
-    return latents[first : first + n]
+    start_index = int(runs.argmax())
+    return latents[start_index : start_index + n]

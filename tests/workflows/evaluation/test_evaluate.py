@@ -67,7 +67,7 @@ def swept(tmp_path_factory, mutual):
 def numbers_only(monkeypatch):
     """Neither MLflow nor plots: ``swept`` has them."""
     monkeypatch.setattr("workflows.tracking.mlflow_tracker.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("workflows.evaluation.mlflow_report.draw_plots", lambda *_: [])
+    monkeypatch.setattr("workflows.evaluation.mlflow_report.draw_plots", lambda *_, **__: [])
 
 
 def test_a_sweep_has_a_row_per_setting_and_window(swept, mutual):
@@ -162,7 +162,7 @@ def test_a_killed_sweep_goes_on_where_it_was(mutual, tmp_path, numbers_only, mon
     sample = EvaluationWorker.sample_batch
 
     def killed(self, task):
-        made.append((task.setting.how.steps, task.batch))
+        made.append((task.point.params.steps, task.batch))
         if len(made) == 4:
             raise KeyboardInterrupt
         return sample(self, task)
@@ -234,10 +234,10 @@ def test_mlflow_draws_the_frontier(swept):
 
 def test_the_same_command_again_generates_only_what_is_missing(swept, mutual, monkeypatch):
     result, uri = swept
-    monkeypatch.setattr("workflows.evaluation.mlflow_report.draw_plots", lambda *_: [])
+    monkeypatch.setattr("workflows.evaluation.mlflow_report.draw_plots", lambda *_, **__: [])
     made = []
     sample = EvaluationWorker.sample_batch
-    monkeypatch.setattr(EvaluationWorker, "sample_batch", lambda *a: made.append(a[1].setting.how.steps) or sample(*a))
+    monkeypatch.setattr(EvaluationWorker, "sample_batch", lambda *a: made.append(a[1].point.params.steps) or sample(*a))
     again = {"out": str(Path(result["results"]).parent), "windows": "0-1,1-2", "mlflow_uri": uri, **QUIET}
     before = {path: Path(path).stat().st_mtime_ns for path in result["samples"]}
     repeated = evaluate_checkpoints([mutual], steps=[1, 2], **again)
@@ -311,14 +311,20 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, toy_data, mut
 
 
 def test_the_plan_leaves_guidance_to_the_multi_step_mode(mutual):
-    settings, skipped = plan_sweep([identify_checkpoint(mutual)], ["few", "multi"], [4, 1, 4], [5.0, 1.0], (0, 1))
-    found = [(s.how.mode, s.how.steps, s.how.guidance, s.how.seed) for s in settings]
+    settings, skipped = plan_sweep(
+        [identify_checkpoint(mutual)], modes=["few", "multi"], steps=[4, 1, 4], guidance=[5.0, 1.0], seeds=(0, 1)
+    )
+    found = [(s.params.mode, s.params.steps, s.params.guidance, s.params.seed) for s in settings]
     few = [("few", steps, 1.0, seed) for steps in (1, 4) for seed in (0, 1)]
     assert found == few + [("multi", steps, w, seed) for steps in (1, 4) for w in (5.0, 1.0) for seed in (0, 1)]
     assert skipped == []
     assert len({s.key("scope") for s in settings}) == 12
     narrow, _ = plan_sweep(
-        [identify_checkpoint(mutual, precision="bf16")], ["few", "multi"], [4, 1], [5.0, 1.0], (0, 1)
+        [identify_checkpoint(mutual, precision="bf16")],
+        modes=["few", "multi"],
+        steps=[4, 1],
+        guidance=[5.0, 1.0],
+        seeds=(0, 1),
     )
     assert len({s.key("scope") for s in [*settings, *narrow]}) == 24
 
@@ -377,11 +383,11 @@ def test_a_sweep_that_was_killed_among_its_first_samples_goes_on(tmp_path, mutua
     how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
 
     def killed(self, name, clips):
-        (self.results.folder / "samples").mkdir(parents=True)
+        (self.store.folder / "samples").mkdir(parents=True)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("workflows.evaluation.evaluate._Sweep._files", killed)
+        patch.setattr("workflows.evaluation.evaluate._Sweep._write_samples", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate_checkpoints([mutual], **how)
     assert evaluate_checkpoints([mutual], **how)["rows"] == 4

@@ -18,7 +18,7 @@ from preprocessing.media.probe import probe
 from tests.helpers.op_recorder import tape
 from tests.helpers.random_exports import random_export
 from workflows.config.presets import build_preset
-from workflows.inference.generate import decode_stream, generate_clip
+from workflows.inference.generate import ClipPrompt, RuntimeOptions, decode_stream, generate_clip
 from workflows.inference.inputs import estimate_word_times, read_transcript
 from workflows.inference.pipeline import StreamingPipeline
 from workflows.inference.sampling import SamplingParams, resolve_sampling_params
@@ -47,68 +47,78 @@ def voice(tmp_path) -> str:
     return str(tmp_path / "voice.mp4")
 
 
-def one_condition(streamer: StreamingPipeline):
-    frame = torch.randint(0, 255, (*streamer.frame_size, 3), dtype=torch.uint8)
+def one_condition(pipeline: StreamingPipeline):
+    frame = torch.randint(0, 255, (*pipeline.frame_size, 3), dtype=torch.uint8)
     words, _ = read_transcript(WORDS)
-    return streamer.encode_conditions(caption="a green face", transcript=words, first_frame=frame)
+    return pipeline.encode_conditions(caption="a green face", transcript=words, first_frame=frame)
+
+
+def decode_whole(pipeline: StreamingPipeline, cond, chunks) -> dict[str, torch.Tensor]:
+    """Decode all latents of row 0 at once."""
+    signals = {}
+    for m, codec in pipeline.codecs.items():
+        latents = pipeline.denormalize(m, torch.cat([chunk[m].latents[0] for chunk in chunks]))
+        first = [pipeline.first_frame_latent(cond, 0)] if m == VIDEO else []
+        signals[m] = codec.decode(torch.cat([*first, latents]))
+    return signals
 
 
 def test_portions_are_the_whole(exports):
     """Decoding chunk by chunk equals decoding all latents at once, and so does generating."""
-    streamer = StreamingPipeline.from_checkpoint(exports["mutual"])
-    cond, how = one_condition(streamer), SamplingParams(steps=2)
-    parts = list(decode_stream(streamer, cond, 4, how))
-    chunks = list(streamer.generate_chunks(cond, 4, how, samples=torch.zeros(1, dtype=torch.long)))
-    whole = streamer.decode(cond, chunks, 0)
+    pipeline = StreamingPipeline.from_checkpoint(exports["mutual"])
+    cond, params = one_condition(pipeline), SamplingParams(steps=2)
+    parts = list(decode_stream(pipeline, cond, 4, params))
+    chunks = list(pipeline.generate_chunks(cond, 4, params, samples=torch.zeros(1, dtype=torch.long)))
+    whole = decode_whole(pipeline, cond, chunks)
     assert torch.equal(torch.cat([p.signals[VIDEO] for p in parts]), whole[VIDEO])
     torch.testing.assert_close(torch.cat([p.signals[AUDIO] for p in parts]), whole[AUDIO], atol=1e-5, rtol=0)
     assert len(whole[VIDEO]) == 1 + 4 * 12
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(exports):
-    streamer = StreamingPipeline.from_checkpoint(exports["mutual"])
-    cond = one_condition(streamer)
+    pipeline = StreamingPipeline.from_checkpoint(exports["mutual"])
+    cond = one_condition(pipeline)
     pair = type(cond)(**{k: torch.cat([v, v]) for k, v in vars(cond).items()})
-    alone = list(streamer.generate_chunks(cond, 2, SamplingParams(steps=2), samples=torch.tensor([7])))
-    both = list(streamer.generate_chunks(pair, 2, SamplingParams(steps=2), samples=torch.tensor([3, 7])))
+    alone = list(pipeline.generate_chunks(cond, 2, SamplingParams(steps=2), samples=torch.tensor([7])))
+    both = list(pipeline.generate_chunks(pair, 2, SamplingParams(steps=2), samples=torch.tensor([3, 7])))
     for a, b in zip(alone, both, strict=True):
         torch.testing.assert_close(a[VIDEO].latents[0], b[VIDEO].latents[1], atol=1e-5, rtol=1e-5)
         assert not torch.allclose(b[VIDEO].latents[0], b[VIDEO].latents[1])
 
 
 def test_numbers_that_are_not_finite_are_named_by_block_and_chunk(exports):
-    streamer = StreamingPipeline.from_checkpoint(exports["mutual"])
-    cond, how = one_condition(streamer), SamplingParams(steps=2)
-    made = streamer.generate_chunks(cond, 4, how)
+    pipeline = StreamingPipeline.from_checkpoint(exports["mutual"])
+    cond, params = one_condition(pipeline), SamplingParams(steps=2)
+    made = pipeline.generate_chunks(cond, 4, params)
     next(made), next(made)
-    broken = streamer.model.branch(AUDIO).block(1).mlp[2].bias
+    broken = pipeline.model.branch(AUDIO).block(1).mlp[2].bias
     broken[0] = torch.nan
     with pytest.raises(FloatingPointError, match=r"not finite after block 1: audio chunk 2 \(\d+ of \d+ tokens\)"):
         next(made)
-    assert streamer.model.guard is None
+    assert pipeline.model.guard is None
     broken[0] = 0.0
-    streamer.model.branch(VIDEO).head.bias[0] = torch.inf
+    pipeline.model.branch(VIDEO).head.bias[0] = torch.inf
     with pytest.raises(FloatingPointError, match="chunk 0 is not finite, .* look at the head"):
-        next(streamer.generate_chunks(cond, 4, SamplingParams(steps=1)))
+        next(pipeline.generate_chunks(cond, 4, SamplingParams(steps=1)))
 
 
 def test_recorded_passes_stream_the_same_clip_and_are_blamed_alike(exports, monkeypatch):
     """With passes recorded as on a GPU, and played operator by operator."""
-    streamer = StreamingPipeline.from_checkpoint(exports["mutual"])
-    cond, how = one_condition(streamer), SamplingParams(steps=2)
-    plain = list(streamer.generate_chunks(cond, 8, how))
+    pipeline = StreamingPipeline.from_checkpoint(exports["mutual"])
+    cond, params = one_condition(pipeline), SamplingParams(steps=2)
+    plain = list(pipeline.generate_chunks(cond, 8, params))
     with pytest.raises(ValueError, match="--graphs records CUDA graphs"):
-        streamer.enable_optimizations(compile=False, graphs=True)
+        pipeline.enable_optimizations(compile=False, graphs=True)
     monkeypatch.setattr("workflows.inference.pipeline.check_inference_optimizations", lambda *_, **__: None)
     monkeypatch.setattr(
         "workflows.inference.pipeline.apply_inference_optimizations", lambda net, **_: CUDAGraphModel(net, tape)
     )
-    streamer.enable_optimizations(compile=False, graphs=True)
-    for a, b in zip(plain, streamer.generate_chunks(cond, 8, how), strict=True):
+    pipeline.enable_optimizations(compile=False, graphs=True)
+    for a, b in zip(plain, pipeline.generate_chunks(cond, 8, params), strict=True):
         torch.testing.assert_close(b[VIDEO].latents, a[VIDEO].latents, atol=1e-5, rtol=1e-5)
-    made = streamer.generate_chunks(cond, 8, how)
+    made = pipeline.generate_chunks(cond, 8, params)
     next(made)
-    streamer.model.branch(AUDIO).block(0).mlp[2].bias[0] = torch.nan
+    pipeline.model.branch(AUDIO).block(0).mlp[2].bias[0] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite after block 0: audio chunk 1"):
         list(made)
 
@@ -116,7 +126,10 @@ def test_recorded_passes_stream_the_same_clip_and_are_blamed_alike(exports, monk
 def test_an_mp4_with_picture_and_sound(exports, image, voice, tmp_path):
     out = tmp_path / "out.mp4"
     facts = generate_clip(
-        str(exports["mutual"]), out=str(out), first_frame=image, transcript=WORDS, voice=voice, seconds=1.7, steps=1
+        str(exports["mutual"]),
+        ClipPrompt(first_frame=image, transcript=WORDS, voice=voice, seconds=1.7),
+        out=str(out),
+        steps=1,
     )
     info = probe(out)
     assert (info.video.width, info.video.height, info.video.fps) == (32, 32, 24.0)
@@ -132,8 +145,11 @@ def test_a_clip_in_bfloat16_says_so_and_is_nearly_the_clip(exports, image, tmp_p
     facts = {}
     for precision in (None, "fp32", "bf16"):
         out = tmp_path / f"{precision}.mp4"
-        options = {"first_frame": image, "transcript": WORDS, "seconds": 1.0, "steps": 2}
-        facts[precision] = generate_clip(str(exports["mutual"]), out=str(out), precision=precision, **options)
+        prompt, runtime = (
+            ClipPrompt(first_frame=image, transcript=WORDS, seconds=1.0),
+            RuntimeOptions(precision=precision),
+        )
+        facts[precision] = generate_clip(str(exports["mutual"]), prompt, out=str(out), runtime=runtime, steps=2)
     on_gpu = torch.cuda.is_available()
     assert [f["precision"] for f in facts.values()] == ["bf16" if on_gpu else "fp32", "fp32", "bf16"]
     files = {name: (tmp_path / f"{name}.mp4").read_bytes() for name in facts}
@@ -142,8 +158,8 @@ def test_a_clip_in_bfloat16_says_so_and_is_nearly_the_clip(exports, image, tmp_p
     plain, narrow = (
         StreamingPipeline.from_checkpoint(exports["mutual"], precision=precision) for precision in ("fp32", "bf16")
     )
-    cond, how = one_condition(plain), SamplingParams(steps=2)
-    for a, b in zip(plain.generate_chunks(cond, 6, how), narrow.generate_chunks(cond, 6, how), strict=True):
+    cond, params = one_condition(plain), SamplingParams(steps=2)
+    for a, b in zip(plain.generate_chunks(cond, 6, params), narrow.generate_chunks(cond, 6, params), strict=True):
         for m in a:
             gap = (b[m].latents - a[m].latents).abs().mean() / a[m].latents.abs().mean()
             assert b[m].latents.dtype == torch.float32 and 0 < gap < 0.1
@@ -152,13 +168,13 @@ def test_a_clip_in_bfloat16_says_so_and_is_nearly_the_clip(exports, image, tmp_p
 def test_bfloat16_is_the_network_s_alone(exports):
     """Weights of products, what is remembered and asked; not norms, noise levels and output, nor what the caller does
     between chunks."""
-    streamer = StreamingPipeline.from_checkpoint(exports["mutual"], precision="bf16")
-    block = streamer.model.branch(VIDEO).block(0)
+    pipeline = StreamingPipeline.from_checkpoint(exports["mutual"], precision="bf16")
+    block = pipeline.model.branch(VIDEO).block(0)
     assert {block.qkv.weight.dtype, block.mlp[0].weight.dtype} == {torch.bfloat16}
-    assert {block.norm_q.weight.dtype, streamer.model.branch(VIDEO).head.weight.dtype} == {torch.float32}
+    assert {block.norm_q.weight.dtype, pipeline.model.branch(VIDEO).head.weight.dtype} == {torch.float32}
     seen = []
     block.qkv.register_forward_hook(lambda _, given, made: seen.append(made.dtype))
-    for _ in streamer.generate_chunks(one_condition(streamer), 2, SamplingParams(steps=1)):
+    for _ in pipeline.generate_chunks(one_condition(pipeline), 2, SamplingParams(steps=1)):
         assert not torch.is_autocast_enabled("cpu")
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert set(seen) == {torch.bfloat16}
@@ -168,14 +184,20 @@ def test_equal_seeds_give_equal_files_and_other_seeds_others(exports, image, tmp
     files = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = tmp_path / f"{name}.mp4"
-        generate_clip(str(exports["video"]), out=str(out), first_frame=image, seconds=0.5, steps=1, seed=seed)
+        generate_clip(
+            str(exports["video"]), ClipPrompt(first_frame=image, seconds=0.5), out=str(out), steps=1, seed=seed
+        )
         files.append(out.read_bytes())
     assert files[0] == files[1] != files[2]
 
 
 def test_uni_modal_checkpoints_make_their_own_modality(exports, image, tmp_path):
-    generate_clip(str(exports["video"]), out=str(tmp_path / "v.mp4"), first_frame=image, seconds=0.5, steps=1)
-    generate_clip(str(exports["audio"]), out=str(tmp_path / "a.mp4"), transcript="ba do", seconds=0.5, steps=1)
+    generate_clip(
+        str(exports["video"]), ClipPrompt(first_frame=image, seconds=0.5), out=str(tmp_path / "v.mp4"), steps=1
+    )
+    generate_clip(
+        str(exports["audio"]), ClipPrompt(transcript="ba do", seconds=0.5), out=str(tmp_path / "a.mp4"), steps=1
+    )
     picture, sound = probe(tmp_path / "v.mp4"), probe(tmp_path / "a.mp4")
     assert picture.video is not None
     assert picture.audio is None
@@ -184,13 +206,13 @@ def test_uni_modal_checkpoints_make_their_own_modality(exports, image, tmp_path)
 
 
 def test_only_the_mutual_stage_defaults_to_few_steps(exports, image, tmp_path):
-    facts = generate_clip(str(exports["audio"]), out=str(tmp_path / "a.mp4"), seconds=0.5, steps=2)
+    facts = generate_clip(str(exports["audio"]), ClipPrompt(seconds=0.5), out=str(tmp_path / "a.mp4"), steps=2)
     assert (facts["mode"], facts["nfe"]) == ("multi", 4)  # guidance doubles
 
 
 def test_plain_text_gets_times_and_says_so(exports, tmp_path):
     facts = generate_clip(
-        str(exports["audio"]), out=str(tmp_path / "a.mp4"), transcript="Hello there", seconds=0.5, steps=1
+        str(exports["audio"]), ClipPrompt(transcript="Hello there", seconds=0.5), out=str(tmp_path / "a.mp4"), steps=1
     )
     assert "allotted" in facts["word_times"]
     hello, there = estimate_word_times(["Hello", "there"])
@@ -216,7 +238,7 @@ def test_subtitles_keep_their_times(tmp_path):
 
 def test_words_that_come_too_late_are_said(exports, tmp_path, capsys):
     audio = str(exports["audio"])
-    generate_clip(audio, out=str(tmp_path / "a.mp4"), transcript="ba do ge la so mu", seconds=0.5, steps=1)
+    generate_clip(audio, ClipPrompt(transcript="ba do ge la so mu", seconds=0.5), out=str(tmp_path / "a.mp4"), steps=1)
     assert "4 of 6 words begin after the end of the clip, at 0.5 s: ge la so mu" in capsys.readouterr().err
 
 
@@ -246,11 +268,12 @@ def test_a_transcript_file_keeps_its_times(tmp_path):
         ({"mode": "some"}, "choose few or multi"),
     ],
 )
-def test_wrong_input_is_one_message_and_writes_nothing(exports, image, tmp_path, change, says):
+def test_wrong_input_is_one_message_and_writes_nothing(exports, image, tmp_path, *, change, says):
     out = tmp_path / "new" / "out.mp4"
-    given = {"first_frame": image, "seconds": 0.5, "steps": 1} | change
+    mode = change.get("mode")
+    prompt = replace(ClipPrompt(first_frame=image, seconds=0.5), **{k: v for k, v in change.items() if k != "mode"})
     with pytest.raises(ValueError, match=says):
-        generate_clip(str(exports["mutual"]), out=str(out), **given)
+        generate_clip(str(exports["mutual"]), prompt, out=str(out), steps=1, mode=mode)
     assert not out.parent.exists()
 
 
@@ -258,14 +281,16 @@ def test_nothing_is_overwritten(exports, image, tmp_path):
     out = tmp_path / "mine.mp4"
     out.write_text("precious")
     with pytest.raises(ValueError, match="--overwrite"):
-        generate_clip(str(exports["video"]), out=str(out), first_frame=image, seconds=0.5, steps=1)
+        generate_clip(str(exports["video"]), ClipPrompt(first_frame=image, seconds=0.5), out=str(out), steps=1)
     assert out.read_text() == "precious"
 
 
 def test_a_text_file_is_no_first_frame(exports, tmp_path):
     (tmp_path / "notes.png").write_text("no image")
     with pytest.raises(ValueError, match="neither an image nor a video"):
-        generate_clip(str(exports["video"]), out=str(tmp_path / "o.mp4"), first_frame=str(tmp_path / "notes.png"))
+        generate_clip(
+            str(exports["video"]), ClipPrompt(first_frame=str(tmp_path / "notes.png")), out=str(tmp_path / "o.mp4")
+        )
 
 
 @pytest.mark.parametrize("steps", [0, -1])
@@ -283,7 +308,7 @@ def test_more_few_steps_than_were_trained_are_made_and_said(exports, image, tmp_
     for known, steps, mode, warned in ((None, 3, "few", 0), (2, 2, "few", 0), (2, 3, "multi", 0), (2, 3, "few", 1)):
         (place / "model.json").write_text(json.dumps(card | {"few_steps": known}))
         out = tmp_path / f"{known}-{steps}-{mode}.mp4"
-        generate_clip(str(place), out=str(out), first_frame=image, seconds=0.5, steps=steps, mode=mode)
+        generate_clip(str(place), ClipPrompt(first_frame=image, seconds=0.5), out=str(out), steps=steps, mode=mode)
         assert capsys.readouterr().err.count("lead away from the data") == warned
         assert out.stat().st_size > 0
 
