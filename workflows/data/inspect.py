@@ -27,8 +27,8 @@ from workflows.config.serialization import diff, flatten
 from workflows.data.build import dataset_counts
 from workflows.data.reconstruct import decode_latents
 from workflows.tracking.mlflow_tracker import open_tracker
-from workflows.tracking.tracker import tracking_uri
 from workflows.utils import figures
+from workflows.utils.environment import tracking_uri
 
 HISTOGRAM_COLUMNS = {"duration_sec": "duration, s", "source_fps": "frames per second of the source",
            "sync_offset_sec": "sound after picture, s", "loudness_db": "loudness, dBFS"}  # fmt: skip

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import jsonschema
 import psutil
 import yaml
 
-from workflows.utils.environment import DEFAULT_ENV
+from workflows.utils.environment import DEFAULT_ENV, find_free_ports
 from workflows.utils.json_io import write_json
 
 TEMP_ENV = "MFCTL_TEMP"
@@ -204,13 +203,9 @@ def _start_environment() -> dict[str, str]:
 
 def _free_ports() -> dict[str, str]:
     """A free port for every variable of the cluster file that the user has not set."""
-    with ExitStack() as held:
-        ports = {}
-        for name in (f"MFCTL_{port}" for port in PORTS):
-            listener = held.enter_context(socket.socket())
-            listener.bind(("127.0.0.1", 0))
-            ports[name] = os.environ.get(name) or str(listener.getsockname()[1])
-        return ports
+    names = [f"MFCTL_{port}" for port in PORTS]
+    found = zip(names, find_free_ports(len(names)), strict=True)
+    return {name: os.environ.get(name) or str(port) for name, port in found}
 
 
 def _wait_until_answering(head: LocalHead) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import yaml
 from workflows.jobs import local_head as heads
 from workflows.jobs.job_server import ClusterUnreachable
 from workflows.jobs.resources import MachineType, machine_types_of_cluster_file, machine_types_of_ray_cluster
-from workflows.utils.environment import DEFAULT_ENV
+from workflows.utils.environment import DEFAULT_ENV, find_free_ports
 
 TUNNEL_LIMIT_S = 120
 TargetKind = Literal["here", "server", "elsewhere", "rayjob"]
@@ -95,7 +94,7 @@ def connect_target(target: Target, state: Path) -> Context[str]:
 def _tunnel(target: Target) -> Iterator[str]:
     """Ray's own port forwarding, by ssh, to the job server on the head's loopback."""
     ray = shutil.which("ray", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    port = _free_port()
+    (port,) = find_free_ports(1)
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [ray or "ray", "dashboard", target.name, "--port", str(port)],
@@ -132,9 +131,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         for one in [*children, psutil.Process(process.pid)]:
             one.terminate()
     process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from workflows.utils.environment import resolve_path
 from workflows.utils.json_io import write_text_atomically
 
 STEP_KEY = "samples_seen"  # logged with every entry: tells a resumed run where the log ends
@@ -137,10 +136,3 @@ def truncate_partial_line(path: Path) -> None:
     if path.exists():
         whole = max((end for _, end in iter_json_lines(path)), default=0)
         os.truncate(path, whole)
-
-
-def tracking_uri(runs_dir: str | Path) -> str:
-    """``MLFLOW_TRACKING_URI``, else one SQLite file under the runs folder, by absolute path."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{resolve_path(str(runs_dir))}/mlflow.db"
-    prefix = "sqlite:///"
-    return prefix + resolve_path(uri.removeprefix(prefix)) if uri.startswith(prefix) else uri

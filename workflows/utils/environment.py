@@ -1,6 +1,8 @@
 """What every process of ours starts with: no telemetry, one authentication mode, one idea of the current directory."""
 
 import os
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 DEFAULT_ENV = {
@@ -48,8 +50,17 @@ def resolve_existing_path(path: str) -> str:
     return resolve_path(path) if os.path.exists(resolve_path(path)) else path
 
 
-def tracking_uri() -> str:
-    """Where MLflow keeps its runs: ``MLFLOW_TRACKING_URI``, else one SQLite file under ``runs/``, by absolute path."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
+def find_free_ports(count: int) -> list[int]:
+    """Return different TCP ports of the loopback interface that no process listens on."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [int(listener.getsockname()[1]) for listener in listeners]
+
+
+def tracking_uri(runs_dir: str | Path = "runs") -> str:
+    """Return ``MLFLOW_TRACKING_URI``, or a SQLite file in ``runs_dir`` by absolute path."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{resolve_path(str(runs_dir))}/mlflow.db"
     prefix = "sqlite:///"
     return prefix + resolve_path(uri.removeprefix(prefix)) if uri.startswith(prefix) else uri

@@ -3,6 +3,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from workflows.utils import environment
 
@@ -23,6 +24,19 @@ def ray_session(workers: int) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
+
+
+def train_run_config(name: str, storage_path: str, **options: Any) -> Any:
+    """Return a ``ray.train.RunConfig`` with quiet logs and the environment of our workers."""
+    from ray.train import LoggingConfig, RunConfig
+
+    return RunConfig(
+        name=name,
+        storage_path=storage_path,
+        logging_config=LoggingConfig(log_level="WARNING"),
+        worker_runtime_env=worker_runtime_env(),
+        **options,
+    )
 
 
 def worker_runtime_env() -> dict[str, dict[str, str]]:

@@ -3,7 +3,8 @@
 import pytest
 
 from workflows.tracking.mlflow_tracker import EXPERIMENT_TAGS, MlflowTracker, open_tracker
-from workflows.tracking.tracker import STEP_KEY, JsonLinesTracker, read_json_lines, tracking_uri
+from workflows.tracking.tracker import STEP_KEY, JsonLinesTracker, read_json_lines
+from workflows.utils.environment import tracking_uri
 
 
 def test_json_lines_go_on_where_they_ended(tmp_path):
