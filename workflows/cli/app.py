@@ -1,8 +1,8 @@
-"""The command line. Each verb reads its arguments and calls one function, imported inside the verb.
+"""The `mfctl` command line. Each command parses its arguments and calls one function, imported inside the command.
 
-`mfctl --help` therefore loads neither torch nor Ray, and a verb works where another one's libraries are missing.
+`mfctl --help` therefore loads neither torch nor Ray, and a command works without the libraries of the others.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or wrong input. See ``console.py`` for what is printed where.
+Exit codes: 0 done, 1 failed, 2 wrong usage or wrong input. See ``output.py`` for the contract of the output streams.
 """
 
 import typer
@@ -16,35 +16,29 @@ from workflows.utils import environment
 
 app = typer.Typer(
     name="mfctl",
-    help="Mutual Forcing: media files in, a streaming audio-video model out.",
+    help="Mutual Forcing: from media files to a streaming audio-video model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
+COMMANDS = {
+    "System": (doctor, demo, mlflow),
+    "Data": (toyworld, manifest, preprocess, inspect, reconstruct),
+    "Training": (train,),
+    "Generation and evaluation": (generate, evaluate.evaluate, study.study),
+}
+"""Commands by panel of the help text."""
 
-
-for _command in (
-    doctor,
-    demo,
-    toyworld,
-    preprocess,
-    inspect,
-    manifest,
-    reconstruct,
-    train,
-    generate,
-    mlflow,
-    evaluate.evaluate,
-    study.study,
-):
-    app.command()(_command)
-app.add_typer(bench.app)
+for _panel, _functions in COMMANDS.items():
+    for _function in _functions:
+        app.command(rich_help_panel=_panel)(_function)
+app.add_typer(bench.app, rich_help_panel="Benchmarks")
 app.add_typer(jobs.app)
 
 
 def main() -> None:
-    """Entry point of `mfctl` and of `python -m workflows.cli`."""
+    """Run the command line: entry point of `mfctl` and of `python -m workflows.cli`."""
     environment.apply_defaults()
     environment.chdir_to_base()
     app(prog_name="mfctl")

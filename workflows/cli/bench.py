@@ -1,4 +1,4 @@
-"""The verbs of ``mfctl bench``: speed on this hardware, against the limits. Part of the command line in ``cli.py``."""
+"""`mfctl bench`: measure speed on this hardware next to its limits."""
 
 import os
 from typing import Annotated, Any, Literal
@@ -11,8 +11,10 @@ from workflows.cli.traits import command
 from workflows.config.stage_names import Stage
 from workflows.utils import environment
 
-app = typer.Typer(name="bench", help="Speed on this hardware, against the limits.", no_args_is_help=True)
+app = typer.Typer(name="bench", help="Measure speed on this hardware next to its limits.", no_args_is_help=True)
 
+MEASUREMENT = "Measurement"
+EXECUTION = "Execution"
 DEFAULT_VARIANTS = "bare,ray_torch,ray_zero0,ray_zero1,ray_zero2,ray_zero3"
 
 
@@ -20,20 +22,35 @@ DEFAULT_VARIANTS = "bare,ray_torch,ray_zero0,ray_zero1,ray_zero2,ray_zero3"
 def train(
     *,
     preset: PresetName = "tiny",
-    stage: Annotated[Stage, typer.Option(help="Whose step.")] = "joint",
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture; default 64x64 or 192x336.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes: one per GPU, or CPU processes that share the cores.")] = 1,
-    tokens: Annotated[int, typer.Option(help="Latent tokens per rank and step, at least.")] = 3000,
-    rounds: Annotated[int, typer.Option(help="How often every variant has its turn.")] = 5,
-    turn: Annotated[int, typer.Option(help="Steps of a turn.")] = 3,
+    stage: Annotated[Stage, typer.Option(help="Training stage to time.")] = "joint",
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="HxW", show_default="64x64 for tiny, else 192x336", help="Frame size in pixels."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes: one per GPU, or CPU processes.")] = 1,
+    tokens: Annotated[
+        int, typer.Option(rich_help_panel=MEASUREMENT, help="Minimum latent tokens per rank and step.")
+    ] = 3000,
+    rounds: Annotated[int, typer.Option(rich_help_panel=MEASUREMENT, help="Measurement rounds of each variant.")] = 5,
+    turn: Annotated[int, typer.Option(rich_help_panel=MEASUREMENT, help="Optimizer steps per round.")] = 3,
     variants: Annotated[
-        str, typer.Option(metavar="A,B", help="Which variants, besides the bare loop.")
+        str, typer.Option(metavar="A,B", rich_help_panel=MEASUREMENT, help="Variants to compare with the bare loop.")
     ] = DEFAULT_VARIANTS,
-    profile: Annotated[bool, typer.Option("--profile", help="Show where bare and last variant spend time.")] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", rich_help_panel=MEASUREMENT, help="Print a profile of the first and the last variant."
+        ),
+    ] = False,
     sets: ConfigOverrides,
     json: JsonFlag = False,
 ) -> None:
-    """Step time of a bare torch loop, of TorchEngine and of DeepSpeed under Ray Train, interleaved in one run."""
+    """Measure the step time of a bare torch loop, of TorchEngine and of DeepSpeed under Ray Train.
+
+    All variants run interleaved.
+
+    Example: mfctl bench train --stage joint --preset tiny --rounds 3
+    """
 
     def work() -> Any:
         from workflows.bench.train import bench_train
@@ -52,9 +69,9 @@ def train(
         )
 
     def render(result: Any) -> str:
-        from workflows.bench.train import format_table as table
+        from workflows.bench.train import format_table
 
-        return table(result)
+        return format_table(result)
 
     output.run_command(work, as_json=json, render=render)
 
@@ -63,18 +80,39 @@ def train(
 def stream(
     *,
     preset: PresetName = "tiny",
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture; default 64x64 or 192x336.")] = None,
-    steps: Annotated[int, typer.Option(help="Evaluations of the network per chunk.")] = 4,
-    chunks: Annotated[int, typer.Option(help="Chunks of the long stream.")] = 500,
-    rounds: Annotated[int, typer.Option(help="Of what is measured in turns.")] = 15,
-    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: CUDA where there is one.")] = None,
-    precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Default: bf16 on CUDA.")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Blocks through torch.compile.")] = False,
-    graphs: Annotated[bool, typer.Option("--graphs", help="Passes over a chunk as CUDA graphs.")] = False,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="HxW", show_default="64x64 for tiny, else 192x336", help="Frame size in pixels."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Network evaluations per chunk.")] = 4,
+    chunks: Annotated[int, typer.Option(rich_help_panel=MEASUREMENT, help="Chunks of the long stream.")] = 500,
+    rounds: Annotated[int, typer.Option(rich_help_panel=MEASUREMENT, help="Interleaved measurement rounds.")] = 15,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(rich_help_panel=EXECUTION, show_default="cuda if available", help="Device."),
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None,
+        typer.Option(
+            rich_help_panel=EXECUTION,
+            show_default="bf16 on CUDA, else fp32",
+            help="Precision of weights and products.",
+        ),
+    ] = None,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", rich_help_panel=EXECUTION, help="Compile transformer blocks with torch.compile."),
+    ] = False,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", rich_help_panel=EXECUTION, help="Run the passes of a chunk as CUDA graphs.")
+    ] = False,
     sets: ConfigOverrides,
     json: JsonFlag = False,
 ) -> None:
-    """Frames per second of streaming with random weights, and whether that stays so for ever."""
+    """Measure streaming with random weights: speed, latency, and the cost of a chunk over time.
+
+    Example: mfctl bench stream --preset tiny --chunks 100
+    """
 
     def work() -> Any:
         from workflows.bench.stream import bench_stream
@@ -93,9 +131,9 @@ def stream(
         )
 
     def render(result: Any) -> str:
-        from workflows.bench.stream import format_table as table
+        from workflows.bench.stream import format_table
 
-        return table(result)
+        return format_table(result)
 
     output.run_command(work, as_json=json, render=render)
 
@@ -105,40 +143,54 @@ def stream(
 def preprocess(
     folder: Annotated[
         str | None,
-        typer.Argument(parser=environment.resolve_path, metavar="DIR", help="Media files; a minute or more each."),
+        typer.Argument(
+            parser=environment.resolve_path, metavar="DIR", help="Folder of media files, a minute or longer each."
+        ),
     ] = None,
     *,
-    rounds: Annotated[int, typer.Option(min=1, help="How often every way has its turn.")] = 3,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per CPU.")] = None,
-    size: Annotated[str, typer.Option(metavar="HxW", help="Size of the encoded picture.")] = "144x256",
-    plain: Annotated[bool, typer.Option(help="Also a plain Ray Data pipeline.")] = True,
+    rounds: Annotated[
+        int, typer.Option(min=1, rich_help_panel=MEASUREMENT, help="Measurement rounds of each variant.")
+    ] = 3,
+    workers: Annotated[int | None, typer.Option(min=1, show_default="one per CPU", help="Processes.")] = None,
+    size: Annotated[str, typer.Option(metavar="HxW", help="Frame size in pixels.")] = "144x256",
+    plain: Annotated[
+        bool, typer.Option(rich_help_panel=MEASUREMENT, help="Also measure a plain Ray Data pipeline.")
+    ] = True,
     memory: Annotated[
-        str | None, typer.Option(metavar="FEW,MANY", help="Instead: memory for so many made-up clips, e.g. 500,10000.")
+        str | None,
+        typer.Option(
+            metavar="FEW,MANY",
+            rich_help_panel=MEASUREMENT,
+            help="Instead: memory for two numbers of synthetic clips, e.g. 500,10000.",
+        ),
     ] = None,
     sets: ConfigOverrides,
     json: JsonFlag = False,
 ) -> None:
-    """Speed of preprocessing against ffmpeg alone and a plain Ray Data pipeline, interleaved in one run."""
+    """Measure preprocessing next to ffmpeg alone and a plain Ray Data pipeline, interleaved in one run.
+
+    Example: mfctl bench preprocess clips --workers 2
+    """
 
     def work() -> Any:
         from preprocessing.config import PreprocessConfig
-        from workflows.bench import preprocess_memory as growth
+        from workflows.bench import preprocess_memory
         from workflows.bench.preprocess import bench_preprocess
         from workflows.config.serialization import apply_overrides, parse_overrides
 
         processes = workers or os.cpu_count() or 1
         if memory is not None:
             few, many = sorted(parse_ints(memory, "--memory", least=1))
-            return growth.bench_memory(few=few, many=many, workers=processes)
+            return preprocess_memory.bench_memory(few=few, many=many, workers=processes)
         if not folder:
             raise ValueError("name a folder of media files, or --memory FEW,MANY")
         config = apply_overrides(PreprocessConfig(), {"sizes": parse_sizes(size, "--size")} | parse_overrides(sets))
         return bench_preprocess(folder, config=config, workers=processes, rounds=rounds, with_plain=plain)
 
     def render(result: Any) -> str:
-        from workflows.bench import preprocess_memory as growth
-        from workflows.bench.preprocess import format_table as table
+        from workflows.bench import preprocess_memory
+        from workflows.bench.preprocess import format_table
 
-        return growth.format_table(result) if memory is not None else table(result)
+        return preprocess_memory.format_table(result) if memory is not None else format_table(result)
 
     output.run_command(work, as_json=json, render=render)

@@ -1,3 +1,5 @@
+"""Commands that make, inspect and decode datasets."""
+
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,23 +21,29 @@ from workflows.cli.options import (
 from workflows.cli.traits import command
 from workflows.utils import environment, progress
 
-SOURCES_HELP = "Media files, folders, globs, s3:// prefixes, or manifests (csv, jsonl, parquet)."
+MODELS = "Codecs and models"
+SOURCES_HELP = "Media files, folders, globs, s3:// prefixes or manifests (csv, jsonl, parquet)."
 
 
 @command(paths=("out",))
 def toyworld(
     out: OutputPath,
     *,
-    clips: Annotated[int, typer.Option(min=1, help="How many clips.")] = 256,
-    seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 10.0,
+    clips: Annotated[int, typer.Option(min=1, help="Number of clips.")] = 256,
+    seconds: Annotated[float, typer.Option(help="Length of a clip in seconds.")] = 10.0,
     size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 64,
     fps: Annotated[int, typer.Option(help="Frames per second.")] = 24,
     sample_rate: Annotated[int, typer.Option(help="Audio samples per second.")] = 16000,
-    seed: Annotated[int, typer.Option(help="Clip i depends on the seed and i alone.")] = 0,
-    jobs: Annotated[int, typer.Option(min=1, help="Clips rendered side by side.")] = os.cpu_count() or 1,
+    seed: Annotated[int, typer.Option(help="Seed; clip i is a function of the seed and i.")] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=1, show_default="number of CPUs", help="Concurrent renderers.")
+    ] = os.cpu_count() or 1,
     json: JsonFlag = False,
 ) -> None:
-    """Write mp4 clips of talking characters with known truth."""
+    """Write mp4 clips of talking characters with known truth.
+
+    Example: mfctl toyworld clips --clips 64 --seconds 5
+    """
 
     def work() -> Any:
         from preprocessing.toyworld.world import write_toyworld
@@ -62,33 +70,73 @@ def preprocess(
     sources: Annotated[list[str], typer.Argument(parser=environment.resolve_path, metavar="SRC...", help=SOURCES_HELP)],
     out: DatasetUri,
     *,
-    modality: Annotated[Literal["paired", "video", "audio"] | None, typer.Option(help="What a clip must have.")] = None,
+    modality: Annotated[
+        Literal["paired", "video", "audio"] | None,
+        typer.Option(show_default="paired", help="Required streams of a clip."),
+    ] = None,
     sizes: Annotated[
-        str | None, typer.Option(metavar="HxW,HxW", help="Sizes of pictures; each source gets the nearest shape.")
+        str | None,
+        typer.Option(
+            metavar="HxW,HxW",
+            show_default="64x64",
+            help="Sizes of encoded frames in pixels; each source gets the nearest shape.",
+        ),
     ] = None,
     audio_track: Annotated[
-        int | None, typer.Option(min=0, help="Which sound of a file, 0 the first; default: the one it marks.")
+        int | None,
+        typer.Option(
+            min=0, show_default="the one that the file marks", help="Audio stream of each file; 0 is the first."
+        ),
     ] = None,
-    codec_video: Annotated[str | None, typer.Option(metavar="dct|wan:DIR", help="Video codec; default: dct.")] = None,
-    codec_audio: Annotated[str | None, typer.Option(metavar="mel|oobleck:DIR", help="Audio codec.")] = None,
-    text: Annotated[str | None, typer.Option(metavar="words|t5:DIR", help="Encoder of captions and words.")] = None,
+    codec_video: Annotated[
+        str | None,
+        typer.Option(metavar="dct|wan:DIR", rich_help_panel=MODELS, show_default="dct", help="Video codec."),
+    ] = None,
+    codec_audio: Annotated[
+        str | None,
+        typer.Option(metavar="mel|oobleck:DIR", rich_help_panel=MODELS, show_default="mel", help="Audio codec."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="words|t5:DIR",
+            rich_help_panel=MODELS,
+            show_default="words",
+            help="Text encoder of captions and transcripts.",
+        ),
+    ] = None,
     sync: Annotated[
-        str | None, typer.Option(metavar="motion|syncnet:FILE|off", help="Sync filter; default: motion, recorded only.")
+        str | None,
+        typer.Option(
+            metavar="motion|syncnet:FILE|off",
+            rich_help_panel=MODELS,
+            show_default="motion, recorded only",
+            help="Estimator of the A/V offset.",
+        ),
     ] = None,
     transcribe: Annotated[
-        str | None, typer.Option(metavar="whisper:DIR|off", help="What hears words that no file brings; default: off.")
+        str | None,
+        typer.Option(
+            metavar="whisper:DIR|off",
+            rich_help_panel=MODELS,
+            show_default="off",
+            help="ASR model for clips without a transcript.",
+        ),
     ] = None,
     sets: ConfigOverrides,
     config: ConfigFile = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Cut media files into clips and encode them: a Parquet dataset of latents. The same command again resumes."""
+    """Cut media files into clips and encode them into a Parquet dataset. Rerun the same command to resume.
+
+    Example: mfctl preprocess clips runs/toy --sizes 64x64 --dry-run
+    """
 
     def work() -> Any:
         from preprocessing.config import PreprocessConfig
         from workflows.config.serialization import apply_overrides, load_config_file, parse_overrides
-        from workflows.data.build import build_dataset as run_preprocess
+        from workflows.data.build import build_dataset
         from workflows.data.codec_options import apply_codec_options, apply_sync_option, apply_transcript_option
 
         plain = apply_sync_option(apply_codec_options(PreprocessConfig(), codec_video, codec_audio, text), sync)
@@ -97,8 +145,8 @@ def preprocess(
         named = {"modality": modality, "sizes": sizes and parse_sizes(sizes, "--sizes"), "audio_track": audio_track}
         values = parse_overrides(sets) | {name: value for name, value in named.items() if value is not None}
         spent: dict[str, float] = {}
-        counts = run_preprocess(sources, out, apply_overrides(written, values), dry_run=dry_run, spent=spent)
-        if spent:  # something was done
+        counts = build_dataset(sources, out, apply_overrides(written, values), dry_run=dry_run, spent=spent)
+        if spent:  # at least one unit was processed
             from workflows.data.inspect import log_dataset_to_mlflow
 
             counts["mlflow_run"] = log_dataset_to_mlflow(out, spent, environment.resolve_path("runs"))
@@ -111,38 +159,49 @@ def preprocess(
 def inspect(
     dataset: DatasetUri,
     *,
-    verify: Annotated[bool, typer.Option("--verify", help="Check files, checksums and the accounting.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Recompute checksums and counts from the files.")] = False,
     sheet: Annotated[
-        str | None, typer.Option(parser=environment.resolve_path, metavar="PNG", help="Write a contact sheet.")
+        str | None,
+        typer.Option(parser=environment.resolve_path, metavar="PNG", help="New file for a contact sheet of the clips."),
     ] = None,
     near_duplicates: Annotated[
-        bool, typer.Option("--near-duplicates", help="Find clips that are alike; training leaves them out.")
+        bool, typer.Option("--near-duplicates", help="Find near-duplicate clips; training skips them.")
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Counts, rejects by reason and statistics of a dataset."""
+    """Print counts, rejects by reason and statistics of a dataset.
+
+    Example: mfctl inspect runs/toy --verify
+    """
 
     def work() -> Any:
-        from workflows.data.inspect import inspect_dataset as run_inspect
+        from workflows.data.inspect import inspect_dataset
 
-        return run_inspect(dataset, verify=verify, sheet=sheet, near_duplicates=near_duplicates)
+        return inspect_dataset(dataset, verify=verify, sheet=sheet, near_duplicates=near_duplicates)
 
     def render(summary: Any) -> str:
-        from workflows.data.inspect import format_summary as table
+        from workflows.data.inspect import format_summary
 
-        return table(summary)
+        return format_summary(summary)
 
     output.run_command(work, as_json=json, render=render)
 
 
 @command(paths=("folder", "out"))
 def manifest(
-    layout: Annotated[str, typer.Argument(help="emilia, panda70m, speakervid or seamless.")],
-    folder: Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="FOLDER")],
-    out: Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="OUT.jsonl")],
+    layout: Annotated[str, typer.Argument(metavar="LAYOUT", help="Corpus: emilia, panda70m, speakervid or seamless.")],
+    folder: Annotated[
+        str, typer.Argument(parser=environment.resolve_path, metavar="FOLDER", help="Folder of the corpus.")
+    ],
+    out: Annotated[
+        str, typer.Argument(parser=environment.resolve_path, metavar="OUT.jsonl", help="New manifest file.")
+    ],
     json: JsonFlag = False,
 ) -> None:
-    """Make the manifest of a known corpus, for `mfctl preprocess OUT.jsonl DATASET`."""
+    """Write the manifest of a known corpus, a source of `mfctl preprocess`.
+
+    Example: mfctl manifest emilia corpora/emilia emilia.jsonl
+    """
 
     def work() -> Any:
         from preprocessing.sources.corpora import write_manifest
@@ -155,17 +214,20 @@ def manifest(
 @command(paths=("dataset", "out"))
 def reconstruct(
     dataset: DatasetUri,
-    clip_id: Annotated[str, typer.Argument(metavar="CLIP_ID", help="A clip's id, as `mfctl inspect` lists it.")],
+    clip_id: Annotated[str, typer.Argument(metavar="CLIP_ID", help="Id of a clip.")],
     out: Mp4Path,
     *,
     overwrite: OverwriteFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Decode a row of a dataset back to a playable file."""
+    """Decode one clip of a dataset into an mp4 file.
+
+    Example: mfctl reconstruct runs/toy CLIP_ID clip.mp4
+    """
 
     def work() -> Any:
-        from workflows.data.reconstruct import reconstruct_clip as run_reconstruct
+        from workflows.data.reconstruct import reconstruct_clip
 
-        return run_reconstruct(dataset, clip_id, out, overwrite)
+        return reconstruct_clip(dataset, clip_id, out, overwrite)
 
     output.run_command(work, as_json=json)

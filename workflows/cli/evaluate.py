@@ -1,4 +1,4 @@
-"""``mfctl evaluate``: the sweep. Part of the command line in ``cli.py``."""
+"""`mfctl evaluate`: sweep quality over the number of network evaluations."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,40 +6,69 @@ import typer
 
 from mfcore.metrics.windows import DEFAULT_WINDOWS
 from workflows.cli import output
-from workflows.cli.options import JsonFlag, parse_ints
+from workflows.cli.options import OUTPUT, JsonFlag, parse_floats, parse_ints
 from workflows.cli.traits import command
 from workflows.utils import environment, progress
+
+SWEEP = "Sweep"
+EXECUTION = "Execution"
 
 Checkpoints = Annotated[
     list[str], typer.Argument(parser=environment.resolve_path, metavar="CHECKPOINT...", help="Runs or checkpoints.")
 ]
 Data = Annotated[
-    str | None, typer.Option(parser=environment.resolve_path, metavar="DATASET", help="Whose held-out clips to use.")
+    str | None,
+    typer.Option(
+        parser=environment.resolve_path,
+        metavar="DATASET",
+        show_default="dataset of the first checkpoint",
+        help="Dataset of the held-out clips.",
+    ),
 ]
-Steps = Annotated[str, typer.Option(metavar="1,2,4", help="Solver steps to sweep.")]
-Modes = Annotated[str, typer.Option("--modes", "--mode", metavar="few,multi", help="Modes to sweep.")]
-Guidance = Annotated[str | None, typer.Option(metavar="1,5", help="Guidance weights of the multi-step mode.")]
-Clips = Annotated[int, typer.Option(min=1, help="Held-out clips for each row of the sweep.")]
-Seconds = Annotated[float | None, typer.Option(help="Length of each generated clip; default: the real one's.")]
+Steps = Annotated[str, typer.Option(metavar="1,2,4", rich_help_panel=SWEEP, help="Solver steps per chunk.")]
+Modes = Annotated[
+    str, typer.Option("--modes", "--mode", metavar="few,multi", rich_help_panel=SWEEP, help="Sampling modes.")
+]
+Guidance = Annotated[
+    str | None,
+    typer.Option(
+        metavar="1,5", rich_help_panel=SWEEP, show_default="1.5", help="Guidance weights of the multi-step mode."
+    ),
+]
+Clips = Annotated[int, typer.Option(min=1, help="Held-out clips per sweep point.")]
+Seconds = Annotated[
+    float | None, typer.Option(show_default="length of each real clip", help="Length of the samples in seconds.")
+]
 Seeds = Annotated[
-    str, typer.Option(metavar="N", help="Each setting with that many seeds of the noise, or with those: 0,5.")
+    str, typer.Option(metavar="N", rich_help_panel=SWEEP, help="Number of noise seeds, or a list such as 0,5.")
 ]
-Windows = Annotated[str, typer.Option(metavar="0-5,5-15", help="Parts of the clips, in seconds, scored apart.")]
-Workers = Annotated[int, typer.Option(min=1, help="Ray workers, each with the network; 1: this process.")]
+Windows = Annotated[str, typer.Option(metavar="0-5,5-15", help="Windows of the clips in seconds, scored separately.")]
+Workers = Annotated[
+    int, typer.Option(min=1, rich_help_panel=EXECUTION, help="Ray workers, each with one network; 1: this process.")
+]
 Weights = Annotated[
     list[str],
     typer.Option(
         metavar="KIND=PLACE",
         default_factory=list,
         show_default=False,
-        help="Networks that measure: syncnet, whisper, pocketsphinx, videomae, clap, faces, sounds; repeatable.",
+        rich_help_panel=EXECUTION,
+        help="Feature model, repeatable: syncnet, whisper, pocketsphinx, videomae, clap, faces, sounds.",
     ),
 ]
 Precision = Annotated[
-    Literal["fp32", "bf16"], typer.Option(help="In which samples are made; rows of bf16 say so in their label.")
+    Literal["fp32", "bf16"],
+    typer.Option(rich_help_panel=EXECUTION, help="Precision of sampling; labels of bf16 rows contain it."),
 ]
 Out = Annotated[
-    str | None, typer.Option(parser=environment.resolve_path, metavar="FOLDER", help="Results, plots, samples.")
+    str | None,
+    typer.Option(
+        parser=environment.resolve_path,
+        metavar="FOLDER",
+        rich_help_panel=OUTPUT,
+        show_default="below runs/evaluate/",
+        help="Output folder of results, plots and samples.",
+    ),
 ]
 
 
@@ -61,35 +90,32 @@ def evaluate(
     out: Out = None,
     json: JsonFlag = False,
 ) -> None:
-    """Sweep quality against network evaluations: one MLflow run per step count and mode under one parent."""
+    """Sweep quality over the number of network evaluations. Rerun the same command to resume.
+
+    MLflow gets one run per sweep point below one parent run.
+
+    Example: mfctl evaluate runs/mutual runs/joint --steps 1,2,4,8 --clips 64
+    """
 
     def work() -> Any:
-        how: dict[str, Any] = {
+        sweep: dict[str, Any] = {
             "steps": parse_ints(steps, "--steps", least=1),
             "modes": modes.split(","),
-            "guidance": parse_floats(guidance) if guidance else (),
+            "guidance": parse_floats(guidance, "--guidance") if guidance else (),
             "seeds": parse_seeds(seeds),
         }
-        from workflows.evaluation.evaluate import evaluate_checkpoints as run_evaluate
+        from workflows.evaluation.evaluate import evaluate_checkpoints
 
         with progress.progress_bar("evaluate") as show:
-            return run_evaluate(
+            return evaluate_checkpoints(
                 checkpoints, data=data, clips=clips, seconds=seconds, windows=windows, workers=workers,
-                weights=weights, precision=precision, out=out, progress=show, **how,
+                weights=weights, precision=precision, out=out, progress=show, **sweep,
             )  # fmt: skip
 
     output.run_command(work, as_json=json)
 
 
 def parse_seeds(text: str) -> list[int]:
-    """One number: that many seeds from 0; several: those."""
+    """Return the seeds: one number counts them from 0, several are a list."""
     given = parse_ints(text, "--seeds", least=0)
     return given if len(given) > 1 else list(range(given[0])) or [0]
-
-
-def parse_floats(text: str) -> list[float]:
-    """Numbers separated by commas, or ValueError naming the option."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--guidance takes numbers separated by commas, got {text!r}: {error}") from None

@@ -113,25 +113,18 @@ def generate(
     """
 
     def work() -> Any:
-        from workflows.inference.generate import generate_clip
+        from workflows.inference.generate import ClipPrompt, RuntimeOptions, generate_clip
 
         return generate_clip(
             checkpoint,
-            first_frame=first_frame,
-            transcript=transcript,
-            caption=caption,
-            voice=voice,
-            seconds=seconds,
+            ClipPrompt(first_frame=first_frame, transcript=transcript, caption=caption, voice=voice, seconds=seconds),
+            out=out,
+            runtime=RuntimeOptions(weights=weights, precision=precision, compile=compile, graphs=graphs),
             steps=steps,
             mode=mode,
             guidance=guidance,
             trust=trust,
             seed=seed,
-            out=out,
-            weights=weights,
-            precision=precision,
-            compile=compile,
-            graphs=graphs,
             overwrite=overwrite,
         )
 

@@ -1,4 +1,4 @@
-"""The verbs about Ray jobs: submit, status, logs, stop. Part of the command line in ``cli.py``."""
+"""`mfctl submit`, `status`, `logs` and `stop`: commands as Ray jobs."""
 
 import os
 import shlex
@@ -11,28 +11,36 @@ from workflows.cli.options import JsonFlag
 
 app = typer.Typer()
 
-JobIdArgument = Annotated[
-    str | None, typer.Argument(metavar="JOB", help="As `mfctl submit` and `mfctl status` print it.")
-]
+JOBS = "Jobs"
+JOB_HELP = "Id of a job, as `mfctl submit` and `mfctl status` print it."
+OptionalJobId = Annotated[str | None, typer.Argument(metavar="JOB", help=JOB_HELP)]
 
 
-@app.command()
+@app.command(rich_help_panel=JOBS)
 def submit(
     context: typer.Context,
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="A cluster file, an address, or a RayJob's file.")],
-    argv: Annotated[list[str], typer.Argument(metavar="-- VERB...", help="The mfctl command to run there.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="Cluster file, address of a cluster, or RayJob file.")
+    ],
+    argv: Annotated[list[str], typer.Argument(metavar="-- VERB...", help="The mfctl command to run.")],
     *,
-    detach: Annotated[bool, typer.Option("--detach", help="Do not wait; see `mfctl logs --follow JOB`.")] = False,
-    python: Annotated[str | None, typer.Option(metavar="PATH", help="The interpreter on the cluster.")] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Exit after the submission; see `mfctl logs --follow JOB`.")
+    ] = False,
+    python: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", show_default="python", help="Python interpreter on the cluster."),
+    ] = None,
     shared: Annotated[
         str | None,
-        typer.Option(
-            metavar="FOLDER", help="Mounted on all machines of the cluster: runs and relative paths are there."
-        ),
+        typer.Option(metavar="FOLDER", help="Folder mounted on all machines; runs and relative paths are below it."),
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Run an mfctl command as a Ray job, follow its logs and end with its exit code."""
+    """Run an mfctl command as a Ray job, follow its logs and end with its exit code.
+
+    Example: mfctl submit cluster/local.yaml -- doctor
+    """
 
     def work() -> Any:
         from workflows.cli.parse import parse_command
@@ -45,20 +53,23 @@ def submit(
     output.run_command(work, as_json=json, code=lambda done: done["exit_code"] or 0)
 
 
-@app.command()
-def status(job: JobIdArgument = None, *, json: JsonFlag = False) -> None:
-    """One job, or all jobs and heads started from this folder."""
+@app.command(rich_help_panel=JOBS)
+def status(job: OptionalJobId = None, *, json: JsonFlag = False) -> None:
+    """Print one job, or all jobs and local heads started from this folder.
+
+    Example: mfctl status
+    """
 
     def work() -> Any:
-        from workflows.jobs.submit import job_status as run_status
+        from workflows.jobs.submit import job_status
 
-        return run_status(job)
+        return job_status(job)
 
     output.run_command(work, as_json=json, render=_status_lines if job is None else None)
 
 
 def _status_lines(known: dict[str, Any]) -> str:
-    """A line for each head and job."""
+    """Return one line per head and per job."""
     lines = [f"head {h['address']} {'answers' if h['answers'] else 'does not answer'}" for h in known["heads"]]
     for job in known["jobs"]:
         code = job.get("exit_code")
@@ -67,21 +78,24 @@ def _status_lines(known: dict[str, Any]) -> str:
     return "\n".join(lines) or "no heads, no jobs: nothing was submitted from this folder"
 
 
-@app.command()
+@app.command(rich_help_panel=JOBS)
 def logs(
-    job: Annotated[str, typer.Argument(metavar="JOB")],
+    job: Annotated[str, typer.Argument(metavar="JOB", help=JOB_HELP)],
     *,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the job ends, with its exit code.")
+        bool, typer.Option("--follow", "-f", help="Continue until the job ends; end with its exit code.")
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Print what a job has written."""
+    """Print the log of a job.
+
+    Example: mfctl logs --follow JOB
+    """
 
     def work() -> Any:
-        from workflows.jobs.submit import job_logs as run_logs
+        from workflows.jobs.submit import job_logs
 
-        return run_logs(job, follow=follow)
+        return job_logs(job, follow=follow)
 
     def code(done: dict[str, Any]) -> int:
         return (done["exit_code"] or 0) if follow else 0
@@ -89,16 +103,20 @@ def logs(
     output.run_command(work, as_json=json, render=lambda done: f"[{done['job']} {done['status']}]", code=code)
 
 
-@app.command()
+@app.command(rich_help_panel=JOBS)
 def stop(
-    job: JobIdArgument = None,
+    job: OptionalJobId = None,
     *,
     head: Annotated[
-        bool, typer.Option("--head", help="Stop the heads that submit started here, and their jobs.")
+        bool,
+        typer.Option("--head", help="Stop the heads that `mfctl submit` started on this machine, with their jobs."),
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Stop a job, or with --head the Ray head on this machine that `mfctl submit` started."""
+    """Stop a job, or the local heads.
+
+    Example: mfctl stop --head
+    """
 
     def work() -> Any:
         from workflows.jobs import submit

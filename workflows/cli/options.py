@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs of the command line share."""
+"""Arguments and options that several commands share, and parsers of option values."""
 
 from typing import Annotated
 
@@ -6,21 +6,38 @@ import typer
 
 from workflows.utils import environment
 
-# Paths are made absolute here, once: Ray's workers have other current directories. URIs stay as they are.
-OutputPath = Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="OUT", help="Where to write.")]
+CONFIGURATION = "Configuration"
+OUTPUT = "Output"
+"""Panels of the help text."""
+
+# Paths become absolute here, once: Ray workers have other current directories. URIs stay unchanged.
+OutputPath = Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="OUT", help="Output folder.")]
 DatasetUri = Annotated[
-    str, typer.Argument(parser=environment.resolve_path, metavar="DATASET", help="Folder or s3:// prefix.")
+    str, typer.Argument(parser=environment.resolve_path, metavar="DATASET", help="Dataset: folder or s3:// prefix.")
 ]
 CheckpointPath = Annotated[
-    str, typer.Argument(parser=environment.resolve_path, metavar="CHECKPOINT", help="A run, or one of its checkpoints.")
+    str,
+    typer.Argument(
+        parser=environment.resolve_path, metavar="CHECKPOINT", help="Run, checkpoint or export folder of a run."
+    ),
 ]
-Mp4Path = Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="OUT.mp4", help="The file to write.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Standard output is one line, a JSON object.")]
-DryRunFlag = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+Mp4Path = Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="OUT.mp4", help="Output file.")]
+JsonFlag = Annotated[
+    bool,
+    typer.Option(
+        "--json", rich_help_panel=OUTPUT, help="Print the result as one line with a JSON object on standard output."
+    ),
+]
+DryRunFlag = Annotated[
+    bool, typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Print the resolved configuration and exit.")
+]
 OverwriteFlag = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is there; without it nothing is replaced.")
+    bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace an existing output file.")
 ]
-PresetName = Annotated[str, typer.Option("--preset", metavar="NAME", help="tiny, small, base or full.")]
+PresetName = Annotated[
+    str,
+    typer.Option("--preset", metavar="NAME", rich_help_panel=CONFIGURATION, help="Preset: tiny, small, base or full."),
+]
 ConfigOverrides = Annotated[
     list[str],
     typer.Option(
@@ -28,25 +45,41 @@ ConfigOverrides = Annotated[
         metavar="a.b=value",
         default_factory=list,
         show_default=False,
-        help="Change one value; may be repeated.",
+        rich_help_panel=CONFIGURATION,
+        help="Change of one setting, the value in YAML; repeatable.",
     ),
 ]
 ConfigFile = Annotated[
     str | None,
-    typer.Option("--config", metavar="FILE", parser=environment.resolve_path, help="Values from a YAML file."),
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        parser=environment.resolve_path,
+        rich_help_panel=CONFIGURATION,
+        help="Settings from a YAML or JSON file; --set overrides them.",
+    ),
 ]
 
 
 def parse_ints(text: str, option: str, *, least: int) -> list[int]:
-    """Whole numbers separated by commas, or ValueError naming the option and the part that is none."""
-    for part in text.split(","):
+    """Parse whole numbers separated by commas; ValueError names the option and the wrong part."""
+    parts = text.split(",")
+    for part in parts:
         if not part.strip().isdecimal() or int(part) < least:
             raise ValueError(f"{option} takes whole numbers from {least} up separated by commas, got {part!r}")
-    return [int(part) for part in text.split(",")]
+    return [int(part) for part in parts]
+
+
+def parse_floats(text: str, option: str) -> list[float]:
+    """Parse numbers separated by commas; ValueError names the option and the text."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}: {error}") from None
 
 
 def parse_sizes(text: str, option: str) -> list[list[int]]:
-    """``192x336,336x192`` as [[192, 336], [336, 192]], or ValueError naming the option and the part that is none."""
+    """Parse ``192x336,336x192`` to [[192, 336], [336, 192]]; ValueError names the option and the wrong part."""
     parts = [part.strip().lower().split("x") for part in text.split(",")]
     for part in parts:
         if len(part) != 2 or not all(edge.isdecimal() for edge in part):
@@ -55,7 +88,7 @@ def parse_sizes(text: str, option: str) -> list[list[int]]:
 
 
 def parse_size(text: str, option: str) -> tuple[int, int]:
-    """``192x336`` as (192, 336), or ValueError naming the option."""
+    """Parse ``192x336`` to (192, 336); ValueError names the option."""
     found = parse_sizes(text, option)
     if len(found) != 1:
         raise ValueError(f"{option} takes one height x width such as 192x336, got {text!r}")

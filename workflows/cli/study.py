@@ -1,4 +1,4 @@
-"""``mfctl study``: the method against its baselines at equal budget. Part of the command line in ``cli.py``."""
+"""`mfctl study`: compare the method with its baselines at equal budget."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,55 +10,74 @@ from workflows.cli.traits import command
 from workflows.utils import environment
 
 DEFAULT_STUDY_DIR = "runs/study"
+SCOPE = "Scope"
+EXECUTION = "Execution"
 
 
 @command(writes_runs=True, driver_only=True, paths=("out", "networks"))
 def study(
     *,
-    out: Annotated[str, typer.Option(parser=environment.resolve_path, help="Folder of the study.")] = DEFAULT_STUDY_DIR,
+    out: Annotated[
+        str, typer.Option(parser=environment.resolve_path, metavar="DIR", help="Folder of the study.")
+    ] = DEFAULT_STUDY_DIR,
     preset: Annotated[
         Literal["toy-study", "quick"] | None,
-        typer.Option(help="Sizes of network, budget and sweep.", show_default="toy-study"),
+        typer.Option(show_default="toy-study", help="Sizes of network, budget and sweep."),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Preset quick; 3 methods, 1 seed where nothing else is said. Minutes.")
+        bool, typer.Option("--quick", help="Preset quick with 3 methods and 1 seed, unless given; runs for minutes.")
     ] = False,
     seeds: Annotated[
         str | None,
         typer.Option(
             metavar="N|A,B",
-            help="How many seeds, or which: of the core methods and of those that are named; others have the first.",
+            rich_help_panel=SCOPE,
+            help="Number of seeds, or a list, for core and named methods; other methods use the first.",
             show_default="3",
         ),
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="Which rows: all, core, ablations, or names.", show_default="all"),
+        typer.Option(
+            metavar="A,B",
+            rich_help_panel=SCOPE,
+            show_default="all",
+            help="Methods: all, core, ablations, quick, or names of rows.",
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
+    device: Annotated[str, typer.Option(rich_help_panel=EXECUTION, help="Device: cpu, cuda, cuda:1.")] = "cpu",
+    workers: Annotated[int, typer.Option(min=1, rich_help_panel=EXECUTION, help="Concurrent processes.")] = 2,
     networks: Annotated[
         str | None,
         typer.Option(
-            parser=environment.resolve_path, metavar="DIR", help="Another study, whose trained networks are taken over."
+            parser=environment.resolve_path,
+            metavar="DIR",
+            rich_help_panel=EXECUTION,
+            help="Other study with trained networks to reuse.",
         ),
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Begin nothing after so long, and save; scores that are being made end. It then goes on."),
+        typer.Option(
+            rich_help_panel=EXECUTION,
+            help="Time budget in minutes: no task starts after it. Rerun the same command to continue.",
+        ),
     ] = None,
     sets: ConfigOverrides,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Train the method and its baselines from one joint network each, and compare them in one table."""
+    """Train the method and its baselines from one joint network each, and compare them in one table.
+
+    Example: mfctl study --quick --out runs/study
+    """
 
     def work() -> Any:
-        from workflows.study.study import run_study as run
+        from workflows.study.study import run_study
 
-        return run(
+        return run_study(
             out=out,
-            **_which(quick, preset, seeds, methods),
+            **_scope(quick, preset, seeds, methods),
             device=device,
             workers=workers,
             minutes=minutes,
@@ -69,23 +88,25 @@ def study(
         )
 
     output.run_command(
-        work, as_json=json, render=_page, code=lambda result: output.FAILED if result.get("failed") else 0
+        work, as_json=json, render=_report, code=lambda result: output.FAILED if result.get("failed") else 0
     )
 
 
-def _which(quick: bool, preset: str | None, seeds: str | None, methods: str | None) -> dict[str, Any]:
-    """What ``--quick`` leaves open and what it says."""
+def _scope(quick: bool, preset: str | None, seeds: str | None, methods: str | None) -> dict[str, Any]:
+    """Return preset, seeds and methods: the given values, or the defaults with or without ``--quick``."""
     if quick and preset not in (None, "quick"):
-        raise ValueError(f"--quick is the preset quick: leave out --preset {preset}, or --quick")
-    usual = ("quick", "1", "quick") if quick else ("toy-study", "3", "all")
+        raise ValueError(
+            f"--quick contradicts --preset {preset}: --quick is the preset quick. Remove one of the two options"
+        )
+    defaults = ("quick", "1", "quick") if quick else ("toy-study", "3", "all")
     return {
-        "preset": preset or usual[0],
-        "seeds": seeds or usual[1],
-        "methods": (methods or usual[2]).split(","),
+        "preset": preset or defaults[0],
+        "seeds": seeds or defaults[1],
+        "methods": (methods or defaults[2]).split(","),
     }
 
 
-def _page(result: Any) -> str:
+def _report(result: Any) -> str:
     import yaml
 
     return result.get("page") or yaml.safe_dump(result, sort_keys=False)

@@ -1,3 +1,5 @@
+"""`mfctl doctor`, `mfctl demo` and `mfctl mlflow`."""
+
 import os
 import shlex
 import sys
@@ -14,7 +16,12 @@ DEFAULT_DEMO_DIR = "runs/demo"
 
 
 def doctor(*, json: JsonFlag = False) -> None:
-    """Say what works on this machine, and what to type for what does not."""
+    """Check this machine and print the fix for each missing part.
+
+    The exit code is 1 if a required part is missing.
+
+    Example: mfctl doctor
+    """
     from workflows import doctor as checks
 
     output.run_command(
@@ -26,11 +33,16 @@ def doctor(*, json: JsonFlag = False) -> None:
 def demo(
     *,
     out: Annotated[
-        str, typer.Option(parser=environment.resolve_path, help="Folder of everything the story makes.")
+        str, typer.Option(parser=environment.resolve_path, metavar="DIR", help="Output folder.")
     ] = DEFAULT_DEMO_DIR,
     json: JsonFlag = False,
 ) -> None:
-    """The whole story on the toy world: clips, dataset, four trained stages, samples, sweep. Under ten minutes."""
+    """Run the end-to-end demo on the toy world in less than ten minutes. Rerun the same command to resume.
+
+    The demo makes clips and a dataset, trains four stages, generates samples and runs a sweep.
+
+    Example: mfctl demo --out runs/demo
+    """
 
     def work() -> Any:
         from workflows.demo import demo as run_demo
@@ -42,20 +54,23 @@ def demo(
 
 def mlflow(
     *,
-    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to serve on.")] = 5000,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
+    host: Annotated[str, typer.Option(help="Address of the server.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the server.")] = 5000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and exit.")] = False,
 ) -> None:
-    """Open MLflow on the store of our runs: MLFLOW_TRACKING_URI, else runs/mlflow.db."""
+    """Open the MLflow UI on the store of the runs: MLFLOW_TRACKING_URI, or runs/mlflow.db.
+
+    Example: mfctl mlflow --port 5001
+    """
     store = environment.tracking_uri()
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--host", host, "--port", str(port)]
+    words = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--host", host, "--port", str(port)]
     if dry_run:
-        print(shlex.join(command))
+        print(shlex.join(words))
         return
     print(
-        f"MLflow on http://{host}:{port}, store {store}; Ctrl-C ends it. "
-        "Charts: choose 'Model training' at the top left, the browser remembers it",
+        f"MLflow on http://{host}:{port}, store {store}. Press Ctrl-C to stop it. "
+        "For charts choose 'Model training' at the top left; the browser keeps the choice",
         file=sys.stderr,
         flush=True,
     )
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, words)

@@ -1,22 +1,29 @@
-from typing import Annotated, Any
+"""`mfctl train`: train one stage."""
+
+from typing import Annotated, Any, Literal
 
 import typer
 
 from workflows.cli import output
 from workflows.cli.options import ConfigFile, ConfigOverrides, DryRunFlag, JsonFlag, PresetName
 from workflows.cli.traits import command
-from workflows.config.stage_names import Stage
 from workflows.utils import environment
+
+INPUTS = "Inputs"
 
 
 @command(writes_runs=True, paths=("data", "init_from", "init_video_from", "config"))
 def train(
     *,
-    stage: Annotated[Stage, typer.Option(help="What to train.")],
+    stage: Annotated[Literal["video", "audio", "joint", "mutual"], typer.Option(help="Training stage.")],
     data: Annotated[
         str | None,
         typer.Option(
-            parser=environment.resolve_path, metavar="DATASET", help="Default: the newest dataset under runs/."
+            parser=environment.resolve_path,
+            metavar="DATASET",
+            rich_help_panel=INPUTS,
+            show_default="newest finished dataset under runs/",
+            help="Dataset: folder or s3:// prefix.",
         ),
     ] = None,
     init_from: Annotated[
@@ -27,36 +34,51 @@ def train(
             metavar="RUN",
             default_factory=list,
             show_default=False,
-            help="Finished runs to start from; default: the latest ones under runs/. May be repeated.",
+            rich_help_panel=INPUTS,
+            help="Finished parent run, repeatable (default: the latest ones under runs/).",
         ),
     ],
     init_video_from: Annotated[
         str | None,
         typer.Option(
-            parser=environment.resolve_path, metavar="DIR", help="Start from Wan's video weights in this folder (base)."
+            parser=environment.resolve_path,
+            metavar="DIR",
+            rich_help_panel=INPUTS,
+            help="Folder of Wan video weights to start from (stage video, preset base).",
         ),
     ] = None,
-    run: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run; the same name resumes.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            show_default="stage and digest of the configuration",
+            help="Name of the run; the name of an existing run resumes it.",
+        ),
+    ] = None,
     preset: PresetName = "tiny",
     sets: ConfigOverrides,
     config: ConfigFile = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Train one stage on Ray Train and DeepSpeed. The same command again resumes."""
+    """Train one stage on Ray Train and DeepSpeed. Rerun the same command to resume.
+
+    Example: mfctl train --stage joint --data runs/toy --from runs/video --from runs/audio
+    """
 
     def work() -> Any:
-        from json import dumps as quoted
+        from json import dumps
 
         from workflows.training.samples import final_samples
-        from workflows.training.train import train_stage as run_train
+        from workflows.training.train import train_stage
 
-        return run_train(
+        video_sets = [f"init_video={dumps(init_video_from)}"] if init_video_from else []
+        return train_stage(
             stage,
             data=data,
             init_from=init_from,
             preset=preset,
-            sets=[*sets, *([f"init_video={quoted(init_video_from)}"] if init_video_from else [])],
+            sets=[*sets, *video_sets],
             config_file=config,
             run=run,
             dry_run=dry_run,
