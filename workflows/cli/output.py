@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 import typer
 import yaml
 
+from preprocessing.io.errors import InfrastructureError
+
 FAILED, WRONG_INPUT = 1, 2
 USER_ERRORS = (
     ValueError,
@@ -63,21 +65,18 @@ def describe_error(error: Exception) -> tuple[str, int]:
     """The message for the user and the exit code. A failure that is no input error shows its traceback, unless its
     message says what to do about it."""
     wrong_input = isinstance(error, USER_ERRORS) and not _from_ray_worker(error)
-    if not (wrong_input or _is_outage(error)) or os.environ.get(TRACEBACK):
+    if not (wrong_input or isinstance(error, InfrastructureError)) or os.environ.get(TRACEBACK):
         traceback.print_exception(error)
     return str(error) or type(error).__name__, WRONG_INPUT if wrong_input else FAILED
 
 
 def _from_ray_worker(error: Exception) -> bool:
-    """Ray gives the error of a worker the worker's type too; input is refused before any worker starts."""
-    ray_errors = sys.modules.get("ray.exceptions")  # not imported: then it cannot be one
-    return ray_errors is not None and isinstance(error, ray_errors.RayError)
+    """Return True for the error of a Ray worker, which is a failure whatever its type.
 
-
-def _is_outage(error: Exception) -> bool:
-    """A full disk, an object store that is away."""
-    outage = sys.modules.get("preprocessing.io.errors")  # not imported: then it cannot be one
-    return outage is not None and isinstance(error, outage.InfrastructureError)
+    Ray raises a class derived from both RayError and the class of the error in the worker. RayError is compared by
+    name: importing ray takes seconds, and most commands run without it.
+    """
+    return any((kind.__module__, kind.__name__) == ("ray.exceptions", "RayError") for kind in type(error).__mro__)
 
 
 def exit_with_error(message: str, code: int, *, as_json: bool) -> NoReturn:
