@@ -38,7 +38,7 @@ def codec_from_id(
     numbers = {key: int(value) for key, value in reversed(re.findall(r"/([a-z])(\d+)(?=/|$)", codec_id))}
     name, weights = codec_id.split("/")[0], codec_id.rsplit("/", 1)[-1]
     try:
-        config = _config(name, numbers, clock.rate, weights, folder)
+        config = _config_of(name, numbers, rate=clock.rate, weights=weights, folder=folder)
     except KeyError:
         raise ValueError(
             f"unknown codec {codec_id!r}: this mfctl knows dct-v1, mel-v1, wan-v1 and oobleck-v1; update it, or encode "
@@ -52,7 +52,7 @@ def codec_from_id(
     return codec
 
 
-def _config(name: str, n: dict[str, int], rate: Fraction, weights: str, folder: str) -> VideoConfig | AudioConfig:
+def _config_of(name: str, n: dict[str, int], *, rate: Fraction, weights: str, folder: str) -> VideoConfig | AudioConfig:
     """``n``: the numbers of an id by their letters. KeyError for a name or an id that is not known."""
     if name == "dct-v1":
         return DctConfig(channels=n["c"], block=n["b"], group=n["g"], fps=rate * n["g"])

@@ -23,7 +23,7 @@ class SyncEstimate(NamedTuple):
     correlation: float  # Pearson, -1 to 1, at that offset
 
 
-def sync_offset(a: Envelope, rate_a: float, b: Envelope, rate_b: float, max_lag: float) -> SyncEstimate:
+def sync_offset(a: Envelope, rate_a: float, b: Envelope, rate_b: float, *, max_lag: float) -> SyncEstimate:
     """Offset of ``b`` against ``a``, both one-dimensional, within +- ``max_lag`` seconds.
 
     At every lag L: Pearson correlation of a(t) and b(t + L) over the times that both cover, at least half of the

@@ -24,7 +24,7 @@ def mode_history_use(
     if len(batch.samples) < 2 or batch.chunks < 2:
         raise ValueError("history use compares a clip with another one: give two or more clips of two or more chunks")
     eps = draw_noise(batch.streams, seed, "history_use", batch.samples)
-    t = draw_noise_levels(config, batch.streams, seed, "history_use/level", batch.samples)
+    t = draw_noise_levels(config, batch.streams, seed=seed, name="history_use/level", samples=batch.samples)
     r = t if mode == "multi" else {m: torch.zeros_like(x) for m, x in t.items()}
     label = None if trust is None else torch.full((len(batch.samples),), trust, device=batch.cond.caption.device)
 
@@ -52,7 +52,7 @@ def history_losses(model: VelocityModel, batch: AVBatch, config: TimeConfig, see
     if len(batch.samples) < 2:
         raise ValueError("history use compares a clip with another one: give a batch of at least two clips")
     eps = draw_noise(batch.streams, seed, "history_use", batch.samples)
-    t = draw_noise_levels(config, batch.streams, seed, "history_use/level", batch.samples)
+    t = draw_noise_levels(config, batch.streams, seed=seed, name="history_use/level", samples=batch.samples)
     shuffled = {m: s.with_latents(s.latents.roll(1, dims=0)) for m, s in batch.streams.items()}
     own, other = (
         flow_matching_terms(

@@ -14,17 +14,19 @@ from mfcore.solver import DenoiserContext, Schedule, constant_levels, solver_ste
 from mfcore.types import NoiseLevels, Stream, Streams
 
 
-def denoise_in_one_step(context: DenoiserContext, stash: Streams, plan: Schedule, exit_step: int) -> dict[str, Stream]:
+def denoise_in_one_step(
+    context: DenoiserContext, exit_state: Streams, plan: Schedule, exit_step: int
+) -> dict[str, Stream]:
     """From the stashed state at level t_j to t = 0 in one call, with gradient.
 
     An ablation: samplers that re-noise x_0 predictions leave a roll-out so. A flow map finishes its schedule.
     """
-    t, r = (constant_levels(stash, {m: line[j] for m, line in plan.items()}) for j in (exit_step, -1))
-    return dict(solver_step(context, stash, t, r, "few"))
+    t, r = (constant_levels(exit_state, {m: line[j] for m, line in plan.items()}) for j in (exit_step, -1))
+    return dict(solver_step(context, exit_state, t, r, mode="few"))
 
 
 def normalized_score_difference(
-    v_real: Tensor, v_fake: Tensor, v_sample: Tensor, chunk: Int64[Tensor, " n"], floor: float
+    v_real: Tensor, v_fake: Tensor, v_sample: Tensor, chunk: Int64[Tensor, " n"], *, floor: float
 ) -> Tensor:
     """g = (v_real - v_fake) / max(mean |v_real - v_sample|, floor), the mean per sample, chunk and modality.
 
@@ -45,11 +47,11 @@ class DmdTerms:
 
 def dmd_terms(
     y: Streams,
+    *,
     real: DenoiserContext,
     fake: DenoiserContext,
     eps: dict[str, Tensor],
     tau: NoiseLevels,
-    *,
     weight: float,
     floor: float = 1e-3,
 ) -> DmdTerms:
@@ -58,16 +60,16 @@ def dmd_terms(
     ``y``: few-step samples with gradient. ``real``: guided multi-step mode, without gradient. ``fake``: its gradient
     belongs to the fake score alone.
     """
-    still = {m: s.with_latents(s.latents.detach()) for m, s in y.items()}
-    x = add_noise(still, eps, tau)
+    detached = {m: s.with_latents(s.latents.detach()) for m, s in y.items()}
+    x = add_noise(detached, eps, tau)
     with torch.no_grad():
         v_real = real.velocity(x, tau, tau)
     v_fake = fake.velocity(x, tau, tau)
     student: list[LossTerm] = []
     for m, s in y.items():
-        v_sample = velocity(still[m].latents, eps[m])
-        g = normalized_score_difference(v_real[m].float(), v_fake[m].detach().float(), v_sample, s.chunk, floor)
-        goal = (s.latents - g).detach()
-        pull = chunk_means(0.5 * (s.latents - goal) ** 2, s.chunk)
-        student.append(LossTerm(name="dmd", modality=m, values=pull, weight=weight, level=tau[m]))
-    return DmdTerms(student=student, fake=flow_matching_loss(v_fake, still, eps, tau, name="fake_score"))
+        v_sample = velocity(detached[m].latents, eps[m])
+        g = normalized_score_difference(v_real[m].float(), v_fake[m].detach().float(), v_sample, s.chunk, floor=floor)
+        target = (s.latents - g).detach()
+        values = chunk_means(0.5 * (s.latents - target) ** 2, s.chunk)
+        student.append(LossTerm(name="dmd", modality=m, values=values, weight=weight, level=tau[m]))
+    return DmdTerms(student=student, fake=flow_matching_loss(v_fake, detached, eps, tau, name="fake_score"))

@@ -30,11 +30,11 @@ def draw_noise(streams: Streams, seed: int, name: str, samples: Tensor) -> dict[
 
 
 def draw_noise_levels(
-    config: TimeConfig, streams: Streams, seed: int, name: str, samples: Tensor
+    config: TimeConfig, streams: Streams, *, seed: int, name: str, samples: Tensor
 ) -> dict[str, Float[Tensor, "B K"]]:
     """A training level for each chunk of each sample."""
-    some = next(iter(streams.values()))
-    chunks = int(some.chunk[-1] - some.chunk[0]) + 1
+    chunk = next(iter(streams.values())).chunk
+    chunks = int(chunk[-1] - chunk[0]) + 1
     draws = uniform_rows(seed, name, samples, chunks, 3)
     return {m: to_device_of(training_times(config, draws, m), s.latents) for m, s in streams.items()}
 
@@ -90,5 +90,7 @@ class FlowMatchingObjective(SingleRound):
             history_of(batch.streams), None
         )
         eps = draw_noise(batch.streams, info.seed, "flow_matching", batch.samples)
-        t = draw_noise_levels(self.config.time, batch.streams, info.seed, "flow_matching/level", batch.samples)
+        t = draw_noise_levels(
+            self.config.time, batch.streams, seed=info.seed, name="flow_matching/level", samples=batch.samples
+        )
         return {"student": flow_matching_terms(context, batch.streams, eps, t)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from mfcore.rollout import coupled_starts, join_chunks, rollout
 from mfcore.solver import DenoiserContext, Schedule, denoise, history_of, schedule, single_step_schedule
 from mfcore.types import AVBatch, Stream, Streams, VelocityModel
 
-SampleUse = Literal["unseen", "judged", "moved"]
+SampleUse = Literal["unused", "scored", "distilled"]
 """Samples that nobody looks at, that the fake score learns from, that DMD moves with gradient."""
 
 
@@ -35,11 +36,11 @@ class RolloutSamples:
 
     rows: Tensor
     streams: dict[str, Stream]
-    stash: dict[str, Stream] | None  # states at the exit step
+    exit_state: dict[str, Stream] | None  # states at the exit step
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Written:
+class _RowHistories:
     """Rows with their history H, and the student remembering all but its last chunk."""
 
     rows: Tensor
@@ -72,92 +73,104 @@ def trust_label(config: MutualConfig, strength: Tensor) -> Tensor | None:
 def draw_step(config: MutualConfig, streams: Streams, info: StepInfo) -> StepDraws:
     draw = generator(info.seed, "mutual/control", info.step)
     shift = {m: config.time.shift[m] for m in streams}
-    strength = 2.0 ** -_choose(config.strengths, draw)
-    plan = schedule(_choose(config.rollout_steps, draw), shift)
+    strength = 2.0 ** -_draw_choice(config.strengths, draw)
+    plan = schedule(_draw_choice(config.rollout_steps, draw), shift)
     exit_step = int(torch.randint(len(next(iter(plan.values()))) - 1, (), generator=draw))
     return StepDraws(strength=strength, finish=single_step_schedule(strength, shift), plan=plan, exit_step=exit_step)
 
 
 def write_histories(
-    config: MutualConfig, model: VelocityModel, batch: AVBatch, control: StepDraws, info: StepInfo, samples: SampleUse
+    config: MutualConfig,
+    model: VelocityModel,
+    batch: AVBatch,
+    *,
+    draws: StepDraws,
+    info: StepInfo,
+    samples: SampleUse,
 ) -> Histories:
     """Step 1: online weights, few-step mode. What the roll-out wrote to go on is what step 3 reads.
 
     ``samples``: what DMD does with those of this step.
     """
     student = DenoiserContext(model=model, cond=batch.cond).prefill()
-    left = samples == "moved" or (samples == "judged" and config.jump_exit)  # the fake score learns what DMD will move
-    exit_step = control.exit_step if left else None
-    real, coupled, forced = (rows_of_kind(config, batch, info.stage_step, k) for k in ("real", "coupled", "forced"))
-    rolled = rows_of_kind(config, batch, info.stage_step, "free", "literal")
-    written: list[_Written] = []
-    if len(real):
-        written.append(_given(student, batch, real))
-    if len(coupled):
-        written.append(_rolled(config, student, batch, coupled, control.finish, control.strength, None, info))
-    if len(rolled):
-        written.append(_rolled(config, student, batch, rolled, control.plan, 1.0, exit_step, info))
-    if len(forced):
-        given = _given(student, batch, forced)
-        written.append(_forced(given, batch, control.plan, exit_step, info) if samples != "unseen" else given)
+    # The fake score learns the samples that DMD will move.
+    keep_exit_state = samples == "distilled" or (samples == "scored" and config.jump_exit)
+    exit_step = draws.exit_step if keep_exit_state else None
+    rows_of = partial(rows_of_kind, config, batch, info.stage_step)
+    roll_out = partial(_roll_out, config, student, batch, info=info)
+    parts: list[_RowHistories] = []
+    if len(rows := rows_of("real")):
+        parts.append(_append_clip(student, batch, rows))
+    if len(rows := rows_of("coupled")):
+        parts.append(roll_out(rows, plan=draws.finish, strength=draws.strength, exit_step=None))
+    if len(rows := rows_of("free", "literal")):
+        parts.append(roll_out(rows, plan=draws.plan, strength=1.0, exit_step=exit_step))
+    if len(rows := rows_of("forced")):
+        part = _append_clip(student, batch, rows)
+        if samples != "unused":
+            part = _denoise_all_chunks(part, batch, plan=draws.plan, exit_step=exit_step, info=info)
+        parts.append(part)
     streams, strength = dict(batch.streams), torch.zeros(len(batch.samples), device=batch.cond.caption.device)
-    for part in written:
+    for part in parts:
         streams = replace_rows(streams, part.streams, part.rows)
         strength[part.rows] = part.strength
-    place = torch.cat([part.rows for part in written]).argsort()
+    order = torch.cat([part.rows for part in parts]).argsort()
     return Histories(
         streams=streams,
         strength=strength,
-        student=DenoiserContext.stack([part.student for part in written]).rows(place),
-        samples=written[-1].samples,
+        student=DenoiserContext.stack([part.student for part in parts]).rows(order),
+        samples=parts[-1].samples,
     )
 
 
-def _given(student: DenoiserContext, batch: AVBatch, rows: Tensor) -> _Written:
+def _append_clip(student: DenoiserContext, batch: AVBatch, rows: Tensor) -> _RowHistories:
     """The clip's own chunks."""
     own = dict(batch.rows(rows).streams)
-    return _Written(
+    return _RowHistories(
         rows=rows, strength=0.0, streams=own, student=student.rows(rows).append_history(history_of(own), None)
     )
 
 
-def _rolled(
+def _roll_out(
     config: MutualConfig,
     student: DenoiserContext,
     batch: AVBatch,
     rows: Tensor,
+    *,
     plan: Schedule,
     strength: float,
     exit_step: int | None,
     info: StepInfo,
-) -> _Written:
+) -> _RowHistories:
     """Chunk after chunk from the real ones noised to the plan's first level (1: pure noise)."""
     part = batch.rows(rows)
     eps = draw_noise(part.streams, info.seed, "mutual/history", part.samples)
     starts = coupled_starts(part.streams, eps, {m: line[0] for m, line in plan.items()}, part.chunks)
     label = trust_label(config, torch.full((len(rows),), strength, device=part.cond.caption.device))
-    made = list(rollout(student.rows(rows), starts, plan, trust=label, exit_step=exit_step, forget=False))
-    streams = join_chunks(c.clean for c in made)
-    stash = None if exit_step is None else join_chunks(c.exit_state for c in made if c.exit_state is not None)
-    return _Written(
+    chunks = list(rollout(student.rows(rows), starts, plan, trust=label, exit_step=exit_step, evict=False))
+    streams = join_chunks(c.clean for c in chunks)
+    exit_state = None if exit_step is None else join_chunks(c.exit_state for c in chunks if c.exit_state is not None)
+    return _RowHistories(
         rows=rows,
         strength=strength,
         streams=streams,
-        student=made[-1].before,
-        samples=RolloutSamples(rows=rows, streams=streams, stash=stash),
+        student=chunks[-1].before,
+        samples=RolloutSamples(rows=rows, streams=streams, exit_state=exit_state),
     )
 
 
-def _forced(given: _Written, batch: AVBatch, plan: Schedule, exit_step: int | None, info: StepInfo) -> _Written:
+def _denoise_all_chunks(
+    history: _RowHistories, batch: AVBatch, *, plan: Schedule, exit_step: int | None, info: StepInfo
+) -> _RowHistories:
     """All chunks at once from noise, each after the clip's own chunks: samples that no history is made of."""
-    part = batch.rows(given.rows)
+    part = batch.rows(history.rows)
     eps = draw_noise(part.streams, info.seed, "mutual/history", part.samples)
     start = {m: s.with_latents(eps[m]) for m, s in part.streams.items()}
-    made, stash = denoise(given.student, start, plan, exit_step=exit_step)
-    return replace(given, samples=RolloutSamples(rows=given.rows, streams=made, stash=stash))
+    streams, exit_state = denoise(history.student, start, plan, exit_step=exit_step)
+    return replace(history, samples=RolloutSamples(rows=history.rows, streams=streams, exit_state=exit_state))
 
 
-def _choose(values: tuple[int, ...], draw: torch.Generator) -> int:
+def _draw_choice(values: tuple[int, ...], draw: torch.Generator) -> int:
     return values[int(torch.randint(len(values), (), generator=draw))]
 
 

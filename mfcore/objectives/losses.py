@@ -13,7 +13,7 @@ from mfcore.device import to_device_of
 from mfcore.types import AVBatch, VelocityModel
 
 LEVEL_BINS = 4
-PLACES = ("first", "middle", "last")  # of a chunk in its clip
+CHUNK_THIRDS = ("first", "middle", "last")  # of a chunk in its clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +105,13 @@ def summarize_terms(terms: Iterable[LossTerm]) -> dict[str, float]:
             bins = (term.level.to(values.device) * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1)
             for b in range(LEVEL_BINS):
                 parts[f"{term.key}/t{b}"].append(values[bins == b])
-        place = chunk_thirds(values.shape[1]).to(values.device)
-        for b, name in enumerate(PLACES):
-            parts[f"{term.key}/chunk_{name}"].append(values[:, place == b].flatten())
+        third = chunk_thirds(values.shape[1]).to(values.device)
+        for b, name in enumerate(CHUNK_THIRDS):
+            parts[f"{term.key}/chunk_{name}"].append(values[:, third == b].flatten())
     whole = {key: torch.cat(pieces) for key, pieces in parts.items()}
     return {key: float(values.mean()) for key, values in whole.items() if values.numel()}
 
 
 def chunk_thirds(chunks: int) -> Int64[Tensor, " K"]:
-    """Index into ``PLACES`` of every chunk: thirds of the clip; two chunks are the first and the last."""
+    """Index into ``CHUNK_THIRDS`` of every chunk: thirds of the clip; two chunks are the first and the last."""
     return (torch.arange(chunks) * 2 / max(1, chunks - 1)).round().long()

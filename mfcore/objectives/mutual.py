@@ -42,11 +42,11 @@ from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.objectives.shortcut import draw_depth, dyadic_intervals, shortcut_loss, shortcut_target
 from mfcore.rng import uniform_rows
 from mfcore.solver import DenoiserContext, VelocityQuery, history_of, query_velocities
-from mfcore.types import AVBatch, Stream, Streams, VelocityModel
+from mfcore.types import AVBatch, Condition, Stream, Streams, VelocityModel
 
-LEAST_TAU = 0.02  # below it both scores see the sample itself, and their difference is network error
+MIN_TAU = 0.02  # below it both scores see the sample itself, and their difference is network error
 
-Asked = tuple[VelocityQuery, Callable[[dict[str, Tensor]], list[LossTerm]]]
+LossQuery = tuple[VelocityQuery, Callable[[dict[str, Tensor]], list[LossTerm]]]
 """What the student is asked, and the loss of its answer."""
 
 
@@ -67,101 +67,115 @@ class MutualForcingObjective:
         self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
     ) -> Iterator[dict[str, list[LossTerm]]]:
         """The terms of the step, then ``fake_updates - 1`` times those of the fake score at new noise levels."""
-        terms, further = self._step(models, batch, info)
-        yield terms  # what the step remembered is free by now, but for what ``further`` needs
-        for score in further:
-            yield {"fake": score()}
+        terms, fake_rounds = self._step(models, batch, info)
+        yield terms  # what the step remembered is free by now, but for what ``fake_rounds`` needs
+        for fake_terms in fake_rounds:
+            yield {"fake": fake_terms()}
 
     def _step(
         self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
     ) -> tuple[dict[str, list[LossTerm]], list[Callable[[], list[LossTerm]]]]:
         config, step = self.config, info.stage_step
-        control, free = draw_step(config, batch.streams, info), rows_of_kind(config, batch, step, "free")
-        judged = rows_of_kind(config, batch, step, "free", "forced")
-        scored = len(judged) > 0 and step >= config.fake_from and config.dmd_weight > 0
-        scale = config.dmd_scale(step) if scored else 0.0
-        samples = "moved" if scale else "judged" if scored else "unseen"
-        history = write_histories(config, models["student"], batch, control, info, samples)  # step 1
-        clean = _mix(batch.streams, history.streams, free)  # step 2
-        teacher = self._teacher(models["student" if config.online_targets else "ema"], batch, history, control)
+        draws, free = draw_step(config, batch.streams, info), rows_of_kind(config, batch, step, "free")
+        scored = rows_of_kind(config, batch, step, "free", "forced")
+        has_scores = len(scored) > 0 and step >= config.fake_from and config.dmd_weight > 0
+        scale = config.dmd_scale(step) if has_scores else 0.0
+        samples = "distilled" if scale else "scored" if has_scores else "unused"
+        history = write_histories(config, models["student"], batch, draws=draws, info=info, samples=samples)  # step 1
+        clean = _clean_chunks(batch.streams, history.streams, free)  # step 2
+        teacher = self._teacher(models["student" if config.online_targets else "ema"], batch, history, draws)
         anchored = rows_of_kind(config, batch, step, "real", "coupled", "literal", "forced")
-        asked = [self._flow_matching(batch, anchored, info)] if len(anchored) else []  # step 3, rows A
-        asked += [self._shortcut(teacher, clean, batch, info)] if config.shortcut_weight else []  # steps 3 and 4
-        answers = query_velocities(history.student, [query for query, _ in asked]) if asked else []
-        terms = [term for (_, loss), u in zip(asked, answers, strict=True) for term in loss(u)]
-        if not scored:
+        queries: list[LossQuery] = []
+        if len(anchored):
+            queries.append(self._flow_matching(batch, anchored, info))  # step 3, rows A
+        if config.shortcut_weight:
+            queries.append(self._shortcut(teacher, clean, batch, info))  # steps 3 and 4
+        velocities = query_velocities(history.student, [query for query, _ in queries]) if queries else []
+        terms: list[LossTerm] = []
+        for (_, loss), u in zip(queries, velocities, strict=True):
+            terms += loss(u)
+        if not has_scores:
             return {"student": terms}, []
-        part, critic = batch.rows(judged), self._critic(models["fake"], teacher, history, batch, judged)
-        y, (eps, tau) = self._judged(history, control, judged), self._judging(part, info, 0)
+        part, fake = batch.rows(scored), self._fake_score(models["fake"], teacher, history, batch.cond, rows=scored)
+        y, (eps, tau) = self._score_samples(history, draws, scored), self._draw_scores(part, info, 0)
         weight, floor = config.dmd_weight * scale, config.dmd_floor
-        dmd = dmd_terms(y, teacher.rows(judged), critic(), eps, tau, weight=weight, floor=floor)  # steps 4 and 5
-        still = {m: s.with_latents(s.latents.detach()) for m, s in y.items()}
-        further: Callable[[int], list[LossTerm]] = lambda turn: flow_matching_terms(
-            critic(), still, *self._judging(part, info, turn), name="fake_score"
-        )
+        real = teacher.rows(scored)
+        dmd = dmd_terms(y, real=real, fake=fake(), eps=eps, tau=tau, weight=weight, floor=floor)  # steps 4 and 5
+        detached = {m: s.with_latents(s.latents.detach()) for m, s in y.items()}
+
+        def fake_score_terms(index: int) -> list[LossTerm]:
+            eps, tau = self._draw_scores(part, info, index)
+            return flow_matching_terms(fake(), detached, eps, tau, name="fake_score")
+
         first = {"student": terms + (dmd.student if scale else []), "fake": dmd.fake}
-        return first, [partial(further, turn) for turn in range(1, config.fake_updates)]
+        return first, [partial(fake_score_terms, index) for index in range(1, config.fake_updates)]
 
     @torch.no_grad()
-    def _teacher(self, model: VelocityModel, batch: AVBatch, history: Histories, control: StepDraws) -> DenoiserContext:
+    def _teacher(self, model: VelocityModel, batch: AVBatch, history: Histories, draws: StepDraws) -> DenoiserContext:
         """The guided multi-step mode on the same history. Its label is no more than flow matching trains that mode
         with (1 in the literal reading): only the few-step losses would shape its answer to a greater one, and they take
         their targets from that answer.
         """
         guided = DenoiserContext(model=model, cond=batch.cond, guidance=self.config.guidance)
-        trained = 1.0 if "literal" in self.config.rows else control.strength
+        trained = 1.0 if "literal" in self.config.rows else draws.strength
         label = trust_label(self.config, history.strength.clamp_max(trained))
         return guided.append_history(history_of(history.streams), label)
 
-    def _flow_matching(self, batch: AVBatch, anchored: Tensor, info: StepInfo) -> Asked:
+    def _flow_matching(self, batch: AVBatch, anchored: Tensor, info: StepInfo) -> LossQuery:
         part = batch.rows(anchored)
         eps = draw_noise(part.streams, info.seed, "mutual/flow_matching", part.samples)
-        t = draw_noise_levels(self.config.time, part.streams, info.seed, "mutual/level", part.samples)
+        t = draw_noise_levels(self.config.time, part.streams, seed=info.seed, name="mutual/level", samples=part.samples)
         query = VelocityQuery(rows=anchored, x=add_noise(part.streams, eps, t), t=t, r=t)
         return query, lambda u: flow_matching_loss(u, part.streams, eps, t)
 
-    def _shortcut(self, teacher: DenoiserContext, clean: Streams, batch: AVBatch, info: StepInfo) -> Asked:
+    def _shortcut(self, teacher: DenoiserContext, clean: Streams, batch: AVBatch, info: StepInfo) -> LossQuery:
         config = self.config
         is_finest = torch.tensor([config.finest_rows[int(s) % len(config.finest_rows)] for s in batch.samples])
-        power = config.depth_power
-        depth = draw_depth(config.finest, is_finest, info.seed, "mutual/depth", batch.samples, power)
-        draws = uniform_rows(info.seed, "mutual/interval", batch.samples, batch.chunks)
-        depth, draws = (to_device_of(some, batch.cond.caption) for some in (depth, draws))
-        at = dyadic_intervals(depth, draws, {m: config.time.shift[m] for m in clean})
+        depth = draw_depth(
+            config.finest,
+            is_finest,
+            seed=info.seed,
+            name="mutual/depth",
+            samples=batch.samples,
+            power=config.depth_power,
+        )
+        place = uniform_rows(info.seed, "mutual/interval", batch.samples, batch.chunks)
+        depth, place = (to_device_of(values, batch.cond.caption) for values in (depth, place))
+        at = dyadic_intervals(depth, place, {m: config.time.shift[m] for m in clean})
         eps = draw_noise(clean, info.seed, "mutual/shortcut", batch.samples)
         query = VelocityQuery(rows=torch.arange(len(batch.samples)), x=add_noise(clean, eps, at.t), t=at.t, r=at.r)
-        target = shortcut_target(teacher, query.x, at, is_finest, config.base)
+        target = shortcut_target(teacher, query.x, at, is_finest, base=config.base)
         return query, lambda u: shortcut_loss(u, target, clean, at, weight=config.shortcut_weight)
 
-    def _critic(
-        self, fake: VelocityModel, teacher: DenoiserContext, history: Histories, batch: AVBatch, judged: Tensor
+    def _fake_score(
+        self, model: VelocityModel, teacher: DenoiserContext, history: Histories, cond: Condition, *, rows: Tensor
     ) -> Callable[[], DenoiserContext]:
         """The fake score after the same history, which it reads anew after each of its updates."""
-        context = DenoiserContext(model=fake, cond=batch.cond.rows(judged))
+        context = DenoiserContext(model=model, cond=cond.rows(rows))
         if self.config.share_history:
-            return lambda: replace(context, memory=teacher.rows(judged).memory)
-        seen = history_of({m: s.rows(judged) for m, s in history.streams.items()})
-        label = trust_label(self.config, history.strength[judged])
-        return lambda: context.append_history(seen, label)
+            return lambda: replace(context, cache=teacher.rows(rows).cache)
+        clean = history_of({m: s.rows(rows) for m, s in history.streams.items()})
+        label = trust_label(self.config, history.strength[rows])
+        return lambda: context.append_history(clean, label)
 
-    def _judged(self, history: Histories, control: StepDraws, judged: Tensor) -> dict[str, Stream]:
-        own = history.samples
-        assert own is not None
-        among = torch.isin(own.rows, judged)
-        if self.config.jump_exit and own.stash is not None:
-            stash = {m: s.rows(among) for m, s in own.stash.items()}
-            return denoise_in_one_step(history.student.rows(judged).detach(), stash, control.plan, control.exit_step)
-        return {m: s.rows(among) for m, s in own.streams.items()}
+    def _score_samples(self, history: Histories, draws: StepDraws, rows: Tensor) -> dict[str, Stream]:
+        samples = history.samples
+        assert samples is not None
+        index = torch.isin(samples.rows, rows)
+        if self.config.jump_exit and samples.exit_state is not None:
+            exit_state = {m: s.rows(index) for m, s in samples.exit_state.items()}
+            return denoise_in_one_step(history.student.rows(rows).detach(), exit_state, draws.plan, draws.exit_step)
+        return {m: s.rows(index) for m, s in samples.streams.items()}
 
-    def _judging(self, part: AVBatch, info: StepInfo, turn: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _draw_scores(self, part: AVBatch, info: StepInfo, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Noise and levels at which both scores look at the samples."""
-        again = f"/{turn}" if turn else ""
+        suffix = f"/{index}" if index else ""
         time = replace(self.config.time, uniform_share=1.0)
-        eps = draw_noise(part.streams, info.seed, f"mutual/dmd{again}", part.samples)
-        tau = draw_noise_levels(time, part.streams, info.seed, f"mutual/tau{again}", part.samples)
-        return eps, {m: level.clamp_min(LEAST_TAU) for m, level in tau.items()}
+        eps = draw_noise(part.streams, info.seed, f"mutual/dmd{suffix}", part.samples)
+        tau = draw_noise_levels(time, part.streams, seed=info.seed, name=f"mutual/tau{suffix}", samples=part.samples)
+        return eps, {m: level.clamp_min(MIN_TAU) for m, level in tau.items()}
 
 
-def _mix(real: Streams, history: Streams, free: Tensor) -> dict[str, Stream]:
+def _clean_chunks(real: Streams, history: Streams, free: Tensor) -> dict[str, Stream]:
     """Step 2: the clip's chunks, except in free rows, where the history itself is the clean chunk."""
     return replace_rows(dict(real), {m: s.rows(free) for m, s in history.items()}, free) if len(free) else dict(real)

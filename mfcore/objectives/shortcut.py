@@ -33,20 +33,27 @@ class Intervals:
     r: NoiseLevels
 
     def rows(self, index: Tensor) -> "Intervals":
-        there = row_indices(index, next(iter(self.t.values())))
-        return Intervals(**{k: {m: v[there] for m, v in levels.items()} for k, levels in vars(self).items()})
+        here = row_indices(index, next(iter(self.t.values())))
+
+        def take(levels: NoiseLevels) -> NoiseLevels:
+            return {m: level[here] for m, level in levels.items()}
+
+        return Intervals(t=take(self.t), m=take(self.m), r=take(self.r))
 
 
 def dyadic_intervals(depth: Int64[Tensor, " B"], draws: Float[Tensor, "B K"], shift: Mapping[str, float]) -> Intervals:
     """The interval of length 2^-depth that the uniform draw falls into, for each sample and chunk."""
     count = 2.0 ** depth.double()[:, None]
     bottom = (draws.double() * count).floor()
-    index = {"t": (bottom + 1) / count, "m": (bottom + 0.5) / count, "r": bottom / count}
-    return Intervals(**{k: {m: shift_time(a, s).float() for m, s in shift.items()} for k, a in index.items()})
+
+    def levels(index: Tensor) -> dict[str, Tensor]:
+        return {m: shift_time(index, s).float() for m, s in shift.items()}
+
+    return Intervals(t=levels((bottom + 1) / count), m=levels((bottom + 0.5) / count), r=levels(bottom / count))
 
 
 def draw_depth(
-    finest: int, is_finest: Tensor, seed: int, name: str, samples: Tensor, power: float = 1.0
+    finest: int, is_finest: Tensor, *, seed: int, name: str, samples: Tensor, power: float = 1.0
 ) -> Int64[Tensor, " B"]:
     """``finest`` where asked for, elsewhere 0 .. finest - 1, by sample number.
 
@@ -65,19 +72,22 @@ def midpoint_target(multi: DenoiserContext, x: Streams, at: Intervals) -> dict[s
 
 def two_midpoints_target(multi: DenoiserContext, x: Streams, at: Intervals) -> dict[str, Tensor]:
     """The midpoint rule over [m, t], then over [r, m]: a quarter of its error, at twice its calls."""
-    upper_half, lower_half = _halves(at)
+    upper_half, lower_half = _split_intervals(at)
     upper = midpoint_target(multi, x, upper_half)
     lower = midpoint_target(multi, move_streams(x, upper, at.t, at.m), lower_half)
-    return _joined(upper, lower, x, at)
+    return _weighted_mean(upper, lower, x, at)
 
 
-def _halves(at: Intervals) -> tuple[Intervals, Intervals]:
+def _split_intervals(at: Intervals) -> tuple[Intervals, Intervals]:
     """[m, t] and [r, m]. Their middles are those of the levels: of second order wherever in the schedule they lie."""
-    between = [{m: (upper[m] + lower[m]) / 2 for m in at.m} for upper, lower in ((at.t, at.m), (at.m, at.r))]
-    return Intervals(t=at.t, m=between[0], r=at.m), Intervals(t=at.m, m=between[1], r=at.r)
+    upper = {m: (at.t[m] + at.m[m]) / 2 for m in at.m}
+    lower = {m: (at.m[m] + at.r[m]) / 2 for m in at.m}
+    return Intervals(t=at.t, m=upper, r=at.m), Intervals(t=at.m, m=lower, r=at.r)
 
 
-def _joined(upper: Mapping[str, Tensor], lower: Mapping[str, Tensor], x: Streams, at: Intervals) -> dict[str, Tensor]:
+def _weighted_mean(
+    upper: Mapping[str, Tensor], lower: Mapping[str, Tensor], x: Streams, at: Intervals
+) -> dict[str, Tensor]:
     """[(t - m) upper + (m - r) lower] / (t - r): under a time shift the halves differ, a plain mean would be wrong."""
     out: dict[str, Tensor] = {}
     for m, s in x.items():
@@ -95,12 +105,12 @@ def halves_target(context: DenoiserContext, x: Streams, at: Intervals, *, mode: 
     """[(t - m) u(x_t, t, m) + (m - r) u(x_m, m, r)] / (t - r)."""
     upper = context.velocity(x, at.t, at.m if mode == "few" else at.t)
     lower = context.velocity(move_streams(x, upper, at.t, at.m), at.m, at.r if mode == "few" else at.m)
-    return _joined(upper, lower, x, at)
+    return _weighted_mean(upper, lower, x, at)
 
 
 @torch.no_grad()
 def shortcut_target(
-    teacher: DenoiserContext, x: Streams, at: Intervals, is_finest: Tensor, base: BaseRule = "midpoint"
+    teacher: DenoiserContext, x: Streams, at: Intervals, is_finest: Tensor, *, base: BaseRule = "midpoint"
 ) -> dict[str, Tensor]:
     """Targets of mixed rows: the guided ``base`` rule where ``is_finest``, elsewhere two unguided halves."""
     out = {m: torch.empty_like(s.latents, dtype=torch.float32) for m, s in x.items()}

@@ -225,7 +225,7 @@ def test_mel_speech_is_not_shifted():
         decoded = codec.decode(codec.encode(sound))[: len(sound)]
         # Boxes of 40 ms: shorter ones see the single pulses of the voice, whose phases are not kept.
         a, b = (sound_envelope(x.numpy(), RATE, 50) for x in (sound, decoded))
-        assert abs(sync_offset(a, 50, b, 50, 0.1).offset_sec) < 0.0015
+        assert abs(sync_offset(a, 50, b, 50, max_lag=0.1).offset_sec) < 0.0015
 
 
 def test_mel_places_clicks_within_two_milliseconds():

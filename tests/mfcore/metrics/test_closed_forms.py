@@ -34,7 +34,7 @@ def mouth(times: np.ndarray) -> np.ndarray:
 def test_sync_finds_a_planted_lag(lag: float):
     a = mouth(np.arange(0, 10, 1 / 24))
     b = 3 * mouth(np.arange(0, 10, 1 / 100) - lag) + 1
-    found = sync_offset(a, 24, b, 100, 0.5)
+    found = sync_offset(a, 24, b, 100, max_lag=0.5)
     assert abs(found.offset_sec - lag) < 0.002
     assert found.correlation > 0.99
 
@@ -48,30 +48,30 @@ def test_sync_of_pictures_and_sound_with_a_planted_lag():
     at = np.arange(8 * 16000) / 16000
     loud = np.exp(-0.5 * ((at[:, None] - beats - 0.1) / 0.06) ** 2).sum(1)
     sound = loud * np.sin(2 * np.pi * 300 * at)
-    found = sync_offset(motion_energy(frames), 24, sound_envelope(sound, 16000, 100), 100, 0.5)
+    found = sync_offset(motion_energy(frames), 24, sound_envelope(sound, 16000, 100), 100, max_lag=0.5)
     assert abs(found.offset_sec - 0.1) < 0.005
     assert found.correlation > 0.9
 
 
 def test_sync_of_unrelated_envelopes_is_weak():
     a, b = gaussian_filter1d(rng().standard_normal((2, 2000)), 2)
-    assert sync_offset(a, 100, b, 100, 0.5).correlation < 0.3
+    assert sync_offset(a, 100, b, 100, max_lag=0.5).correlation < 0.3
 
 
 def test_sync_is_antisymmetric():
     a, b = mouth(np.arange(0, 6, 0.02)), mouth(np.arange(0, 6, 0.02) - 0.06)
-    forth, back = sync_offset(a, 50, b, 50, 0.3), sync_offset(b, 50, a, 50, 0.3)
+    forth, back = sync_offset(a, 50, b, 50, max_lag=0.3), sync_offset(b, 50, a, 50, max_lag=0.3)
     assert forth.offset_sec == pytest.approx(-back.offset_sec, abs=1e-6)
 
 
 @pytest.mark.parametrize("flat", [np.ones(200), np.zeros(0), np.ones(1)])
 def test_sync_of_a_flat_envelope_says_nothing(flat: np.ndarray):
-    assert sync_offset(flat, 24, rng().standard_normal(200), 24, 0.5) == (0.0, 0.0)
+    assert sync_offset(flat, 24, rng().standard_normal(200), 24, max_lag=0.5) == (0.0, 0.0)
 
 
 def test_sync_refuses_rates_of_zero():
     with pytest.raises(ValueError, match="positive rates"):
-        sync_offset(np.ones(5), 0, np.ones(5), 24, 0.5)
+        sync_offset(np.ones(5), 0, np.ones(5), 24, max_lag=0.5)
 
 
 def test_motion_energy_belongs_to_its_frame():

@@ -85,17 +85,17 @@ def test_the_gradient_of_a_forced_sample_starts_at_the_exit_step():
     """As in a roll-out: the gradient is that of the calls from the stashed state on, with history as data."""
     net, data, info = trio()["student"], four(), at_step(LATE)
     config = replace(CONFIG, rows=("forced",), finest_rows=(True,), rollout_steps=(4,))
-    control = replace(draw_step(config, data.streams, info), exit_step=2)
-    own = write_histories(config, net, data, control, info, "moved").samples
-    assert own is not None and own.stash is not None
-    assert not any(s.latents.requires_grad for s in own.stash.values())
+    draws = replace(draw_step(config, data.streams, info), exit_step=2)
+    own = write_histories(config, net, data, draws=draws, info=info, samples="distilled").samples
+    assert own is not None and own.exit_state is not None
+    assert not any(s.latents.requires_grad for s in own.exit_state.values())
     history = (
         DenoiserContext(model=net, cond=data.cond).prefill().append_history(history_of(data.streams), None).detach()
     )
-    again = own.stash
+    again = own.exit_state
     for j in (2, 3):
-        t, r = (constant_levels(again, {m: line[i] for m, line in control.plan.items()}) for i in (j, j + 1))
-        again = solver_step(history, again, t, r, "few")
+        t, r = (constant_levels(again, {m: line[i] for m, line in draws.plan.items()}) for i in (j, j + 1))
+        again = solver_step(history, again, t, r, mode="few")
     assert_same_gradient(own.streams, again, net)
 
 

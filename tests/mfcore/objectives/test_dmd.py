@@ -25,11 +25,14 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pull(y, real: DenoiserContext, fake: DenoiserContext, tau: float, floor: float = 1e-3) -> dict[str, torch.Tensor]:
+def pull(
+    y, real: DenoiserContext, fake: DenoiserContext, *, tau: float, floor: float = 1e-3
+) -> dict[str, torch.Tensor]:
     """g: the gradient of the student's terms at y, per element."""
     y = {m: s.with_latents(s.latents.detach().requires_grad_()) for m, s in y.items()}
     eps = {m: normal(*s.latents.shape, seed=5) for m, s in y.items()}
-    terms = dmd_terms(y, real, fake, eps, constant_levels(y, dict.fromkeys(y, tau)), weight=1.0, floor=floor)
+    levels = constant_levels(y, dict.fromkeys(y, tau))
+    terms = dmd_terms(y, real=real, fake=fake, eps=eps, tau=levels, weight=1.0, floor=floor)
     loss = torch.stack([t.values.sum() for t in terms.student]).sum()
     grads = torch.autograd.grad(loss, [s.latents for s in y.values()])
     per_chunk = {m: s.latents[0, 0].numel() for m, s in y.items()}
@@ -40,7 +43,7 @@ def pull(y, real: DenoiserContext, fake: DenoiserContext, tau: float, floor: flo
 def test_the_gap_of_two_gaussians_is_the_closed_form(tau):
     y = {AUDIO: stream(normal(32, 3, 4, seed=0))}
     floor = 1e3  # a normaliser that is the same everywhere: g times it is (v_real - v_fake) itself
-    g = pull(y, model(0.2), model(0.9), tau, floor)[AUDIO] * floor * tau
+    g = pull(y, model(0.2), model(0.9), tau=tau, floor=floor)[AUDIO] * floor * tau
     expected = (0.9 - 0.2) * tau**2 / spread(SPREAD**2, tau)
     torch.testing.assert_close(g, torch.full_like(g, expected), atol=1e-4, rtol=0)
 
@@ -48,9 +51,9 @@ def test_the_gap_of_two_gaussians_is_the_closed_form(tau):
 @pytest.mark.parametrize("tau", [0.1, 0.5, 1.0])
 def test_a_sample_moves_from_fake_to_real_and_rests_where_they_agree(tau):
     y = {AUDIO: stream(normal(32, 3, 4, seed=0) * SPREAD + 0.9)}
-    assert bool((pull(y, model(0.2), model(0.9), tau)[AUDIO] > 0).all())  # y - g is nearer to 0.2
-    assert bool((pull(y, model(1.2), model(0.9), tau)[AUDIO] < 0).all())
-    assert float(pull(y, model(0.9), model(0.9), tau)[AUDIO].abs().max()) == 0
+    assert bool((pull(y, model(0.2), model(0.9), tau=tau)[AUDIO] > 0).all())  # y - g is nearer to 0.2
+    assert bool((pull(y, model(1.2), model(0.9), tau=tau)[AUDIO] < 0).all())
+    assert float(pull(y, model(0.9), model(0.9), tau=tau)[AUDIO].abs().max()) == 0
 
 
 def test_guidance_pulls_even_where_fake_is_real():
@@ -58,7 +61,7 @@ def test_guidance_pulls_even_where_fake_is_real():
     guided = DenoiserContext(
         model=GaussianModel(mean=0.9, std=SPREAD, null_mean=0.4, null_std=SPREAD), cond=condition(32), guidance=2.0
     )
-    assert bool((pull(y, guided, model(0.9), 0.5)[AUDIO] < 0).all())  # on, away from the null branch
+    assert bool((pull(y, guided, model(0.9), tau=0.5)[AUDIO] < 0).all())  # on, away from the null branch
 
 
 def test_the_velocity_form_is_the_data_form():
@@ -68,7 +71,7 @@ def test_the_velocity_form_is_the_data_form():
     t = constant_levels(y, {AUDIO: tau})
     x = {AUDIO: y[AUDIO].with_latents(noise_streams(y, {AUDIO: eps}, t)[AUDIO])}
     v_real, v_fake = (model(m).velocity(x, t, t)[AUDIO] for m in (0.2, 0.9))
-    g = normalized_score_difference(v_real, v_fake, velocity(x0, eps), y[AUDIO].chunk, 1e-3)
+    g = normalized_score_difference(v_real, v_fake, velocity(x0, eps), y[AUDIO].chunk, floor=1e-3)
     level = torch.tensor(tau)
     real, fake = (x[AUDIO].latents - level * v for v in (v_real, v_fake))
     in_data = (fake - real) / (real - x0).abs().mean(dim=2, keepdim=True)
@@ -79,7 +82,7 @@ def test_a_louder_sound_does_not_change_the_pull_on_the_picture():
     def both(loudness: float) -> dict[str, torch.Tensor]:
         scale = {AUDIO: loudness}
         y = {VIDEO: stream(normal(32, 3, 2, 4, 4, seed=0)), AUDIO: stream(loudness * normal(32, 3, 4, seed=1))}
-        return pull(y, model(0.2, scale=scale), model(0.9, scale=scale), 0.5)
+        return pull(y, model(0.2, scale=scale), model(0.9, scale=scale), tau=0.5)
 
     quiet, loud = both(1.0), both(10.0)
     assert torch.equal(quiet[VIDEO], loud[VIDEO])
@@ -90,15 +93,18 @@ def test_normalisation_is_per_sample_chunk_and_modality():
     chunk = torch.tensor([3, 3, 4])
     v_real, v_fake, v_sample = torch.ones(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
     v_real[1], v_real[0, 2] = 8.0, 4.0
-    torch.testing.assert_close(normalized_score_difference(v_real, v_fake, v_sample, chunk, 1e-3), torch.ones(2, 3, 4))
-    assert float(normalized_score_difference(v_real, v_fake, v_real, chunk, 0.5)[0, 0, 0]) == 2.0  # the floor
+    g = normalized_score_difference(v_real, v_fake, v_sample, chunk, floor=1e-3)
+    torch.testing.assert_close(g, torch.ones(2, 3, 4))
+    g = normalized_score_difference(v_real, v_fake, v_real, chunk, floor=0.5)
+    assert float(g[0, 0, 0]) == 2.0
 
 
 def test_each_gradient_stays_with_its_owner():
     y_mean, fake_mean, real_mean = (torch.tensor(m, requires_grad=True) for m in (0.5, 0.9, 0.2))
     y = {AUDIO: stream(normal(32, 3, 4, seed=0) + y_mean)}
     eps = {AUDIO: normal(32, 3, 4, seed=1)}
-    terms = dmd_terms(y, model(real_mean), model(fake_mean), eps, constant_levels(y, {AUDIO: 0.5}), weight=0.25)
+    tau = constant_levels(y, {AUDIO: 0.5})
+    terms = dmd_terms(y, real=model(real_mean), fake=model(fake_mean), eps=eps, tau=tau, weight=0.25)
     owners = [y_mean, fake_mean, real_mean]
     student, fake = (
         torch.autograd.grad(total_loss(part), owners, allow_unused=True) for part in (terms.student, terms.fake)
@@ -125,7 +131,8 @@ def test_a_slow_fake_score_makes_the_student_overshoot(ratio, overshoot, toleran
     eps, lowest = {AUDIO: noise.roll(1, 0)}, 0.0
     for _ in range(400):
         y = {AUDIO: stream(student + SPREAD * noise)}
-        terms = dmd_terms(y, model(0.0), model(fake), eps, constant_levels(y, {AUDIO: 1.0}), weight=1.0, floor=floor)
+        tau = constant_levels(y, {AUDIO: 1.0})
+        terms = dmd_terms(y, real=model(0.0), fake=model(fake), eps=eps, tau=tau, weight=1.0, floor=floor)
         (pull_student,) = torch.autograd.grad(total_loss(terms.student), student)
         (pull_fake,) = torch.autograd.grad(total_loss(terms.fake), fake)
         with torch.no_grad():
@@ -139,7 +146,7 @@ def test_a_slow_fake_score_makes_the_student_overshoot(ratio, overshoot, toleran
 def test_a_sample_has_the_gradient_of_its_last_steps_on_a_history_that_is_data(exit_step):
     """As if these steps were run once more, all chunks at once, from the states at the exit level."""
     net, data = network(), batch(chunks=4)
-    starts = list(noise_starts(TIMELINE, SHAPES, range(4), 0, data.samples, data.cond.caption))
+    starts = list(noise_starts(TIMELINE, SHAPES, range(4), seed=0, samples=data.samples, like=data.cond.caption))
     chunks = list(rollout(DenoiserContext(model=net, cond=data.cond), starts, PLAN, exit_step=exit_step))
     made, stash = join_chunks(c.clean for c in chunks), join_chunks(c.exit_state for c in chunks)
     assert not any(s.latents.requires_grad for s in stash.values())
@@ -147,19 +154,19 @@ def test_a_sample_has_the_gradient_of_its_last_steps_on_a_history_that_is_data(e
     again, context = stash, DenoiserContext(model=net, cond=data.cond).append_history(history, None).detach()
     for j in range(exit_step, 4):
         t, r = (constant_levels(again, {m: line[i] for m, line in PLAN.items()}) for i in (j, j + 1))
-        again = solver_step(context, again, t, r, "few")
+        again = solver_step(context, again, t, r, mode="few")
     assert_same_gradient(made, again, net)
 
 
 def test_the_gradient_of_a_jump_is_that_of_its_one_call():
     """From a roll-out's stash; what led to it gets none."""
     net, data = network(), batch(chunks=4)
-    starts = list(noise_starts(TIMELINE, SHAPES, range(4), 0, data.samples, data.cond.caption))
+    starts = list(noise_starts(TIMELINE, SHAPES, range(4), seed=0, samples=data.samples, like=data.cond.caption))
     chunks = list(rollout(DenoiserContext(model=net, cond=data.cond), starts, PLAN, exit_step=1))
     stash, history = join_chunks(c.exit_state for c in chunks), join_chunks(c.clean for c in chunks)
     context = DenoiserContext(model=net, cond=data.cond).append_history(history, None).detach()
     t, r = (constant_levels(stash, {m: line[i] for m, line in PLAN.items()}) for i in (1, -1))
-    again = solver_step(context, {m: s.with_latents(s.latents.detach()) for m, s in stash.items()}, t, r, "few")
+    again = solver_step(context, {m: s.with_latents(s.latents.detach()) for m, s in stash.items()}, t, r, mode="few")
     assert_same_gradient(denoise_in_one_step(context, stash, PLAN, 1), again, net)
 
 
@@ -167,9 +174,9 @@ def test_a_jump_is_one_call_and_a_flow_map_lands_in_the_same_place():
     calls: list[float] = []
     inner = GaussianModel(mean=0.3, std=SPREAD)
 
-    def counting(x, t, r, cond, memory=None, *, store=False, trust=None):
+    def counting(x, t, r, cond, *, cache=None, store=False, trust=None):
         calls.append(float(r[AUDIO][0, 0]))
-        return inner(x, t, r, cond, memory, store=store, trust=trust)
+        return inner(x, t, r, cond, cache=cache, store=store, trust=trust)
 
     stash = {AUDIO: stream(normal(2, 1, 3, seed=0))}
     landed = denoise_in_one_step(DenoiserContext(model=counting, cond=condition(2)), stash, PLAN, 1)
@@ -177,5 +184,5 @@ def test_a_jump_is_one_call_and_a_flow_map_lands_in_the_same_place():
     x = stash
     for j in (1, 2, 3):
         t, r = (constant_levels(x, {AUDIO: PLAN[AUDIO][i]}) for i in (j, j + 1))
-        x = solver_step(DenoiserContext(model=inner, cond=condition(2)), x, t, r, "few")
+        x = solver_step(DenoiserContext(model=inner, cond=condition(2)), x, t, r, mode="few")
     torch.testing.assert_close(landed[AUDIO].latents, x[AUDIO].latents, atol=1e-5, rtol=0)

@@ -54,8 +54,8 @@ def test_history_is_real_coupled_or_free_by_sample_number():
 def test_coupled_history_stays_with_the_clip_and_free_history_does_not():
     """A model that moves nothing keeps (1 - s) of the clip where it finishes from s, and noise where it rolls out."""
 
-    def still(x, t, r, cond, memory=None, *, store=False, trust=None):
-        return {m: torch.zeros_like(stream.latents) for m, stream in x.items()}, memory or Nothing()
+    def still(x, t, r, cond, *, cache=None, store=False, trust=None):
+        return {m: torch.zeros_like(stream.latents) for m, stream in x.items()}, cache or Nothing()
 
     watched, data = Watched(still), four()
     run(replace(CONFIG, strengths=(2,)), {"student": still, "ema": watched, "fake": still}, data)

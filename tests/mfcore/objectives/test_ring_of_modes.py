@@ -52,7 +52,7 @@ class Exact:
     """The multi-step mode as it should be."""
 
     def __call__(
-        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, memory=None, *, store=False, trust=None
+        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, *, cache=None, store=False, trust=None
     ):
         if not x:
             return {}, Nothing()
@@ -72,7 +72,7 @@ class Plane(nn.Module):
         nn.init.zeros_(self.few[-1].bias)
 
     def forward(
-        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, memory=None, *, store=False, trust=None
+        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, *, cache=None, store=False, trust=None
     ):
         if not x:
             return {}, Nothing()
@@ -92,7 +92,7 @@ class Fake(Plane):
     """A score of its own: everything is learned, starting from the exact one."""
 
     def forward(
-        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, memory=None, *, store=False, trust=None
+        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, *, cache=None, store=False, trust=None
     ):
         if not x:
             return {}, Nothing()

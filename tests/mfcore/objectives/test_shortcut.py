@@ -116,7 +116,7 @@ def test_intervals_are_dyadic_in_the_index_and_go_through_the_shift():
 
 def test_every_coarse_depth_is_drawn_equally_and_the_finest_only_where_asked():
     finest = torch.arange(4000) % 4 == 0
-    depth = draw_depth(5, finest, 0, "depth", torch.arange(4000))
+    depth = draw_depth(5, finest, seed=0, name="depth", samples=torch.arange(4000))
     assert bool((depth[finest] == 5).all())
     share = torch.bincount(depth[~finest]) / 3000
     assert share.tolist() == pytest.approx([0.2] * 5, abs=0.04)
@@ -124,7 +124,7 @@ def test_every_coarse_depth_is_drawn_equally_and_the_finest_only_where_asked():
 
 def test_coarse_depths_near_the_finest_can_be_drawn_more_often():
     finest = torch.arange(4000) % 4 == 0
-    depth = draw_depth(4, finest, 0, "depth", torch.arange(4000), power=0.5)
+    depth = draw_depth(4, finest, seed=0, name="depth", samples=torch.arange(4000), power=0.5)
     assert bool((depth[finest] == 4).all())
     share = torch.bincount(depth[~finest]) / 3000
     torch.testing.assert_close(share, torch.tensor([1.0, 3.0, 5.0, 7.0]) / 16, atol=0.03, rtol=0)
