@@ -38,7 +38,7 @@ def after_two_chunks(recompute: bool = False) -> tuple[DenoiserContext, dict]:
     net, data = network(seed=3), batch(2, 3, seed=4)
     net.recompute = recompute
     first = {m: s.chunks(0, 2) for m, s in data.streams.items()}
-    start = next(noise_starts(TIMELINE, SHAPES, range(2, 3), 0, torch.arange(2), data.cond.caption))
+    start = next(noise_starts(TIMELINE, SHAPES, range(2, 3), seed=0, samples=torch.arange(2), like=data.cond.caption))
     return DenoiserContext(model=net, cond=data.cond).append_history(first, torch.tensor([0.0, 1.0])), start
 
 
@@ -47,20 +47,20 @@ def test_steps_that_share_a_scene_are_those_that_do_not(recompute):
     context, start = after_two_chunks(recompute)
     apart = context.detach()
     data = apart.shared_passes()
-    assert data.memory.passes.entries == {} and apart.memory.passes is None
+    assert data.cache.passes.entries == {} and apart.cache.passes is None
 
     def made(after: DenoiserContext) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         now = start
         for j in range(4):
             t, r = (constant_levels(now, {m: line[i] for m, line in PLAN.items()}) for i in (j, j + 1))
             with torch.set_grad_enabled(j >= EXIT):
-                now = solver_step(after, now, t, r, "few")
+                now = solver_step(after, now, t, r, mode="few")
         out = [s.latents for s in now.values()]
         weights = list(context.model.parameters())
         return out, torch.autograd.grad(sum(x.square().sum() for x in out), weights, allow_unused=True)
 
     (ours, mine), (theirs, other) = made(data), made(apart)
-    assert data.memory.passes.entries.keys() == {False, True} and apart.memory.passes is None
+    assert data.cache.passes.entries.keys() == {False, True} and apart.cache.passes is None
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert [g is None for g in mine] == [g is None for g in other] and sum(g is not None for g in mine) > 50
     for a, b in zip(mine, other, strict=True):  # of what is shared gradients are added up in another order
@@ -100,7 +100,7 @@ def test_the_four_calls_of_a_base_rule_read_the_text_once(asked):
     whole = torch.tensor([[0], [0]])
     at = dyadic_intervals(torch.tensor([2, 2]), whole * 0.6, {VIDEO: 1.0, AUDIO: 1.0})
     asked.clear()
-    shortcut_target(teacher, start, at, torch.tensor([True, True]), "two_midpoints")
+    shortcut_target(teacher, start, at, torch.tensor([True, True]), base="two_midpoints")
     assert asked == [False] * 2 * 2 * context.model.config.layers
 
 
@@ -110,8 +110,8 @@ def test_held_memory_goes_with_those_who_hold_it():
     held = context.detach().shared_passes()
     t = constant_levels(start, {VIDEO: 0.5, AUDIO: 0.5})
     u = held.velocity(start, t, t)
-    assert held.memory.passes.entries
-    gone, kept = weakref.ref(held.memory.past[0].k), weakref.ref(held.memory.passes.entries[True][0])
+    assert held.cache.passes.entries
+    gone, kept = weakref.ref(held.cache.past[0].k), weakref.ref(held.cache.passes.entries[True][0])
     gc.disable()
     try:
         del u, held
@@ -124,19 +124,19 @@ def test_layers_that_are_run_again_do_not_keep_what_steps_without_gradient_share
     """Else every chunk of a roll-out would hold its text until the backward pass."""
     context, start = after_two_chunks(recompute=True)
     scenes: list[weakref.ref] = []
-    scene_of = context.model._scene
+    scene_of = context.model._build_pass
 
     def watched(*args, **kwargs):
         made = scene_of(*args, **kwargs)
         scenes.append(weakref.ref(made))
         return made
 
-    context.model._scene = watched
+    context.model._build_pass = watched
     gc.disable()
     try:
         made, _ = denoise(context, start, PLAN, exit_step=EXIT)
         without, with_gradient = (scene() for scene in scenes)
-        assert without is None and with_gradient is not None and with_gradient.heard is None
+        assert without is None and with_gradient is not None and with_gradient.text_keys is None
         assert all(s.latents.requires_grad for s in made.values())
     finally:
         gc.enable()
@@ -144,11 +144,11 @@ def test_layers_that_are_run_again_do_not_keep_what_steps_without_gradient_share
 
 def test_memory_that_is_made_of_held_memory_is_not():
     context, start = after_two_chunks()
-    memory = context.detach().shared_passes().memory
+    memory = context.detach().shared_passes().cache
     assert isinstance(memory, LayeredKVCache) and memory.passes.entries == {}
     t = constant_levels(start, {VIDEO: 0.5, AUDIO: 0.5})
     with torch.no_grad():
-        context.model(start, t, t, context.cond, memory)
+        context.model(start, t, t, context.cond, cache=memory)
         assert memory.passes.entries.keys() == {False}
         rows = torch.tensor([1, 0])
         for other in (
