@@ -44,23 +44,24 @@ def bench_preprocess(
     """Medians over the rounds; the keys that ``--json`` promises and more. ValueError when there is no media."""
     paths = [local_path(source.uri) for source in find_sources([folder])]
     config = replace(config, workers=workers, sources_per_unit=1, keep_duplicates=True)
-    ways: dict[str, Callable[[], Measurement]] = {
-        "limit": lambda: _limit(paths, config),
-        "ours": lambda: _ours(folder, config),
+    variants: dict[str, Callable[[], Measurement]] = {
+        "limit": lambda: _measure_ffmpeg(paths, config),
+        "ours": lambda: _measure_pipeline(folder, config),
     }
     if with_plain:
-        whole = [path for path in paths if _has_both(path)]  # the others stop such a pipeline
-        ways["plain"] = lambda: _plain(whole, config)
-    turns: dict[str, list[Measurement]] = {name: [] for name in ways}
+        readable = [path for path in paths if _has_audio_and_video(path)]  # the others stop such a pipeline
+        variants["plain"] = lambda: _measure_ray_data(readable, config)
+    measured: dict[str, list[Measurement]] = {name: [] for name in variants}
     with ray_session(workers):
-        _ours(folder, replace(config, window_seconds=config.chunk_seconds, min_chunks=1))  # starts workers, warms files
+        warm_up = replace(config, window_seconds=config.chunk_seconds, min_chunks=1)
+        _measure_pipeline(folder, warm_up)  # starts the workers and fills the page cache
         for _ in range(rounds):
-            for name, way in ways.items():
-                turns[name].append(way())
-    return _summary(turns, workers, rounds)
+            for name, measure in variants.items():
+                measured[name].append(measure())
+    return _summary(measured, workers, rounds)
 
 
-def _has_both(path: str) -> bool:
+def _has_audio_and_video(path: str) -> bool:
     try:
         found = probe(path)
     except MediaError:
@@ -68,24 +69,24 @@ def _has_both(path: str) -> bool:
     return found.video is not None and found.audio is not None
 
 
-def _limit(paths: Sequence[str], config: PreprocessConfig) -> Measurement:
+def _measure_ffmpeg(paths: Sequence[str], config: PreprocessConfig) -> Measurement:
     height, width = config.sizes[0]
 
-    def one(path: str) -> None:
+    def decode(path: str) -> None:
         command = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1", "-i", file_url(path)]
         subprocess.run(
             [*command, "-vf", f"scale={width}:{height}", "-f", "null", "-"], check=False, capture_output=True
         )
 
-    def all_of_them() -> dict[str, Any]:
+    def decode_all() -> dict[str, Any]:
         with ThreadPoolExecutor(config.workers) as pool:
-            list(pool.map(one, paths))
+            list(pool.map(decode, paths))
         return {}
 
-    return _timed(all_of_them, {})
+    return _timed(decode_all, {})
 
 
-def _ours(folder: str, config: PreprocessConfig) -> Measurement:
+def _measure_pipeline(folder: str, config: PreprocessConfig) -> Measurement:
     spent: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="mfctl-bench-") as out:
         return _timed(
@@ -93,31 +94,31 @@ def _ours(folder: str, config: PreprocessConfig) -> Measurement:
         )
 
 
-def _plain(paths: Sequence[str], config: PreprocessConfig) -> Measurement:
+def _measure_ray_data(paths: Sequence[str], config: PreprocessConfig) -> Measurement:
     with tempfile.TemporaryDirectory(prefix="mfctl-bench-") as out:
         return _timed(lambda: {"rows": baseline_pipeline(paths, f"{out}/rows", config)}, {})
 
 
 def _timed(work: Callable[[], Mapping[str, Any]], spent: Mapping[str, float]) -> Measurement:
-    with ProcessTreeMonitor() as watch:
-        began = time.perf_counter()
+    with ProcessTreeMonitor() as monitor:
+        started = time.perf_counter()
         counts = work()
-        took = time.perf_counter() - began
+        wall_s = time.perf_counter() - started
     return Measurement(
-        wall_s=took, cpu_s=watch.cpu_s, counts=counts, spent=spent, peak_rss_bytes=max(watch.rss, default=0)
+        wall_s=wall_s, cpu_s=monitor.cpu_s, counts=counts, spent=spent, peak_rss_bytes=max(monitor.rss, default=0)
     )
 
 
-def _summary(turns: Mapping[str, Sequence[Measurement]], workers: int, rounds: int) -> dict[str, Any]:
-    ours = turns["ours"]
-    wall = median(turn.wall_s for turn in ours)
-    spent = {name: sum(turn.spent.get(name, 0.0) for turn in ours) for name in ours[0].spent}
+def _summary(measured: Mapping[str, Sequence[Measurement]], workers: int, rounds: int) -> dict[str, Any]:
+    ours = measured["ours"]
+    wall = median(each.wall_s for each in ours)
+    spent = {name: sum(each.spent.get(name, 0.0) for each in ours) for name in ours[0].spent}
     seconds = ours[-1].counts["hours"] * 3600
 
-    def ratios(other: str, what: str) -> list[float]:
+    def ratios(other: str, metric: str) -> list[float]:
         """How many times as long the other way takes as ours, round by round."""
-        pairs = zip(turns.get(other, ()), ours, strict=False)
-        return [getattr(theirs, what) / getattr(own, what) for theirs, own in pairs]
+        pairs = zip(measured.get(other, ()), ours, strict=False)
+        return [getattr(theirs, metric) / getattr(own, metric) for theirs, own in pairs]
 
     limit, plain = ratios("limit", "wall_s"), ratios("plain", "wall_s")
     return {
@@ -132,9 +133,9 @@ def _summary(turns: Mapping[str, Sequence[Measurement]], workers: int, rounds: i
         "ratio_to_plain_ray_data": median(plain) if plain else None,
         "ratio_to_plain_ray_data_cpu": median(ratios("plain", "cpu_s")) if plain else None,
         "bar": MIN_SPEED_RATIO,
-        "wall_s": {name: median(turn.wall_s for turn in own) for name, own in turns.items()},
-        "cpu_s": {name: median(turn.cpu_s for turn in own) for name, own in turns.items()},
-        "peak_rss_bytes": max(turn.peak_rss_bytes for turn in ours),
+        "wall_s": {name: median(each.wall_s for each in own) for name, own in measured.items()},
+        "cpu_s": {name: median(each.cpu_s for each in own) for name, own in measured.items()},
+        "peak_rss_bytes": max(each.peak_rss_bytes for each in ours),
         "share_by_step": {name: value / sum(spent.values()) for name, value in spent.items()},
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from preprocessing.config import PreprocessConfig
 from workflows.bench.process_monitor import ProcessTreeMonitor
@@ -16,6 +16,15 @@ from workflows.utils.ray_runtime import ray_session
 MAX_GROWTH = 1.10  # memory for many clips over memory for few
 
 
+class MemoryBenchRow(TypedDict):
+    """Memory of one dataset build."""
+
+    sources: int
+    accepted: int
+    rss_bytes: int
+    object_store_bytes: int
+
+
 def bench_memory(*, few: int, many: int, workers: int) -> dict[str, Any]:
     """Memory for ``few`` and for ``many`` clips of one second, with the same workers."""
     rows = {clips: _measure(clips, workers) for clips in (few, many)}
@@ -23,9 +32,7 @@ def bench_memory(*, few: int, many: int, workers: int) -> dict[str, Any]:
     return {"workers": workers, "clips": {str(k): v for k, v in rows.items()}, "memory_ratio": ratio, "bar": MAX_GROWTH}
 
 
-def _measure(clips: int, workers: int) -> Mapping[str, Any]:
-    from workflows.bench.preprocess_memory import write_test_videos
-
+def _measure(clips: int, workers: int) -> MemoryBenchRow:
     config = PreprocessConfig(window_seconds=Fraction(1), sources_per_unit=1, workers=workers, keep_duplicates=True)
     with tempfile.TemporaryDirectory(prefix="mfctl-bench-") as folder, ray_session(workers):
         media = Path(folder, "media")
@@ -33,10 +40,10 @@ def _measure(clips: int, workers: int) -> Mapping[str, Any]:
         sources = write_test_videos(media, clips)
         warm = replace(config, min_chunks=1, window_seconds=Fraction(1, 2))
         build_dataset([str(media / "000000.mp4")], f"{folder}/warm", warm, progress=lambda *_: None)
-        with ProcessTreeMonitor() as watch:
+        with ProcessTreeMonitor() as monitor:
             counts = build_dataset([str(media)], f"{folder}/set", config, progress=lambda *_: None)
-    own, store = watch.peak_level()
-    return {"sources": sources, "accepted": counts["accepted"], "rss_bytes": own, "object_store_bytes": store}
+    rss, store = monitor.peak_level()
+    return {"sources": sources, "accepted": counts["accepted"], "rss_bytes": rss, "object_store_bytes": store}
 
 
 def format_table(result: Mapping[str, Any]) -> str:

@@ -2,14 +2,24 @@ import os
 import threading
 from collections import defaultdict
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import psutil
 
-INTERVAL_S = 0.5  # seconds between two looks
+INTERVAL_S = 0.5  # between two samples
 TICKS = os.sysconf("SC_CLK_TCK")  # per second, of the kernel's accounts
-WARM_UP = 0.2  # share of the looks that is left out
+WARM_UP = 0.2  # share of the first samples that is left out
+
+
+class _CpuAccount(NamedTuple):
+    own: int  # kernel ticks
+    children: int  # kernel ticks of ended children that the process waited for
+    parent: int  # PID
+
+    @property
+    def total(self) -> int:
+        return self.own + self.children
 
 
 class ProcessTreeCpuClock:
@@ -21,31 +31,34 @@ class ProcessTreeCpuClock:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[int, float], tuple[int, int, int]] = {}  # own, of ended children, parent
-        self._lost: dict[int, int] = defaultdict(int)  # by parent, of ended ones that are in no account yet
+        self._accounts: dict[tuple[int, float], _CpuAccount] = {}  # by PID and start time
+        self._unreaped: dict[int, int] = defaultdict(int)  # by parent: ticks of ended processes in no account yet
 
     def read(self) -> float:
         """Look now: what a process used between the last look and its end may be missed."""
-        now: dict[tuple[int, float], tuple[int, int, int]] = {}
+        now: dict[tuple[int, float], _CpuAccount] = {}
         me = psutil.Process()
         for process in [me, *me.children(recursive=True)]:
             try:
                 with process.oneshot():
-                    t: Any = process.cpu_times()
-                    key = (process.pid, process.create_time())
-                    own, below = t.user + t.system, t.children_user + t.children_system
-                    now[key] = (round(own * TICKS), round(below * TICKS), process.ppid())
+                    times: Any = process.cpu_times()
+                    own = round((times.user + times.system) * TICKS)
+                    children = round((times.children_user + times.children_system) * TICKS)
+                    account = _CpuAccount(own=own, children=children, parent=process.ppid())
+                    now[process.pid, process.create_time()] = account
             except psutil.Error:
                 continue
-        ended: dict[int, int] = defaultdict(int)  # by parent
-        for key, (own, below, parent) in self._seen.items():
-            ended[parent] += 0 if key in now else own + below
-        for key, (_, below, _) in now.items():
-            ended[key[0]] -= below - self._seen.get(key, (0, 0, 0))[1]
+        ended: dict[int, int] = defaultdict(int)  # ticks by parent
+        for process_id, account in self._accounts.items():
+            if process_id not in now:
+                ended[account.parent] += account.total
+        for process_id, account in now.items():
+            before = self._accounts.get(process_id)
+            ended[process_id[0]] -= account.children - (before.children if before else 0)
         for parent, ticks in ended.items():
-            self._lost[parent] = max(0, self._lost[parent] + ticks)
-        self._seen = now
-        return (sum(self._lost.values()) + sum(own + below for own, below, _ in now.values())) / TICKS
+            self._unreaped[parent] = max(0, self._unreaped[parent] + ticks)
+        self._accounts = now
+        return (sum(self._unreaped.values()) + sum(account.total for account in now.values())) / TICKS
 
 
 class ProcessTreeMonitor:
@@ -53,23 +66,23 @@ class ProcessTreeMonitor:
 
     def __init__(self) -> None:
         self.cpu_s = 0.0  # used inside the block, known behind it
-        self._clock = ProcessTreeCpuClock()
+        self._cpu_clock = ProcessTreeCpuClock()
         self.rss: list[int] = []  # bytes, shared pages (the object store) left out
         self.store: list[int] = []  # bytes of shared pages of the process that has most: the object store's
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="memory", daemon=True)
+        self._thread = threading.Thread(target=self._sample, name="memory", daemon=True)
 
     def __enter__(self) -> Self:
-        self._began = self._clock.read()
+        self._start_s = self._cpu_clock.read()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        self.cpu_s = self._clock.read() - self._began
+        self.cpu_s = self._cpu_clock.read() - self._start_s
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         me = psutil.Process()
         while True:
             own, shared = 0, 0
@@ -80,7 +93,7 @@ class ProcessTreeMonitor:
                     continue
                 own += memory.rss - memory.shared
                 shared = max(shared, memory.shared)
-            self._clock.read()
+            self._cpu_clock.read()
             self.rss.append(own)
             self.store.append(shared)
             if self._stop.wait(INTERVAL_S):

@@ -24,8 +24,8 @@ def baseline_pipeline(paths: Sequence[str], out: str, config: PreprocessConfig) 
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     data = ray.data.read_binary_files(list(paths), override_num_blocks=len(paths))
-    made = data.flat_map(partial(_clips, config=config), num_cpus=1, concurrency=config.workers)
-    made.write_parquet(out)
+    clips = data.flat_map(partial(_clips, config=config), num_cpus=1, concurrency=config.workers)
+    clips.write_parquet(out)
     return sum(_rows(path) for path in Path(out).iterdir())
 
 
@@ -42,22 +42,22 @@ def _clips(row: dict[str, Any], config: PreprocessConfig) -> Iterator[dict[str, 
     with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
         file.write(row["bytes"])
         file.flush()
-        frames, sound = _decode(file.name, config)
+        frames, waveform = _decode(file.name, config)
     for first in range(0, len(frames) - plan.frames[-1] + 1, plan.step):
-        heard = sound[round(first * config.sample_rate / config.fps) :][: plan.samples[-1]]
+        samples = waveform[round(first * config.sample_rate / config.fps) :][: plan.samples[-1]]
         latents = {
             VIDEO: encoders.codecs[VIDEO].encode(torch.from_numpy(frames[first : first + plan.frames[-1]])),
-            AUDIO: encoders.codecs[AUDIO].encode(torch.from_numpy(heard)),
+            AUDIO: encoders.codecs[AUDIO].encode(torch.from_numpy(samples)),
         }
         yield {name: x.numpy().tobytes() for name, x in latents.items()} | {"first": first}
 
 
 def _decode(path: str, config: PreprocessConfig) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    (height, width), start = config.sizes[0], ["ffmpeg", "-v", "error", "-nostdin", "-threads", "1", "-i", path]
-    picture = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-vf", f"fps={config.fps},scale={width}:{height}", "-"]
-    heard = ["-f", "f32le", "-ac", "1", "-ar", str(config.sample_rate), "-vn", "-"]
-    frames, sound = (
-        subprocess.run([*start, *part], capture_output=True, check=True).stdout for part in (picture, heard)
-    )
+    height, width = config.sizes[0]
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-threads", "1", "-i", path]
+    video = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-vf", f"fps={config.fps},scale={width}:{height}", "-"]
+    audio = ["-f", "f32le", "-ac", "1", "-ar", str(config.sample_rate), "-vn", "-"]
+    frames = subprocess.run([*command, *video], capture_output=True, check=True).stdout
+    waveform = subprocess.run([*command, *audio], capture_output=True, check=True).stdout
     shape = (-1, height, width, 3)
-    return np.frombuffer(bytearray(frames), np.uint8).reshape(shape), np.frombuffer(bytearray(sound), np.float32)
+    return np.frombuffer(bytearray(frames), np.uint8).reshape(shape), np.frombuffer(bytearray(waveform), np.float32)

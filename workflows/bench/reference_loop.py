@@ -47,34 +47,40 @@ class ReferenceLoop:
         nets: Mapping[str, nn.Module],
         ema: Ema,
         teacher: nn.Module | None = None,
-        critic: FakeScoreUpdates | None = None,
+        fake_score_updates: FakeScoreUpdates | None = None,
     ) -> None:
-        self._config, self._objective, self._critic = config, objective, critic
-        self._nets, self._ema = nets, ema
+        self._config = config
+        self._objective = objective
+        self._fake_score_updates = fake_score_updates
+        self._nets = nets
+        self._ema = ema
         configure_networks([*nets.values(), teacher or ema.module], config.engine)
         self._models = {"ema": teacher or ema.module, **nets}
-        self._optims: dict[str, OptimConfig] = {name: _optim(config, name) for name in nets}
+        self._optims: dict[str, OptimConfig] = {name: _optim_config(config, name) for name in nets}
         self._optimizers = {name: build_adamw(net, self._optims[name]) for name, net in nets.items()}
 
     def run(self, batches: Iterable[list[AVBatch]], first: int, steps: int) -> list[LossTerm]:
         """Train on ``batches`` from step ``first`` of a stage of ``steps``; the terms of the last step."""
         seen: list[LossTerm] = []
         for step, micros in enumerate(batches, first):
-            for again in range(self._critic.updates if self._critic else 0):
-                assert self._critic is not None
-                self._backward(micros, self._open(self._critic.objective, micros, step, 1 + again), only="fake")
-                self._update("fake", step, steps)
-            rounds = self._open(self._objective, micros, step, 0)
+            if self._fake_score_updates:
+                self._update_fake_score(self._fake_score_updates, micros, step, steps)
+            rounds = self._start_rounds(self._objective, micros, step, 0)
             seen = more = self._backward(micros, rounds)
             while more:  # the fake score moves with every round
                 for name in self._nets.keys() - {"student"}:
                     self._update(name, step, steps)
                 more = self._backward(micros, rounds)
             self._update("student", step, steps)
-            self._average(step)
+            self._update_ema(step)
         return seen
 
-    def _open(self, objective: Objective, micros: Sequence[AVBatch], step: int, draw: int) -> list[Rounds]:
+    def _update_fake_score(self, extra: FakeScoreUpdates, micros: Sequence[AVBatch], step: int, steps: int) -> None:
+        for draw in range(1, extra.updates + 1):
+            self._backward(micros, self._start_rounds(extra.objective, micros, step, draw), only="fake")
+            self._update("fake", step, steps)
+
+    def _start_rounds(self, objective: Objective, micros: Sequence[AVBatch], step: int, draw: int) -> list[Rounds]:
         info = StepInfo(seed=self._config.seed + draw, step=step, stage_step=step)
         return [objective.rounds(self._models, micro, info) for micro in micros]
 
@@ -82,9 +88,9 @@ class ReferenceLoop:
         """The next round's gradients and terms; none at the end."""
         seen: list[LossTerm] = []
         rows, dtype = sum(len(micro.samples) for micro in micros), self._config.engine.autocast
-        for micro, mine in zip(micros, rounds, strict=True):
+        for micro, micro_rounds in zip(micros, rounds, strict=True):
             with torch.autocast(distributed.local_device().type, dtype, enabled=dtype is not None):
-                terms = next(mine, dict[str, list[LossTerm]]())
+                terms = next(micro_rounds, dict[str, list[LossTerm]]())
             for name, own in terms.items():
                 if only in (None, name):
                     (total_loss(own) * (len(micro.samples) / rows)).backward()
@@ -92,7 +98,9 @@ class ReferenceLoop:
         return seen
 
     def _update(self, name: str, step: int, steps: int) -> None:
-        net, optimizer, config = self._nets[name], self._optimizers[name], self._optims[name]
+        net = self._nets[name]
+        optimizer = self._optimizers[name]
+        config = self._optims[name]
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
         if distributed.get_world_size() > 1:
             all_reduce_mean(gradients)
@@ -103,13 +111,14 @@ class ReferenceLoop:
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def _average(self, step: int) -> None:
-        keep = ema_decay(self._ema.config, step)
-        for mine, theirs in zip(self._ema.module.parameters(), self._nets["student"].parameters(), strict=True):
-            mine.lerp_(theirs, 1 - keep)
+    def _update_ema(self, step: int) -> None:
+        decay = ema_decay(self._ema.config, step)
+        student = self._nets["student"].parameters()
+        for average, weight in zip(self._ema.module.parameters(), student, strict=True):
+            average.lerp_(weight, 1 - decay)
 
 
-def _optim(config: RunConfig, name: str) -> OptimConfig:
+def _optim_config(config: RunConfig, name: str) -> OptimConfig:
     return config.fake_optim if name == "fake" and config.fake_optim else config.optim
 
 
@@ -157,5 +166,7 @@ def dmd_loop(config: RunConfig, updates: int) -> ReferenceLoop:
         nets={"student": student, "fake": copy.deepcopy(student)},
         ema=Ema(student, config.ema),
         teacher=copy.deepcopy(student).requires_grad_(False),
-        critic=FakeScoreUpdates(objective=MutualForcingObjective(replace(dmd, dmd_from=NEVER)), updates=updates - 1),
+        fake_score_updates=FakeScoreUpdates(
+            objective=MutualForcingObjective(replace(dmd, dmd_from=NEVER)), updates=updates - 1
+        ),
     )

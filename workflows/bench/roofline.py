@@ -28,12 +28,15 @@ def count_flops(work: Callable[[], object]) -> int:
     Of a dense mask only the entries that it allows are counted, whatever a kernel multiplies besides; an attention
     that will be differentiated counts three times, as products do.
     """
-    with FlopCounterMode(display=False, custom_mapping=_no_attention()) as counter, _Attention() as attention:
+    with (
+        FlopCounterMode(display=False, custom_mapping=_ignore_attention_kernels()) as counter,
+        _AttentionFlopCounter() as attention,
+    ):
         work()
     return counter.get_total_flops() + attention.flops
 
 
-class _Attention(TorchFunctionMode):
+class _AttentionFlopCounter(TorchFunctionMode):
     """Counts useful entries of all attention inside."""
 
     def __init__(self) -> None:
@@ -49,18 +52,18 @@ class _Attention(TorchFunctionMode):
             mask = kwargs.get("attn_mask")
             useful = batch * queries * key.shape[2]
             if mask is not None:
-                seen = mask if mask.dtype == torch.bool else mask.isfinite()
-                useful = int(seen.expand(batch, 1, queries, key.shape[2]).sum())
+                visible = mask if mask.dtype == torch.bool else mask.isfinite()
+                useful = int(visible.expand(batch, 1, queries, key.shape[2]).sum())
             self.flops += 2 * 2 * heads * width * useful * (3 if out.requires_grad else 1)
         return out
 
 
-def _no_attention() -> dict[Any, Any]:
+def _ignore_attention_kernels() -> dict[Any, Any]:
     """torch counts some kernels, and without a look at the mask."""
     aten = torch.ops.aten
     kernels = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
-    both = [getattr(aten, f"_scaled_dot_product_{kernel}{way}") for kernel in kernels for way in ("", "_backward")]
-    return dict.fromkeys(both, lambda *_, **__: 0)
+    names = [*kernels, *(f"{kernel}_backward" for kernel in kernels)]
+    return dict.fromkeys((getattr(aten, f"_scaled_dot_product_{name}") for name in names), lambda *_, **__: 0)
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
@@ -69,11 +72,11 @@ def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
     synchronize()
-    began = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(MATMULS_PER_TIMING):
         torch.mm(a, b)
     synchronize()
-    return MATMULS_PER_TIMING * 2 * edge**3 / (time.perf_counter() - began)
+    return MATMULS_PER_TIMING * 2 * edge**3 / (time.perf_counter() - started)
 
 
 def allocated_bytes(device: torch.device) -> int:
@@ -84,24 +87,24 @@ def allocated_bytes(device: torch.device) -> int:
 def live_tensor_bytes() -> int:
     """Bytes of all tensors of this process that Python knows, and of their gradients; shared storage counts once."""
     storages: dict[int, int] = {}
-    for thing in gc.get_objects():
+    for candidate in gc.get_objects():
         # isinstance() asks proxies for their class, and some warn; torch.compile keeps tensors that are shapes alone
-        if not issubclass(type(thing), Tensor) or issubclass(type(thing), FakeTensor | FunctionalTensor):
+        if not issubclass(type(candidate), Tensor) or issubclass(type(candidate), FakeTensor | FunctionalTensor):
             continue
-        for tensor in (thing, thing.grad if thing.is_leaf else None):
+        for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
             if tensor is not None and tensor.layout == torch.strided and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
-    return sum(size for place, size in storages.items() if place)
+    return sum(size for address, size in storages.items() if address)
 
 
 @contextmanager
 def track_bytes_at_step() -> Iterator[list[int]]:
     """``live_bytes`` at every optimizer step inside: weights, masters, moments and gradients, and no activations."""
     gc.collect()
-    seen: list[int] = []
-    handle = register_optimizer_step_pre_hook(lambda *_: seen.append(live_tensor_bytes()))
+    bytes_at_step: list[int] = []
+    handle = register_optimizer_step_pre_hook(lambda *_: bytes_at_step.append(live_tensor_bytes()))
     try:
-        yield seen
+        yield bytes_at_step
     finally:
         handle.remove()

@@ -27,7 +27,7 @@ import torch
 
 from mfcore.model.compile import check_compiler
 from mfcore.objectives.mutual_config import MutualConfig
-from workflows.bench import synthetic_data as noise
+from workflows.bench import synthetic_data
 from workflows.bench.launcher import run_on_ranks
 from workflows.bench.train_worker import REFERENCE_VARIANT, TrainBenchPlan, TrainBenchResult, run_rank
 from workflows.bench.variants import Variant
@@ -109,7 +109,7 @@ def bench_config(
 
 def _rows(config: RunConfig, tokens: int) -> int:
     """Clips per rank that hold ``tokens``: whole cycles of row kinds, whole micro-batches."""
-    timeline = noise.synthetic_collator(config.model).timeline
+    timeline = synthetic_data.synthetic_collator(config.model).timeline
     chunks = config.data.chunks[1]
     per_clip = sum(timeline.count(m, chunks) * branch.tokens for m, branch in config.model.branches.items())
     unit = max(config.rows_per_cycle, config.data.micro or 1)

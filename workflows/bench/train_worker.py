@@ -61,16 +61,16 @@ def run_rank(plan: TrainBenchPlan) -> TrainBenchResult:
     first = [to_device(batches.micro_batches(step)) for step in range(PROBE_STEPS)]
     dense = replace(plan.config, model=replace(plan.config.model, attention="sdpa"))  # what is useful is the same
     flops = roofline.count_flops(lambda: reference_loop(dense).run(first[:1], 0, 1))
-    turns: dict[str, VariantRunner] = {}
+    runners: dict[str, VariantRunner] = {}
     state_bytes: dict[str, int] = {}
     for name, variant in plan.variants.items():
         gc.collect()
         before = roofline.live_tensor_bytes()
-        turns[name] = VariantRunner(plan.config, variant)
-        state_bytes[name] = turns[name].measure_peak_memory(first) - before
-    timed, rates = run_rounds(plan, turns)
+        runners[name] = VariantRunner(plan.config, variant)
+        state_bytes[name] = runners[name].measure_peak_memory(first) - before
+    timings, rates = run_rounds(plan, runners)
     return TrainBenchResult(
-        turns=timed,
+        turns=timings,
         state_bytes=state_bytes,
         over_products=measure_matmul_overhead(dense, first[0][0], plan.rounds),
         flops_per_s=rates,
@@ -79,32 +79,35 @@ def run_rank(plan: TrainBenchPlan) -> TrainBenchResult:
         parameters=sum(p.numel() for p in build_initial_network(plan.config, {}).parameters()),
         threads=torch.get_num_threads(),
         peak_memory_bytes=max(distributed.all_gather_object(timing.peak_bytes())),
-        profiles={name: profile_round(turns[name], plan.turn) for name in plan.profiled},
+        profiles={name: profile_round(runners[name], plan.turn) for name in plan.profiled},
     )
 
 
 def run_rounds(
-    plan: TrainBenchPlan, turns: Mapping[str, VariantRunner]
+    plan: TrainBenchPlan, runners: Mapping[str, VariantRunner]
 ) -> tuple[dict[str, list[RoundTiming]], list[float]]:
     """The turns of every variant, and the rate of matrix products in every round."""
-    timed: dict[str, list[RoundTiming]] = {name: [] for name in turns}
+    timings: dict[str, list[RoundTiming]] = {name: [] for name in runners}
     rates: list[float] = []
     for number in range(plan.rounds + 1):
-        for name, own in turns.items():
-            slowest = max(distributed.all_gather_object(own.run_round(plan.turn)), key=lambda turn: turn.step_s)
-            timed[name] += [slowest] if number else []  # round 0 warms up
+        for name, runner in runners.items():
+            by_rank = distributed.all_gather_object(runner.run_round(plan.turn))
+            if number:  # round 0 warms up
+                timings[name].append(max(by_rank, key=lambda timing: timing.step_s))
         distributed.barrier()
         rate = roofline.matmul_flops_per_s(distributed.local_device(), plan.config.engine.autocast or torch.float32)
-        rates += [min(distributed.all_gather_object(rate))] if number else []
-    return timed, rates
+        slowest_rate = min(distributed.all_gather_object(rate))
+        if number:
+            rates.append(slowest_rate)
+    return timings, rates
 
 
-def profile_round(own: VariantRunner, steps: int) -> str:
+def profile_round(runner: VariantRunner, steps: int) -> str:
     """Where a turn's time goes: the eight dearest operators."""
     gpu = torch.cuda.is_available()
     kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if gpu else [])
     with torch.profiler.profile(activities=kinds) as profile:
-        own.run_round(steps)
+        runner.run_round(steps)
     return profile.key_averages().table(
         sort_by="self_cuda_time_total" if gpu else "self_cpu_time_total", row_limit=8, max_name_column_width=48
     )

@@ -9,8 +9,7 @@ from typing import Protocol
 from mfcore.objectives.losses import LossTerm, summarize_terms
 from mfcore.types import AVBatch
 from preprocessing.io.prefetch import prefetch
-from workflows.bench import roofline
-from workflows.bench import synthetic_data as noise
+from workflows.bench import roofline, synthetic_data
 from workflows.bench.reference_loop import ReferenceLoop, dmd_loop, full_copy_loop, reference_loop
 from workflows.config.run import EngineConfig, RunConfig
 from workflows.data.batches import RankShard, TrainingBatchLoader
@@ -59,7 +58,8 @@ class VariantRunner:
     """A runner with batches of its own."""
 
     def __init__(self, config: RunConfig, variant: Variant) -> None:
-        self._config, self._bare = config, variant.engine is None
+        self._config = config
+        self._is_reference = variant.engine is None
         self._runner: StepRunner = (
             EngineRunner(config, variant.engine) if variant.engine else ReferenceRunner(config, variant)
         )
@@ -67,24 +67,28 @@ class VariantRunner:
 
     def measure_peak_memory(self, first: Sequence[list[AVBatch]]) -> int:
         """Take the first steps. Returns the most bytes that were alive at an update of the weights."""
-        with roofline.track_bytes_at_step() as seen:
+        with roofline.track_bytes_at_step() as bytes_at_step:
             self._runner.run(first, len(first))
         batches = synthetic_batches(self._config)
         later = (to_device(batches.micro_batches(step)) for step in itertools.count(len(first)))
         self._batches = prefetch(later, lambda _: 1, self._config.data.prefetch)
-        return max(seen)
+        return max(bytes_at_step)
 
     def run_round(self, steps: int) -> RoundTiming:
-        coming = itertools.islice(self._batches, steps)
-        watch = TimedIterator(iter(list(coming)) if self._bare else coming)  # a bare loop finds all its batches ready
+        batches = itertools.islice(self._batches, steps)
+        if self._is_reference:  # the reference loop does not wait for batches
+            batches = iter(list(batches))
+        timed = TimedIterator(batches)
         distributed.barrier()
         timing.synchronize()
-        began, used = time.perf_counter(), time.process_time()
-        self._runner.run(watch, steps)
+        started = time.perf_counter()
+        cpu_started = time.process_time()
+        self._runner.run(timed, steps)
         timing.synchronize()
-        took, used = time.perf_counter() - began, time.process_time() - used
+        wall_s = time.perf_counter() - started
+        cpu_s = time.process_time() - cpu_started
         return RoundTiming(
-            step_s=took / steps, wait_s=watch.waited / steps, cpu_s=used / steps, loss=self._runner.loss()
+            step_s=wall_s / steps, wait_s=timed.waited_s / steps, cpu_s=cpu_s / steps, loss=self._runner.loss()
         )
 
 
@@ -92,17 +96,17 @@ class TimedIterator:
     """Batches, and the seconds that were spent waiting for them."""
 
     def __init__(self, batches: Iterator[list[AVBatch]]) -> None:
-        self._batches, self.waited = batches, 0.0
+        self._batches, self.waited_s = batches, 0.0
 
     def __iter__(self) -> Iterator[list[AVBatch]]:
         return self
 
     def __next__(self) -> list[AVBatch]:
-        asked = time.perf_counter()
+        started = time.perf_counter()
         try:
             return next(self._batches)
         finally:
-            self.waited += time.perf_counter() - asked
+            self.waited_s += time.perf_counter() - started
 
 
 class ReferenceRunner:
@@ -185,17 +189,19 @@ class NullSaver:
 
 def _sum_of_losses(metrics: Mapping[str, float]) -> float:
     """Over ``name/modality``; bins, rates and norms left out."""
-    odd = (*NON_LOSS_PREFIXES, "held_out/")
-    return sum(v for k, v in metrics.items() if k.count("/") == 1 and not k.startswith(odd))
+    ignored = (*NON_LOSS_PREFIXES, "held_out/")
+    return sum(v for k, v in metrics.items() if k.count("/") == 1 and not k.startswith(ignored))
 
 
 def synthetic_batches(config: RunConfig, rank: int | None = None, world: int | None = None) -> TrainingBatchLoader:
     """A rank's share of batches of noise; default: this rank's."""
-    clips = noise.synthetic_clips(config.model, config.data.chunks[1], config.data.batch)
-    together = config.engine.sequence
-    rank, world = (rank or distributed.get_rank()) // together, (world or distributed.get_world_size()) // together
+    clips = synthetic_data.synthetic_clips(config.model, config.data.chunks[1], config.data.batch)
+    sequence = config.engine.sequence
+    rank = (rank or distributed.get_rank()) // sequence
+    world = (world or distributed.get_world_size()) // sequence
     share = RankShard(rank=rank, world=world, unit=config.rows_per_cycle)
-    return TrainingBatchLoader(clips, noise.synthetic_collator(config.model), config.data, config.seed, share)
+    collator = synthetic_data.synthetic_collator(config.model)
+    return TrainingBatchLoader(clips, collator, config.data, seed=config.seed, shard=share)
 
 
 def to_device(micros: list[AVBatch]) -> list[AVBatch]:
