@@ -42,15 +42,17 @@ class Bucket:
     chunks: int  # whole chunks that each of them holds
 
 
-def make_buckets(lengths: Sequence[int], shapes: Sequence[Hashable], least: int, most: int, batch: int) -> list[Bucket]:
+def make_buckets(
+    lengths: Sequence[int], shapes: Sequence[Hashable], *, min_chunks: int, max_chunks: int, batch: int
+) -> list[Bucket]:
     """Buckets of clips with at least ``least`` chunks; what a clip holds beyond ``most`` makes no difference.
 
     Where fewer than ``batch`` clips have a length, they join the next shorter ones of their shape (see SHORTENED).
     """
     found: dict[tuple[str, int], list[int]] = {}
     for i, (length, shape) in enumerate(zip(lengths, shapes, strict=True)):
-        if length >= least:
-            found.setdefault((str(shape), min(length, most)), []).append(i)
+        if length >= min_chunks:
+            found.setdefault((str(shape), min(length, max_chunks)), []).append(i)
     merged: list[tuple[str, int, int, list[int]]] = []  # shape, longest, shortest, clips
     for (shape, length), clips in sorted(found.items(), reverse=True):
         if merged and merged[-1][0] == shape:

@@ -79,62 +79,67 @@ class TrainingBatchLoader:
     """This rank's part of global batch number ``step``, in micro-batches."""
 
     def __init__(
-        self, clips: ClipSplit, assembly: BatchCollator, config: DataConfig, seed: int, share: RankShard
+        self, clips: ClipSplit, collator: BatchCollator, config: DataConfig, *, seed: int, shard: RankShard
     ) -> None:
-        self._clips, self._assembly, self._config, self._seed, self._share = clips, assembly, config, seed, share
+        self._clips = clips
+        self._collator = collator
+        self._config = config
+        self._seed = seed
+        self._shard = shard
         shapes = clips.shapes if clips.shapes is not None else [None] * len(clips.lengths)
-        buckets = make_buckets(clips.lengths, shapes, *config.chunks, config.batch)
+        min_chunks, max_chunks = config.chunks
+        buckets = make_buckets(clips.lengths, shapes, min_chunks=min_chunks, max_chunks=max_chunks, batch=config.batch)
         if not buckets:
             raise ValueError(
                 f"no training clip holds {config.chunks[0]} chunks (the longest of {len(clips.lengths)}: "
                 f"{max(clips.lengths, default=0)}): preprocess longer clips or lower data.chunks"
             )
         groups = clips.groups if clips.groups is not None else range(len(clips.lengths))
-        self._order = BucketBatchSampler(buckets, groups, batch=config.batch, shuffle=config.shuffle, seed=seed)
-        self._supply = RowGroupLoader(_loader(clips), self._order, share.rows(config.batch))
+        self._sampler = BucketBatchSampler(buckets, groups, batch=config.batch, shuffle=config.shuffle, seed=seed)
+        self._clip_loader = RowGroupLoader(_load_fn(clips), self._sampler, shard.rows(config.batch))
 
     def micro_batches(self, step: int) -> list[AVBatch]:
         """Pure: equal arguments and configuration give equal batches, whatever came before."""
-        chunks, own = self._chunks(step), self._share.rows(self._config.batch)
-        clips = self._supply.load_step(step)
+        chunks, own = self._chunks(step), self._shard.rows(self._config.batch)
+        clips = self._clip_loader.load_step(step)
         return [
             self._assemble(clips[part.start - own.start : part.stop - own.start], step, part, chunks)
-            for part in self._share.micro_batches(self._config.batch, self._config.micro)
+            for part in self._shard.micro_batches(self._config.batch, self._config.micro)
         ]
 
     def clip_ids(self, samples: Tensor) -> list[str]:
         """The clips behind sample numbers of training, on any rank."""
-        numbers = [self._order.clip_at(*divmod(int(s), self._config.batch)) for s in samples]
+        numbers = [self._sampler.clip_at(*divmod(int(s), self._config.batch)) for s in samples]
         return [self._clips.ids[i] if self._clips.ids else self._clips.read(i).id for i in numbers]
 
     def _chunks(self, step: int) -> int:
         low, _ = self._config.chunks
-        most = self._order.chunks(step)
+        most = self._sampler.chunks(step)
         return int(torch.randint(low, most + 1, (1,), generator=generator(self._seed, "chunks", step)))
 
     def _assemble(self, clips: Sequence[LatentClip], step: int, rows: slice, chunks: int) -> AVBatch:
         samples = torch.arange(rows.start, rows.stop) + step * self._config.batch
         return apply_condition_dropout(
-            self._assembly.collate(clips, chunks, samples, self._seed), self._config, self._seed
+            self._collator.collate(clips, chunks, samples, self._seed), self._config, self._seed
         )
 
 
-def _loader(clips: ClipSplit) -> LoadFn[LatentClip]:
+def _load_fn(clips: ClipSplit) -> LoadFn[LatentClip]:
     return clips.load or (lambda numbers: [partial(clips.read, i) for i in numbers])
 
 
 def validation_batches(
-    clips: ClipSplit, assembly: BatchCollator, config: DataConfig, seed: int, share: RankShard
+    clips: ClipSplit, collator: BatchCollator, config: DataConfig, *, seed: int, shard: RankShard
 ) -> list[AVBatch]:
     """This rank's part of the fixed evaluation: the same held-out clips, whole conditions, always the same noise."""
     chosen = _held_out_clips(clips, config)
     chunks = min(config.chunks[1], *(clips.lengths[i] for i in chosen))
     rows = [(clip, VALIDATION_SAMPLE_OFFSET + n) for n, clip in enumerate(chosen)]
-    rows += [(chosen[0], PADDING_SAMPLE)] * (-len(rows) % share.world)
-    own = rows[share.rows(len(rows))]
-    size = config.micro or max(1, config.batch // share.world)
+    rows += [(chosen[0], PADDING_SAMPLE)] * (-len(rows) % shard.world)
+    own = rows[shard.rows(len(rows))]
+    size = config.micro or max(1, config.batch // shard.world)
     return [
-        assembly.collate(
+        collator.collate(
             [clips.read(clip) for clip, _ in own[at : at + size]],
             chunks,
             torch.tensor([sample for _, sample in own[at : at + size]]),

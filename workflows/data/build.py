@@ -80,7 +80,15 @@ def build_dataset(
             _write_facts(store, config, {"complete": False})
             if len(units) > len(known):
                 write_units(store, units)
-            _run(missing, units, store, lease.token, config, progress, spent if spent is not None else {})
+            _run(
+                missing,
+                units,
+                store,
+                token=lease.token,
+                config=config,
+                progress=progress,
+                spent=spent if spent is not None else {},
+            )
             _finish(store, config, units)
     return dataset_counts(read_metadata_json(store))
 
@@ -149,6 +157,7 @@ def _run(
     missing: Sequence[WorkUnit],
     units: Sequence[WorkUnit],
     store: Store,
+    *,
     token: str,
     config: PreprocessConfig,
     progress: ProgressCallback | None,

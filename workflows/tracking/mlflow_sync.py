@@ -222,7 +222,9 @@ class SyncThread(threading.Thread):
         """To the run of the log: made once, whatever was lost on the way; marked as running."""
         if self._client is None:
             sent = self.sent
-            self._client = MlflowTracker(sent.uri, self._experiment, self._name, sent.run, self._tags)
+            self._client = MlflowTracker(
+                sent.uri, experiment=self._experiment, name=self._name, run_id=sent.run, tags=self._tags
+            )
             self._keep(run=self._client.run_id, status=None)
             self._seen = self._client.samples_seen  # an answer may have been lost, but not what it was about
         return self._client

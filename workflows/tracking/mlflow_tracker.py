@@ -46,9 +46,10 @@ class MlflowTracker:
     def __init__(
         self,
         uri: str,
+        *,
         experiment: str,
         name: str,
-        run_id: str | None,
+        run_id: str | None = None,
         tags: Mapping[str, str],
     ) -> None:
         from mlflow import MlflowClient
@@ -152,4 +153,4 @@ def open_tracker(
     if not mlflow_enabled():
         return JsonLinesTracker(folder, ordered=False)
     belongs = {PARENT_RUN_TAG: parent} if parent else {}
-    return MlflowTracker(uri, experiment, name, run_id, {**(tags or {}), **belongs})
+    return MlflowTracker(uri, experiment=experiment, name=name, run_id=run_id, tags={**(tags or {}), **belongs})

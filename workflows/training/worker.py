@@ -122,9 +122,9 @@ def _train(
         world=distributed.get_world_size() // sequence,
         unit=config.rows_per_cycle,
     )
-    batches = TrainingBatchLoader(train, collator, config.data, config.seed, shard)
+    batches = TrainingBatchLoader(train, collator, config.data, seed=config.seed, shard=shard)
     row_shard = replace(shard, unit=1)
-    validation = validation_batches(held_out, collator, config.data, config.seed, row_shard)
+    validation = validation_batches(held_out, collator, config.data, seed=config.seed, shard=row_shard)
     validation = [b.to(device) for b in validation]
     objective = validation_objective(config)
     saver = CheckpointWriter(

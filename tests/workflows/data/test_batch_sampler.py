@@ -11,7 +11,7 @@ GROUP = 16
 
 
 def order(lengths, batch, *, shapes=None, shuffle=8, seed=3, least=3, most=16, group=GROUP) -> BucketBatchSampler:
-    buckets = make_buckets(lengths, shapes or [None] * len(lengths), least, most, batch)
+    buckets = make_buckets(lengths, shapes or [None] * len(lengths), min_chunks=least, max_chunks=most, batch=batch)
     groups = [i // group for i in range(len(lengths))]
     return BucketBatchSampler(buckets, groups, batch=batch, shuffle=shuffle, seed=seed)
 
@@ -74,10 +74,12 @@ def test_long_clips_are_used_long():
     made = order(lengths, 16)
     allowed = Counter(made.chunks(step) for step in range(40))
     assert allowed == {16: 36, 4: 4}
-    rare = make_buckets([16] * 50 + [12, 11, 10, 9, 8, 7], [None] * 56, 3, 16, 4)
+    rare = make_buckets([16] * 50 + [12, 11, 10, 9, 8, 7], [None] * 56, min_chunks=3, max_chunks=16, batch=4)
     assert [(len(b.clips), b.chunks) for b in rare] == [(50, 16), (4, 9), (2, 7)], "rare lengths share a bucket"
-    assert [(len(b.clips), b.chunks) for b in make_buckets([20, 16, 8], [None] * 3, 3, 16, 2)] == [(2, 16), (1, 8)]
-    assert make_buckets([16, 5], [None] * 2, 3, 16, 2)[0].chunks == 16, "no clip gives up more than half"
+    few = make_buckets([20, 16, 8], [None] * 3, min_chunks=3, max_chunks=16, batch=2)
+    assert [(len(b.clips), b.chunks) for b in few] == [(2, 16), (1, 8)]
+    uneven = make_buckets([16, 5], [None] * 2, min_chunks=3, max_chunks=16, batch=2)
+    assert uneven[0].chunks == 16, "no clip gives up more than half"
 
 
 def test_clips_are_mixed():

@@ -14,7 +14,7 @@ CONFIG = DataConfig(batch=4, chunks=(3, 6))
 
 
 def _batches(rank: int = 0, world: int = 1, count: int = 10, config: DataConfig = CONFIG) -> TrainingBatchLoader:
-    return TrainingBatchLoader(clips(count), ASSEMBLY, config, 7, RankShard(rank=rank, world=world))
+    return TrainingBatchLoader(clips(count), ASSEMBLY, config, seed=7, shard=RankShard(rank=rank, world=world))
 
 
 def _same(a: AVBatch, b: AVBatch) -> bool:
@@ -63,7 +63,7 @@ def test_a_batch_does_not_depend_on_what_was_read_before():
 
 def test_every_epoch_reads_every_clip_once():
     source = Shelves([6] * 10, [4] * 10, group=4)
-    batches = TrainingBatchLoader(source.clips(), ASSEMBLY, CONFIG, 7, RankShard(rank=0, world=1))
+    batches = TrainingBatchLoader(source.clips(), ASSEMBLY, CONFIG, seed=7, shard=RankShard(rank=0, world=1))
     seen = [name for step in range(5) for name in batches.clip_ids(batches.micro_batches(step)[0].samples)]
     everything = {f"clip-{i}" for i in range(10)}
     assert set(seen[:10]) == everything == set(seen[10:]), "with a batch that spans the border"
@@ -73,7 +73,7 @@ def test_every_epoch_reads_every_clip_once():
 def test_clip_ids_are_those_of_the_rows():
     source = Shelves([3, 4, 5, 6] * 6, [4, 4, 4, 4, 2, 2, 2, 2] * 3, group=4)
     for world in (1, 3):
-        batches = TrainingBatchLoader(source.clips(), ASSEMBLY, CONFIG, 7, RankShard(rank=0, world=world))
+        batches = TrainingBatchLoader(source.clips(), ASSEMBLY, CONFIG, seed=7, shard=RankShard(rank=0, world=world))
         for step in range(12):
             (batch,) = batches.micro_batches(step)
             for i, name in enumerate(batches.clip_ids(batch.samples)):
@@ -87,7 +87,7 @@ def test_lengths_are_drawn_for_every_step_and_short_clips_shorten_none_of_the_lo
     lengths = {_batches(count=3).micro_batches(step)[0].chunks for step in range(40)}
     assert lengths == {3, 4, 5, 6}
     source = Shelves([3] * 20 + [6] * 20, [4] * 40, group=4)
-    batches = TrainingBatchLoader(source.clips(), ASSEMBLY, CONFIG, 7, RankShard(rank=0, world=1))
+    batches = TrainingBatchLoader(source.clips(), ASSEMBLY, CONFIG, seed=7, shard=RankShard(rank=0, world=1))
     drawn = {"short": set(), "long": set()}
     for step in range(60):
         (batch,) = batches.micro_batches(step)
@@ -102,7 +102,7 @@ def test_lengths_are_drawn_for_every_step_and_short_clips_shorten_none_of_the_lo
 def test_the_evaluation_is_not_shortened_by_a_short_clip_either():
     source = Shelves([3, 6, 6, 4, 6, 6], [4, 4, 4, 4, 2, 4], group=1)
     config = DataConfig(batch=4, chunks=(3, 6), held_out_clips=3)
-    (batch,) = validation_batches(source.clips(), ASSEMBLY, config, 7, RankShard(rank=0, world=1))
+    (batch,) = validation_batches(source.clips(), ASSEMBLY, config, seed=7, shard=RankShard(rank=0, world=1))
     assert batch.chunks == 6
     assert len(batch.samples) == 3
 
@@ -132,7 +132,8 @@ def test_conditions_are_dropped_as_often_as_asked():
 def test_the_evaluation_is_the_same_on_any_number_of_ranks():
     def numbers(world: int) -> list[int]:
         parts = [
-            validation_batches(clips(6), ASSEMBLY, CONFIG, 7, RankShard(rank=r, world=world)) for r in range(world)
+            validation_batches(clips(6), ASSEMBLY, CONFIG, seed=7, shard=RankShard(rank=r, world=world))
+            for r in range(world)
         ]
         assert len({len(part) for part in parts}) == 1, "every rank makes as many calls"
         return [

@@ -24,7 +24,11 @@ def shelves(mixed: bool) -> Shelves:
 def supply(source: Shelves, rank: int = 0, world: int = 1) -> tuple[RowGroupLoader, BucketBatchSampler]:
     clips = source.clips()
     order = BucketBatchSampler(
-        make_buckets(clips.lengths, clips.shapes, 2, 4, BATCH), clips.groups, batch=BATCH, shuffle=SHUFFLE, seed=0
+        make_buckets(clips.lengths, clips.shapes, min_chunks=2, max_chunks=4, batch=BATCH),
+        clips.groups,
+        batch=BATCH,
+        shuffle=SHUFFLE,
+        seed=0,
     )
     return RowGroupLoader(clips.load, order, slice(rank * BATCH // world, (rank + 1) * BATCH // world)), order
 

@@ -145,7 +145,7 @@ def test_a_killed_process_leaves_its_log_to_the_next_one(tmp_path, store):
         lines.log(step, {STEP_KEY: step, "loss/video": 0.5})
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "ti')
-    tracker = opened(tmp_path / "killed", store, [])
+    tracker = opened(tmp_path / "killed", store)
     log_steps(tracker, range(6, 15))
     tracker.finish()
     assert steps_in(store, tracker.run_id) == list(range(15))
@@ -162,12 +162,12 @@ def test_a_worker_that_outlives_its_driver_adds_no_step_twice():
 
 def test_a_run_of_an_older_version_goes_on_in_its_mlflow_run(tmp_path, store):
     """``mlflow.json`` held the run's id and nothing else, and its metrics were in MLflow alone."""
-    old = MlflowTracker(store, "train", "old", None, {})
+    old = MlflowTracker(store, experiment="train", name="old", tags={})
     for step in range(3):
         old.log(step, {STEP_KEY: 4.0 * step, "loss/video": 1.0})
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "mlflow.json").write_text(json.dumps({"uri": store, "run": old.run_id}))
-    tracker = opened(tmp_path / "old", store, [])
+    tracker = opened(tmp_path / "old", store)
     log_steps(tracker, range(1, 6))
     tracker.finish()
     assert tracker.run_id == old.run_id

@@ -36,10 +36,10 @@ def test_one_mlflow_run_holds_everything(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     uri = tracking_uri(tmp_path)
     assert uri == f"sqlite:///{tmp_path}/mlflow.db"
-    first = MlflowTracker(uri, "train", "v", None, {"stage": "video"})
+    first = MlflowTracker(uri, experiment="train", name="v", tags={"stage": "video"})
     first.params({f"a.{i}": "x" * 900 for i in range(150)})
     first.log(0, {STEP_KEY: 0, "loss/video": 1.0})
-    resumed = MlflowTracker(uri, "train", "v", first.run_id, {})
+    resumed = MlflowTracker(uri, experiment="train", name="v", run_id=first.run_id, tags={})
     resumed.send([{"step": s, "time": 1e9 + s, **{f"m{i}": s + i / 7 for i in range(400)}} for s in (2, 4, 6)])
     (tmp_path / "sample.mp4").write_bytes(b"mp4")
     resumed.artifact(tmp_path / "sample.mp4", "samples")

@@ -61,7 +61,7 @@ def test_every_source_gets_the_nearest_shape_and_every_batch_has_one(tmp_path):
     assert sorted(set(data.shapes)) == [(4, 8), (16, 8)]
     settings = DataConfig(batch=2, chunks=(2, 2))
     assembly = BatchCollator(timeline=data.meta.timeline(), stats=data.meta.stats)
-    loader = TrainingBatchLoader(batches.clip_split(data), assembly, settings, 0, RankShard(rank=0, world=1))
+    loader = TrainingBatchLoader(batches.clip_split(data), assembly, settings, seed=0, shard=RankShard(rank=0, world=1))
     shapes = {
         tuple(micro.streams["video"].latents.shape[3:]) for step in range(6) for micro in loader.micro_batches(step)
     }
