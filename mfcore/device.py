@@ -1,20 +1,20 @@
-"""Small numbers of the CPU (positions, levels, random draws, numbers of rows) to where the latents are."""
+"""Copies of small CPU tensors (positions, levels, random draws, row indices) to the device of the latents."""
 
 import torch
 from torch import Tensor
 
 
-def to_device_of(small: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``small`` on the device of ``like``, in its own type unless said otherwise.
+def to_device_of(tensor: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ``tensor`` on the device of ``like``, in its dtype unless ``dtype`` is given.
 
-    A plain ``to`` makes the CPU wait until the GPU has done all that it was asked for so far. From the CPU it need not:
-    CUDA has read ordinary memory when the call returns. In the other direction it would have to.
+    A blocking copy would synchronize with the GPU. From pageable CPU memory it need not block: CUDA has read the source
+    when the call returns. Copies to the CPU do block.
     """
-    return small.to(like.device, dtype or small.dtype, non_blocking=small.device.type == "cpu")
+    return tensor.to(like.device, dtype or tensor.dtype, non_blocking=tensor.device.type == "cpu")
 
 
 def row_indices(rows: Tensor | slice, like: Tensor) -> Tensor | slice:
-    """What picks ``rows`` of ``like``: a mask becomes numbers, which on a GPU would be counted first."""
+    """Return an index for ``rows`` of ``like``. A mask becomes indices: indexing by a GPU mask would synchronize."""
     if isinstance(rows, slice):
         return rows
     return to_device_of(rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows, like)

@@ -1,7 +1,7 @@
-"""Exponential moving average of a network's weights: a runnable, frozen float32 copy.
+"""Exponential moving average (EMA) of the weights of a network, as a frozen float32 copy.
 
-The average is kept in float32 whatever the network computes in: in bfloat16 a decay of 0.99 never moves a weight
-(METHOD 6). It is a module, not a list of tensors, because the objectives call it as a teacher.
+The average is float32 even for a bfloat16 network: in bfloat16 a decay of 0.99 never moves a weight (METHOD 6). It is
+a module, not a list of tensors, because the objectives call it as a teacher.
 """
 
 import copy
@@ -17,10 +17,10 @@ from mfcore.types import VelocityModel
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """How fast the average follows the network."""
+    """Decay of the average."""
 
-    decay: float = 0.999  # share of the old average kept at every step
-    warm_up: bool = True  # follow faster in the first steps: decay at most (1 + step) / (10 + step)
+    decay: float = 0.999  # share of the old average that each update keeps
+    warm_up: bool = True  # faster in the first steps: decay at most (1 + step) / (10 + step)
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -28,34 +28,36 @@ class EmaConfig:
 
 
 def ema_decay(config: EmaConfig, step: int) -> float:
-    """Share of the old average that update number ``step`` (from 0) keeps."""
+    """Return the share of the old average that update number ``step`` (from 0) keeps."""
     return min(config.decay, (1 + step) / (10 + step)) if config.warm_up else config.decay
 
 
 class WeightAccess(Protocol):
-    """Where frozen weights are kept: an engine may hold a part of each on every rank. Called by all ranks together."""
+    """Access to frozen weights, which an engine may shard over ranks. All ranks must call it together."""
 
     def places(self, p: nn.Parameter, value: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """What this rank keeps of ``p``, each piece beside that piece of ``value``, a whole weight."""
+        """Return the parts of ``p`` on this rank, each with the same part of ``value``, a whole weight."""
         ...
 
     def value(self, p: nn.Parameter) -> Tensor:
-        """The whole weight."""
+        """Return the whole weight."""
         ...
 
 
 class ReplicatedWeights:
-    """Every rank keeps everything."""
+    """Weights that are whole on every rank."""
 
     def places(self, p: nn.Parameter, value: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return the whole weight with the whole value."""
         return [(p, value)]
 
     def value(self, p: nn.Parameter) -> Tensor:
+        """Return the weight without gradient."""
         return p.detach()
 
 
 class Ema:
-    """The average of a network, as a network. ``autocast``: the type it computes in, if not float32."""
+    """Average of a network, as a network. ``autocast``: dtype of its forward pass; None: float32."""
 
     def __init__(self, module: nn.Module, config: EmaConfig, autocast: torch.dtype | None = None) -> None:
         self.config = config
@@ -66,7 +68,7 @@ class Ema:
 
     @property
     def model(self) -> VelocityModel:
-        """The network as a teacher, computing in the same type as the networks it teaches."""
+        """Averaged network as a teacher, run with ``autocast``."""
         return cast(VelocityModel, self._call)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,28 +78,29 @@ class Ema:
 
     @torch.no_grad()
     def update(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
-        """Move towards ``weights``, (name, tensor) pairs of every parameter of the network."""
+        """Update with ``weights``, (name, tensor) pairs of all parameters of the network."""
         keep = ema_decay(self.config, step)
-        seen = 0
+        count = 0
         for name, weight in weights:
-            for mine, theirs in self.storage.places(self._weights[name], weight.detach().float()):
-                mine.lerp_(theirs, 1 - keep)
-            seen += 1
-        assert seen == len(self._weights), f"the average holds {len(self._weights)} weights, was given {seen}"
+            for own, new in self.storage.places(self._weights[name], weight.detach().float()):
+                own.lerp_(new, 1 - keep)
+            count += 1
+        assert count == len(self._weights), f"the average has {len(self._weights)} weights, got {count}"
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, whole; all ranks must walk to the end."""
+        """Yield all weights, whole. All ranks must exhaust the iterator."""
         yield from ((name, self.storage.value(p)) for name, p in self._weights.items())
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Return all weights by name."""
         return dict(self.weights())
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Strict: names and shapes must be those of the network."""
+        """Load an average. Raises ValueError if its names differ from those of the network."""
         if state.keys() != self._weights.keys():
-            odd = sorted(state.keys() ^ self._weights.keys())[:3]
-            raise ValueError(f"this is the average of another network: {', '.join(odd)} ... stand on one side only")
+            names = sorted(state.keys() ^ self._weights.keys())[:3]
+            raise ValueError(f"this is the average of another network: {', '.join(names)} ... are missing or unknown")
         for name, weight in self._weights.items():
-            for mine, theirs in self.storage.places(weight, state[name]):
-                mine.copy_(theirs)
+            for own, new in self.storage.places(weight, state[name]):
+                own.copy_(new)

@@ -1,8 +1,8 @@
-"""THE time convention, and the path between data and noise.
+"""Time convention, and the path between data and noise.
 
 ``t = 0`` is data, ``t = 1`` is noise: ``x_t = (1 - t) x_0 + t eps``, velocity ``v = eps - x_0`` (METHOD 2). A network
-gives the average velocity ``u`` from t down to r, ``0 <= r <= t``; one step is ``x_r = x_t - (t - r) u``; r = t is the
-instantaneous (multi-step) mode, r < t the few-step mode.
+returns the average velocity ``u`` from t down to r, ``0 <= r <= t``. One step is ``x_r = x_t - (t - r) u``. The
+multi-step mode uses r = t, the few-step mode r < t.
 """
 
 from dataclasses import dataclass
@@ -16,33 +16,33 @@ from mfcore.types import AUDIO, NoiseLevels, Stream, Streams
 
 
 def interpolate(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) x_0 + t eps."""
+    """Return x_t = (1 - t) x_0 + t eps."""
     return (1 - t) * x0 + t * eps
 
 
 def velocity(x0: Tensor, eps: Tensor) -> Tensor:
-    """v = eps - x_0."""
+    """Return v = eps - x_0."""
     return eps - x0
 
 
 def step_along(xt: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """x_r = x_t - (t - r) u: one step along the average velocity."""
+    """Return x_r = x_t - (t - r) u, one step along the average velocity."""
     return xt - (t - r) * u
 
 
 def shift_time(t: Tensor, s: float) -> Tensor:
-    """shift_s(t) = s t / (1 + (s - 1) t); shifts compose: shift_a(shift_b(t)) = shift_ab(t)."""
+    """Return s t / (1 + (s - 1) t). Shifts compose: shift_a(shift_b(t)) = shift_ab(t)."""
     return s * t / (1 + (s - 1) * t)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeConfig:
-    """Noise levels of one run."""
+    """Distribution of the noise levels of a run."""
 
-    shift: dict[str, float]  # time shift per modality; 1 leaves time alone
-    logit_mean: float = 0.0  # of the logit-normal that training times are drawn from
+    shift: dict[str, float]  # time shift per modality; 1: none
+    logit_mean: float = 0.0  # mean of the logit-normal of training times
     logit_std: float = 1.0
-    uniform_share: float = 0.1  # of training times drawn uniformly from (0, 1] before the shift: samplers start at 1
+    uniform_share: float = 0.1  # share of training times uniform on (0, 1] before the shift
     independent: bool = False  # draw a separate level per modality instead of one shared by both
 
     def __post_init__(self) -> None:
@@ -51,26 +51,25 @@ class TimeConfig:
 
 
 def training_times(config: TimeConfig, draws: Float[Tensor, "*batch 3"], modality: str) -> Float[Tensor, "*batch"]:
-    """Logit-normal times with a uniform share on (0, 1], all shifted (METHOD 2).
+    """Return logit-normal times with a uniform share on (0, 1], all shifted (METHOD 2).
 
-    ``draws`` are uniform in [0, 1): which law, its quantile, and a second quantile for ``independent`` levels.
+    ``draws`` are uniform in [0, 1): choice of the law, its quantile, and a second quantile for ``independent`` levels.
     """
-    second = config.independent and modality == AUDIO
-    quantile = draws[..., 2 if second else 1].double()
+    separate = config.independent and modality == AUDIO
+    quantile = draws[..., 2 if separate else 1].double()
     normal = torch.special.ndtri(quantile.clamp(1e-6, 1 - 1e-6))
     t = torch.where(
         draws[..., 0] < config.uniform_share,
-        1 - quantile,  # (0, 1]: every sampler starts at 1, which a logit-normal almost never visits
+        1 - quantile,  # (0, 1]: every sampler starts at 1, where the logit-normal has almost no mass
         torch.sigmoid(config.logit_mean + config.logit_std * normal),
     )
     return shift_time(t, config.shift[modality]).float()
 
 
 def expand_levels(level: Float[Tensor, "B K"], chunk: Tensor, like: Tensor) -> Tensor:
-    """A level per chunk -> a level per latent, shaped to multiply ``like`` (B, n, C, ...).
+    """Expand levels per chunk to levels per latent, in a shape that broadcasts with ``like`` (B, n, C, ...).
 
-    Chunk numbers are counted from the first one in ``chunk``. Levels are never narrower than float32: in bfloat16 a
-    small t - r is lost.
+    Chunk numbers count from the first one in ``chunk``. Levels are at least float32: in bfloat16 a small t - r is lost.
     """
     per_latent = level.index_select(1, to_device_of(chunk - chunk[0], level))
     dtype = torch.promote_types(like.dtype, torch.float32)
@@ -78,22 +77,20 @@ def expand_levels(level: Float[Tensor, "B K"], chunk: Tensor, like: Tensor) -> T
 
 
 def noise_streams(streams: Streams, eps: dict[str, Tensor], t: NoiseLevels) -> dict[str, Tensor]:
-    """x_t of every modality."""
+    """Return x_t of every modality."""
     return {m: interpolate(s.latents, eps[m], expand_levels(t[m], s.chunk, s.latents)) for m, s in streams.items()}
 
 
 def add_noise(streams: Streams, eps: dict[str, Tensor], t: NoiseLevels) -> dict[str, Stream]:
-    """The streams at level t: the input of a network."""
+    """Return the streams at level t, as input of a network."""
     return {m: streams[m].with_latents(x) for m, x in noise_streams(streams, eps, t).items()}
 
 
 def move_streams(x: Streams, u: dict[str, Tensor], t: NoiseLevels, r: NoiseLevels) -> Streams:
-    """One step of every modality."""
-    return {
-        m: s.with_latents(
-            step_along(
-                s.latents, u[m], expand_levels(t[m], s.chunk, s.latents), expand_levels(r[m], s.chunk, s.latents)
-            )
-        )
-        for m, s in x.items()
-    }
+    """Take one step in every modality."""
+    moved: dict[str, Stream] = {}
+    for m, s in x.items():
+        start = expand_levels(t[m], s.chunk, s.latents)
+        end = expand_levels(r[m], s.chunk, s.latents)
+        moved[m] = s.with_latents(step_along(s.latents, u[m], start, end))
+    return moved

@@ -1,4 +1,4 @@
-"""AdamW with the paper's numbers, and the learning rate of a step."""
+"""AdamW and its learning rate schedule."""
 
 from dataclasses import dataclass
 from math import cos, pi
@@ -9,13 +9,13 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizer of one network. Defaults: the paper's recipe (METHOD 5)."""
+    """Optimizer of one network. Defaults are those of the paper (METHOD 5)."""
 
     lr: float = 5e-5  # peak learning rate
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.02  # on matrices only
     clip: float = 0.5  # largest gradient norm
-    warm_up: int = 100  # steps of linear rise
+    warm_up: int = 100  # steps of linear warm-up
     final: float = 1.0  # learning rate at the end of the stage over its peak; 1 keeps it constant
 
     def __post_init__(self) -> None:
@@ -24,7 +24,7 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Rate of step ``step`` (from 0) of ``steps``: linear rise, then a half cosine from the peak to ``final``."""
+    """Return the rate of ``step`` (from 0): linear warm-up, then a half cosine to ``final`` at ``steps``."""
     if step < config.warm_up:
         return config.lr * (step + 1) / config.warm_up
     progress = (step - config.warm_up) / max(1, steps - config.warm_up)
@@ -32,7 +32,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def build_adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable weights: matrices decay, vectors (biases, gains, single embeddings) do not."""
+    """Build AdamW over the trainable weights, with weight decay on matrices only."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},

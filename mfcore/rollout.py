@@ -1,4 +1,4 @@
-"""The only chunk-by-chunk loop: training makes its histories with it, generation streams with it (METHOD 6, 8)."""
+"""Rollout: the chunk-by-chunk loop of training histories and of streaming generation (METHOD 6, 8)."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,54 +16,63 @@ from mfcore.timeline import Timeline
 from mfcore.types import Condition, Stream, Streams
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class GeneratedChunk:
-    """One finished chunk."""
+    """Finished chunk of a rollout. Mutable: the first read of ``context`` writes the chunk to the cache."""
 
     clean: dict[str, Stream]
-    exit_state: dict[str, Stream] | None  # the state at the exit step, before it was taken
-    before: DenoiserContext  # what it was made from
+    exit_state: dict[str, Stream] | None  # state before the exit step
+    before: DenoiserContext  # context that the chunk was generated from
     trust: Float[Tensor, " B"] | None
-    forget: bool
+    evict: bool
 
     @cached_property
     def context(self) -> DenoiserContext:
-        """Remembers this chunk: continue, or snapshot, from here. Written when first asked for: nobody reads the
-        keys and values of the last chunk of a clip."""
+        """Context with this chunk in the cache, to continue from.
+
+        Computed on the first read, because the last chunk of a clip is never attended to.
+        """
         data = {m: s.with_latents(s.latents.detach()) for m, s in self.clean.items()}
         after = self.before.append_history(data, self.trust)
-        return after.evict_before(int(next(iter(data.values())).chunk[-1]) + 1) if self.forget else after
+        return after.evict_before(int(next(iter(data.values())).chunk[-1]) + 1) if self.evict else after
 
 
 def rollout(
     context: DenoiserContext,
     starts: Iterable[Streams],
-    plan: Schedule,
+    schedule: Schedule,
     *,
     mode: Mode = "few",
     trust: Float[Tensor, " B"] | None = None,
     exit_step: int | None = None,
-    forget: bool = True,
+    evict: bool = True,
     conds: Iterable[Condition] | None = None,
 ) -> Iterator[GeneratedChunk]:
-    """Generate one chunk per item of ``starts`` (its state at ``plan``'s first level), each seeing those before it.
+    """Generate one chunk per item of ``starts``, each conditioned on the chunks before it.
 
-    ``exit_step`` j keeps the state at level t_j. ``trust`` labels the history that is written, ``forget`` lets go of
-    what later chunks cannot see. ``conds``: the condition of each chunk, where it changes on the way; the sink stays
-    that of the first one, and what was said before stays in memory as it was said.
+    Each start is the state of a chunk at the first level of ``schedule``. Streams without end at constant cost if
+    ``context`` has a ring cache (``mfcore.model.ring_cache``). The context of a chunk is then valid until the next
+    chunk; its ``snapshot()`` stays valid.
 
-    Streams for ever at constant cost where ``context`` remembers in a ring (``mfcore.model.ring``); then a chunk's
-    ``context`` is good until the next chunk, and what is to last longer is its ``snapshot()``.
+    If gradients are enabled, a chunk has one through its own steps from ``exit_step`` on; these read the cache without
+    gradient. The cache has one through the passes that write it; these read the chunks without gradient.
 
-    Gradient, where it is enabled: a chunk's runs through its own steps from ``exit_step`` on (without one: none),
-    which read memory as data; the memory's runs through the passes that write it, which read chunks as data.
+    Args:
+        context: network, conditions and cache.
+        starts: initial states.
+        schedule: noise levels.
+        mode: few-step or multi-step.
+        trust: strength label of the history that is written.
+        exit_step: index j of the step before which the state is returned.
+        evict: drop chunks that later chunks cannot see.
+        conds: condition of each chunk, if it changes. Sink and history keep the condition that they were written with.
     """
-    context = context if context.memory is not None else context.prefill()
+    context = context if context.cache is not None else context.prefill()
     chunk = None
     for start, cond in zip(starts, repeat(context.cond) if conds is None else conds, strict=False):
         context = replace(chunk.context if chunk else context, cond=cond)
-        clean, stash = denoise(context, start, plan, mode=mode, exit_step=exit_step)
-        chunk = GeneratedChunk(clean=clean, exit_state=stash, before=context, trust=trust, forget=forget)
+        clean, exit_state = denoise(context, start, schedule, mode=mode, exit_step=exit_step)
+        chunk = GeneratedChunk(clean=clean, exit_state=exit_state, before=context, trust=trust, evict=evict)
         yield chunk
 
 
@@ -71,40 +80,38 @@ def noise_starts(
     timeline: Timeline,
     shapes: Mapping[str, tuple[int, ...]],
     chunks: range,
+    *,
     seed: int,
     samples: Tensor,
     like: Tensor,
 ) -> Iterator[dict[str, Stream]]:
-    """Pure noise for each chunk; row i depends on (seed, chunk, samples[i]) alone.
+    """Yield pure noise for each chunk. Row i depends on (seed, chunk, samples[i]) only.
 
-    ``shapes``: latent shape (C, ...) per modality; ``like`` gives device and type.
+    ``shapes``: latent shape (C, ...) per modality. ``like`` gives device and dtype.
     """
     for k in chunks:
-        yield {m: _noise_chunk(timeline, m, shape, k, seed, samples, like) for m, shape in shapes.items()}
-
-
-def _noise_chunk(
-    timeline: Timeline, modality: str, shape: tuple[int, ...], k: int, seed: int, samples: Tensor, like: Tensor
-) -> Stream:
-    empty = like.new_empty((len(samples), timeline.count(modality, 1, k), *shape))
-    return Stream(
-        latents=normal_rows(seed, f"start/{modality}/{k}", samples, empty),
-        times=timeline.times(modality, 1, k),
-        chunk=timeline.chunk_index(modality, 1, k),
-    )
+        streams: dict[str, Stream] = {}
+        for m, shape in shapes.items():
+            empty = like.new_empty((len(samples), timeline.count(m, 1, k), *shape))
+            streams[m] = Stream(
+                latents=normal_rows(seed, f"start/{m}/{k}", samples, empty),
+                times=timeline.times(m, 1, k),
+                chunk=timeline.chunk_index(m, 1, k),
+            )
+        yield streams
 
 
 def coupled_starts(
     real: Streams, eps: dict[str, Tensor], strength: Mapping[str, Tensor], chunks: int
 ) -> Iterator[dict[str, Stream]]:
-    """Each real chunk noised to t = s, so that finishing it stays with the clip (METHOD 6, coupled history)."""
+    """Yield each real chunk noised to t = ``strength``: the starts of coupled history (METHOD 6)."""
     starts = add_noise(real, eps, constant_levels(real, strength))
     for k in range(chunks):
         yield {m: s.chunks(k, k + 1) for m, s in starts.items()}
 
 
 def join_chunks(chunks: Iterable[Mapping[str, Stream]]) -> dict[str, Stream]:
-    """One stream per modality from consecutive chunks."""
+    """Concatenate consecutive chunks to one stream per modality."""
     parts = list(chunks)
     return {
         m: Stream(

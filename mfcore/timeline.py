@@ -1,9 +1,8 @@
-"""Every conversion between seconds, frames, latents and chunks stands here.
+"""Conversions between seconds, frames, latents and chunks.
 
-The two modalities tick at different rates. A latent belongs to the chunk in which it *starts*: chunk k of length T
-holds the latents whose start lies in [k T, (k + 1) T), so counts may differ by one between chunks and are a pure
-function of (rates, T, k). All arithmetic is exact (fractions); only the timestamps handed to the network are floats
-(float64).
+The modalities have different rates. A latent belongs to the chunk in which it *starts*: chunk k of length T holds the
+latents that start in [k T, (k + 1) T). Counts may differ by one between chunks and are a pure function of (rates, T,
+k). Arithmetic is exact (fractions). Only the timestamps for the network are float64.
 """
 
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class LatentClock:
-    """When the latents of one modality start.
+    """Start times of the latents of one modality.
 
-    Latent i >= 0 *after the head* starts at ``offset + i / rate``. A codec that encodes the first frame alone (Wan, our
-    DCT) has ``head = 1``: that latent is the condition, belongs to no chunk, and is not counted by ``i``.
+    Latent i >= 0 *after the head* starts at ``offset + i / rate``. Codecs that encode the first frame separately (Wan,
+    DCT) have ``head = 1``: that latent is a condition, belongs to no chunk, and ``i`` does not count it.
     """
 
     rate: Fraction  # latents per second
@@ -33,17 +32,17 @@ class LatentClock:
             raise ValueError(f"a latent clock needs rate > 0, 0 <= offset < 1 / rate, head >= 0; got {self}")
 
     def start(self, index: int) -> Fraction:
-        """Seconds at which latent ``index`` (head not counted) starts."""
+        """Return the start of latent ``index`` (head not counted) in seconds."""
         return self.offset + index / self.rate
 
     def first_at(self, seconds: Fraction) -> int:
-        """Index of the first latent that starts at or after ``seconds``."""
+        """Return the index of the first latent that starts at or after ``seconds``."""
         return max(0, ceil((seconds - self.offset) * self.rate))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """The latent clocks of all modalities present, cut into chunks of ``chunk_seconds``."""
+    """Latent clocks of all modalities, and the length of a chunk."""
 
     clocks: dict[str, LatentClock]
     chunk_seconds: Fraction
@@ -57,20 +56,20 @@ class Timeline:
                 )
 
     def bounds(self, modality: str, chunk: int) -> tuple[int, int]:
-        """Half-open range of latent indices (head not counted) of ``chunk``."""
+        """Return the half-open range of latent indices (head not counted) of ``chunk``."""
         clock = self.clocks[modality]
         return clock.first_at(chunk * self.chunk_seconds), clock.first_at((chunk + 1) * self.chunk_seconds)
 
     def count(self, modality: str, chunks: int, first: int = 0) -> int:
-        """Number of latents in chunks ``first .. first + chunks - 1``."""
+        """Return the number of latents in chunks ``first .. first + chunks - 1``."""
         return self.bounds(modality, first + chunks - 1)[1] - self.bounds(modality, first)[0] if chunks else 0
 
     def max_count(self, modality: str) -> int:
-        """Upper bound of the latents that any one chunk can hold."""
+        """Return an upper bound of the latents in one chunk."""
         return ceil(self.clocks[modality].rate * self.chunk_seconds)
 
     def times(self, modality: str, chunks: int, first: int = 0) -> Float64[Tensor, " n"]:
-        """Start times, in seconds since the start of the clip, of the latents of a run of chunks."""
+        """Return the start times of the latents of consecutive chunks, in seconds since the start of the clip."""
         clock = self.clocks[modality]
         lo = self.bounds(modality, first)[0]
         return torch.tensor(
@@ -78,12 +77,12 @@ class Timeline:
         )
 
     def chunk_index(self, modality: str, chunks: int, first: int = 0) -> Int64[Tensor, " n"]:
-        """Chunk number of every latent of a run of chunks."""
+        """Return the chunk number of every latent of consecutive chunks."""
         sizes = [self.count(modality, 1, k) for k in range(first, first + chunks)]
         return torch.from_numpy(np.repeat(np.arange(first, first + chunks), sizes))
 
     def whole_chunks(self, latents: dict[str, int]) -> int:
-        """Chunks that are complete in every modality, given latents per modality (head not counted)."""
+        """Return the number of complete chunks, given the latents per modality (head not counted)."""
         return min(self._whole(name, n) for name, n in latents.items())
 
     def _whole(self, modality: str, latents: int) -> int:
@@ -92,15 +91,15 @@ class Timeline:
 
 
 def whole_frames(seconds: Fraction, fps: Fraction) -> int:
-    """Frames that start before ``seconds``: frame j starts at j / fps."""
+    """Return the number of frames that start before ``seconds``. Frame j starts at j / fps."""
     return max(0, ceil(seconds * fps))
 
 
 def video_clock(fps: Fraction, group: int) -> LatentClock:
-    """Clock of a causal video codec: the first frame alone, then one latent per ``group`` frames."""
+    """Return the clock of a causal video codec: one latent for the first frame, then one per ``group`` frames."""
     return LatentClock(rate=fps / group, offset=1 / fps, head=1)
 
 
 def audio_clock(sample_rate: int, hop: int) -> LatentClock:
-    """Clock of an audio codec with one latent per ``hop`` samples."""
+    """Return the clock of an audio codec with one latent per ``hop`` samples."""
     return LatentClock(rate=Fraction(sample_rate, hop))

@@ -1,7 +1,7 @@
-"""The few values that travel between the parts of ``mfcore``.
+"""Data types of ``mfcore``: streams of latents, conditions, batches, and the protocols of networks and KV caches.
 
 Letters: B batch, K chunks, n latents of one modality, C latent channels, h w latent height and width, L text tokens,
-D text width. Audio is a stream whose latents have no height and width: ``(B, n, C)``; video is ``(B, n, C, h, w)``.
+D text width. Latents are ``(B, n, C)`` for audio and ``(B, n, C, h, w)`` for video.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,35 +21,37 @@ MODALITIES = (VIDEO, AUDIO)
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Latents of one modality with the seconds at which they start and the chunk that holds them."""
+    """Latents of one modality with their start times and chunk numbers."""
 
     latents: Float[Tensor, "B n C *space"]
     times: Float64[Tensor, " n"]  # seconds since the start of the clip
     chunk: Int64[Tensor, " n"]  # chunk number
 
     def with_latents(self, latents: Tensor) -> "Stream":
+        """Return the stream with other latents."""
         return replace(self, latents=latents)
 
     def chunks(self, first: int, last: int) -> "Stream":
-        """The latents of chunks ``first .. last - 1``."""
+        """Return the latents of chunks ``first .. last - 1``."""
         keep = (self.chunk >= first) & (self.chunk < last)
         return Stream(latents=self.latents[:, keep], times=self.times[keep], chunk=self.chunk[keep])
 
     def rows(self, index: Tensor | slice) -> "Stream":
+        """Select rows of the batch."""
         return self.with_latents(self.latents[row_indices(index, self.latents)])
 
     def to(self, device: torch.device | str) -> "Stream":
-        """Move the latents; times and chunk numbers stay on the CPU, where masks and angles are made."""
+        """Move the latents. Times and chunk numbers stay on the CPU, where masks and rotations are computed."""
         return self.with_latents(self.latents.to(device))
 
 
 Streams = Mapping[str, Stream]
-"""Modality -> Stream. A uni-modal batch is a mapping with one key."""
+"""Stream per modality. A uni-modal batch has one key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """Everything a clip is generated from. Absent parts are zero with a False mask, never None, so batches stack."""
+    """Conditions of a batch of clips. Missing parts are zeros with a False mask, never None, so batches stack."""
 
     caption: Float[Tensor, "B L D"]
     caption_mask: Bool[Tensor, "B L"]  # True where a token is present
@@ -61,22 +63,24 @@ class Condition:
     voice_mask: Bool[Tensor, " B"] | None  # True where a reference voice is given
 
     def rows(self, index: Tensor | slice) -> "Condition":
-        there = row_indices(index, self.caption)
-        return self._each(lambda part: part[there])
+        """Select rows of the batch."""
+        indices = row_indices(index, self.caption)
+        return self._map_parts(lambda part: part[indices])
 
     def to(self, device: torch.device | str) -> "Condition":
-        return self._each(lambda part: part.to(device))
+        """Move all tensors."""
+        return self._map_parts(lambda part: part.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Condition":
-        parts: dict[str, Any] = {k: v if v is None else change(v) for k, v in vars(self).items()}
+    def _map_parts(self, function: Callable[[Tensor], Tensor]) -> "Condition":
+        parts: dict[str, Any] = {k: v if v is None else function(v) for k, v in vars(self).items()}
         return Condition(**parts)
 
     @staticmethod
     def stack(parts: Sequence["Condition"]) -> "Condition":
-        """The rows of all parts, one after the other."""
+        """Concatenate the rows of all parts."""
         columns = {k: [vars(part)[k] for part in parts] for k in vars(parts[0])}
-        whole: dict[str, Any] = {k: None if v[0] is None else torch.cat(v) for k, v in columns.items()}
-        return Condition(**whole)
+        joined: dict[str, Any] = {k: None if v[0] is None else torch.cat(v) for k, v in columns.items()}
+        return Condition(**joined)
 
     def drop(self, *, caption: Bool[Tensor, " B"], words: Bool[Tensor, " B"]) -> "Condition":
         """Remove caption or transcript in the rows where the flag is True (classifier-free guidance)."""
@@ -87,7 +91,7 @@ class Condition:
         )
 
     def unconditional(self) -> "Condition":
-        """The unconditional branch of guidance: no caption, no transcript; first frame and voice stay."""
+        """Return the condition of the null branch: no caption, no transcript; first frame and voice stay."""
         return replace(
             self,
             caption_mask=torch.zeros_like(self.caption_mask),
@@ -97,17 +101,19 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class AVBatch:
-    """One global or local batch of clips, normalised, with the sample numbers that seed its random draws."""
+    """Batch of clips, global or of one rank, with the sample numbers that seed its random draws."""
 
     streams: Streams
     cond: Condition
-    samples: Int64[Tensor, " B"]  # position of each row in the run's sample sequence: the index of every generator
+    samples: Int64[Tensor, " B"]  # position of each row in the sample sequence of the run; index of its generators
 
     @property
     def chunks(self) -> int:
+        """Number of chunks."""
         return int(next(iter(self.streams.values())).chunk.max()) + 1
 
     def rows(self, index: Tensor | slice) -> "AVBatch":
+        """Select rows of the batch."""
         return AVBatch(
             streams={m: s.rows(index) for m, s in self.streams.items()},
             cond=self.cond.rows(index),
@@ -115,38 +121,38 @@ class AVBatch:
         )
 
     def to(self, device: torch.device | str) -> "AVBatch":
-        """Move latents and conditions; sample numbers stay on the CPU, which would wait for each of them."""
+        """Move latents and conditions. Sample numbers stay on the CPU: reading one from a GPU would synchronize."""
         return AVBatch(
             streams={m: s.to(device) for m, s in self.streams.items()}, cond=self.cond.to(device), samples=self.samples
         )
 
 
 NoiseLevels = Mapping[str, Float[Tensor, "B K"]]
-"""Modality -> noise level of every chunk."""
+"""Noise level of every chunk, per modality."""
 
 
 class KVCache(Protocol):
-    """Keys and values of what came before: the sink (first frame, voice), and the history of the clip."""
+    """Keys and values of the sink (first frame, voice) and of the history of the clip."""
 
     def detach(self) -> "KVCache":
-        """The same memory as data: no gradient reaches what wrote it."""
+        """Return the cache without gradient."""
         ...
 
     def rows(self, index: Tensor) -> "KVCache":
-        """The memory of some rows of the batch."""
+        """Select rows of the batch."""
         ...
 
     @classmethod
     def stack(cls, parts: Sequence[Self]) -> Self:
-        """The rows of all parts, one after the other; all remember the same chunks."""
+        """Concatenate the rows of caches with the same chunks."""
         ...
 
     def evict_before(self, chunk: int) -> "KVCache":
-        """Forget what ``chunk`` and later ones can no longer see: keeps streaming at constant cost."""
+        """Drop the chunks that ``chunk`` and later ones cannot see. Keeps streaming at constant cost."""
         ...
 
     def snapshot(self) -> "KVCache":
-        """What is remembered, as a value that later passes do not change."""
+        """Return the content as a value that later passes do not change."""
         ...
 
     def shared_passes(self) -> "KVCache":
@@ -158,12 +164,13 @@ class KVCache(Protocol):
 
 
 class VelocityModel(Protocol):
-    """What objectives and the rollout know of a network.
+    """Interface of a network for objectives and rollout.
 
-    ``model(x, t, r, cond, memory)`` gives the average velocity of every chunk of ``x`` from t down to r (r = t: the
-    instantaneous velocity), each chunk seeing the memory before it and itself. With ``store`` the chunks of ``x`` are
-    taken as clean history of strength ``trust``, and a memory that holds them too is returned; velocities then need
-    not be. Without a memory the sink is written first, which depends on first frame and voice alone.
+    ``model(x, t, r, cond, cache=cache)`` returns the average velocity of every chunk of ``x`` from t down to r. With
+    r = t it is the instantaneous velocity. Each chunk attends to itself and to the cached chunks before it.
+
+    With ``store`` the chunks of ``x`` are clean history of strength ``trust``. The returned cache contains them, and
+    the velocities may be missing. Without a cache the sink is computed first; it depends on first frame and voice only.
     """
 
     def __call__(
@@ -172,8 +179,10 @@ class VelocityModel(Protocol):
         t: NoiseLevels,
         r: NoiseLevels,
         cond: Condition,
-        memory: KVCache | None = None,
         *,
+        cache: KVCache | None = None,
         store: bool = False,
         trust: Float[Tensor, " B"] | None = None,
-    ) -> tuple[dict[str, Tensor], KVCache | None]: ...
+    ) -> tuple[dict[str, Tensor], KVCache | None]:
+        """Return the velocity of every chunk of ``x``, and the cache."""
+        ...

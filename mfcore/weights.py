@@ -1,16 +1,18 @@
-"""Weights of one network made from those of others: what a branch holds is named ``branches.<modality>.*``."""
+"""Weights by name: shards of a file, merged branches, strict loading. A branch is ``branches.<modality>.*``."""
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 Weights = Mapping[str, Tensor]
-SHARD_BYTES = 5_000_000_000  # of a file
+SHARD_BYTES = 5_000_000_000  # default size limit of a file
 
 
 def shard_weights(name: str, weights: Weights, most: int = SHARD_BYTES) -> dict[str, dict[str, Tensor]]:
-    """File names and what they hold: ``name.safetensors``, or ``name-00001-of-00003.safetensors`` and so on, whole
-    tensors in their order, where one file would hold more than ``most`` bytes."""
+    """Split weights into files of at most ``most`` bytes; tensors stay whole and in order.
+
+    Returns the weights per file name: ``name.safetensors``, or ``name-00001-of-00003.safetensors`` for several files.
+    """
     parts: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, weight in weights.items():
@@ -25,36 +27,38 @@ def shard_weights(name: str, weights: Weights, most: int = SHARD_BYTES) -> dict[
 
 
 def branch_weights(weights: Weights, modality: str) -> dict[str, Tensor]:
-    """The weights of one branch, under their full names."""
+    """Return the weights of one branch, with their full names."""
     prefix = f"branches.{modality}."
     return {name: value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def merge_branches(parts: Mapping[str, Weights]) -> dict[str, Tensor]:
-    """A coupled network from uni-modal ones: each branch from the network of its modality.
+    """Return the weights of a coupled network: each branch from the network of its modality.
 
-    Coupling adds no weight: queries, keys and values of the branches meet in one attention (METHOD 4).
+    Coupling adds no weight, because the branches share one attention (METHOD 4).
     """
-    return {
-        name: value for modality, weights in parts.items() for name, value in branch_weights(weights, modality).items()
-    }
+    merged: dict[str, Tensor] = {}
+    for modality, weights in parts.items():
+        merged |= branch_weights(weights, modality)
+    return merged
 
 
 def load_strict(module: nn.Module, weights: Weights, source: str) -> None:
-    """Every weight of ``module`` from ``weights`` and none left over. ValueError names all that do not fit."""
+    """Load ``weights`` into ``module``. Raises ValueError with all missing, unknown and misshaped names."""
     own = dict(module.named_parameters())
-    missing, foreign = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or foreign:
-        parts = [
-            f"{', '.join(names)} {where}" for names, where in ((missing, "missing"), (foreign, "unknown")) if names
-        ]
+    missing = sorted(own.keys() - weights.keys())
+    unknown = sorted(weights.keys() - own.keys())
+    parts = [f"{', '.join(missing)} missing"] if missing else []
+    if unknown:
+        parts.append(f"{', '.join(unknown)} unknown")
+    if parts:
         raise ValueError(f"{source} is of another network: {'; '.join(parts)}")
     check_shapes(own, weights, source)
     module.load_state_dict(dict(weights))
 
 
 def check_shapes(own: Weights, others: Weights, source: str) -> None:
-    """ValueError lists every weight of ``others`` that has another shape than ours."""
+    """Raise ValueError with every weight of ``others`` that has another shape in ``own``."""
     wrong = [
         f"{name} {tuple(w.shape)} there, {tuple(own[name].shape)} here"
         for name, w in sorted(others.items())

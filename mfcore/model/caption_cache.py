@@ -1,9 +1,8 @@
-"""What a stream keeps of its caption from chunk to chunk, while neither caption nor weights change.
+"""Cache of the caption keys and values of a stream, valid while caption and weights are unchanged.
 
-Asking a GPU whether two captions are equal would make the CPU wait, so it is the same *tensors* that are asked for, and
-torch's counts of what was written into them: another caption with equal numbers is computed again, which is slow and
-not wrong. Torch does not count what is written through ``tensor.data`` or a numpy array of the same numbers, and counts
-nothing for tensors made in ``torch.inference_mode``: of the latter nothing is kept.
+Comparing values on a GPU would synchronize. The check therefore compares the identity and the version counter of the
+tensors. An equal caption in other tensors misses the cache: correct, but slower. Writes through ``tensor.data`` or a
+shared numpy array are not counted. Tensors created in ``torch.inference_mode`` have no counter and are never cached.
 """
 
 from collections.abc import Iterable
@@ -18,37 +17,37 @@ from mfcore.model.kv_cache import KeyValue
 
 @dataclass(frozen=True)
 class TensorVersions:
-    """What something was computed from, as it was then, and the precision of products in it."""
+    """Identity and version of the tensors of a computation, and its autocast dtype."""
 
-    parts: tuple[Tensor, ...]
-    places: tuple[tuple[int, torch.dtype], ...]  # of their numbers: ``Module.to`` gives a tensor others
-    versions: tuple[int, ...] | None  # None: not counted
+    tensors: tuple[Tensor, ...]
+    storage: tuple[tuple[int, torch.dtype], ...]  # address and dtype of the data, which ``Module.to`` replaces
+    versions: tuple[int, ...] | None  # None: no version counter
     autocast: torch.dtype | None
 
-    def is_current(self, now: "TensorVersions") -> bool:
-        """Whether the same computation gives the same again."""
-        counted = self.versions is not None and self.versions == now.versions and self.autocast == now.autocast
-        same = self.places == now.places and all(a is b for a, b in zip(self.parts, now.parts, strict=True))
+    def is_current(self, other: "TensorVersions") -> bool:
+        """Return True if the computation with ``other`` gives the same result."""
+        counted = self.versions is not None and self.versions == other.versions and self.autocast == other.autocast
+        same = self.storage == other.storage and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
         return counted and same
 
 
-def tensor_versions(parts: Iterable[Tensor]) -> TensorVersions:
-    """Of what is computed from ``parts`` now."""
-    kept = tuple(parts)
-    kind = kept[0].device.type
+def tensor_versions(tensors: Iterable[Tensor]) -> TensorVersions:
+    """Return the current versions of ``tensors``."""
+    tensors = tuple(tensors)
+    kind = tensors[0].device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return TensorVersions(
-        parts=kept,
-        places=tuple((part.data_ptr(), part.dtype) for part in kept),
-        versions=None if any(part.is_inference() for part in kept) else tuple(part._version for part in kept),
+        tensors=tensors,
+        storage=tuple((part.data_ptr(), part.dtype) for part in tensors),
+        versions=None if any(part.is_inference() for part in tensors) else tuple(part._version for part in tensors),
         autocast=torch.get_autocast_dtype(kind) if autocast else None,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedCaption:
-    """A caption in one branch: its embedded tokens, and their keys and values in every layer."""
+    """Caption in one branch: embedded tokens, and keys and values of every layer."""
 
     tokens: Float[Tensor, "B 1+L d"]
     layers: list[KeyValue]
-    origin: TensorVersions
+    versions: TensorVersions

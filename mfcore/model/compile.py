@@ -1,4 +1,4 @@
-"""What runs the two parts of a block: the methods as they are written, or compiled, one graph that all layers share."""
+"""Functions that run the two parts of a block: eager, or compiled to one graph that all layers share."""
 
 import importlib.util
 import os
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from mfcore.model.block import Block
 
-MAX_RECOMPILES = 64  # of one part: of training, streaming, the sink, with and without gradient
+MAX_RECOMPILES = 64  # of one part: training, streaming, sink, each with and without gradient
 
 
 class CompilerNotFoundError(ValueError):
-    """torch.compile cannot work on this machine."""
+    """Missing requirement of torch.compile on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockKernels:
-    """Called with the block first."""
+    """Functions of a block; the first argument is the block."""
 
     project: Callable[..., tuple[Tensor, Tensor, Tensor]] = Block.project
     update: Callable[..., Tensor] = Block.update
@@ -33,7 +33,7 @@ EAGER = BlockKernels()
 
 @cache
 def compile_block(backend: str = "inductor") -> BlockKernels:
-    """Compiled where they are first called with tensors of other shapes or kinds; nothing is left to Python inside."""
+    """Return compiled functions, without graph breaks. They compile on the first call for each kind of shape."""
     dynamo = cast(Any, torch)._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_RECOMPILES)
     project, update = (torch.compile(part, backend=backend, fullgraph=True) for part in (Block.project, Block.update))
@@ -41,14 +41,14 @@ def compile_block(backend: str = "inductor") -> BlockKernels:
 
 
 def check_compiler(device: torch.device) -> None:
-    """NoCompiler says what is missing: on a CPU a C++ compiler, on a GPU Triton and a C compiler."""
+    """Raise CompilerNotFoundError if a CPU has no C++ compiler, or a GPU no Triton or C compiler."""
     on_cpu = device.type == "cpu"
-    known = (os.environ.get("CXX"), "g++", "clang++") if on_cpu else (os.environ.get("CC"), "gcc", "clang")
-    missing = [] if any(name and shutil.which(name) for name in known) else [f"a compiler ({known[1]})"]
+    compilers = (os.environ.get("CXX"), "g++", "clang++") if on_cpu else (os.environ.get("CC"), "gcc", "clang")
+    missing = [] if any(name and shutil.which(name) for name in compilers) else [f"a compiler ({compilers[1]})"]
     if not on_cpu and importlib.util.find_spec("triton") is None:
         missing.append("Triton (pip install triton)")
     if missing:
         raise CompilerNotFoundError(
             f"compiling blocks for {device.type} needs {' and '.join(missing)}, not found here: install it "
-            "(apt-get install g++), name it in CC or CXX, or leave engine.compile and --compile off"
+            "(apt-get install g++), set CC or CXX, or turn engine.compile and --compile off"
         )

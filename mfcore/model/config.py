@@ -1,4 +1,4 @@
-"""What defines a network: it travels in ``model.json`` and rebuilds the network without any other file."""
+"""Configuration of a network. Stored in ``model.json``; rebuilds the network without another file."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,20 +6,21 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class BranchConfig:
-    """Latents of one modality and how they become tokens."""
+    """Latents of one modality and their patches."""
 
     channels: int  # latent channels
     size: tuple[int, int] = (1, 1)  # latent height and width; (1, 1) for audio
     patch: tuple[int, int] = (1, 1)  # latent positions merged into one token, height and width
-    data_std: float | None = 0.5  # spread of a whitened latent about what is known of it; preconditions the output.
-    # None: the network's output is the velocity, as in weights trained elsewhere
-    anchor: int = 0  # leading channels whose first-frame value is what is known at the start; video only
+    # spread of a whitened latent around its mean, preconditions the output;
+    # None: the output is the velocity, as in pretrained weights of other projects
+    data_std: float | None = 0.5
+    anchor: int = 0  # leading channels with the first frame as mean; video only
 
     def __post_init__(self) -> None:
         if not 0 <= self.anchor <= self.channels:
             raise ValueError(f"anchor={self.anchor}: latents have {self.channels} channels")
         if self.anchor and self.data_std is None:
-            raise ValueError("anchor tells the mean of a preconditioned output: it needs a data_std")
+            raise ValueError("anchor is the mean of a preconditioned output: it needs a data_std")
         if self.size[0] % self.patch[0] or self.size[1] % self.patch[1]:
             raise ValueError(f"latent size {self.size} is not a multiple of the patch {self.patch}")
 
@@ -35,30 +36,30 @@ class BranchConfig:
 
     @property
     def width(self) -> int:
-        """Numbers in a token."""
+        """Elements of a token."""
         return self.channels * self.patch[0] * self.patch[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One network: a branch per modality present, coupled in self-attention."""
+    """Network: one branch per modality, coupled in self-attention."""
 
     branches: dict[str, BranchConfig]
     dim: int  # width of a branch
     layers: int
     heads: int
-    kv_heads: int | None = None  # heads of keys and values, shared by groups of query heads; None: one for each
+    kv_heads: int | None = None  # heads of keys and values, shared by groups of query heads; None: as many
     word_heads: int | None = None  # heads that read the transcript; None: all
     mlp_ratio: float = 4.0  # feed-forward width over dim
     text_dim: int  # width of caption and transcript embeddings
     chunk_seconds: float  # length of a chunk
     window_chunks: int  # history chunks that a chunk may attend to
     rope_seconds_scale: float = 8.0  # rotary time units per second
-    word_horizon_seconds: float = 1.0  # transcript further away than this is not attended to
-    local_start: bool = False  # self-attention begins local in time and space, as the words' does (layout "own")
-    chunk_phase: bool = False  # tokens know how far into their chunk their latent starts
+    word_horizon_seconds: float = 1.0  # maximum distance of attended transcript words
+    local_start: bool = False  # initialize self-attention local in time and space, like word attention (layout "own")
+    chunk_phase: bool = False  # embed the position of a latent in its chunk
     coupled: bool = True  # False: branches attend to themselves only (ablation)
-    attention: Literal["sdpa", "flex"] = "sdpa"  # of passes with a mask, on CUDA; elsewhere sdpa
+    attention: Literal["sdpa", "flex"] = "sdpa"  # backend of masked passes on CUDA; other devices use sdpa
     layout: Literal["own", "wan"] = "own"  # wan: norms, rotations and embeddings as in Wan 2.1, to load its weights
 
     def __post_init__(self) -> None:
@@ -70,18 +71,19 @@ class ModelConfig:
             )
         if self.heads % self.key_heads or not 1 <= self.transcript_heads <= self.heads:
             raise ValueError(
-                f"kv_heads {self.kv_heads} must divide heads {self.heads}, word_heads {self.word_heads} lie between 1 "
-                "and heads"
+                f"kv_heads {self.kv_heads} must divide heads {self.heads}, word_heads {self.word_heads} must be "
+                "between 1 and heads"
             )
         if self.local_start and self.layout == "wan":
             raise ValueError(
-                "model.local_start=true: Wan's layout has no place for it, its weights are local by training"
+                "model.local_start=true is not available in the layout of Wan: its weights are local by training"
             )
         if self.window_chunks < 1:
             raise ValueError("the attention window must hold at least one chunk of history")
 
     @property
     def head_dim(self) -> int:
+        """Width of a head."""
         return self.dim // self.heads
 
     @property
@@ -96,10 +98,10 @@ class ModelConfig:
 
     @property
     def mlp_width(self) -> int:
-        """Width inside the feed-forward part."""
+        """Hidden width of the feed-forward part."""
         return round(self.dim * self.mlp_ratio)
 
     @property
     def level_features(self) -> int:
-        """Cosines and sines that a noise level is embedded by."""
+        """Number of Fourier features of a noise level."""
         return 256 if self.layout == "wan" else 128

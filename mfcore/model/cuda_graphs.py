@@ -1,8 +1,8 @@
-"""CUDA graphs for streaming: what a chunk asks of the network is recorded once for each shape and then played.
+"""CUDA graphs for streaming: each kind of pass over a chunk is captured once per shape and then replayed.
 
-A pass over a chunk is some two thousand kernels of a few microseconds; starting each from Python takes longer than
-running it. Played, they start themselves. A recording reads and writes fixed places of memory: what differs from call
-to call is copied to them, and the ring's keys and values stay where they are anyway.
+A pass over a chunk is about two thousand kernels of a few microseconds. Launching each from Python takes longer than
+running it. A graph reads and writes fixed tensors: inputs of a call are copied into them, and the keys and values of
+the ring cache never move.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,42 +20,42 @@ from mfcore.model.ring_cache import RingKVCache
 from mfcore.model.transformer import AVTransformer, PreparedPass
 from mfcore.types import Condition, NoiseLevels, Streams, VelocityModel
 
-Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], object]]]
-"""Runs some work; its result, and what runs it again in the same places of memory, the result included."""
+Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], object]]]
+"""Run some work. Returns its result, and a function that runs it again into the same tensors."""
 
-MAX_GRAPHS = 32  # a window that fills needs two or three for every chunk of it; the longest unused one goes first
+MAX_GRAPHS = 32  # a filling window needs two or three per chunk; the least recently used one is dropped first
 WARM_UPS = 2
 
 
 def capture_cuda_graph(work: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-    """The recorder for CUDA. ``work`` must not copy from the CPU, nor wait for a number."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # libraries make their handles and choose their kernels
+    """Capture ``work`` as a CUDA graph. It must not copy from the CPU or synchronize."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries create their handles and choose their kernels
         for _ in range(WARM_UPS):
             work()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        made = work()
-    graph.replay()  # recording runs nothing
-    return made, graph.replay
+        outputs = work()
+    graph.replay()  # capture alone runs no kernel
+    return outputs, graph.replay
 
 
 @dataclass
 class _Graph:
-    """A recording and the places that it reads and writes."""
+    """A captured pass and the tensors that it reads and writes. Mutable: ``prepared`` changes with the chunk."""
 
-    calls: dict[str, Tensor]  # what differs between the calls for a chunk
-    scenes: dict[str, Tensor]  # what differs between chunks
-    scene: PreparedPass  # that was copied last
-    ring: "ref[RingKVCache]"  # whose places are written
-    made: Any
-    play: Callable[[], object]
+    call_inputs: dict[str, Tensor]  # differ between the calls for a chunk
+    pass_inputs: dict[str, Tensor]  # differ between chunks
+    prepared: PreparedPass  # last one that was copied to pass_inputs
+    ring: "ref[RingKVCache]"  # the ring that is written
+    outputs: Any
+    replay: Callable[[], object]
 
 
 def check_inference_optimizations(device: torch.device, *, compile: bool, graphs: bool) -> None:
-    """ValueError where a switch has no use, or not what it needs."""
+    """Raise ValueError if an optimization has no effect on ``device`` or lacks a requirement."""
     if graphs and device.type != "cuda":
         raise ValueError(f"--graphs records CUDA graphs, and this stream runs on the {device.type}: leave it out")
     if compile:
@@ -63,18 +63,20 @@ def check_inference_optimizations(device: torch.device, *, compile: bool, graphs
 
 
 def apply_inference_optimizations(net: AVTransformer, *, compile: bool, graphs: bool) -> VelocityModel:
-    """What streams as ``net`` does: its blocks compiled or not, its passes recorded or not."""
+    """Return a model that streams like ``net``, with compiled blocks and CUDA graphs as requested."""
     net.code = compile_block() if compile else EAGER
     return cast(VelocityModel, CUDAGraphModel(net) if graphs else net)
 
 
 class CUDAGraphModel:
-    """``net`` for streaming: the same answers. A VelocityModel; calls without a ring go to ``net`` itself."""
+    """VelocityModel that runs ``net`` with CUDA graphs on a ring cache. Calls without a ring go to ``net`` itself."""
 
-    def __init__(self, net: AVTransformer, record: Record = capture_cuda_graph, most: int = MAX_GRAPHS) -> None:
-        self.net, self._record, self._most = net, record, most
+    def __init__(self, net: AVTransformer, capture: Capture = capture_cuda_graph, max_graphs: int = MAX_GRAPHS) -> None:
+        self.net = net
+        self.num_captures = 0
+        self._capture_function = capture
+        self._max_graphs = max_graphs
         self._graphs: dict[Any, _Graph] = {}
-        self.recorded = 0  # how often
 
     def __call__(
         self,
@@ -82,90 +84,117 @@ class CUDAGraphModel:
         t: NoiseLevels,
         r: NoiseLevels,
         cond: Condition,
-        memory: LayeredKVCache | RingKVCache | None = None,
         *,
+        cache: LayeredKVCache | RingKVCache | None = None,
         store: bool = False,
         trust: Float[Tensor, " B"] | None = None,
     ) -> tuple[dict[str, Tensor], LayeredKVCache | RingKVCache | None]:
-        if not x or not isinstance(memory, RingKVCache):
-            return self.net(x, t, r, cond, memory, store=store, trust=trust)
-        scene, ring = self.net.prepare(x, cond, memory, store=store)[0], memory
+        """Return what ``net`` returns for the same arguments."""
+        if not isinstance(cache, RingKVCache) or not x:
+            return self.net(x, t, r, cond, cache=cache, store=store, trust=trust)
+        prepared, _ = self.net.prepare(x, cond, cache, store=store)
         call = {"x": {m: s.latents for m, s in x.items()}, "t": t, "r": r, "trust": trust if store else None}
-        made = self._played(x, call, scene, cond, ring, store=store)
+        outputs = self._run(x, call, prepared=prepared, cond=cond, ring=cache, store=store)
         if store:
-            return {}, ring.commit_chunk(scene.at)
-        return {m: velocity.clone() for m, velocity in made.items()}, ring
+            return {}, cache.commit_chunk(prepared.positions)
+        return {m: velocity.clone() for m, velocity in outputs.items()}, cache
 
-    def _played(
-        self, x: Streams, call: dict[str, Any], scene: PreparedPass, cond: Condition, ring: RingKVCache, *, store: bool
+    def _run(
+        self,
+        x: Streams,
+        call: dict[str, Any],
+        *,
+        prepared: PreparedPass,
+        cond: Condition,
+        ring: RingKVCache,
+        store: bool,
     ) -> Any:
-        calls, scenes = dict(_leaves(call)), dict(_leaves(_on_device(scene, cond)))
-        kind = next(iter(calls.values())).device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        shapes = tuple((name, part.shape, part.dtype) for name, part in (*calls.items(), *scenes.items()))
+        """Replay the graph of this kind of pass, or capture it on the first call."""
+        call_inputs = dict(_tensors_by_path(call))
+        pass_inputs = dict(_tensors_by_path(_device_inputs(prepared, cond)))
+        device = next(iter(call_inputs.values())).device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        shapes = tuple((name, part.shape, part.dtype) for name, part in (*call_inputs.items(), *pass_inputs.items()))
         key = (store, id(ring), ring.used_slots, autocast, shapes)
         graph = self._graphs.pop(key, None)
         if graph is None or graph.ring() is not ring:
-            graph = self._recorded(x, call, scene, cond, ring, store=store)
+            graph = self._capture(x, call, prepared=prepared, cond=cond, ring=ring, store=store)
         else:
-            _copy(graph.calls, calls)
-            if graph.scene is not scene:
-                _copy(graph.scenes, scenes)
-                graph.scene = scene
-            graph.play()
-        self._graphs[key] = graph  # the last one used is the last to go
-        for old in list(self._graphs)[: -self._most]:
+            _copy_tensors(graph.call_inputs, call_inputs)
+            if graph.prepared is not prepared:
+                _copy_tensors(graph.pass_inputs, pass_inputs)
+                graph.prepared = prepared
+            graph.replay()
+        self._graphs[key] = graph  # least recently used first
+        for old in list(self._graphs)[: -self._max_graphs]:
             del self._graphs[old]
-        return graph.made
+        return graph.outputs
 
-    def _recorded(
-        self, x: Streams, call: dict[str, Any], scene: PreparedPass, cond: Condition, ring: RingKVCache, *, store: bool
+    def _capture(
+        self,
+        x: Streams,
+        call: dict[str, Any],
+        *,
+        prepared: PreparedPass,
+        cond: Condition,
+        ring: RingKVCache,
+        store: bool,
     ) -> _Graph:
-        calls = {name: part.clone() for name, part in _leaves(call)}
-        scenes = {name: part.clone() for name, part in _leaves(_on_device(scene, cond))}
-        own = _with_leaves(call, calls)
-        there = _with_leaves(_on_device(scene, cond), scenes)
-        first = there.pop("first")
-        still = replace(scene, **there)
-        streams = {m: s.with_latents(own["x"][m]) for m, s in x.items()}
+        call_inputs = {name: part.clone() for name, part in _tensors_by_path(call)}
+        pass_inputs = {name: part.clone() for name, part in _tensors_by_path(_device_inputs(prepared, cond))}
+        static_call = _replace_tensors(call, call_inputs)
+        static_pass = _replace_tensors(_device_inputs(prepared, cond), pass_inputs)
+        first_frame = static_pass.pop("first_frame")
+        static = replace(prepared, **static_pass)
+        streams = {m: s.with_latents(static_call["x"][m]) for m, s in x.items()}
+        t, r, trust = static_call["t"], static_call["r"], static_call["trust"]
 
         def work() -> Any:
             if not store:
-                return self.net.predict_velocity(streams, own["t"], own["r"], first, still, ring)
-            layers = self.net.write_cache(streams, own["t"], own["r"], own["trust"], still, ring)
+                return self.net.predict_velocity(streams, t, r, first_frame=first_frame, prepared=static, cache=ring)
+            layers = self.net.write_cache(streams, t, r, trust=trust, prepared=static, cache=ring)
             ring.write_layer(len(layers) - 1, layers[-1])
             return layers
 
-        kind = next(iter(calls.values())).device.type
-        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        # a cached copy of a weight would be gone when the recording is played
-        with torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
-            made, play = self._record(work)
-        self.recorded += 1
+        device = next(iter(call_inputs.values())).device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        # a replay would read a weight copy that autocast has already freed
+        with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
+            outputs, replay = self._capture_function(work)
+        self.num_captures += 1
         self._graphs = {k: graph for k, graph in self._graphs.items() if graph.ring() is not None}
-        return _Graph(calls, scenes, scene, ref(ring), made, play)
+        return _Graph(call_inputs, pass_inputs, prepared, ref(ring), outputs, replay)
 
 
-def _on_device(scene: PreparedPass, cond: Condition) -> dict[str, Any]:
-    """What a pass reads on its device besides the call's own tensors; clocks and positions stay on the CPU."""
-    names = ("local", "runs", "own_runs", "phases", "text", "heard", "turn", "mask")
-    return {name: getattr(scene, name) for name in names} | {"first": cond.first_frame}
+def _device_inputs(prepared: PreparedPass, cond: Condition) -> dict[str, Any]:
+    """Return the device tensors of a pass, besides those of the call. Clocks and positions stay on the CPU."""
+    return {
+        "chunk_index": prepared.chunk_index,
+        "level_index": prepared.level_index,
+        "rank_level_index": prepared.rank_level_index,
+        "phases": prepared.phases,
+        "text": prepared.text,
+        "text_keys": prepared.text_keys,
+        "rotation": prepared.rotation,
+        "mask": prepared.mask,
+        "first_frame": cond.first_frame,
+    }
 
 
-def _copy(to: Mapping[str, Tensor], origin: Mapping[str, Tensor]) -> None:
+def _copy_tensors(to: Mapping[str, Tensor], origin: Mapping[str, Tensor]) -> None:
     cast(Any, torch)._foreach_copy_(list(to.values()), [origin[name] for name in to])
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested dictionaries, lists and dataclasses, by their path."""
+def _tensors_by_path(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested dictionaries, lists and dataclasses, with their paths."""
     if isinstance(value, Tensor):
-        yield name, value
+        yield path, value
         return
-    for key, part in _parts(value):
-        yield from _leaves(part, f"{name}/{key}")
+    for key, part in _children(value):
+        yield from _tensors_by_path(part, f"{path}/{key}")
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         yield from cast(dict[str, Any], value).items()
     elif isinstance(value, list | tuple):
@@ -174,11 +203,11 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f.name, getattr(value, f.name)) for f in fields(value))
 
 
-def _with_leaves(value: Any, leaves: Mapping[str, Tensor], name: str = "") -> Any:
-    """The same nest with other tensors."""
+def _replace_tensors(value: Any, tensors: Mapping[str, Tensor], path: str = "") -> Any:
+    """Return the same nested value with the tensors at each path replaced."""
     if isinstance(value, Tensor):
-        return leaves[name]
-    parts = {key: _with_leaves(part, leaves, f"{name}/{key}") for key, part in _parts(value)}
+        return tensors[path]
+    parts = {key: _replace_tensors(part, tensors, f"{path}/{key}") for key, part in _children(value)}
     if isinstance(value, dict):
         return parts
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""What a network costs, counted from its configuration: parameters, operations of a chunk, bytes.
+"""Cost of a network from its configuration: parameters, FLOPs of a chunk, bytes.
 
 Letters: d width of a branch, g width of its keys, w width of its transcript attention, h feed-forward width,
-S keys that a token sees.
-A multiplication and its addition are two operations (FLOPs); norms, activations and rotations are not counted.
+S keys that a token attends to.
+A multiply-add is two FLOPs. Norms, activations and rotations are not counted.
 """
 
 from collections.abc import Mapping
@@ -21,16 +21,16 @@ FLOAT32 = 4  # bytes
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkWorkload:
-    """A chunk in a stream: what it is made of and what it may look at."""
+    """Tokens and visible keys of one chunk of a stream."""
 
-    tokens: Mapping[str, int]  # of the chunk, by modality
-    seen: int  # keys of sink and window, and the chunk's own
+    tokens: Mapping[str, int]  # tokens of the chunk, per modality
+    seen: int  # keys of sink, window and chunk
     caption: int  # caption tokens
     words: int  # transcript tokens within reach
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Weights by branch, and "total". The network is built without memory for them."""
+    """Return the parameters per branch, and "total". The network is built on the meta device."""
     with torch.device("meta"):
         net = AVTransformer(config)
     each = {m: sum(p.numel() for p in net.branch(m).parameters()) for m in config.branches}
@@ -38,7 +38,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def steady_state_workload(config: ModelConfig, timeline: Timeline, *, caption: int, words: int) -> ChunkWorkload:
-    """A chunk late in a stream, with a full window of history. The sink is a frame and a chunk of the voice."""
+    """Return the workload of a chunk with a full window. The sink is one frame and one chunk of voice."""
     each = {m: timeline.max_count(m) * b.tokens for m, b in config.branches.items()}
     sink = sum(b.tokens if m == VIDEO else each[m] for m, b in config.branches.items())
     seen = sink + (config.window_chunks + 1) * sum(each.values())
@@ -46,16 +46,16 @@ def steady_state_workload(config: ModelConfig, timeline: Timeline, *, caption: i
 
 
 def forward_flops(config: ModelConfig, load: ChunkWorkload) -> int:
-    """Operations of one evaluation of one chunk: matrix products and attention."""
+    """Return the FLOPs of one evaluation of one chunk: matrix products and attention."""
     parts = _multiplications(config, load)
     return 2 * (config.layers * (parts.project + parts.rest) + parts.ends + parts.caption + parts.words)
 
 
 def chunk_flops(config: ModelConfig, load: ChunkWorkload, steps: int) -> int:
-    """Operations of a chunk of a stream: ``steps`` evaluations, and the pass that writes keys and values.
+    """Return the FLOPs of a streamed chunk: ``steps`` evaluations, and the pass that writes the KV cache.
 
-    The words are read once, the caption is that of the chunk before; of the writing pass the last layer ends with its
-    keys, and nothing leaves the network.
+    The transcript is projected once, the caption is cached. The writing pass ends with the keys and values of the last
+    layer.
     """
     parts = _multiplications(config, load)
     evaluations = steps * (config.layers * (parts.project + parts.rest) + parts.ends)
@@ -65,21 +65,23 @@ def chunk_flops(config: ModelConfig, load: ChunkWorkload, steps: int) -> int:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Multiplications of one chunk, all branches."""
+    """Multiplications of one chunk, summed over branches."""
 
-    project: int  # a layer's queries, keys and values
-    rest: int  # what else a layer does
-    ends: int  # tokens into the network and out again, and the noise level
-    out: int  # of these: tokens out again
-    caption: int  # what is made of it, all layers
-    words: int  # the same of the transcript
+    project: int  # queries, keys and values of one layer
+    rest: int  # rest of one layer
+    ends: int  # input and output projection, and noise level
+    out: int  # output projection, contained in ends
+    caption: int  # embedding, and keys and values of all layers
+    words: int  # the same for the transcript
 
 
 def _multiplications(config: ModelConfig, load: ChunkWorkload) -> _Parts:
-    """Per token and layer: d^2 + 2 d g queries, keys, values; d^2 out; 2 d^2 + 2 d w text queries and out; 2 d h
-    feed-forward; 2 d S attention; 2 d (caption + 1) + 2 w (words + 1) text attention, a token "nothing here" standing
-    before both. Per text token the embedding, and in each layer 2 d^2 or 2 d w keys and values. Per chunk and branch
-    the embeddings of level and interval, and the modulation made of them; per token its phase.
+    """Count multiplications.
+
+    Per token and layer: d^2 + 2 d g queries, keys, values; d^2 out; 2 d^2 + 2 d w text queries and out; 2 d h
+    feed-forward; 2 d S attention; 2 d (caption + 1) + 2 w (words + 1) text attention, with one null token each.
+    Per text token: the embedding, and 2 d^2 or 2 d w keys and values in each layer. Per chunk and branch: embeddings of
+    level and interval, and the modulation. Per token: its phase.
     """
     d, features, wan = config.dim, config.level_features, config.layout == "wan"
     g, w = config.key_heads * config.head_dim, config.transcript_heads * config.head_dim
@@ -103,19 +105,19 @@ def _multiplications(config: ModelConfig, load: ChunkWorkload) -> _Parts:
 
 
 def cache_bytes_per_second(config: ModelConfig, timeline: Timeline, element: int = 2) -> int:
-    """Bytes of keys and values for a second of history; ``element``: bytes of a number."""
+    """Return the bytes of keys and values per second of history. ``element``: bytes of one element."""
     per_second = sum(float(timeline.clocks[m].rate) * b.tokens for m, b in config.branches.items())
     return round(2 * config.layers * config.key_heads * config.head_dim * element * per_second)
 
 
 def training_state_bytes(weights: int, ranks: int, stage: int) -> int:
-    """Bytes of float32 weights, gradients, two moments and the average on each of ``ranks`` at ZeRO ``stage``.
+    """Return the bytes per rank of float32 weights, gradients, two moments and the EMA at ZeRO ``stage``.
 
-    Stage 1 shares the moments out, 2 the gradients too, 3 the weights too; the average stays whole on each rank.
+    Stage 1 shards the moments, 2 also the gradients, 3 also the weights. The EMA is whole on each rank.
     """
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"ZeRO has the stages 0 to 3, got {stage}")
     parts = {"weights": 1, "gradients": 1, "moments": 2}  # in float32 numbers per weight
-    shared = {0: (), 1: ("moments",), 2: ("moments", "gradients"), 3: tuple(parts)}[stage]
-    share = sum(-(-n * weights // ranks) if name in shared else n * weights for name, n in parts.items())
-    return FLOAT32 * (share + weights)
+    sharded = {0: (), 1: ("moments",), 2: ("moments", "gradients"), 3: tuple(parts)}[stage]
+    numbers = sum(-(-n * weights // ranks) if name in sharded else n * weights for name, n in parts.items())
+    return FLOAT32 * (numbers + weights)

@@ -1,4 +1,4 @@
-"""All initialisation, in one place."""
+"""Initialization of all parameters."""
 
 import math
 
@@ -11,7 +11,7 @@ LOCALITY = 1.0
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter; each draws from a generator of its own name, so branches do not disturb each other.
+    """Initialize every parameter from a generator of its name, independent of other branches.
 
     ============================================  ==============================================================
     parameter                                     start
@@ -19,22 +19,17 @@ def initialize(model: nn.Module, seed: int) -> None:
     linear weights                                normal, std 1 / sqrt(fan in)
     linear biases                                 0
     embeddings (``absent``, ``nothing``)          normal, std 0.02
-    ``anchor``                                    1: the first frame stays
+    ``anchor``                                    1: mean is the first frame
     norm weights                                  1 (``norm_text`` bias 0)
-    head offsets of queries and keys              ``LOCALITY``: what is near is read first
-    ``table``, ``levels.shared``                  0, except gates of the table: 1 / sqrt(2 layers), quiet residuals
-    ``levels.interval``, ``levels.trust``         last layer 0: few-step mode and trust label start without effect
+    head offsets of queries and keys              ``LOCALITY``: attention is local
+    ``table``, ``levels.shared``                  0, except gates of the table: 1 / sqrt(2 layers)
+    ``levels.interval``, ``levels.trust``         last layer 0: no effect at the start
     ``levels.final``, ``head``                    0: the first velocity is 0
-    ``phase``                                     0: all latents of a chunk start alike
+    ``phase``                                     0: no effect at the start
     ============================================  ==============================================================
     """
-    layers = max(
-        1,
-        max(
-            (int(n.split(".blocks.")[1].split(".")[0]) + 1 for n, _ in model.named_parameters() if ".blocks." in n),
-            default=1,
-        ),
-    )
+    blocks = [n.split(".blocks.")[1] for n, _ in model.named_parameters() if ".blocks." in n]
+    layers = max((int(n.split(".")[0]) + 1 for n in blocks), default=1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.is_meta:

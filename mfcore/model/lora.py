@@ -1,9 +1,8 @@
-"""The fake score as low-rank terms on the average network (METHOD 6): one set of base weights, two networks.
+"""Fake score as low-rank terms (LoRA) on the EMA network (METHOD 6): one set of base weights, two networks.
 
-The teacher is the average itself, the fake score the average plus trainable low-rank terms, so the two differ by
-these terms alone, and no second copy of weights, gradients and moments is held. Both are module trees over the *same*
-frozen parameters: when the average moves, the base of the fake score has moved. No switch turns the terms on and off,
-so either network may be run again at any time, in a backward pass too (recomputed layers).
+The teacher is the EMA, and the fake score is the EMA plus trainable low-rank terms. There is no second copy of weights,
+gradients and moments. Both networks share the *same* frozen parameters, so an EMA update also moves the fake score.
+The terms have no switch, so either network can run at any time, also in a backward pass (recomputed layers).
 """
 
 import copy
@@ -18,10 +17,10 @@ from mfcore.rng import generator
 
 @dataclass(frozen=True, kw_only=True)
 class FakeScoreConfig:
-    """What the fake score of the mutual stage is."""
+    """Fake score of the mutual stage."""
 
-    rank: int | None = None  # of its terms on the average network; None: a full copy of the student
-    gain: float = 8.0  # on the terms; width / (2 rank) follows about as fast as a full copy at its learning rate
+    rank: int | None = None  # rank of its terms on the EMA; None: a full copy of the student
+    gain: float = 8.0  # factor of the terms; width / (2 rank) learns about as fast as a full copy
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
@@ -47,14 +46,15 @@ class LoRALinear(nn.Module):
             self.up.weight.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the linear layer and its low-rank term."""
         return nn.functional.linear(x, self.weight, self.bias) + self.gain * self.up(self.down(x))
 
 
 class LoRAModel(nn.Module):
-    """``base``, frozen, and a network that adds low-rank terms to each of its linear layers; a call runs the latter.
+    """Frozen ``base``, and a network that adds trainable low-rank terms to each linear layer. A call runs the latter.
 
-    Both stand below this module because engines that shard weights gather them by module: an engine of this module
-    serves calls of ``base`` as well. Trainable are the terms only.
+    Both are submodules because engines that shard weights gather them by module: an engine of this module also serves
+    calls of ``base``.
     """
 
     def __init__(self, base: nn.Module, config: FakeScoreConfig, seed: int) -> None:
@@ -69,4 +69,5 @@ class LoRAModel(nn.Module):
                 setattr(self.adapted.get_submodule(parent), own, LoRALinear(layer, config, draw))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network with low-rank terms."""
         return self.adapted(*args, **kwargs)

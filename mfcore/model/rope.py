@@ -1,8 +1,8 @@
 """Rotary positions over (time, height, width); time in seconds, angles in float64.
 
-Half of a head's channel pairs turn with time, a quarter each with height and width (METHOD 4); in Wan's layout a third
-each, time taking what is left over. Text keys turn with time alone, with constants of their own, so that a word and the
-sound at its time meet.
+Half of the channel pairs of a head rotate with time, a quarter each with height and width (METHOD 4). In the layout of
+Wan it is a third each, and time takes the remainder. Text keys rotate with time only, with separate constants, so that
+a word aligns with the audio at its time.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ WAN_BASE = 10000.0
 
 @dataclass(frozen=True)
 class Rotation:
-    """By how much each channel pair (i, i + dim/2) of each token is turned: for both of its channels."""
+    """Rotation of each channel pair (i, i + dim/2) of each token, stored for both channels."""
 
     cos: Float[Tensor, "*N dim"]
-    sin: Float[Tensor, "*N dim"]  # the first half negative
+    sin: Float[Tensor, "*N dim"]  # negative in the first half
 
 
 def rotation(angle: Float[Tensor, "*N half"], like: Tensor) -> Rotation:
-    """From angles in float64. Never narrower than float32; on the device of ``like``."""
+    """Return the rotation by float64 angles, in at least float32, on the device of ``like``."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     cos, sin = angle.cos(), angle.sin()
     both = (torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
@@ -35,7 +35,7 @@ def rotation(angle: Float[Tensor, "*N half"], like: Tensor) -> Rotation:
 
 
 def rotate(x: Float[Tensor, "*batch N dim"], by: Rotation) -> Tensor:
-    """Turn channel pairs (i, i + dim/2) of ``x``: a cos - b sin, b cos + a sin."""
+    """Rotate channel pairs (i, i + dim/2) of ``x``: a cos - b sin, b cos + a sin."""
     return torch.addcmul(x * by.cos, x.roll(x.shape[-1] // 2, dims=-1), by.sin).to(x.dtype)
 
 
@@ -44,7 +44,7 @@ def _frequencies(pairs: int, base: float, like: Tensor) -> Tensor:
 
 
 def rotation_angles(times: Tensor, ys: Tensor, xs: Tensor, config: ModelConfig) -> Float[Tensor, "*N half"]:
-    """Angles of every channel pair, float64: half a head's width per token.
+    """Return the angle of every channel pair in float64: half of the head width per token.
 
     ``times`` in seconds, ``ys`` and ``xs`` in tokens, all of one shape.
     """
@@ -62,5 +62,5 @@ def rotation_angles(times: Tensor, ys: Tensor, xs: Tensor, config: ModelConfig) 
 
 
 def time_angles(times: Tensor, config: ModelConfig) -> Float[Tensor, "*N half"]:
-    """Angles that turn every channel pair with time alone (text positions)."""
+    """Return angles in which every channel pair rotates with time (text positions)."""
     return times[..., None].double() * config.rope_seconds_scale * _frequencies(config.head_dim // 2, BASE, times)

@@ -1,8 +1,8 @@
-"""Weights of Wan's video transformer, as diffusers names them, in a video branch of Wan's layout.
+"""Conversion of the weights of the Wan video transformer (diffusers names) to a video branch in the layout of Wan.
 
-Wan attends to all frames and reads a caption; this branch attends to a window and a sink and reads a transcript too.
-What Wan has is taken over; what it lacks starts without effect (the transcript's part of the text attention ends in
-zeros), as a copy (a first frame is embedded as frames are), or as ``init.initialise`` left it.
+Wan attends to all frames and reads a caption. This branch attends to a window and a sink, and also reads a transcript.
+Weights that Wan lacks start without effect (zero output of transcript attention), as a copy (embedding of the first
+frame), or as ``init.initialize`` set them.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,52 +16,54 @@ from mfcore.model.config import ModelConfig
 from mfcore.types import VIDEO
 from mfcore.weights import Weights, branch_weights, check_shapes
 
-Make = Callable[[list[Tensor], Tensor], Tensor]
-"""A weight from Wan's, and from the one that it takes the place of."""
+Convert = Callable[[list[Tensor], Tensor], Tensor]
+"""Return a weight, given weights of Wan and the weight that it replaces."""
 KINDS = ("weight", "bias")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightMapping:
-    """A branch's weights, and where they came from."""
+    """Weights of a branch and their origin."""
 
     weights: dict[str, Tensor]  # by full name
-    loaded: dict[str, tuple[str, ...]]  # own name: Wan's
-    initialised: list[str]  # own names of what Wan lacks
-    skipped: list[str]  # Wan's names of what has no place here
+    loaded: dict[str, tuple[str, ...]]  # names in Wan, by name in the branch
+    initialised: list[str]  # names in the branch that Wan lacks
+    skipped: list[str]  # names in Wan that the branch lacks
 
 
 def map_wan_weights(wan: Weights, own: Weights, config: ModelConfig) -> WeightMapping:
-    """The video branch of ``own`` with the weights of ``wan``. ValueError lists every name that is missing or does not
-    fit."""
+    """Return the video branch of ``own`` with the weights of ``wan``.
+
+    Raises ValueError with every name that is missing or has another shape.
+    """
     grouped = config.key_heads != config.heads
     if config.layout != "wan" or grouped or VIDEO not in config.branches:
         raise ValueError(
             "Wan's weights fit a network with a video branch, model.layout=wan and as many kv_heads as heads: "
             "use --preset base"
         )
-    rules = [(f"branches.{VIDEO}.{name}", names, make) for name, names, make in _rules(config)]
+    rules = [(f"branches.{VIDEO}.{name}", names, convert) for name, names, convert in _rules(config)]
     if missing := sorted({name for _, names, _ in rules for name in names} - wan.keys()):
         raise ValueError(f"no weights of a Wan text-to-video transformer of {config.layers} layers: {missing} missing")
     kept = branch_weights(own, VIDEO)
-    made: dict[str, Tensor] = {}
-    unlike: dict[str, Tensor] = {}
-    for name, names, make in rules:
+    converted: dict[str, Tensor] = {}
+    misshaped: dict[str, Tensor] = {}
+    for name, names, convert in rules:
         try:
-            made[name] = make([wan[n].float() for n in names], kept[name])
-        except (RuntimeError, ValueError, EinopsError):  # parts that do not even go together
-            unlike[name] = wan[names[0]]
-    check_shapes(kept, made | unlike, "Wan's weights")
+            converted[name] = convert([wan[n].float() for n in names], kept[name])
+        except (RuntimeError, ValueError, EinopsError):  # shapes that cannot be combined
+            misshaped[name] = wan[names[0]]
+    check_shapes(kept, converted | misshaped, "Wan's weights")
     return WeightMapping(
-        weights=kept | {name: weight.to(kept[name].dtype) for name, weight in made.items()},
+        weights=kept | {name: weight.to(kept[name].dtype) for name, weight in converted.items()},
         loaded={name: names for name, names, _ in rules},
-        initialised=sorted(kept.keys() - made.keys()),
+        initialised=sorted(kept.keys() - converted.keys()),
         skipped=sorted(wan.keys() - {name for _, names, _ in rules for name in names}),
     )
 
 
-def _rules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], Make]]:
-    """Own name, Wan's names, and how one is made of the others."""
+def _rules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], Convert]]:
+    """Yield the name in the branch, the names in Wan, and the conversion."""
     time, text = "condition_embedder.time_embedder.linear_", "condition_embedder.text_embedder.linear_"
     patch_h, patch_w = config.branches[VIDEO].patch
     for own in ("embed", "embed_sink"):
@@ -73,7 +75,7 @@ def _rules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], Make]]:
         yield f"levels.shared.{kind}", (f"condition_embedder.time_proj.{kind}",), _same
         yield f"text.caption.{kind}", (f"{text}1.{kind}",), _same
         yield f"text.refine.1.{kind}", (f"{text}2.{kind}",), _same
-        # Wan orders what leaves a token by place, then channel
+        # Wan orders the output of a token by position, then channel
         yield (
             f"head.{kind}",
             (f"proj_out.{kind}",),
@@ -84,18 +86,19 @@ def _rules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], Make]]:
         yield from _block_rules(config, f"blocks.{layer}.", f"blocks.{layer}.")
 
 
-def _block_rules(config: ModelConfig, own: str, wan: str) -> Iterator[tuple[str, tuple[str, ...], Make]]:
-    d, turned = config.dim, _pairs_apart(config)
+def _block_rules(config: ModelConfig, own: str, wan: str) -> Iterator[tuple[str, tuple[str, ...], Convert]]:
+    d = config.dim
+    reorder = _rotary_reordering(config)
     yield f"{own}table.weight", (f"{wan}scale_shift_table",), _first
     for norm in ("q", "k"):
-        yield f"{own}norm_{norm}.weight", (f"{wan}attn1.norm_{norm}.weight",), lambda parts, _: turned(parts[0])
+        yield f"{own}norm_{norm}.weight", (f"{wan}attn1.norm_{norm}.weight",), lambda parts, _: reorder(parts[0])
         yield f"{own}text.norm_caption_{norm}.weight", (f"{wan}attn2.norm_{norm}.weight",), _same
     for kind in KINDS:
         q, k, v = (f"{wan}attn1.to_{part}.{kind}" for part in "qkv")
         yield (
             f"{own}qkv.{kind}",
             (q, k, v),
-            lambda parts, _: torch.cat([turned(parts[0]), turned(parts[1]), parts[2]]),
+            lambda parts, _: torch.cat([reorder(parts[0]), reorder(parts[1]), parts[2]]),
         )
         yield f"{own}out.{kind}", (f"{wan}attn1.to_out.0.{kind}",), _same
         yield f"{own}norm_text.{kind}", (f"{wan}norm2.{kind}",), _same
@@ -122,11 +125,11 @@ def _same(parts: list[Tensor], kept: Tensor) -> Tensor:
 
 
 def _first(parts: list[Tensor], kept: Tensor) -> Tensor:
-    """Without the leading axis that Wan gives its tables for the batch."""
+    """Remove the leading batch axis of the tables of Wan."""
     del kept
     return parts[0][0]
 
 
-def _pairs_apart(config: ModelConfig) -> Callable[[Tensor], Tensor]:
-    """Wan turns channels (2 i, 2 i + 1) of a head together, we turn (i, i + half): the same pairs in another order."""
+def _rotary_reordering(config: ModelConfig) -> Callable[[Tensor], Tensor]:
+    """Return the reordering of channel pairs from (2 i, 2 i + 1), as in Wan, to (i, i + half)."""
     return lambda weight: rearrange(weight, "(h i two) ... -> (h two i) ...", h=config.heads, two=2)

@@ -56,8 +56,8 @@ def test_a_stream_on_cuda_is_the_stream_on_a_cpu():
     for device in ("cpu", "cuda"):
         here = data.to(device)
         context = DenoiserContext(model=model.to(device), cond=here.cond).prefill()
-        context = context.map_memories(lambda memory: to_ring_cache(memory, MOST))
-        starts = noise_starts(TIMELINE, SHAPES, range(8), 0, data.samples, here.cond.caption)
+        context = context.map_caches(lambda cache: to_ring_cache(cache, MOST))
+        starts = noise_starts(TIMELINE, SHAPES, range(8), seed=0, samples=data.samples, like=here.cond.caption)
         made.append(join_chunks(c.clean for c in rollout(context, starts, PLAN)))
     for m in (VIDEO, AUDIO):
         torch.testing.assert_close(made[1][m].latents.cpu(), made[0][m].latents, atol=1e-3, rtol=1e-3)
@@ -67,10 +67,10 @@ def test_a_stream_on_cuda_is_the_stream_on_a_cpu():
 def test_streaming_in_bfloat16_stays_near_float32():
     data, model, made = batch(rows=2, chunks=1).to(DEVICE), network().to(DEVICE), []
     for on in (False, True):
-        starts = noise_starts(TIMELINE, SHAPES, range(2), 0, data.samples.cpu(), data.cond.caption)
+        starts = noise_starts(TIMELINE, SHAPES, range(2), seed=0, samples=data.samples.cpu(), like=data.cond.caption)
         with torch.autocast("cuda", torch.bfloat16, enabled=on):
             context = DenoiserContext(model=model, cond=data.cond).prefill()
-            context = context.map_memories(lambda memory: to_ring_cache(memory, MOST))
+            context = context.map_caches(lambda cache: to_ring_cache(cache, MOST))
             plan = schedule(2, {VIDEO: 1.0, AUDIO: 1.0})
             made.append(join_chunks(c.clean for c in rollout(context, starts, plan)))
     for m in (VIDEO, AUDIO):
@@ -83,9 +83,9 @@ def clip_on(device: torch.device, model, net, data, chunks: int = 14):
     other = replace(data.cond, caption=-data.cond.caption, word_times=data.cond.word_times + 2.5)
     conds = [data.cond] * 8 + [other] * (chunks - 8)
     context = (
-        DenoiserContext(model=model, cond=data.cond).prefill().map_memories(lambda memory: to_ring_cache(memory, MOST))
+        DenoiserContext(model=model, cond=data.cond).prefill().map_caches(lambda cache: to_ring_cache(cache, MOST))
     )
-    starts = noise_starts(TIMELINE, SHAPES, range(chunks), 0, data.samples.cpu(), data.cond.caption)
+    starts = noise_starts(TIMELINE, SHAPES, range(chunks), seed=0, samples=data.samples.cpu(), like=data.cond.caption)
     assert next(net.parameters()).device.type == device.type
     return join_chunks(c.clean for c in rollout(context, starts, PLAN, conds=conds))
 
@@ -102,15 +102,15 @@ def test_cuda_graphs_play_what_the_network_computes(dtype):
             again = clip_on(DEVICE, graphed, net, data)
             for m in (VIDEO, AUDIO):
                 torch.testing.assert_close(again[m].latents, plain[m].latents, atol=1e-4, rtol=1e-4)
-    assert 0 < graphed.recorded < 2 * 3 * 14
+    assert 0 < graphed.num_captures < 2 * 3 * 14
 
 
 @torch.no_grad()
 def test_nothing_grows_while_graphs_play():
     data, net = batch(rows=1, chunks=1).to(DEVICE), network(window=3).to(DEVICE)
     context = DenoiserContext(model=CUDAGraphModel(net), cond=data.cond).prefill()
-    context = context.map_memories(lambda memory: to_ring_cache(memory, MOST))
-    starts = noise_starts(TIMELINE, SHAPES, range(200), 0, data.samples.cpu(), data.cond.caption)
+    context = context.map_caches(lambda cache: to_ring_cache(cache, MOST))
+    starts = noise_starts(TIMELINE, SHAPES, range(200), seed=0, samples=data.samples.cpu(), like=data.cond.caption)
     held = []
     for _ in rollout(context, starts, PLAN):
         torch.cuda.synchronize()

@@ -93,10 +93,10 @@ class GaussianModel:
     flow_map: bool = True
 
     def __call__(
-        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, memory=None, *, store=False, trust=None
+        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, *, cache=None, store=False, trust=None
     ):
         given = cond.caption_mask.any(dim=1)
-        return {m: self._velocity(m, s, t[m], r[m], given) for m, s in x.items()}, memory or Nothing()
+        return {m: self._velocity(m, s, t[m], r[m], given) for m, s in x.items()}, cache or Nothing()
 
     def _velocity(self, m: str, s: Stream, t: Tensor, r: Tensor, given: Tensor) -> Tensor:
         size = self.scale.get(m, 1.0)
@@ -159,9 +159,9 @@ class LinearGaussian(nn.Module):
         return self.log_v.exp()
 
     def forward(
-        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, memory=None, *, store=False, trust=None
+        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, *, cache=None, store=False, trust=None
     ):
-        past = memory or Past(latents={AUDIO: cond.voice}, last=-1)
+        past = cache or Past(latents={AUDIO: cond.voice}, last=-1)
         if store:
             return {}, past.append(x)
         return {m: self._velocity(s, t[m], r[m], past.before(m, s)) for m, s in x.items()}, past

@@ -27,12 +27,12 @@ class LinearVelocity(nn.Module):
         t: NoiseLevels,
         r: NoiseLevels,
         cond: Condition,
-        memory: None = None,
         *,
+        cache: None = None,
         store: bool = False,
         trust: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], None]:
-        del cond, memory, store, trust
+        del cond, cache, store, trust
         return {m: self._one(s, t[m], r[m]) for m, s in x.items()}, None
 
     def _one(self, s: Stream, t: Tensor, r: Tensor) -> Tensor:

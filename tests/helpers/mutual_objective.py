@@ -78,11 +78,11 @@ class Watched:
     calls: list[Call] = field(default_factory=list)
 
     def __call__(
-        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, memory=None, *, store=False, trust=None
+        self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, *, cache=None, store=False, trust=None
     ) -> tuple:
         assert not (store and any(s.latents.requires_grad for s in x.values()))  # history is data
         self.calls.append(Call(x=x, t=t, r=r, cond=cond, store=store, trust=trust))
-        return self.inner(x, t, r, cond, memory, store=store, trust=trust)
+        return self.inner(x, t, r, cond, cache=cache, store=store, trust=trust)
 
     @property
     def history(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -12,12 +12,14 @@ CHUNKS = 9
 
 
 def starts(data, first: int = 0, chunks: int = CHUNKS):
-    return noise_starts(TIMELINE, SHAPES, range(first, first + chunks), 0, data.samples, data.cond.caption)
+    return noise_starts(
+        TIMELINE, SHAPES, range(first, first + chunks), seed=0, samples=data.samples, like=data.cond.caption
+    )
 
 
 def in_ring(context: DenoiserContext) -> DenoiserContext:
-    opened = context if context.memory is not None else context.prefill()
-    return opened.map_memories(lambda memory: to_ring_cache(memory, MOST))
+    opened = context if context.cache is not None else context.prefill()
+    return opened.map_caches(lambda cache: to_ring_cache(cache, MOST))
 
 
 def streamed(context: DenoiserContext, data, chunks: int = CHUNKS, **options) -> dict[str, Stream]:

@@ -57,10 +57,8 @@ def test_training_mixes_no_devices(changes):
 def test_streaming_mixes_no_devices_and_never_asks_for_a_number():
     """A number would make the CPU wait; on this device asking for one is an error."""
     net, data = network().to(ELSEWHERE), batch(2, 1).to(ELSEWHERE)
-    context = (
-        DenoiserContext(model=net, cond=data.cond).prefill().map_memories(lambda memory: to_ring_cache(memory, MOST))
-    )
-    starts = noise_starts(TIMELINE, SHAPES, range(8), 0, torch.arange(2), data.cond.caption)
+    context = DenoiserContext(model=net, cond=data.cond).prefill().map_caches(lambda cache: to_ring_cache(cache, MOST))
+    starts = noise_starts(TIMELINE, SHAPES, range(8), seed=0, samples=torch.arange(2), like=data.cond.caption)
     made = [chunk.clean[VIDEO].latents for chunk in rollout(context, starts, PLAN)]
     assert len(made) == 8 and all(x.device == ELSEWHERE for x in made)
 

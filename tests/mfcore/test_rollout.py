@@ -55,9 +55,9 @@ def test_coupled_history_is_the_recursion():
 
 def test_noise_of_a_row_depends_on_seed_chunk_and_sample_alone():
     like = torch.empty(0)
-    many = list(noise_starts(TIMELINE, SHAPES, range(3), 5, torch.tensor([4, 9]), like))
-    one = list(noise_starts(TIMELINE, SHAPES, range(1, 3), 5, torch.tensor([9]), like))
-    other = next(iter(noise_starts(TIMELINE, SHAPES, range(1), 6, torch.tensor([4, 9]), like)))
+    many = list(noise_starts(TIMELINE, SHAPES, range(3), seed=5, samples=torch.tensor([4, 9]), like=like))
+    one = list(noise_starts(TIMELINE, SHAPES, range(1, 3), seed=5, samples=torch.tensor([9]), like=like))
+    other = next(iter(noise_starts(TIMELINE, SHAPES, range(1), seed=6, samples=torch.tensor([4, 9]), like=like)))
     for m in SHAPES:
         for k in (1, 2):
             assert torch.equal(many[k][m].latents[1:], one[k - 1][m].latents)
@@ -73,7 +73,7 @@ def test_a_snapshot_continues_as_if_nothing_had_happened():
     plan = schedule(2, SHIFT)
 
     def starts(chunks: range):
-        return noise_starts(TIMELINE, SHAPES, chunks, 0, data.samples, data.cond.caption)
+        return noise_starts(TIMELINE, SHAPES, chunks, seed=0, samples=data.samples, like=data.cond.caption)
 
     whole = list(rollout(DenoiserContext(model=model, cond=data.cond), starts(range(5)), plan))
     snapshot = whole[2].context
@@ -86,7 +86,7 @@ def test_a_snapshot_continues_as_if_nothing_had_happened():
 @torch.no_grad()
 def test_the_stash_is_the_state_at_the_exit_level():
     model, data = network(), batch()
-    noise = list(noise_starts(TIMELINE, SHAPES, range(2), 0, data.samples, data.cond.caption))
+    noise = list(noise_starts(TIMELINE, SHAPES, range(2), seed=0, samples=data.samples, like=data.cond.caption))
     made = [
         list(rollout(DenoiserContext(model=model, cond=data.cond), noise, schedule(3, SHIFT), exit_step=j))
         for j in (None, 0, 2)

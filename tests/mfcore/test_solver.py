@@ -34,7 +34,7 @@ def zero_and_one() -> dict[str, Stream]:
 def sample(context: DenoiserContext, steps: int, mode: Mode, shift: float = 1.0) -> tuple[float, float]:
     x, plan = zero_and_one(), schedule(steps, {AUDIO: shift})[AUDIO]
     for t, r in itertools.pairwise(plan):
-        x = dict(solver_step(context, x, constant_levels(x, {AUDIO: t}), constant_levels(x, {AUDIO: r}), mode))
+        x = dict(solver_step(context, x, constant_levels(x, {AUDIO: t}), constant_levels(x, {AUDIO: r}), mode=mode))
     return line_of(x[AUDIO])
 
 
@@ -95,9 +95,9 @@ def test_guidance_doubles_the_evaluations_and_weight_one_costs_nothing():
         100,
     )
     context = DenoiserContext(model=GaussianModel(), cond=condition(2), guidance=3.0).prefill()
-    assert context.null_memory is not None
+    assert context.null_cache is not None
     assert context.unguided().guidance == 1.0
-    assert context.unguided().null_memory is None
+    assert context.unguided().null_cache is None
 
 
 def test_levels_take_a_number_or_one_per_row():

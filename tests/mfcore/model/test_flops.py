@@ -61,16 +61,16 @@ def test_operations_of_a_streamed_chunk_are_those_that_torch_counts(changes):
     model, data = network(window=2, **changes), batch(rows=1, chunks=1)
     most = sum(TIMELINE.max_count(m) * b.tokens for m, b in model.config.branches.items())
     context = (
-        DenoiserContext(model=model, cond=data.cond).prefill().map_memories(lambda memory: to_ring_cache(memory, most))
+        DenoiserContext(model=model, cond=data.cond).prefill().map_caches(lambda cache: to_ring_cache(cache, most))
     )
-    starts = noise_starts(TIMELINE, SHAPES, range(4, 8), 0, data.samples, data.cond.caption)
+    starts = noise_starts(TIMELINE, SHAPES, range(4, 8), seed=0, samples=data.samples, like=data.cond.caption)
     chunks = rollout(context, starts, schedule(3, {VIDEO: 1.0, AUDIO: 1.0}))
     made = [next(chunks) for _ in range(3)]
     history = sum(c.clean[m].latents.shape[1] * b.tokens for c in made[1:] for m, b in model.config.branches.items())
-    assert made[-1].context.memory is not None  # the pass that writes the chunk before
+    assert made[-1].context.cache is not None  # the pass that writes the chunk before
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         last = next(chunks)
-        assert last.context.memory is not None
+        assert last.context.cache is not None
     tokens = {m: s.latents.shape[1] * model.config.branches[m].tokens for m, s in last.clean.items()}
     sink = model.config.branches[VIDEO].tokens + data.cond.voice.shape[1]
     load = ChunkWorkload(

@@ -97,13 +97,13 @@ def test_recorded_passes_are_the_passes(changes):
     plain = streamed(DenoiserContext(model=model, cond=data.cond), data, conds=conds, chunks=16)
     graphed = CUDAGraphModel(model, warmed_tape)
     assert_same(plain, streamed(DenoiserContext(model=graphed, cond=data.cond), data, conds=conds, chunks=16))
-    assert graphed.recorded < 16  # two kinds of pass; the passes are 48
+    assert graphed.num_captures < 16  # two kinds of pass; the passes are 48
 
 
 @torch.no_grad()
 def test_two_rings_and_few_recordings_are_kept_apart():
     model, data = network(window=2), batch()
-    graphed = CUDAGraphModel(model, warmed_tape, most=3)
+    graphed = CUDAGraphModel(model, warmed_tape, max_graphs=3)
     plain = streamed(DenoiserContext(model=model, cond=data.cond, guidance=2.0), data)
     assert_same(plain, streamed(DenoiserContext(model=graphed, cond=data.cond, guidance=2.0), data), 1e-4)
 

@@ -56,7 +56,11 @@ def test_one_modality_alone(modality):
     one, other = (
         join_chunks(
             c.clean
-            for c in rollout(some, noise_starts(TIMELINE, shapes, range(6), 0, data.samples, data.cond.caption), plan)
+            for c in rollout(
+                some,
+                noise_starts(TIMELINE, shapes, range(6), seed=0, samples=data.samples, like=data.cond.caption),
+                plan,
+            )
         )
         for some in both
     )
@@ -75,14 +79,14 @@ def test_with_guidance_each_branch_has_a_ring_of_its_own():
 def test_nothing_is_allocated_or_grows_after_the_start():
     model, data = network(window=3), batch()
     context = in_ring(DenoiserContext(model=model, cond=data.cond))
-    ring = context.memory
+    ring = context.cache
     assert isinstance(ring, RingKVCache)
     places = (ring.k.data_ptr(), ring.v.data_ptr(), ring.num_bytes)
     held: list[int] = []
     for chunk in rollout(context, starts(data, chunks=40), PLAN):
-        assert chunk.before.memory is ring
+        assert chunk.before.cache is ring
         assert (ring.k.data_ptr(), ring.v.data_ptr(), ring.num_bytes) == places
-        held.append(0 if ring.past_at is None else len(ring.past_at))
+        held.append(0 if ring.past_positions is None else len(ring.past_positions))
     assert held[0] == 0 and max(held) <= 3 * MOST and min(held[4:]) >= 3 * (MOST - 1)
 
 
@@ -113,7 +117,7 @@ def test_rows_and_stacks_of_rings():
     whole = [c.clean for c in rollout(context, starts(data), PLAN)]
     parts = [in_ring(DenoiserContext(model=model, cond=data.cond)).rows(torch.tensor(i)) for i in ([2], [0, 1])]
     joined = DenoiserContext.stack(parts)
-    assert isinstance(joined.memory, RingKVCache)
+    assert isinstance(joined.cache, RingKVCache)
     order = torch.tensor([2, 0, 1])
     mixed = [{m: s.rows(order) for m, s in start.items()} for start in starts(data)]
     again = [c.clean for c in rollout(joined, mixed, PLAN)]
@@ -181,8 +185,6 @@ def test_a_ring_has_no_gradient_and_says_so():
 @torch.no_grad()
 def test_a_chunk_larger_than_promised_is_refused():
     model, data = network(), batch()
-    context = (
-        DenoiserContext(model=model, cond=data.cond).prefill().map_memories(lambda memory: to_ring_cache(memory, 5))
-    )
+    context = DenoiserContext(model=model, cond=data.cond).prefill().map_caches(lambda cache: to_ring_cache(cache, 5))
     with pytest.raises(ValueError, match=r"a chunk of \d+ tokens does not fit .* chunks of at most 5 tokens"):
         list(rollout(context, starts(data), PLAN))

@@ -84,9 +84,9 @@ def test_history_outside_the_window_is_forgotten_and_inside_it_matters():
 @torch.no_grad()
 def test_memory_stays_constant_while_streaming():
     model, data = network(window=2), batch(chunks=1)
-    starts = noise_starts(TIMELINE, SHAPES, range(12), 0, data.samples, data.cond.caption)
+    starts = noise_starts(TIMELINE, SHAPES, range(12), seed=0, samples=data.samples, like=data.cond.caption)
     chunks = rollout(DenoiserContext(model=model, cond=data.cond), starts, schedule(1, SHIFT))
-    sizes = [len(chunk.context.memory.past_at) for chunk in chunks]
+    sizes = [len(chunk.context.cache.past_positions) for chunk in chunks]
     assert max(sizes[2:]) - min(sizes[2:]) <= 1  # counts of audio latents differ by one between chunks
 
 
@@ -166,7 +166,7 @@ def test_rerun_exit_step_is_the_stashed_state_and_coupled_start_keeps_the_clip()
     model, data = network(), batch(chunks=4)
     context = DenoiserContext(model=model, cond=data.cond)
     plan = schedule(4, SHIFT)
-    starts = noise_starts(TIMELINE, SHAPES, range(4), 0, data.samples, data.cond.caption)
+    starts = noise_starts(TIMELINE, SHAPES, range(4), seed=0, samples=data.samples, like=data.cond.caption)
     chunks = list(rollout(context, starts, plan, exit_step=2))
     history, stash = join_chunks(c.clean for c in chunks), join_chunks(c.exit_state for c in chunks)
     again = context.append_history(history, None)

@@ -73,9 +73,9 @@ def test_one_chunk_is_what_diffusers_makes_of_it(wan):
     nowhere = TokenPositions(
         **dict.fromkeys(("chunk", "times", "ys", "xs", "branch"), torch.zeros(0, dtype=torch.int64))
     )
-    memory = LayeredKVCache(window=2, sink=(), sink_at=nowhere)
+    cache = LayeredKVCache(window=2, sink=(), sink_positions=nowhere)
     level = {VIDEO: t[:, None]}
-    found, _ = model({VIDEO: chunk}, level, level, condition(caption), memory)
+    found, _ = model({VIDEO: chunk}, level, level, condition(caption), cache=cache)
     torch.testing.assert_close(found[VIDEO].transpose(1, 2), expected, atol=1e-4, rtol=1e-4)
     assert float(expected.std()) > 0.1
 
