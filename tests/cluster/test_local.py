@@ -102,7 +102,7 @@ def test_a_job_that_dies_with_its_head_goes_on_when_it_is_submitted_again(folder
     # the job server and all else of the head has stayed
     assert len(logged_steps(folder / "runs/a")) < 150, "killed in the middle"
     said = finish(mfctl(folder, *words))
-    assert "audio goes on from step" in said
+    assert "audio resumes at step" in said
     assert read_json(folder / "runs/a" / OUTCOME_FILE)["progress"]["step"] == 150
     assert logged_steps(folder / "runs/a") == list(range(151)), "every step, and once"
 

@@ -51,6 +51,6 @@ def test_a_cluster_over_ssh_runs_jobs_that_outlive_its_machines(tmp_path: Path) 
     assert read_json(tmp_path / "shared/runs/a" / OUTCOME_FILE)["progress"]["step"] == 60
     assert logged_steps(tmp_path / "shared/runs/a") == list(range(61)), "every step, and once"
     for name in ("train.log", "train_again.log"):
-        assert "audio goes on from step" in (tmp_path / name).read_text()
+        assert "audio resumes at step" in (tmp_path / name).read_text()
     assert "submit the same command again" in (tmp_path / "train.log").read_text()
     assert facts["left_in_the_folder"] == ["runs"], "the record of the jobs, and nothing else, is where they were typed"

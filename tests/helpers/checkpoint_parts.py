@@ -40,7 +40,7 @@ def writer(root: Path | str, engines, ema, keep: int = 2, *, ours: bool = True) 
         engines=engines,
         ema=ema,
         metadata=CARD,
-        facts=lambda _: {"stage": "audio"},
+        record=lambda _: {"stage": "audio"},
         keep=keep,
         may_write=lambda: ours,
     )

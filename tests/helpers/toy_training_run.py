@@ -91,13 +91,13 @@ def _toy_run(toy: Toy) -> Result:
     nets = {name: LinearVelocity(seed=toy.seed + i) for i, name in enumerate(("student", "fake"))}
     ema = Ema(nets["student"], EmaConfig(decay=0.9))
     engines = {name: build_engine(net, OPTIM, config) for name, net in nets.items()}
-    shelf, tracker, steps = CheckpointStore(Path(toy.root)), Kept(), [0]
+    store, tracker, steps = CheckpointStore(Path(toy.root)), Kept(), [0]
     is_last_rank = distributed.get_rank() == distributed.get_world_size() - 1
     start = Progress(step=0, samples_seen=0, first={}, last={})
-    if name := latest_intact_checkpoint(shelf):
-        start = load_training_state(shelf, name, engines, ema)
+    if name := latest_intact_checkpoint(store):
+        start = load_training_state(store, name, engines, ema)
     saver = CheckpointWriter(
-        shelf, engines=engines, ema=ema, metadata=CARD, facts=lambda _: {}, keep=9, may_write=lambda: True
+        store, engines=engines, ema=ema, metadata=CARD, record=lambda _: {}, keep=9, may_write=lambda: True
     )
     error, progress = None, None
     try:

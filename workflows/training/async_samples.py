@@ -1,10 +1,9 @@
-"""Looks that are made while training goes on, by Ray Train's asynchronous validation.
+"""Sample reports that are made while training continues, by Ray Train's asynchronous validation.
 
-Ray Train validates what a worker reports as a checkpoint: a folder below its own, the same for all ranks, that exists
-when it is reported. A checkpoint of ours is none of these (it stands on its shelf, may be object storage, comes into
-being some time after its step, and goes when newer ones are whole). So rank 0 sets the weights that samples need aside
-in a folder of Ray's run, a thread writes them, and that folder is reported; whoever validates waits for its last
-file, makes the look, and removes the folder.
+Ray Train validates what a worker reports as a checkpoint: an existing folder below its own, the same on all ranks. Our
+checkpoints do not qualify: they may live in object storage, are completed asynchronously and are deleted later. So
+rank 0 writes the weights for the samples into a snapshot folder of the Ray run and reports it. The validation task
+waits for the last file, evaluates the samples and deletes the folder.
 """
 
 import contextlib
@@ -28,20 +27,20 @@ from workflows.training.samples import SampleReport, load_report, report_path, s
 from workflows.utils import distributed
 from workflows.utils.json_io import write_json
 
-SNAPSHOT_TIMEOUT_S = 900.0  # seconds that a look waits for its weights
+SNAPSHOT_TIMEOUT_S = 900.0  # seconds that a validation task waits for the weights
 _NAME = "look-"
 
 
 class SnapshotWriter:
-    """Weights set aside under ``root`` for looks that others make. Every method is called by all ranks together."""
+    """Writer of weight snapshots below ``root``. Every method is called by all ranks together."""
 
-    def __init__(self, root: Path, metadata: ExportMetadata, hand_over: Callable[[Path], object]) -> None:
-        self._root, self._metadata, self._hand_over = root, metadata, hand_over
+    def __init__(self, root: Path, metadata: ExportMetadata, report: Callable[[Path], object]) -> None:
+        self._root, self._metadata, self._report = root, metadata, report
         self._writing: threading.Thread | None = None
 
     def write(self, model: nn.Module, step: int) -> None:
-        """Copy the weights, which takes the time of the copy, and hand their place over."""
-        # a name of its own: after a restart the step comes again, while its first copy may be being read
+        """Copy the weights, start a thread that writes them, and report the folder."""
+        # unique name: after a restart the step is repeated while its first snapshot may still be read
         folder = self._root / f"{_NAME}{step:08d}-{secrets.token_hex(4)}"
         if distributed.get_rank() == 0:
             self.close()
@@ -49,26 +48,26 @@ class SnapshotWriter:
             weights = {name: to_cpu_copy(value) for name, value in model.state_dict().items()}
             self._writing = threading.Thread(target=self._write, args=(folder, weights), name=folder.name)
             self._writing.start()
-        self._hand_over(folder)
+        self._report(folder)
 
     def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        with contextlib.suppress(OSError):  # no room: the look says that its weights never came
+        with contextlib.suppress(OSError):  # disk full: the reader reports missing weights
             save_file(dict(weights), folder / "ema.safetensors")
             write_json(folder / METADATA_FILE, serialization.to_dict(self._metadata))
 
     def close(self) -> None:
-        """Until what was set aside last is written."""
+        """Wait until the latest snapshot is written."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
 
 
-def evaluate_snapshot(folder: Path, run_dir: Path, patience: float = SNAPSHOT_TIMEOUT_S) -> dict[str, float]:
-    """Make the look of a snapshot, leave its file in the run, and remove the snapshot; the numbers."""
-    end = time.monotonic() + patience
+def evaluate_snapshot(folder: Path, run_dir: Path, timeout: float = SNAPSHOT_TIMEOUT_S) -> dict[str, float]:
+    """Generate and score the samples of a snapshot, write the report, delete the snapshot; return the metrics."""
+    deadline = time.monotonic() + timeout
     while not (folder / METADATA_FILE).exists():
-        if time.monotonic() > end:
-            raise RuntimeError(f"the weights of {folder} were not written within {patience:.0f} s")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the weights of {folder} were not written within {timeout:.0f} s")
         time.sleep(0.1)
     step = _step(folder)
     if not report_path(run_dir, step).exists():
@@ -79,12 +78,12 @@ def evaluate_snapshot(folder: Path, run_dir: Path, patience: float = SNAPSHOT_TI
 
 
 def unevaluated_snapshots(run_dir: Path) -> list[Path]:
-    """What was set aside and never looked at, because its run or its validation was killed."""
+    """Return the snapshots whose run or validation task was killed before their evaluation."""
     return sorted((run_dir / "ray").glob(f"*/{_NAME}*"))
 
 
 def evaluate_remaining(run_dir: Path) -> None:
-    """Look at it."""
+    """Evaluate the snapshots that a killed run left, and delete them."""
     for folder in unevaluated_snapshots(run_dir):
         if (folder / METADATA_FILE).exists():
             evaluate_snapshot(folder, run_dir)
@@ -98,9 +97,9 @@ def _step(folder: Path) -> int:
 
 
 def spare_resources(engine: EngineConfig, worker: Mapping[str, float], free: Mapping[str, float]) -> dict[str, float]:
-    """What a look may take of the ``free`` resources, next to the workers' own; empty where nothing would be left.
+    """Return the resources of a validation task next to the workers; empty if too few are ``free``.
 
-    A run on GPUs needs one more for its looks: those of a network that trains there would take hours on a CPU.
+    A run on GPUs needs one more GPU: on a CPU the samples would take hours.
     """
     wanted = {"CPU": 1.0} | ({"GPU": 1.0} if engine.use_gpu else {})
     spare = all(free.get(kind, 0.0) - engine.max_workers * worker.get(kind, 0.0) >= n for kind, n in wanted.items())

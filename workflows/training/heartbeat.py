@@ -1,9 +1,8 @@
-"""Signs of life: every rank says every two seconds where it is; the driver names those that fall silent or behind.
+"""Heartbeats: each rank writes its status every two seconds; the driver reports ranks that are silent or slow.
 
-The beat comes from a thread of the rank, so a stopped or dead process falls silent, while one that computes for too
-long beats on and is seen to keep the others waiting. It also says where in the code the rank is: those that hang in a
-collective operation, whatever they were doing, wait for the one that has not reached it. Times are taken by the
-watcher's clock alone.
+A thread of the rank writes the status. A stopped or dead process sends no heartbeat. A process that computes too long
+still sends them, and keeps the other ranks waiting. The status has the line of code: ranks that hang in a collective
+operation wait for the rank that has not reached it. Only the monitor's clock is used.
 """
 
 import json
@@ -23,42 +22,48 @@ from workflows.utils.threads import background_thread
 
 _LOGGER = logging.getLogger(__name__)
 HEARTBEAT_DIR = "ranks"  # folder below the run's
-INTERVAL_S = 2.0  # seconds between two beats
-SILENT_AFTER_S = 20.0  # seconds without a beat that are reported
-SLOW_AFTER_S = 30.0  # seconds that a rank may keep the others waiting
+INTERVAL_S = 2.0  # seconds between two heartbeats
+SILENT_AFTER_S = 20.0  # seconds without a heartbeat until a report
+SLOW_AFTER_S = 30.0  # seconds that a rank may keep the others waiting until a report
 WAITING_LABEL = "waiting for the others"
-COLLECTIVES = ("torch.distributed", "deepspeed.comm")  # packages whose functions wait for other ranks
+COLLECTIVES = ("torch.distributed", "deepspeed.comm")  # packages with functions that wait for other ranks
 
 
 class Heartbeat:
-    """One rank's beat."""
+    """Heartbeat of one rank, written by a thread."""
 
     def __init__(self, folder: Path, rank: int, interval: float = INTERVAL_S) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path, self._interval = folder / f"{rank:05d}.json", interval
-        self._who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
-        self._at: tuple[int, str] = (0, "starting")
-        self._trains = threading.get_ident()
+        self._process = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+        self._activity: tuple[int, str] = (0, "starting")
+        self._training_thread = threading.get_ident()
         self._exit = ExitStack()
         self._exit.callback(self._path.unlink, missing_ok=True)
         self._exit.enter_context(background_thread(self._run, name="heartbeat"))
 
-    def __call__(self, step: int, doing: str) -> None:
-        """Note where this rank is; costs nothing."""
-        self._at = step, doing
+    def __call__(self, step: int, activity: str) -> None:
+        """Set the step and the activity of this rank."""
+        self._activity = step, activity
 
     def close(self) -> None:
-        """This rank is done."""
+        """Stop the thread and delete the file: this rank has finished."""
         self._exit.close()
 
     def _run(self, stop: threading.Event) -> None:
         count = 0
         while True:
-            step, doing = self._at
+            step, activity = self._activity
             count += 1
-            facts = {**self._who, "beat": count, "step": step, "doing": doing, **vars(stack_location(self._trains))}
-            text = json.dumps(facts)
-            with suppress(OSError):  # a beat that cannot be written is a missing beat: training goes on
+            status = {
+                **self._process,
+                "beat": count,
+                "step": step,
+                "doing": activity,
+                **vars(stack_location(self._training_thread)),
+            }
+            text = json.dumps(status)
+            with suppress(OSError):  # a missing heartbeat must not stop the training
                 write_text_atomically(self._path, text)
             if stop.wait(self._interval):
                 return
@@ -66,15 +71,15 @@ class Heartbeat:
 
 @dataclass(frozen=True, kw_only=True)
 class StackLocation:
-    """Where in the code a thread is."""
+    """Position of a thread in the code."""
 
-    line: str = ""  # innermost
-    stack: int = 0  # a number that stays the same while nothing moves
-    collective: str = ""  # what it waits for other ranks in
+    line: str = ""  # of the innermost frame
+    stack: int = 0  # hash of the stack, to detect that nothing moves
+    collective: str = ""  # function that waits for other ranks
 
 
 def stack_location(thread: int) -> StackLocation:
-    """Of a thread of this process, at this moment."""
+    """Return the current position of a thread of this process."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return StackLocation()
@@ -90,96 +95,98 @@ def stack_location(thread: int) -> StackLocation:
 
 
 @dataclass(kw_only=True)
-class _Seen:
-    """What the watcher knows of one rank; times by its own clock."""
+class _RankStatus:
+    """Latest status of one rank; times by the clock of the monitor."""
 
     beat: object
     beat_since: float
-    at: tuple[int, str]
-    place: StackLocation
-    at_since: float  # nothing has moved since
+    activity: tuple[int, str]
+    location: StackLocation
+    activity_since: float  # nothing has moved since
     name: str
     silent: bool = False  # reported
     slow: int | None = None  # step for which it was reported
 
     @property
     def waits(self) -> bool:
-        return self.at[1] == WAITING_LABEL or bool(self.place.collective)
+        return self.activity[1] == WAITING_LABEL or bool(self.location.collective)
 
 
 class HeartbeatMonitor:
-    """Looks at the beats of all ranks and says who is silent or keeps the others waiting."""
+    """Monitor of the heartbeats of all ranks; logs ranks that are silent or keep others waiting."""
 
     def __init__(self, folder: Path, silent: float = SILENT_AFTER_S, slow: float = SLOW_AFTER_S) -> None:
         self._folder, self._silent, self._slow = folder, silent, slow
-        self._ranks: dict[str, _Seen] = {}
+        self._ranks: dict[str, _RankStatus] = {}
 
     def check(self, now: float) -> None:
-        """``now``: seconds of a clock that does not jump."""
+        """Read all heartbeats and log what changed; ``now``: seconds of a monotonic clock."""
         present = {path.name: path for path in self._folder.glob("[0-9]*.json")}
-        self._ranks = {name: seen for name, seen in self._ranks.items() if name in present}
+        self._ranks = {name: rank for name, rank in self._ranks.items() if name in present}
         for name, path in present.items():
             self._read(name, path, now)
-        for seen in self._ranks.values():
-            self._judge_silence(seen, now)
-        self._judge_pace(now)
+        for rank in self._ranks.values():
+            self._check_silence(rank, now)
+        self._check_pace(now)
 
-    def _read(self, name: str, path: Path, now: float) -> None:
+    def _read(self, key: str, path: Path, now: float) -> None:
         try:
-            facts = json.loads(path.read_text())
+            status = json.loads(path.read_text())
         except (OSError, ValueError):
             return
-        who = f"rank {facts['rank']} (process {facts['pid']} on {facts['host']})"
-        beat, at = (facts["pid"], facts["beat"]), (facts["step"], facts["doing"])
-        place = StackLocation(**{key: facts[key] for key in vars(StackLocation()) if key in facts})
-        new = _Seen(beat=beat, beat_since=now, at=at, place=place, at_since=now, name=who)
-        seen = self._ranks.setdefault(name, new)
-        seen.name = who
-        if seen.beat != beat:
-            seen.beat, seen.beat_since = beat, now
-        if (seen.at, seen.place) != (at, place):
-            seen.at, seen.place, seen.at_since = at, place, now
+        name = f"rank {status['rank']} (process {status['pid']} on {status['host']})"
+        beat, position = (status["pid"], status["beat"]), (status["step"], status["doing"])
+        location = StackLocation(**{key: status[key] for key in vars(StackLocation()) if key in status})
+        new = _RankStatus(
+            beat=beat, beat_since=now, activity=position, location=location, activity_since=now, name=name
+        )
+        rank = self._ranks.setdefault(key, new)
+        rank.name = name
+        if rank.beat != beat:
+            rank.beat, rank.beat_since = beat, now
+        if (rank.activity, rank.location) != (position, location):
+            rank.activity, rank.location, rank.activity_since = position, location, now
 
-    def _judge_silence(self, seen: _Seen, now: float) -> None:
-        quiet = now - seen.beat_since
-        if quiet >= self._silent and not seen.silent:
-            seen.silent = True
+    def _check_silence(self, rank: _RankStatus, now: float) -> None:
+        silence = now - rank.beat_since
+        if silence >= self._silent and not rank.silent:
+            rank.silent = True
             _LOGGER.warning(
-                f"{seen.name} has given no sign of life for {quiet:.0f} s; it was at step {seen.at[0]}, {seen.at[1]}: "
-                "a stopped or dead process, or a machine out of reach. The others wait for it"
+                f"no heartbeat of {rank.name} for {silence:.0f} s (last: step {rank.activity[0]}, {rank.activity[1]}). "
+                "The process is stopped or dead, or its machine is unreachable. The other ranks are waiting"
             )
-        elif seen.silent and quiet < self._silent:
-            seen.silent = False
-            _LOGGER.info(f"{seen.name} is back, at step {seen.at[0]}")
+        elif rank.silent and silence < self._silent:
+            rank.silent = False
+            _LOGGER.info(f"{rank.name} sends heartbeats again, at step {rank.activity[0]}")
 
-    def _judge_pace(self, now: float) -> None:
-        waiting = [seen for seen in self._ranks.values() if seen.waits]
-        for seen in self._ranks.values():
-            step, doing = seen.at
-            kept = [other for other in waiting if other.at[0] >= step]
-            if seen.waits or not kept or seen.silent or seen.slow == step:
+    def _check_pace(self, now: float) -> None:
+        waiting = [rank for rank in self._ranks.values() if rank.waits]
+        for rank in self._ranks.values():
+            step, activity = rank.activity
+            delayed = [other for other in waiting if other.activity[0] >= step]
+            if rank.waits or not delayed or rank.silent or rank.slow == step:
                 continue
-            patience = min(now - other.at_since for other in kept)
-            if patience >= self._slow:
-                seen.slow = step
+            waited = min(now - other.activity_since for other in delayed)
+            if waited >= self._slow:
+                rank.slow = step
                 _LOGGER.warning(
-                    f"{seen.name} has kept others waiting for {patience:.0f} s: it is still {doing} step {step}"
-                    + (f" (at {seen.place.line})" if seen.place.line else "")
+                    f"{rank.name} has kept other ranks waiting for {waited:.0f} s: still {activity} step {step}"
+                    + (f" (at {rank.location.line})" if rank.location.line else "")
                 )
         if len(waiting) == len(self._ranks) > 1:
-            self._judge_mismatch(waiting, now)
+            self._check_mismatch(waiting, now)
 
-    def _judge_mismatch(self, ranks: list[_Seen], now: float) -> None:
-        """All wait, each for the others: they are in different operations, or a message was lost."""
-        patience = min(now - seen.at_since for seen in ranks)
-        if patience >= self._slow and any(seen.slow != seen.at[0] for seen in ranks):
+    def _check_mismatch(self, ranks: list[_RankStatus], now: float) -> None:
+        """Log that all ranks wait for each other: in different operations, or after a lost message."""
+        waited = min(now - rank.activity_since for rank in ranks)
+        if waited >= self._slow and any(rank.slow != rank.activity[0] for rank in ranks):
             where = "; ".join(
-                f"{s.name} in {s.place.collective or s.at[1]}, step {s.at[0]}"
+                f"{s.name} in {s.location.collective or s.activity[1]}, step {s.activity[0]}"
                 for s in sorted(ranks, key=lambda s: s.name)
             )
-            _LOGGER.warning(f"all ranks have waited for each other for {patience:.0f} s: {where}")
-            for seen in ranks:
-                seen.slow = seen.at[0]
+            _LOGGER.warning(f"all ranks have waited for each other for {waited:.0f} s: {where}")
+            for rank in ranks:
+                rank.slow = rank.activity[0]
 
 
 @contextmanager

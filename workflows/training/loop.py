@@ -29,30 +29,32 @@ Models = Mapping[str, VelocityModel]
 
 
 class CheckpointSaver(Protocol):
-    """Writes checkpoints while training goes on. Every method is called by all ranks together."""
+    """Writer of checkpoints. Every method is called by all ranks together."""
 
-    def save(self, progress: Progress) -> object: ...
+    def save(self, progress: Progress) -> object:
+        """Start a checkpoint."""
+        ...
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank knows that the checkpoint being written cannot be."""
+        """True if this rank could not write its part of the checkpoint in progress."""
         ...
 
     def wait(self) -> None:
-        """Until everything is written; raises what went wrong."""
+        """Wait for the checkpoint in progress; raise its error."""
         ...
 
 
 class TrainingInterrupted(RuntimeError):
-    """The run was told to end early; a checkpoint of its last step is written. Raised on all ranks."""
+    """The run ended early on a stop request, after a checkpoint. Raised on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchResult:
-    """One round of a micro-batch."""
+    """Losses of one round of a micro-batch."""
 
     micro: AVBatch
-    terms: dict[str, list[LossTerm]]  # without gradient, by the network they train
+    terms: dict[str, list[LossTerm]]  # detached, by network
     rest: Iterator[dict[str, list[LossTerm]]]  # further rounds
 
 
@@ -284,7 +286,7 @@ def _join_by_rank(texts: list[str]) -> str:
 
 
 def describe_non_finite(found: MicroBatchResult, name_clips: Callable[[Tensor], list[str]]) -> str:
-    """The losses that are not finite and the clips of their micro-batch."""
+    """Return the non-finite losses and the clips of their micro-batch as text."""
     keys = [t.key for own in found.terms.values() for t in own if not torch.isfinite(t.values).all()]
     samples = found.micro.samples
     clips = ", ".join(name_clips(samples))
@@ -296,20 +298,22 @@ def _is_finite(terms: Mapping[str, list[LossTerm]]) -> bool:
 
 
 def crosses_interval(samples: int, batch: int, every: int) -> bool:
-    """Whether the latest step passed a multiple of ``every`` samples."""
+    """Return True if the latest step passed a multiple of ``every`` samples."""
     return samples // every > (samples - batch) // every
 
 
 def prefix_held_out(terms: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics of an evaluation under their logged names."""
     return {f"held_out/{key}": value for key, value in terms.items()}
 
 
 def gather_terms(terms: Iterable[LossTerm]) -> list[LossTerm]:
-    """One term per name and modality with the rows of all micro-batches and ranks: what a log is computed from."""
+    """Return one term per name and modality with the rows of all micro-batches and ranks. Called by all ranks."""
     own = [replace(t, values=t.values.detach().cpu(), level=None if t.level is None else t.level.cpu()) for t in terms]
     groups: dict[str, list[LossTerm]] = {}
-    for term in (term for part in distributed.all_gather_object(own) for term in part):
-        groups.setdefault(term.key, []).append(term)
+    for part in distributed.all_gather_object(own):
+        for term in part:
+            groups.setdefault(term.key, []).append(term)
     out: list[LossTerm] = []
     for parts in groups.values():
         levels = [p.level for p in parts if p.level is not None]
@@ -320,7 +324,7 @@ def gather_terms(terms: Iterable[LossTerm]) -> list[LossTerm]:
 
 @torch.no_grad()
 def evaluate_held_out(objective: Objective, batches: list[AVBatch], seed: int, models: Models) -> dict[str, float]:
-    """Held-out means of the student's terms. Fixed: batches, noise, levels; only the weights differ between calls."""
+    """Return held-out means of the student's terms, always with the same batches, noise and levels."""
     sums: dict[str, float] = {}
     for batch in batches:
         terms = objective(models, batch, StepInfo(seed=seed, step=0, stage_step=0))["student"]

@@ -1,6 +1,6 @@
-"""A word that the run is to end soon: a preemption notice, a signal to one of its processes, or to the driver.
+"""Stop requests: preemption notices, and SIGTERM to a worker or to the driver.
 
-Ranks hear of it at the next step boundary, agree, save and end. A second SIGTERM ends a process as usual.
+Ranks read them between two steps, agree, save a checkpoint and end. A second SIGTERM ends a process as usual.
 """
 
 import os
@@ -14,82 +14,82 @@ from pathlib import Path
 from types import FrameType
 
 STOP_FILE = "_stop"
-"""File in the run's folder, with the driver's token, by which a driver passes a notice on to its workers."""
-POLL_S = 1.0  # seconds between looks at what takes a file system or a call
+"""File in the run directory, with the driver's token: the stop request of a driver to its workers."""
+POLL_S = 1.0  # seconds between queries of the file system and of Ray
 
 _received: list[str] = []
-_ears: list[socket.socket] = []  # both ends of the pair that signals come in by
+_wakeup_sockets: list[socket.socket] = []  # both ends of the pair that receives signal numbers
 
 
 def install_sigterm_handler() -> None:
-    """Take SIGTERM as a notice from now on; only the main thread may ask for it (elsewhere nothing happens)."""
+    """Turn the first SIGTERM into a stop request. No effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return
     _received.clear()
     _on_sigterm(_received.append)
-    _hear_at_once(_received.append)
+    _install_wakeup_thread(_received.append)
 
 
-def _hear_at_once(tell: Callable[[str], object]) -> None:
-    """Tell of a SIGTERM from a thread as well.
+def _install_wakeup_thread(report: Callable[[str], object]) -> None:
+    """Report a SIGTERM from a thread as well.
 
-    Python's handlers wait until the main thread runs Python. That of a Ray worker is in native code between calls, and
-    on a busy machine a run may end before the next one. What the process itself writes to a socket is there at once.
+    Python runs signal handlers when the main thread executes Python code. In a Ray worker it is in native code between
+    calls, and on a busy machine a run may end before the next call. The wakeup socket receives the signal at once.
     """
-    if _ears:
+    if _wakeup_sockets:
         return
     inner, outer = socket.socketpair()
     outer.setblocking(False)
-    if (taken := signal.set_wakeup_fd(outer.fileno(), warn_on_full_buffer=False)) != -1:
-        signal.set_wakeup_fd(taken)  # an event loop's, which then runs Python often enough
+    if (previous := signal.set_wakeup_fd(outer.fileno(), warn_on_full_buffer=False)) != -1:
+        signal.set_wakeup_fd(previous)  # of an event loop, which runs Python often enough
         return
-    _ears.extend((inner, outer))
+    _wakeup_sockets.extend((inner, outer))
 
     def read() -> None:
         while numbers := inner.recv(16):
             if signal.SIGTERM in numbers:
-                tell(_word())
+                report(_sigterm_message())
 
-    threading.Thread(target=read, name="notice", daemon=True).start()
+    threading.Thread(target=read, name="sigterm", daemon=True).start()
 
 
-def _word() -> str:
+def _sigterm_message() -> str:
     return f"process {os.getpid()} on {socket.gethostname()} received SIGTERM"
 
 
-def _on_sigterm(tell: Callable[[str], object]) -> Callable[[], object]:
-    """Tell of the first SIGTERM; a second one does what it did before. Returns what puts that back."""
-    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+def _on_sigterm(report: Callable[[str], object]) -> Callable[[], object]:
+    """Report the first SIGTERM, then restore the previous handler. Return a function that restores it now."""
+    previous = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
 
-    def back() -> None:
-        signal.signal(signal.SIGTERM, before)
+    def restore() -> None:
+        signal.signal(signal.SIGTERM, previous)
 
     def receive(number: int, frame: FrameType | None) -> None:
         del number, frame
-        tell(_word())
-        back()
+        report(_sigterm_message())
+        restore()
 
     signal.signal(signal.SIGTERM, receive)
-    return back
+    return restore
 
 
 class PreemptionMonitor:
-    """What one rank knows. ``outside``: asked every second as well, for example Ray's preemption watcher."""
+    """Stop requests to one rank: SIGTERM, the driver's file, and ``external``, such as Ray's preemption watcher."""
 
-    def __init__(self, run_dir: Path, token: str, outside: Callable[[], str] = lambda: "") -> None:
-        self._file, self._token, self._outside = run_dir / STOP_FILE, token, outside
-        self._looked, self._heard = 0.0, ""
+    def __init__(self, run_dir: Path, token: str, external: Callable[[], str] = lambda: "") -> None:
+        self._file, self._token, self._external = run_dir / STOP_FILE, token, external
+        self._last_query, self._reason = 0.0, ""
 
     def __call__(self) -> str:
-        """Why this rank is to stop, "" while it is not."""
+        """Return the reason of a stop request to this rank, else "". Queries files and Ray once per second."""
         if _received:
             return _received[0]
-        if not self._heard and time.monotonic() - self._looked > POLL_S:
-            self._looked = time.monotonic()
-            self._heard = self._outside() or self._from_driver()
-        return self._heard
+        if not self._reason and time.monotonic() - self._last_query > POLL_S:
+            self._last_query = time.monotonic()
+            self._reason = self._external() or self._read_stop_file()
+        return self._reason
 
-    def _from_driver(self) -> str:
+    def _read_stop_file(self) -> str:
         try:
             token, _, text = self._file.read_text().partition("\n")
         except OSError:
@@ -99,15 +99,15 @@ class PreemptionMonitor:
 
 @contextmanager
 def forward_sigterm(run_dir: Path, token: str) -> Generator[None]:
-    """In the driver: while the block runs, SIGTERM tells the workers to save and end."""
+    """Turn SIGTERM to the driver into a stop request to the workers while the block runs."""
     file = run_dir / STOP_FILE
     file.unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    back = _on_sigterm(lambda text: file.write_text(f"{token}\nthe driver, {text}"))
+    restore = _on_sigterm(lambda text: file.write_text(f"{token}\nthe driver, {text}"))
     try:
         yield
     finally:
-        back()
+        restore()
         file.unlink(missing_ok=True)

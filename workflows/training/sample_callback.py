@@ -1,8 +1,8 @@
-"""What a run sees of itself while it trains: samples with their scores, history use, and the alarms.
+"""Samples, history use and alarms during training.
 
-A look is made in line, by rank 0 while the others wait; or aside, by somebody who is given a copy of the weights
-(``workflows.training.validation``) and whose word comes when training has gone on. Either way its numbers are logged
-at the step of the weights, and nothing that training draws from is touched.
+Samples are generated inline by rank 0 while the other ranks wait, or asynchronously from a copy of the weights
+(``workflows.training.async_samples``). Their metrics are logged at the step of the weights. Sampling changes no random
+number of the training.
 """
 
 import logging
@@ -26,14 +26,14 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class SampleReportPublisher:
-    """Puts finished looks into a run's log, each once: what the log on disk has is not put there again."""
+    """Publisher of finished sample reports: each enters the run's log once, also across restarts."""
 
     def __init__(self, run_dir: Path, alarms: AlarmStore) -> None:
         self._run_dir, self._alarms = run_dir, alarms
         self._published = {e["step"] for e in read_json_lines(run_dir / METRICS) if LATE_KEY in e}
 
     def pending(self) -> list[SampleReport]:
-        """In the order of steps."""
+        """Return the unpublished reports in the order of steps and mark them as published."""
         found = [load_report(p) for p in sorted((self._run_dir / LOOKS).glob("step-*.json")) if self._is_new(p)]
         self._published |= {report.step for report in found}
         return found
@@ -42,6 +42,7 @@ class SampleReportPublisher:
         return int(path.stem.removeprefix("step-")) not in self._published
 
     def publish(self, reports: Sequence[SampleReport], tracker: Tracker) -> None:
+        """Log the metrics and files of the reports and update the alarms."""
         for report in reports:
             tracker.log(report.step, report.numbers or {"sample/failed": 1.0}, late=True)
             if report.error:
@@ -51,12 +52,14 @@ class SampleReportPublisher:
                 tracker.artifact(Path(path), FOLDER)
             tracker.artifact(report_path(self._run_dir, report.step), LOOKS)
             seconds = report.numbers["sample/seconds"]
-            _LOGGER.info(f"samples of step {report.step} made in {seconds:.1f} s, {FOLDER}/step-{report.step:08d}-*")
+            _LOGGER.info(
+                f"samples of step {report.step} generated in {seconds:.1f} s, {FOLDER}/step-{report.step:08d}-*"
+            )
             self._alarms.update("samples", report.wrong, report.step)
 
 
 class SampleCallback:
-    """Called by all ranks at every step's end."""
+    """Callback of the training loop, called on all ranks after each step."""
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class SampleCallback:
         self._publisher = SampleReportPublisher(run_dir, self._alarms)
 
     def __call__(self, progress: Progress, log: Mapping[str, float]) -> dict[str, float]:
-        """Numbers to log besides ``log``."""
+        """Sample and update the alarms where due; return metrics in addition to ``log``."""
         numbers, wrong = self._fake_score.measure(log)
         if distributed.get_rank() == 0 and numbers:
             self._alarms.update("fake score", wrong, progress.step)
@@ -99,6 +102,7 @@ class SampleCallback:
         return numbers
 
     def is_due(self, progress: Progress) -> bool:
+        """Return True if samples are due at this step."""
         every, seen = self._config.sample_every, progress.samples_seen
         if not every:
             return False
@@ -106,19 +110,19 @@ class SampleCallback:
 
     def _sample(self, step: int) -> None:
         if distributed.broadcast_from_rank_zero(report_path(self._run_dir, step).exists()):
-            return  # of an earlier attempt: the same weights
+            return  # written before a restart, from the same weights
         model = materialize_ema(self._ema, self._metadata)
         if self._snapshots is not None:
             self._snapshots.write(model, step)
             return
         if distributed.get_rank() == 0:
-            self._heartbeat(step - 1, "making samples after")  # the others have beaten for this step that they wait
+            self._heartbeat(step - 1, "generating samples after")  # the other ranks report that they wait at this step
             self._evaluator.evaluate(model, self._metadata, step)
         distributed.barrier()
 
 
 def materialize_ema(ema: Ema, metadata: ExportMetadata) -> nn.Module:
-    """The average as a network that one rank can run alone. Called by all ranks."""
+    """Return the EMA as a network that one rank can run alone. Called by all ranks."""
     if type(ema.storage) is ReplicatedWeights:
         return ema.module
     weights = ema.state_dict()

@@ -147,10 +147,10 @@ def _check_record(request: ResolvedRun) -> None:
 
 def _check_checkpoint(request: ResolvedRun) -> None:
     """Refuse a checkpoint of other settings or other data; it may stand where other runs keep theirs, too."""
-    shelf = CheckpointStore(checkpoint_root(request.run_dir, request.config.checkpoint.to))
-    if saved := shelf.list_complete():
+    store = CheckpointStore(checkpoint_root(request.run_dir, request.config.checkpoint.to))
+    if saved := store.list_complete():
         record = {key: request.record()[key] for key in ("stage", "config", "dataset")}  # places may have other names
-        _refuse_another(f"the checkpoint {shelf.uri_of(saved[-1])}", shelf.read_json(saved[-1], RUN_FILE), record)
+        _refuse_another(f"the checkpoint {store.uri_of(saved[-1])}", store.read_json(saved[-1], RUN_FILE), record)
 
 
 def _refuse_another(what: str, begun: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -228,7 +228,7 @@ def _conclude(request: ResolvedRun, sample: SampleFn | None, uri: str, *, on_ray
 def _result(request: ResolvedRun) -> dict[str, Any]:
     """What ``--json`` prints."""
     outcome = read_json(request.run_dir / OUTCOME_FILE)
-    shelf = CheckpointStore(checkpoint_root(request.run_dir, request.config.checkpoint.to))
+    store = CheckpointStore(checkpoint_root(request.run_dir, request.config.checkpoint.to))
     progress = serialization.from_dict(Progress, outcome["progress"])
     plan = STAGES[request.config.stage]
     return {
@@ -241,7 +241,7 @@ def _result(request: ResolvedRun) -> dict[str, Any]:
             "held_out_first": progress.first,
             "held_out_last": progress.last,
         },
-        "checkpoint": shelf.uri_of(shelf.list_complete()[-1]),
+        "checkpoint": store.uri_of(store.list_complete()[-1]),
         "mlflow_run": outcome["mlflow_run"],
         "samples": outcome.get("samples", []),
         "alarms": outcome.get("alarms", []),

@@ -1,4 +1,4 @@
-"""What every rank of a training run does, under Ray Train or without it."""
+"""Training on one rank, under Ray Train or in this process."""
 
 import logging
 from collections.abc import Callable
@@ -52,15 +52,15 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """A run as the driver hands it to the ranks."""
+    """Everything that a rank needs to train a run."""
 
     config: RunConfig
     metadata: ExportMetadata
-    data: str  # dataset
+    data: str  # URI of the dataset
     parents: dict[Stage, Path]
     run_dir: Path
     tracking_uri: str
-    token: str  # of the run's lease: a rank of a dead driver finds another one and writes nothing
+    token: str  # of the run's lease; ranks of a dead driver find another token and write nothing
 
 
 def run_worker(
@@ -68,10 +68,15 @@ def run_worker(
 ) -> None:
     """Train to the end of the stage, from the latest complete checkpoint if there is one.
 
-    Rank 0 leaves ``outcome.json``. A loss that is not finite is an outcome too: trying again would give it again. So is
-    a notice to end. ``leaving``: the launcher's word that a machine is about to go; such a run is saved, and Stopped
-    is raised to the launcher, which starts it again elsewhere. ``aside``: takes the weights of looks that the launcher
-    has made while training goes on; None: rank 0 makes them.
+    Rank 0 writes ``outcome.json``: the final progress, a stop request, or an error that a retry would repeat.
+
+    Args:
+        job: The run.
+        preemption_reason: Returns a message when a machine is about to be preempted, else "".
+        snapshots: Writer of weights for asynchronous samples; None: rank 0 generates samples inline.
+
+    Raises:
+        TrainingInterrupted: After preemption. The checkpoint is written, and the launcher restarts the run.
     """
     with redirect_logs(RunLogHandler(job.run_dir) if distributed.get_rank() == 0 else logging.NullHandler()):
         _run_worker(job, preemption_reason, snapshots)
@@ -111,10 +116,10 @@ def _train(
     networks = build_training_networks(config, build_initial_network(config, job.parents).to(device))
     engines, ema = networks.engines, networks.ema
     start = Progress(step=0, samples_seen=0, first={}, last={})
-    shelf = CheckpointStore(checkpoint_root(job.run_dir, config.checkpoint.to))
-    if saved := latest_intact_checkpoint(shelf):
-        start = load_training_state(shelf, saved, engines, ema)
-        _LOGGER.info(f"{config.stage} goes on from step {start.step} on {distributed.get_world_size()} workers")
+    store = CheckpointStore(checkpoint_root(job.run_dir, config.checkpoint.to))
+    if saved := latest_intact_checkpoint(store):
+        start = load_training_state(store, saved, engines, ema)
+        _LOGGER.info(f"{config.stage} resumes at step {start.step} on {distributed.get_world_size()} workers")
     train, held_out, collator = _splits(job)
     sequence = config.engine.sequence
     shard = RankShard(
@@ -128,11 +133,11 @@ def _train(
     validation = [b.to(device) for b in validation]
     objective = validation_objective(config)
     saver = CheckpointWriter(
-        shelf,
+        store,
         engines=engines,
         ema=ema,
         metadata=job.metadata,
-        facts=lambda progress: _checkpoint_record(job, tracker, progress),
+        record=lambda progress: _checkpoint_record(job, tracker, progress),
         keep=config.checkpoint.keep,
         may_write=lambda: _owns_run(job),
     )
@@ -176,9 +181,9 @@ def _sample_callback(
     if job.config.sample_every:
         kind = "GPU" if job.config.engine.use_gpu else "CPU"
         _LOGGER.info(
-            "samples are made beside the training, on resources that it leaves free"
+            "samples are generated asynchronously, on free resources"
             if snapshots
-            else f"samples are made in line, by rank 0 while the others wait: no spare {kind} to make them on"
+            else f"samples are generated inline by rank 0 while the other ranks wait: no spare {kind}"
         )
     evaluator = SampleEvaluator(job.run_dir, job.data, job.config)
     history_use = HistoryUseMonitor(job.run_dir, validation, job.config.objective.time, job.config.seed)
@@ -204,12 +209,12 @@ def _splits(job: TrainingJob) -> tuple[ClipSplit, ClipSplit, BatchCollator]:
 
 
 def _checkpoint_record(job: TrainingJob, tracker: Tracker, progress: Progress) -> dict[str, Any]:
-    """``run.json`` of a checkpoint, but for the progress: the run's record, and where its schedules stand."""
-    position = schedule_values(job.config, progress.step)
+    """Return ``run.json`` of a checkpoint without the progress: the run's record and the values of its schedules."""
+    schedule = schedule_values(job.config, progress.step)
     return read_json(job.run_dir / RUN_FILE) | {
         "mlflow_run": tracker.run_id,
         "workers": distributed.get_world_size(),
-        **position,
+        **schedule,
     }
 
 
@@ -222,7 +227,7 @@ def _owns_run(job: TrainingJob) -> bool:
 
 
 def _tracker(job: TrainingJob) -> Tracker:
-    """Rank 0's: the run's log, continued when the run was begun before."""
+    """Return the tracker of rank 0, which continues an existing log; other ranks log nothing."""
     if distributed.get_rank() != 0:
         return NullTracker()
     tracker = open_training_tracker(job.config, job.data, job.run_dir, job.tracking_uri)
@@ -233,7 +238,7 @@ def _tracker(job: TrainingJob) -> Tracker:
 
 
 def open_training_tracker(config: RunConfig, data: str, run_dir: Path, uri: str) -> Tracker:
-    """Where the run in ``run_dir`` keeps its log, and from where it is sent on."""
+    """Return the tracker that logs to ``run_dir`` and synchronizes to MLflow."""
     tags = {"stage": config.stage, "run_dir": str(run_dir), "dataset": data}
     return open_durable_tracker(run_dir, uri=uri, experiment="train", tags=tags)
 

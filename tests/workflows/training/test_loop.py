@@ -97,7 +97,7 @@ def test_a_killed_worker_under_ray_costs_nothing(tmp_path):
     killer.start()
     killed = train_stage("audio", data=data, sets=(*sets, *TWO), runs_dir=tmp_path / "ray", run="a")
     assert not killer.is_alive(), "the run ended before a worker was killed"
-    assert "goes on from step" in Path(killed["run_dir"], "log.txt").read_text()
+    assert "resumes at step" in Path(killed["run_dir"], "log.txt").read_text()
     one, other = _history(whole), _history(killed)
     assert [e["step"] for e in one] == [e["step"] for e in other]
     for a, b in zip(one, other, strict=True):

@@ -97,7 +97,7 @@ def test_a_failed_save_is_raised_at_the_next_step_and_the_one_before_it_used(tmp
     root = tmp_path / "v" / "checkpoints"
     assert [p.name.split("-")[0] for p in list_checkpoints(root)] == ["000000000008", "000000000012"]
     again = run("video", tmp_path, data, run="v", sets=("checkpoint.every=4",))
-    assert "goes on from step 3" in (tmp_path / "v" / "log.txt").read_text()
+    assert "resumes at step 3" in (tmp_path / "v" / "log.txt").read_text()
     assert all((p / COMPLETE_FILE).exists() for p in root.iterdir()), "the torn one is cleaned away"
     a, b = load_weights(whole["run_dir"]), load_weights(again["run_dir"])
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -159,7 +159,7 @@ def test_checkpoints_elsewhere(tmp_path, data, place):
         worker.run_worker(job)
 
     train_stage("audio", data=data, sets=(*SMALL, *sets), runs_dir=tmp_path, run="a", launch=launch)
-    assert "goes on from step 8" in Path(result["run_dir"], "log.txt").read_text()
+    assert "resumes at step 8" in Path(result["run_dir"], "log.txt").read_text()
     with pytest.raises(ValueError, match="neither a run, a complete checkpoint nor its export"):
         find_export("memory://bucket/nowhere")
 
@@ -226,14 +226,14 @@ def test_a_silent_or_slow_rank_is_named(tmp_path, caplog):
         beat(2, now, 3, "computing" if now < 50 else heartbeat.WAITING_LABEL)
         watch.check(now)
     assert caplog.messages[0].startswith(
-        "rank 1 (process 71 on node) has given no sign of life for 20 s; it was at step 3"
+        "no heartbeat of rank 1 (process 71 on node) for 20 s (last: step 3, computing)"
     )
     assert caplog.messages[1].startswith(
-        "rank 2 (process 72 on node) has kept others waiting for 30 s: it is still computing step 3"
+        "rank 2 (process 72 on node) has kept other ranks waiting for 30 s: still computing step 3"
     )
     beat(1, 99, 4, "computing")
     watch.check(60)
-    assert caplog.messages[2:] == ["rank 1 (process 71 on node) is back, at step 4"]
+    assert caplog.messages[2:] == ["rank 1 (process 71 on node) sends heartbeats again, at step 4"]
     for path in tmp_path.iterdir():
         path.unlink()
     watch.check(100)
@@ -262,7 +262,7 @@ def test_a_rank_that_hangs_before_a_collective_is_named(tmp_path, caplog):
         time.sleep(0.1)
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("rank 1 (process ")
-    assert "it is still computing step 5 (at test_recovery.py:" in caplog.text and "_hangs)" in caplog.text
+    assert "still computing step 5 (at test_recovery.py:" in caplog.text and "_hangs)" in caplog.text
 
 
 def test_ranks_in_collectives_that_do_not_match_are_all_named(tmp_path, caplog):
@@ -372,7 +372,7 @@ def test_a_machine_about_to_go_saves_the_run_and_hands_it_back_to_the_launcher(t
         worker.run_worker(job)  # as the launcher does, elsewhere
 
     again = train_stage("audio", data=data, sets=SMALL, runs_dir=tmp_path, run="a", launch=launch)
-    assert "goes on from step 3" in (tmp_path / "a" / "log.txt").read_text()
+    assert "resumes at step 3" in (tmp_path / "a" / "log.txt").read_text()
     a, b = load_weights(whole["run_dir"]), load_weights(again["run_dir"])
     assert all(torch.equal(a[name], b[name]) for name in a)
 

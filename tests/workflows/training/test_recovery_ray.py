@@ -85,7 +85,7 @@ def check_equal(runs_dir: Path, whole: Path) -> None:
 
 def resumed_from(runs_dir: Path) -> list[int]:
     """Steps from which the run went on."""
-    return [int(t.split()[0]) for t in (runs_dir / "a" / "log.txt").read_text().split("goes on from step ")[1:]]
+    return [int(t.split()[0]) for t in (runs_dir / "a" / "log.txt").read_text().split("resumes at step ")[1:]]
 
 
 def test_a_worker_killed_at_a_random_moment_costs_at_most_one_interval(whole, world, tmp_path):
@@ -145,11 +145,11 @@ def test_a_stopped_rank_is_named_within_a_minute(world, tmp_path):
     victim = training_driver.workers(process)[1]
     victim.send_signal(signal.SIGSTOP)
     try:
-        took = training_driver.wait_for(tmp_path, "no sign of life", process)
+        took = training_driver.wait_for(tmp_path, "no heartbeat", process)
     finally:
         victim.send_signal(signal.SIGCONT)
     assert took < 60
-    line = next(line for line in training_driver.text(tmp_path).splitlines() if "no sign of life" in line)
-    assert line.startswith("rank ") and f"(process {victim.pid} on " in line and "it was at step " in line
+    line = next(line for line in training_driver.text(tmp_path).splitlines() if "no heartbeat" in line)
+    assert line.startswith("no heartbeat of rank ") and f"(process {victim.pid} on " in line and "(last: step " in line
     assert process.wait() == 0, training_driver.text(tmp_path)
-    assert "is back, at step" in training_driver.text(tmp_path)
+    assert "sends heartbeats again, at step" in training_driver.text(tmp_path)

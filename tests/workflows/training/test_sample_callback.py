@@ -51,7 +51,7 @@ def test_looks_aside_are_those_in_line(tmp_path, toy_data):
     order = [(e["step"], LATE_KEY in e) for e in read_json_lines(Path(result["run_dir"], "metrics.jsonl"))]
     assert order.index((2, True)) > order.index((4, False)), "training had gone on"
     assert not any(folder.exists() for folder in given)
-    assert "beside the training" in Path(result["run_dir"], "log.txt").read_text()
+    assert "generated asynchronously" in Path(result["run_dir"], "log.txt").read_text()
     assert "no spare CPU" in Path(plain["run_dir"], "log.txt").read_text()
     before, after = load_weights(plain["run_dir"]), load_weights(result["run_dir"])
     assert all(torch.equal(before[name], after[name]) for name in before)
