@@ -1,4 +1,4 @@
-"""Run one function on all ranks of a bench, under Ray Train or as plain processes, and bring back what rank 0 says."""
+"""Run one function on all ranks, under Ray Train or as plain processes; return the result of rank 0."""
 
 import pickle
 import tempfile
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def run_on_ranks(function: Callable[[A], R], argument: A, engine: EngineConfig, *, on_ray: bool) -> R:
-    """``function(argument)`` on ``engine.most`` ranks; both must be importable by name."""
+    """Return ``function(argument)`` of rank 0 after a run on ``engine.max_workers`` ranks; both must be picklable."""
     if on_ray:
         return _on_ray(function, argument, engine)
     if engine.max_workers == 1:
@@ -35,7 +35,7 @@ def _fit(call: bytes, engine: EngineConfig, folder: str) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     def run_rank(settings: dict[str, bytes]) -> bytes:
-        """Pickled by value, so that Ray's own processes, which need not find our packages, can hand it on."""
+        """Run the call. Pickled by value: Ray's own processes need not find our packages."""
         import pickle
 
         function, argument = pickle.loads(settings["call"])
@@ -52,7 +52,7 @@ def _fit(call: bytes, engine: EngineConfig, folder: str) -> Any:
         ),
         run_config=train_run_config("bench", folder),
     ).fit()
-    assert result.return_value is not None, "Ray Train gave nothing back"
+    assert result.return_value is not None, "Ray Train returned no result"
     return pickle.loads(result.return_value)
 
 

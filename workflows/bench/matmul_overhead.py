@@ -1,4 +1,4 @@
-"""How much of a forward pass is not matrix products: norms, rotations, modulation, copies, Python."""
+"""Time of a forward pass relative to its matrix products: norms, rotations, modulation, copies, Python."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,14 +21,14 @@ MIN_ROUNDS = 15  # the minimum of a few rounds is that of a busy machine
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulOverhead:
-    """Least time of some work over the least time of its matrix products and attention alone."""
+    """Minimum time over the minimum time of the matrix products and attention alone."""
 
     forward: float  # the velocities of a batch
     block: float  # one block of each branch, and the attention between them
 
 
 class _MatmulRecorder(TorchDispatchMode):
-    """Keeps the calls of matrix products and attention inside, with what they were given."""
+    """Dispatch mode that records calls of matrix products and attention with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def record_layer_inputs(model: Any) -> Iterator[list[tuple[Any, ...]]]:
 
 @torch.no_grad()
 def measure_matmul_overhead(config: RunConfig, batch: AVBatch, rounds: int) -> MatmulOverhead:
-    """Of a training batch whose history is remembered before; work and products take turns."""
+    """Return the overhead for a training batch with a filled KV cache; work and products are interleaved."""
     device = batch.cond.caption.device
     model: Any = build_initial_network(config, {}).to(device).eval()
     t = constant_levels(batch.streams, dict.fromkeys(batch.streams, 0.5))

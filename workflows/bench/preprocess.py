@@ -1,8 +1,7 @@
-"""``mfctl bench preprocess``: our pipeline beside ffmpeg alone and beside a plain Ray Data pipeline, in turns.
+"""Time the pipeline, ffmpeg alone and a plain Ray Data pipeline, interleaved (``mfctl bench preprocess``).
 
-The limit is ffmpeg decoding and scaling the same files to nothing, one process per worker. Turns follow each other in
-every round, and ratios are those of one round: on a machine that others use too, only such ratios mean something. CPU
-seconds stand beside wall time, because they do not count what others do.
+The limit is ffmpeg that decodes and scales the same files to the null muxer, one process per worker. Ratios compare
+measurements of one round, so that other load on the machine affects both. CPU seconds exclude other load.
 """
 
 import subprocess
@@ -24,15 +23,15 @@ from workflows.bench.ray_data_baseline import baseline_pipeline
 from workflows.data.build import build_dataset
 from workflows.utils.ray_runtime import ray_session
 
-MIN_SPEED_RATIO = 0.75  # of the limit, with sources of a minute and more
+MIN_SPEED_RATIO = 0.75  # speed over the limit, for sources of a minute or more
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What one way of going through the files took."""
+    """Cost of one pass over the files."""
 
     wall_s: float
-    cpu_s: float  # of all processes that worked for it
+    cpu_s: float  # of all processes involved
     counts: Mapping[str, Any]
     spent: Mapping[str, float]  # seconds by step
     peak_rss_bytes: int
@@ -41,7 +40,7 @@ class Measurement:
 def bench_preprocess(
     folder: str, *, config: PreprocessConfig, workers: int, rounds: int, with_plain: bool = True
 ) -> dict[str, Any]:
-    """Medians over the rounds; the keys that ``--json`` promises and more. ValueError when there is no media."""
+    """Return medians over the rounds, as printed by ``--json``. Raises ValueError without media files."""
     paths = [local_path(source.uri) for source in find_sources([folder])]
     config = replace(config, workers=workers, sources_per_unit=1, keep_duplicates=True)
     variants: dict[str, Callable[[], Measurement]] = {
@@ -49,7 +48,7 @@ def bench_preprocess(
         "ours": lambda: _measure_pipeline(folder, config),
     }
     if with_plain:
-        readable = [path for path in paths if _has_audio_and_video(path)]  # the others stop such a pipeline
+        readable = [path for path in paths if _has_audio_and_video(path)]  # that pipeline fails on other files
         variants["plain"] = lambda: _measure_ray_data(readable, config)
     measured: dict[str, list[Measurement]] = {name: [] for name in variants}
     with ray_session(workers):
@@ -116,7 +115,7 @@ def _summary(measured: Mapping[str, Sequence[Measurement]], workers: int, rounds
     seconds = ours[-1].counts["hours"] * 3600
 
     def ratios(other: str, metric: str) -> list[float]:
-        """How many times as long the other way takes as ours, round by round."""
+        """Return cost of the other variant over ours, per round."""
         pairs = zip(measured.get(other, ()), ours, strict=False)
         return [getattr(theirs, metric) / getattr(own, metric) for theirs, own in pairs]
 
@@ -141,20 +140,20 @@ def _summary(measured: Mapping[str, Sequence[Measurement]], workers: int, rounds
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """The table for people."""
+    """Format the result as a text table."""
     low, high = result["ratio_to_limit_spread"]
     lines = [
         f"{result['clips']} clips, {result['workers']} worker(s), {result['rounds']} round(s): "
         f"{result['clips_per_s']:.2f} clips/s, {result['source_seconds_per_s']:.1f} seconds of source a second",
-        f"of the limit (ffmpeg alone): {result['ratio_to_limit']:.2f} ({low:.2f}..{high:.2f}), "
-        f"in CPU seconds {result['ratio_to_limit_cpu']:.2f}; bar {result['bar']}",
+        f"speed over the limit (ffmpeg alone): {result['ratio_to_limit']:.2f} ({low:.2f}..{high:.2f}), "
+        f"in CPU seconds {result['ratio_to_limit_cpu']:.2f}; threshold {result['bar']}",
     ]
     if result["ratio_to_plain_ray_data"] is not None:
         lines.append(
-            f"faster than a plain Ray Data pipeline by {result['ratio_to_plain_ray_data']:.2f}, "
+            f"speed over a plain Ray Data pipeline: {result['ratio_to_plain_ray_data']:.2f}, "
             f"in CPU seconds {result['ratio_to_plain_ray_data_cpu']:.2f}"
         )
     lines += [f"{name:8} {result['wall_s'][name]:8.2f} s  CPU {cpu:8.2f} s" for name, cpu in result["cpu_s"].items()]
-    lines.append(f"peak memory of all processes {result['peak_rss_bytes'] / 1e6:.0f} MB, object store apart")
+    lines.append(f"peak memory of all processes {result['peak_rss_bytes'] / 1e6:.0f} MB, without the object store")
     shares = sorted(result["share_by_step"].items(), key=lambda item: -item[1])
     return "\n".join([*lines, "time by step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares)])

@@ -1,4 +1,4 @@
-"""How much memory a run of preprocessing takes, and whether it grows with the number of clips."""
+"""Memory of a dataset build, and its growth with the number of clips."""
 
 import subprocess
 import tempfile
@@ -26,7 +26,7 @@ class MemoryBenchRow(TypedDict):
 
 
 def bench_memory(*, few: int, many: int, workers: int) -> dict[str, Any]:
-    """Memory for ``few`` and for ``many`` clips of one second, with the same workers."""
+    """Return the memory for ``few`` and for ``many`` one-second clips, in bytes, and their ratio."""
     rows = {clips: _measure(clips, workers) for clips in (few, many)}
     ratio = rows[many]["rss_bytes"] / rows[few]["rss_bytes"]
     return {"workers": workers, "clips": {str(k): v for k, v in rows.items()}, "memory_ratio": ratio, "bar": MAX_GROWTH}
@@ -47,19 +47,19 @@ def _measure(clips: int, workers: int) -> MemoryBenchRow:
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """The table for people."""
+    """Format the result as a text table."""
     lines = [
         f"{row['accepted']:7d} clips of {row['sources']} source(s): {row['rss_bytes'] / 1e6:.0f} MB, "
         f"object store {row['object_store_bytes'] / 1e6:.0f} MB"
         for row in result["clips"].values()
     ]
     return "\n".join(
-        [*lines, f"ratio {result['memory_ratio']:.3f} (bar {result['bar']}), {result['workers']} worker(s)"]
+        [*lines, f"ratio {result['memory_ratio']:.3f} (threshold {result['bar']}), {result['workers']} worker(s)"]
     )
 
 
 def write_test_videos(folder: Path, clips: int, seconds: int = 100) -> int:
-    """Write sources that together give about ``clips`` clips of a second, and return how many there are."""
+    """Write sources for about ``clips`` one-second clips; return the number of sources."""
     first = folder / "000000.mp4"
     picture = f"testsrc2=s=64x64:r=24:d={seconds + 1}"
     sound = f"sine=f=300:d={seconds + 1}:r=16000"

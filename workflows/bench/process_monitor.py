@@ -1,3 +1,5 @@
+"""CPU time and memory of a process tree."""
+
 import os
 import threading
 from collections import defaultdict
@@ -8,7 +10,7 @@ import numpy as np
 import psutil
 
 INTERVAL_S = 0.5  # between two samples
-TICKS = os.sysconf("SC_CLK_TCK")  # per second, of the kernel's accounts
+TICKS = os.sysconf("SC_CLK_TCK")  # kernel clock ticks per second
 WARM_UP = 0.2  # share of the first samples that is left out
 
 
@@ -23,11 +25,11 @@ class _CpuAccount(NamedTuple):
 
 
 class ProcessTreeCpuClock:
-    """CPU seconds of this process and of all below it, those that have ended included.
+    """CPU seconds of this process and its descendants, including those that have ended.
 
-    A process that ends is added to its parent's account, if the parent asks for it. Ray's does not: what such a process
-    had when it was last seen is kept here. Accounts are kept in the kernel's whole ticks: a sum of seconds depends on
-    its order, and could run backwards when a process moves from one account to another.
+    The kernel adds an ended process to its parent's account when the parent waits for it. Ray does not wait, so the
+    last reading of such a process is kept here. Accounts are integer ticks: a sum of floats depends on its order and
+    could decrease when a process moves between accounts.
     """
 
     def __init__(self) -> None:
@@ -35,7 +37,7 @@ class ProcessTreeCpuClock:
         self._unreaped: dict[int, int] = defaultdict(int)  # by parent: ticks of ended processes in no account yet
 
     def read(self) -> float:
-        """Look now: what a process used between the last look and its end may be missed."""
+        """Return the CPU seconds so far. Use between the last reading and the end of a process may be missed."""
         now: dict[tuple[int, float], _CpuAccount] = {}
         me = psutil.Process()
         for process in [me, *me.children(recursive=True)]:
@@ -62,13 +64,13 @@ class ProcessTreeCpuClock:
 
 
 class ProcessTreeMonitor:
-    """Looks at the memory and the CPU of this process and of all below it while a ``with`` block runs."""
+    """Context manager that samples memory and CPU of this process and its descendants."""
 
     def __init__(self) -> None:
-        self.cpu_s = 0.0  # used inside the block, known behind it
+        self.cpu_s = 0.0  # used inside the block; set on exit
         self._cpu_clock = ProcessTreeCpuClock()
-        self.rss: list[int] = []  # bytes, shared pages (the object store) left out
-        self.store: list[int] = []  # bytes of shared pages of the process that has most: the object store's
+        self.rss: list[int] = []  # bytes per sample, without shared pages (the object store)
+        self.store: list[int] = []  # bytes per sample: largest shared memory of a process, the object store
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="memory", daemon=True)
 
@@ -100,6 +102,6 @@ class ProcessTreeMonitor:
                 return
 
     def peak_level(self) -> tuple[int, int]:
-        """95th percentile of own and of shared memory after the warm-up, bytes."""
+        """Return the 95th percentiles of private and shared memory after the warm-up, in bytes."""
         first = int(len(self.rss) * WARM_UP)
         return int(np.percentile(self.rss[first:], 95)), int(np.percentile(self.store[first:], 95))

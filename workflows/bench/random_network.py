@@ -1,4 +1,4 @@
-"""Networks of random weights, made where they will run: for measuring, where weights do not matter."""
+"""Networks with random weights, allocated on the target device, for benchmarks."""
 
 import torch
 from torch import nn
@@ -9,8 +9,10 @@ from workflows.inference.precision import keep_in_fp32
 
 
 def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> AVTransformer:
-    """For evaluation. Matrices are normal with std 1 / sqrt(fan in), everything else is 1; embeddings of the noise
-    level, output projections, modulation and norms stay float32."""
+    """Return a network in evaluation mode with matrices of std 1 / sqrt(fan in) and ones elsewhere.
+
+    Noise-level embeddings, output projections, modulation and norms stay float32.
+    """
     with torch.device("meta"):
         model = AVTransformer(config)
     for name, parameter in model.named_parameters():
@@ -26,7 +28,7 @@ def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype
 
 
 def random_network_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Of ``random_network``, counted without making it."""
+    """Return the bytes of ``random_network`` without allocating it."""
     with torch.device("meta"):
         model = AVTransformer(config)
     return sum(

@@ -1,6 +1,6 @@
-"""The pipeline that one would write in an afternoon on Ray Data: read bytes, decode in a map, write Parquet.
+"""Baseline on plain Ray Data: read bytes, decode in a map, write Parquet.
 
-It makes the same latents of the same windows, and nothing else: no probe, no filters, no scenes, no checks.
+It encodes the same windows to the same latents, without probe, filters, scene cuts or checks.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ from preprocessing.pipeline import build_encoders, span_plan
 
 
 def baseline_pipeline(paths: Sequence[str], out: str, config: PreprocessConfig) -> int:
-    """Rows written."""
+    """Write the clips of ``paths`` to ``out``; return the number of rows."""
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False

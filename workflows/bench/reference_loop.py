@@ -1,6 +1,6 @@
-"""The loops that everything else is compared with, as plain as one would write them in an afternoon.
+"""Reference training loops in plain PyTorch, which the other variants are compared with.
 
-No engine, no checkpoint, no log, no check for numbers that are not finite, no data loading: batches lie ready.
+They have no engine, checkpoint, log, check for non-finite numbers or data loading.
 """
 
 import copy
@@ -27,16 +27,16 @@ Rounds = Iterator[dict[str, list[LossTerm]]]
 
 @dataclass(frozen=True, kw_only=True)
 class FakeScoreUpdates:
-    """More updates of the fake score than of the student: so many before each step."""
+    """Extra updates of the fake score before each step of the student."""
 
     objective: Objective
     updates: int
 
 
 class ReferenceLoop:
-    """Networks, AdamW, an average of the student's weights, and gloo or NCCL where there are two processes.
+    """Training loop with AdamW and an EMA of the student; gradients are averaged over the ranks.
 
-    ``teacher``: what the objective knows as "ema", if it is another network than the average.
+    ``teacher`` replaces the EMA weights as the objective's "ema" network.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class ReferenceLoop:
         self._optimizers = {name: build_adamw(net, self._optims[name]) for name, net in nets.items()}
 
     def run(self, batches: Iterable[list[AVBatch]], first: int, steps: int) -> list[LossTerm]:
-        """Train on ``batches`` from step ``first`` of a stage of ``steps``; the terms of the last step."""
+        """Train on ``batches`` from step ``first`` of a stage of ``steps``; return the terms of the last step."""
         seen: list[LossTerm] = []
         for step, micros in enumerate(batches, first):
             if self._fake_score_updates:
                 self._update_fake_score(self._fake_score_updates, micros, step, steps)
             rounds = self._start_rounds(self._objective, micros, step, 0)
             seen = more = self._backward(micros, rounds)
-            while more:  # the fake score moves with every round
+            while more:  # every round updates the fake score
                 for name in self._nets.keys() - {"student"}:
                     self._update(name, step, steps)
                 more = self._backward(micros, rounds)
@@ -85,7 +85,7 @@ class ReferenceLoop:
         return [objective.rounds(self._models, micro, info) for micro in micros]
 
     def _backward(self, micros: Sequence[AVBatch], rounds: Sequence[Rounds], only: str | None = None) -> list[LossTerm]:
-        """The next round's gradients and terms; none at the end."""
+        """Compute gradients of the next round; return its terms, empty after the last round."""
         seen: list[LossTerm] = []
         rows, dtype = sum(len(micro.samples) for micro in micros), self._config.engine.autocast
         for micro, micro_rounds in zip(micros, rounds, strict=True):
@@ -123,7 +123,7 @@ def _optim_config(config: RunConfig, name: str) -> OptimConfig:
 
 
 def all_reduce_mean(gradients: list[Tensor]) -> None:
-    """In place, as one flat vector: one message instead of one per parameter."""
+    """Average gradients over the ranks in place, as one flat vector (one message)."""
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
@@ -132,7 +132,7 @@ def all_reduce_mean(gradients: list[Tensor]) -> None:
 
 
 def reference_loop(config: RunConfig) -> ReferenceLoop:
-    """The stage's own step."""
+    """Return the loop of the configured stage."""
     student = build_initial_network(config, {}).to(distributed.local_device())
     ema = Ema(student, config.ema)
     nets = {"student": student}
@@ -142,7 +142,7 @@ def reference_loop(config: RunConfig) -> ReferenceLoop:
 
 
 def full_copy_loop(config: RunConfig) -> RunConfig:
-    """The mutual stage with a full copy of the student as fake score."""
+    """Return the configuration of the mutual stage with a full copy of the student as fake score."""
     assert isinstance(config.objective, MutualConfig)
     return replace(
         config, fake=replace(config.fake, rank=None), objective=replace(config.objective, share_history=False)
@@ -150,10 +150,10 @@ def full_copy_loop(config: RunConfig) -> RunConfig:
 
 
 def dmd_loop(config: RunConfig, updates: int) -> ReferenceLoop:
-    """What the mutual stage replaces: DMD with self-forcing and a separate frozen teacher.
+    """Return the loop of DMD with self-forcing and a separate frozen teacher.
 
-    Every row rolls out its own history; the teacher is a third network beside student and fake score, which is a full
-    copy and takes ``updates`` steps for one of the student (Self-Forcing: five). No ShortCut, no flow matching.
+    Every row rolls out its own history. The fake score is a full copy of the student with ``updates`` steps per
+    student step (Self-Forcing: five). ShortCut and flow matching are off.
     """
     config = full_copy_loop(config)
     assert isinstance(config.objective, MutualConfig)

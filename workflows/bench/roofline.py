@@ -1,4 +1,4 @@
-"""What a step must cost whatever runs it: the operations it counts, the rate this machine multiplies at, its bytes."""
+"""Lower bounds of a step: its FLOPs, the matrix product rate of this machine, and its bytes."""
 
 import gc
 import time
@@ -17,16 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from workflows.utils.timing import synchronize
 
-CPU_MATMUL_SIZE = 1024  # of the square matrices whose product gives the rate
-CUDA_MATMUL_SIZE = 8192  # of those on a GPU, which smaller ones leave idle
-MATMULS_PER_TIMING = 8  # in a reading
+CPU_MATMUL_SIZE = 1024  # edge of the square matrices
+CUDA_MATMUL_SIZE = 8192  # smaller products do not fill a GPU
+MATMULS_PER_TIMING = 8
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """Operations of the matrix products that ``work`` does, and of the attention that it needs: two per multiply-add.
+    """Return the FLOPs of matrix products and attention in ``work``, two per multiply-add.
 
-    Of a dense mask only the entries that it allows are counted, whatever a kernel multiplies besides; an attention
-    that will be differentiated counts three times, as products do.
+    Attention counts only entries that a dense mask allows. Attention with gradient counts three times, like matrix
+    products with their backward pass.
     """
     with (
         FlopCounterMode(display=False, custom_mapping=_ignore_attention_kernels()) as counter,
@@ -37,7 +37,7 @@ def count_flops(work: Callable[[], object]) -> int:
 
 
 class _AttentionFlopCounter(TorchFunctionMode):
-    """Counts useful entries of all attention inside."""
+    """Function mode that counts the FLOPs of unmasked attention entries."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _AttentionFlopCounter(TorchFunctionMode):
 
 
 def _ignore_attention_kernels() -> dict[Any, Any]:
-    """torch counts some kernels, and without a look at the mask."""
+    """Return a mapping that disables torch's own counts of attention kernels, which ignore masks."""
     aten = torch.ops.aten
     kernels = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
     names = [*kernels, *(f"{kernel}_backward" for kernel in kernels)]
@@ -67,7 +67,7 @@ def _ignore_attention_kernels() -> dict[Any, Any]:
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of large square products in this process, with the threads it has."""
+    """Return the FLOPs per second of large square matrix products with the current thread count."""
     edge = CUDA_MATMUL_SIZE if device.type == "cuda" else CPU_MATMUL_SIZE
     a, b = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
@@ -80,15 +80,15 @@ def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """Bytes of all tensors: of a GPU as its allocator counts them, else ``live_bytes``."""
+    """Return the bytes of all tensors: of the allocator on a GPU, else ``live_tensor_bytes()``."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else live_tensor_bytes()
 
 
 def live_tensor_bytes() -> int:
-    """Bytes of all tensors of this process that Python knows, and of their gradients; shared storage counts once."""
+    """Return the bytes of all tensors that Python tracks and of their gradients; shared storage counts once."""
     storages: dict[int, int] = {}
     for candidate in gc.get_objects():
-        # isinstance() asks proxies for their class, and some warn; torch.compile keeps tensors that are shapes alone
+        # isinstance() triggers warnings of proxies; fake tensors of torch.compile have no storage
         if not issubclass(type(candidate), Tensor) or issubclass(type(candidate), FakeTensor | FunctionalTensor):
             continue
         for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
@@ -100,7 +100,7 @@ def live_tensor_bytes() -> int:
 
 @contextmanager
 def track_bytes_at_step() -> Iterator[list[int]]:
-    """``live_bytes`` at every optimizer step inside: weights, masters, moments and gradients, and no activations."""
+    """Yield a list that receives ``live_tensor_bytes()`` at every optimizer step: no activations are alive then."""
     gc.collect()
     bytes_at_step: list[int] = []
     handle = register_optimizer_step_pre_hook(lambda *_: bytes_at_step.append(live_tensor_bytes()))

@@ -1,7 +1,7 @@
-"""``mfctl bench stream``: how fast chunks come from a network of random weights, and whether that stays so.
+"""Time streaming with a randomly initialized network (``mfctl bench stream``).
 
-One run measures, on one device and in this order: the rate of large matrix products, the first chunk, every chunk of
-a long stream, the same stream late against another one early (in turns), and one chunk with the cache against without.
+One run measures on one device, in this order: the rate of large matrix products, the first chunk, every chunk of a long
+stream, late against early chunks (interleaved), and one chunk with against without the KV cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,21 +41,21 @@ from workflows.inference.precision import DTYPES, Precision, default_precision
 from workflows.training.memory_check import available_memory, require_memory
 from workflows.utils import timing
 
-PAPER_FPS = {(192, 336): 30.0, (480, 768): 12.0, (704, 1280): 3.5}  # 7B + 7B, 4 to 8 evaluations, one GPU
-EARLY_CHUNKS = 20  # chunks after which a stream's window is full
-CACHED_AT = 40  # chunks before the one that is made with and without the cache
-MOST_RECOMPUTED = 16_000  # tokens of a prefix: its dense mask grows with their square
+PAPER_FPS = {(192, 336): 30.0, (480, 768): 12.0, (704, 1280): 3.5}  # 7B + 7B parameters, 4 to 8 evaluations, one GPU
+EARLY_CHUNKS = 20  # chunks until the window is full
+CACHED_AT = 40  # chunks before the one that is generated with and without the cache
+MAX_PREFIX_TOKENS = 16_000  # a dense mask of the prefix grows with the square
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamBenchPlan:
-    """What is streamed, and on what."""
+    """Resolved options of one benchmark run."""
 
     preset: str
-    size: tuple[int, int]  # pixels, before they are padded
+    size: tuple[int, int]  # height, width in pixels, before padding
     steps: int
     chunks: int  # of the long stream
-    rounds: int  # of what is measured in turns
+    rounds: int  # of interleaved measurements
     model: ModelConfig
     geometry: LatentGeometry
     device: torch.device
@@ -65,6 +65,7 @@ class StreamBenchPlan:
 
     @property
     def timeline(self) -> Timeline:
+        """Return the timeline of the model's modalities."""
         return self.geometry.timeline(tuple(self.model.branches))
 
 
@@ -81,7 +82,7 @@ def bench_stream(
     graphs: bool = False,
     sets: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What ``--json`` prints. ValueError for what cannot be streamed, or does not fit into memory."""
+    """Return what ``--json`` prints. Raises ValueError for invalid options or insufficient memory."""
     plan = plan_stream_bench(
         preset=preset,
         size=size,
@@ -109,13 +110,14 @@ def plan_stream_bench(
     precision: Precision | None,
     sets: Sequence[str],
 ) -> StreamBenchPlan:
+    """Resolve the options. Raises ValueError for counts that are too small or a missing GPU."""
     if min(steps, rounds) < 1 or chunks < EARLY_CHUNKS + 2:
         raise ValueError(
             f"--steps and --rounds must be at least 1, --chunks at least {EARLY_CHUNKS + 2}, "
             f"got {steps}, {rounds}, {chunks}"
         )
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here; leave it out to measure the CPU")
+        raise ValueError("--device cuda: torch finds no CUDA device here. Omit --device to measure the CPU")
     chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size = size or default_size(preset)
     geometry = geometry_for_preset(preset)
@@ -127,7 +129,7 @@ def plan_stream_bench(
         steps=steps,
         chunks=chunks,
         rounds=rounds,
-        model=replace(config.model, attention="sdpa"),  # what a stream is compared with is the reference
+        model=replace(config.model, attention="sdpa"),  # the reference backend
         geometry=geometry,
         device=chosen_device,
         dtype=DTYPES[precision or default_precision(chosen_device)],
@@ -135,7 +137,7 @@ def plan_stream_bench(
 
 
 def memory_parts(plan: StreamBenchPlan) -> dict[str, int]:
-    """Bytes that a stream holds, two of them for the comparison of late with early."""
+    """Return the bytes of weights and of two KV caches (late and early stream)."""
     load = chunk_workload(plan)
     keys = plan.model.key_heads * plan.model.head_dim
     return {
@@ -145,7 +147,7 @@ def memory_parts(plan: StreamBenchPlan) -> dict[str, int]:
 
 
 def check_feasible(plan: StreamBenchPlan) -> None:
-    """ValueError where a switch has no use, or weights and cache do not fit, before they are made."""
+    """Raise ValueError before allocation if a switch does not apply or weights and caches do not fit."""
     check_inference_optimizations(plan.device, compile=plan.compile, graphs=plan.graphs)
     order = [name for name in reversed(presets.PRESETS) if name != plan.preset]
     smaller = order[list(reversed(presets.PRESETS)).index(plan.preset) :]
@@ -163,7 +165,7 @@ def check_feasible(plan: StreamBenchPlan) -> None:
 
 
 def chunk_workload(plan: StreamBenchPlan) -> ChunkWorkload:
-    """A usual chunk: counts of sounds differ by one between chunks, so theirs is a mean, rounded."""
+    """Return the workload of a typical chunk; audio counts differ by one between chunks and are averaged."""
     timeline, branches = plan.timeline, plan.model.branches
     tokens: dict[str, int] = {}
     sink = 0
@@ -176,6 +178,7 @@ def chunk_workload(plan: StreamBenchPlan) -> ChunkWorkload:
 
 
 def measure(plan: StreamBenchPlan) -> dict[str, Any]:
+    """Run all measurements; return the result."""
     rates = [roofline.matmul_flops_per_s(plan.device, plan.dtype)]
     net = random_network(plan.model, plan.device, plan.dtype)
     cond = noise_condition(plan.model, plan.timeline, plan.device)
@@ -202,7 +205,7 @@ def measure(plan: StreamBenchPlan) -> dict[str, Any]:
 def measure_switch_speedup(
     plan: StreamBenchPlan, net: AVTransformer, model: VelocityModel, cond: Condition
 ) -> dict[str, Any]:
-    """What the switches gain, by chunks with and without them in turns, and the largest difference they make."""
+    """Return the speedup of --compile and --graphs (interleaved chunks) and the largest difference of latents."""
     if not (plan.compile or plan.graphs):
         return {"switch_speedup": None}
     code = net.code
@@ -222,10 +225,13 @@ def measure_switch_speedup(
 
 
 def measure_cache_speedup(plan: StreamBenchPlan, net: AVTransformer, cond: Condition) -> dict[str, Any]:
-    """One chunk after ``CACHED_AT`` others, with what a ring remembers and from the prefix alone, in turns."""
+    """Return the speedup of the KV cache for chunk ``CACHED_AT``, against recomputing the prefix (interleaved)."""
     prefix = sum(plan.timeline.count(m, CACHED_AT) * b.tokens for m, b in plan.model.branches.items())
-    if prefix > MOST_RECOMPUTED:
-        return {"cached_speedup": None, "not_compared": f"a prefix of {prefix} tokens is too long for a dense mask"}
+    if prefix > MAX_PREFIX_TOKENS:
+        return {
+            "cached_speedup": None,
+            "not_compared": f"cache speedup not measured: a prefix of {prefix} tokens is too long for a dense mask",
+        }
     stream = StreamRunner(net, cond, plan.timeline, steps=plan.steps)
     before = [chunk.clean for chunk in stream.generate(CACHED_AT - 1)]
     snapshot = stream.context.snapshot()
@@ -259,6 +265,7 @@ def _max_difference(one: Mapping[str, Stream], other: Mapping[str, Stream]) -> f
 def summarize(
     plan: StreamBenchPlan, timings: Mapping[str, Sequence[float]], growth: float, compared: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Return the result as printed by ``--json``: medians over the rounds."""
     chunk_s, rate = median(timings["chunks"]), median(timings["rates"])
     frames = float(FPS) * plan.model.chunk_seconds
     flops = chunk_flops(plan.model, chunk_workload(plan), plan.steps)
@@ -298,7 +305,7 @@ def summarize(
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """The table for people."""
+    """Format the result as a text table."""
     size, padded = ("x".join(map(str, result[key])) for key in ("size", "padded"))
     paper = (
         f"{result['paper_fps']:g} ({result['over_paper']:.2f} times)" if result["paper_fps"] else "none at this size"
@@ -309,29 +316,29 @@ def format_table(result: Mapping[str, Any]) -> str:
     gain: list[str] = []
     if switches:
         gain.append(
-            f"{' and '.join(switches):24} {result['switch_speedup']:9.2f} times as fast as without; difference "
+            f"{' and '.join(switches):24} {result['switch_speedup']:9.2f} times the speed without; difference "
             f"{result['switch_gap']:.0e}"
         )
     lines = [
-        f"preset {result['preset']} at {size} (padded to {padded}), {result['steps']} steps and a pass that writes the "
-        f"cache, {result['precision']} on {result['device']}, {result['threads']} thread(s)",
-        f"{'frames per second':24} {result['fps']:9.2f}   ceiling by products {result['fps_ceiling']:.1f}; "
-        f"the paper {paper}",
+        f"preset {result['preset']} at {size} (padded to {padded}), {result['steps']} steps and one cache pass, "
+        f"{result['precision']} on {result['device']}, {result['threads']} thread(s)",
+        f"{'frames per second':24} {result['fps']:9.2f}   ceiling by matrix products {result['fps_ceiling']:.1f}; "
+        f"paper {paper}",
         f"{'first chunk':24} {1e3 * result['first_chunk_s']:9.1f} ms",
-        f"{'a chunk':24} {result['chunk_ms_p50']:9.1f} ms median, {result['chunk_ms_p99']:.1f} ms 99th percentile, of "
-        f"{result['chunks']}; {result['seconds_per_second']:.2f} seconds of clip a second",
+        f"{'chunk':24} {result['chunk_ms_p50']:9.1f} ms median, {result['chunk_ms_p99']:.1f} ms 99th percentile, of "
+        f"{result['chunks']}; {result['seconds_per_second']:.2f} seconds of clip per second",
         f"{'late over early':24} {result['late_over_early']:9.3f}   "
         f"chunk {result['chunks']} over chunk {EARLY_CHUNKS}; "
         f"memory {result['memory_late_over_early']:.3f}, peak {result['peak_memory_bytes'] / 1e6:.0f} MB",
         f"{'operations':24} {result['flops_per_s'] / 1e9:9.1f} GFLOP/s, {result['ratio_to_matmul']:.1%} of large "
-        f"products ({result['matmul_flops_per_s'] / 1e9:.1f}); {result['gflop_per_chunk']:.2f} GFLOP a chunk",
+        f"matrix products ({result['matmul_flops_per_s'] / 1e9:.1f}); {result['gflop_per_chunk']:.2f} GFLOP per chunk",
         *gain,
         result["not_compared"]
         if speedup is None
-        else f"{'with the cache':24} {speedup:9.1f} times as fast as without at chunk {CACHED_AT}, "
-        f"{result['cached_speedup_prefix_once']:.1f} times where the prefix is run once a chunk; "
+        else f"{'with the cache':24} {speedup:9.1f} times the speed without at chunk {CACHED_AT}, "
+        f"{result['cached_speedup_prefix_once']:.1f} times with the prefix computed once per chunk; "
         f"difference {result['cached_gap']:.0e}",
-        f"{'decoding a chunk':24} "
+        f"{'decoding per chunk':24} "
         + (", ".join(f"{m} {ms:.1f} ms" for m, ms in decode.items()) if decode else "not measured: needs weights"),
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A stream of chunks from noise conditions, chunk by chunk and timed: what ``mfctl bench stream`` measures."""
+"""A timed stream of chunks from random conditions, for ``mfctl bench stream``."""
 
 from collections.abc import Iterator, Mapping
 from statistics import median
@@ -22,7 +22,7 @@ SHIFT = {VIDEO: 5.0, AUDIO: 1.0}
 
 
 def latent_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of a latent by modality."""
+    """Return the shape of one latent per modality."""
     return {m: (b.channels, *(b.size if m == VIDEO else ())) for m, b in model.branches.items()}
 
 
@@ -30,7 +30,7 @@ def noise_condition(model: ModelConfig, timeline: Timeline, device: torch.device
     """Return random conditions; ``VISIBLE_WORDS`` words are within reach of every chunk of a stream."""
     shapes, draw = latent_shapes(model), torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=draw)
-    always = torch.tensor([-1e9, 1e9], dtype=torch.float64).expand(1, VISIBLE_WORDS, 2)  # their middle is what counts
+    always = torch.tensor([-1e9, 1e9], dtype=torch.float64).expand(1, VISIBLE_WORDS, 2)  # the midpoint counts
     return Condition(
         caption=normal(1, CAPTION_TOKENS, model.text_dim),
         caption_mask=torch.ones(1, CAPTION_TOKENS, dtype=torch.bool),
@@ -44,7 +44,7 @@ def noise_condition(model: ModelConfig, timeline: Timeline, device: torch.device
 
 
 class StreamRunner:
-    """A stream that goes on where it stopped."""
+    """Stream of chunks; state is kept between calls."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class StreamRunner:
         steps: int,
         model: VelocityModel | None = None,
     ) -> None:
-        """``model``: what is asked in place of ``net``."""
+        """``model`` is evaluated in place of ``net`` (compiled or with CUDA graphs)."""
         self._model = model or net
         self._cond = cond
         self._device = cond.caption.device
@@ -75,21 +75,22 @@ class StreamRunner:
 
     @property
     def context(self) -> DenoiserContext:
-        """What remembers all chunks so far."""
+        """Return the context with the KV cache of all chunks so far."""
         assert self._last is not None
         return self._last.context
 
     @property
     def chunk(self) -> dict[str, Stream]:
-        """The latest chunk."""
+        """Return the streams of the latest chunk."""
         assert self._last is not None
         return self._last.clean
 
     def fork(self, context: DenoiserContext) -> DenoiserContext:
-        """A ring of its own that goes on from ``context``."""
+        """Return a copy of ``context`` with a separate ring KV cache."""
         return context.map_caches(lambda cache: to_ring_cache(cache, self._ring_tokens))
 
     def generate(self, count: int) -> Iterator[GeneratedChunk]:
+        """Yield the next ``count`` chunks."""
         for _ in range(count):
             if self._rollout is None:
                 context = DenoiserContext(model=self._model, cond=self._cond).prefill()
@@ -98,7 +99,7 @@ class StreamRunner:
             yield self._last
 
     def time_chunks(self, count: int) -> list[float]:
-        """Seconds that each of the next chunks took: writing the one before, and denoising. The first opens."""
+        """Return the seconds of each of the next chunks: writing the previous one and denoising."""
         chunks = self.generate(count)
         return [timing.time_call(self._device, next, chunks)[0] for _ in range(count)]
 
@@ -106,7 +107,7 @@ class StreamRunner:
 def measure_decode_ms(
     geometry: LatentGeometry, shapes: Mapping[str, tuple[int, ...]], timeline: Timeline, *, rounds: int
 ) -> dict[str, float] | None:
-    """Milliseconds by modality, the median of ``chunks``; None for codecs whose weights are not here."""
+    """Return the median milliseconds per chunk and modality; None for codecs with pretrained weights."""
     if geometry != EMBEDDED:
         return None
     codecs = {VIDEO: DctCodec(), AUDIO: MelCodec()}

@@ -1,4 +1,4 @@
-"""Latents of the right shapes without a dataset: what ``mfctl bench train`` trains on."""
+"""Random latents with the shapes of a dataset, for ``mfctl bench train``."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from workflows.config.latent_shapes import CHUNK_SECONDS, geometry_of_model
 from workflows.data.batches import ClipSplit
 from workflows.data.collate import BatchCollator
 
-WORDS_PER_CLIP = 12  # of a caption, and of a transcript
+WORDS_PER_CLIP = 12  # of a caption and of a transcript
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticClip:
-    """One clip of white noise with as many words as a usual one."""
+    """Clip of white noise with a typical number of words."""
 
     id: str
     video: Float[Tensor, "m C h w"] | None
@@ -30,7 +30,7 @@ class SyntheticClip:
 
 
 def synthetic_collator(model: ModelConfig) -> BatchCollator:
-    """Clocks of the codecs that the network is made for; statistics that change nothing."""
+    """Return a collator with the clocks of the network's codecs and identity statistics."""
     ones = {m: (1.0,) * b.channels for m, b in model.branches.items()}
     zeros = {m: (0.0,) * b.channels for m, b in model.branches.items()}
     stats = {m: LatentStats(mean=zeros[m], std=ones[m], head_mean=zeros[m], head_std=ones[m]) for m in model.branches}
@@ -38,7 +38,7 @@ def synthetic_collator(model: ModelConfig) -> BatchCollator:
 
 
 def synthetic_clips(model: ModelConfig, chunks: int, count: int) -> ClipSplit:
-    """``count`` clips of ``chunks`` chunks in memory."""
+    """Return ``count`` clips of ``chunks`` chunks in memory."""
     made = [_clip(number, model, chunks) for number in range(count)]
     return ClipSplit(lengths=[chunks] * count, read=made.__getitem__)
 
@@ -46,7 +46,7 @@ def synthetic_clips(model: ModelConfig, chunks: int, count: int) -> ClipSplit:
 def _clip(number: int, model: ModelConfig, chunks: int) -> SyntheticClip:
     draw, timeline = generator(0, "bench/clip", number), synthetic_collator(model).timeline
     shapes = {m: (b.channels, *(b.size if m == VIDEO else ())) for m, b in model.branches.items()}
-    counts = {m: timeline.count(m, chunks) + (m == VIDEO) for m in shapes}  # the first frame stands before its clip
+    counts = {m: timeline.count(m, chunks) + (m == VIDEO) for m in shapes}  # the first frame precedes the clip
     latents = {m: torch.randn((counts[m], *shape), generator=draw) for m, shape in shapes.items()}
     starts = torch.rand(WORDS_PER_CLIP, 1, generator=draw, dtype=torch.float64) * float(chunks * CHUNK_SECONDS)
     return SyntheticClip(

@@ -1,18 +1,17 @@
-"""``mfctl bench train``: what Ray Train and DeepSpeed cost over a bare loop, and how far both are from the limit.
+"""Time training steps: Ray Train and DeepSpeed against a reference loop and the FLOP limit (``mfctl bench train``).
 
-One run measures all variants in the same processes, in turns (``workflows.bench.steps``):
+One run measures all variants in the same processes, interleaved (``workflows.bench.train_worker``):
 
-bare            a plain torch loop (``workflows.bench.bare``)
+bare            plain PyTorch loop (``workflows.bench.reference_loop``)
 ray_torch       the training loop with TorchEngine under Ray Train
 ray_zero0 .. 3  the training loop with DeepSpeedEngine at that ZeRO stage under Ray Train
-dmd5, dmd1      stage mutual, on request: a bare loop of DMD with self-forcing and a separate frozen teacher, five or
-                one updates of the fake score per step (as Self-Forcing; as the mutual stage)
-full_copy       stage mutual with fake.rank, on request: the bare loop with a full copy as fake score
-compiled        on request: the bare loop with compiled blocks
+dmd5, dmd1      stage mutual, on request: reference loop of DMD with self-forcing and a separate frozen teacher, with
+                five or one updates of the fake score per step (as Self-Forcing; as the mutual stage)
+full_copy       stage mutual with fake.rank, on request: reference loop with a full copy as fake score
+compiled        on request: reference loop with compiled blocks
 
-Batches are noise of the shapes that the preset's codecs give; no dataset is needed. Where ray or deepspeed are not
-installed, the variants that need them are listed as not measured; without ray ``torch`` takes the place of
-``ray_torch``.
+Batches are noise in the latent shapes of the preset; no dataset is needed. Variants that need a missing package (ray,
+deepspeed) are listed as not measured. Without ray, ``torch`` replaces ``ray_torch``.
 """
 
 import importlib.util
@@ -38,7 +37,7 @@ from workflows.config.stage_names import Stage
 from workflows.training.memory_check import require_training_memory
 
 MAX_SLOWDOWN = 1.05  # of ray_zero1 over bare
-MIN_STEP_S = 0.5  # shorter steps are reported, but the bar is not for them
+MIN_STEP_S = 0.5  # MAX_SLOWDOWN does not apply to shorter steps
 MIN_TOKENS = 3000  # per rank
 VARIANTS = (REFERENCE_VARIANT, "ray_torch", "ray_zero0", "ray_zero1", "ray_zero2", "ray_zero3")
 MUTUAL_VARIANTS = {"dmd5": Variant(dmd=5), "dmd1": Variant(dmd=1), "full_copy": Variant(full_copy=True)}
@@ -58,10 +57,10 @@ def bench_train(
     profile: bool = False,
     sets: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Step times of all variants, their ratios to the bare loop, and the limit.
+    """Return step times of all variants, their ratios to the reference loop, and the limit.
 
-    ``size``: of the picture, pixels. ``tokens``: least number per rank and step. ``turn``: steps of a variant in a
-    round. ``profile``: of the bare loop and of the last variant, as text. ValueError for variants that do not exist.
+    ``size``: height, width in pixels. ``tokens``: minimum per rank and step. ``turn``: steps of a variant per round.
+    ``profile`` adds operator tables of the reference loop and the last variant. Raises ValueError for invalid options.
     """
     if rounds < 1 or turn < 1:
         raise ValueError(f"--rounds and --turn must be at least 1, got {rounds} and {turn}")
@@ -91,7 +90,7 @@ def bench_config(
     sets: Sequence[str],
     size: tuple[int, int] | None = None,
 ) -> RunConfig:
-    """The preset at the asked size. Every step is alike: clips of one length, the mutual stage with all its parts."""
+    """Return the preset with equal steps: clips of one length, the mutual stage in its last phase."""
     if workers < 1 or tokens < 1:
         raise ValueError(f"--workers and --tokens must be at least 1, got {workers} and {tokens}")
     config = presets.build_preset(preset, stage, geometry_for_preset(preset).shapes(size or default_size(preset)))
@@ -103,12 +102,14 @@ def bench_config(
     config = replace(config, data=data, engine=replace(config.engine, workers=workers, use_gpu=_gpu()))
     config = serialization.apply_overrides(config, serialization.parse_overrides(sets))
     if config.data.chunks[1] > CHUNKS:
-        raise ValueError(f"the clips of the bench hold {CHUNKS} chunks, data.chunks={config.data.chunks}")
+        raise ValueError(
+            f"the clips of the bench hold {CHUNKS} chunks, got data.chunks={config.data.chunks}. Lower data.chunks"
+        )
     return replace(config, data=replace(config.data, batch=config.data_parallel_size * _rows(config, tokens)))
 
 
 def _rows(config: RunConfig, tokens: int) -> int:
-    """Clips per rank that hold ``tokens``: whole cycles of row kinds, whole micro-batches."""
+    """Return the clips per rank with at least ``tokens``: whole cycles of row kinds, whole micro-batches."""
     timeline = synthetic_data.synthetic_collator(config.model).timeline
     chunks = config.data.chunks[1]
     per_clip = sum(timeline.count(m, chunks) * branch.tokens for m, branch in config.model.branches.items())
@@ -121,7 +122,7 @@ def _gpu() -> bool:
 
 
 def available_variants(config: RunConfig, names: Sequence[str]) -> tuple[dict[str, Variant], dict[str, str]]:
-    """The variants that this machine can run, the bare loop first, and what the others need."""
+    """Return the variants this machine can run, the reference loop first, and the reasons against the others."""
     others = OTHER_VARIANTS | (MUTUAL_VARIANTS if config.stage == "mutual" else {})
     known = (*VARIANTS, *others)
     if odd := [name for name in names if name not in known]:
@@ -148,7 +149,7 @@ def _installed(name: str) -> bool:
 
 
 def summarize(plan: TrainBenchPlan, measured: TrainBenchResult, missing: Mapping[str, str]) -> dict[str, Any]:
-    """What ``--json`` prints: medians over the rounds, seconds of a step, per rank where nothing else is said."""
+    """Return what ``--json`` prints: medians over the rounds, seconds per step, per rank unless noted."""
     config, world = plan.config, plan.config.engine.max_workers
     step_s = {name: median(t.step_s for t in turns) for name, turns in measured.turns.items()}
     overhead = {name: _over_bare(measured, name, "step_s") for name in step_s if name != REFERENCE_VARIANT}
@@ -194,19 +195,19 @@ def _spread(values: Sequence[float]) -> list[float]:
 
 
 def _over_bare(measured: TrainBenchResult, name: str, what: Literal["step_s", "cpu_s"]) -> list[float]:
-    """Ratio to the bare loop of the same round, for each round."""
+    """Return the ratio to the reference loop of the same round, for each round."""
     pairs = zip(measured.turns[name], measured.turns[REFERENCE_VARIANT], strict=True)
     return [getattr(own, what) / getattr(bare, what) for own, bare in pairs]
 
 
 def _gap(measured: TrainBenchResult, name: str) -> float:
-    """Largest relative difference of a loss from the bare loop's: the variants did the same work."""
+    """Return the largest relative loss difference from the reference loop, to verify equal work."""
     pairs = zip(measured.turns[name], measured.turns[REFERENCE_VARIANT], strict=True)
     return max(abs(own.loss - bare.loss) / abs(bare.loss) for own, bare in pairs)
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """The table for people."""
+    """Format the result as a text table."""
     lines = [
         f"stage {result['stage']}: {result['parameters'] / 1e6:.1f}M parameters, {result['workers']} worker(s) with "
         f"{result['threads']} thread(s), {result['batch']} clips, {result['tokens']} tokens per rank and step",
@@ -214,12 +215,12 @@ def format_table(result: Mapping[str, Any]) -> str:
         f"{'data':>6} {'of limit':>8} {'state MB':>9}",
         *(_row(result, name) for name in result["step_s"]),
         *(f"{name:10} {why}" for name, why in result["not_measured"].items()),
-        f"{'limit':10} {result['limit_s']:8.3f}: {result['flops'] / 1e9:.1f} GFLOP a step and rank at "
-        f"{result['matmul_flops_per_s'] / 1e9:.1f} GFLOP/s of large products",
-        f"a block takes {result['block_over_products']:.2f} times as long as its matrix products alone, a whole "
-        f"forward pass {result['forward_over_products']:.2f} times",
-        f"losses differ from the bare loop's by at most {max(result['loss_gap'].values(), default=0):.0e} of their "
-        f"size; peak memory {result['peak_memory_bytes'] / 1e6:.0f} MB a rank, all variants together",
+        f"{'limit':10} {result['limit_s']:8.3f}: {result['flops'] / 1e9:.1f} GFLOP per step and rank at "
+        f"{result['matmul_flops_per_s'] / 1e9:.1f} GFLOP/s of large matrix products",
+        f"time over matrix products alone: block {result['block_over_products']:.2f}, "
+        f"forward pass {result['forward_over_products']:.2f}",
+        f"largest relative loss difference from the reference loop {max(result['loss_gap'].values(), default=0):.0e}; "
+        f"peak memory {result['peak_memory_bytes'] / 1e6:.0f} MB per rank, all variants together",
         *(f"\nprofile of {name}\n{table}" for name, table in result["profiles"].items()),
     ]
     return "\n".join(lines)

@@ -1,9 +1,8 @@
-"""What every rank of ``mfctl bench train`` does: the same steps by every variant, in turns.
+"""Worker of ``mfctl bench train``: all variants run the same steps, interleaved, on every rank.
 
-All variants are built in the same processes and take turns of a few steps, A B C A B C ..., so whatever else happens on
-the machine hits all of them alike; a variant is compared with the bare loop of the same round. The variants with an
-engine are ``workflows.loop.run_loop`` itself with networks, batches and prefetching of a training run. A turn logs at
-its end, so more often than a run does.
+Rounds of a few steps alternate between the variants (A B C A B C), so that other load affects all alike. A variant is
+compared with the reference loop of the same round. Variants with an engine run ``workflows.training.loop`` with the
+networks, batches and prefetching of a training run. They log after every round, more often than a run does.
 """
 
 import gc
@@ -22,44 +21,44 @@ from workflows.training.networks import build_initial_network
 from workflows.utils import distributed, timing
 
 REFERENCE_VARIANT = "bare"
-PROBE_STEPS = 2  # steps before the first round: the second one sees the moments that the first one has made
+PROBE_STEPS = 2  # steps before the first round; the second one runs with allocated moments
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchPlan:
-    """What the ranks are asked for."""
+    """Work of the ranks."""
 
     config: RunConfig
     variants: Mapping[str, Variant]
     rounds: int
-    turn: int  # steps of a variant in a round
-    threads: int  # of a process, on a CPU
-    profiled: tuple[str, ...] = ()  # variants of which a profile is made after the last round
+    turn: int  # steps of a variant per round
+    threads: int  # per process, on a CPU
+    profiled: tuple[str, ...] = ()  # variants to profile after the last round
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchResult:
-    """What rank 0 knows at the end."""
+    """Measurements of all rounds, from rank 0."""
 
-    turns: dict[str, list[RoundTiming]]  # one for each round, of the rank that took longest
-    state_bytes: dict[str, int]  # weights, gradients, moments and average, per rank
+    turns: dict[str, list[RoundTiming]]  # per round, of the slowest rank
+    state_bytes: dict[str, int]  # weights, gradients, moments and EMA, per rank
     over_products: MatmulOverhead
-    flops_per_s: list[float]  # of large matrix products, per rank, all ranks at once
-    flops: int  # of a step, per rank
-    tokens: int  # of a step, per rank
+    flops_per_s: list[float]  # of large matrix products, per rank, with all ranks busy
+    flops: int  # per step and rank
+    tokens: int  # per step and rank
     parameters: int  # of the student
     threads: int
-    peak_memory_bytes: int  # of a rank, all variants together
+    peak_memory_bytes: int  # per rank, all variants together
     profiles: dict[str, str]
 
 
 def run_rank(plan: TrainBenchPlan) -> TrainBenchResult:
-    """Everything, on one rank."""
+    """Build, probe and time all variants on this rank."""
     if distributed.local_device().type == "cpu":
         torch.set_num_threads(plan.threads)
     batches = synthetic_batches(plan.config)
     first = [to_device(batches.micro_batches(step)) for step in range(PROBE_STEPS)]
-    dense = replace(plan.config, model=replace(plan.config.model, attention="sdpa"))  # what is useful is the same
+    dense = replace(plan.config, model=replace(plan.config.model, attention="sdpa"))  # equal useful FLOPs
     flops = roofline.count_flops(lambda: reference_loop(dense).run(first[:1], 0, 1))
     runners: dict[str, VariantRunner] = {}
     state_bytes: dict[str, int] = {}
@@ -86,7 +85,7 @@ def run_rank(plan: TrainBenchPlan) -> TrainBenchResult:
 def run_rounds(
     plan: TrainBenchPlan, runners: Mapping[str, VariantRunner]
 ) -> tuple[dict[str, list[RoundTiming]], list[float]]:
-    """The turns of every variant, and the rate of matrix products in every round."""
+    """Return the timings of every variant and the matrix product rate of every round."""
     timings: dict[str, list[RoundTiming]] = {name: [] for name in runners}
     rates: list[float] = []
     for number in range(plan.rounds + 1):
@@ -103,7 +102,7 @@ def run_rounds(
 
 
 def profile_round(runner: VariantRunner, steps: int) -> str:
-    """Where a turn's time goes: the eight dearest operators."""
+    """Return a table of the eight most expensive operators of one round."""
     gpu = torch.cuda.is_available()
     kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if gpu else [])
     with torch.profiler.profile(activities=kinds) as profile:

@@ -1,4 +1,4 @@
-"""One variant of ``mfctl bench train``: its networks, and turns of any number of steps."""
+"""Variants of ``mfctl bench train``: networks and rounds of any number of steps."""
 
 import itertools
 import time
@@ -26,36 +26,38 @@ Batches = Iterable[list[AVBatch]]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What runs the step: the training loop with an engine, or a bare loop."""
+    """Loop to time: the training loop with an engine, or a reference loop."""
 
     engine: EngineConfig | None = None
-    dmd: int | None = None  # bare loop of DMD with a separate teacher: updates of the fake score per step
-    full_copy: bool = False  # bare loop whose fake score is no low-rank one
-    compiled: bool = False  # bare loop with compiled blocks
+    dmd: int | None = None  # reference loop of DMD with a separate teacher: fake-score updates per step
+    full_copy: bool = False  # reference loop with a full-rank fake score
+    compiled: bool = False  # reference loop with compiled blocks
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTiming:
-    """What a turn took, and the loss at its end, over all ranks. Seconds of a step."""
+    """Seconds per step of one round, and its last loss over all ranks."""
 
     step_s: float
-    wait_s: float  # of step_s: until the batch was there
-    cpu_s: float  # of all threads of the process: unlike time, it does not grow when others use the cores
+    wait_s: float  # part of step_s: waiting for the batch
+    cpu_s: float  # of all threads of the process; independent of other load
     loss: float
 
 
 class StepRunner(Protocol):
-    """Takes steps, going on where it stopped."""
+    """Runs optimizer steps; state is kept between calls."""
 
-    def run(self, batches: Batches, steps: int) -> None: ...
+    def run(self, batches: Batches, steps: int) -> None:
+        """Run ``steps`` optimizer steps."""
+        ...
 
     def loss(self) -> float:
-        """Of the last step, over all ranks. Called by all of them, when no time is taken."""
+        """Return the loss of the last step over all ranks. Collective; called outside of the timed section."""
         ...
 
 
 class VariantRunner:
-    """A runner with batches of its own."""
+    """Step runner with a separate stream of batches."""
 
     def __init__(self, config: RunConfig, variant: Variant) -> None:
         self._config = config
@@ -66,7 +68,7 @@ class VariantRunner:
         self._batches: Iterator[list[AVBatch]] = iter(())
 
     def measure_peak_memory(self, first: Sequence[list[AVBatch]]) -> int:
-        """Take the first steps. Returns the most bytes that were alive at an update of the weights."""
+        """Run the first steps; return the peak bytes at an optimizer step."""
         with roofline.track_bytes_at_step() as bytes_at_step:
             self._runner.run(first, len(first))
         batches = synthetic_batches(self._config)
@@ -75,6 +77,7 @@ class VariantRunner:
         return max(bytes_at_step)
 
     def run_round(self, steps: int) -> RoundTiming:
+        """Run and time ``steps`` steps."""
         batches = itertools.islice(self._batches, steps)
         if self._is_reference:  # the reference loop does not wait for batches
             batches = iter(list(batches))
@@ -93,7 +96,7 @@ class VariantRunner:
 
 
 class TimedIterator:
-    """Batches, and the seconds that were spent waiting for them."""
+    """Iterator over batches that sums the seconds of waiting for them."""
 
     def __init__(self, batches: Iterator[list[AVBatch]]) -> None:
         self._batches, self.waited_s = batches, 0.0
@@ -110,7 +113,7 @@ class TimedIterator:
 
 
 class ReferenceRunner:
-    """A bare loop."""
+    """Step runner of a reference loop."""
 
     def __init__(self, config: RunConfig, variant: Variant) -> None:
         if variant.full_copy:
@@ -122,15 +125,17 @@ class ReferenceRunner:
         self._terms: list[LossTerm] = []
 
     def run(self, batches: Batches, steps: int) -> None:
+        """Run ``steps`` optimizer steps."""
         self._terms = self._loop.run(batches, self._step, self._step + steps)
         self._step += steps
 
     def loss(self) -> float:
+        """Return the loss of the last step over all ranks."""
         return _sum_of_losses(summarize_terms(gather_terms(self._terms)))
 
 
 class EngineRunner:
-    """The training loop, with everything of a run but evaluations, checkpoints and what watches over them."""
+    """Step runner of the training loop, without evaluation, checkpoints and monitoring."""
 
     def __init__(self, config: RunConfig, engine: EngineConfig) -> None:
         self._config = config = replace(config, engine=engine)
@@ -142,6 +147,7 @@ class EngineRunner:
         self._log = LastEntryTracker()
 
     def run(self, batches: Batches, steps: int) -> None:
+        """Run ``steps`` optimizer steps."""
         until = replace(
             self._config,
             steps=self._progress.step + steps,
@@ -163,38 +169,42 @@ class EngineRunner:
         self._progress = loop.run(self._progress, batches)
 
     def loss(self) -> float:
+        """Return the loss of the last step over all ranks."""
         return _sum_of_losses(self._log.metrics)
 
 
 class LastEntryTracker(NullTracker):
-    """A tracker that keeps the latest entry."""
+    """Tracker that keeps the latest entry."""
 
     def __init__(self) -> None:
         self.metrics: Mapping[str, float] = {}
 
     def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
+        """Keep the metrics."""
         del step, late
         self.metrics = metrics
 
 
 class NullSaver:
-    """No checkpoints."""
+    """Saver that writes no checkpoints."""
 
     has_failed = False
 
-    def save(self, progress: Progress) -> None: ...
+    def save(self, progress: Progress) -> None:
+        """Write nothing."""
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Return at once."""
 
 
 def _sum_of_losses(metrics: Mapping[str, float]) -> float:
-    """Over ``name/modality``; bins, rates and norms left out."""
+    """Return the sum over ``name/modality``, without bins, rates and norms."""
     ignored = (*NON_LOSS_PREFIXES, "held_out/")
     return sum(v for k, v in metrics.items() if k.count("/") == 1 and not k.startswith(ignored))
 
 
 def synthetic_batches(config: RunConfig, rank: int | None = None, world: int | None = None) -> TrainingBatchLoader:
-    """A rank's share of batches of noise; default: this rank's."""
+    """Return the noise batches of one rank (default: this rank)."""
     clips = synthetic_data.synthetic_clips(config.model, config.data.chunks[1], config.data.batch)
     sequence = config.engine.sequence
     rank = (rank or distributed.get_rank()) // sequence
@@ -205,4 +215,5 @@ def synthetic_batches(config: RunConfig, rank: int | None = None, world: int | N
 
 
 def to_device(micros: list[AVBatch]) -> list[AVBatch]:
+    """Return the micro-batches on this rank's device."""
     return [micro.to(distributed.local_device()) for micro in micros]

@@ -1,4 +1,4 @@
-"""`mfctl bench stream`: what it promises other tools, and that its numbers are of the real thing."""
+"""Check the result of `mfctl bench stream`: keys, consistency of numbers, messages for invalid options."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ from workflows.config.presets import build_preset as build
 from workflows.training import memory_check
 
 SMALL = ("model.dim=32", "model.layers=2", "model.heads=2")
-PROMISED = {
+EXPECTED_KEYS = {
     "fps",
     "cache_passes",
     "first_chunk_s",
@@ -36,7 +36,7 @@ PROMISED = {
 
 @pytest.fixture(scope="module", autouse=True)
 def short():
-    """Small matrices and short streams: what is measured must be right, not quiet."""
+    """Use small matrices and short streams; these tests check correctness, not noise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "CPU_MATMUL_SIZE", 128)
         patch.setattr(stream, "EARLY_CHUNKS", 6)
@@ -49,8 +49,8 @@ def result():
     return bench_stream(chunks=9, rounds=2, steps=2, device="cpu", sets=SMALL)
 
 
-def test_the_promised_numbers_are_there_and_are_numbers(result):
-    assert result.keys() >= PROMISED
+def test_result_has_the_documented_keys(result):
+    assert result.keys() >= EXPECTED_KEYS
     assert json.loads(json.dumps(result)) == result
     assert 0 < result["fps"] < result["fps_ceiling"] and 0 < result["ratio_to_matmul"] < 1
     assert result["fps"] == pytest.approx(12e3 / result["chunk_ms_p50"])
@@ -58,16 +58,16 @@ def test_the_promised_numbers_are_there_and_are_numbers(result):
     assert "paper none at this size" in format_table(result)
 
 
-def test_a_chunk_with_the_cache_is_the_chunk_without(result):
+def test_cached_chunk_equals_recomputed_chunk(result):
     assert result["cached_gap"] < 1e-4
     assert result["cached_speedup"] > result["cached_speedup_prefix_once"]
 
 
-def test_nothing_is_held_that_grows(result):
+def test_memory_does_not_grow_along_the_stream(result):
     assert result["memory_late_over_early"] == pytest.approx(1.0, abs=0.002)
 
 
-def test_operations_are_those_of_a_chunk_of_the_padded_size():
+def test_flops_are_those_of_a_chunk_at_the_padded_size():
     plan = stream.plan_stream_bench(
         preset="full",
         size=(192, 336),
@@ -84,7 +84,7 @@ def test_operations_are_those_of_a_chunk_of_the_padded_size():
     assert memory_parts(plan)["weights"] == pytest.approx(2 * 13.9e9, rel=0.05)
 
 
-def test_random_weights_are_those_that_were_counted():
+def test_random_network_bytes_equal_the_allocated_bytes():
     model = build("tiny", "joint", geometry_for_preset("tiny").shapes((64, 64))).model
     for dtype in (torch.float32, torch.bfloat16):
         net = random_network(model, torch.device("cpu"), dtype)
@@ -93,12 +93,12 @@ def test_random_weights_are_those_that_were_counted():
         assert net.branch(VIDEO).block(0).qkv.weight.dtype == dtype
 
 
-def test_bfloat16_streams_too():
+def test_streaming_in_bfloat16():
     found = bench_stream(chunks=8, rounds=1, steps=1, device="cpu", precision="bf16", sets=SMALL)
     assert found["precision"] == "bfloat16" and 0 < found["cached_gap"] < 0.5
 
 
-def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+def test_model_beyond_memory_is_rejected_before_allocation(monkeypatch):
     monkeypatch.setattr(stream, "available_memory", lambda device: 8_000_000_000)
     monkeypatch.setattr(stream, "random_network", lambda *_: pytest.fail("allocated"))
     with pytest.raises(ValueError, match=r"full at 192x336 needs 5\d\.\d GB .* 8\.0 GB are free: what fits: --preset"):
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"chunks": 7}, "--chunks at least 8"),
         ({"steps": 0}, "--steps and --rounds must be at least 1"),
@@ -119,26 +119,26 @@ def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
         ({"sets": ["model.layer=1"]}, "model.layer"),
     ],
 )
-def test_wrong_input_is_named(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_options_are_rejected(options, message):
+    with pytest.raises(ValueError, match=message):
         bench_stream(**{"device": "cpu", **options})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_missing_gpu_is_named():
-    with pytest.raises(ValueError, match="torch finds no CUDA device here"):
+def test_missing_gpu_is_rejected():
+    with pytest.raises(ValueError, match="--device cuda"):
         bench_stream(device="cuda")
 
 
-def test_training_that_does_not_fit_is_refused_with_what_would(monkeypatch):
+def test_training_beyond_memory_is_rejected_with_alternatives(monkeypatch):
     monkeypatch.setattr(memory_check, "available_memory", lambda device: 60_000_000_000)
     config = build("full", "joint", geometry_for_preset("full").shapes((192, 336)))
     eight = replace(config, engine=replace(config.engine, workers=8, zero_stage=1))
     with pytest.raises(
         ValueError, match=r"13\.9B parameters on 8 rank\(s\) at ZeRO stage 1 needs 18\d\.\d GB .*60\.0 GB"
-    ) as said:
+    ) as error:
         memory_check.require_training_memory(eight, "cpu")
-    assert "--preset base (39" in str(said.value) and "zero_stage=3" not in str(said.value)
+    assert "--preset base (39" in str(error.value) and "zero_stage=3" not in str(error.value)
     monkeypatch.setattr(memory_check, "available_memory", lambda device: 100_000_000_000)
     with pytest.raises(ValueError, match=r"what fits: --set engine\.zero_stage=3 \(8\d\.\d GB\), or --preset base"):
         memory_check.require_training_memory(eight, "cpu")
@@ -148,8 +148,8 @@ def test_training_that_does_not_fit_is_refused_with_what_would(monkeypatch):
         memory_check.require_training_memory_on_all_ranks(eight)
 
 
-def test_switches_are_measured_against_the_stream_without_them(monkeypatch):
-    """With passes recorded as on a GPU, and played operator by operator."""
+def test_cuda_graphs_are_measured_against_the_eager_stream(monkeypatch):
+    """Replay the recorded passes operator by operator on the CPU."""
     monkeypatch.setattr(stream, "check_feasible", lambda plan: None)
     monkeypatch.setattr(stream, "apply_inference_optimizations", lambda net, **switches: CUDAGraphModel(net, tape))
     found = bench_stream(chunks=8, rounds=2, steps=2, device="cpu", graphs=True, sets=SMALL)
@@ -158,7 +158,7 @@ def test_switches_are_measured_against_the_stream_without_them(monkeypatch):
     assert "graphs" in format_table(found)
 
 
-def test_switches_without_use_are_named(monkeypatch):
+def test_inapplicable_switches_are_rejected(monkeypatch):
     with pytest.raises(ValueError, match="--graphs records CUDA graphs, and this stream runs on the cpu"):
         bench_stream(device="cpu", graphs=True)
     monkeypatch.setattr(compile.shutil, "which", lambda name: None)

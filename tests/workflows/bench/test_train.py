@@ -1,4 +1,4 @@
-"""`mfctl bench train`: what it promises other tools, and that its numbers are of the same work."""
+"""Check the result of `mfctl bench train`: keys, equal work of the variants, FLOP and byte counts."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from workflows.bench.train import bench_config, bench_train, format_table
 from workflows.training.loop import count_tokens
 
 SMALL = ("model.dim=32", "model.layers=1", "model.heads=2", "data.chunks=[2,2]")
-PROMISED = {"step_s", "overhead_zero1", "data_wait_share", "tokens_per_s", "mfu", "peak_memory_bytes"}
+EXPECTED_KEYS = {"step_s", "overhead_zero1", "data_wait_share", "tokens_per_s", "mfu", "peak_memory_bytes"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def plain_torch():
-    """A machine without ray and deepspeed, and small matrices."""
+    """Hide ray and deepspeed, and use small matrices."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(bench, "_installed", lambda name: False)
     monkeypatch.setattr(roofline, "CPU_MATMUL_SIZE", 128)
@@ -34,9 +34,9 @@ def joint():
     return bench_train(stage="joint", tokens=50, rounds=2, turn=1, sets=SMALL)
 
 
-def test_plain_torch_measures_the_bare_loop_and_the_training_loop(joint):
+def test_without_ray_the_reference_and_training_loops_are_measured(joint):
     assert list(joint["step_s"]) == ["bare", "torch"]
-    assert joint.keys() >= PROMISED
+    assert joint.keys() >= EXPECTED_KEYS
     assert joint["step_s"]["bare"] > 0 and joint["overhead"]["torch"] > 0
     assert joint["forward_over_products"] > 1 and joint["block_over_products"] > 1
     assert 0 < joint["mfu"] < 1 and 0 <= joint["data_wait_share"] < 1
@@ -49,16 +49,16 @@ def test_plain_torch_measures_the_bare_loop_and_the_training_loop(joint):
     assert all(name in table for name in ("bare", "torch", "ray_zero3", "limit"))
 
 
-def test_both_loops_do_the_same_work(joint):
+def test_both_loops_have_equal_losses(joint):
     assert joint["loss_gap"]["torch"] < 1e-5
 
 
-def test_state_bytes_are_weights_gradients_two_moments_and_the_average(joint):
+def test_state_bytes_are_weights_gradients_two_moments_and_ema(joint):
     exact = 5 * 4 * joint["parameters"]
     assert exact <= joint["model_state_bytes"]["torch"] < 1.03 * exact
 
 
-def test_the_mutual_stage_is_measured_with_all_its_parts_and_against_dmd_and_a_full_copy():
+def test_mutual_stage_is_measured_against_dmd_and_a_full_copy():
     low = [*SMALL, "fake.rank=1", "objective.fake_updates=2", "objective.share_history=true"]
     result = bench_train(
         stage="mutual", tokens=1, rounds=1, turn=1, sets=low, variants=["ray_torch", "dmd1", "full_copy"]
@@ -67,17 +67,17 @@ def test_the_mutual_stage_is_measured_with_all_its_parts_and_against_dmd_and_a_f
     config = bench_config(stage="mutual", preset="tiny", workers=1, tokens=1, sets=SMALL)
     assert [config.objective.row_kind(i, 0) for i in range(4)] == list(config.objective.rows)
     assert config.objective.dmd_scale(0) == 1
-    # student and fake score with gradients and moments, average, and the teacher that the mutual stage does without
+    # student and fake score with gradients and moments, EMA and teacher
     whole = (4 + 4 + 1 + 1) * 4 * result["parameters"]
-    assert 0.9 * whole < result["model_state_bytes"]["dmd1"] < 1.03 * whole  # weights it never touches have no moments
+    assert 0.9 * whole < result["model_state_bytes"]["dmd1"] < 1.03 * whole  # unused weights have no moments
     without_teacher = 0.9 * whole
     full = result["model_state_bytes"]["full_copy"]
-    assert 0.9 * without_teacher < full < 1.1 * without_teacher  # samples stay for the fake score's second update
+    assert 0.9 * without_teacher < full < 1.1 * without_teacher  # samples are kept for the second fake-score update
     assert result["model_state_bytes"]["torch"] < 0.75 * full
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_batch_holds_the_asked_tokens_per_rank_and_no_clip_more(workers):
+def test_batch_has_the_fewest_clips_with_the_requested_tokens(workers):
     config = bench_config(stage="joint", preset="tiny", workers=workers, tokens=3000, sets=())
     rows = config.data.batch // workers
     batches = variants.synthetic_batches(config, workers - 1, workers)
@@ -87,7 +87,7 @@ def test_a_batch_holds_the_asked_tokens_per_rank_and_no_clip_more(workers):
     assert 3000 <= tokens < 3000 + tokens / rows
 
 
-def test_operations_are_those_of_the_formula():
+def test_flops_equal_the_formula():
     a, b = torch.randn(7, 5, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     assert roofline.count_flops(lambda: (a @ b).sum().backward()) == 3 * 2 * 7 * 5 * 3
     q = torch.randn(1, 2, 8, 16)
@@ -97,11 +97,11 @@ def test_operations_are_those_of_the_formula():
     for mask in (causal, additive_mask(causal)):
         assert roofline.count_flops(lambda mask=mask: attention(q, q, q, attn_mask=mask)) == 2 * (2 * 2 * 36 * 16)
     trained = q.clone().requires_grad_()
-    way_back = lambda: attention(trained, q, q, attn_mask=causal).sum().backward()
-    assert roofline.count_flops(way_back) == 3 * 2 * (2 * 2 * 36 * 16)
+    backward = lambda: attention(trained, q, q, attn_mask=causal).sum().backward()
+    assert roofline.count_flops(backward) == 3 * 2 * (2 * 2 * 36 * 16)
 
 
-def test_bytes_count_shared_storage_once():
+def test_live_bytes_count_shared_storage_once():
     before = roofline.live_tensor_bytes()
     block = torch.zeros(1 << 20)
     views = [block[i:] for i in range(3)]
@@ -111,7 +111,7 @@ def test_bytes_count_shared_storage_once():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"variants": ["ray_zero4"]}, "unknown variant 'ray_zero4' of stage joint: choose from bare, ray_torch"),
         ({"variants": ["dmd5"]}, "unknown variant 'dmd5' of stage joint"),
@@ -120,15 +120,15 @@ def test_bytes_count_shared_storage_once():
         ({"sets": ["data.chunks=[21,21]"]}, "the clips of the bench hold 20 chunks"),
     ],
 )
-def test_wrong_input_is_named(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_options_are_rejected(options, message):
+    with pytest.raises(ValueError, match=message):
         bench_train(**options)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ray_and_zero1_cost_at_most_a_twentieth(workers):
+def test_ray_with_zero1_adds_at_most_five_percent(workers):
     done = subprocess.run(
         [sys.executable, "-m", "workflows.cli", "bench", "train", "--workers", str(workers), "--turn", "1", "--json"]
         + ["--rounds", "7"],
