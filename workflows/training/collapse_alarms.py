@@ -1,8 +1,7 @@
-"""Whether a run collapses: samples with less motion, sound or variety than the data, with jumps between chunks or
-chunks that do not stay what they were; a fake score that finds them too easy; history that is no longer used.
+"""Detection of collapse: static, silent or uniform samples, jumps between chunks, drift, ignored history.
 
-Distillation is known to end in still, quiet pictures without a word from the losses. An alarm warns; it stops nothing.
-What is on stands in ``alarms.json`` of the run, and in ``outcome.json`` at its end.
+Distillation can collapse to static, silent clips while the losses look normal. An alarm warns and does not stop the
+run. Active alarms are in ``alarms.json`` of the run, and at its end in ``outcome.json``.
 """
 
 import json
@@ -30,23 +29,23 @@ from workflows.utils.json_io import write_json
 _LOGGER = logging.getLogger(__name__)
 ALARMS = "alarms.json"
 BASELINE_FILE = "history_use.json"
-MIN_RATIO = 0.5  # of the data's motion, of its power of sound
-MIN_FAKE_RATIO = 0.25  # of the real loss: trained toy runs are at 0.5 to 3, one that makes mere hum at 0.05 to 0.15
-AVERAGED_READINGS = 10  # over which the fake score's loss is averaged: one batch says little
+MIN_RATIO = 0.5  # of the data's motion and audio power
+MIN_FAKE_RATIO = 0.25  # of the real loss; trained toy runs: 0.5 to 3, a run that generates hum: 0.05 to 0.15
+AVERAGED_READINGS = 10  # averaged, since the loss of one batch is noisy
 MAX_SEAM_RATIO = 2.0  # of the data's seam energy
-MIN_LAG_ONE_RATIO = 0.5  # of the data's correlation from chunk to chunk: sound runs of minutes have 0.73 to 0.97
-MIN_DATA_CORRELATION = 0.5  # data whose own chunks are correlated less says nothing about samples
-MIN_HISTORY_USE = 0.8  # of the history use that the run began with (METHOD 9)
-MIN_DATA_MOTION = 0.01  # grey levels per frame: data with less motion cannot lose any
-MIN_DATA_POWER = 1e-6  # power of full scale, -60 dB: nor data with less sound
+MIN_LAG_ONE_RATIO = 0.5  # of the data's correlation between chunks; healthy runs of minutes: 0.73 to 0.97
+MIN_DATA_CORRELATION = 0.5  # no alarm for data with less correlation between its chunks
+MIN_HISTORY_USE = 0.8  # of the history use at the start of the run (METHOD 9)
+MIN_DATA_MOTION = 0.01  # gray levels per frame; no alarm for data with less motion
+MIN_DATA_POWER = 1e-6  # of full scale, -60 dB; no alarm for quieter data
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollapseStatistics:
-    """How much happens in some clips; None for what they do not have."""
+    """Statistics of clips; None for a missing modality."""
 
-    motion: float | None  # mean absolute change of grey levels (0 to 255) from frame to frame
-    power: float | None  # mean square of the sound, full scale = 1
+    motion: float | None  # mean absolute change of gray levels (0 to 255) per frame
+    power: float | None  # mean square of the audio, full scale = 1
     finite: bool
     variance: Mapping[str, float] = field(default_factory=dict[str, float])  # of latents over clips and time
     seam: Mapping[str, float] = field(default_factory=dict[str, float])  # of latents across and inside chunks
@@ -54,12 +53,13 @@ class CollapseStatistics:
 
     @property
     def as_metrics(self) -> dict[str, float]:
+        """Motion, and loudness in dB of full scale."""
         out = {} if self.motion is None else {"motion": self.motion}
         return out if self.power is None else out | {"loudness_db": float(to_decibels(np.sqrt(self.power)))}
 
 
 def collapse_statistics(clips: Sequence[DecodedClip], timeline: Timeline | None = None) -> CollapseStatistics:
-    """Means over the clips. ``timeline``: of their latents, to know where chunks end."""
+    """Return means over the clips; chunk statistics need the ``timeline`` of the latents."""
     motions = [float(motion_energy(c.frames.numpy()).mean()) for c in clips if c.frames is not None]
     powers = [float(c.sound.double().square().mean()) for c in clips if c.sound is not None and len(c.sound)]
     latents = {m: [c.latents[m].numpy() for c in clips] for m in (clips[0].latents if clips else ())}
@@ -76,7 +76,7 @@ def collapse_statistics(clips: Sequence[DecodedClip], timeline: Timeline | None 
 
 
 def _seam(clips: Sequence[NDArray[np.float32]], modality: str, timeline: Timeline) -> float | None:
-    """Mean seam energy; None where chunks are too few or too short to have one."""
+    """Return the mean seam energy; None for fewer than two chunks, or chunks of one latent."""
     chunks = len(clips[0]) // timeline.max_count(modality)
     numbers = timeline.chunk_index(modality, chunks).numpy() if chunks > 1 else np.zeros(0, np.int64)
     if len(np.unique(numbers)) < 2 or len(numbers) < 2 * chunks:
@@ -86,10 +86,9 @@ def _seam(clips: Sequence[NDArray[np.float32]], modality: str, timeline: Timelin
 
 
 def _lag_one(clips: Sequence[NDArray[np.float32]], modality: str, timeline: Timeline) -> float | None:
-    """Correlation of chunks' mean latents with the next chunks', pooled over clips and coordinates; None where there
-    are none or nothing varies.
+    """Return the correlation of mean latents of successive chunks, pooled over clips and coordinates.
 
-    Which coordinates are slow is not known of a codec's latents, so all count: those that persist hold it up.
+    None without pairs of chunks or without variance. All coordinates count: which ones are slow is unknown.
     """
     means: list[NDArray[np.float64]] = []
     for latents in clips:
@@ -101,53 +100,53 @@ def _lag_one(clips: Sequence[NDArray[np.float32]], modality: str, timeline: Time
     return value if np.isfinite(value) else None
 
 
-Wrong = Mapping[str, str]
-"""What is wrong: name of the alarm -> in words, with its number."""
+Alarms = Mapping[str, str]
+"""Name of the alarm -> message with the measured value."""
 
 
 def compare_to_real(
     mode: str, ours: CollapseStatistics, real: CollapseStatistics
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Ratios to log, and what is wrong with the samples of ``mode``."""
+    """Return the ratios to log and the alarms of the samples of ``mode``."""
     numbers: dict[str, float] = {}
-    wrong = {} if ours.finite else {f"finite/{mode}": f"{mode}: samples hold numbers that are not finite"}
+    wrong = {} if ours.finite else {f"finite/{mode}": f"{mode}: samples contain non-finite numbers"}
     if ours.motion is not None and real.motion is not None and real.motion > MIN_DATA_MOTION:
         numbers[f"alarm/motion/{mode}"] = ratio = ours.motion / real.motion
         wrong |= {} if ratio >= MIN_RATIO else {f"motion/{mode}": f"{mode}: motion is {ratio:.2f} of the data's"}
     if ours.power is not None and real.power is not None and real.power > MIN_DATA_POWER:
         numbers[f"alarm/loudness/{mode}"] = ratio = ours.power / real.power
-        words = f"{mode}: loudness is {ratio:.2f} of the data's (power)"
-        wrong |= {} if ratio >= MIN_RATIO else {f"loudness/{mode}": words}
+        message = f"{mode}: loudness is {ratio:.2f} of the data's (power)"
+        wrong |= {} if ratio >= MIN_RATIO else {f"loudness/{mode}": message}
     for m in ours.variance.keys() & real.variance.keys():
         if real.variance[m] > 0:
             numbers[f"alarm/variance/{mode}/{m}"] = ratio = ours.variance[m] / real.variance[m]
-            words = f"{mode}: the variance of {m} latents is {ratio:.2f} of the data's"
-            wrong |= {} if ratio >= MIN_RATIO else {f"variance/{mode}/{m}": words}
+            message = f"{mode}: the variance of {m} latents is {ratio:.2f} of the data's"
+            wrong |= {} if ratio >= MIN_RATIO else {f"variance/{mode}/{m}": message}
     for m in ours.seam.keys() & real.seam.keys():
         if real.seam[m] > 0:
             numbers[f"alarm/seam/{mode}/{m}"] = ratio = ours.seam[m] / real.seam[m]
-            words = f"{mode}: jumps between chunks of {m} have {ratio:.1f} times the data's energy"
-            wrong |= {} if ratio <= MAX_SEAM_RATIO else {f"seam/{mode}/{m}": words}
+            message = f"{mode}: jumps between chunks of {m} have {ratio:.1f} times the data's energy"
+            wrong |= {} if ratio <= MAX_SEAM_RATIO else {f"seam/{mode}/{m}": message}
     for m in ours.lag1.keys() & real.lag1.keys():
         if real.lag1[m] > MIN_DATA_CORRELATION:
             numbers[f"alarm/lag1/{mode}/{m}"] = ratio = ours.lag1[m] / real.lag1[m]
-            words = f"{mode}: the correlation of a chunk of {m} with the next is {ratio:.2f} of the data's"
-            wrong |= {} if ratio >= MIN_LAG_ONE_RATIO else {f"lag1/{mode}/{m}": words}
+            message = f"{mode}: the correlation of a chunk of {m} with the next is {ratio:.2f} of the data's"
+            wrong |= {} if ratio >= MIN_LAG_ONE_RATIO else {f"lag1/{mode}/{m}": message}
     return numbers, wrong
 
 
 class HistoryUseMonitor:
-    """How much the multi-step mode of the average gains from history, against what it gained when the run began.
+    """Monitor of the history use of the EMA in multi-step mode, relative to the start of the run.
 
-    Drift metrics reward a network that forgets its history; losses on its own history do not show it either.
+    A network that ignores its history scores well in drift metrics and in losses on generated history.
     """
 
     def __init__(self, run_dir: Path, batches: Sequence[AVBatch], time: TimeConfig, seed: int) -> None:
-        self._place, self._time, self._seed = run_dir / BASELINE_FILE, time, seed
+        self._path, self._time, self._seed = run_dir / BASELINE_FILE, time, seed
         self._batches = [b for b in batches if len(b.samples) > 1 and b.chunks > 1]
 
     def measure(self, model: VelocityModel) -> tuple[dict[str, float], dict[str, str]]:
-        """Numbers to log, over all ranks, and what is wrong. Called by all ranks together; none without clips."""
+        """Return metrics over all ranks, and alarms; both empty without clips. Called by all ranks together."""
         sums: dict[str, float] = {}
         for batch in self._batches:
             for m, losses in history_losses(model, batch, self._time, self._seed).items():
@@ -155,29 +154,29 @@ class HistoryUseMonitor:
                     sums[f"{name}/{m}"] = sums.get(f"{name}/{m}", 0.0) + value
         means = distributed.weighted_mean(sums, len(self._batches))
         use = {m: means[f"other/{m}"] / means[f"own/{m}"] for m in MODALITIES if means.get(f"own/{m}")}
-        first = self._first(use)
+        first = self._load_baseline(use)
         return {f"alarm/history_use/{m}": value for m, value in use.items()}, {
-            f"history_use/{m}": f"history use of {m} is {value / first[m]:.2f} of what it was when the run began"
+            f"history_use/{m}": f"history use of {m} is {value / first[m]:.2f} of its value at the start of the run"
             for m, value in use.items()
             if value < MIN_HISTORY_USE * first[m]
         }
 
-    def _first(self, use: dict[str, float]) -> dict[str, float]:
+    def _load_baseline(self, use: dict[str, float]) -> dict[str, float]:
         if distributed.get_rank() != 0:
             return use
-        if not self._place.exists():
-            write_json(self._place, use, indent=None)
-        return json.loads(self._place.read_text())
+        if not self._path.exists():
+            write_json(self._path, use, indent=None)
+        return json.loads(self._path.read_text())
 
 
 class FakeScoreRatio:
-    """The fake score's loss over flow matching's: what the student makes against real clips, for the same network."""
+    """Ratio of the fake score's loss on samples to the flow-matching loss on real clips."""
 
     def __init__(self) -> None:
         self._latest: dict[str, deque[float]] = {}
 
     def measure(self, log: Mapping[str, float]) -> tuple[dict[str, float], dict[str, str]]:
-        """Numbers to log and what is wrong; nothing while there is no fake score."""
+        """Return metrics and alarms; both empty without a fake score."""
         numbers = {f"alarm/fake_over_real/{m}": ratio for m, ratio in fake_score_ratio(log).items()}
         for name, ratio in numbers.items():
             self._latest.setdefault(name, deque(maxlen=AVERAGED_READINGS)).append(ratio)
@@ -193,7 +192,7 @@ class FakeScoreRatio:
 
 
 def fake_score_ratio(log: Mapping[str, float]) -> dict[str, float]:
-    """Modality -> ratio, over the noise levels that both have: their levels are drawn differently."""
+    """Return the ratio by modality, over the noise-level bins that both losses have."""
     out: dict[str, float] = {}
     for m in {key.split("/")[1] for key in log if key.startswith("fake_score/")}:
         shared = [b for b in range(4) if f"fake_score/{m}/t{b}" in log and f"flow_matching/{m}/t{b}" in log]
@@ -204,29 +203,29 @@ def fake_score_ratio(log: Mapping[str, float]) -> dict[str, float]:
 
 
 class AlarmStore:
-    """What is on, by its source. Says which alarms come and go."""
+    """Active alarms of a run by source; logs changes."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._place = run_dir / ALARMS
-        self._on = read_alarms(run_dir)
+        self._path = run_dir / ALARMS
+        self._active = read_alarms(run_dir)
 
-    def update(self, source: str, wrong: Wrong, step: int) -> None:
-        """What ``source`` finds wrong now."""
-        before, self._on[source] = self._on.get(source, {}), dict(wrong)
-        if self._on[source] != before:
-            write_json(self._place, {k: v for k, v in self._on.items() if v})
+    def update(self, source: str, wrong: Alarms, step: int) -> None:
+        """Replace the alarms of ``source``."""
+        before, self._active[source] = self._active.get(source, {}), dict(wrong)
+        if self._active[source] != before:
+            write_json(self._path, {k: v for k, v in self._active.items() if v})
         if new := [text for name, text in wrong.items() if name not in before]:
-            _LOGGER.warning(f"ALARM at step {step}: {'; '.join(new)}. The run may be collapsing: look at its samples")
+            _LOGGER.warning(f"ALARM at step {step}: {'; '.join(new)}. The run may be collapsing: check its samples")
         if gone := before.keys() - wrong.keys():
             _LOGGER.info(f"alarm off at step {step}: {', '.join(sorted(gone))}")
 
 
 def active_alarms(run_dir: Path) -> list[str]:
-    """What is on in a run, in words."""
+    """Return the active alarms of a run as messages."""
     return [text for texts in read_alarms(run_dir).values() for text in texts.values()]
 
 
 def read_alarms(run_dir: Path) -> dict[str, dict[str, str]]:
-    """The same by source and name of the alarm."""
-    place = run_dir / ALARMS
-    return json.loads(place.read_text()) if place.exists() else {}
+    """Return the active alarms of a run by source and name."""
+    path = run_dir / ALARMS
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""What a run would cost, on paper: parameters, operations, bytes. For ``mfctl train --dry-run``, on any machine."""
+"""Costs of a run without running it: parameters, operations, bytes. For ``mfctl train --dry-run``, on any machine."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ from workflows.training.pretrained_init import describe_wan_import
 
 
 def estimate_costs(config: RunConfig, timeline: Timeline) -> dict[str, Any]:
-    """Parameters by branch, operations of a chunk while streaming, bytes of history and of training state."""
+    """Return parameters by branch, operations per streamed chunk, bytes of history and of training state."""
     model, clocks = config.model, {m: timeline.clocks[m] for m in config.model.branches}
     timeline = Timeline(clocks=clocks, chunk_seconds=timeline.chunk_seconds)
     weights = count_parameters(model)
@@ -42,7 +42,7 @@ def estimate_costs(config: RunConfig, timeline: Timeline) -> dict[str, Any]:
 
 
 def estimate_without_dataset(stage: Stage, preset: str, sets: Sequence[str], config_file: str | None) -> dict[str, Any]:
-    """The configuration and its costs for latents of known codecs: no dataset is needed."""
+    """Return the configuration and its costs for latents of known codecs, without a dataset."""
     known = geometry_for_preset(preset)
     height, width = known.padded(default_size(preset))
     config = presets.build_preset(preset, stage, known.shapes((height, width)))

@@ -1,4 +1,4 @@
-"""Whether something fits into the memory there is, said before any of it is taken."""
+"""Memory requirements, checked before allocation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,11 +17,11 @@ GB = 1e9
 
 
 class InsufficientMemoryError(ValueError):
-    """More memory is asked for than there is."""
+    """More memory is needed than is available."""
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Of a GPU, or of this machine's main memory; None where that cannot be found out."""
+    """Return the free bytes of a GPU, or of main memory; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -35,25 +35,30 @@ def available_memory(device: torch.device) -> int | None:
 def require_memory(
     what: str, parts: Mapping[str, int], free: int | None, options: Sequence[tuple[str, Callable[[], int]]]
 ) -> None:
-    """DoesNotFit where the bytes of ``parts`` are more than ``free``, with those of ``options`` that would fit.
+    """Raise InsufficientMemoryError if the bytes of ``parts`` exceed ``free``; the message has the options that fit.
 
-    ``options``: what the user may type instead and what that would need, the nearest first.
+    Args:
+        what: Subject of the message.
+        parts: Bytes by name.
+        free: Available bytes; None skips the check.
+        options: Alternative command options with the bytes that they need, nearest first.
     """
     needed = sum(parts.values())
     if free is None or needed <= free:
         return
     wanted = ", ".join(f"{n / GB:.1f} GB of {name}" for name, n in parts.items())
-    fitting = [f"{typed} ({need / GB:.1f} GB)" for typed, need in ((t, f()) for t, f in options) if need <= free]
-    advice = f"what fits: {', or '.join(fitting)}" if fitting else "no smaller setting known here fits either"
+    required = {option: bytes_of_option() for option, bytes_of_option in options}
+    fitting = [f"{option} ({size / GB:.1f} GB)" for option, size in required.items() if size <= free]
+    advice = f"Use {', or '.join(fitting)}" if fitting else "No smaller known setting fits"
     raise InsufficientMemoryError(
-        f"{what} needs {needed / GB:.1f} GB ({wanted}), {free / GB:.1f} GB are free: {advice}"
+        f"{what} needs {needed / GB:.1f} GB ({wanted}), {free / GB:.1f} GB are free. {advice}"
     )
 
 
 def require_training_memory(config: RunConfig, device: str) -> None:
-    """DoesNotFit where weights, gradients, moments and the average of a rank are more; activations are not counted.
+    """Raise InsufficientMemoryError if the training state of a rank exceeds the free memory.
 
-    Processes on a CPU share its memory.
+    Activations are not counted. Ranks on a CPU share its memory.
     """
     free, count = available_memory(torch.device(device)), config.engine.max_workers
     sharing = 1 if config.engine.use_gpu else count
@@ -68,19 +73,17 @@ def require_training_memory(config: RunConfig, device: str) -> None:
         model = presets.build_preset(name, config.stage, geometry_for_preset(name).shapes(default_size(name))).model
         options.append((f"--preset {name}", lambda model=model: _state(_total(model), count, stage, sharing)))
     what = f"training {weights / 1e9:.1f}B parameters on {count} rank(s) at ZeRO stage {stage}"
-    require_memory(
-        what, {"weights, gradients, moments and average": _state(weights, count, stage, sharing)}, free, options
-    )
+    require_memory(what, {"weights, gradients, moments and EMA": _state(weights, count, stage, sharing)}, free, options)
 
 
 def require_training_memory_on_all_ranks(config: RunConfig) -> None:
-    """The same, called by all ranks before they build anything: DoesNotFit on all of them where it is so for one."""
-    said = None
+    """Check on all ranks before the networks are built; raise on all ranks if one rank has too little memory."""
+    message = None
     try:
         require_training_memory(config, distributed.local_device().type)
     except InsufficientMemoryError as error:
-        said = str(error)
-    if found := [text for text in distributed.all_gather_object(said) if text]:
+        message = str(error)
+    if found := [text for text in distributed.all_gather_object(message) if text]:
         raise InsufficientMemoryError(found[0])
 
 
@@ -89,5 +92,5 @@ def _total(model: ModelConfig) -> int:
 
 
 def _state(weights: int, count: int, stage: int, sharing: int) -> int:
-    """Bytes of training state of the ranks that share a memory."""
+    """Return the bytes of training state of the ranks that share a memory."""
     return sharing * training_state_bytes(weights, count, stage)

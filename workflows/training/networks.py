@@ -1,4 +1,4 @@
-"""The networks of a run and the engines that train them: student, average, and in the mutual stage the fake score."""
+"""Networks and engines of a run: student, EMA and, in the mutual stage, the fake score."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,18 +27,18 @@ from workflows.utils import distributed
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingNetworks:
-    """What a stage trains, by name, and the average of its student."""
+    """Trained networks of a stage by name, and the EMA of its student."""
 
     ema: Ema
     engines: dict[str, Engine]
     optims: dict[str, OptimConfig]
-    nets: dict[str, nn.Module]  # what the engines train
+    nets: dict[str, nn.Module]  # trained by the engines
 
     @contextmanager
     def record_non_finite(self) -> Iterator[dict[str, str]]:
-        """Inside, every network notes under its name the first block that numbers leave which are not finite."""
+        """Record, by network, the first block whose activations are non-finite while the block runs."""
         first: dict[str, str] = {}
-        # the average comes last: it may stand below the fake score as well
+        # the EMA comes last: it may be part of the fake score too
         parts = [
             (name, part)
             for name, net in (*self.nets.items(), ("ema", self.ema.module))
@@ -54,7 +54,7 @@ class TrainingNetworks:
 
 
 def build_training_networks(config: RunConfig, student: nn.Module) -> TrainingNetworks:
-    """Engines around ``student``, which becomes the first of them, and around a fake score if the stage has one."""
+    """Return the engines of ``student`` and, if the stage has one, of a fake score."""
     ema = Ema(student, config.ema, config.engine.autocast)
     nets = {"student": student}
     optims = {"student": config.optim}
@@ -65,31 +65,33 @@ def build_training_networks(config: RunConfig, student: nn.Module) -> TrainingNe
     configure_networks([*nets.values(), ema.module], config.engine)
     engines = {name: build_engine(net, optims[name], config.engine) for name, net in nets.items()}
     if "fake" in nets and config.fake.rank is not None:
-        ema.storage = engines[
-            "fake"
-        ].frozen_weight_access  # its engine keeps the average's weights, as the base of its own network
+        ema.storage = engines["fake"].frozen_weight_access  # the EMA is the frozen base of the fake score
     return TrainingNetworks(ema=ema, engines=engines, optims=optims, nets=nets)
 
 
 def configure_networks(nets: Iterable[nn.Module], engine: EngineConfig) -> None:
-    """Let networks run as ``engine`` says; called by all ranks. NoCompiler where blocks cannot be compiled."""
+    """Configure compilation, recomputation and sequence parallelism. Called by all ranks.
+
+    Raises CompilerNotFoundError if blocks cannot be compiled.
+    """
     if engine.compile:
         check_compiler(distributed.local_device())
     sequence = distributed.new_sequence_parallel_group(engine.sequence)
-    for part in (part for net in nets for part in find_transformers(net)):
-        part.recompute, part.sequence = engine.recompute, sequence
-        part.code = compile_block() if engine.compile else EAGER
+    for net in nets:
+        for part in find_transformers(net):
+            part.recompute, part.sequence = engine.recompute, sequence
+            part.code = compile_block() if engine.compile else EAGER
 
 
 def build_fake_score(config: RunConfig, student: nn.Module, ema: Ema) -> nn.Module:
-    """Equal to the average at the start: low-rank terms on it, or a network of its own."""
+    """Return a network equal to the EMA at the start: low-rank terms on the EMA, or a full copy."""
     if config.fake.rank is None:
         return copy.deepcopy(student)
     return LoRAModel(ema.module, config.fake, config.seed)
 
 
 def build_initial_network(config: RunConfig, parents: Mapping[Stage, Path]) -> nn.Module:
-    """The student before its first step: the parents' EMA weights, or fresh ones and what ``init_video`` names."""
+    """Return the student before step 1: EMA weights of the parents, or random weights and ``init_video``."""
     model = build_model(config.model, config.seed)
     if config.init_video:
         load_wan_weights(model, config.model, config.init_video)

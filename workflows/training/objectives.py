@@ -1,3 +1,5 @@
+"""Objectives of the stages, and the values of their schedules."""
+
 from dataclasses import replace
 from typing import Any
 
@@ -13,23 +15,26 @@ NEVER = 1 << 40  # step that no run reaches
 
 
 def build_objective(config: RunConfig) -> Objective:
+    """Return the training objective of a run."""
     if isinstance(config.objective, MutualConfig):
         return MutualForcingObjective(config.objective)
     return FlowMatchingObjective(config.objective)
 
 
 def validation_objective(config: RunConfig) -> Objective:
-    """The terms an evaluation reports. Mutual: flow matching and ShortCut on real history, at levels fixed by
-    the sample numbers; no roll-outs, no fake score: both ends of a run are judged on the same inputs."""
+    """Return the objective of held-out evaluations, on the same inputs throughout a run.
+
+    In the mutual stage: flow matching and ShortCut on real history, without rollouts and fake score.
+    """
     if not isinstance(config.objective, MutualConfig):
         return FlowMatchingObjective(config.objective)
     rows = ("real",) * len(config.objective.rows)
-    judged = replace(config.objective, rows=rows, fake_from=NEVER, dmd_from=NEVER)
-    return MutualForcingObjective(judged)
+    real_only = replace(config.objective, rows=rows, fake_from=NEVER, dmd_from=NEVER)
+    return MutualForcingObjective(real_only)
 
 
 def schedule_values(config: RunConfig, step: int) -> dict[str, Any]:
-    """Where the stage's schedules stand at ``step``: pure functions of it, so this is for readers of a checkpoint."""
+    """Return the values of the stage's schedules at ``step``, as information in a checkpoint."""
     optims = {"student": config.optim, **({"fake": config.fake_optim} if config.fake_optim else {})}
     facts: dict[str, Any] = {"lr": {name: learning_rate(o, step, config.steps) for name, o in optims.items()}}
     facts["ema_decay"] = ema_decay(config.ema, step)
@@ -42,7 +47,10 @@ def schedule_values(config: RunConfig, step: int) -> dict[str, Any]:
 
 
 def max_few_steps(objective: FlowMatchingConfig | MutualConfig) -> int | None:
-    """Intervals of ShortCut's finest rung, without it those of the longest roll-out: shorter ones nobody trains."""
+    """Return the most steps that the few-step mode is trained for; None outside the mutual stage.
+
+    That is the number of intervals of the finest ShortCut level, without ShortCut of the longest rollout.
+    """
     if not isinstance(objective, MutualConfig):
         return None
     return 2**objective.finest if objective.shortcut_weight else max(objective.rollout_steps)

@@ -1,4 +1,4 @@
-"""Weights from elsewhere that a run starts from: Wan's video transformer, from a folder as diffusers saves it."""
+"""Pretrained initial weights: Wan's video transformer from a folder in diffusers format."""
 
 import json
 import re
@@ -16,23 +16,26 @@ from mfcore.model.wan_weights import WeightMapping, map_wan_weights
 from mfcore.weights import load_strict
 from workflows.config.run import RunConfig
 
-FOLDER_HINT = "name the folder of a Wan text-to-video model as diffusers saves it, or its transformer/ folder"
+FOLDER_HINT = "name the diffusers folder of a Wan text-to-video model, or its transformer/ folder"
 REQUIRED_WAN_CONFIG = {
     "qk_norm": "rms_norm_across_heads",
     "cross_attn_norm": True,
     "freq_dim": 256,
-}  # what a branch is built as
+}  # architecture of a branch
 
 
 def load_wan_weights(model: nn.Module, config: ModelConfig, folder: str) -> None:
-    """Put Wan's weights into the video branch of ``model``. ValueError says what does not fit."""
-    own = model.state_dict()
-    taken = map_wan_weights(_read(folder, config, meta=False), own, config)
-    load_strict(model, own | taken.weights, folder)
+    """Load Wan's weights into the video branch of ``model``. Raise ValueError if they do not fit."""
+    initial = model.state_dict()
+    mapping = map_wan_weights(_read(folder, config, meta=False), initial, config)
+    load_strict(model, initial | mapping.weights, folder)
 
 
 def describe_wan_import(config: RunConfig) -> dict[str, str]:
-    """What a run will take from ``init_video``, as a table, found out without reading a weight. ValueError as above."""
+    """Return a table of the weights that a run loads from ``init_video``, without reading them.
+
+    Raises ValueError if they do not fit. Returns {} without ``init_video``.
+    """
     if not config.init_video:
         return {}
     with torch.device("meta"):
@@ -42,12 +45,12 @@ def describe_wan_import(config: RunConfig) -> dict[str, str]:
 
 
 def _read(folder: str, config: ModelConfig, *, meta: bool) -> dict[str, Tensor]:
-    place = Path(folder)
-    place = place / "transformer" if (place / "transformer").is_dir() else place
-    files = sorted(place.glob("*.safetensors"))
-    if not files or not (place / "config.json").exists():
-        raise ValueError(f"{folder} holds no config.json with *.safetensors: {FOLDER_HINT}")
-    _check_facts(folder, json.loads((place / "config.json").read_text()), config)
+    root = Path(folder)
+    root = root / "transformer" if (root / "transformer").is_dir() else root
+    files = sorted(root.glob("*.safetensors"))
+    if not files or not (root / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json with *.safetensors: {FOLDER_HINT}")
+    _check_architecture(folder, json.loads((root / "config.json").read_text()), config)
     weights: dict[str, Tensor] = {}
     for path in files:
         try:
@@ -60,22 +63,22 @@ def _read(folder: str, config: ModelConfig, *, meta: bool) -> dict[str, Tensor]:
     return weights
 
 
-def _check_facts(folder: str, facts: dict[str, Any], config: ModelConfig) -> None:
-    """What shapes do not show."""
-    if facts.get("_class_name") != "WanTransformer3DModel":
-        raise ValueError(f"{folder} is a {facts.get('_class_name')}: {FOLDER_HINT}")
+def _check_architecture(folder: str, found: dict[str, Any], config: ModelConfig) -> None:
+    """Raise ValueError for settings that tensor shapes cannot reveal."""
+    if found.get("_class_name") != "WanTransformer3DModel":
+        raise ValueError(f"{folder} is a {found.get('_class_name')}: {FOLDER_HINT}")
     here = {**REQUIRED_WAN_CONFIG, "num_attention_heads": config.heads, "attention_head_dim": config.head_dim}
-    odd = [f"{k} {facts[k]} there, {v} here" for k, v in here.items() if k in facts and facts[k] != v]
+    odd = [f"{k} {found[k]} there, {v} here" for k, v in here.items() if k in found and found[k] != v]
     if odd:
-        raise ValueError(f"{folder} is built otherwise: {'; '.join(odd)}")
+        raise ValueError(f"{folder} has another architecture: {'; '.join(odd)}")
 
 
-def _table(taken: WeightMapping) -> str:
-    """For people: blocks are counted, not listed."""
+def _table(mapping: WeightMapping) -> str:
+    """Format a mapping as a text table with one line for equal weights of all blocks."""
     rows = [
-        *(("loaded", name, ", ".join(sources)) for name, sources in taken.loaded.items()),
-        *(("initialised", name, "") for name in taken.initialised),
-        *(("skipped", "", name) for name in taken.skipped),
+        *(("loaded", name, ", ".join(sources)) for name, sources in mapping.loaded.items()),
+        *(("initialised", name, "") for name in mapping.initialised),
+        *(("skipped", "", name) for name in mapping.skipped),
     ]
     anywhere = re.compile(r"\bblocks\.\d+\.")
     counted = Counter(tuple(anywhere.sub("blocks.*.", part) for part in row) for row in rows)

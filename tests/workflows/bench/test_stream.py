@@ -101,7 +101,7 @@ def test_streaming_in_bfloat16():
 def test_model_beyond_memory_is_rejected_before_allocation(monkeypatch):
     monkeypatch.setattr(stream, "available_memory", lambda device: 8_000_000_000)
     monkeypatch.setattr(stream, "random_network", lambda *_: pytest.fail("allocated"))
-    with pytest.raises(ValueError, match=r"full at 192x336 needs 5\d\.\d GB .* 8\.0 GB are free: what fits: --preset"):
+    with pytest.raises(ValueError, match=r"full at 192x336 needs 5\d\.\d GB .* 8\.0 GB are free. Use --preset"):
         bench_stream(preset="full", device="cpu")
     assert (
         memory_check.available_memory(torch.device("cpu")) is None
@@ -140,7 +140,7 @@ def test_training_beyond_memory_is_rejected_with_alternatives(monkeypatch):
         memory_check.require_training_memory(eight, "cpu")
     assert "--preset base (39" in str(error.value) and "zero_stage=3" not in str(error.value)
     monkeypatch.setattr(memory_check, "available_memory", lambda device: 100_000_000_000)
-    with pytest.raises(ValueError, match=r"what fits: --set engine\.zero_stage=3 \(8\d\.\d GB\), or --preset base"):
+    with pytest.raises(ValueError, match=r"Use --set engine\.zero_stage=3 \(8\d\.\d GB\), or --preset base"):
         memory_check.require_training_memory(eight, "cpu")
     memory_check.require_training_memory(replace(eight, engine=replace(eight.engine, zero_stage=3)), "cpu")
     monkeypatch.setattr(memory_check, "available_memory", lambda device: 1_000_000)

@@ -72,7 +72,7 @@ def test_the_table_says_where_every_weight_comes_from(folder):
 
 
 def test_folders_that_do_not_fit_are_refused_with_the_reason(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"holds no config\.json"):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
         describe_wan_import(config(tmp_path))
     with pytest.raises(ValueError, match="num_attention_heads 2 there, 3 here"):
         describe_wan_import(config(folder, heads=3, dim=72))

@@ -1,8 +1,8 @@
-"""What trains one network on the ranks of a run: plain PyTorch, or DeepSpeed. The only file that imports deepspeed.
+"""Engines train one network on the ranks of a run: plain PyTorch or DeepSpeed.
 
-Both keep float32 weights and moments; "bf16" computes the network under autocast. Both save the same state: whole
-float32 tensors by parameter name, every rank its share of the parameters, as safetensors. So a run resumes under
-another engine, ZeRO stage or number of ranks, and nothing pickled is ever read.
+Both keep float32 weights and moments; "bf16" runs the network under autocast. Both save the same state: complete
+float32 tensors by parameter name, distributed over the ranks, as safetensors. So a run resumes under another engine,
+ZeRO stage or number of ranks, and no pickle is read.
 """
 
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ from workflows.training.engines.torch_engine import TorchEngine
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient that is not a number, raised on every rank before the weights move."""
+    """A loss or gradient is not finite. Raised on all ranks before the weights change."""
 
 
 class Engine(Protocol):
-    """One network, its optimizer, and the ranks they are spread over. Every method is called by all ranks together."""
+    """One network and its optimizer on all ranks. Every method is called by all ranks together."""
 
     @property
     def module(self) -> VelocityModel:
-        """The network; calls go through the engine's wrapper."""
+        """The network, called through the wrapper of the engine."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -38,37 +38,37 @@ class Engine(Protocol):
 
     @property
     def has_non_finite_gradient(self) -> Tensor:
-        """Flag: a gradient of this rank, since the last step, was not finite."""
+        """Boolean scalar: a gradient of this rank since the last step was not finite."""
         ...
 
     def step(self, lr: float) -> float:
-        """Average the gradients over the ranks, clip, update, clear. Returns the norm before clipping."""
+        """Average the gradients over the ranks, clip, update and clear them. Return the norm before clipping."""
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every trained parameter with its full float32 value; all ranks must walk to the end."""
+        """Yield each trained parameter with its full float32 value. All ranks must iterate to the end."""
         ...
 
     @property
     def frozen_weight_access(self) -> WeightAccess:
-        """Where the weights of the module that it does not train are kept."""
+        """Access to the weights of the module that are not trained."""
         ...
 
     def discard_gradients(self) -> None:
-        """Forget the gradients since the last step, and leave everything else as it is."""
+        """Discard the gradients since the last step; nothing else changes."""
         ...
 
     def state_shard(self) -> StateShard:
-        """A copy of this rank's share of weights and moments."""
+        """Return a copy of this rank's shard of weights and moments."""
         ...
 
     def load(self, folder: Path, name: str) -> None:
-        """Read what any number of ranks saved."""
+        """Load the state of network ``name``, saved by any number of ranks."""
         ...
 
 
 def build_engine(module: nn.Module, optim: OptimConfig, config: EngineConfig) -> Engine:
-    """The engine of one network, whose weights must be equal on all ranks."""
+    """Return the engine of one network, whose weights must be equal on all ranks."""
     if config.kind == "torch":
         return TorchEngine(module, optim, config)
     return DeepSpeedEngine(module, optim, config)

@@ -1,3 +1,5 @@
+"""Engine on DeepSpeed, ZeRO stages 0 to 3."""
+
 import contextlib
 import logging
 import os
@@ -30,7 +32,7 @@ class DeepSpeedEngine:
         self._zero = config.zero_stage
         self._optim = optim
         self._trained = trainable_parameters(module)
-        self._watch = NonFiniteGradientDetector(self._trained.values())
+        self._gradient_detector = NonFiniteGradientDetector(self._trained.values())
         self._optimizer = build_adamw(module, optim)
         with contextlib.redirect_stdout(sys.stderr):
             self._engine, *_ = self._ds.initialize(
@@ -40,14 +42,14 @@ class DeepSpeedEngine:
             zero3.patch_zero3_linear(self._ds)
         self._norm = 0.0
         self._steps = 0
-        if self._zero == 0:  # DeepSpeed does not report the norm at stage 0: clip where it can be seen
+        if self._zero == 0:  # DeepSpeed does not report the norm at stage 0, so clip in a hook
             self._optimizer.register_step_pre_hook(self._clip)
 
     def _settings(self, config: EngineConfig) -> dict[str, Any]:
         offload = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
         return {
             "train_micro_batch_size_per_gpu": 1,
-            "managed_gradient_accumulation": False,  # we say when a step ends
+            "managed_gradient_accumulation": False,  # the training loop ends steps
             "gradient_clipping": self._optim.clip if self._zero else 0.0,
             "zero_optimization": {
                 "stage": self._zero,
@@ -57,11 +59,11 @@ class DeepSpeedEngine:
                 **offload,
             },
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # its own needs a compiler; torch's takes the same steps as elsewhere
+            "zero_force_ds_cpu_optimizer": False,  # it needs a compiler; torch takes the same steps
             "torch_autocast": {
                 "enabled": config.autocast is not None,
                 "dtype": "bfloat16",
-                # ranks exchange float32: else weights that are gathered whole (the average's, an export's) are rounded
+                # ranks exchange float32: otherwise gathered weights (EMA, export) are rounded
                 "lower_precision_safe_modules": [],
             },
         }
@@ -71,49 +73,56 @@ class DeepSpeedEngine:
 
     @property
     def module(self) -> VelocityModel:
+        """The network, called through this engine."""
         return cast(VelocityModel, self._engine)
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's loss."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
     @property
     def has_non_finite_gradient(self) -> Tensor:
-        return self._watch.flag
+        """Boolean scalar: a gradient of this rank since the last step was not finite."""
+        return self._gradient_detector.flag
 
     def step(self, lr: float) -> float:
+        """Average the gradients, clip, update and clear them. Return the norm before clipping."""
         set_lr(self._optimizer, lr)
         self._engine.step()
-        self._watch.clear()
+        self._gradient_detector.clear()
         self._steps += 1
         return self._norm if self._zero == 0 else float(self._engine.get_global_grad_norm())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each trained parameter with its full float32 value."""
         for name, p in self._trained.items():
-            with self._whole(p):
+            with self._gathered(p):
                 yield name, p.detach()
 
     @property
     def frozen_weight_access(self) -> WeightAccess:
+        """Access to the weights that are not trained."""
         return zero3.Zero3ParameterAccess(self._ds) if self._zero == 3 else ReplicatedWeights()
 
-    def _whole(self, p: nn.Parameter, *, change: bool = False) -> contextlib.AbstractContextManager[Any]:
-        """The parameter unsharded; with ``change``, what rank 0 makes of it inside is kept."""
+    def _gathered(self, p: nn.Parameter, *, change: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """Gather the parameter while the block runs; with ``change``, keep what rank 0 writes into it."""
         return zero3.gathered(self._ds, p, change=change) if self._zero == 3 else contextlib.nullcontext()
 
     def discard_gradients(self) -> None:
         """Run a DeepSpeed step without the update: it clears the buffers of every ZeRO stage."""
         with _disabled_step(self._optimizer):
             self._engine.step()
-        self._watch.clear()
+        self._gradient_detector.clear()
 
     def state_shard(self) -> StateShard:
+        """Return a copy of this rank's shard of weights and moments."""
         if self._steps:
             self._link_moments()
         return shard_state(self._tensors(), self._steps)
 
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, p in self._trained.items():
-            with self._whole(p):
+            with self._gathered(p):
                 yield "weight", name, p.detach()
             for key in MOMENTS if self._steps else ():
                 yield key, name, self._moment(p, key)
@@ -125,6 +134,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def load(self, folder: Path, name: str) -> None:
+        """Load the state of network ``name``."""
         state = ShardedStateReader(folder, name)
         state.check_shapes(self._shapes())
         if state.steps:
@@ -132,18 +142,18 @@ class DeepSpeedEngine:
             self._link_moments()
         for key, p in self._trained.items():
             value = state.read("weight", key).to(p.device)
-            with self._whole(p, change=True):
+            with self._gathered(p, change=True):
                 p.copy_(value)
-            self._put(p, value)
+            self._write_shard(p, value)
             for moment in MOMENTS if state.has("exp_avg", key) else ():
-                self._put(p, state.read(moment, key).to(value.device), moment)
+                self._write_shard(p, state.read(moment, key).to(value.device), moment)
         self._steps = state.steps
 
     def _shapes(self) -> dict[str, torch.Size]:
         return {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._trained.items()}
 
-    def _put(self, p: nn.Parameter, value: Tensor, key: str | None = None) -> None:
-        """Set this rank's part of the float32 weight (no key) or of a moment."""
+    def _write_shard(self, p: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Set this rank's shard of the float32 weight (no key) or of a moment."""
         tools = self._ds.utils
         if self._zero == 0:
             if key:
@@ -160,7 +170,7 @@ class DeepSpeedEngine:
             tools.safe_set_full_fp32_param(p, value)
 
     def _start_moments(self, steps: int) -> None:
-        """Zero moments at ``steps``: DeepSpeed makes them at its first step only, and a load comes before it."""
+        """Create zero moments at ``steps``: DeepSpeed creates them in its first step, after a load."""
         if self._zero == 3:
             flats = self._engine.optimizer.fp32_partitioned_groups_flat
         else:
@@ -170,9 +180,9 @@ class DeepSpeedEngine:
             self._optimizer.state[flat] = {"step": torch.tensor(float(steps)), **moments}
 
     def _link_moments(self) -> None:
-        """Let DeepSpeed's per-parameter access see the moments of all groups.
+        """Link the moments of all parameter groups for DeepSpeed's per-parameter access.
 
-        It links them once, after the first step of the *first* group, when those of other groups do not exist yet.
+        DeepSpeed links them once, after the first step of the first group, before those of other groups exist.
         """
         if self._zero in (1, 2):
             self._engine.optimizer._hp_optimizer_states_linked = False
@@ -195,14 +205,14 @@ def _disabled_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def _deepspeed() -> Any:
-    """The module, with its compilers off and its chatter away from standard output (which carries ``--json``)."""
+    """Return the module, without its compilers; its messages go to stderr, since stdout carries ``--json``."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed
         from deepspeed.ops import __compatible_ops__
 
-    __compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ compiler runs for minutes at the first start
+    __compatible_ops__["deepspeed_shm_comm"] = False  # otherwise a C++ compiler runs for minutes at the first start
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed.* is deprecated")
     with contextlib.redirect_stdout(sys.stderr):

@@ -1,4 +1,4 @@
-"""Small steps that every engine takes: which weights it trains, their gradients, the learning rate."""
+"""Helpers of all engines: trained weights, gradients, learning rate."""
 
 from collections.abc import Iterable
 
@@ -7,44 +7,48 @@ from torch import Tensor, nn
 
 
 class NonFiniteGradientDetector:
-    """Looks at every gradient as it is made, before an engine shards or averages it.
+    """Detector of non-finite gradients, before an engine shards or averages them.
 
-    By its sum: one operation per weight where asking every number takes seven. A sum beyond float32 counts as bad too.
+    It tests the sum of each gradient: one operation per weight, where a test of each number takes seven. A sum beyond
+    float32 counts as non-finite too.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        mine = list(parameters)
-        self._good = torch.zeros((), device=mine[0].device)
+        watched = list(parameters)
+        self._zero = torch.zeros((), device=watched[0].device)
         self._sums: list[Tensor] = []
-        for p in mine:
-            p.register_hook(self._look)
+        for p in watched:
+            p.register_hook(self._add)
 
-    def _look(self, gradient: Tensor) -> None:
+    def _add(self, gradient: Tensor) -> None:
         self._sums.append(gradient.sum(dtype=torch.float32))
 
     @property
     def flag(self) -> Tensor:
-        """Whether one was not finite since the last ``clear``."""
-        return ~torch.isfinite(torch.stack([self._good, *self._sums])).all()
+        """Boolean scalar: a gradient since the last ``clear`` was not finite."""
+        return ~torch.isfinite(torch.stack([self._zero, *self._sums])).all()
 
     def clear(self) -> None:
+        """Forget all gradients."""
         self._sums.clear()
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that an engine of ``module`` trains, and saves; frozen ones belong to somebody else."""
+    """Return the weights that an engine of ``module`` trains and saves; others are frozen."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def gradient_or_zero(p: nn.Parameter) -> Tensor:
-    """A weight the losses did not touch has gradient zero (as under ZeRO), so it decays alike in all engines."""
+    """Return the gradient; zero for a weight outside all losses, which then decays equally in all engines."""
     return torch.zeros_like(p) if p.grad is None else p.grad
 
 
 def flatten(tensors: list[Tensor]) -> Tensor:
+    """Concatenate all elements into one vector."""
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr

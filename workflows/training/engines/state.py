@@ -1,6 +1,6 @@
-"""The state of one network on the ranks of a run: whole float32 tensors by parameter name, every rank some of them.
+"""Sharded state of one network: complete float32 tensors by parameter name, distributed over the ranks.
 
-So a state moves between engines, ZeRO stages and numbers of ranks without conversion, and nothing pickled is read.
+A state moves between engines, ZeRO stages and numbers of ranks without conversion, and no pickle is read.
 """
 
 from collections.abc import Iterator
@@ -18,60 +18,62 @@ from workflows.utils import distributed
 
 @dataclass(frozen=True, kw_only=True)
 class StateShard:
-    """This rank's part of a network's state, copied to this machine's memory: training may go on."""
+    """State of a network on one rank, copied to CPU memory so that training can continue."""
 
     tensors: dict[str, Tensor]  # "weight/<parameter>", "exp_avg/<parameter>" ... -> value
     steps: int  # optimizer steps done
 
     def write(self, folder: Path, name: str) -> Path:
-        """The file of this rank for the network ``name``."""
+        """Write the file of this rank for the network ``name`` and return its path."""
         path = folder / f"{name}-{distributed.get_rank():05d}-of-{distributed.get_world_size():05d}.safetensors"
         save_file(self.tensors, path, metadata={"steps": str(self.steps)})
         return path
 
 
 def shard_state(tensors: Iterator[tuple[str, str, Tensor]], steps: int) -> StateShard:
-    """Copies of those of ``tensors`` (kind, parameter, value; the same walk on all ranks) that fall to this rank."""
+    """Copy the tensors (kind, parameter, value) of this rank. All ranks must iterate over the same sequence."""
     mine: dict[str, Tensor] = {}
-    turn: dict[str, int] = {}
+    index: dict[str, int] = {}
     for kind, parameter, value in tensors:
-        if turn.setdefault(parameter, len(turn)) % distributed.get_world_size() == distributed.get_rank():
+        if index.setdefault(parameter, len(index)) % distributed.get_world_size() == distributed.get_rank():
             mine[f"{kind}/{parameter}"] = to_cpu_copy(value)
     return StateShard(tensors=mine, steps=steps)
 
 
 def to_cpu_copy(value: Tensor) -> Tensor:
-    """A copy that later steps do not change: float32, in this machine's memory."""
+    """Return a float32 copy in CPU memory."""
     return value.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 class ShardedStateReader:
-    """What the ranks' snapshots hold, read tensor by tensor."""
+    """Reader of the state files of all ranks, tensor by tensor."""
 
     def __init__(self, folder: Path, name: str) -> None:
         files = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
         if not files:
-            raise ValueError(f"{folder} holds no state of the network {name!r}")
-        self._where: dict[str, Any] = {}
+            raise ValueError(f"{folder} has no state of the network {name!r}")
+        self._files: dict[str, Any] = {}
         self.steps = 0
         for path in files:
             handle = safe_open(path, framework="pt")
             self.steps = int(handle.metadata()["steps"])
-            self._where |= dict.fromkeys(handle.keys(), handle)
+            self._files |= dict.fromkeys(handle.keys(), handle)
         self._folder = folder
 
     def has(self, kind: str, parameter: str) -> bool:
-        return f"{kind}/{parameter}" in self._where
+        """Return True if the state has this tensor."""
+        return f"{kind}/{parameter}" in self._files
 
     def read(self, kind: str, parameter: str) -> Tensor:
-        return self._where[f"{kind}/{parameter}"].get_tensor(f"{kind}/{parameter}")
+        """Return one tensor: kind "weight" or one of ``MOMENTS``."""
+        return self._files[f"{kind}/{parameter}"].get_tensor(f"{kind}/{parameter}")
 
     def check_shapes(self, shapes: dict[str, torch.Size]) -> None:
-        """Names and shapes must be the network's own."""
-        saved = {key.removeprefix("weight/"): h for key, h in self._where.items() if key.startswith("weight/")}
+        """Raise ValueError unless names and shapes equal those of the network."""
+        saved = {key.removeprefix("weight/"): h for key, h in self._files.items() if key.startswith("weight/")}
         if saved.keys() != shapes.keys():
             odd = sorted(saved.keys() ^ shapes.keys())[:3]
-            raise ValueError(f"{self._folder} holds the state of another network: {', '.join(odd)} ... differ")
+            raise ValueError(f"{self._folder} has the state of another network: {', '.join(odd)} ... differ")
         for name, handle in saved.items():
             shape = tuple(handle.get_slice(f"weight/{name}").get_shape())
             if shape != tuple(shapes[name]):

@@ -1,3 +1,5 @@
+"""Engine in plain PyTorch."""
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +23,7 @@ from workflows.utils import distributed
 
 
 class TorchEngine:
-    """Plain PyTorch: gradients as one flat vector, averaged over the ranks, torch AdamW."""
+    """Engine with torch AdamW; gradients are averaged over the ranks as one flat vector."""
 
     def __init__(self, module: nn.Module, optim: OptimConfig, config: EngineConfig) -> None:
         self._net = module
@@ -29,11 +31,12 @@ class TorchEngine:
         self._autocast = config.autocast
         self._trained = trainable_parameters(module)
         self._optimizer = build_adamw(module, optim)
-        self._watch = NonFiniteGradientDetector(self._trained.values())
+        self._gradient_detector = NonFiniteGradientDetector(self._trained.values())
         self._steps = 0
 
     @property
     def module(self) -> VelocityModel:
+        """The network, called through this engine."""
         return cast(VelocityModel, self._call)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,13 +45,16 @@ class TorchEngine:
             return self._net(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's loss."""
         loss.backward()
 
     @property
     def has_non_finite_gradient(self) -> Tensor:
-        return self._watch.flag
+        """Boolean scalar: a gradient of this rank since the last step was not finite."""
+        return self._gradient_detector.flag
 
     def step(self, lr: float) -> float:
+        """Average the gradients, clip, update and clear them. Return the norm before clipping."""
         mine = list(self._trained.values())
         flat = distributed.all_reduce_mean(flatten([gradient_or_zero(p) for p in mine]))
         norm = flat.norm()
@@ -58,22 +64,26 @@ class TorchEngine:
         set_lr(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._watch.clear()
+        self._gradient_detector.clear()
         self._steps += 1
         return float(norm)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each trained parameter with its full float32 value."""
         yield from ((name, p.detach()) for name, p in self._trained.items())
 
     @property
     def frozen_weight_access(self) -> WeightAccess:
+        """Access to the weights that are not trained."""
         return ReplicatedWeights()
 
     def discard_gradients(self) -> None:
+        """Discard the gradients since the last step."""
         self._optimizer.zero_grad()
-        self._watch.clear()
+        self._gradient_detector.clear()
 
     def state_shard(self) -> StateShard:
+        """Return a copy of this rank's shard of weights and moments."""
         return shard_state(self._tensors(), self._steps)
 
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -83,6 +93,7 @@ class TorchEngine:
                 yield key, name, self._optimizer.state[p][key]
 
     def load(self, folder: Path, name: str) -> None:
+        """Load the state of network ``name``."""
         state = ShardedStateReader(folder, name)
         state.check_shapes({n: p.shape for n, p in self._trained.items()})
         for key, p in self._trained.items():
