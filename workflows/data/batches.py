@@ -1,8 +1,7 @@
-"""The global batch: a pure function of (seed, samples seen). Ranks take contiguous shares of it.
+"""The global batch: a pure function of (seed, samples seen). Each rank takes a contiguous shard of it.
 
-Which clips a batch holds is decided in ``order``, how a rank comes by them in ``supply``. A batch's number of chunks is
-drawn from (seed, step) and shared by all ranks; everything else about a row is drawn from its sample number, which is
-``step * batch + row``: numbers are dense, and no number of ranks enters.
+``batch_sampler`` selects the clips of a batch, ``clip_loader`` reads them. The number of chunks of a batch is drawn
+from (seed, step) and equal on all ranks. All other draws of a row use its sample number, ``step * batch + row``.
 """
 
 from collections import Counter
@@ -28,10 +27,10 @@ from workflows.data.collate import (
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSplit:
-    """The clips of one split: ``lengths[i]`` whole chunks in clip i, ``read(i)`` its tensors.
+    """Clips of one split: ``lengths[i]`` whole chunks in clip i, ``read(i)`` its tensors.
 
-    ``groups[i]`` and ``shapes[i]``: its row group, and the size of its latents (by default one clip is read at a time,
-    and all have one size). ``load``: how clips of one row group are read at once.
+    ``groups[i]`` is the row group of clip i, ``shapes[i]`` its latent size. By default each clip is a row group and all
+    have one size. ``load`` reads clips of one row group together.
     """
 
     lengths: Sequence[int]
@@ -44,29 +43,32 @@ class ClipSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class RankShard:
-    """Which part of every global batch a process takes."""
+    """Part of every global batch that one rank computes."""
 
     rank: int
     world: int
-    unit: int = 1  # rows that stay together on one process and in one micro-batch
+    unit: int = 1  # rows that stay together on one rank and in one micro-batch
 
     def rows(self, batch: int) -> slice:
-        """Its rows: as many as any other process has, or a unit more or less. ValueError when some would have none."""
+        """Return the rows of this rank; ranks differ by at most one unit. Raises ValueError for an empty shard."""
         units = batch // self.unit
         if batch % self.unit or units < self.world:
             raise ValueError(
-                f"a global batch of {batch} clips gives {self.world} workers no share of whole {self.unit} each: set "
+                f"cannot split a global batch of {batch} clips over {self.world} workers in units of {self.unit}: set "
                 f"data.batch to a multiple of {self.unit} that is at least {self.world * self.unit}"
             )
         return slice(self.rank * units // self.world * self.unit, (self.rank + 1) * units // self.world * self.unit)
 
     def micro_batches(self, batch: int, micro: int | None) -> list[slice]:
-        """The same rows in runs of ``micro``, the last one shorter. Every process gets as many runs.
+        """Split the rows of this rank into runs of ``micro``, the last one shorter; every rank gets as many runs.
 
-        (For that, one run has a unit more than ``micro`` where ``micro`` is one unit and the shares differ.)
+        If shards differ and ``micro`` is one unit, one run has a unit more.
         """
-        rows, units = self.rows(batch), batch // self.unit
-        own, least, most = (rows.stop - rows.start) // self.unit, units // self.world, -(-units // self.world)
+        rows = self.rows(batch)
+        units = batch // self.unit
+        own = (rows.stop - rows.start) // self.unit
+        least = units // self.world
+        most = -(-units // self.world)
         size = max(1, (micro or batch) // self.unit)
         count = min(-(-most // size), least)
         cuts = [min(i * size, own - count + i) for i in range(count)] + [own]
@@ -76,7 +78,7 @@ class RankShard:
 
 
 class TrainingBatchLoader:
-    """This rank's part of global batch number ``step``, in micro-batches."""
+    """Loader of this rank's shard of every global batch, in micro-batches."""
 
     def __init__(
         self, clips: ClipSplit, collator: BatchCollator, config: DataConfig, *, seed: int, shard: RankShard
@@ -91,7 +93,7 @@ class TrainingBatchLoader:
         buckets = make_buckets(clips.lengths, shapes, min_chunks=min_chunks, max_chunks=max_chunks, batch=config.batch)
         if not buckets:
             raise ValueError(
-                f"no training clip holds {config.chunks[0]} chunks (the longest of {len(clips.lengths)}: "
+                f"no training clip holds {config.chunks[0]} chunks (the longest of {len(clips.lengths)} has "
                 f"{max(clips.lengths, default=0)}): preprocess longer clips or lower data.chunks"
             )
         groups = clips.groups if clips.groups is not None else range(len(clips.lengths))
@@ -99,25 +101,26 @@ class TrainingBatchLoader:
         self._clip_loader = RowGroupLoader(_load_fn(clips), self._sampler, shard.rows(config.batch))
 
     def micro_batches(self, step: int) -> list[AVBatch]:
-        """Pure: equal arguments and configuration give equal batches, whatever came before."""
-        chunks, own = self._chunks(step), self._shard.rows(self._config.batch)
+        """Return the micro-batches of global batch ``step``, independent of earlier calls."""
+        chunks = self._draw_chunks(step)
+        own = self._shard.rows(self._config.batch)
         clips = self._clip_loader.load_step(step)
         return [
-            self._assemble(clips[part.start - own.start : part.stop - own.start], step, part, chunks)
+            self._collate(clips[part.start - own.start : part.stop - own.start], step, part, chunks)
             for part in self._shard.micro_batches(self._config.batch, self._config.micro)
         ]
 
     def clip_ids(self, samples: Tensor) -> list[str]:
-        """The clips behind sample numbers of training, on any rank."""
+        """Return the clip ids of training sample numbers of any rank."""
         numbers = [self._sampler.clip_at(*divmod(int(s), self._config.batch)) for s in samples]
         return [self._clips.ids[i] if self._clips.ids else self._clips.read(i).id for i in numbers]
 
-    def _chunks(self, step: int) -> int:
+    def _draw_chunks(self, step: int) -> int:
         low, _ = self._config.chunks
         most = self._sampler.chunks(step)
         return int(torch.randint(low, most + 1, (1,), generator=generator(self._seed, "chunks", step)))
 
-    def _assemble(self, clips: Sequence[LatentClip], step: int, rows: slice, chunks: int) -> AVBatch:
+    def _collate(self, clips: Sequence[LatentClip], step: int, rows: slice, chunks: int) -> AVBatch:
         samples = torch.arange(rows.start, rows.stop) + step * self._config.batch
         return apply_condition_dropout(
             self._collator.collate(clips, chunks, samples, self._seed), self._config, self._seed
@@ -131,8 +134,8 @@ def _load_fn(clips: ClipSplit) -> LoadFn[LatentClip]:
 def validation_batches(
     clips: ClipSplit, collator: BatchCollator, config: DataConfig, *, seed: int, shard: RankShard
 ) -> list[AVBatch]:
-    """This rank's part of the fixed evaluation: the same held-out clips, whole conditions, always the same noise."""
-    chosen = _held_out_clips(clips, config)
+    """Return this rank's shard of the fixed evaluation: held-out clips with all conditions and constant noise."""
+    chosen = _select_validation_clips(clips, config)
     chunks = min(config.chunks[1], *(clips.lengths[i] for i in chosen))
     rows = [(clip, VALIDATION_SAMPLE_OFFSET + n) for n, clip in enumerate(chosen)]
     rows += [(chosen[0], PADDING_SAMPLE)] * (-len(rows) % shard.world)
@@ -149,11 +152,11 @@ def validation_batches(
     ]
 
 
-def _held_out_clips(clips: ClipSplit, config: DataConfig) -> list[int]:
-    """The longest ones of the commonest shape, so that one short clip does not shorten all."""
+def _select_validation_clips(clips: ClipSplit, config: DataConfig) -> list[int]:
+    """Return the longest clips of the most frequent shape, so that one short clip does not shorten all."""
     usable = [i for i, length in enumerate(clips.lengths) if length >= config.chunks[0]]
     if not usable:
-        raise ValueError("no held-out clip is long enough to evaluate on: add clips, or raise data.held_out")
+        raise ValueError(f"no held-out clip has {config.chunks[0]} chunks: add longer clips or raise data.held_out")
     if clips.shapes is not None:
         shapes = clips.shapes
         commonest, _ = Counter(shapes[i] for i in usable).most_common(1)[0]
@@ -162,7 +165,7 @@ def _held_out_clips(clips: ClipSplit, config: DataConfig) -> list[int]:
 
 
 def clip_split(dataset: ClipDataset) -> ClipSplit:
-    """The clips of a dataset, to be read a row group at a time."""
+    """Return the clips of a dataset, read one row group at a time."""
     return ClipSplit(
         lengths=dataset.lengths,
         read=dataset.clip,

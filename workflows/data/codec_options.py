@@ -1,3 +1,5 @@
+"""Options of ``mfctl preprocess`` that select codecs, the sync filter and transcription."""
+
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from workflows.utils.environment import resolve_path
 def apply_codec_options(
     config: PreprocessConfig, video: str | None = None, audio: str | None = None, text: str | None = None
 ) -> PreprocessConfig:
-    """The configuration with codecs named as on the command line, such as ``wan:DIR``. ValueError for other names."""
+    """Return ``config`` with the named codecs, such as ``wan:DIR``. Raises ValueError for an unknown name."""
     parts: dict[str, Any] = {}
     for option, name, embedded, readers in (
         ("video", video, "dct", {"wan": wan_config_from_folder}),
@@ -30,7 +32,7 @@ def apply_codec_options(
 
 
 def apply_sync_option(config: PreprocessConfig, sync: str | None) -> PreprocessConfig:
-    """The configuration with a sync filter named as on the command line. ValueError for other names."""
+    """Return ``config`` with the named sync filter. Raises ValueError for an unknown name."""
     kind, _, file = (sync or "motion").partition(":")
     if kind == "syncnet" and file:
         return replace(config, sync=syncnet_config(resolve_path(file)))
@@ -40,7 +42,7 @@ def apply_sync_option(config: PreprocessConfig, sync: str | None) -> PreprocessC
 
 
 def apply_transcript_option(config: PreprocessConfig, transcribe: str | None) -> PreprocessConfig:
-    """The configuration with what makes missing transcripts. ValueError for another name."""
+    """Return ``config`` with the named source of missing transcripts. Raises ValueError for an unknown name."""
     kind, _, folder = (transcribe or "off").partition(":")
     if kind == "whisper" and folder:
         return replace(config, whisper=whisper_config(resolve_path(folder)))

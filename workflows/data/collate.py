@@ -1,3 +1,5 @@
+"""Collate clips into an AVBatch: whitened latents, padded conditions, condition dropout."""
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,31 +16,48 @@ from workflows.config.run import DataConfig
 
 
 class LatentClip(Protocol):
-    """Raw latents and text of one clip, as ``preprocessing.reader`` gives them."""
+    """Raw latents and text embeddings of one clip, as ``preprocessing.dataset.reader`` returns them."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Clip id in the dataset."""
+        ...
+
     @property
-    def video(self) -> Float[Tensor, "m C h w"] | None: ...  # m = head + n
+    def video(self) -> Float[Tensor, "m C h w"] | None:
+        """Video latents, m = head + n."""
+        ...
+
     @property
-    def audio(self) -> Float[Tensor, "n C"] | None: ...
+    def audio(self) -> Float[Tensor, "n C"] | None:
+        """Audio latents."""
+        ...
+
     @property
-    def caption_embedding(self) -> Float[Tensor, "L D"]: ...
+    def caption_embedding(self) -> Float[Tensor, "L D"]:
+        """Text features of the caption."""
+        ...
+
     @property
-    def words(self) -> Float[Tensor, "W D"]: ...
+    def words(self) -> Float[Tensor, "W D"]:
+        """Text features of the transcript, one row per word."""
+        ...
+
     @property
-    def word_times(self) -> Tensor: ...  # (W, 2), seconds since the start of the clip
+    def word_times(self) -> Tensor:
+        """Start and end of every word, (W, 2), seconds since the start of the clip."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchCollator:
-    """How clips become a batch: clocks of the modalities that the network has, statistics to whiten with."""
+    """Collator for the modalities of a network: their clocks, and the statistics for whitening."""
 
     timeline: Timeline
     stats: Mapping[str, LatentStats]
 
     def collate(self, clips: Sequence[LatentClip], chunks: int, samples: Tensor, seed: int) -> AVBatch:
-        """The first ``chunks`` chunks of every clip; the reference voice is drawn from (seed, sample number)."""
+        """Return the first ``chunks`` chunks of every clip; (seed, sample number) selects the reference voice."""
         streams = {m: self._stream(m, clips, chunks) for m in self.timeline.clocks}
         captions, caption_mask = pad_rows([clip.caption_embedding for clip in clips])
         words, words_mask = pad_rows([clip.words for clip in clips])
@@ -70,7 +89,7 @@ class BatchCollator:
         return self.stats[VIDEO].whiten(first.float(), head=True, space=first.ndim - 2)
 
     def _voices(self, clips: Sequence[LatentClip], chunks: int, samples: Tensor, seed: int) -> Tensor:
-        """One chunk's worth of sound from each clip: from after the trained chunks where the clip is long enough."""
+        """Return one chunk of audio per clip, from after the trained chunks if the clip is long enough."""
         n, trained = self.timeline.count(AUDIO, 1), self.timeline.count(AUDIO, chunks)
         draws = uniform_rows(seed, "voice", samples, 1)[:, 0].tolist()
         voices: list[Tensor] = []
@@ -85,12 +104,12 @@ class BatchCollator:
 def _latents(clip: LatentClip, modality: str) -> Tensor:
     latents = clip.video if modality == VIDEO else clip.audio
     if latents is None:
-        raise ValueError(f"clip {clip.id} has no {modality} latents: this dataset cannot train a {modality} branch")
+        raise ValueError(f"clip {clip.id} has no {modality} latents: a {modality} branch needs another dataset")
     return latents
 
 
 def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as one tensor with zeros behind, and where they are present. Width at least one."""
+    """Stack rows of different lengths, zero-padded to a width of at least one; return them and their mask."""
     width = max(1, *(len(row) for row in rows))
     out = rows[0].new_zeros(len(rows), width, *rows[0].shape[1:])
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -101,7 +120,7 @@ def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def apply_condition_dropout(batch: AVBatch, config: DataConfig, seed: int) -> AVBatch:
-    """Hide caption, transcript or both (classifier-free guidance, METHOD 4) and the voice, by sample number."""
+    """Drop caption, transcript or both (classifier-free guidance) and the voice, by sample number."""
     draw, voice = uniform_rows(seed, "drop", batch.samples, 2).unbind(-1)
     both = draw < config.drop_both
     caption = (draw >= config.drop_both) & (draw < config.drop_both + config.drop_caption)

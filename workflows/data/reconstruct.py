@@ -1,3 +1,5 @@
+"""Decode one row of a dataset to an mp4 file."""
+
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -11,9 +13,12 @@ from preprocessing.media.mp4_writer import write_mp4
 
 
 def reconstruct_clip(dataset: str, clip_id: str, out: str, overwrite: bool = False) -> dict[str, Any]:
-    """Decode one row back to an mp4: what the model's own output can look and sound like at best."""
+    """Decode one row to an mp4, the upper bound of the quality of generated clips; returns its length.
+
+    Raises ValueError if ``out`` exists and ``overwrite`` is false.
+    """
     if os.path.exists(out) and not overwrite:
-        raise ValueError(f"{out} exists: choose another name, or add --overwrite")
+        raise ValueError(f"{out} exists: choose another --out, or add --overwrite")
     clips = open_dataset(dataset)
     clip = clips.clip(clips.index(clip_id))
     frames, sound = decode_latents(clips, clip.video, VIDEO), decode_latents(clips, clip.audio, AUDIO)
@@ -26,7 +31,7 @@ def reconstruct_clip(dataset: str, clip_id: str, out: str, overwrite: bool = Fal
 
 
 def decode_latents(clips: ClipDataset, latents: Tensor | None, modality: str) -> Any:
-    """Frames or sound of latents of a dataset."""
+    """Return the frames (n, H, W, 3) or samples of dataset latents, None without latents."""
     if latents is None:
         return None
     return clips.meta.codec(modality).decode(latents).numpy()
