@@ -1,9 +1,9 @@
-"""What a checkpoint holds, and how it is found and read again (``saving`` writes it, ``shelf`` is where it stands).
+"""Find and load checkpoints, which ``training.checkpointing`` writes into a ``CheckpointStore``.
 
-<samples>-<attempt>/state/   weights and moments of every trained network, the float32 EMA: each rank its share
+<samples>-<attempt>/state/   weights and moments of every trained network, the float32 EMA: one shard per rank
 <samples>-<attempt>/export/  ema.safetensors, raw.safetensors, model.json: all that generation needs
 <samples>-<attempt>/run.json configuration, progress, dataset fingerprint, MLflow run, versions
-<samples>-<attempt>/COMPLETE names, sizes and checksums of all the above, put last
+<samples>-<attempt>/COMPLETE names, sizes and checksums of all the above, written last
 """
 
 from pathlib import Path
@@ -26,53 +26,54 @@ WeightKind = Literal["ema", "raw"]
 
 
 def find_export(path: str | Path) -> Path:
-    """The export folder of a run (its latest complete checkpoint), of a checkpoint, or the export folder itself.
+    """Return the export folder of a run (its latest complete checkpoint), of a checkpoint, or ``path`` itself.
 
-    What lies in object storage is copied to this machine first.
+    Exports in object storage are copied to this machine. Raises ValueError if there is none.
     """
     if is_remote(str(path)):
-        return _fetched_export(str(path))
-    place = Path(path)
-    if not place.exists():
-        raise ValueError(f"{place} does not exist: name a run, such as runs/mutual, or a checkpoint inside one")
-    if (place / METADATA_FILE).exists():
-        return place
-    if (place / RUN_FILE).exists() and not (place / "export").exists():
-        to = read_json(place / RUN_FILE)["config"]["checkpoint"].get("to")
-        return _latest_export(checkpoint_root(place, to), place)
-    if (place / "checkpoints").is_dir():
-        return _latest_export(place / "checkpoints", place)
-    if (place / "export" / METADATA_FILE).exists():
-        if not (place / COMPLETE_FILE).exists():
-            raise ValueError(f"{place} is not complete (its writer died): use another checkpoint of the run")
-        return place / "export"
+        return _download_export(str(path))
+    folder = Path(path)
+    if not folder.exists():
+        raise ValueError(f"{folder} does not exist: name a run, such as runs/mutual, or a checkpoint inside one")
+    if (folder / METADATA_FILE).exists():
+        return folder
+    if (folder / RUN_FILE).exists() and not (folder / "export").exists():
+        to = read_json(folder / RUN_FILE)["config"]["checkpoint"].get("to")
+        return _latest_export(checkpoint_root(folder, to), folder)
+    if (folder / "checkpoints").is_dir():
+        return _latest_export(folder / "checkpoints", folder)
+    if (folder / "export" / METADATA_FILE).exists():
+        if not (folder / COMPLETE_FILE).exists():
+            raise ValueError(f"{folder} is not complete (its writer died): use another checkpoint of the run")
+        return folder / "export"
     raise ValueError(
-        f"{place} is neither a run, a checkpoint nor an export: it has no checkpoints/ and no {METADATA_FILE}"
+        f"{folder} is neither a run, a checkpoint nor an export: it has no checkpoints/ and no {METADATA_FILE}"
     )
 
 
 def _latest_export(root: str | Path, run: str | Path) -> Path:
-    shelf = CheckpointStore(root)
-    if not (found := shelf.list_complete()):
+    store = CheckpointStore(root)
+    found = store.list_complete()
+    if not found:
         raise ValueError(f"{run} has no complete checkpoint yet: run its `mfctl train` command to the end")
-    return shelf.download(found[-1], "export/") / "export"
+    return store.download(found[-1], "export/") / "export"
 
 
-def _fetched_export(uri: str) -> Path:
+def _download_export(uri: str) -> Path:
     uri = uri.rstrip("/")
     store = Store(uri)
-    if store.exists(METADATA_FILE):  # an export itself
+    if store.exists(METADATA_FILE):  # an export
         uri, store = uri.rpartition("/")[0], Store(uri.rpartition("/")[0])
     if store.exists(COMPLETE_FILE):
         root, _, name = uri.rpartition("/")
         return CheckpointStore(root).download(name, "export/") / "export"
     if "checkpoints" in store.list_entries():
         return _latest_export(join_uri(uri, "checkpoints"), uri)
-    raise ValueError(f"{uri} is neither a run, a complete checkpoint nor its export: name one that `mfctl train` wrote")
+    raise ValueError(f"{uri} is neither a run, a complete checkpoint nor an export: name one that `mfctl train` wrote")
 
 
 def load_metadata(path: str | Path) -> ExportMetadata:
-    """The ``model.json`` of a run, checkpoint or export."""
+    """Return the ``model.json`` of a run, checkpoint or export; ValueError if it cannot be read."""
     export = find_export(path)
     try:
         return serialization.from_dict(ExportMetadata, read_json(export / METADATA_FILE))
@@ -81,20 +82,26 @@ def load_metadata(path: str | Path) -> ExportMetadata:
 
 
 def weight_files(export: Path, weights: WeightKind) -> list[Path]:
-    """The files of these weights in an export folder: one, or all of a set. ValueError where any is not there."""
-    if (whole := export / f"{weights}.safetensors").exists():
+    """Return the files of these weights in an export folder: one file, or all shards.
+
+    Raises ValueError if a file is missing.
+    """
+    whole = export / f"{weights}.safetensors"
+    if whole.exists():
         return [whole]
     found = sorted(export.glob(f"{weights}-*-of-*.safetensors"))
     if not found:
         raise ValueError(f"{whole} does not exist: name a checkpoint that has {weights} weights")
-    if len(found) != (wanted := int(found[0].stem.rsplit("-", 1)[1])):
+    expected = int(found[0].stem.rsplit("-", 1)[1])
+    if len(found) != expected:
         raise ValueError(
-            f"{export} holds {len(found)} of the {wanted} files of its {weights} weights: copy all of them"
+            f"{export} has {len(found)} of the {expected} files of its {weights} weights: copy all of them"
         )
     return found
 
 
 def load_weights(path: str | Path, weights: WeightKind = "ema") -> dict[str, Tensor]:
+    """Return the weights of a run, checkpoint or export by parameter name."""
     loaded: dict[str, Tensor] = {}
     for file in weight_files(find_export(path), weights):
         try:
@@ -105,8 +112,8 @@ def load_weights(path: str | Path, weights: WeightKind = "ema") -> dict[str, Ten
 
 
 def load_export(path: str | Path, weights: WeightKind = "ema") -> tuple[nn.Module, ExportMetadata]:
-    """The network of a run, checkpoint or export in evaluation mode, and its card. ValueError says what is wrong."""
-    card = load_metadata(path)
-    model = build_model(card.model, 0)
+    """Return the network of a run, checkpoint or export in evaluation mode, and its metadata."""
+    metadata = load_metadata(path)
+    model = build_model(metadata.model, 0)
     load_strict(model, load_weights(path, weights), f"{weights} weights of {path}")
-    return model.eval().requires_grad_(False), card
+    return model.eval().requires_grad_(False), metadata

@@ -1,6 +1,6 @@
-"""Where the checkpoints of a run stand: a folder, or object storage that the cluster shares.
+"""Storage of the checkpoints of a run: a local folder or shared object storage.
 
-A checkpoint is an immutable prefix unique to the attempt that wrote it, and exists once ``COMPLETE`` is in it.
+A checkpoint is an immutable prefix, unique to the attempt that wrote it. It is complete once it contains ``COMPLETE``.
 """
 
 import hashlib
@@ -18,30 +18,32 @@ COMPLETE_FILE = "COMPLETE"
 
 
 class CheckpointStore:
-    """The checkpoints under ``root``, a path or a URI such as s3://bucket/run/checkpoints."""
+    """Checkpoints under ``root``, a path or a URI such as s3://bucket/run/checkpoints."""
 
     def __init__(self, root: str | Path) -> None:
         self.store = Store(str(root))
 
     @property
     def is_remote(self) -> bool:
+        """True for object storage."""
         return self.store.remote
 
     def uri_of(self, name: str) -> str:
+        """Return the path or URI of a checkpoint."""
         return f"{self.store.uri.rstrip('/')}/{name}"
 
     def list_complete(self) -> list[str]:
-        """Names of the checkpoints that exist, oldest first."""
+        """Return the names of the complete checkpoints, oldest first."""
         return [name for name in self.store.list_entries() if self.store.exists(f"{name}/{COMPLETE_FILE}")]
 
     def read_json(self, name: str, file: str) -> dict[str, Any]:
-        """A JSON file of a checkpoint."""
+        """Return the content of a JSON file of a checkpoint."""
         return cast(dict[str, Any], json.loads(self.store.read(f"{name}/{file}")))
 
     def download(self, name: str, part: str = "") -> Path:
-        """The checkpoint as a local folder, with at least the files directly in it and those below ``part``.
+        """Return the checkpoint as a local folder, with at least its top-level files and those below ``part``.
 
-        What is remote is copied once per machine: a checkpoint never changes.
+        Remote files are copied once per machine; a checkpoint never changes.
         """
         if not self.is_remote:
             return Path(self.uri_of(name))
@@ -59,17 +61,17 @@ class CheckpointStore:
             shutil.rmtree(cache_dir(self.uri_of(name)) / part, ignore_errors=True)
 
     def delete(self, name: str) -> None:
-        """Remove a checkpoint; ``COMPLETE`` first, for a half-removed one must not count."""
+        """Remove a checkpoint, ``COMPLETE`` first, so that a partly removed one is not complete."""
         self.store.remove(f"{name}/{COMPLETE_FILE}")
         self.store.remove_folder(name)
 
     def delete_incomplete(self) -> None:
-        """Remove what attempts that died while saving have left. Only for the holder of the run's lease."""
+        """Remove checkpoints of attempts that died while saving. Only the holder of the run's lease may call it."""
         for name in set(self.store.list_entries()) - set(self.list_complete()):
             self.store.remove_folder(name)
 
     def find_corruption(self, name: str) -> str | None:
-        """What is wrong with a checkpoint by its own list of sizes and checksums; None when nothing is."""
+        """Return a message if a file differs from the sizes and checksums in ``COMPLETE``, else None."""
         folder = self.download(name)
         for file, facts in self.read_json(name, COMPLETE_FILE)["files"].items():
             path = folder / file
@@ -79,27 +81,27 @@ class CheckpointStore:
 
 
 def cache_dir(uri: str) -> Path:
-    """Where this user's copies of a remote folder are kept on this machine."""
+    """Return the local folder of this user's copies of a remote folder."""
     key = hashlib.sha256(uri.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir(), f"mfctl-{os.getuid()}", "checkpoints", key)
 
 
 def join_uri(root: str | Path, *parts: str) -> str | Path:
-    """A path below a path or a URI."""
+    """Return a path below a path or a URI."""
     text = str(root)
     return "/".join([text.rstrip("/"), *parts]) if is_remote(text) else Path(text, *parts)
 
 
 def file_entry(folder: Path, path: Path) -> tuple[str, dict[str, Any]]:
-    """The line of ``COMPLETE`` for one file."""
+    """Return the entry of one file in ``COMPLETE``: relative path, size and checksum."""
     return path.relative_to(folder).as_posix(), {"size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
-    """The checkpoints in a local folder that exist, oldest first."""
+    """Return the complete checkpoints in a local folder, oldest first."""
     return [Path(root, name) for name in CheckpointStore(root).list_complete()]
 
 
 def checkpoint_root(run_dir: str | Path, to: str | None) -> str | Path:
-    """Where a run keeps its checkpoints: below ``to`` (setting ``checkpoint.to``) by its name, else in its folder."""
+    """Return the checkpoint root of a run: below ``to`` (``checkpoint.to``) by run name, else in the run directory."""
     return join_uri(to, Path(run_dir).name, "checkpoints") if to else Path(run_dir, "checkpoints")

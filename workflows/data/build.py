@@ -1,4 +1,4 @@
-"""Make a dataset (``preprocess``), play one of its clips (``reconstruct``). To look at all of it: ``inspection.py``."""
+"""Build, resume or extend a dataset (``mfctl preprocess``)."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from preprocessing.steps.encode import RunningMoments, merge_sums
 from workflows.config.serialization import diff
 
 ProgressCallback = Callable[[int, int, dict[str, Any]], None]
-"""Called as ``progress(units done, units in all, counts so far)``."""
+"""Called as ``progress(finished units, total units, counts so far)``."""
 
 
 def build_dataset(
@@ -44,16 +44,16 @@ def build_dataset(
     progress: ProgressCallback | None = None,
     spent: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Make, resume or extend the dataset ``out``; the counts of the command line's contract.
+    """Build, resume or extend the dataset ``out``; return its counts and fingerprint.
 
-    ``spent``: filled with the seconds that each step took, over all workers.
-    ValueError, with nothing written, when an argument names no readable media, when ``out`` is something else or was
-    made with another configuration, or when another driver is writing it.
+    ``spent`` receives the seconds of each step, summed over all workers. Raises ValueError before anything is written
+    if an argument is not readable media, if ``out`` is not a dataset or has another configuration, or if another
+    driver holds its lease.
     """
     found = find_sources(sources)
     _check_named_files(sources)
     store = Store(out)
-    facts = _existing_facts(store, config)
+    metadata = _read_existing_metadata(store, config)
     plan = partial(
         plan_units,
         sources=found,
@@ -71,13 +71,13 @@ def build_dataset(
         }
     with Lease(store) as lease:
         store.delete_temporary()
-        # planned again: what another driver finished between the check above and the lease counts
+        # plan again: another driver may have finished units before this one got the lease
         known = read_units(store)
         units = plan(known)
-        _say_what_is_gone(known)
+        _report_missing_sources(known)
         missing = [unit for unit in units if unit.name not in finished_units(store)]
-        if missing or not facts.get("complete"):
-            _write_facts(store, config, {"complete": False})
+        if missing or not metadata.get("complete"):
+            _write_metadata(store, config, {"complete": False})
             if len(units) > len(known):
                 write_units(store, units)
             _run(
@@ -93,21 +93,21 @@ def build_dataset(
     return dataset_counts(read_metadata_json(store))
 
 
-def _say_what_is_gone(known: Sequence[WorkUnit]) -> None:
-    """Sources of this dataset that no longer exist: whoever deleted them may think that their clips went too."""
+def _report_missing_sources(known: Sequence[WorkUnit]) -> None:
+    """Print a note if sources were deleted: their clips stay in the dataset."""
     uris = [source.uri.split("#", 1)[0] for unit in known for source in unit.sources]
-    gone = [uri for uri in uris if not is_remote(uri) and not os.path.exists(local_path(uri))]
-    if gone:
+    missing = [uri for uri in uris if not is_remote(uri) and not os.path.exists(local_path(uri))]
+    if missing:
         print(
-            f"note: {len(gone)} sources of this dataset are no longer there ({gone[0]} ...); their clips stay in it. "
-            "To be rid of them, preprocess the rest into a new dataset",
+            f"note: {len(missing)} sources of this dataset no longer exist ({missing[0]} ...); their clips stay in it. "
+            "To remove them, preprocess the other sources into a new dataset",
             file=sys.stderr,
             flush=True,
         )
 
 
 def _check_named_files(arguments: Sequence[str]) -> None:
-    """A file that the user named, not one found in a folder, must be media."""
+    """Raise ValueError if a file named by the user, not found in a folder, is not media."""
     for argument in arguments:
         if os.path.isfile(argument) and os.path.splitext(argument)[1].lower() not in MANIFESTS:
             try:
@@ -118,25 +118,29 @@ def _check_named_files(arguments: Sequence[str]) -> None:
                 ) from error
 
 
-def _existing_facts(store: Store, config: PreprocessConfig) -> dict[str, Any]:
-    """What an existing dataset says, {} for a new one. ValueError when this configuration cannot continue it."""
+def _read_existing_metadata(store: Store, config: PreprocessConfig) -> dict[str, Any]:
+    """Return the metadata of an existing dataset, {} for a new one.
+
+    Raises ValueError if ``config`` cannot continue it.
+    """
     if not store.exists(DATASET_FILE):
-        if strangers := [name for name in store.list_entries() if name != LOCK and not name.startswith(TEMPORARY)]:
-            raise ValueError(f"{store.uri} is not empty and no dataset (it holds {strangers[0]}): choose another place")
+        others = [name for name in store.list_entries() if name != LOCK and not name.startswith(TEMPORARY)]
+        if others:
+            raise ValueError(f"{store.uri} is not empty and no dataset (it holds {others[0]}): choose another --out")
         return {}
-    facts = read_metadata_json(store)
-    if facts["fingerprint"] != config.fingerprint:
-        changes = "\n  ".join(diff(facts["config"], config.resolved()))
+    metadata = read_metadata_json(store)
+    if metadata["fingerprint"] != config.fingerprint:
+        changes = "\n  ".join(diff(metadata["config"], config.resolved()))
         raise ValueError(
             f"{store.uri} was made with another configuration:\n  {changes}\n"
-            "write to a new place, or use the configuration it was made with"
+            "choose another --out, or use the configuration it was made with"
         )
-    return facts
+    return metadata
 
 
-def _write_facts(store: Store, config: PreprocessConfig, more: dict[str, Any]) -> None:
+def _write_metadata(store: Store, config: PreprocessConfig, more: dict[str, Any]) -> None:
     encoders = build_encoders(config)
-    facts = {
+    metadata = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": config.fingerprint,
         "config": config.resolved(),
@@ -150,7 +154,7 @@ def _write_facts(store: Store, config: PreprocessConfig, more: dict[str, Any]) -
         "chunk_seconds": str(config.chunk_seconds),
         **more,
     }
-    store.write(DATASET_FILE, json.dumps(facts, indent=1, sort_keys=True).encode())
+    store.write(DATASET_FILE, json.dumps(metadata, indent=1, sort_keys=True).encode())
 
 
 def _run(
@@ -164,7 +168,7 @@ def _run(
     spent: dict[str, float],
 ) -> None:
     done, totals = len(units) - len(missing), DatasetCounts()
-    with _shown(progress) as show:
+    with _progress_callback(progress) as show:
 
         def on_done(marker: dict[str, Any], seconds: Mapping[str, float]) -> None:
             nonlocal done
@@ -178,7 +182,7 @@ def _run(
 
 
 def _finish(store: Store, config: PreprocessConfig, units: Sequence[WorkUnit]) -> None:
-    """Statistics and counts from the markers of all units, in their order: a function of the units alone."""
+    """Write statistics and counts from the markers of all units, in order: a function of the units alone."""
     totals, sums = DatasetCounts(), dict[str, RunningMoments]()
     for marker in read_markers(store, units):
         totals.add(marker)
@@ -186,22 +190,22 @@ def _finish(store: Store, config: PreprocessConfig, units: Sequence[WorkUnit]) -
     stats = {m: s.stats() for m, s in sums.items()}
     published = {m: codec.published_stats for m, codec in build_encoders(config).codecs.items()}
     stats |= {m: s for m, s in published.items() if s is not None}
-    facts = {
+    summary = {
         "complete": True,
         "counts": totals.counts(),
         "stats": {m: vars(s) for m, s in stats.items() if s is not None},
     }
-    _write_facts(store, config, facts)
+    _write_metadata(store, config, summary)
 
 
-def dataset_counts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The counts of a finished dataset and its fingerprint."""
-    return {**facts["counts"], "fingerprint": facts["fingerprint"]}
+def dataset_counts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the counts of a finished dataset and its fingerprint."""
+    return {**metadata["counts"], "fingerprint": metadata["fingerprint"]}
 
 
 @contextmanager
-def _shown(progress: ProgressCallback | None) -> Generator[ProgressCallback]:
-    """The caller's progress function, or a bar on a terminal, or a plain line every few seconds elsewhere."""
+def _progress_callback(progress: ProgressCallback | None) -> Generator[ProgressCallback]:
+    """Yield ``progress``, or a callback that draws a bar on a terminal and prints a line every 5 s elsewhere."""
     if progress is not None:
         yield progress
     elif sys.stderr.isatty():
@@ -210,8 +214,11 @@ def _shown(progress: ProgressCallback | None) -> Generator[ProgressCallback]:
 
         with Bar(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("preprocess", total=None)
-            yield lambda done, of, counts: bar.update(
-                task, completed=done, total=of, description=f"{counts['accepted']} clips, {counts['rejected']} rejected"
+            yield lambda done, total, counts: bar.update(
+                task,
+                completed=done,
+                total=total,
+                description=f"{counts['accepted']} clips, {counts['rejected']} rejected",
             )
     else:
         yield _plain_lines()
@@ -220,11 +227,11 @@ def _shown(progress: ProgressCallback | None) -> Generator[ProgressCallback]:
 def _plain_lines(every: float = 5.0) -> ProgressCallback:
     last = 0.0
 
-    def show(done: int, of: int, counts: dict[str, Any]) -> None:
+    def show(done: int, total: int, counts: dict[str, Any]) -> None:
         nonlocal last
-        if done == of or time.monotonic() - last >= every:
+        if done == total or time.monotonic() - last >= every:
             last = time.monotonic()
-            line = f"preprocess: unit {done} of {of}, {counts['accepted']} clips, {counts['rejected']} rejected"
+            line = f"preprocess: unit {done} of {total}, {counts['accepted']} clips, {counts['rejected']} rejected"
             print(line, file=sys.stderr, flush=True)
 
     return show

@@ -1,4 +1,4 @@
-"""What is in a dataset: counts, rejects with examples, histograms, a contact sheet; the same as a run in MLflow."""
+"""Summary of a dataset: counts, rejects with examples, histograms, contact sheet; also as a run in MLflow."""
 
 import json
 import sys
@@ -33,14 +33,14 @@ from workflows.utils.environment import tracking_uri
 HISTOGRAM_COLUMNS = {"duration_sec": "duration, s", "source_fps": "frames per second of the source",
            "sync_offset_sec": "sound after picture, s", "loudness_db": "loudness, dBFS"}  # fmt: skip
 BINS = 20
-EXAMPLES = 3  # of each reason
+EXAMPLES = 3  # per reason
 SHEET_ACCEPTED, SHEET_REJECTED = 8, 4
 EXPERIMENT = "preprocess"
 
 
 @dataclass
 class RejectGroup:
-    """The rejects of one step and reason: how many, and some of them."""
+    """Rejects of one step and reason: their number and some examples."""
 
     count: int = 0
     examples: list[dict[str, Any]] = field(default_factory=list)
@@ -49,20 +49,24 @@ class RejectGroup:
 def inspect_dataset(
     dataset: str, *, verify: bool = False, sheet: str | None = None, near_duplicates: bool = False
 ) -> dict[str, Any]:
-    """Counts, rejects, histograms, codecs and clocks of a dataset; with ``verify`` checksums and accounting are
-    recomputed from its files (ValueError says what is wrong); with ``sheet`` a PNG of accepted and rejected clips is
-    written: frames over waveform and transcript; with ``near_duplicates`` clips that look, move and sound like another
-    are looked for and written down, and are left out from then on."""
+    """Return counts, rejects, histograms, codecs and clocks of a finished dataset.
+
+    Args:
+        dataset: folder or URI.
+        verify: recompute checksums and accounting from the files; raises ValueError on a difference.
+        sheet: path of a PNG to write with accepted and rejected clips: frames, waveform and transcript.
+        near_duplicates: find clips that look, move and sound like another one, and exclude them from now on.
+    """
     if sheet is not None and (Path(sheet).exists() or not Path(sheet).absolute().parent.is_dir()):
-        raise ValueError(f"--sheet {sheet}: name a file that does not exist yet, in a folder that does")
+        raise ValueError(f"--sheet {sheet}: choose a new file in an existing folder")
     store = Store(dataset)
-    facts = read_metadata_json(store)
-    if not facts["complete"]:
+    metadata = read_metadata_json(store)
+    if not metadata["complete"]:
         raise ValueError(f"{dataset} is unfinished: run the same `mfctl preprocess` command again")
-    summary = dataset_counts(facts)
-    summary |= {"modality": facts["config"]["modality"], "codecs": facts["codecs"], "clocks": facts["clocks"]}
+    summary = dataset_counts(metadata)
+    summary |= {"modality": metadata["config"]["modality"], "codecs": metadata["codecs"], "clocks": metadata["clocks"]}
     if verify:
-        _verify(store, facts)
+        _verify(store, metadata)
         summary["verified"] = True
     if near_duplicates:
         find_duplicates(store)
@@ -82,19 +86,16 @@ def inspect_dataset(
     return summary
 
 
-def _verify(store: Store, facts: dict[str, Any]) -> None:
+def _verify(store: Store, metadata: dict[str, Any]) -> None:
     problems = verify_files(store)
     units = read_units(store)
     if not problems:
         again = sum_counts(read_markers(store, units))
-        if canonical_json(again) != canonical_json(facts["counts"]):
-            problems = diff(facts["counts"], again, "counts.")
+        if canonical_json(again) != canonical_json(metadata["counts"]):
+            problems = diff(metadata["counts"], again, "counts.")
     if problems:
         lines = "\n  ".join(problems[:20])
-        raise ValueError(f"{store.uri} does not add up:\n  {lines}\nremove it and preprocess its sources again")
-
-
-# ---------------------------------------------------------------------------------------------------- what the rows say
+        raise ValueError(f"{store.uri} is inconsistent:\n  {lines}\nremove it and preprocess its sources again")
 
 
 def _files(store: Store, kind: str) -> list[str]:
@@ -103,7 +104,7 @@ def _files(store: Store, kind: str) -> list[str]:
 
 
 def read_histogram_columns(store: Store) -> dict[str, list[float]]:
-    """What is drawn as histograms, of every accepted clip that has it, by column."""
+    """Return the values of HISTOGRAM_COLUMNS by column, of every accepted clip that has one."""
     values: dict[str, list[float]] = {name: [] for name in HISTOGRAM_COLUMNS}
     for name in _files(store, "clips"):
         with store.open(name) as handle:
@@ -116,19 +117,19 @@ def read_histogram_columns(store: Store) -> dict[str, list[float]]:
 
 
 def count_transcript_sources(store: Store) -> dict[str, int]:
-    """Accepted clips by where their transcript is from; those of older datasets, which do not say so, are left out."""
+    """Return the number of accepted clips per transcript source; older datasets without the column give {}."""
     found: Counter[str] = Counter()
     for name in _files(store, "clips"):
         with store.open(name) as handle:
             file = pq.ParquetFile(handle)
             if "transcript_source" in file.schema_arrow.names:
-                said = file.read(["transcript_source"], use_threads=False)["transcript_source"].to_pylist()
-                found.update(source or "missing" for source in said)
+                sources = file.read(["transcript_source"], use_threads=False)["transcript_source"].to_pylist()
+                found.update(source or "missing" for source in sources)
     return dict(sorted(found.items()))
 
 
 def group_rejects(store: Store) -> dict[str, RejectGroup]:
-    """Rejects by ``step/reason``, the commonest first."""
+    """Group the rejects by ``step/reason``, the most frequent first."""
     found: dict[str, RejectGroup] = {}
     for name in _files(store, "rejects"):
         with store.open(name) as handle:
@@ -151,7 +152,7 @@ def _histogram(values: Sequence[float]) -> dict[str, Any]:
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-    """For people."""
+    """Format the summary as a text report."""
     lines = [
         f"{summary['sources']} sources = {summary['spans']} spans: {summary['accepted']} accepted "
         f"({summary['hours']:.2f} hours), {summary['rejected']} rejected",
@@ -164,48 +165,45 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         edges = drawn["edges"]
         lines.append(f"{HISTOGRAM_COLUMNS[name]:>32}  {edges[0]:9.3g} {_bars(drawn['counts'])} {edges[-1]:<9.3g}")
         lines[-1] += f" median {drawn['median']:.3g}"
-    lines += ["files, checksums and accounting are right"] if summary.get("verified") else []
+    lines += ["files, checksums and accounting are correct"] if summary.get("verified") else []
     return "\n".join([*lines, *([f"sheet: {summary['sheet']}"] if "sheet" in summary else [])])
 
 
 def _bars(counts: Sequence[int]) -> str:
-    """A histogram in one line; ASCII, taller is denser."""
+    """Draw a histogram as one line of ASCII: denser characters are higher counts."""
     shades = " .:-=+*#%@"
     most = max(counts)
     return "[" + "".join(shades[-(-count * (len(shades) - 1) // most)] for count in counts) + "]"
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
 def contact_sheet(clips: ClipDataset, rejects: Mapping[str, RejectGroup], path: Path) -> None:
-    """Clips spread evenly over the dataset as its codecs keep them, then rejected spans of different reasons."""
+    """Draw clips spread evenly over the dataset, decoded from latents, and rejected spans of different reasons."""
     count = min(SHEET_ACCEPTED, len(clips))
-    strips = [_accepted(clips, i * len(clips) // count) for i in range(count)]
+    strips = [_accepted_strip(clips, i * len(clips) // count) for i in range(count)]
     spans = [(reason, row) for reason, found in rejects.items() for row in found.examples[:1]]
     config = clips.meta.config
-    strips += [_rejected(reason, row, config) for reason, row in spans[:SHEET_REJECTED]]
+    strips += [_rejected_strip(reason, row, config) for reason, row in spans[:SHEET_REJECTED]]
     figures.contact_sheet(strips, path, f"{len(clips)} clips; below, in red, what was rejected", columns=8)
 
 
-def _accepted(clips: ClipDataset, number: int) -> figures.ClipStrip:
+def _accepted_strip(clips: ClipDataset, number: int) -> figures.ClipStrip:
     clip = clips.clip(number)
     frames, sound = decode_latents(clips, clip.video, VIDEO), decode_latents(clips, clip.audio, AUDIO)
-    said = " ".join(word.word for word in clip.transcript) or clip.caption or "(no words)"
+    text = " ".join(word.word for word in clip.transcript) or clip.caption or "(no words)"
     return figures.ClipStrip(
         label=f"{clip.id[:8]}\n{clip.chunks * float(clips.meta.chunk_seconds):g} s",
         frames=frames,
         sound=sound,
         seconds=clip.chunks * float(clips.meta.chunk_seconds),
-        words=said,
+        words=text,
     )
 
 
-def _rejected(reason: str, row: Mapping[str, Any], config: Mapping[str, Any]) -> figures.ClipStrip:
-    """What the source shows there, if it is still there and can be decoded at all."""
+def _rejected_strip(reason: str, row: Mapping[str, Any], config: Mapping[str, Any]) -> figures.ClipStrip:
+    """Draw the rejected span of its source, or a blank frame if the source is missing or damaged."""
     start, end = row["span_start_sec"] or 0.0, row["span_end_sec"]
     seconds = min(10.0, (end or start + 4.0) - start)
-    frames, sound = _look(row["uri"], start, seconds, config)
+    frames, sound = _decode_span(row["uri"], start, seconds, config)
     blank = np.full((32, 32, 3), 200, np.uint8)
     return figures.ClipStrip(
         label=reason.replace("/", "\n"),
@@ -217,8 +215,8 @@ def _rejected(reason: str, row: Mapping[str, Any], config: Mapping[str, Any]) ->
     )
 
 
-def _look(uri: str, start: float, seconds: float, config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Frames and sound of a part of a source; None where there is nothing to see or hear."""
+def _decode_span(uri: str, start: float, seconds: float, config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return frames and audio of a part of a source, each None if it has none or cannot be decoded."""
     size = tuple(config.get("sizes", [config.get("size")])[0])
     try:
         with local_copy(split_fragment(uri)[0]) as path:
@@ -226,32 +224,35 @@ def _look(uri: str, start: float, seconds: float, config: Mapping[str, Any]) -> 
             rate, at = int(config["audio"]["sample_rate"]), info.origin + start
             with Decoder(
                 path, info, fps=Fraction(12), size=size, sample_rate=rate, fit="pad", start=at, stall_seconds=10.0
-            ) as one:
-                return one.read(max(1, round(12 * seconds)))
+            ) as decoder:
+                return decoder.read(max(1, round(12 * seconds)))
     except (MediaError, OSError, KeyError):
         return None, None
 
 
-# --------------------------------------------------------------------------------------------------------------- MLflow
-
-
 def log_dataset_to_mlflow(dataset: str, spent: Mapping[str, float], runs_dir: str) -> str | None:
-    """One run with the dataset's numbers, settings and plots; its id. A failure is said: the dataset is done anyway."""
+    """Log the dataset's counts, settings and plots as one run; return its id, None after a failure.
+
+    A failure is printed and not raised: the dataset is complete.
+    """
     try:
-        return _record(dataset, spent, runs_dir)
-    except Exception as error:  # a server that is away, a store of another version
-        print(f"not recorded in MLflow: {error}", file=sys.stderr)
+        return _log_run(dataset, spent, runs_dir)
+    except Exception as error:  # server unreachable, store of another version, ...
+        print(f"warning: the dataset is not logged to MLflow: {error}", file=sys.stderr)
         return None
 
 
-def _record(dataset: str, spent: Mapping[str, float], runs_dir: str) -> str | None:
+def _log_run(dataset: str, spent: Mapping[str, float], runs_dir: str) -> str | None:
     store = Store(dataset)
-    facts, values, rejects = read_metadata_json(store), read_histogram_columns(store), group_rejects(store)
-    summary, name = dataset_counts(facts), dataset.rstrip("/").rsplit("/", 1)[-1]
+    metadata = read_metadata_json(store)
+    values = read_histogram_columns(store)
+    rejects = group_rejects(store)
+    summary = dataset_counts(metadata)
+    name = dataset.rstrip("/").rsplit("/", 1)[-1]
     tracker = open_tracker(
         uri=tracking_uri(runs_dir), folder=Path(runs_dir) / EXPERIMENT / name, experiment=EXPERIMENT, name=name
     )
-    tracker.params({"dataset": dataset, "fingerprint": facts["fingerprint"], **flatten(facts["config"])})
+    tracker.params({"dataset": dataset, "fingerprint": metadata["fingerprint"], **flatten(metadata["config"])})
     numbers = {key: float(value) for key, value in summary.items() if isinstance(value, int | float)}
     numbers |= {f"rejected/{reason}": float(found.count) for reason, found in rejects.items()}
     numbers |= {f"seconds/{step}": value for step, value in spent.items()}
@@ -261,7 +262,8 @@ def _record(dataset: str, spent: Mapping[str, float], runs_dir: str) -> str | No
         shown = {HISTOGRAM_COLUMNS[key]: found for key, found in values.items() if found}
         if shown:
             tracker.artifact(figures.plot_histograms(shown, Path(folder, "histograms.png"), name))
-        contact_sheet(open_dataset(dataset), rejects, sheet := Path(folder, "sheet.png"))
+        sheet = Path(folder, "sheet.png")
+        contact_sheet(open_dataset(dataset), rejects, sheet)
         tracker.artifact(sheet)
     tracker.finish()
     return tracker.run_id

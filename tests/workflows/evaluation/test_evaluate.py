@@ -272,7 +272,7 @@ def test_a_longer_sample_repeats_its_transcript_and_says_so(mutual, tmp_path, nu
 def test_more_few_steps_than_were_trained_are_measured_and_said(tmp_path, toy_data, numbers_only, capsys):
     trained_for_two = export(tmp_path, toy_data, "mutual", few_steps=2)
     result = evaluate_checkpoints([trained_for_two], steps=[2, 3], out=str(tmp_path / "x"), **QUIET)
-    said = "mutual: the few-step mode was trained for up to 2 steps per chunk, and 3 lead away"
+    said = "mutual: the few-step mode was trained for up to 2 steps per chunk, and 3 steps degrade"
     assert capsys.readouterr().err.count(said) == 1
     assert Path(result["report"]).read_text().count(said) == 1
     modes = {(row["mode"], row["steps"]) for row in json.loads(Path(result["results"]).read_text())}
