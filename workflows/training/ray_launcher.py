@@ -1,4 +1,4 @@
-"""A training job on Ray Train: workers, their restarts, their number, and notices that machines are about to go."""
+"""Training on Ray Train: workers, their number and restarts, and preemption notices."""
 
 import os
 import pickle
@@ -17,24 +17,25 @@ from workflows.utils import distributed
 from workflows.utils.ray_runtime import ray_session, train_run_config, worker_runtime_env
 
 T = TypeVar("T")
-RESCALE_INTERVAL_S = 30.0  # seconds between looks for room for more workers, where their number may vary
+RESCALE_INTERVAL_S = 30.0  # seconds between checks for more workers in elastic runs
 
 
 def run_on_ray(job: TrainingJob) -> None:
-    """Run the job on Ray Train: in the Ray that is running, else in one started for it in this process.
+    """Run the job on Ray Train, on the running Ray cluster or one started in this process.
 
-    A worker that dies is replaced, and all go on from the latest checkpoint, up to ``engine.max_failures`` times. With
-    ``engine.workers = [fewest, most]`` the run goes on with those for which there is room, and grows when there is
-    more: Ray Train stops all workers for that and starts them again, from the latest checkpoint.
+    After the death of a worker, all restart from the latest checkpoint, up to ``engine.max_failures`` times. With
+    ``engine.workers = [fewest, most]`` the number follows the free resources. Ray Train then restarts all workers from
+    the latest checkpoint.
     """
-    # the notice comes after ray.init, which takes SIGTERM for itself
+    # the handler comes after ray.init, which installs another one
     with ray_session(job.config.engine.max_workers), preemption.forward_sigterm(job.run_dir, job.token):
         _fit(job)
 
 
 def run_with_gpu(work: Callable[[Path], T], run_dir: Path, engine: EngineConfig) -> T:
-    """``work(run_dir)`` where the run's network can be run. The process that leads a run may be on a machine without a
-    GPU, as the head of a cluster is: then Ray finds it one.
+    """Return ``work(run_dir)``, in a Ray task with a GPU if the run needs one and this machine has none.
+
+    The driver of a run may be on the head of a cluster, without a GPU.
     """
     import torch
 
@@ -44,7 +45,7 @@ def run_with_gpu(work: Callable[[Path], T], run_dir: Path, engine: EngineConfig)
 
     with ray_session(1):
         if "RAY_ADDRESS" not in os.environ and not ray.cluster_resources().get("GPU"):
-            return work(run_dir)  # no cluster, where one could come
+            return work(run_dir)  # not in a cluster that could add a GPU
         extra = {engine.resource: 1.0} if engine.resource else {}
         task: Any = ray.remote(num_cpus=1, num_gpus=1, resources=extra, runtime_env=worker_runtime_env())(work)
         return ray.get(task.remote(run_dir))
@@ -65,19 +66,19 @@ def _fit(job: TrainingJob) -> None:
         torch_config=_torch_config("nccl" if job.config.engine.use_gpu else "gloo"),
         scaling_config=scaling,
         run_config=train_run_config(
-            job.token,  # its store knows ASCII alone, and a run may have any name
+            job.token,  # Ray's storage accepts ASCII only, a run may have any name
             str(job.run_dir / "ray"),
             failure_config=FailureConfig(max_failures=job.config.engine.max_failures),
         ),
     )
-    each = ", ".join(f"{name} {amount:g}" for name, amount in (scaling.resources_per_worker or {}).items())
-    what = f"machines for {job.config.engine.min_workers} workers with {each} each"
+    resources = ", ".join(f"{name} {amount:g}" for name, amount in (scaling.resources_per_worker or {}).items())
+    what = f"machines for {job.config.engine.min_workers} workers with {resources} each"
     with report_while_waiting(what, ray.cluster_resources, seen=_heartbeat_detector(job.run_dir / HEARTBEAT_DIR)):
         trainer.fit()
 
 
 def _heartbeat_detector(beats: Path) -> Callable[[], bool]:
-    """Whether a worker has given a sign of life since now."""
+    """Return a function that returns True after the first new heartbeat."""
 
     def modification_times() -> dict[str, float]:
         return {path.name: path.stat().st_mtime for path in beats.glob("*.json")}
@@ -87,32 +88,32 @@ def _heartbeat_detector(beats: Path) -> Callable[[], bool]:
 
 
 def _validation_config(run_dir: Path, spare: Mapping[str, float]) -> Any:
-    """Ray Train's asynchronous validation: looks, one at a time, each in a process of its own."""
+    """Return Ray Train's asynchronous validation: one sample report at a time, each in a separate process."""
     from ray.train import ValidationConfig
 
-    place = str(run_dir)
+    path = str(run_dir)
 
-    def validate(checkpoint: Any, **_: Any) -> dict[str, float]:  # made here, so that it is pickled by value
+    def validate(checkpoint: Any, **_: Any) -> dict[str, float]:  # local, so that it is pickled by value
         from pathlib import Path
 
         from workflows.training.async_samples import evaluate_snapshot
 
-        return evaluate_snapshot(Path(checkpoint.path), Path(place))
+        return evaluate_snapshot(Path(checkpoint.path), Path(path))
 
     resources = {"num_cpus": spare["CPU"], "num_gpus": spare.get("GPU", 0)}
     return ValidationConfig(validate, ray_remote_kwargs={**resources, "runtime_env": worker_runtime_env()})
 
 
 def open_snapshot_writer(metadata: ExportMetadata) -> SnapshotWriter:
-    """Weights for looks, reported to Ray Train from below the folder where it wants its checkpoints."""
+    """Return the writer of snapshots, in the folder where Ray Train expects checkpoints."""
     from ray.train import Checkpoint, CheckpointUploadMode, get_context, report
 
-    def hand_over(folder: Path) -> None:
+    def report_snapshot(folder: Path) -> None:
         mine = Checkpoint.from_directory(str(folder)) if distributed.get_rank() == 0 else None
         report({}, mine, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD, validation=mine is not None)
 
     storage: Any = get_context().get_storage()
-    return SnapshotWriter(Path(storage.experiment_fs_path), metadata, hand_over)
+    return SnapshotWriter(Path(storage.experiment_fs_path), metadata, report_snapshot)
 
 
 def _scaling_config(engine: EngineConfig) -> Any:
@@ -129,9 +130,9 @@ def _scaling_config(engine: EngineConfig) -> Any:
 
 
 def set_worker_threads() -> None:
-    """Let the workers of a machine use all its cores: Ray gives each as many threads as it has CPUs by right, one.
+    """Set the intra-op thread count to cores / workers; Ray sets it to the CPUs reserved per worker.
 
-    How many those are the cluster knows better: the machine's own count does not see the limit of a container.
+    The number of cores comes from Ray: the operating system's count ignores the limit of a container.
     """
     import ray
     import torch
@@ -144,10 +145,10 @@ def set_worker_threads() -> None:
 
 
 def bind_gloo_to_ray_interface() -> None:
-    """Let gloo listen at this machine's address in the cluster, where GLOO_SOCKET_IFNAME does not say otherwise.
+    """Set GLOO_SOCKET_IFNAME, unless set, to the interface of this machine's address in the cluster.
 
-    By itself gloo takes what the machine's own name resolves to: Debian's 127.0.1.1, or the loopback where the name is
-    unknown. There no other machine finds it, and all of them wait.
+    The default is the address of the host name: 127.0.1.1 on Debian, or the loopback. Other machines cannot connect to
+    it, and all ranks would wait.
     """
     import psutil
     import ray
@@ -159,10 +160,12 @@ def bind_gloo_to_ray_interface() -> None:
 
 
 def _worker_function() -> Callable[[dict[str, Any]], None]:
-    """The function of every worker. Made here, so that it is pickled by value: Ray's own processes, which hand it on,
-    need not find our packages."""
+    """Return the function of each worker.
 
-    def enter(settings: dict[str, Any]) -> None:
+    It is local, so that it is pickled by value: the Ray processes in between may lack this package.
+    """
+
+    def train(settings: dict[str, Any]) -> None:
         import pickle
 
         from ray.train.v2._internal.execution.context import get_train_context
@@ -171,21 +174,21 @@ def _worker_function() -> Callable[[dict[str, Any]], None]:
         from workflows.training.worker import run_worker
 
         def preemption_reason() -> str:
-            # ray.train.get_preemption_info() is a barrier by way of an actor; the ranks agree by themselves
+            # ray.train.get_preemption_info() is a barrier through an actor; the ranks synchronize themselves
             info = get_train_context().preemption_context.preemption_info
-            return f"a machine of ranks {info.preempted_ranks} is about to go" if info else ""
+            return f"a machine of ranks {info.preempted_ranks} is about to be reclaimed" if info else ""
 
         set_worker_threads()
         job = pickle.loads(settings["job"])
         run_worker(job, preemption_reason, open_snapshot_writer(job.metadata) if settings["async_samples"] else None)
 
-    return enter
+    return train
 
 
 def _torch_config(backend: str) -> Any:
-    """Ray's set-up of torch.distributed on the cluster's network, after which every worker takes SIGTERM for a notice.
+    """Return the setup of torch.distributed on the cluster's network, with the SIGTERM handler in each worker.
 
-    A worker trains in a thread, where signals cannot be asked for; what a backend executes runs in the main one.
+    A worker trains in a thread, where no handler can be installed. A backend executes in the main thread.
     """
     from ray.train.torch import TorchConfig
 

@@ -1,5 +1,4 @@
-"""What a `mfctl train` command asks for: configuration, data and parents, found where the command leaves them open, and
-what of it a run that goes on may not change."""
+"""Resolve a ``mfctl train`` command: configuration, dataset, parent runs, and the settings that are fixed on resume."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +28,9 @@ MUTABLE_SETTINGS = (
     *("engine", "checkpoint", "log_every", "sample_every", "sample_clips", "sample_weights", "skip_nonfinite"),
     *("data.micro", "data.prefetch"),
 )
-"""Settings that a run may change when it goes on: they move no number by more than rounding."""
+"""Settings that may change on resume: they change results by rounding at most."""
 IMMUTABLE_EXCEPTIONS = ("engine.precision",)
-"""Those below FREE that it may not."""
+"""Exceptions to MUTABLE_SETTINGS."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -39,7 +38,7 @@ B = TypeVar("B")
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRun:
-    """What a command line resolves to."""
+    """Resolved command: everything that determines a run."""
 
     config: RunConfig
     data: str
@@ -48,7 +47,7 @@ class ResolvedRun:
     run_dir: Path
 
     def record(self) -> dict[str, Any]:
-        """What was asked for. A command that differs in any of it but the settings of FREE is another run."""
+        """Return the record of the run. Two runs are equal if it differs in MUTABLE_SETTINGS only."""
         return {
             "stage": self.config.stage,
             "config": serialization.to_dict(self.config),
@@ -69,18 +68,21 @@ def resolve_run(
     run: str | None,
     runs: Path,
 ) -> ResolvedRun:
-    """Fill in what the command leaves open: from the run's own record if it was begun, else the latest there is."""
+    """Complete a command: from the record of the run if it exists, else with the latest dataset and runs.
+
+    Raises ValueError for an invalid configuration, or a missing dataset or parent run.
+    """
     if run is not None and (not run or run in (".", "..") or Path(run).name != run):
-        raise ValueError(f"--run {run!r} is no name of a folder in {runs}: leave out slashes")
-    begun = runs / run / RUN_FILE if run else None
-    known = read_json(begun) if begun and begun.exists() else {}
-    named = list(init_from) or list(known.get("from", {}).values())
+        raise ValueError(f"--run {run!r} is not a folder name. Use a name without slashes; runs are in {runs}")
+    path = runs / run / RUN_FILE if run else None
+    existing = read_json(path) if path and path.exists() else {}
+    named = list(init_from) or list(existing.get("from", {}).values())
     parents, uri = collect_errors(
-        lambda: find_parents(stage, named, runs), lambda: str(data or known.get("data") or latest_dataset(runs))
+        lambda: find_parents(stage, named, runs), lambda: str(data or existing.get("data") or latest_dataset(runs))
     )
     dataset = open_dataset(uri, STAGES[stage].modalities)
     if not len(dataset):
-        raise ValueError(f"{uri} holds no accepted clip: `mfctl inspect {uri}` tells why")
+        raise ValueError(f"{uri} has no accepted clip. Run `mfctl inspect {uri}` for the reasons")
     config = presets.build_preset(preset, stage, latent_shapes_of(dataset))
     if config_file:
         config = serialization.apply_overrides(config, serialization.load_config_file(config_file))
@@ -89,7 +91,7 @@ def resolve_run(
         config = replace(
             config, checkpoint=replace(config.checkpoint, to=environment.resolve_path(config.checkpoint.to))
         )
-    parse_feature_models(config.sample_weights)  # refuses what is not there
+    parse_feature_models(config.sample_weights)  # raises ValueError for missing folders
     if config.stage != stage:
         raise ValueError(f"--stage {stage} contradicts the setting stage={config.stage}")
     request = ResolvedRun(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / (run or ""))
@@ -98,32 +100,32 @@ def resolve_run(
 
 
 def collect_errors(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
-    """Both values, or one ValueError that says everything that is missing."""
+    """Return both values, or raise one ValueError with the messages of both."""
     found: list[Any] = []
-    missing: list[str] = []
+    errors: list[str] = []
     for find in (first, second):
         try:
             found.append(find())
         except ValueError as error:
-            missing.append(str(error))
-    if missing:
-        raise ValueError("; ".join(missing))
+            errors.append(str(error))
+    if errors:
+        raise ValueError("; ".join(errors))
     return found[0], found[1]
 
 
 def latest_dataset(runs: Path) -> str:
-    """The finished dataset under ``runs`` that was written last."""
+    """Return the latest finished dataset under ``runs``. Raise ValueError if there is none."""
     found = [p for depth in range(3) for p in runs.glob("*/" * depth + "_dataset.json") if read_json(p).get("complete")]
     if not found:
         raise ValueError(
-            f"no finished dataset under {runs}: make one with `mfctl preprocess SRC {runs}/dataset`, "
+            f"no finished dataset under {runs}. Run `mfctl preprocess SRC {runs}/dataset`, "
             "or name one with --data DATASET"
         )
     return str(max(found, key=lambda p: p.stat().st_mtime).parent)
 
 
 def find_parents(stage: Stage, named: Sequence[str], runs: Path) -> dict[Stage, Path]:
-    """The export folder of one run for each parent stage: the named ones, else the latest finished under ``runs``."""
+    """Return the export folder of a run for each parent stage: named, else the latest finished one under ``runs``."""
     plan = STAGES[stage]
     exports = [_named_export(name, runs) for name in named]
     parents = check_parents(stage, [(load_metadata(export).stage, export) for export in exports])
@@ -146,7 +148,7 @@ def _named_export(name: str, runs: Path) -> Path:
     if not path.exists() and (runs / name).exists():
         path = runs / name
     if (path / RUN_FILE).exists() and not (path / "export").is_dir() and final_progress(path) is None:
-        raise ValueError(f"the run {path} is not finished: run its command again, or name one of its checkpoints")
+        raise ValueError(f"the run {path} is not finished. Run its command again, or name one of its checkpoints")
     return find_export(path)
 
 
@@ -157,8 +159,8 @@ def _latest_export(stage: Stage, parent: Stage, runs: Path) -> Path:
     ]
     if not done:
         raise ValueError(
-            f"stage {stage} starts from a finished {parent} run and there is none under {runs}: "
-            f"run `mfctl train --stage {parent}` first, or name one with --from RUN"
+            f"stage {stage} starts from a finished {parent} run, and {runs} has none. "
+            f"Run `mfctl train --stage {parent}` first, or name one with --from RUN"
         )
     return find_export(max(done, key=lambda path: (path / OUTCOME_FILE).stat().st_mtime))
 
@@ -168,26 +170,25 @@ def _digest(request: ResolvedRun) -> str:
 
 
 def immutable_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run cannot change, by flat name."""
+    """Return the settings that are fixed on resume, by flat name."""
 
-    def free(name: str) -> bool:
+    def is_mutable(name: str) -> bool:
         setting = name.removeprefix("config.")
         return setting not in IMMUTABLE_EXCEPTIONS and any(
             setting == f or setting.startswith(f"{f}.") for f in MUTABLE_SETTINGS
         )
 
-    return {name: value for name, value in serialization.flatten(record).items() if not free(name)}
+    return {name: value for name, value in serialization.flatten(record).items() if not is_mutable(name)}
 
 
 def final_progress(run_dir: Path) -> Progress | None:
-    """The final progress of a run that reached its end."""
-    place = run_dir / OUTCOME_FILE
-    facts = read_json(place) if place.exists() else {}
-    return serialization.from_dict(Progress, facts["progress"]) if "progress" in facts else None
+    """Return the final progress of a finished run, else None."""
+    outcome = read_json(run_dir / OUTCOME_FILE, default={})
+    return serialization.from_dict(Progress, outcome["progress"]) if "progress" in outcome else None
 
 
 def latent_shapes_of(dataset: ClipDataset) -> LatentShapes:
-    """What the first clip shows of the latents."""
+    """Return the shapes of the latents, read from the first clip."""
     clip, meta = dataset.clip(0), dataset.meta
     latents = {VIDEO: clip.video, AUDIO: clip.audio}
     sizes = {m: tuple(x.shape[2:]) or (1, 1) for m, x in latents.items() if x is not None}
@@ -202,9 +203,9 @@ def latent_shapes_of(dataset: ClipDataset) -> LatentShapes:
 
 
 def make_export_metadata(config: RunConfig, meta: DatasetMetadata, parents: Mapping[Stage, Path]) -> ExportMetadata:
-    """What the run will write into ``model.json``: statistics are inherited from the parents, else frozen here.
+    """Return the content of ``model.json``. Latent statistics come from the parents, else from the dataset.
 
-    ValueError when a parent is of another stage or size, or the dataset holds latents that it was not trained on.
+    Raises ValueError for a parent of another stage, size or kind of latents.
     """
     plan = STAGES[config.stage]
     parent_metadata: dict[Stage, ExportMetadata] = {stage: load_metadata(path) for stage, path in parents.items()}
@@ -232,24 +233,23 @@ def _check_parent(
 ) -> None:
     if metadata.stage != stage:
         raise ValueError(
-            f"{path} is of stage {metadata.stage}; stage {config.stage} starts from {_names(config.stage)}"
+            f"{path} is of stage {metadata.stage}; stage {config.stage} starts from {_describe_parents(config.stage)}"
         )
     mine, theirs = _size(config.model), _size(metadata.model)
     if mine != theirs or any(config.model.branches[m] != b for m, b in metadata.model.branches.items()):
-        odd = [f"{k} {theirs[k]} there, {mine[k]} here" for k in mine if mine[k] != theirs[k]] or [
-            "its branches differ"
-        ]
-        raise ValueError(f"{path} is of another size: {'; '.join(odd)}. Use the same --preset and --set for both")
+        differences = [f"{k} {theirs[k]} there, {mine[k]} here" for k in mine if mine[k] != theirs[k]]
+        text = "; ".join(differences) or "its branches differ"
+        raise ValueError(f"{path} has another size: {text}. Use the same --preset and --set for both")
     for m in metadata.codecs:
         if metadata.codecs[m] != meta.codecs.get(m) or metadata.clocks[m] != meta.clocks.get(m):
             raise ValueError(
-                f"{path} was trained on {m} latents of {metadata.codecs[m]}, this dataset holds {meta.codecs.get(m)}: "
-                "preprocess with the same codec settings"
+                f"{path} was trained on {m} latents of {metadata.codecs[m]}, this dataset has {meta.codecs.get(m)}. "
+                "Preprocess with the same codec settings"
             )
     if metadata.chunk_seconds != meta.chunk_seconds or metadata.text_codec != meta.text_codec:
         raise ValueError(
             f"{path} was trained with chunks of {float(metadata.chunk_seconds)} s and text of {metadata.text_codec}, "
-            f"this dataset has {float(meta.chunk_seconds)} s and {meta.text_codec}: preprocess with the same settings"
+            f"this dataset has {float(meta.chunk_seconds)} s and {meta.text_codec}. Preprocess with the same settings"
         )
 
 
@@ -257,18 +257,18 @@ def _size(model: ModelConfig) -> dict[str, object]:
     return {k: v for k, v in vars(model).items() if k not in ("branches", "coupled", "attention")}
 
 
-def _names(stage: Stage) -> str:
+def _describe_parents(stage: Stage) -> str:
     parents = STAGES[stage].parents
     return " and ".join(f"a finished {parent} run" for parent in parents) or "nothing (leave out --from)"
 
 
 def check_parents(stage: Stage, found: Sequence[tuple[Stage, Path]]) -> dict[Stage, Path]:
-    """One run for each parent stage. ValueError says what is missing, doubled or of no use."""
+    """Return one run for each parent stage. Raise ValueError for a second run of a stage or another stage."""
     parents: dict[Stage, Path] = {}
     for parent, path in found:
         if parent not in STAGES[stage].parents:
-            raise ValueError(f"{path} is of stage {parent}; stage {stage} starts from {_names(stage)}")
+            raise ValueError(f"{path} is of stage {parent}; stage {stage} starts from {_describe_parents(stage)}")
         if parent in parents:
-            raise ValueError(f"--from names two {parent} runs, {parents[parent]} and {path}: choose one")
+            raise ValueError(f"--from names two {parent} runs, {parents[parent]} and {path}. Choose one")
         parents[parent] = path
     return parents

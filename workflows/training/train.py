@@ -1,14 +1,14 @@
-"""``mfctl train``: settle what is to be trained, refuse what cannot be, and have Ray Train run it.
+"""``mfctl train``: resolve the configuration, validate it and launch the run on Ray Train.
 
-Nothing is written before everything was checked. A run is a folder:
+All checks run before the first file is written. A run is a folder:
 
-    run.json      what was asked for: stage, resolved configuration, dataset, parents, versions
-    metrics.jsonl, params.json, artifacts.jsonl, mlflow.json   see ``workflows.training.delivery``
-    samples/, looks/, alarms.json   generated clips, what they score, and what is wrong with them
-    checkpoints/  see ``workflows.checkpoint``; elsewhere with the setting checkpoint.to
-    ranks/        signs of life of the workers
+    run.json      record: stage, resolved configuration, dataset, parents, versions
+    metrics.jsonl, params.json, artifacts.jsonl, mlflow.json   see ``workflows.tracking.mlflow_sync``
+    samples/, looks/, alarms.json   generated clips, sample reports, active alarms
+    checkpoints/  see ``workflows.checkpoints.store``; elsewhere with the setting checkpoint.to
+    ranks/        heartbeats of the workers
     log.txt, log.jsonl   see ``workflows.training.run_log``
-    outcome.json  put last: the final progress, or why the run stopped
+    outcome.json  written last: the final progress, or why the run stopped
 """
 
 import importlib.metadata
@@ -51,9 +51,9 @@ from workflows.utils.json_io import read_json, write_json
 
 _LOGGER = logging.getLogger(__name__)
 LaunchFn = Callable[[TrainingJob], None]
-"""Runs ``workflows.training.worker.work`` on all ranks of a job and returns when they are done."""
+"""Runs ``workflows.training.worker.run_worker`` on all ranks and returns when they have finished."""
 SampleFn = Callable[[Path], list[Path]]
-"""Makes sample files from a finished run's folder, unless they are there."""
+"""Generates the sample files of a finished run directory, unless they exist."""
 
 
 def train_stage(
@@ -70,13 +70,27 @@ def train_stage(
     launch: LaunchFn | None = None,
     sample: SampleFn | None = None,
 ) -> dict[str, Any]:
-    """Train one stage; the same call again resumes, or says that the run is finished.
+    """Train one stage and return its result; the same call again resumes an unfinished run.
 
-    ``launch``: default Ray Train. ``sample``: called with the run's folder when training has ended. ValueError, before
-    anything is written, when the request cannot be met.
+    Args:
+        stage: Stage to train.
+        data: Dataset; None: the latest one.
+        init_from: Parent runs; empty: the latest ones.
+        preset: Size of the configuration.
+        sets: Settings ``KEY=VALUE``.
+        config_file: File with further settings.
+        run: Name of the run; None: derived from the configuration.
+        runs_dir: Folder of the runs.
+        dry_run: Return the configuration and its costs only.
+        launch: Launcher of the ranks; None: Ray Train.
+        sample: Called with the run directory after the training.
+
+    Raises:
+        ValueError: Invalid request; no file is written.
+        RuntimeError: The training failed or was interrupted.
     """
     if stage not in STAGES:
-        raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}")
+        raise ValueError(f"unknown stage {stage!r}. Choose one of {', '.join(STAGES)}")
     runs = Path(environment.resolve_path(str(runs_dir)))
     try:
         request = resolve_run(
@@ -109,7 +123,7 @@ def train_stage(
         with _lease(request.run_dir) as lease, _checkpoint_lease(request):
             if final_progress(request.run_dir) is None:
                 _check_checkpoint(request)
-                _begin(request)
+                _write_record(request)
                 job = TrainingJob(
                     config=request.config,
                     metadata=metadata,
@@ -136,31 +150,33 @@ def _launch(job: TrainingJob, launch: LaunchFn) -> None:
 
 
 def _check_record(request: ResolvedRun) -> None:
-    """Refuse to go on with a run that was begun otherwise."""
-    place = request.run_dir / RUN_FILE
-    if not place.exists():
+    """Raise ValueError if the run exists with other settings."""
+    path = request.run_dir / RUN_FILE
+    if not path.exists():
         if request.run_dir.exists() and any(p.name != "_lock" for p in request.run_dir.iterdir()):
-            raise ValueError(f"{request.run_dir} exists and is no training run: choose another name with --run")
+            raise ValueError(f"{request.run_dir} exists and is not a training run. Choose another name with --run")
         return
-    _refuse_another(f"the run {request.run_dir}", read_json(place), request.record())
+    _require_equal_records(f"the run {request.run_dir}", read_json(path), request.record())
 
 
 def _check_checkpoint(request: ResolvedRun) -> None:
-    """Refuse a checkpoint of other settings or other data; it may stand where other runs keep theirs, too."""
+    """Raise ValueError if the checkpoint has other settings or data. Runs may share the checkpoint root."""
     store = CheckpointStore(checkpoint_root(request.run_dir, request.config.checkpoint.to))
     if saved := store.list_complete():
-        record = {key: request.record()[key] for key in ("stage", "config", "dataset")}  # places may have other names
-        _refuse_another(f"the checkpoint {store.uri_of(saved[-1])}", store.read_json(saved[-1], RUN_FILE), record)
+        record = {key: request.record()[key] for key in ("stage", "config", "dataset")}  # paths may differ
+        _require_equal_records(
+            f"the checkpoint {store.uri_of(saved[-1])}", store.read_json(saved[-1], RUN_FILE), record
+        )
 
 
-def _refuse_another(what: str, begun: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """ValueError when what was begun differs from ``record`` in a value that a run cannot change."""
-    begun = {key: value for key, value in begun.items() if key in record}
-    if lines := serialization.diff(immutable_settings(begun), immutable_settings(record)):
+def _require_equal_records(what: str, existing: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Raise ValueError if two records differ in a setting that is fixed on resume."""
+    existing = {key: value for key, value in existing.items() if key in record}
+    if lines := serialization.diff(immutable_settings(existing), immutable_settings(record)):
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
         raise ValueError(
-            f"{what} was begun with other settings: {'; '.join(lines[:4])}{more}. "
-            "Use the old ones to go on with it, or another --run name to start anew"
+            f"{what} has other settings: {'; '.join(lines[:4])}{more}. "
+            "Use these settings to resume it, or another --run name for a new run"
         )
 
 
@@ -169,14 +185,14 @@ def _lease(run_dir: Path) -> Lease:
 
 
 def _checkpoint_lease(request: ResolvedRun) -> AbstractContextManager[object]:
-    """Of the place of the checkpoints, where that is another one: machines may share it and not the runs' folder."""
+    """Return the lease of a separate checkpoint folder: machines may share it without the runs folder."""
     to = request.config.checkpoint.to
     place = join_uri(to, request.run_dir.name) if to else request.run_dir
     return nullcontext() if place == request.run_dir else Lease(Store(str(place)))
 
 
-def _begin(request: ResolvedRun) -> None:
-    """Write the record of a run as it now is; forget the outcome of one that failed."""
+def _write_record(request: ResolvedRun) -> None:
+    """Write the record of the run and delete the outcome of a failed attempt."""
     names = ("torch", "deepspeed", "ray", "mlflow", "mutual-forcing")
     versions = {"python": platform.python_version()} | {name: _version(name) for name in names}
     write_json(request.run_dir / RUN_FILE, {**request.record(), "versions": versions})
@@ -191,10 +207,10 @@ def _version(name: str) -> str | None:
 
 
 def _raise_if_failed(run_dir: Path, token: str) -> None:
-    place = run_dir / OUTCOME_FILE
-    outcome = read_json(place) if place.exists() else {}
+    """Raise the error of the outcome of this driver's workers."""
+    outcome = read_json(run_dir / OUTCOME_FILE, default={})
     if outcome.get("token") != token:
-        raise RuntimeError(f"the workers of {run_dir} ended without an outcome: see their log above")
+        raise RuntimeError(f"the workers of {run_dir} ended without an outcome. See their log above")
     if "error" in outcome:
         raise RuntimeError(outcome["error"])
     if "stopped" in outcome:
@@ -202,31 +218,31 @@ def _raise_if_failed(run_dir: Path, token: str) -> None:
 
 
 def _conclude(request: ResolvedRun, sample: SampleFn | None, uri: str, *, on_ray: bool) -> None:
-    """Once per run: its samples. At every call: what the log or MLflow has not got yet, and what alarms are on."""
-    run_dir, place, engine = request.run_dir, request.run_dir / OUTCOME_FILE, request.config.engine
-    outcome = read_json(place)
+    """Generate the samples once per run; at each call, publish what the log or MLflow lacks, and the alarms."""
+    run_dir, engine = request.run_dir, request.config.engine
+    outcome = read_json(run_dir / OUTCOME_FILE)
 
-    def computed(work: Callable[[Path], Any], *, is_done: bool) -> Any:
+    def run_on_device(work: Callable[[Path], Any], *, is_done: bool) -> Any:
         return run_with_gpu(work, run_dir, engine) if on_ray and not is_done else work(run_dir)
 
-    computed(evaluate_remaining, is_done=not unevaluated_snapshots(run_dir))
+    run_on_device(evaluate_remaining, is_done=not unevaluated_snapshots(run_dir))
     if sample is not None and "samples" not in outcome:
-        made = computed(sample, is_done=report_path(run_dir, outcome["progress"]["step"]).exists())
-        outcome["samples"] = [str(path) for path in made]
-    published = SampleReportPublisher(run_dir, AlarmStore(run_dir))
-    if (looks := published.pending()) or has_backlog(run_dir, uri):
+        paths = run_on_device(sample, is_done=report_path(run_dir, outcome["progress"]["step"]).exists())
+        outcome["samples"] = [str(path) for path in paths]
+    publisher = SampleReportPublisher(run_dir, AlarmStore(run_dir))
+    if (reports := publisher.pending()) or has_backlog(run_dir, uri):
         tracker = open_training_tracker(request.config, request.data, run_dir, uri)
-        published.publish(looks, tracker)
+        publisher.publish(reports, tracker)
         tracker.finish()
         outcome["mlflow_run"] = tracker.run_id
     outcome["alarms"] = active_alarms(run_dir)
-    write_json(place, outcome)
+    write_json(run_dir / OUTCOME_FILE, outcome)
     if outcome["alarms"]:
-        _LOGGER.warning(f"ALARM still on at the end of {run_dir}: {'; '.join(outcome['alarms'])}. Look at its samples")
+        _LOGGER.warning(f"ALARM active at the end of {run_dir}: {'; '.join(outcome['alarms'])}. Check its samples")
 
 
 def _result(request: ResolvedRun) -> dict[str, Any]:
-    """What ``--json`` prints."""
+    """Return the content of ``--json``."""
     outcome = read_json(request.run_dir / OUTCOME_FILE)
     store = CheckpointStore(checkpoint_root(request.run_dir, request.config.checkpoint.to))
     progress = serialization.from_dict(Progress, outcome["progress"])

@@ -80,7 +80,7 @@ def test_two_processes_that_share_the_tokens_of_the_same_clips_equal_one(tmp_pat
 
 
 def _kill_a_worker_after(checkpoints: Path) -> None:
-    """SIGKILL one Ray Train worker as soon as there is a checkpoint to go on from."""
+    """SIGKILL one Ray Train worker after the first checkpoint."""
     while not list_checkpoints(checkpoints):
         time.sleep(0.02)
     children = psutil.Process().children(recursive=True)

@@ -198,7 +198,7 @@ def test_a_signal_saves_at_once_and_the_same_command_goes_on(tmp_path, data, mon
 
     monkeypatch.setattr(worker.TrainingBatchLoader, "micro_batches", told)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RuntimeError, match=r"stopped after step \d of 8 .*received SIGTERM.*run the same command"):
+    with pytest.raises(RuntimeError, match=r"stopped after step \d of 8 .*received SIGTERM.*the same command"):
         run("video", tmp_path, data, run="v")
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.undo()

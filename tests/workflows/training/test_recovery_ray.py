@@ -128,7 +128,7 @@ def test_a_notice_saves_at_once_and_ends_the_run(whole, world, tmp_path, who):
     target = training_driver.workers(process)[1] if who == "worker" else process
     target.send_signal(signal.SIGTERM)
     assert process.wait() == 1, training_driver.text(tmp_path)
-    assert "run the same command to go on" in training_driver.text(tmp_path)
+    assert "Run the same command to resume" in training_driver.text(tmp_path)
     shelf = CheckpointStore(tmp_path / "a" / "checkpoints")
     saved = from_dict(Progress, read_json(Path(shelf.uri_of(shelf.list_complete()[-1]), "run.json"))["progress"])
     assert f"stopped after step {saved.step} of {STEPS}" in training_driver.text(tmp_path)
