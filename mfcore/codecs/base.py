@@ -1,4 +1,4 @@
-"""What a codec promises: signal to latents, latents back to signal, the second one also piece by piece."""
+"""Interfaces of codecs: signal to latents, and latents to signal as a whole or as a stream."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -12,19 +12,19 @@ from mfcore.timeline import LatentClock
 
 
 class StreamDecoder(Protocol):
-    """Latents in, signal out, in any portions: the concatenation of all outputs never depends on the portions."""
+    """Streaming decoder; the concatenated output does not depend on how the latents are split."""
 
     def push(self, latents: Float[Tensor, "n C *space"]) -> Tensor:
-        """Signal that has become final (may be empty: some decoders look ahead)."""
+        """Return the signal that is final; may be empty, because some decoders look ahead."""
         ...
 
     def flush(self) -> Tensor:
-        """The rest of the signal; the decoder is used up."""
+        """Return the rest of the signal; the decoder cannot be used afterwards."""
         ...
 
 
 class Codec(Protocol):
-    """One modality's codec.
+    """Codec of one modality.
 
     Video signals are uint8 ``(frames, height, width, 3)`` RGB; audio float32 ``(samples,)`` mono in [-1, 1].
     """
@@ -34,7 +34,9 @@ class Codec(Protocol):
     static_channels: int = 0  # leading channels in which a still video has one value in all latents; audio: 0
 
     @property
-    def clock(self) -> LatentClock: ...
+    def clock(self) -> LatentClock:
+        """Rate and offset of the latents."""
+        ...
 
     @property
     def published_stats(self) -> LatentStats | None:
@@ -45,22 +47,24 @@ class Codec(Protocol):
         """Load the weights now instead of at first use. Raises ValueError if they are not found."""
 
     def encode(self, signal: Tensor) -> Float[Tensor, "n C *space"]:
-        """Latents, float32; for video the first one is the first frame alone (``clock.head == 1``)."""
+        """Return float32 latents; for video, the first one is the first frame alone (``clock.head == 1``)."""
         ...
 
     def encode_batch(self, signals: Tensor) -> Float[Tensor, "b n C *space"]:
         """Return the latents of signals of equal length, ``(b, ...)``."""
         return torch.stack([self.encode(signal) for signal in signals])
 
-    def decoder(self) -> StreamDecoder: ...
+    def decoder(self) -> StreamDecoder:
+        """Return a new streaming decoder."""
+        ...
 
     def decode(self, latents: Float[Tensor, "n C *space"]) -> Tensor:
-        """The whole signal at once; equal to pushing portions."""
+        """Return the whole signal, equal to the output of :meth:`decoder`."""
         ...
 
 
 class TextCodec(Protocol):
-    """Captions and transcripts to the vectors that condition the network; there is no way back."""
+    """Encoder of captions and transcripts into the vectors that condition the network."""
 
     id: str  # equal ids mean interchangeable vectors, e.g. words-v2/d64
     width: int
@@ -69,13 +73,13 @@ class TextCodec(Protocol):
         """Load the weights now instead of at first use. Raises ValueError if they are not found."""
 
     def tokenize(self, text: str) -> list[str]:
-        """The words of a caption; a transcript brings its own."""
+        """Return the words of a caption."""
         ...
 
     def encode(self, words: Sequence[str]) -> Float[Tensor, "L D"]:
-        """One vector per word of a transcript, float32, whatever its place."""
+        """Return one float32 vector per word of a transcript, independent of its position."""
         ...
 
     def encode_caption(self, caption: str) -> Float[Tensor, "L D"]:
-        """One vector per word of a caption, float32, its place among them included."""
+        """Return one float32 vector per word of a caption, including its position."""
         ...

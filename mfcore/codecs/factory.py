@@ -1,4 +1,4 @@
-"""From the ids that travel with a model back to the codecs that made its latents."""
+"""Codecs from configurations, and from the ids stored with datasets and models."""
 
 import re
 from fractions import Fraction
@@ -19,7 +19,7 @@ AudioConfig = MelConfig | OobleckConfig
 
 
 def codec_from_config(config: VideoConfig | AudioConfig, device: torch.device | str | None = None) -> Codec:
-    """The codec of a configuration; pretrained ones compute on ``device``, by default a GPU if there is one."""
+    """Return the codec of a configuration; pretrained ones run on ``device`` (default: the GPU if available)."""
     if isinstance(config, DctConfig):
         return DctCodec(config)
     if isinstance(config, MelConfig):
@@ -30,30 +30,28 @@ def codec_from_config(config: VideoConfig | AudioConfig, device: torch.device | 
 def codec_from_id(
     codec_id: str, clock: LatentClock, folder: str = "", device: torch.device | str | None = None
 ) -> Codec:
-    """The codec of this id; ``clock`` (of the dataset or the model) gives the frame rate, which an id does not hold.
+    """Return the codec of an id; ``clock`` of the dataset or model gives the frame rate, which ids do not contain.
 
-    ``folder``: where a pretrained codec looks for its weights first, when they are needed.
+    ``folder`` is the first place where a pretrained codec looks for its weights. Raises ValueError for an unknown id.
     """
-    # Of two numbers with one letter the first counts: the last part may be a digest that looks like one.
+    # The first of two numbers with one letter counts, because a digest in the last part may look like a number.
     numbers = {key: int(value) for key, value in reversed(re.findall(r"/([a-z])(\d+)(?=/|$)", codec_id))}
     name, weights = codec_id.split("/")[0], codec_id.rsplit("/", 1)[-1]
     try:
         config = _config_of(name, numbers, rate=clock.rate, weights=weights, folder=folder)
     except KeyError:
         raise ValueError(
-            f"unknown codec {codec_id!r}: this mfctl knows dct-v1, mel-v1, wan-v1 and oobleck-v1; update it, or encode "
+            f"unknown codec {codec_id!r}: supported are dct-v1, mel-v1, wan-v1 and oobleck-v1. Update mfctl, or encode "
             "the data again"
         ) from None
     codec = codec_from_config(config, device)
     if codec.id != codec_id:
-        raise ValueError(
-            f"codec {codec_id!r} was made by another version (this one makes {codec.id!r}): encode the data again"
-        )
+        raise ValueError(f"codec {codec_id!r} is of another version (this one is {codec.id!r}). Encode the data again")
     return codec
 
 
 def _config_of(name: str, n: dict[str, int], *, rate: Fraction, weights: str, folder: str) -> VideoConfig | AudioConfig:
-    """``n``: the numbers of an id by their letters. KeyError for a name or an id that is not known."""
+    """Return the configuration from the numbers ``n`` of an id by letter. Raises KeyError if it is unknown."""
     if name == "dct-v1":
         return DctConfig(channels=n["c"], block=n["b"], group=n["g"], fps=rate * n["g"])
     if name == "mel-v1":
@@ -66,9 +64,9 @@ def _config_of(name: str, n: dict[str, int], *, rate: Fraction, weights: str, fo
 
 
 def text_codec_from_id(codec_id: str, folder: str = "", device: torch.device | str | None = None) -> TextCodec:
-    """The text encoder of this id."""
+    """Return the text encoder of an id. Raises ValueError for an unknown id."""
     if match := re.fullmatch(r"words-v([12])/d(\d+)", codec_id):
         return HashedWordEncoder(width=int(match[2]), version=int(match[1]))
     if match := re.fullmatch(r"t5-v1/d(\d+)/([0-9a-f]+)", codec_id):
         return T5TextEncoder(T5Config(width=int(match[1]), weights=match[2], folder=folder), device)
-    raise ValueError(f"unknown text codec {codec_id!r}: this mfctl knows words-v1, words-v2 and t5-v1")
+    raise ValueError(f"unknown text codec {codec_id!r}: supported are words-v1, words-v2 and t5-v1")

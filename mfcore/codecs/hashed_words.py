@@ -2,9 +2,9 @@
 
 Letters: L words of a text, D width of a vector.
 
-A word's vector is a pseudo-random direction of its own plus the normalised sum of the directions of its character
-n-grams, n = 1 to 4, over the word between boundary marks. Equal words have equal vectors, words that share no letters
-are nearly orthogonal (cosine 0 +- 1 / sqrt(D)), similar spellings lie nearer. The mean square over the elements of a
+The vector of a word is a pseudo-random direction of the word plus the normalized sum of the directions of its character
+n-grams, n = 1 to 4, over the word between boundary marks. Equal words have equal vectors. Words without common letters
+are nearly orthogonal (cosine 0 +- 1 / sqrt(D)), similar spellings are closer. The mean square over the elements of a
 vector is 1.
 """
 
@@ -19,83 +19,81 @@ from torch import Tensor
 
 from mfcore.codecs.base import TextCodec
 
-_WHOLE = 1.0  # weight of the word as a whole beside its spelling
-_LONGEST = 4  # letters of the longest n-gram
-_PLACE = 0.5  # weight of the position beside the word
+_WORD_WEIGHT = 1.0  # relative to the n-grams
+_MAX_NGRAM = 4  # characters
+_POSITION_WEIGHT = 0.5  # relative to the word
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")  # letters and digits, apostrophes inside
 
 
 class HashedWordEncoder(TextCodec):
-    """Vectors ``(L, width)`` of words; a :class:`mfcore.codecs.base.TextCodec`."""
+    """Vectors ``(L, width)`` of words."""
 
     def __init__(self, width: int = 64, version: int = 2) -> None:
-        """``version`` 1 is that of older datasets: it takes "Hello," for another word than "hello"."""
+        """Version 1, of older datasets, has different vectors for "Hello," and "hello"."""
         if version not in (1, 2):
-            raise ValueError(f"version={version} of hashed words: 1 and 2 are known")
+            raise ValueError(f"version={version} of hashed words: use 1 or 2")
         if width < 8:
-            raise ValueError(
-                f"width={width}: words need at least 8 numbers to differ; 64 serves about a thousand words"
-            )
+            raise ValueError(f"width={width}: use at least 8 to distinguish words; 64 suffices for about 1000 words")
         self.id = f"words-v{version}/d{width}"
         self.width, self.version = width, version
 
     def tokenize(self, text: str) -> list[str]:
-        """Lower-case words in order of appearance; punctuation separates and is dropped."""
-        return _WORD.findall(_normal(text))
+        """Return the lower-case words in order; punctuation separates words and is dropped."""
+        return _WORD.findall(_normalize(text))
 
     def encode(self, words: Sequence[str]) -> Float[Tensor, "L D"]:
-        """One float32 vector per word, whatever its place; no word gives an empty tensor. ValueError for an empty word.
+        """Return one float32 vector per word of a transcript, independent of its position.
 
-        For transcripts, whose words carry times.
+        Raises ValueError for an empty word.
         """
         if not words:
             return torch.zeros(0, self.width)
-        return torch.stack([self._word(word) for word in words])
+        return torch.stack([self._encode_word(word) for word in words])
 
     def encode_caption(self, caption: str) -> Float[Tensor, "L D"]:
-        """One vector per word of a caption, with its place.
+        """Return one vector per word of a caption, including its position.
 
-        ``_PLACE`` times a direction of the position is added to each word, so that a network without position embedding
-        can tell "red hair, blue wall" from "blue hair, red wall".
+        ``_POSITION_WEIGHT`` times a direction of the position is added to each word, so that a network without position
+        embedding distinguishes "red hair, blue wall" from "blue hair, red wall".
         """
         words = self.encode(self.tokenize(caption))
         if not len(words):
             return words
-        places = torch.stack([_direction(f"place {i}", self.width) for i in range(len(words))])
-        return _unit(words + _PLACE * places)
+        positions = torch.stack([_direction(f"place {i}", self.width) for i in range(len(words))])
+        return _normalize_rows(words + _POSITION_WEIGHT * positions)
 
-    def _word(self, word: str) -> Float[Tensor, " D"]:
-        word = _normal(word).strip()
+    def _encode_word(self, word: str) -> Float[Tensor, " D"]:
+        word = _normalize(word).strip()
         if not word:
             raise ValueError("a transcript or caption has an empty word: remove it")
         if self.version > 1:
-            word = _bare(word)
-        spelling = torch.stack([_direction(f"gram {gram}", self.width) for gram in _grams(word)]).sum(0)
-        return _unit(_WHOLE * _direction(f"word {word}", self.width) + _unit(spelling))
+            word = _strip_punctuation(word)
+        spelling = torch.stack([_direction(f"gram {gram}", self.width) for gram in _ngrams(word)]).sum(0)
+        return _normalize_rows(_WORD_WEIGHT * _direction(f"word {word}", self.width) + _normalize_rows(spelling))
 
 
-def _normal(text: str) -> str:
+def _normalize(text: str) -> str:
     return unicodedata.normalize("NFKC", text).lower()
 
 
-def _bare(word: str) -> str:
-    """Without the punctuation around it, which subtitles have and people who type do not; a lone dash stays."""
+def _strip_punctuation(word: str) -> str:
+    """Remove the punctuation around a word, which subtitles contain; a single dash stays."""
     word = word.replace("\u2019", "'")
-    inside = [i for i, letter in enumerate(word) if letter.isalnum()]
-    return word[inside[0] : inside[-1] + 1] if inside else word
+    letters = [i for i, letter in enumerate(word) if letter.isalnum()]
+    return word[letters[0] : letters[-1] + 1] if letters else word
 
 
-def _grams(word: str) -> Iterator[str]:
-    """Every run of 1 to 4 characters of ``^word$``, the marks alone left out."""
+def _ngrams(word: str) -> Iterator[str]:
+    """Yield all runs of 1 to 4 characters of ``^word$`` except the marks alone."""
     marked = f"^{word}$"
-    for n in range(1, _LONGEST + 1):
+    for n in range(1, _MAX_NGRAM + 1):
         for i in range(len(marked) - n + 1):
             if n > 1 or 0 < i < len(marked) - 1:
                 yield marked[i : i + n]
 
 
 def _direction(name: str, width: int) -> Float[Tensor, " D"]:
-    """Signs, +1 or -1, read from the bits of a hash of ``name``: the same on every machine and version."""
+    """Return signs, +1 or -1, from the bits of a hash of ``name``: equal on every machine and version."""
     raw = b"".join(
         hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=64, salt=part.to_bytes(8, "little")).digest()
         for part in range(-(-width // 512))
@@ -104,6 +102,6 @@ def _direction(name: str, width: int) -> Float[Tensor, " D"]:
     return bits.flatten()[:width].float() * 2 - 1
 
 
-def _unit(rows: Float[Tensor, "*L D"]) -> Float[Tensor, "*L D"]:
-    """Mean square 1."""
+def _normalize_rows(rows: Float[Tensor, "*L D"]) -> Float[Tensor, "*L D"]:
+    """Scale rows to mean square 1."""
     return rows / rows.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)

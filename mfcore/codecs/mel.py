@@ -1,9 +1,9 @@
-"""Embedded audio codec: a truncated cosine transform of log-mel blocks, and phase reconstruction back to sound.
+"""Embedded audio codec: a truncated cosine transform of log-mel blocks, decoded by phase reconstruction.
 
 No weights and no download. Letters: n latents, C kept coefficients (latent channels), g frames of a latent, m mel
 bands, F frequency bins, H hop, b batch.
 
-Latent i describes the samples [i g H, (i + 1) g H): its g frames are centred at (i g + j + 1/2) H.
+Latent i describes the samples [i g H, (i + 1) g H): its g frames are centered at (i g + j + 1/2) H.
 """
 
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ from mfcore.codecs.dct import dct_matrix
 from mfcore.codecs.phase_reconstruction import PhaseDecoder, StftFrames
 from mfcore.timeline import LatentClock, audio_clock
 
-# Power that counts as silence, added before the logarithm and taken off after it. Power is per window energy: a sine
+# Power of silence, added before the logarithm and subtracted after it. Power is relative to the window energy: a sine
 # of amplitude 1 has about 1e2 in its band, white noise of standard deviation s has s**2.
 _SILENCE = 1e-6
 
-# The first channel is _GAIN times (mean log power of the latent - _MIDDLE): from about -3 for silence to 4 for a full
-# roar. The transform is orthonormal up to this gain.
+# The first channel is _GAIN times (mean log power of the latent - _MIDDLE): about -3 for silence, 4 for maximal volume.
+# The transform is orthonormal up to this gain.
 _MIDDLE = -7.0
 _GAIN = 0.4
 
-# Generated latents may lie anywhere; exp() of them must stay finite and playable.
-_LOUDEST = 7.0
+# Upper bound of the log power of generated latents, so that exp() stays finite.
+_MAX_LOG_POWER = 7.0
 
 # The order of the coefficients: cost = (q + _BREADTH) * (1 + _TIME * t), q and t the indices of the cosines over mel
-# bands and over time. Fine detail over bands (the harmonics of a voice) is kept where the sound stands still, only the
-# rough shape where it moves. Fitted by spectral convergence on speech.
+# bands and over time. Stationary sound keeps detail over bands (the harmonics of a voice), changing sound the envelope
+# only. Fitted by spectral convergence on speech.
 _BREADTH = 3.0
 _TIME = 4.0
 
@@ -69,10 +69,10 @@ class MelConfig:
 
 
 class MelCodec(Codec):
-    """Latents ``(n, C)`` float32 of mono sound; the last one is completed with silence.
+    """Latents ``(n, C)`` float32 of mono sound; the last one is padded with silence.
 
-    The level of every frame survives the truncation: the coefficients of its mean carry a correction. Decoding keeps
-    magnitudes, not phases: the sound is heard as the same, its waveform is another one.
+    The truncation preserves the level of every frame by a correction of its mean. Decoding preserves magnitudes, not
+    phases: the result sounds the same, but its waveform differs.
     """
 
     def __init__(self, config: MelConfig | None = None) -> None:
@@ -90,37 +90,39 @@ class MelCodec(Codec):
 
     @property
     def clock(self) -> LatentClock:
+        """Rate and offset of the latents."""
         return audio_clock(self.config.sample_rate, self.config.samples)
 
     def encode(self, signal: Float[Tensor, " samples"]) -> Float[Tensor, "n C"]:
-        """``ceil(samples / (group * hop))`` latents of a waveform. ValueError for a wrong type or no sample."""
+        """Return ``ceil(samples / (group * hop))`` latents. Raises ValueError for a wrong type or no sample."""
         if signal.ndim != 1 or not signal.is_floating_point() or len(signal) == 0:
             raise ValueError(
                 f"sound must be mono float (samples,), not empty; got {signal.dtype} {tuple(signal.shape)}"
             )
         power = self._band_power(signal.float())
         latents = self._project(torch.log(power + _SILENCE) - _MIDDLE)
-        # The mean of logarithms falls as detail is cut: give every frame its energy back.
+        # Truncation lowers the mean of logarithms; restore the energy of every frame.
         lost = torch.log(self._loudness(power) / self._loudness(self._to_power(latents)))
         return latents + self._project(lost[..., None].expand_as(power))
 
     def decode(self, latents: Float[Tensor, "n C"]) -> Float[Tensor, " samples"]:
-        """``n * group * hop`` samples in [-1, 1]; equal to pushing portions."""
+        """Return ``n * group * hop`` samples in [-1, 1], equal to the output of :meth:`decoder`."""
         return self.decode_batch(latents[None])[0]
 
     def decode_batch(self, latents: Float[Tensor, "b n C"]) -> Float[Tensor, "b samples"]:
-        """Several clips of one length at once: much faster than one by one."""
+        """Return the samples of clips of equal length; much faster than one by one."""
         decoder = MelDecoder(self)
         return torch.cat([decoder.push_batch(latents), decoder.flush_batch()], dim=1)
 
     def decoder(self) -> "MelDecoder":
+        """Return a new streaming decoder."""
         return MelDecoder(self)
 
     def magnitudes(self, latents: Float[Tensor, "b C"]) -> Float[Tensor, "b g F"]:
-        """Short-time spectrum magnitudes that latents stand for, the same in whatever batch.
+        """Return the magnitudes of the short-time spectra, independent of the batch size.
 
-        In float64: of a quiet band little is left when the silence is taken off, and float32 products, which some
-        processors round differently for one clip and for several, then differ by a hundredth; so do the phases.
+        Computed in float64: in quiet bands, the difference to silence cancels. float32 products, which some processors
+        round differently for other batch sizes, would then differ by a hundredth, and so would the phases.
         """
         bands = self._to_power(latents.double())
         spread, bank = self._spread.to(bands), self._bank.T.to(bands)
@@ -130,6 +132,7 @@ class MelCodec(Codec):
         return (power * self._energy).sqrt().float()
 
     def phases(self) -> PhaseDecoder:
+        """Return a new phase decoder."""
         return PhaseDecoder(self._frames, self.config.iterations)
 
     def _band_power(self, signal: Float[Tensor, " samples"]) -> Float[Tensor, "n g m"]:
@@ -140,7 +143,7 @@ class MelCodec(Codec):
         return rearrange(power @ self._bank.T.to(power.device), "(n g) m -> n g m", g=self.config.group)
 
     def _loudness(self, power: Float[Tensor, "n g m"]) -> Float[Tensor, "n g"]:
-        """Energy of frames, silence included."""
+        """Return the energy of frames, including silence."""
         return (power + _SILENCE) @ self._width.to(power.device)
 
     def _project(self, log_power: Float[Tensor, "n g m"]) -> Float[Tensor, "n C"]:
@@ -148,45 +151,49 @@ class MelCodec(Codec):
 
     def _to_power(self, latents: Float[Tensor, "n C"]) -> Float[Tensor, "n g m"]:
         log_power = latents @ self._basis.to(latents) / self._gain + _MIDDLE
-        power = log_power.clamp(max=_LOUDEST).exp() - _SILENCE
+        power = log_power.clamp(max=_MAX_LOG_POWER).exp() - _SILENCE
         return rearrange(power.clamp(min=0), "n (g m) -> n g m", g=self.config.group)
 
 
 class MelDecoder:
-    """Sound of latents pushed in any portions, one latent late: the next one helps to find the phases."""
+    """Streaming decoder with a delay of one latent: the phases depend on the next one."""
 
     def __init__(self, codec: MelCodec) -> None:
         self._codec, self._phases = codec, codec.phases()
 
     def push(self, latents: Float[Tensor, "n C"]) -> Float[Tensor, " samples"]:
+        """Return the samples that are final."""
         return self.push_batch(latents[None])[0]
 
     def flush(self) -> Float[Tensor, " samples"]:
+        """Return the rest of the samples."""
         return self.flush_batch()[0]
 
     def push_batch(self, latents: Float[Tensor, "b n C"]) -> Float[Tensor, "b samples"]:
-        # One latent at a time whatever the portion: the same operations on the same shapes give the same bits.
+        """Return the samples of several clips that are final."""
+        # One latent at a time: equal operations on equal shapes give bit-equal results for any split.
         sound = [self._phases.push(self._codec.magnitudes(latents[:, i])) for i in range(latents.shape[1])]
         return torch.cat([latents.new_zeros(len(latents), 0), *sound], dim=1).clamp(-1, 1)
 
     def flush_batch(self) -> Float[Tensor, "b samples"]:
+        """Return the rest of the samples of several clips."""
         return self._phases.flush().clamp(-1, 1)
 
 
 def mel_filterbank(sample_rate: int, window: int, mels: int) -> Float64[np.ndarray, "m F"]:
-    """Triangles of height 1, evenly spaced on the HTK mel scale, 2595 log10(1 + f / 700), from 0 to sample_rate / 2."""
+    """Return triangles of height 1, evenly spaced on the HTK mel scale, 2595 log10(1 + f / 700), up to Nyquist."""
     top = 2595 * np.log10(1 + sample_rate / 2 / 700)
     corners = 700 * (10 ** (np.linspace(0, top, mels + 2) / 2595) - 1)
     low, peak, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     bins = np.linspace(0, sample_rate / 2, window // 2 + 1)
     bank = np.maximum(0, np.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)))
     if (bank.sum(1) == 0).any():
-        raise ValueError(f"{mels} mel bands are too many for a window of {window} samples: lower mels or raise window")
+        raise ValueError(f"{mels} mel bands are too many for a window of {window} samples. Lower mels or raise window")
     return bank
 
 
 def _basis(config: MelConfig) -> Float[Tensor, "C gm"]:
-    """Rows: the cosines over (time, band) that are kept, orthonormal, cheapest first."""
+    """Return the kept orthonormal cosines over (time, band) as rows, by increasing cost."""
     t, q = np.indices((config.group, config.mels)).reshape(2, -1)
     kept = np.argsort((q + _BREADTH) * (1 + _TIME * t), kind="stable")[: config.channels]
     rows = np.einsum("ct,cm->ctm", dct_matrix(config.group)[t[kept]], dct_matrix(config.mels)[q[kept]])

@@ -1,11 +1,11 @@
 """Sound from spectrogram magnitudes, block by block: real-time iterative inversion with look-ahead.
 
 After Zhu, Beauregard and Wyse, "Real-time signal estimation from modified short-time Fourier transform magnitude
-spectra" (IEEE TASLP 2007), with blocks of frames in place of single ones and the momentum of Perraudin, Balazs and
-Sondergaard, "A fast Griffin-Lim algorithm" (WASPAA 2013). What is committed never changes, so the sound cannot depend
-on the portions in which the magnitudes arrive. Nothing in it is random.
+spectra" (IEEE TASLP 2007), with blocks of frames instead of single frames, and the momentum of Perraudin, Balazs and
+Sondergaard, "A fast Griffin-Lim algorithm" (WASPAA 2013). Committed samples never change, so the result does not depend
+on how the magnitudes are split. The algorithm is deterministic.
 
-Letters: b batch, k frames at work, F frequency bins, N window length, H hop, M = (N - H) / 2.
+Letters: b batch, k frames, F frequency bins, N window length, H hop, M = (N - H) / 2.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from torch.nn.functional import pad
 
 _MOMENTUM = 0.99
 _NO_PHASE = 1e-12  # a spectrum value below this has no phase
-_RISE = 0.5  # a pulse changes the log magnitude by more than this over two hops,
-_ONSET = 0.6  # and the sound before it explains less than this share of the magnitude
-_WIDTH = 0.03  # variance of the Gaussian that stands for a Hann window of length 1; the value that places clicks best
-_THIN = 0.1  # at the outer ends of a clip a single taper falls to 0; its square is not divided by below this
+_PULSE_RISE = 0.5  # minimal change of the log magnitude over two hops at a pulse
+_ONSET = 0.6  # maximal share of the magnitude at a pulse that earlier sound explains
+_GAUSSIAN_VARIANCE = 0.03  # of the Gaussian that approximates a Hann window of length 1; best for clicks
+_MIN_WEIGHT = 0.1  # lower bound of the weight at the ends of a clip, where the taper falls to 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,15 @@ class StftFrames:
         return self.window - self.hop
 
     def taper(self, device: torch.device) -> Float[Tensor, " N"]:
+        """Return the Hann window."""
         return _hann(self.window, device)
 
     def analyze(self, signal: Float[Tensor, "b samples"]) -> Complex[Tensor, "b k F"]:
-        """Spectra of the windows that fit into ``signal``; the first one begins at its first sample."""
+        """Return the spectra of the windows that fit into ``signal``, from its first sample on."""
         return torch.fft.rfft(signal.unfold(-1, self.window, self.hop) * self.taper(signal.device))
 
     def overlap_add(self, windows: Float[Tensor, "b k N"]) -> Float[Tensor, "b samples"]:
-        """Sum of windows laid H apart; (k - 1) H + N samples."""
+        """Return the sum of windows at distance H; (k - 1) H + N samples."""
         k = windows.shape[1]
         total = windows.new_zeros(len(windows), k * self.hop + self.overlap)
         for j, piece in enumerate(rearrange(windows, "b k (j h) -> j b (k h)", h=self.hop)):
@@ -58,11 +59,11 @@ class StftFrames:
         return total
 
     def synthesize(self, spectra: Complex[Tensor, "b k F"]) -> Float[Tensor, "b samples"]:
-        """Overlapped tapered windows, still to be divided by :meth:`weight`."""
+        """Return the overlap-add of tapered windows, not divided by :meth:`weight`."""
         return self.overlap_add(torch.fft.irfft(spectra, n=self.window) * self.taper(spectra.device))
 
     def weight(self, k: int, device: torch.device) -> Float[Tensor, " samples"]:
-        """Sum of the squared tapers of k windows."""
+        """Return the sum of the squared tapers of k windows."""
         return self.overlap_add(self.taper(device).square().expand(1, k, -1))[0]
 
 
@@ -72,28 +73,28 @@ def _hann(window: int, device: torch.device) -> Float[Tensor, " N"]:
 
 
 class PhaseDecoder:
-    """Blocks of magnitudes in, sound out, one block late.
+    """Streaming decoder from blocks of magnitudes to sound, with a delay of one block.
 
-    The signal before and after the clip is taken as unknown, not as silence: at the ends only the windows that exist
-    share the weight, so the level holds to the first and last sample.
+    The signal before and after the clip counts as unknown, not as silence: at the ends, only existing windows have a
+    weight, so the level is correct up to the first and last sample.
     """
 
     def __init__(self, frames: StftFrames, iterations: int) -> None:
         self._frames, self._iterations = frames, iterations
-        self._waiting: Float[Tensor, "b block F"] | None = None  # magnitudes of the block to be committed next
-        self._foreseen: Complex[Tensor, "b k F"] | None = None  # its spectra as the look-ahead left them
-        self._tail: Float[Tensor, "b 2M"] | None = None  # committed windows that reach into it, and their weight
+        self._waiting: Float[Tensor, "b block F"] | None = None  # magnitudes of the next block to commit
+        self._lookahead: Complex[Tensor, "b k F"] | None = None  # its spectra from the previous iteration
+        self._tail: Float[Tensor, "b 2M"] | None = None  # committed windows that overlap it, and their weight
         self._tail_weight: Float[Tensor, " 2M"] | None = None
 
     def push(self, magnitudes: Float[Tensor, "b block F"]) -> Float[Tensor, "b samples"]:
-        """Samples that have become final. Blocks must be of one size and at least N - H samples long."""
+        """Return the samples that are final. Blocks have one size of at least N - H samples."""
         waiting, self._waiting = self._waiting, magnitudes
         if waiting is None:
             return magnitudes.new_zeros(len(magnitudes), 0)
         return self._commit(torch.cat([waiting, magnitudes], dim=1), block=waiting.shape[1])
 
     def flush(self) -> Float[Tensor, "b samples"]:
-        """The last block, and the M samples that its windows reach beyond it."""
+        """Return the last block, and the M samples of its windows beyond it."""
         if self._waiting is None:
             return torch.zeros(1, 0)
         sound = self._commit(self._waiting, block=self._waiting.shape[1])
@@ -104,43 +105,43 @@ class PhaseDecoder:
         return torch.cat([sound, rest], dim=1)
 
     def _commit(self, magnitudes: Float[Tensor, "b k F"], block: int) -> Float[Tensor, "b samples"]:
-        """Fix the first ``block`` frames for good; the others only help to find their phases."""
-        frames, begins = self._frames, self._tail is None
+        """Commit the first ``block`` frames; the other frames only improve their phases."""
+        frames, is_first = self._frames, self._tail is None
         spectra = self._iterate(magnitudes)
         sound = self._with_tail(frames.synthesize(spectra[:, :block]))
         weight = self._with_tail_weight(frames.weight(block, magnitudes.device))
         step = block * frames.hop
-        self._foreseen = spectra[:, block:]
+        self._lookahead = spectra[:, block:]
         self._tail, self._tail_weight = sound[:, step:], weight[step:]
-        return _divide(sound, weight)[:, frames.overlap // 2 if begins else 0 : step]
+        return _divide(sound, weight)[:, frames.overlap // 2 if is_first else 0 : step]
 
     def _iterate(self, magnitudes: Float[Tensor, "b k F"]) -> Complex[Tensor, "b k F"]:
-        """Spectra of the given magnitudes whose phases agree best with the committed sound and with each other."""
+        """Return spectra of the given magnitudes with phases consistent with the committed sound."""
         weight = self._with_tail_weight(self._frames.weight(magnitudes.shape[1], magnitudes.device))
 
         def project(spectra: Tensor) -> Tensor:
-            """Spectra of the signal whose windows come nearest to ``spectra``, in least squares."""
+            """Return the spectra of the least-squares signal of ``spectra``."""
             return self._frames.analyze(_divide(self._with_tail(self._frames.synthesize(spectra)), weight))
 
         spectra = self._start(magnitudes, project)
-        before = None
+        previous = None
         for _ in range(self._iterations):
-            now = project(spectra)
-            ahead = now if before is None else now + _MOMENTUM * (now - before)
-            spectra, before = _with_phase_of(ahead, magnitudes), now
+            current = project(spectra)
+            moved = current if previous is None else current + _MOMENTUM * (current - previous)
+            spectra, previous = _with_phase_of(moved, magnitudes), current
         return spectra
 
     def _start(
         self, magnitudes: Float[Tensor, "b k F"], project: Callable[[Tensor], Tensor]
     ) -> Complex[Tensor, "b k F"]:
-        """Frames seen before: as the look-ahead left them. New ones: go on with what overlaps them, or begin anew."""
-        seen = magnitudes[:, :0] + 0j if self._foreseen is None else self._foreseen
-        fresh = magnitudes.shape[1] - seen.shape[1]
-        if fresh == 0:
-            return seen
-        goes_on = project(pad(seen, (0, 0, 0, fresh)))
-        start = _begin(goes_on, magnitudes, self._frames)
-        return torch.cat([seen, _with_phase_of(start, magnitudes)[:, -fresh:]], dim=1)
+        """Return initial spectra: known frames from the look-ahead, new ones from overlapping sound or as a start."""
+        known = magnitudes[:, :0] + 0j if self._lookahead is None else self._lookahead
+        new = magnitudes.shape[1] - known.shape[1]
+        if new == 0:
+            return known
+        continued = project(pad(known, (0, 0, 0, new)))
+        start = _initial_spectra(continued, magnitudes, self._frames)
+        return torch.cat([known, _with_phase_of(start, magnitudes)[:, -new:]], dim=1)
 
     def _with_tail(self, sound: Float[Tensor, "b samples"]) -> Float[Tensor, "b samples"]:
         if self._tail is not None:
@@ -153,39 +154,39 @@ class PhaseDecoder:
         return weight
 
 
-def _begin(
-    goes_on: Complex[Tensor, "b k F"], magnitudes: Float[Tensor, "b k F"], frames: StftFrames
+def _initial_spectra(
+    continued: Complex[Tensor, "b k F"], magnitudes: Float[Tensor, "b k F"], frames: StftFrames
 ) -> Complex[Tensor, "b k F"]:
-    """``goes_on`` where it explains the magnitudes; the phases of a pulse where they rise; noise where neither holds.
+    """Return ``continued`` where it explains the magnitudes, pulse phases where they rise, else noise phases.
 
-    Under a Gaussian window of variance s2 a pulse at distance d from the middle has d = s2 * d log|X| / dt at every
-    frequency, and the phase is minus the integral of the delay over frequency (Prusa, Balazs, Sondergaard 2017). Pulses
+    Under a Gaussian window of variance s2, a pulse at distance d from the middle has d = s2 * d log|X| / dt at every
+    frequency. Its phase is minus the integral of the delay over frequency (Prusa, Balazs, Sondergaard 2017). Pulses
     everywhere would turn a hiss into a buzz.
     """
     log = torch.log(magnitudes.clamp(min=1e-6))
     rise = torch.cat([log[:, 1:], log[:, -1:]], dim=1) - torch.cat([log[:, :1], log[:, :-1]], dim=1)
     middle = frames.window / 2
-    delay = middle + (_WIDTH * frames.window**2 * rise / (2 * frames.hop)).clamp(-middle, middle)
+    delay = middle + (_GAUSSIAN_VARIANCE * frames.window**2 * rise / (2 * frames.hop)).clamp(-middle, middle)
     pulse = torch.polar(magnitudes, -2 * torch.pi / frames.window * (delay.cumsum(-1) - delay))
-    size = _size(goes_on)
-    start = torch.where(size > _NO_PHASE, goes_on, _noise(magnitudes))
-    return torch.where((rise.abs() > _RISE) & (size < _ONSET * magnitudes), pulse, start)
+    size = _magnitude(continued)
+    start = torch.where(size > _NO_PHASE, continued, _noise(magnitudes))
+    return torch.where((rise.abs() > _PULSE_RISE) & (size < _ONSET * magnitudes), pulse, start)
 
 
 def _noise(like: Float[Tensor, "b k F"]) -> Complex[Tensor, "k F"]:
-    """Phases of a hiss, always the same ones."""
+    """Return fixed random phases."""
     turns = torch.rand(like.shape[1:], generator=torch.Generator().manual_seed(0))
     return torch.polar(torch.ones_like(turns), 2 * torch.pi * turns).to(like.device)
 
 
 def _divide(sound: Float[Tensor, "b samples"], weight: Float[Tensor, " samples"]) -> Float[Tensor, "b samples"]:
-    return sound / weight.clamp(min=_THIN)
+    return sound / weight.clamp(min=_MIN_WEIGHT)
 
 
 def _with_phase_of(spectra: Complex[Tensor, "b k F"], magnitudes: Float[Tensor, "b k F"]) -> Complex[Tensor, "b k F"]:
-    return spectra * (magnitudes / _size(spectra).clamp(min=_NO_PHASE))
+    return spectra * (magnitudes / _magnitude(spectra).clamp(min=_NO_PHASE))
 
 
-def _size(spectra: Complex[Tensor, "b k F"]) -> Float[Tensor, "b k F"]:
-    """Absolute values; torch's own guard against overflow at five times the time."""
+def _magnitude(spectra: Complex[Tensor, "b k F"]) -> Float[Tensor, "b k F"]:
+    """Return absolute values; ``abs`` guards against overflow and takes five times as long."""
     return torch.sqrt(spectra.real.square() + spectra.imag.square())

@@ -1,8 +1,8 @@
-"""What the pretrained codecs share: where their weights are, which ones they are, and in what they compute.
+"""Weights of pretrained codecs: location, digest, device and precision.
 
-Ids that travel with datasets and checkpoints hold a digest of the weights, not a path. A codec built from an id finds
-its weights in the folder that the dataset or checkpoint remembers, or in those that ``MFCTL_CODECS`` lists; it looks
-for them when it first encodes or decodes, so that training on latents needs no weights at all. Nothing is downloaded.
+Ids stored with datasets and checkpoints contain a digest of the weights, not a path. A codec from an id looks for its
+weights in the folder stored in the dataset or checkpoint and in the folders of ``MFCTL_CODECS``. It looks for them at
+the first encoding or decoding, so training on latents needs no weights. Nothing is downloaded.
 """
 
 import hashlib
@@ -15,51 +15,51 @@ from typing import Any, cast
 import torch
 
 CODECS_ENV = "MFCTL_CODECS"
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16  # read of every file of weights: gigabytes need not be hashed to tell two apart
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16  # parts of a weights file that are hashed, instead of gigabytes
 
 
 def model_folder(folder: str, inside: str, kinds: Sequence[str], what: str) -> Path:
-    """``folder``, or its subfolder ``inside``, whichever holds a ``config.json`` of one of these classes or types.
+    """Return ``folder`` or its subfolder ``inside``, the first with a ``config.json`` of one of ``kinds``.
 
-    ValueError when neither does.
+    Raises ValueError if both have none.
     """
-    for place in (Path(folder), Path(folder, inside)):
-        if (config := place / "config.json").is_file() and model_kind(read_config(config)) in kinds:
-            return place
+    for path in (Path(folder), Path(folder, inside)):
+        if (config := path / "config.json").is_file() and model_kind(read_config(config)) in kinds:
+            return path
     raise ValueError(
-        f"{folder} holds no {what}: name the folder with its config.json and safetensors, or the one above {inside}/"
+        f"{folder} contains no {what}: name the folder with config.json and safetensors, or its parent with {inside}/"
     )
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A model's ``config.json``. ValueError when it is not JSON."""
+    """Return the ``config.json`` of a model. Raises ValueError if it is not JSON."""
     try:
         return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def model_kind(config: dict[str, Any]) -> str:
-    """The diffusers class or the transformers type that a ``config.json`` is for."""
+    """Return the diffusers class or the transformers type of a ``config.json``."""
     return str(config.get("_class_name") or config.get("model_type"))
 
 
 def weights_digest(folder: Path, more: Sequence[Path] = ()) -> str:
-    """12 hexadecimal digits that change with the configuration, the tensors of ``folder`` or the files ``more``.
+    """Return 12 hexadecimal digits of the configuration, the tensors of ``folder`` and the files ``more``.
 
-    Of large files only the ends and some parts between are read. ValueError when there are no safetensors.
+    Only samples of large files are read. Raises ValueError without safetensors.
     """
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise ValueError(f"{folder} holds no .safetensors: pickled weights are not read, convert them first")
+        raise ValueError(f"{folder} contains no .safetensors: convert pickled weights to safetensors")
     config = {k: v for k, v in read_config(folder / "config.json").items() if not k.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in [*weights, *sorted(more)]:
-        digest.update(_sampled(path))
+        digest.update(_hash_samples(path))
     return digest.hexdigest()[:12]
 
 
-def _sampled(path: Path) -> bytes:
+def _hash_samples(path: Path) -> bytes:
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -70,30 +70,32 @@ def _sampled(path: Path) -> bytes:
 
 
 def locate_weights(weights: str, hint: str, digest_of: Callable[[str], str], codec_id: str) -> str:
-    """The folder whose weights have this digest: ``hint``, a folder of ``MFCTL_CODECS``, or one directly inside those.
+    """Return the folder whose weights have this digest: ``hint``, a folder of ``MFCTL_CODECS`` or a child of one.
 
-    ValueError says how to name it.
+    Raises ValueError if no folder has it.
     """
     listed = [Path(name) for name in os.environ.get(CODECS_ENV, "").split(os.pathsep) if name]
-    inside = [child for place in listed if place.is_dir() for child in sorted(place.iterdir()) if child.is_dir()]
-    for place in [*([Path(hint)] if hint else []), *listed, *inside]:
+    candidates = [Path(hint), *listed] if hint else list(listed)
+    for path in filter(Path.is_dir, listed):
+        candidates += [child for child in sorted(path.iterdir()) if child.is_dir()]
+    for path in candidates:
         try:
-            if digest_of(str(place)) == weights:
-                return str(place)
+            if digest_of(str(path)) == weights:
+                return str(path)
         except (OSError, ValueError):
-            continue  # another model's folder
-    remembered = f"{hint} (where it was made) does not hold them" if hint else "no folder is known"
+            continue  # folder of another model
+    reason = f"{hint} does not contain them" if hint else "no folder is known"
     raise ValueError(
-        f"the weights of codec {codec_id} are needed and {remembered}: set {CODECS_ENV} to the folder that does "
-        f"(several are separated by {os.pathsep!r})"
+        f"cannot find the weights of codec {codec_id}: {reason}. Set {CODECS_ENV} to their folder "
+        f"(separate several by {os.pathsep!r})"
     )
 
 
 def compute_device(device: torch.device | str | None) -> torch.device:
-    """``device``, or by default the GPU if there is one."""
+    """Return ``device``, by default the GPU if available."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU, float32 elsewhere."""
+    """Return bfloat16 for a GPU, else float32."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,4 +1,4 @@
-"""Per-channel whitening of latents. Statistics belong to the codec or are frozen by the first stage that trains it."""
+"""Per-channel whitening of latents, with statistics of the codec or of the first stage that trains on it."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class LatentStats:
-    """Mean and standard deviation per channel; the head (first-frame latent) may have its own.
+    """Mean and standard deviation per channel, separate for the head (first-frame latent).
 
-    Published statistics of a codec that treats all latents alike (Wan) put the same numbers in both.
+    Published statistics of a codec with uniform latents (Wan) have equal values in both.
     """
 
     mean: tuple[float, ...]
@@ -24,16 +24,16 @@ class LatentStats:
         if len(self.mean) != len(self.std) or len(self.head_mean) != len(self.head_std):
             raise ValueError("latent statistics need as many means as standard deviations")
         if any(s <= 0 for s in self.std + self.head_std):
-            raise ValueError("latent statistics hold a standard deviation <= 0: recompute them from more clips")
+            raise ValueError("latent statistics contain a standard deviation <= 0: recompute them from more clips")
 
     def soften(self, power: float) -> "LatentStats":
-        """The same with spreads raised to ``power``, scaled so that whitened latents keep a mean square of 1.
+        """Return the statistics with std raised to ``power``, scaled so whitened latents have mean square 1.
 
-        1: every channel has spread 1. Towards 0: channels keep the proportions in which they make up the signal, so
-        noise and loss weigh them as the eye does, and what is large is settled at higher noise levels than detail.
+        At 1 every channel has spread 1. Towards 0 channels keep their share of the signal, so noise and loss weight
+        large structure more than detail. Raises ValueError for a power outside [0, 1].
         """
         if not 0 <= power <= 1:
-            raise ValueError(f"the power of whitening must be between 0 (none) and 1 (full), got {power}")
+            raise ValueError(f"whitening power {power}: use a value from 0 (none) to 1 (full)")
         if power == 1:
             return self
         size = math.sqrt(sum(s ** (2 - 2 * power) for s in self.std) / len(self.std))
@@ -44,12 +44,12 @@ class LatentStats:
         )
 
     def whiten(self, latents: Float[Tensor, "..."], *, head: bool = False, space: int = 0) -> Tensor:
-        """(latents - mean) / std along the channel axis, which is followed by ``space`` spatial axes."""
+        """Return (latents - mean) / std along the channel axis, which precedes ``space`` spatial axes."""
         mean, std = self._tensors(latents, head, space)
         return (latents - mean) / std
 
     def restore(self, latents: Float[Tensor, "..."], *, head: bool = False, space: int = 0) -> Tensor:
-        """Inverse of ``whiten``."""
+        """Invert :meth:`whiten`."""
         mean, std = self._tensors(latents, head, space)
         return latents * std + mean
 

@@ -25,38 +25,40 @@ from mfcore.codecs.pretrained import (
 )
 
 _KINDS = ("umt5", "t5")
-_LONGEST = 512  # tokens of a caption, as Wan takes; the rest is cut off
-_WORDS = 64  # of a transcript, encoded at a time
+_MAX_TOKENS = 512  # per caption, as in Wan; longer captions are truncated
+_BATCH_WORDS = 64  # words of a transcript per forward pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """Which weights. :func:`read_t5` fills it from a folder."""
+    """Weights and width; see :func:`t5_config_from_folder`."""
 
     width: int
     weights: str  # digest of configuration, tensors and tokenizer
-    folder: str = ""  # where the weights were last seen; changes nothing
+    folder: str = ""  # last known folder of the weights; does not change the vectors
 
 
 def t5_config_from_folder(folder: str) -> T5Config:
-    """The configuration of the encoder in ``folder``: model and tokenizer together, or in ``text_encoder/`` and
-    ``tokenizer/``. ValueError when there is none."""
-    place = model_folder(folder, "text_encoder", _KINDS, "UMT5 or T5 encoder")
+    """Return the configuration of the encoder in ``folder``. Raises ValueError without one.
+
+    Model and tokenizer are in ``folder``, or in ``text_encoder/`` and ``tokenizer/``.
+    """
+    path = model_folder(folder, "text_encoder", _KINDS, "UMT5 or T5 encoder")
     files = [p for p in _tokenizer_folder(folder).iterdir() if p.suffix in (".json", ".model") and p.is_file()]
-    width = int(read_config(place / "config.json")["d_model"])
-    return T5Config(width=width, weights=weights_digest(place, [p for p in files if "token" in p.name]), folder=folder)
+    width = int(read_config(path / "config.json")["d_model"])
+    return T5Config(width=width, weights=weights_digest(path, [p for p in files if "token" in p.name]), folder=folder)
 
 
 def _tokenizer_folder(folder: str) -> Path:
-    inside = Path(folder, "tokenizer")
-    return inside if inside.is_dir() else Path(folder)
+    subfolder = Path(folder, "tokenizer")
+    return subfolder if subfolder.is_dir() else Path(folder)
 
 
 class T5TextEncoder(TextCodec):
-    """A :class:`mfcore.codecs.base.TextCodec` of pretrained vectors, as the encoder gives them (not normalised).
+    """Text encoder with pretrained vectors, not normalized.
 
-    A caption is one vector per token, in context. A word of a transcript is encoded by itself, the mean over its
-    subwords: it has one vector wherever it stands, so words may be added while a model streams.
+    A caption has one vector per token, in context. A word of a transcript is encoded alone, as the mean over its
+    subwords, so words may be added while a model streams.
     """
 
     def __init__(self, config: T5Config, device: torch.device | str | None = None) -> None:
@@ -73,55 +75,59 @@ class T5TextEncoder(TextCodec):
 
     @cached_property
     def tokenizer(self) -> Any:
+        """Tokenizer of transformers."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(str(_tokenizer_folder(self._folder)), local_files_only=True)
 
     @cached_property
     def model(self) -> Any:
+        """Encoder of transformers on the device. Raises ValueError if it is not found."""
         from transformers import T5EncoderModel, UMT5EncoderModel
         from transformers.utils import logging
 
         logging.disable_progress_bar()
 
-        place = model_folder(self._folder, "text_encoder", _KINDS, "UMT5 or T5 encoder")
-        kind: Any = UMT5EncoderModel if model_kind(read_config(place / "config.json")) == "umt5" else T5EncoderModel
+        path = model_folder(self._folder, "text_encoder", _KINDS, "UMT5 or T5 encoder")
+        kind: Any = UMT5EncoderModel if model_kind(read_config(path / "config.json")) == "umt5" else T5EncoderModel
         model: Any = kind.from_pretrained(
-            str(place), dtype=compute_dtype(self.device), local_files_only=True, use_safetensors=True
+            str(path), dtype=compute_dtype(self.device), local_files_only=True, use_safetensors=True
         )
         return model.to(self.device).eval().requires_grad_(False)
 
     def load(self) -> None:
-        """Read the weights. ValueError when they are not found."""
+        """Load the weights. Raises ValueError if they are not found."""
         assert self.tokenizer
         assert self.model
 
     def tokenize(self, text: str) -> list[str]:
-        """The subwords of a text."""
+        """Return the subwords of a text."""
         return list(self.tokenizer.tokenize(text))
 
     def encode(self, words: Sequence[str]) -> Float[Tensor, "L D"]:
-        """One float32 vector per word, whatever its place; no word gives an empty tensor. ValueError for an empty word.
+        """Return one float32 vector per word of a transcript, independent of its position.
 
-        For transcripts, whose words carry times.
+        Raises ValueError for an empty word.
         """
         if any(not word.strip() for word in words):
             raise ValueError("a transcript or caption has an empty word: remove it")
-        different = list(dict.fromkeys(words))
-        parts = [different[i : i + _WORDS] for i in range(0, len(different), _WORDS)]
-        vectors = [vector for part in parts for vector in self._means(part)]
-        known = dict(zip(different, vectors, strict=True))
-        return torch.stack([known[word] for word in words]) if words else torch.zeros(0, self.width)
+        unique = list(dict.fromkeys(words))
+        parts = [unique[i : i + _BATCH_WORDS] for i in range(0, len(unique), _BATCH_WORDS)]
+        vectors: list[Tensor] = []
+        for part in parts:
+            vectors.extend(self._means(part))
+        vector_of = dict(zip(unique, vectors, strict=True))
+        return torch.stack([vector_of[word] for word in words]) if words else torch.zeros(0, self.width)
 
     def encode_caption(self, caption: str) -> Float[Tensor, "L D"]:
-        """One float32 vector per token of a caption, the end mark included; none of an empty caption."""
+        """Return one float32 vector per token of a caption, including the end token; none for an empty caption."""
         if not caption.strip():
             return torch.zeros(0, self.width)
-        batch = self.tokenizer([caption], truncation=True, max_length=_LONGEST, return_tensors="pt")
+        batch = self.tokenizer([caption], truncation=True, max_length=_MAX_TOKENS, return_tensors="pt")
         return self._states(batch)[0].cpu()
 
     def _means(self, words: Sequence[str]) -> Float[Tensor, "L D"]:
-        """Mean over the subwords of each word, its end mark left out."""
+        """Return the mean over the subwords of each word, without the end token."""
         batch = self.tokenizer(list(words), padding=True, return_tensors="pt")
         states = self._states(batch)
         kept = batch["attention_mask"].bool() & (batch["input_ids"] != self.tokenizer.eos_token_id)

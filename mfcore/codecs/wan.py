@@ -1,10 +1,11 @@
-"""Wan's causal video autoencoder through diffusers, from a local folder: 2.1 (16 channels, 8 x 8 x 4) and 2.2 (48
-channels, 16 x 16 x 4).
+"""Causal video autoencoder of Wan through diffusers, from a local folder.
+
+Wan 2.1 has 16 channels and blocks of 8 x 8 x 4, Wan 2.2 has 48 channels and blocks of 16 x 16 x 4.
 
 Letters: b batch, f frames, n latents, C latent channels, h w latent height and width, p block edge in pixels.
 
-The first frame stands alone, each further latent describes four frames and sees all before it through a cache of
-features. So decoding latent by latent with that cache is decoding the whole, to the bit.
+The first latent is the first frame, each later latent describes four frames. All earlier latents are visible through a
+feature cache, so decoding latent by latent with that cache is bit-equal to decoding the whole.
 """
 
 from dataclasses import dataclass
@@ -31,19 +32,19 @@ from mfcore.codecs.stats import LatentStats
 from mfcore.timeline import LatentClock, video_clock
 
 _CLASS = "AutoencoderKLWan"
-_GROUP = 4  # frames per latent after the first: fixed in diffusers' encoder
+_GROUP = 4  # frames per latent after the first, fixed in diffusers
 
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
-    """Which weights, and what their latents look like. :func:`read_wan` fills it from a folder."""
+    """Weights and latent format; see :func:`wan_config_from_folder`."""
 
     channels: int
     block: int  # block edge, pixels
     weights: str  # digest of configuration and tensors
     group: int = _GROUP
     fps: Fraction = Fraction(24)  # frames per second; does not change the latents, only their clock
-    folder: str = ""  # where the weights were last seen; changes nothing
+    folder: str = ""  # last known folder of the weights; does not change the latents
 
     def __post_init__(self) -> None:
         if self.fps <= 0 or self.group != _GROUP or min(self.channels, self.block) < 1:
@@ -51,25 +52,25 @@ class WanConfig:
 
 
 def wan_config_from_folder(folder: str, fps: Fraction = Fraction(24)) -> WanConfig:
-    """The configuration of the autoencoder in ``folder`` (or its ``vae/``). ValueError when there is none."""
-    place = model_folder(folder, "vae", (_CLASS,), "Wan autoencoder (diffusers AutoencoderKLWan)")
-    facts = read_config(place / "config.json")
-    temporal = 2 ** sum(facts.get("temperal_downsample", (False, True, True)))
+    """Return the configuration of the autoencoder in ``folder`` or its ``vae/``. Raises ValueError without one."""
+    path = model_folder(folder, "vae", (_CLASS,), "Wan autoencoder (diffusers AutoencoderKLWan)")
+    model_config = read_config(path / "config.json")
+    temporal = 2 ** sum(model_config.get("temperal_downsample", (False, True, True)))
     if temporal != _GROUP:
-        raise ValueError(f"{place} has {temporal} frames per latent: Wan's autoencoders have {_GROUP}")
+        raise ValueError(f"{path} has {temporal} frames per latent: use a Wan autoencoder with {_GROUP}")
     return WanConfig(
-        channels=int(facts.get("z_dim", 16)),
-        block=2 ** (len(facts.get("dim_mult", (1, 2, 4, 4))) - 1) * int(facts.get("patch_size") or 1),
-        weights=weights_digest(place),
+        channels=int(model_config.get("z_dim", 16)),
+        block=2 ** (len(model_config.get("dim_mult", (1, 2, 4, 4))) - 1) * int(model_config.get("patch_size") or 1),
+        weights=weights_digest(path),
         fps=fps,
         folder=folder,
     )
 
 
 class WanCodec(Codec):
-    """Latents ``(1 + n, C, H / block, W / block)`` float32 of ``1 + 4 n`` frames: the mean of the posterior, raw.
+    """Latents ``(1 + n, C, H / block, W / block)`` float32 of ``1 + 4 n`` frames: the posterior mean, not whitened.
 
-    Frames after the first that do not fill a group of four are dropped. The weights load at first use.
+    Frames after the first that do not fill a group of four are dropped. The weights are loaded at first use.
     """
 
     def __init__(self, config: WanConfig, device: torch.device | str | None = None) -> None:
@@ -80,13 +81,14 @@ class WanCodec(Codec):
 
     @property
     def clock(self) -> LatentClock:
+        """Rate and offset of the latents."""
         return video_clock(Fraction(self.config.fps), self.config.group)
 
     @property
     def published_stats(self) -> LatentStats:
-        """Mean and standard deviation per channel, from the model's own configuration."""
-        facts = read_config(self._folder / "config.json")
-        mean, std = tuple(map(float, facts["latents_mean"])), tuple(map(float, facts["latents_std"]))
+        """Mean and standard deviation per channel, from the configuration of the model."""
+        config = read_config(self._folder / "config.json")
+        mean, std = tuple(map(float, config["latents_mean"])), tuple(map(float, config["latents_std"]))
         return LatentStats(mean=mean, std=std, head_mean=mean, head_std=std)
 
     @cached_property
@@ -98,7 +100,7 @@ class WanCodec(Codec):
 
     @cached_property
     def model(self) -> Any:
-        """diffusers' AutoencoderKLWan on the codec's device, bfloat16 on a GPU. ValueError when it is not found."""
+        """AutoencoderKLWan of diffusers on the device, bfloat16 on a GPU. Raises ValueError if it is not found."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
         model: Any = AutoencoderKLWan.from_pretrained(
@@ -111,28 +113,29 @@ class WanCodec(Codec):
         return model.to(self.device).eval().requires_grad_(False)
 
     def load(self) -> None:
-        """Read the weights. ValueError when they are not found."""
+        """Load the weights. Raises ValueError if they are not found."""
         assert self.model
 
     def encode(self, signal: UInt8[Tensor, "f H W 3"]) -> Float[Tensor, "n C h w"]:
-        """Latents of RGB frames. ValueError for a wrong type, no frame, or an edge that the block does not divide."""
+        """Return the latents of RGB frames. Raises ValueError for a wrong type, no frame, or a wrong frame size."""
         return self.encode_batch(signal[None])[0]
 
     def encode_batch(self, signals: UInt8[Tensor, "b f H W 3"]) -> Float[Tensor, "b n C h w"]:
-        """The same of clips of one length."""
+        """Return the latents of clips of equal length."""
         self._check(signals)
         frames = 1 + (signals.shape[1] - 1) // _GROUP * _GROUP
         pixels = rearrange(signals[:, :frames].to(self.device), "b f h w r -> b r f h w")
         with torch.inference_mode():
-            found = self.model.encode(pixels.to(self.model.dtype) / 127.5 - 1, return_dict=False)[0]
-            latents: Tensor = found.mode()
+            posterior = self.model.encode(pixels.to(self.model.dtype) / 127.5 - 1, return_dict=False)[0]
+            latents: Tensor = posterior.mode()
         return rearrange(latents.float().cpu(), "b c n h w -> b n c h w").clone()
 
     def decode(self, latents: Float[Tensor, "n C h w"]) -> UInt8[Tensor, "f H W 3"]:
-        """RGB frames of the first-frame latent and any number of later ones."""
+        """Return the RGB frames of the first-frame latent and any number of later ones."""
         return self.decoder().push(latents)
 
     def decoder(self) -> "WanDecoder":
+        """Return a new streaming decoder."""
         return WanDecoder(self.model, self.device)
 
     def _check(self, signals: Tensor) -> None:
@@ -144,37 +147,37 @@ class WanCodec(Codec):
         height, width = signals.shape[2:4]
         block = self.config.block
         if height % block or width % block or 0 in (height, width):
-            raise ValueError(f"frames of {width}x{height} pixels: scale or crop both edges to multiples of {block}")
+            raise ValueError(f"frame size {width}x{height}: scale or crop both edges to multiples of {block}")
 
 
 class WanDecoder:
-    """Frames of latents pushed in any portions, one latent at a time over the causal cache of features."""
+    """Streaming decoder: one latent at a time over the causal feature cache."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
         self._model, self._device = model, device
         self._cache: list[Any] = [None] * sum(isinstance(m, WanCausalConv3d) for m in model.decoder.modules())
-        self._begun = False
-        self._nothing = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+        self._started = False
+        self._empty = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
 
     def push(self, latents: Float[Tensor, "n C h w"]) -> UInt8[Tensor, "f H W 3"]:
-        """All frames of ``latents``: one of the first ever pushed, four of each later one."""
-        frames = torch.cat([self._one(z) for z in latents]) if len(latents) else self._nothing
-        self._nothing = frames[:0]
+        """Return all frames of ``latents``: one for the first latent of the clip, four for each later one."""
+        frames = torch.cat([self._decode_latent(z) for z in latents]) if len(latents) else self._empty
+        self._empty = frames[:0]
         return frames
 
     def flush(self) -> UInt8[Tensor, "f H W 3"]:
-        """No frames."""
-        return self._nothing
+        """Return no frames."""
+        return self._empty
 
     @torch.inference_mode()
-    def _one(self, latent: Float[Tensor, "C h w"]) -> UInt8[Tensor, "f H W 3"]:
+    def _decode_latent(self, latent: Float[Tensor, "C h w"]) -> UInt8[Tensor, "f H W 3"]:
         z = latent[None, :, None].to(self._device, self._model.dtype)
         x = self._model.decoder(
-            self._model.post_quant_conv(z), feat_cache=self._cache, feat_idx=[0], first_chunk=not self._begun
+            self._model.post_quant_conv(z), feat_cache=self._cache, feat_idx=[0], first_chunk=not self._started
         )
-        self._begun = True
+        self._started = True
         edge = self._model.config.patch_size or 1
         pixels = rearrange(x[0].float(), "(r q p) f h w -> f (h p) (w q) r", p=edge, q=edge)
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round_().to(torch.uint8).cpu()

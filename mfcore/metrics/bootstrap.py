@@ -1,4 +1,4 @@
-"""How sure is a mean? Percentile bootstrap over clips, which are independent; frames of one clip are not."""
+"""Percentile bootstrap over clips; clips are independent, frames of one clip are not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,19 +27,18 @@ def mean_interval(
     draws: int = 1000,
     level: float = LEVEL,
 ) -> Interval:
-    """Mean of one value per clip. With ``weights``: sum of values / sum of weights, as of errors over words.
+    """Return the mean of one value per clip with its bootstrap interval.
 
-    ValueError without values, or where the weights are of another number. One clip has no spread: its interval is the
-    value alone. Draws in which all weights are 0 are left out.
+    With ``weights`` the mean is sum of values / sum of weights, such as errors over words. The interval of one clip is
+    the value alone. Draws in which all weights are 0 are left out. Raises ValueError without values, or for weights of
+    another number.
     """
     x = np.asarray(values, np.float64)
     w = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)
     if not len(x) or len(w) != len(x):
-        raise ValueError(
-            f"{len(x)} values and {len(w)} weights: a mean needs at least one value, and a weight for each"
-        )
+        raise ValueError(f"{len(x)} values and {len(w)} weights: give at least one value, and one weight per value")
     if w.sum() <= 0:
-        raise ValueError("all weights are 0: leave out clips that have nothing to count")
+        raise ValueError("all weights are 0: leave out clips without units to count")
     index = np.random.default_rng(seed).integers(len(x), size=(draws, len(x)))
     total = w[index].sum(1)
     means = x[index].sum(1)[total > 0] / total[total > 0]

@@ -1,4 +1,4 @@
-"""Do chunks join? Drift metrics reward forgetting the past; these see it.
+"""Continuity between chunks; drift metrics cannot detect that history is ignored.
 
 Letters: n steps in time, c clips, d coordinates.
 """
@@ -14,17 +14,19 @@ Values = NDArray[np.number[Any]]
 
 
 def seam_energy(values: Values, chunk: NDArray[np.integer[Any]]) -> float:
-    """Mean squared change across chunk borders / mean squared change inside chunks; 1 for a seamless clip.
+    """Return mean squared change across chunk borders / inside chunks; 1 for a seamless clip.
 
-    ``values (n, ...)`` may be pixel frames, latents or an envelope of sound; ``chunk (n,)`` is the chunk of each. A
-    still clip gives 1, jumps of an otherwise still one infinity. ValueError where there is no border or no inside.
+    ``values (n, ...)`` are pixel frames, latents or an audio envelope; ``chunk (n,)`` is the chunk number of each. A
+    static clip gives 1, and infinity if it changes at borders only. Raises ValueError without a border or an inside.
     """
     if len(values) != len(chunk):
         raise ValueError(f"{len(values)} values but {len(chunk)} chunk numbers: give one per step")
     change = step_energy(values)
     border = np.diff(chunk) != 0
     if not border.any() or border.all():
-        raise ValueError("seam energy compares changes at and inside chunks: give two chunks of two or more steps")
+        raise ValueError(
+            "seam energy compares changes at and inside chunks: give two or more chunks of two or more steps"
+        )
     across, inside = float(change[border].mean()), float(change[~border].mean())
     if inside == 0:
         return 1.0 if across == 0 else float("inf")
@@ -32,17 +34,17 @@ def seam_energy(values: Values, chunk: NDArray[np.integer[Any]]) -> float:
 
 
 def step_energy(values: Values) -> NDArray[np.float64]:
-    """Mean squared change from each step to the next, ``(n - 1,)``, in squared units of ``values (n, ...)``."""
+    """Return the mean squared change per step ``(n - 1,)``, in squared units of ``values (n, ...)``."""
     rows = values.reshape(len(values), -1)
-    # Pair by pair: the float copy of a whole clip of frames would be eight times its size.
+    # Pair by pair: a float copy of all frames would take eight times their memory.
     return np.array([np.square(b.astype(np.float64) - a.astype(np.float64)).mean() for a, b in pairwise(rows)])
 
 
 def lag_one_correlation(states: NDArray[np.floating[Any]]) -> float:
-    """Pearson correlation of a slow state with its next value, pooled over the clips of ``states (c, n)``.
+    """Return the Pearson correlation of a state with its next value, pooled over ``states (c, n)``.
 
-    1 for a state that stays, 0 for one drawn anew each time; nan where it never varies. One mean and one spread for
-    all clips, so a state that differs between clips but not within counts as persistent.
+    1 for a constant state, 0 for an independent draw per step, nan without variation. All clips share one mean and one
+    spread, so a state that differs between clips only counts as persistent.
     """
     if states.ndim != 2 or states.shape[1] < 2:
         raise ValueError(f"states of shape {states.shape}: give (clips, steps) with two or more steps")
@@ -50,12 +52,14 @@ def lag_one_correlation(states: NDArray[np.floating[Any]]) -> float:
 
 
 def pooled_lag_one_correlation(clips: Sequence[NDArray[np.floating[Any]]]) -> float:
-    """The same of clips ``(n, d)`` that may differ in length, pooled over their coordinates, each about its own mean;
-    nan without a clip of two steps."""
+    """Return the lag-one correlation of clips ``(n, d)`` of any length, pooled over coordinates.
+
+    Each coordinate is centered separately. nan without a clip of two steps.
+    """
     pairs = [(states[:-1], states[1:]) for states in clips if len(states) > 1]
     if not pairs:
         return float("nan")
-    now, after = (np.concatenate(side).astype(np.float64) for side in zip(*pairs, strict=True))
+    now, after = (np.concatenate(values).astype(np.float64) for values in zip(*pairs, strict=True))
     now, after = now - now.mean(0), after - after.mean(0)
     norm = float(np.sqrt(np.square(now).sum() * np.square(after).sum()))
     return float((now * after).sum()) / norm if norm > 0 else float("nan")

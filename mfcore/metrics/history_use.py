@@ -1,4 +1,4 @@
-"""Does a mode still read its history? Asked of the mode's own call, at the noise levels of training."""
+"""History use: the error with the history of another clip over the error with the true history."""
 
 from collections.abc import Mapping
 
@@ -15,11 +15,11 @@ from mfcore.types import AVBatch, Stream, VelocityModel
 def mode_history_use(
     model: VelocityModel, batch: AVBatch, config: TimeConfig, *, mode: Mode, trust: float | None, seed: int = 0
 ) -> dict[str, float]:
-    """Error with another clip's history / error with the true one, per modality: 1 means that history is ignored.
+    """Return error with another clip's history / error with the true one, per modality; 1: history is ignored.
 
-    The error is mean (u(x_t, t, r) - (eps - x_0))^2: r = t in the multi-step mode, where it is the flow-matching loss
-    (METHOD 9), r = 0 in the few-step mode, which finishes from t in one call. ``trust`` labels the history. ValueError
-    for one clip alone, or for clips of one chunk, which have no history.
+    The error is mean (u(x_t, t, r) - (eps - x_0))^2 at the noise levels of training. In the multi-step mode r = t, so
+    it is the flow-matching loss (METHOD 9). In the few-step mode r = 0: one call from t to the data. ``trust`` labels
+    the history. Raises ValueError for one clip, or for clips of one chunk, which have no history.
     """
     if len(batch.samples) < 2 or batch.chunks < 2:
         raise ValueError("history use compares a clip with another one: give two or more clips of two or more chunks")
@@ -32,23 +32,23 @@ def mode_history_use(
         context = DenoiserContext(model=model, cond=batch.cond).append_history(history_of(history), label)
         u = context.velocity(add_noise(batch.streams, eps, t), t, r)
         terms = flow_matching_loss(u, batch.streams, eps, t)
-        # The first chunk has no history, whoever's it is.
+        # The first chunk has no history.
         return {term.modality: term.values[:, 1:].mean() for term in terms}
 
-    other = {m: s.with_latents(s.latents.roll(1, dims=0)) for m, s in batch.streams.items()}
-    true, wrong = errors(batch.streams), errors(other)
-    return {m: float(wrong[m] / true[m]) for m in true}
+    other_history = {m: s.with_latents(s.latents.roll(1, dims=0)) for m, s in batch.streams.items()}
+    own, other = errors(batch.streams), errors(other_history)
+    return {m: float(other[m] / own[m]) for m in own}
 
 
 def history_use(model: VelocityModel, batch: AVBatch, config: TimeConfig, seed: int) -> dict[str, float]:
-    """Loss on another clip's history over loss on the true one, per modality: 1 means that history is ignored."""
+    """Return loss on another clip's history / loss on the true one, per modality; 1: history is ignored."""
     losses = history_losses(model, batch, config, seed)
-    return {m: some["other"] / some["own"] for m, some in losses.items()}
+    return {m: loss["other"] / loss["own"] for m, loss in losses.items()}
 
 
 @torch.no_grad()
 def history_losses(model: VelocityModel, batch: AVBatch, config: TimeConfig, seed: int) -> dict[str, dict[str, float]]:
-    """Mean flow-matching loss by modality, of every clip after its "own" history and after that of an "other" clip."""
+    """Return the mean flow-matching loss per modality after the "own" history and that of an "other" clip."""
     if len(batch.samples) < 2:
         raise ValueError("history use compares a clip with another one: give a batch of at least two clips")
     eps = draw_noise(batch.streams, seed, "history_use", batch.samples)

@@ -1,6 +1,6 @@
-"""Does a character stay who it is?
+"""Drift of the identity of a character.
 
-Letters: w time windows, d numbers that describe an identity (a face embedding, or colours and pitch in the toy world).
+Letters: w time windows, d values of an identity (a face embedding, or colors and pitch in the toy world).
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ Vectors = NDArray[np.floating[Any]]
 
 
 def identity_error(vectors: Vectors, reference: Vectors) -> NDArray[np.float64]:
-    """Root mean square difference of each window's vector ``(w, d)`` from the first frame's ``(d,)``; ``(w,)``.
+    """Return the root mean square difference of each vector ``(w, d)`` from the first frame's ``(d,)``.
 
-    In units of the vectors. 0 is the same character.
+    The result ``(w,)`` is in units of the vectors. 0 is the same character.
     """
     if vectors.ndim != 2 or vectors.shape[1:] != reference.shape:
         raise ValueError(f"identity needs vectors (w, d) and a reference (d,); got {vectors.shape}, {reference.shape}")
@@ -22,7 +22,7 @@ def identity_error(vectors: Vectors, reference: Vectors) -> NDArray[np.float64]:
 
 
 def identity_similarity(vectors: Vectors, reference: Vectors) -> NDArray[np.float64]:
-    """Cosine of each window's vector with the first frame's, for embeddings whose length means nothing; -1 to 1."""
+    """Return the cosine of each window's vector with the first frame's, -1 to 1, for directional embeddings."""
     if vectors.ndim != 2 or vectors.shape[1:] != reference.shape:
         raise ValueError(f"identity needs vectors (w, d) and a reference (d,); got {vectors.shape}, {reference.shape}")
     norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(reference)

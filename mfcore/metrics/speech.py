@@ -1,4 +1,4 @@
-"""Errors of recognised speech, whoever recognised it; and recognisers: Whisper from a local folder, PocketSphinx."""
+"""Speech recognizers (Whisper from a local folder, PocketSphinx) and word errors."""
 
 import importlib.util
 from collections.abc import Hashable, Mapping, Sequence
@@ -11,16 +11,18 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from scipy.signal import resample_poly
 
-RATE = 16000  # samples a second that recognisers hear
-GREEDY = {"do_sample": False, "num_beams": 1}  # the same every time
+RATE = 16000  # input of the recognizers, samples per second
+GREEDY = {"do_sample": False, "num_beams": 1}  # deterministic
 Units = Sequence[Hashable]
 Sound = NDArray[np.floating[Any]]
 
 
 class SpeechRecognizer(Protocol):
-    """What is said in mono ``sound``, as plain text; empty where nothing is heard."""
+    """Speech to text."""
 
-    def __call__(self, sound: Sound, sample_rate: int) -> str: ...
+    def __call__(self, sound: Sound, sample_rate: int) -> str:
+        """Return the text of mono ``sound``; empty without speech."""
+        ...
 
 
 def edit_distance(hypothesis: Units, reference: Units) -> int:
@@ -47,7 +49,7 @@ def _english_normalizer() -> Any:
 
 
 def resample(sound: Sound, sample_rate: int, rate: int = RATE) -> NDArray[np.float32]:
-    """Resampled, band-limited."""
+    """Resample with a band limit; returns float32."""
     if sample_rate == rate or not len(sound):
         return sound.astype(np.float32)
     return np.asarray(resample_poly(sound.astype(np.float64), rate, sample_rate), np.float32)
@@ -56,7 +58,7 @@ def resample(sound: Sound, sample_rate: int, rate: int = RATE) -> NDArray[np.flo
 class Whisper:
     """Whisper in the layout of transformers, from a local folder; greedy, in pieces of 30 s.
 
-    ValueError when the folder does not hold it, or transformers is not installed.
+    Raises ValueError if the folder contains no Whisper, or transformers is not installed.
     """
 
     def __init__(self, folder: str, device: str = "cpu") -> None:
@@ -68,56 +70,60 @@ class Whisper:
             self._processor: Any = WhisperProcessor.from_pretrained(folder, local_files_only=True)
             model: Any = WhisperForConditionalGeneration.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{folder} holds no Whisper: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{folder} is not a Whisper model: {str(error).splitlines()[0]}") from None
         self._model, self._device = model.to(device).eval(), device
 
     @torch.inference_mode()
     def __call__(self, sound: Sound, sample_rate: int) -> str:
+        """Return the text of mono ``sound``."""
         wave, extractor = resample(sound, sample_rate), self._processor.feature_extractor
         pieces = [wave[i : i + extractor.n_samples] for i in range(0, len(wave), extractor.n_samples)]
-        return " ".join(self._piece(piece) for piece in pieces).strip()
+        return " ".join(self._transcribe(piece) for piece in pieces).strip()
 
     @torch.inference_mode()
     def words(self, sound: Sound, sample_rate: int) -> list[tuple[str, float, float]]:
-        """Words with start and end in seconds, inside the sound: as the attention of the heads that the model names for
-        this says; of a model that names none a phrase's time is shared out over its words by their letters."""
+        """Return words with start and end in seconds.
+
+        The times come from the alignment heads of the model. Without alignment heads, the time of a phrase is divided
+        over its words by their number of letters.
+        """
         from transformers import AutomaticSpeechRecognitionPipeline
 
         wave, seconds = resample(sound, sample_rate), len(sound) / sample_rate
-        exact = getattr(self._model.generation_config, "alignment_heads", None) is not None
-        listen: Any = AutomaticSpeechRecognitionPipeline(
+        has_alignment = getattr(self._model.generation_config, "alignment_heads", None) is not None
+        recognizer: Any = AutomaticSpeechRecognitionPipeline(
             model=self._model,
             tokenizer=self._processor.tokenizer,
             feature_extractor=self._processor.feature_extractor,
             device=self._model.device,
         )
-        found = listen(wave, return_timestamps="word" if exact else True, generate_kwargs=GREEDY)
-        return [word for chunk in found["chunks"] for word in _timed(chunk, seconds)]
+        result = recognizer(wave, return_timestamps="word" if has_alignment else True, generate_kwargs=GREEDY)
+        return [word for chunk in result["chunks"] for word in _split_phrase(chunk, seconds)]
 
-    def _piece(self, wave: NDArray[np.float32]) -> str:
+    def _transcribe(self, wave: NDArray[np.float32]) -> str:
         features = self._processor(wave, sampling_rate=RATE, return_tensors="pt").input_features
         tokens = self._model.generate(features.to(self._device), **GREEDY)
         return str(self._processor.batch_decode(tokens, skip_special_tokens=True)[0])
 
 
-def _timed(chunk: Mapping[str, Any], seconds: float) -> list[tuple[str, float, float]]:
-    """The words of a phrase. It has no end where the sound ends in it."""
-    start, end = ((seconds if at is None else min(float(at), seconds)) for at in chunk["timestamp"])
-    names = str(chunk["text"]).split()
-    letters, at = sum(len(name) for name in names), start
+def _split_phrase(phrase: Mapping[str, Any], seconds: float) -> list[tuple[str, float, float]]:
+    """Return the words of a phrase with times; a phrase without end extends to the end of the audio."""
+    start, end = ((seconds if time is None else min(float(time), seconds)) for time in phrase["timestamp"])
+    names = str(phrase["text"]).split()
+    letters, time = sum(len(name) for name in names), start
     words: list[tuple[str, float, float]] = []
     for name in names:
-        until = min(end, at + max(0.0, end - start) * len(name) / letters)
-        words.append((name, at, max(at, until)))
-        at = until
+        until = min(end, time + max(0.0, end - start) * len(name) / letters)
+        words.append((name, time, max(time, until)))
+        time = until
     return words
 
 
 class PocketSphinx:
-    """The embedded recogniser of English: its package ships the model, nothing is fetched. ValueError without it."""
+    """English recognizer whose model ships with its package. Raises ValueError if it is not installed."""
 
     def __init__(self) -> None:
-        for package in ("pocketsphinx", "transformers"):  # the second one normalizes the words
+        for package in ("pocketsphinx", "transformers"):  # transformers normalizes the words
             if importlib.util.find_spec(package) is None:
                 raise ValueError(f"PocketSphinx needs {package}: pip install 'mutual-forcing[speech]'")
         from pocketsphinx import Decoder  # pyright: ignore
@@ -125,11 +131,12 @@ class PocketSphinx:
         self._decoder: Any = Decoder(samprate=RATE, loglevel="FATAL")
 
     def __call__(self, sound: Sound, sample_rate: int) -> str:
+        """Return the text of mono ``sound``."""
         wave = np.clip(resample(sound, sample_rate) * 32767, -32768, 32767).astype(np.int16)
         if not len(wave):
             return ""
         self._decoder.start_utt()
         self._decoder.process_raw(wave.tobytes(), no_search=False, full_utt=True)
         self._decoder.end_utt()
-        found = self._decoder.hyp()
-        return str(found.hypstr) if found is not None else ""
+        hypothesis = self._decoder.hyp()
+        return str(hypothesis.hypstr) if hypothesis is not None else ""

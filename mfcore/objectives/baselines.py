@@ -1,7 +1,7 @@
-"""What Mutual Forcing is compared with (METHOD 7): each a setting of the same pieces, none a copy of them.
+"""Baselines of Mutual Forcing (METHOD 7): other settings of the same parts.
 
-Every function takes the settings of the full method and gives the objective of its baseline. Those that need a network
-of their own as teacher name "ema" in ``needs`` like all others: whoever trains them hands a frozen copy in.
+Each function takes the configuration of the full method and returns the objective of its baseline. A baseline with a
+frozen teacher also requires "ema" in ``needs``; the trainer passes the frozen copy under that name.
 """
 
 from dataclasses import replace
@@ -12,58 +12,59 @@ from mfcore.objectives.mutual_config import MutualConfig, RowKind
 
 
 def teacher_forcing(config: MutualConfig) -> FlowMatchingObjective:
-    """Flow matching on real history, and nothing else."""
+    """Return flow matching on real history."""
     return FlowMatchingObjective(FlowMatchingConfig(time=config.time))
 
 
 def shortcut_forced(config: MutualConfig) -> MutualForcingObjective:
-    """Flow matching and ShortCut, both on real history."""
-    return MutualForcingObjective(replace(_rows(config, "real"), dmd_weight=0.0))
+    """Return flow matching and ShortCut, both on real history."""
+    return MutualForcingObjective(replace(_with_rows(config, "real"), dmd_weight=0.0))
 
 
 def dmd_forced(config: MutualConfig) -> MutualForcingObjective:
-    """Flow matching on real history; DMD on single chunks made after real history."""
-    return MutualForcingObjective(_dmd_at_once(_rows(config, "forced")))
+    """Return flow matching on real history with DMD on single chunks after real history."""
+    return MutualForcingObjective(_start_dmd_early(_with_rows(config, "forced")))
 
 
 def dmd_self_forcing(config: MutualConfig) -> MutualForcingObjective:
-    """DMD alone on the model's own roll-outs, as Self-Forcing does it; its teacher is a frozen copy."""
-    return MutualForcingObjective(_dmd_at_once(_rows(config, "free")))
+    """Return DMD alone on rollouts of the model, as in Self-Forcing; the teacher is a frozen copy."""
+    return MutualForcingObjective(_start_dmd_early(_with_rows(config, "free")))
 
 
 def hybrid_forced(config: MutualConfig) -> MutualForcingObjective:
-    """All three terms of the full method, with the loop cut: every history is real."""
-    return MutualForcingObjective(_rows(config, "forced"))
+    """Return all three losses of the full method on real history only."""
+    return MutualForcingObjective(_with_rows(config, "forced"))
 
 
 def shortcut_only(config: MutualConfig) -> MutualForcingObjective:
-    """The full method without DMD."""
+    """Return the full method without DMD."""
     return MutualForcingObjective(replace(config, dmd_weight=0.0))
 
 
 def dmd_only(config: MutualConfig) -> MutualForcingObjective:
-    """The full method without ShortCut."""
+    """Return the full method without ShortCut."""
     return MutualForcingObjective(replace(config, shortcut_weight=0.0))
 
 
 def literal_mutual_forcing(config: MutualConfig) -> MutualForcingObjective:
-    """The literal reading: flow matching regresses real chunks on histories that were rolled out from noise."""
+    """Return the literal reading: flow matching of real chunks on history rolled out from noise."""
     rows: list[RowKind] = ["free" if kind == "free" else "literal" for kind in config.rows]
     return MutualForcingObjective(replace(config, rows=tuple(rows)))
 
 
 def mutual_forcing(config: MutualConfig) -> MutualForcingObjective:
-    """The full method: coupled and free history."""
+    """Return the full method: coupled and free history."""
     return MutualForcingObjective(config)
 
 
-def _rows(config: MutualConfig, kind: RowKind) -> MutualConfig:
+def _with_rows(config: MutualConfig, kind: RowKind) -> MutualConfig:
     return replace(config, rows=(kind,) * len(config.rows))
 
 
-def _dmd_at_once(config: MutualConfig) -> MutualConfig:
-    """DMD in place of ShortCut, as soon as the fake score has had its steps alone, and at the weight of flow matching:
-    at twice that it is worse on real history (lab log).
+def _start_dmd_early(config: MutualConfig) -> MutualConfig:
+    """Replace ShortCut by DMD, which starts after the steps of the fake score alone, at the weight of flow matching.
+
+    Twice that weight is worse on real history (lab log).
     """
     early = config.dmd_from - config.fake_from
     return replace(config, shortcut_weight=0.0, dmd_weight=1.0, real_until=0, free_from=0, fake_from=0, dmd_from=early)

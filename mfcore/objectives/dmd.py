@@ -1,4 +1,4 @@
-"""Distribution matching: the difference of two scores moves the few-step samples (METHOD 6, steps 4 and 5)."""
+"""Distribution matching distillation (DMD) of the few-step samples (METHOD 6, steps 4 and 5)."""
 
 from dataclasses import dataclass
 
@@ -17,9 +17,9 @@ from mfcore.types import NoiseLevels, Stream, Streams
 def denoise_in_one_step(
     context: DenoiserContext, exit_state: Streams, plan: Schedule, exit_step: int
 ) -> dict[str, Stream]:
-    """From the stashed state at level t_j to t = 0 in one call, with gradient.
+    """Return the state at t = 0 from the exit state at level t_j, by one call with gradient.
 
-    An ablation: samplers that re-noise x_0 predictions leave a roll-out so. A flow map finishes its schedule.
+    An ablation: samplers that re-noise x_0 predictions end a rollout like this. A flow map finishes its schedule.
     """
     t, r = (constant_levels(exit_state, {m: line[j] for m, line in plan.items()}) for j in (exit_step, -1))
     return dict(solver_step(context, exit_state, t, r, mode="few"))
@@ -28,9 +28,9 @@ def denoise_in_one_step(
 def normalized_score_difference(
     v_real: Tensor, v_fake: Tensor, v_sample: Tensor, chunk: Int64[Tensor, " n"], *, floor: float
 ) -> Tensor:
-    """g = (v_real - v_fake) / max(mean |v_real - v_sample|, floor), the mean per sample, chunk and modality.
+    """Return g = (v_real - v_fake) / max(mean |v_real - v_sample|, floor), mean per sample, chunk and modality.
 
-    ``v_sample = eps - y``. g points from real to fake in x_0 (the level cancels): samples move along minus g.
+    ``v_sample = eps - y``. g points from real to fake in x_0 (the level cancels), so samples move along -g.
     """
     scale = chunk_means((v_real - v_sample).abs(), chunk).clamp_min(floor)
     per_latent = scale[:, to_device_of(chunk - chunk[0], scale)]
@@ -39,7 +39,7 @@ def normalized_score_difference(
 
 @dataclass(frozen=True, kw_only=True)
 class DmdTerms:
-    """The student's terms, and the fake score's own flow-matching terms from the same evaluation."""
+    """Terms of the student, and the flow-matching terms of the fake score from the same evaluation."""
 
     student: list[LossTerm]
     fake: list[LossTerm]
@@ -55,10 +55,16 @@ def dmd_terms(
     weight: float,
     floor: float = 1e-3,
 ) -> DmdTerms:
-    """L = 1/2 mean (y - stopgrad(y - g))^2 for the student; flow matching on stopgrad(y) for the fake score.
+    """Return 1/2 mean (y - stopgrad(y - g))^2 for the student and flow matching on stopgrad(y) for the fake score.
 
-    ``y``: few-step samples with gradient. ``real``: guided multi-step mode, without gradient. ``fake``: its gradient
-    belongs to the fake score alone.
+    Args:
+        y: Few-step samples, with gradient.
+        real: Guided multi-step mode, evaluated without gradient.
+        fake: Fake score; receives the gradient of its terms only.
+        eps: Noise of the score evaluation.
+        tau: Noise levels of the score evaluation.
+        weight: Weight of the student's terms.
+        floor: Lower bound of the normalizer of g.
     """
     detached = {m: s.with_latents(s.latents.detach()) for m, s in y.items()}
     x = add_noise(detached, eps, tau)

@@ -1,4 +1,4 @@
-"""Flow matching by teacher forcing: every chunk of a clip is denoised at once, each given the real chunks before it.
+"""Flow matching by teacher forcing: all chunks of a clip are denoised in one pass, each after the real chunks.
 
 Letters: B samples, K chunks.
 """
@@ -19,20 +19,20 @@ from mfcore.types import AVBatch, NoiseLevels, Streams, VelocityModel
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingConfig:
-    """Teacher forcing, for the stages video, audio and joint."""
+    """Configuration of teacher forcing, for the stages video, audio and joint."""
 
     time: TimeConfig
 
 
 def draw_noise(streams: Streams, seed: int, name: str, samples: Tensor) -> dict[str, Tensor]:
-    """Noise of every modality, row i from (seed, name, samples[i]) alone."""
+    """Return the noise of every modality; row i depends on (seed, name, samples[i]) only."""
     return {m: normal_rows(seed, f"{name}/{m}", samples, s.latents) for m, s in streams.items()}
 
 
 def draw_noise_levels(
     config: TimeConfig, streams: Streams, *, seed: int, name: str, samples: Tensor
 ) -> dict[str, Float[Tensor, "B K"]]:
-    """A training level for each chunk of each sample."""
+    """Return a training noise level for each chunk of each sample, per modality."""
     chunk = next(iter(streams.values())).chunk
     chunks = int(chunk[-1] - chunk[0]) + 1
     draws = uniform_rows(seed, name, samples, chunks, 3)
@@ -48,7 +48,7 @@ def flow_matching_terms(
     name: str = "flow_matching",
     weight: float = 1.0,
 ) -> list[LossTerm]:
-    """mean (u(x_t, t, t) - (eps - x_0))^2 per sample, chunk and modality; ``context`` holds the history."""
+    """Return mean (u(x_t, t, t) - (eps - x_0))^2 per sample, chunk and modality, on the history of ``context``."""
     u = context.velocity(add_noise(clean, eps, t), t, t)
     return flow_matching_loss(u, clean, eps, t, name=name, weight=weight)
 
@@ -62,7 +62,7 @@ def flow_matching_loss(
     name: str = "flow_matching",
     weight: float = 1.0,
 ) -> list[LossTerm]:
-    """The same of velocities ``u`` that are known already."""
+    """Return the terms of :func:`flow_matching_terms` for computed velocities ``u``."""
     return [
         LossTerm(
             name=name,
@@ -76,7 +76,7 @@ def flow_matching_loss(
 
 
 class FlowMatchingObjective(SingleRound):
-    """The objective of the stages video, audio and joint."""
+    """Objective of the stages video, audio and joint."""
 
     needs = ("student",)
 
@@ -86,6 +86,7 @@ class FlowMatchingObjective(SingleRound):
     def __call__(
         self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
     ) -> dict[str, list[LossTerm]]:
+        """Return the flow-matching terms of the student."""
         context = DenoiserContext(model=models["student"], cond=batch.cond).append_history(
             history_of(batch.streams), None
         )

@@ -1,4 +1,4 @@
-"""Step 1 of the mutual step (METHOD 6): the history of every row, and the samples that DMD judges."""
+"""Step 1 of the mutual step (METHOD 6): the history of every row, and the samples for DMD."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,22 +17,22 @@ from mfcore.solver import DenoiserContext, Schedule, denoise, history_of, schedu
 from mfcore.types import AVBatch, Stream, Streams, VelocityModel
 
 SampleUse = Literal["unused", "scored", "distilled"]
-"""Samples that nobody looks at, that the fake score learns from, that DMD moves with gradient."""
+"""Use of the samples: none, training of the fake score, or DMD with gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepDraws:
-    """What is drawn once per step, alike on all ranks: it shapes control flow."""
+    """Draws of one step, equal on all ranks because they shape control flow."""
 
     strength: float  # of coupled history
-    finish: Schedule  # the one call that finishes it
+    finish: Schedule  # single call that finishes coupled history
     plan: Schedule  # of free history
     exit_step: int  # of ``plan``
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSamples:
-    """Rows made by the few-step mode, with gradient from the exit step on where DMD moves them."""
+    """Samples of the few-step mode, with gradient from the exit step on if DMD uses them."""
 
     rows: Tensor
     streams: dict[str, Stream]
@@ -41,7 +41,7 @@ class RolloutSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class _RowHistories:
-    """Rows with their history H, and the student remembering all but its last chunk."""
+    """Rows with their history H, and the student context with all chunks but the last in its cache."""
 
     rows: Tensor
     strength: float
@@ -52,25 +52,26 @@ class _RowHistories:
 
 @dataclass(frozen=True, kw_only=True)
 class Histories:
-    """What step 1 leaves. H is data; the keys and values in ``student`` have a gradient, as in pretraining."""
+    """Result of step 1. H is data; the keys and values in ``student`` have a gradient, as in pretraining."""
 
     streams: dict[str, Stream]
     strength: Tensor  # (B,)
     student: DenoiserContext
-    samples: RolloutSamples | None  # what DMD judges
+    samples: RolloutSamples | None  # samples for DMD
 
 
 def rows_of_kind(config: MutualConfig, batch: AVBatch, step: int, *kinds: RowKind) -> Tensor:
-    """Numbers of the rows of these kinds."""
+    """Return the indices of the rows of these kinds at ``step`` of the stage."""
     return torch.tensor([i for i, s in enumerate(batch.samples) if config.row_kind(int(s), step) in kinds]).long()
 
 
 def trust_label(config: MutualConfig, strength: Tensor) -> Tensor | None:
-    """The trust label of history of this strength, where there are labels."""
+    """Return the trust label of history of this strength; None if the model has no labels."""
     return strength if config.trust_label else None
 
 
 def draw_step(config: MutualConfig, streams: Streams, info: StepInfo) -> StepDraws:
+    """Draw strength, schedules and exit step of one step, from (seed, step)."""
     draw = generator(info.seed, "mutual/control", info.step)
     shift = {m: config.time.shift[m] for m in streams}
     strength = 2.0 ** -_draw_choice(config.strengths, draw)
@@ -88,12 +89,12 @@ def write_histories(
     info: StepInfo,
     samples: SampleUse,
 ) -> Histories:
-    """Step 1: online weights, few-step mode. What the roll-out wrote to go on is what step 3 reads.
+    """Return the histories of all rows, by the few-step mode of the online weights (step 1).
 
-    ``samples``: what DMD does with those of this step.
+    Step 3 reads the keys and values that the rollout wrote. ``samples`` is the use of the samples of this step.
     """
     student = DenoiserContext(model=model, cond=batch.cond).prefill()
-    # The fake score learns the samples that DMD will move.
+    # With ``jump_exit``, the fake score learns the samples that DMD will move.
     keep_exit_state = samples == "distilled" or (samples == "scored" and config.jump_exit)
     exit_step = draws.exit_step if keep_exit_state else None
     rows_of = partial(rows_of_kind, config, batch, info.stage_step)
@@ -124,10 +125,10 @@ def write_histories(
 
 
 def _append_clip(student: DenoiserContext, batch: AVBatch, rows: Tensor) -> _RowHistories:
-    """The clip's own chunks."""
-    own = dict(batch.rows(rows).streams)
+    """Return the chunks of the clip as history."""
+    streams = dict(batch.rows(rows).streams)
     return _RowHistories(
-        rows=rows, strength=0.0, streams=own, student=student.rows(rows).append_history(history_of(own), None)
+        rows=rows, strength=0.0, streams=streams, student=student.rows(rows).append_history(history_of(streams), None)
     )
 
 
@@ -142,7 +143,7 @@ def _roll_out(
     exit_step: int | None,
     info: StepInfo,
 ) -> _RowHistories:
-    """Chunk after chunk from the real ones noised to the plan's first level (1: pure noise)."""
+    """Roll out from the real chunks noised to the first level of ``plan`` (1: pure noise)."""
     part = batch.rows(rows)
     eps = draw_noise(part.streams, info.seed, "mutual/history", part.samples)
     starts = coupled_starts(part.streams, eps, {m: line[0] for m, line in plan.items()}, part.chunks)
@@ -162,7 +163,7 @@ def _roll_out(
 def _denoise_all_chunks(
     history: _RowHistories, batch: AVBatch, *, plan: Schedule, exit_step: int | None, info: StepInfo
 ) -> _RowHistories:
-    """All chunks at once from noise, each after the clip's own chunks: samples that no history is made of."""
+    """Sample all chunks in parallel from noise, each after the chunks of the clip; no history uses them."""
     part = batch.rows(history.rows)
     eps = draw_noise(part.streams, info.seed, "mutual/history", part.samples)
     start = {m: s.with_latents(eps[m]) for m, s in part.streams.items()}
@@ -175,7 +176,7 @@ def _draw_choice(values: tuple[int, ...], draw: torch.Generator) -> int:
 
 
 def replace_rows(streams: Mapping[str, Stream], part: Streams, rows: Tensor) -> dict[str, Stream]:
-    """``streams`` with some rows replaced, as data."""
+    """Return ``streams`` with some rows replaced by detached ones."""
     out: dict[str, Stream] = {}
     for m, s in streams.items():
         latents = s.latents.clone()

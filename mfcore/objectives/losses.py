@@ -1,4 +1,4 @@
-"""Named per-sample loss terms, and the one place where they are weighed and averaged."""
+"""Named per-sample loss terms, and the only place where they are weighted and averaged."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,12 +13,12 @@ from mfcore.device import to_device_of
 from mfcore.types import AVBatch, VelocityModel
 
 LEVEL_BINS = 4
-CHUNK_THIRDS = ("first", "middle", "last")  # of a chunk in its clip
+CHUNK_THIRDS = ("first", "middle", "last")  # part of the clip that contains a chunk
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerm:
-    """One loss of one modality, a mean over the elements of each chunk, not yet averaged over samples and chunks."""
+    """One loss of one modality: mean over the elements of each chunk, not averaged over samples and chunks."""
 
     name: str  # e.g. "flow_matching"
     modality: str
@@ -28,54 +28,60 @@ class LossTerm:
 
     @property
     def key(self) -> str:
+        """Name of the term in logs."""
         return f"{self.name}/{self.modality}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepInfo:
-    """Where the run stands; every draw of an objective is a function of this and of sample numbers."""
+    """Position in the run; every draw of an objective is a function of this and of sample numbers."""
 
     seed: int
-    step: int  # optimizer steps done before this one
+    step: int  # optimizer steps before this one
     stage_step: int  # the same, counted from the start of the stage
 
 
 class Objective(Protocol):
-    """Loss terms for each trained network, by its name: "student", and "fake" where there is a fake score.
+    """Loss terms of a stage.
 
-    ``models`` holds "student" always, "ema" and "fake" where the objective names them in ``needs``.
+    ``models`` always contains "student", and "ema" and "fake" if ``needs`` names them.
     """
 
     @property
-    def needs(self) -> Sequence[str]: ...
+    def needs(self) -> Sequence[str]:
+        """Names of the networks that the objective evaluates."""
+        ...
 
     def __call__(
         self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
-    ) -> dict[str, list[LossTerm]]: ...
+    ) -> dict[str, list[LossTerm]]:
+        """Return the terms of each trained network by name: "student", and "fake" for a fake score."""
+        ...
 
     def rounds(
         self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
     ) -> Iterator[dict[str, list[LossTerm]]]:
-        """The terms of the call, then, one round each, those of networks that take further updates in the same step.
+        """Yield the terms of the call, then those of further updates of some networks in the same step.
 
-        A round is computed when it is asked for: after the networks that it names have taken the update before.
+        Each round is computed lazily, after the update of the round before it.
         """
         ...
 
 
 class SingleRound:
-    """The rounds of an objective whose networks take one update each."""
+    """Rounds of an objective with one update per network and step."""
 
     def rounds(
         self: Objective, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
     ) -> Iterator[dict[str, list[LossTerm]]]:
+        """Yield the terms of the call."""
         yield self(models, batch, info)
 
 
 def chunk_means(squares: Tensor, chunk: Int64[Tensor, " n"]) -> Float[Tensor, "B K"]:
-    """Mean over the elements of each chunk of a (B, n, C, ...) tensor, in float32."""
+    """Return the mean over the elements of each chunk of a (B, n, C, ...) tensor, in float32."""
     per_latent = squares.float().flatten(2).mean(-1)
-    counts = chunk.unique_consecutive(return_counts=True)[1]  # on the CPU, where nothing waits for it
+    counts = chunk.unique_consecutive(return_counts=True)[1]  # on the CPU, without a GPU synchronization
     if bool((counts == counts[0]).all()):
         return per_latent.unflatten(1, (len(counts), -1)).mean(-1)
     sums = per_latent.new_zeros(per_latent.shape[0], len(counts))
@@ -83,15 +89,15 @@ def chunk_means(squares: Tensor, chunk: Int64[Tensor, " n"]) -> Float[Tensor, "B
 
 
 def total_loss(terms: Iterable[LossTerm]) -> Tensor:
-    """The scalar to differentiate: sum over terms of weight * mean over samples and chunks."""
+    """Return the scalar loss: sum over terms of weight * mean over samples and chunks."""
     parts = [term.weight * term.values.mean() for term in terms if term.values.numel()]
     if not parts:
-        raise ValueError("an objective produced no loss term: check its weights and rows")
+        raise ValueError("the objective returned no loss term: check its weights and rows")
     return torch.stack(parts).sum()
 
 
 def summarize_terms(terms: Iterable[LossTerm]) -> dict[str, float]:
-    """Unweighted means: by term and modality, by noise bin where the level is known, and by place of the chunk.
+    """Return unweighted means by term and modality, noise bin (if the level is known) and third of the clip.
 
     ``KEY``, ``KEY/t0`` (clean) .. ``KEY/t3`` (noise), ``KEY/chunk_first``, ``KEY/chunk_middle``, ``KEY/chunk_last``.
     """
@@ -113,5 +119,5 @@ def summarize_terms(terms: Iterable[LossTerm]) -> dict[str, float]:
 
 
 def chunk_thirds(chunks: int) -> Int64[Tensor, " K"]:
-    """Index into ``CHUNK_THIRDS`` of every chunk: thirds of the clip; two chunks are the first and the last."""
+    """Return the index into ``CHUNK_THIRDS`` of every chunk; two chunks are the first and the last."""
     return (torch.arange(chunks) * 2 / max(1, chunks - 1)).round().long()

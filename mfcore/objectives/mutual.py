@@ -1,10 +1,10 @@
 """Mutual Forcing: the two modes of one network train each other (METHOD 6).
 
-The few-step mode makes the history, so the multi-step mode learns to continue what it will meet; the multi-step mode
-teaches the few-step mode. Rows of a batch differ in their history:
+The few-step mode generates the history that the multi-step mode is trained on. The multi-step mode is the teacher of
+the few-step mode. Rows of a batch differ in their history:
 
 ========  ==========================================  ==================  ==========================
-row       history                                     clean chunk z       terms
+row       history                                     clean chunk z       losses
 ========  ==========================================  ==================  ==========================
 real      the clip's own chunks (s = 0)               the clip's          flow matching, ShortCut
 coupled   the clip noised to s, finished in one call  the clip's          flow matching, ShortCut
@@ -13,8 +13,7 @@ literal   rolled out from noise (s = 1)               the clip's          flow m
 forced    the clip's own chunks (s = 0)               the clip's          all; DMD on single chunks
 ========  ==========================================  ==================  ==========================
 
-``literal`` is the reading that makes history useless (the trap of METHOD 6), ``forced`` the loop cut; they exist to
-show what the others are for (``baselines.py``).
+``literal`` rows make history useless (METHOD 6) and ``forced`` rows cut the loop; only ``baselines.py`` uses them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -44,14 +43,14 @@ from mfcore.rng import uniform_rows
 from mfcore.solver import DenoiserContext, VelocityQuery, history_of, query_velocities
 from mfcore.types import AVBatch, Condition, Stream, Streams, VelocityModel
 
-MIN_TAU = 0.02  # below it both scores see the sample itself, and their difference is network error
+MIN_TAU = 0.02  # below it, the difference of the scores is network error
 
 LossQuery = tuple[VelocityQuery, Callable[[dict[str, Tensor]], list[LossTerm]]]
-"""What the student is asked, and the loss of its answer."""
+"""A query to the student, and the loss of its velocity."""
 
 
 class MutualForcingObjective:
-    """The objective of the mutual stage."""
+    """Objective of the mutual stage."""
 
     needs = ("student", "ema", "fake")
 
@@ -61,14 +60,15 @@ class MutualForcingObjective:
     def __call__(
         self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
     ) -> dict[str, list[LossTerm]]:
+        """Return the terms of the first round."""
         return next(self.rounds(models, batch, info))
 
     def rounds(
         self, models: Mapping[str, VelocityModel], batch: AVBatch, info: StepInfo
     ) -> Iterator[dict[str, list[LossTerm]]]:
-        """The terms of the step, then ``fake_updates - 1`` times those of the fake score at new noise levels."""
+        """Yield the terms of the step, then ``fake_updates - 1`` times those of the fake score at new levels."""
         terms, fake_rounds = self._step(models, batch, info)
-        yield terms  # what the step remembered is free by now, but for what ``fake_rounds`` needs
+        yield terms  # by now only ``fake_rounds`` references tensors of the step
         for fake_terms in fake_rounds:
             yield {"fake": fake_terms()}
 
@@ -112,9 +112,10 @@ class MutualForcingObjective:
 
     @torch.no_grad()
     def _teacher(self, model: VelocityModel, batch: AVBatch, history: Histories, draws: StepDraws) -> DenoiserContext:
-        """The guided multi-step mode on the same history. Its label is no more than flow matching trains that mode
-        with (1 in the literal reading): only the few-step losses would shape its answer to a greater one, and they take
-        their targets from that answer.
+        """Return the guided multi-step mode on the same history.
+
+        Its trust label is capped at the labels that flow matching trains (1 in the literal reading). Only the few-step
+        losses would train larger labels, and their targets come from this velocity.
         """
         guided = DenoiserContext(model=model, cond=batch.cond, guidance=self.config.guidance)
         trained = 1.0 if "literal" in self.config.rows else draws.strength
@@ -150,7 +151,7 @@ class MutualForcingObjective:
     def _fake_score(
         self, model: VelocityModel, teacher: DenoiserContext, history: Histories, cond: Condition, *, rows: Tensor
     ) -> Callable[[], DenoiserContext]:
-        """The fake score after the same history, which it reads anew after each of its updates."""
+        """Return a function that evaluates the history by the current weights of the fake score."""
         context = DenoiserContext(model=model, cond=cond.rows(rows))
         if self.config.share_history:
             return lambda: replace(context, cache=teacher.rows(rows).cache)
@@ -168,7 +169,7 @@ class MutualForcingObjective:
         return {m: s.rows(index) for m, s in samples.streams.items()}
 
     def _draw_scores(self, part: AVBatch, info: StepInfo, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Noise and levels at which both scores look at the samples."""
+        """Draw the noise and the levels at which both scores are evaluated."""
         suffix = f"/{index}" if index else ""
         time = replace(self.config.time, uniform_share=1.0)
         eps = draw_noise(part.streams, info.seed, f"mutual/dmd{suffix}", part.samples)
@@ -177,5 +178,5 @@ class MutualForcingObjective:
 
 
 def _clean_chunks(real: Streams, history: Streams, free: Tensor) -> dict[str, Stream]:
-    """Step 2: the clip's chunks, except in free rows, where the history itself is the clean chunk."""
+    """Return the clean chunks (step 2): those of the clip, except in free rows, which use the history."""
     return replace_rows(dict(real), {m: s.rows(free) for m, s in history.items()}, free) if len(free) else dict(real)

@@ -1,8 +1,8 @@
-"""ShortCut: a long step of the few-step mode equals the two half steps (METHOD 6).
+"""ShortCut: a long step of the few-step mode equals two half steps (METHOD 6).
 
-Intervals are dyadic in the schedule's index a in [0, 1], mapped through the time shift: at depth l they have length
-2^-l. At the deepest level the target comes from the guided multi-step mode by the midpoint rule; above it from two
-calls of the unguided few-step mode, so that guidance enters once.
+Intervals are dyadic in the schedule index a in [0, 1], mapped through the time shift: at depth l they have length
+2^-l. At the finest level the target comes from the guided multi-step mode by the midpoint rule. At coarser levels it
+comes from two calls of the unguided few-step mode, so guidance enters once.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from mfcore.solver import DenoiserContext, Mode
 from mfcore.types import NoiseLevels, Streams
 
 BaseRule = Literal["midpoint", "two_midpoints", "euler"]
-"""How the multi-step mode gives the average velocity over an interval of the deepest level."""
+"""Rule for the average velocity of the multi-step mode over an interval of the finest level."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Intervals:
     r: NoiseLevels
 
     def rows(self, index: Tensor) -> "Intervals":
+        """Return the intervals of some rows."""
         here = row_indices(index, next(iter(self.t.values())))
 
         def take(levels: NoiseLevels) -> NoiseLevels:
@@ -42,7 +43,7 @@ class Intervals:
 
 
 def dyadic_intervals(depth: Int64[Tensor, " B"], draws: Float[Tensor, "B K"], shift: Mapping[str, float]) -> Intervals:
-    """The interval of length 2^-depth that the uniform draw falls into, for each sample and chunk."""
+    """Return the interval of length 2^-depth that contains the uniform draw, per sample and chunk."""
     count = 2.0 ** depth.double()[:, None]
     bottom = (draws.double() * count).floor()
 
@@ -55,23 +56,23 @@ def dyadic_intervals(depth: Int64[Tensor, " B"], draws: Float[Tensor, "B K"], sh
 def draw_depth(
     finest: int, is_finest: Tensor, *, seed: int, name: str, samples: Tensor, power: float = 1.0
 ) -> Int64[Tensor, " B"]:
-    """``finest`` where asked for, elsewhere 0 .. finest - 1, by sample number.
+    """Return depth ``finest`` for rows with ``is_finest``, else a draw from 0 .. finest - 1 by sample number.
 
-    Depth l is drawn with the share ((l + 1) / finest)^(1 / power) - (l / finest)^(1 / power): alike at 1, and below it
-    the deeper ones more often (at 1/2 in the ratio 1 : 3 : 5 ...).
+    Depth l has the share ((l + 1) / finest)^(1 / power) - (l / finest)^(1 / power): uniform at power 1, and increasing
+    in l below it (at 1/2 in the ratio 1 : 3 : 5 ...).
     """
     coarse = (uniform_rows(seed, name, samples, 1)[:, 0] ** power * finest).long().clamp_max(max(finest - 1, 0))
     return torch.where(is_finest, torch.full_like(coarse, finest), coarse)
 
 
 def midpoint_target(multi: DenoiserContext, x: Streams, at: Intervals) -> dict[str, Tensor]:
-    """v(x_m, m) with x_m = x_t - (t - m) v(x_t, t): average velocity over [r, t], second order in its length."""
+    """Return v(x_m, m), x_m = x_t - (t - m) v(x_t, t): average velocity over [r, t], of second order."""
     middle = move_streams(x, multi.velocity(x, at.t, at.t), at.t, at.m)
     return multi.velocity(middle, at.m, at.m)
 
 
 def two_midpoints_target(multi: DenoiserContext, x: Streams, at: Intervals) -> dict[str, Tensor]:
-    """The midpoint rule over [m, t], then over [r, m]: a quarter of its error, at twice its calls."""
+    """Return the average of the midpoint rule over [m, t] and [r, m]: a quarter of the error, twice the calls."""
     upper_half, lower_half = _split_intervals(at)
     upper = midpoint_target(multi, x, upper_half)
     lower = midpoint_target(multi, move_streams(x, upper, at.t, at.m), lower_half)
@@ -79,7 +80,7 @@ def two_midpoints_target(multi: DenoiserContext, x: Streams, at: Intervals) -> d
 
 
 def _split_intervals(at: Intervals) -> tuple[Intervals, Intervals]:
-    """[m, t] and [r, m]. Their middles are those of the levels: of second order wherever in the schedule they lie."""
+    """Return [m, t] and [r, m], with middles of the levels so the midpoint rule stays of second order."""
     upper = {m: (at.t[m] + at.m[m]) / 2 for m in at.m}
     lower = {m: (at.m[m] + at.r[m]) / 2 for m in at.m}
     return Intervals(t=at.t, m=upper, r=at.m), Intervals(t=at.m, m=lower, r=at.r)
@@ -88,7 +89,7 @@ def _split_intervals(at: Intervals) -> tuple[Intervals, Intervals]:
 def _weighted_mean(
     upper: Mapping[str, Tensor], lower: Mapping[str, Tensor], x: Streams, at: Intervals
 ) -> dict[str, Tensor]:
-    """[(t - m) upper + (m - r) lower] / (t - r): under a time shift the halves differ, a plain mean would be wrong."""
+    """Return [(t - m) upper + (m - r) lower] / (t - r); under a time shift the halves differ in length."""
     out: dict[str, Tensor] = {}
     for m, s in x.items():
         t, mid, r = (expand_levels(level[m], s.chunk, s.latents) for level in (at.t, at.m, at.r))
@@ -97,12 +98,12 @@ def _weighted_mean(
 
 
 def euler_target(multi: DenoiserContext, x: Streams, at: Intervals) -> dict[str, Tensor]:
-    """Two Euler halves of the multi-step mode, of first order: an ablation of the midpoint rule at equal cost."""
+    """Return two Euler halves of the multi-step mode (first order): an ablation at equal cost."""
     return halves_target(multi, x, at, mode="multi")
 
 
 def halves_target(context: DenoiserContext, x: Streams, at: Intervals, *, mode: Mode = "few") -> dict[str, Tensor]:
-    """[(t - m) u(x_t, t, m) + (m - r) u(x_m, m, r)] / (t - r)."""
+    """Return [(t - m) u(x_t, t, m) + (m - r) u(x_m, m, r)] / (t - r)."""
     upper = context.velocity(x, at.t, at.m if mode == "few" else at.t)
     lower = context.velocity(move_streams(x, upper, at.t, at.m), at.m, at.r if mode == "few" else at.m)
     return _weighted_mean(upper, lower, x, at)
@@ -112,7 +113,7 @@ def halves_target(context: DenoiserContext, x: Streams, at: Intervals, *, mode: 
 def shortcut_target(
     teacher: DenoiserContext, x: Streams, at: Intervals, is_finest: Tensor, *, base: BaseRule = "midpoint"
 ) -> dict[str, Tensor]:
-    """Targets of mixed rows: the guided ``base`` rule where ``is_finest``, elsewhere two unguided halves."""
+    """Return the targets: the guided ``base`` rule for rows with ``is_finest``, else two unguided halves."""
     out = {m: torch.empty_like(s.latents, dtype=torch.float32) for m, s in x.items()}
     base_target = {"midpoint": midpoint_target, "two_midpoints": two_midpoints_target, "euler": euler_target}[base]
     for rows, rule, context in ((is_finest, base_target, teacher), (~is_finest, halves_target, teacher.unguided())):

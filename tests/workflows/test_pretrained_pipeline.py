@@ -139,7 +139,7 @@ def test_wrong_names_of_codecs_are_refused(models, tmp_path):
     for wrong in ({"video": "wan"}, {"video": "oobleck:x"}, {"audio": "dct"}, {"text": "clip:x"}):
         with pytest.raises(ValueError, match="choose one of"):
             apply_codec_options(PreprocessConfig(), **wrong)
-    with pytest.raises(ValueError, match="holds no"):
+    with pytest.raises(ValueError, match="contains no"):
         apply_codec_options(PreprocessConfig(), f"wan:{tmp_path}")
     with pytest.raises(ValueError, match="multiples of video.block=16"):
         replace(apply_codec_options(PreprocessConfig(), f"wan:{models / 'wan'}"), sizes=((40, 40),))

@@ -192,11 +192,11 @@ def test_an_id_finds_its_weights_again(wan, oobleck, text, tmp_path, monkeypatch
     assert torch.equal(text_codec_from_id(text.id, text.config.folder, "cpu").encode(["ba"]), text.encode(["ba"]))
     lost = codec_from_id(oobleck.id, oobleck.clock, str(tmp_path), "cpu")
     assert lost.channels == 8  # known without weights
-    with pytest.raises(ValueError, match=r"weights of codec oobleck-v1.*set MFCTL_CODECS"):
+    with pytest.raises(ValueError, match=r"weights of codec oobleck-v1.*MFCTL_CODECS"):
         lost.encode(torch.zeros(10))
     save_oobleck(tmp_path / "other", seed=1)
     monkeypatch.setenv(pretrained.CODECS_ENV, str(tmp_path))
-    with pytest.raises(ValueError, match="set MFCTL_CODECS"):
+    with pytest.raises(ValueError, match="MFCTL_CODECS"):
         lost.encode(torch.zeros(10))
     (tmp_path / "right").symlink_to(oobleck.config.folder)
     assert len(lost.encode(torch.zeros(10))) == 1
@@ -208,7 +208,7 @@ def test_folders_that_hold_something_else_are_refused(wan, oobleck, text, tmp_pa
         (oobleck_config_from_folder, wan.config.folder),
         (t5_config_from_folder, str(tmp_path)),
     ):
-        with pytest.raises(ValueError, match="holds no"):
+        with pytest.raises(ValueError, match="contains no"):
             read(folder)
     (tmp_path / "vae").mkdir()
     config = Path(wan.config.folder, "config.json").read_text()
@@ -216,7 +216,7 @@ def test_folders_that_hold_something_else_are_refused(wan, oobleck, text, tmp_pa
     with pytest.raises(ValueError, match=r"no \.safetensors"):
         wan_config_from_folder(str(tmp_path))
     (tmp_path / "vae" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match="JSON"):
         wan_config_from_folder(str(tmp_path))
 
 

@@ -140,7 +140,7 @@ def test_whisper_says_when_words_are_said(exact, tmp_path):
 def test_whisper_is_loaded_from_a_folder(tmp_path):
     heard = Whisper(str(save_whisper(tmp_path / "whisper")))(0.1 * draw(22050), 22050)
     assert isinstance(heard, str)
-    with pytest.raises(ValueError, match="holds no Whisper"):
+    with pytest.raises(ValueError, match="is not a Whisper model"):
         Whisper(str(tmp_path))
 
 
@@ -158,9 +158,9 @@ def test_networks_of_features_are_loaded_from_folders(tmp_path):
     assert features.shape == (2, 16) and not np.allclose(features[0], features[1])
     assert VideoMAE(str(tmp_path / "videomae"))(frames[:10], 24.0).shape == (1, 16)
     assert FaceEncoder(str(tmp_path / "faces"))(frames, 24.0).shape == (3, 16)  # the first frame, two segments
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="none is not a folder"):
         VideoMAE(str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="holds no ClapModel"):
+    with pytest.raises(ValueError, match="ClapModel"):
         CLAP(str(tmp_path))
 
 
@@ -198,5 +198,5 @@ def test_a_sound_classifier_is_loaded_from_a_folder(tmp_path):
     assert heard(np.zeros(0), 22050).shape == (0, 5)
     assert kl_divergence(loud.mean(0), quiet.mean(0)) > 10 * kl_divergence(loud[0], loud[1])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no AutoModelForAudioClassification"):
+    with pytest.raises(ValueError, match="AutoModelForAudioClassification"):
         AudioClassifier(str(tmp_path / "empty"))

@@ -18,12 +18,12 @@ from mfcore.types import AUDIO, AVBatch
 from tests.helpers.analytic_models import (
     BIAS,
     PERSISTENCE,
-    Behaviour,
     LinearGaussian,
-    behaviour,
+    RolloutStatistics,
     condition,
     coupled_fixed_point,
     linear_clips,
+    rollout_statistics,
     self_forced_fixed_point,
     stream,
 )
@@ -45,7 +45,7 @@ TABLE = [
 @pytest.mark.parametrize(("s", "alpha", "drift", "lag1", "seam", "kl"), TABLE)
 def test_the_closed_form_is_the_table(s, alpha, drift, lag1, seam, kl):
     fixed, v = coupled_fixed_point(s)
-    does = behaviour(fixed, v)
+    does = rollout_statistics(fixed, v)
     assert fixed == pytest.approx(alpha, abs=0.002)
     assert does.drift == pytest.approx(drift, abs=0.006)
     assert does.lag1 == pytest.approx(lag1, abs=0.006)
@@ -54,7 +54,7 @@ def test_the_closed_form_is_the_table(s, alpha, drift, lag1, seam, kl):
 
 
 def test_a_quarter_is_the_best_strength_of_the_table():
-    kl = {s: behaviour(*coupled_fixed_point(s)).kl for s, *_ in TABLE}
+    kl = {s: rollout_statistics(*coupled_fixed_point(s)).kl for s, *_ in TABLE}
     assert min(kl, key=kl.__getitem__) == 0.25
 
 
@@ -86,7 +86,7 @@ def eight_clips(step: int) -> AVBatch:
 
 
 @torch.no_grad()
-def measured(model: LinearGaussian) -> Behaviour:
+def measured(model: LinearGaussian) -> RolloutStatistics:
     """What 65 chunks of the project's own rollout do, over 16384 copies."""
     draw = torch.Generator().manual_seed(7)
     cond = condition(256, voice=torch.randn(256, 1, 64, generator=draw))
@@ -94,11 +94,11 @@ def measured(model: LinearGaussian) -> Behaviour:
     chunks = rollout(DenoiserContext(model=model, cond=cond), starts, schedule(2, {AUDIO: 1.0}))
     h = join_chunks(c.clean for c in chunks)[AUDIO].latents[:, -2:]
     before, last = h[:, 0].flatten(), h[:, 1].flatten()
-    return Behaviour(
+    return RolloutStatistics(
         drift=float(last.mean()),
         lag1=float(torch.corrcoef(torch.stack([before, last]))[0, 1]),
         seam=float((last - before).square().mean() / (2 * (1 - PERSISTENCE))),
-        kl=behaviour(model.alpha.item(), model.v.item()).kl,
+        kl=rollout_statistics(model.alpha.item(), model.v.item()).kl,
     )
 
 
@@ -146,7 +146,7 @@ DMD = (0.919, 0.62, 0.92, 1.02)  # alpha, drift, lag-1, seam of its row
 
 def test_the_closed_form_of_dmd_is_its_row():
     alpha, v = self_forced_fixed_point()
-    does = behaviour(alpha, v)
+    does = rollout_statistics(alpha, v)
     assert (alpha, does.drift, does.lag1, does.seam) == pytest.approx(DMD, abs=0.006)
     assert does.kl == pytest.approx(0.25, abs=0.005)
 

@@ -11,7 +11,7 @@ from mfcore.objectives.losses import LossTerm, StepInfo, total_loss
 from mfcore.objectives.mutual import MutualForcingObjective
 from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.types import AUDIO, VIDEO, AVBatch, Stream
-from tests.helpers.analytic_models import Nothing
+from tests.helpers.analytic_models import EmptyCache
 from tests.helpers.mutual_objective import CONFIG, Watched, at_step, found, four, rows_of, trio
 from tests.helpers.tiny_model import network
 
@@ -55,7 +55,7 @@ def test_coupled_history_stays_with_the_clip_and_free_history_does_not():
     """A model that moves nothing keeps (1 - s) of the clip where it finishes from s, and noise where it rolls out."""
 
     def still(x, t, r, cond, *, cache=None, store=False, trust=None):
-        return {m: torch.zeros_like(stream.latents) for m, stream in x.items()}, cache or Nothing()
+        return {m: torch.zeros_like(stream.latents) for m, stream in x.items()}, cache or EmptyCache()
 
     watched, data = Watched(still), four()
     run(replace(CONFIG, strengths=(2,)), {"student": still, "ema": watched, "fake": still}, data)
@@ -331,9 +331,9 @@ def test_the_trust_label_can_be_left_out():
 def test_contradictions_are_refused():
     with pytest.raises(ValueError, match="equal lengths"):
         replace(CONFIG, rows=("real",))
-    with pytest.raises(ValueError, match="beyond the ShortCut depth"):
+    with pytest.raises(ValueError, match="finest=3"):
         replace(CONFIG, strengths=(4,))
     with pytest.raises(ValueError, match="depth_power 0"):
         replace(CONFIG, depth_power=0.0)
-    with pytest.raises(ValueError, match="must not come before"):
+    with pytest.raises(ValueError, match="dmd_from 4"):
         replace(CONFIG, fake_from=5, dmd_from=4)

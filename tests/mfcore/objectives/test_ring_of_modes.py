@@ -19,7 +19,7 @@ from mfcore.rng import generator
 from mfcore.rollout import join_chunks, rollout
 from mfcore.solver import DenoiserContext, Mode, schedule
 from mfcore.types import AUDIO, AVBatch, Condition, NoiseLevels, Streams
-from tests.helpers.analytic_models import Nothing, condition, stream
+from tests.helpers.analytic_models import EmptyCache, condition, stream
 
 MODES = torch.tensor([[math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)] for k in range(8)])
 SPREAD = 0.1
@@ -55,8 +55,8 @@ class Exact:
         self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, *, cache=None, store=False, trust=None
     ):
         if not x:
-            return {}, Nothing()
-        return {AUDIO: exact_velocity(x[AUDIO].latents, t[AUDIO][..., None].clamp_min(1e-3))}, Nothing()
+            return {}, EmptyCache()
+        return {AUDIO: exact_velocity(x[AUDIO].latents, t[AUDIO][..., None].clamp_min(1e-3))}, EmptyCache()
 
 
 class Plane(nn.Module):
@@ -75,14 +75,14 @@ class Plane(nn.Module):
         self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, *, cache=None, store=False, trust=None
     ):
         if not x:
-            return {}, Nothing()
+            return {}, EmptyCache()
         at, level, gap = x[AUDIO].latents, t[AUDIO][..., None], (t[AUDIO] - r[AUDIO])[..., None]
         waves = torch.cat(
             [(k * math.pi * gap).sin() for k in (0.5, 1, 2, 4)] + [(k * math.pi * level).sin() for k in (0.5, 1, 2, 4)],
             -1,
         )
         fixed = self.score(at, level)
-        return {AUDIO: fixed + (gap > 0) * self.few(torch.cat([at, fixed, level, gap, waves], dim=-1))}, Nothing()
+        return {AUDIO: fixed + (gap > 0) * self.few(torch.cat([at, fixed, level, gap, waves], dim=-1))}, EmptyCache()
 
     def score(self, at: Tensor, level: Tensor) -> Tensor:
         return exact_velocity(at, level.clamp_min(1e-3))
@@ -95,11 +95,11 @@ class Fake(Plane):
         self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, *, cache=None, store=False, trust=None
     ):
         if not x:
-            return {}, Nothing()
+            return {}, EmptyCache()
         at, level = x[AUDIO].latents, t[AUDIO][..., None]
         waves = torch.cat([(k * math.pi * level).sin() for k in (0.5, 1, 2, 4)] * 2, -1)
         fixed = self.score(at, level)
-        return {AUDIO: fixed + self.few(torch.cat([at, fixed, level, 0 * level, waves], dim=-1))}, Nothing()
+        return {AUDIO: fixed + self.few(torch.cat([at, fixed, level, 0 * level, waves], dim=-1))}, EmptyCache()
 
 
 def clips(step: int) -> AVBatch:

@@ -134,7 +134,7 @@ def test_clips_of_the_training_set_are_reported(swept, mutual):
     found = find_train_test_overlap(held, trained_on, trained_on, 0.01)  # nearly everything was trained on
     assert set(found.clips) <= {p.clip.id for p in held.prompts} and found.clips
     assert all(len(content) > 8 for content in found.sources.values())
-    assert "scores are no test" in overlap_warnings({"mutual": found})[0]
+    assert "not a held-out evaluation" in overlap_warnings({"mutual": found})[0]
     gone = find_train_test_overlap(held, trained_on, "/nowhere/at/all", 0.1)
     assert "cannot be read" in (gone.unknown or "")
 
@@ -282,8 +282,8 @@ def test_more_few_steps_than_were_trained_are_measured_and_said(tmp_path, toy_da
 def test_a_checkpoint_of_one_modality_reports_what_it_cannot_do(tmp_path, toy_data, numbers_only):
     video = export(tmp_path, toy_data, "video")
     result = evaluate_checkpoints([video], steps=[1], out=str(tmp_path / "x"), **QUIET)
-    assert result["not_measured"]["sync"] == "not measured: needs a checkpoint that makes sound"
-    assert result["skipped"] == ["few-step mode of video: stage video has not trained it"]
+    assert result["not_measured"]["sync"] == "not measured: needs a checkpoint that generates audio"
+    assert result["skipped"] == ["few-step mode of video: not trained in stage video"]
     metrics = json.loads(Path(result["results"]).read_text())[-1]["metrics"]
     assert "identity_error" in metrics
     assert "sync" not in metrics
@@ -293,19 +293,19 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, toy_data, mut
     out = {"out": str(tmp_path / "x")}
     with pytest.raises(ValueError, match="does not exist"):
         evaluate_checkpoints([str(tmp_path / "none")], **out, **QUIET)
-    with pytest.raises(ValueError, match="unknown mode 'slow'"):
+    with pytest.raises(ValueError, match="slow"):
         evaluate_checkpoints([mutual], modes=["slow"], **out, **QUIET)
-    with pytest.raises(ValueError, match="is no window"):
+    with pytest.raises(ValueError, match="start-end in seconds"):
         evaluate_checkpoints([mutual], windows="5", **out, **QUIET)
-    with pytest.raises(ValueError, match="positive length"):
+    with pytest.raises(ValueError, match="--seconds -1"):
         evaluate_checkpoints([mutual], seconds=-1, **out, **QUIET)
     with pytest.raises(ValueError, match="is no dataset"):
         evaluate_checkpoints([mutual], data=str(tmp_path), **out, **QUIET)
     joint = export(tmp_path, toy_data, "joint")
-    with pytest.raises(ValueError, match="stage joint has not trained it"):
+    with pytest.raises(ValueError, match="stage joint"):
         evaluate_checkpoints([joint], modes=["few"], **out, **QUIET)
     odd = export(tmp_path / "odd", toy_data, "mutual", chunk_seconds=Fraction(1))
-    with pytest.raises(ValueError, match="do not fit: chunk 1 there, 1/2 here"):
+    with pytest.raises(ValueError, match="chunk 1 of the checkpoint, 1/2 of the dataset"):
         evaluate_checkpoints([odd], **out, **QUIET)
     assert not (tmp_path / "x").exists()
 
@@ -397,7 +397,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, mutual):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.html").write_text("mine")
     for place in (tmp_path / "mine", tmp_path / "mine" / "report.html"):
-        with pytest.raises(ValueError, match="holds no evaluation|is a file"):
+        with pytest.raises(ValueError, match="--out"):
             evaluate_checkpoints([mutual], steps=[1], out=str(place), **QUIET)
     assert (tmp_path / "mine" / "report.html").read_text() == "mine"
 
