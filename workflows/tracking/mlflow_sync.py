@@ -1,12 +1,12 @@
-"""A training's log: on disk in the run's folder at once, in MLflow as soon as MLflow takes it.
+"""Durable log of a training run: written to the run directory at once, sent to MLflow when the server responds.
 
-A training must not stop, wait or lose a number because a server is away. So ``log`` only appends to JSON lines; a
-thread sends them in order, again and again until they arrive, and notes in ``mlflow.json`` how far it came. Memory
-stays bounded, since what waits lies in the files, and a killed process leaves everything for the next one. A batch
-whose answer was lost is sent again: MLflow tells metrics by name, step, time and value, so it counts once.
+An unreachable server must not stop or delay training, and must not lose a number. ``log`` only appends to JSON lines.
+A background thread sends entries in order, retries until they arrive, and stores its position in ``mlflow.json``.
+Memory is bounded because the backlog stays in the files. After a kill, the next process sends the rest. A batch whose
+response was lost is sent again. MLflow identifies metrics by name, step, time and value, so it counts once.
 
     metrics.jsonl, params.json, artifacts.jsonl   the log; complete, with or without a server
-    mlflow.json                                   the MLflow run, and what it has got
+    mlflow.json                                   the MLflow run, and how much it has received
 """
 
 import json
@@ -35,91 +35,96 @@ from workflows.tracking.tracker import (
 from workflows.utils.json_io import write_text_atomically
 
 SYNC_STATE_FILE = "mlflow.json"
-START_SECONDS = 15.0  # how long a run waits, at its start, for the first word of its server
-FLUSH_SECONDS = 30.0  # and at its end, for what is still to be sent
+START_SECONDS = 15.0  # limit for the first attempt at the start of a run
+FLUSH_SECONDS = 30.0  # limit for the backlog at the end of a run
 RETRY_BACKOFF_S = (1.0, 60.0)  # seconds between attempts: the first, doubled up to the second
-BATCH_LINES = 50  # sent at once
+BATCH_LINES = 50  # entries per request
 MLFLOW_HTTP_ENV = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""Settings of MLflow's client, where the user has none: we try again ourselves, and can be asked to stop."""
+"""Defaults of MLflow's client: no retries inside it, because the sync thread retries and can be stopped."""
 
 _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyncState:
-    """``mlflow.json``."""
+    """Content of ``mlflow.json``."""
 
     uri: str
-    key: str  # tag of the run: making it is asked for until it is known
-    run: str | None = None  # MLflow's id
-    metrics: int = 0  # bytes of metrics.jsonl that are there
+    key: str  # tag of the run, so that a repeated creation finds it
+    run: str | None = None  # MLflow's run id
+    metrics: int = 0  # bytes of metrics.jsonl that were sent
     last_step: int = -1
     params: bool = False
-    artifacts: int = 0  # bytes of artifacts.jsonl
-    status: str | None = None  # what MLflow was told last: None, running
+    artifacts: int = 0  # bytes of artifacts.jsonl that were sent
+    status: str | None = None  # last status that was sent; None: running
 
 
 def load_sync_state(folder: Path, uri: str) -> SyncState:
-    """What ``uri`` has got of the log in ``folder``: nothing, where it was sent to another server."""
-    place = folder / SYNC_STATE_FILE
-    facts = json.loads(place.read_text()) if place.exists() else {}
-    if facts.get("uri") != uri:
-        facts = {}
-    known: dict[str, Any] = {f.name: facts[f.name] for f in fields(SyncState) if f.name in facts}
+    """Return what ``uri`` has received of the log in ``folder``; a new state for another server."""
+    path = folder / SYNC_STATE_FILE
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if stored.get("uri") != uri:
+        stored = {}
+    known: dict[str, Any] = {f.name: stored[f.name] for f in fields(SyncState) if f.name in stored}
     return replace(SyncState(uri=uri, key=secrets.token_hex(16)), **known)
 
 
 def save_sync_state(folder: Path, sent: SyncState) -> None:
+    """Write ``mlflow.json`` atomically."""
     write_text_atomically(folder / SYNC_STATE_FILE, json.dumps(asdict(sent), indent=1) + "\n")
 
 
 class DurableTracker:
-    """The tracker of a training: JSON lines first, MLflow behind."""
+    """Tracker of a training run: JSON lines first, MLflow by a background thread."""
 
     def __init__(
         self, folder: Path, *, uri: str, experiment: str, name: str, tags: Mapping[str, str]
     ) -> None:  # fmt: skip
         for variable, value in MLFLOW_HTTP_ENV.items():
             os.environ.setdefault(variable, value)
-        self._folder, self._lines = folder, JsonLinesTracker(folder)
-        self._sender = SyncThread(folder, uri=uri, experiment=experiment, name=name, tags=tags)
-        self._sender.start()
-        self._sender.wait_first_attempt(START_SECONDS)
+        self._folder = folder
+        self._lines = JsonLinesTracker(folder)
+        self._sync = SyncThread(folder, uri=uri, experiment=experiment, name=name, tags=tags)
+        self._sync.start()
+        self._sync.wait_first_attempt(START_SECONDS)
 
     @property
     def run_id(self) -> str | None:
-        """None until MLflow has answered for the first time."""
-        return self._sender.sent.run
+        """MLflow's run id, None until the first response."""
+        return self._sync.sent.run
 
     def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
+        """Append the metrics of one step; see ``Tracker.log``."""
         self._lines.log(step, metrics, late=late)
-        self._sender.notify()
+        self._sync.notify()
 
     def params(self, values: Mapping[str, Any]) -> None:
+        """Store the parameters of the run."""
         self._lines.params(values)
-        self._sender.notify()
+        self._sync.notify()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
+        """List a file for upload."""
         self._lines.artifact(path, folder)
-        self._sender.notify()
+        self._sync.notify()
 
     def finish(self, *, failed: bool = False) -> None:
-        """Wait a limited time until MLflow has everything; say what it has not got."""
-        self._sender.flush("FAILED" if failed else "FINISHED", FLUSH_SECONDS)
-        if error := self._sender.error:
+        """Send the backlog for at most FLUSH_SECONDS; log a warning with the rest."""
+        self._sync.flush("FAILED" if failed else "FINISHED", FLUSH_SECONDS)
+        if error := self._sync.error:
             _LOGGER.warning(
-                f"MLflow at {self._sender.sent.uri} did not take the whole log ({error}). Nothing is lost: "
-                f"{describe_backlog(self._folder, self._sender.sent)} wait in {self._folder}; "
-                "the same command sends them when it is back"
+                f"MLflow at {self._sync.sent.uri} did not take the whole log ({error}). Nothing is lost: "
+                f"{describe_backlog(self._folder, self._sync.sent)} are stored in {self._folder}; "
+                "the same command sends them when the server responds"
             )
 
 
 class SyncThread(threading.Thread):
-    """Sends what is new in a folder's log. One attempt at a time, in order."""
+    """Thread that sends new entries of a run's log, in order, one attempt at a time."""
 
     def __init__(
         self, folder: Path, *, uri: str, experiment: str, name: str, tags: Mapping[str, str]
@@ -127,123 +132,132 @@ class SyncThread(threading.Thread):
         super().__init__(name="mlflow", daemon=True)
         self.sent = load_sync_state(folder, uri)
         self.error: str | None = None  # of the latest attempt, if it failed
-        self._folder, self._experiment, self._name = folder, experiment, name
+        self._folder = folder
+        self._experiment = experiment
+        self._name = name
         self._tags = {**tags, DEDUP_TAG: self.sent.key}
         self._status: str | None = None
         self._client: MlflowTracker | None = None
-        self._seen = -1.0
-        self._news = threading.Condition()
-        self._asked, self._done, self._tried = 1, 0, 0
-        self._hurry = self._over = False
-        self._keep()  # the key is on disk before it is used
+        self._samples_seen = -1.0
+        self._changed = threading.Condition()
+        self._requested = 1
+        self._completed = 0
+        self._attempts = 0
+        self._flushing = False
+        self._stopped = False
+        self._save_state()  # the key must be on disk before it is used
 
     def notify(self) -> None:
-        with self._news:
-            self._asked += 1
-            self._news.notify_all()
+        """Request another attempt: the log has new entries."""
+        with self._changed:
+            self._requested += 1
+            self._changed.notify_all()
 
     def wait_first_attempt(self, limit: float) -> None:
-        """Until the first attempt has ended, well or not."""
-        with self._news:
-            self._news.wait_for(lambda: self._tried > 0, limit)
+        """Wait at most ``limit`` seconds for the first attempt to finish, successful or not."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._attempts > 0, limit)
 
     def flush(self, status: str, limit: float) -> None:
-        """Send what is left, and the status; no more attempts after ``limit`` seconds."""
-        with self._news:
-            self._status, self._hurry = status, True
-            self._asked += 1
-            self._news.notify_all()
-            if not self._news.wait_for(lambda: self._done == self._asked, limit) and self.error is None:
-                self.error = f"no answer within {limit:.0f} s"
-            self._over = True
-            self._news.notify_all()
+        """Send the backlog and the status; stop after ``limit`` seconds."""
+        with self._changed:
+            self._status = status
+            self._flushing = True
+            self._requested += 1
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self._completed == self._requested, limit) and self.error is None:
+                self.error = f"no response within {limit:.0f} s"
+            self._stopped = True
+            self._changed.notify_all()
 
     def run(self) -> None:
+        """Send whenever entries are new, with exponential backoff after failures."""
         wait = RETRY_BACKOFF_S[0]
         while True:
-            with self._news:
-                self._news.wait_for(lambda: self._asked > self._done or self._over)
-                if self._over:
+            with self._changed:
+                self._changed.wait_for(lambda: self._requested > self._completed or self._stopped)
+                if self._stopped:
                     return
-                asked = self._asked
+                requested = self._requested
             try:
                 self._send()
-            except Exception as error:  # of a network, a server, a store: whatever it is, the log waits on disk
-                self._failed(error)
-                with self._news:
-                    self._news.wait_for(lambda: self._hurry, wait)
-                    if self._hurry and not self._over:
-                        self._news.wait_for(lambda: self._over, RETRY_BACKOFF_S[0])
+            except Exception as error:  # of the network, server or store: the log stays on disk
+                self._record_failure(error)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._flushing, wait)
+                    if self._flushing and not self._stopped:
+                        self._changed.wait_for(lambda: self._stopped, RETRY_BACKOFF_S[0])
                 wait = min(2 * wait, RETRY_BACKOFF_S[1])
             else:
-                self._succeeded(asked)
+                self._record_success(requested)
                 wait = RETRY_BACKOFF_S[0]
 
-    def _failed(self, error: Exception) -> None:
+    def _record_failure(self, error: Exception) -> None:
         self._client = None
-        with self._news:
-            fresh, self.error = self.error is None, first_line(error)
-            self._tried += 1
-            self._news.notify_all()
-        if fresh and not self._over:
+        with self._changed:
+            is_first = self.error is None
+            self.error = first_line(error)
+            self._attempts += 1
+            self._changed.notify_all()
+        if is_first and not self._stopped:
             _LOGGER.warning(
-                f"MLflow at {self.sent.uri} does not answer ({self.error}). Training goes on; "
-                f"the log is kept in {self._folder} and sent when it is back"
+                f"MLflow at {self.sent.uri} does not respond ({self.error}). Training continues; "
+                f"the log is kept in {self._folder} and sent when the server responds"
             )
 
-    def _succeeded(self, asked: int) -> None:
-        with self._news:
-            again, self.error = self.error is not None, None
-            self._done = asked
-            self._tried += 1
-            self._news.notify_all()
-        if again and not self._over:
-            _LOGGER.info(f"MLflow at {self.sent.uri} is back and has the whole log")
+    def _record_success(self, requested: int) -> None:
+        with self._changed:
+            had_failed = self.error is not None
+            self.error = None
+            self._completed = requested
+            self._attempts += 1
+            self._changed.notify_all()
+        if had_failed and not self._stopped:
+            _LOGGER.info(f"MLflow at {self.sent.uri} responds again and has the whole log")
 
     def _send(self) -> None:
-        client = self._connected()
+        client = self._connect()
         if not self.sent.params and (self._folder / PARAMS).exists():
             client.params(json.loads((self._folder / PARAMS).read_text()))
-            self._keep(params=True)
+            self._save_state(params=True)
         for entries, end in read_batches(self._folder / METRICS, self.sent.metrics):
             new = drop_repeated_steps(entries, self.sent.last_step)
-            client.send([e for e in new if e.get(STEP_KEY, self._seen + 1) > self._seen])
-            self._keep(
-                metrics=end, last_step=max([self.sent.last_step, *(e["step"] for e in new if LATE_KEY not in e)])
-            )
+            client.send([e for e in new if e.get(STEP_KEY, self._samples_seen + 1) > self._samples_seen])
+            steps = [e["step"] for e in new if LATE_KEY not in e]
+            self._save_state(metrics=end, last_step=max([self.sent.last_step, *steps]))
         for entry, end in iter_json_lines(self._folder / ARTIFACTS, self.sent.artifacts):
             self._upload(client, Path(entry["path"]), entry["folder"])
-            self._keep(artifacts=end)
+            self._save_state(artifacts=end)
         if self._status != self.sent.status:
             client.finish(failed=self._status == "FAILED")
-            self._keep(status=self._status)
+            self._save_state(status=self._status)
 
-    def _connected(self) -> MlflowTracker:
-        """To the run of the log: made once, whatever was lost on the way; marked as running."""
+    def _connect(self) -> MlflowTracker:
+        """Return the client of the run, which is created once and marked as running."""
         if self._client is None:
             sent = self.sent
             self._client = MlflowTracker(
                 sent.uri, experiment=self._experiment, name=self._name, run_id=sent.run, tags=self._tags
             )
-            self._keep(run=self._client.run_id, status=None)
-            self._seen = self._client.samples_seen  # an answer may have been lost, but not what it was about
+            self._save_state(run=self._client.run_id, status=None)
+            self._samples_seen = self._client.samples_seen  # entries whose response was lost have arrived
         return self._client
 
     def _upload(self, client: MlflowTracker, path: Path, folder: str | None) -> None:
         if path.exists():
             client.artifact(path, folder)
         else:
-            _LOGGER.warning(f"{path} is gone and will not be in MLflow")
+            _LOGGER.warning(f"{path} does not exist: it is not uploaded to MLflow")
 
-    def _keep(self, **facts: Any) -> None:
-        """Note how far it came, unless the run has gone on without us."""
-        self.sent = replace(self.sent, **facts)
-        if not self._over:
+    def _save_state(self, **changes: Any) -> None:
+        """Save the position, unless ``flush`` has ended: another process may have continued the run."""
+        self.sent = replace(self.sent, **changes)
+        if not self._stopped:
             save_sync_state(self._folder, self.sent)
 
 
 def read_batches(path: Path, start: int) -> Iterator[tuple[list[Entry], int]]:
-    """Entries from byte ``start`` on, at most ``LINES`` at once, each with the byte behind it."""
+    """Yield batches of at most BATCH_LINES entries from byte ``start`` on, each with its end byte."""
     entries: list[Entry] = []
     end = start
     for entry, end in iter_json_lines(path, start):
@@ -256,9 +270,9 @@ def read_batches(path: Path, start: int) -> Iterator[tuple[list[Entry], int]]:
 
 
 def drop_repeated_steps(entries: Sequence[Entry], last: int) -> list[Entry]:
-    """Without steps that came before: a driver that died may have left a worker that still wrote.
+    """Return the entries without steps up to ``last``, which a worker of a dead driver may have repeated.
 
-    What carries ``STEP`` begins a step; what does not adds to it, what is late to any step that has begun.
+    An entry with STEP_KEY begins a step, others add to the current one. A late entry may belong to any earlier step.
     """
     out: list[Entry] = []
     for entry in entries:
@@ -271,7 +285,7 @@ def drop_repeated_steps(entries: Sequence[Entry], last: int) -> list[Entry]:
 
 
 def describe_backlog(folder: Path, sent: SyncState) -> str:
-    """What MLflow has not got, in words."""
+    """Return the unsent part of a log as text."""
     steps = sum(1 for _ in iter_json_lines(folder / METRICS, sent.metrics))
     files = sum(1 for _ in iter_json_lines(folder / ARTIFACTS, sent.artifacts))
     parts = [f"{steps} log entries", f"{files} files", *([] if sent.params else ["the parameters"])]
@@ -279,7 +293,7 @@ def describe_backlog(folder: Path, sent: SyncState) -> str:
 
 
 def has_backlog(folder: Path, uri: str) -> bool:
-    """Whether the log of a run that has ended waits for its MLflow server."""
+    """Return True if the log of a finished run is not completely in MLflow."""
     sent = load_sync_state(folder, uri)
     sizes = {name: (folder / name).stat().st_size for name in (METRICS, ARTIFACTS) if (folder / name).exists()}
     behind = sent.metrics < sizes.get(METRICS, 0) or sent.artifacts < sizes.get(ARTIFACTS, 0)
@@ -289,9 +303,9 @@ def has_backlog(folder: Path, uri: str) -> bool:
 def open_durable_tracker(
     folder: Path, *, uri: str, experiment: str, tags: Mapping[str, str]
 ) -> Tracker:  # fmt: skip
-    """The log of the training in ``folder``, begun or continued; MLflow calls the run as the folder.
+    """Open or continue the log of the training run in ``folder``, whose name is the MLflow run name.
 
-    Without MLflow, or when MFCTL_TRACKER=json asks for it, it stays on disk and can be sent later from there.
+    Without MLflow, or with MFCTL_TRACKER=json, the log stays on disk and can be sent later.
     """
     if not mlflow_enabled():
         return JsonLinesTracker(folder)
@@ -299,5 +313,6 @@ def open_durable_tracker(
 
 
 def first_line(error: Exception) -> str:
+    """Return the message of an error in one line of at most 160 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else f"{text[:157]}..."

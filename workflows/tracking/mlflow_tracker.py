@@ -1,3 +1,5 @@
+"""Trackers that log to MLflow. The only module that imports mlflow."""
+
 import fcntl
 import importlib.util
 import logging
@@ -19,17 +21,17 @@ from workflows.tracking.tracker import (
     Tracker,
 )
 
-PARENT_RUN_TAG = "mlflow.parentRunId"  # tag of a run that belongs to another one
+PARENT_RUN_TAG = "mlflow.parentRunId"  # tag of a child run
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Tag by which MLflow's UI tells a training's experiment from one about language models. (3.17 asks the browser's
-own switch, "Model training", instead, or ``?workflowType=machine_learning`` in the address.)"""
+"""Tag that makes MLflow's UI show an experiment as model training, not as one about language models. MLflow 3.17 uses
+the browser setting "Model training" or ``?workflowType=machine_learning`` in the address."""
 
-_MARKS = ("step", "time", LATE_KEY)  # of an entry, and no metrics
+_NON_METRIC_KEYS = ("step", "time", LATE_KEY)  # of an entry
 
 
 @contextmanager
 def sqlite_lock(uri: str) -> Iterator[None]:
-    """Two processes that make the tables of one new SQLite store at once would both fail."""
+    """Lock a SQLite store: two processes that create its tables at the same time both fail."""
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -41,7 +43,7 @@ def sqlite_lock(uri: str) -> Iterator[None]:
 
 
 class MlflowTracker:
-    """One MLflow run, started anew or continued by its id."""
+    """One MLflow run, created or continued by its id."""
 
     def __init__(
         self,
@@ -54,30 +56,30 @@ class MlflowTracker:
     ) -> None:
         from mlflow import MlflowClient
 
-        for chatty in ("mlflow", "alembic"):  # a word per table of a new store
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        for logger in ("mlflow", "alembic"):  # they log a line per table of a new store
+            logging.getLogger(logger).setLevel(logging.WARNING)
         with sqlite_lock(uri):
             self._client = MlflowClient(tracking_uri=uri)
-            self._client.search_experiments(max_results=1)  # makes the tables of a new store
+            self._client.search_experiments(max_results=1)  # creates the tables of a new store
         self._artifacts = artifact_root(uri)
         if run_id is None:
             with sqlite_lock(uri):  # two runs must not create one experiment twice
-                run_id = self._start(experiment, name, tags)
+                run_id = self._create_run(experiment, name, tags)
         else:
             self._client.set_terminated(run_id, "RUNNING")
         self.run_id: str | None = run_id
         self._run = run_id
 
-    def _start(self, experiment: str, name: str, tags: Mapping[str, str]) -> str:
-        number = self._experiment(experiment)
-        if DEDUP_TAG in tags:  # asked for before, and the answer was lost
+    def _create_run(self, experiment: str, name: str, tags: Mapping[str, str]) -> str:
+        number = self._get_or_create_experiment(experiment)
+        if DEDUP_TAG in tags:  # an earlier request whose response was lost
             known = self._client.search_runs([number], f"tags.`{DEDUP_TAG}` = '{tags[DEDUP_TAG]}'", max_results=1)
             if known:
                 return known[0].info.run_id
         run = self._client.create_run(number, run_name=name, tags=dict(tags))
         return run.info.run_id
 
-    def _experiment(self, name: str) -> str:
+    def _get_or_create_experiment(self, name: str) -> str:
         known = self._client.get_experiment_by_name(name)
         if known is None:
             return self._client.create_experiment(name, self._artifacts, tags=EXPERIMENT_TAGS)
@@ -88,21 +90,22 @@ class MlflowTracker:
 
     @property
     def samples_seen(self) -> float:
-        """Of the latest entry that MLflow has; -1 when it has none."""
+        """Samples seen at the latest entry that MLflow has, -1 without entries."""
         return self._client.get_run(self._run).data.metrics.get(STEP_KEY, -1.0)
 
     def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
-        del late  # MLflow takes any step at any time
+        """Log the metrics of one step now."""
+        del late  # MLflow accepts steps in any order
         self.send([{"step": step, "time": time.time(), **metrics}])
 
     def send(self, entries: Sequence[Entry]) -> None:
-        """Entries of JSON lines, in order. The same entry twice counts once: a store tells metrics by their time."""
+        """Send entries of JSON lines in order; MLflow counts a repeated entry once, by its time."""
         from mlflow.entities import Metric
 
         batch: list[Metric] = []
         for entry in entries:
             at, step = int(entry["time"] * 1000), entry["step"]
-            metrics = [Metric(k, float(v), at, step) for k, v in entry.items() if k not in _MARKS]
+            metrics = [Metric(k, float(v), at, step) for k, v in entry.items() if k not in _NON_METRIC_KEYS]
             if len(batch) + len(metrics) > MAX_METRICS_PER_CALL:
                 self._client.log_batch(self._run, metrics=batch)
                 batch = []
@@ -110,6 +113,7 @@ class MlflowTracker:
         self._client.log_batch(self._run, metrics=batch)
 
     def params(self, values: Mapping[str, Any]) -> None:
+        """Log the parameters of the run; long values are truncated."""
         from mlflow.entities import Param
 
         pairs = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items()]
@@ -117,20 +121,24 @@ class MlflowTracker:
             self._client.log_batch(self._run, params=pairs[first : first + 100])
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Upload a file."""
         self._client.log_artifact(self._run, str(path), folder)
 
     def finish(self, *, failed: bool = False) -> None:
+        """Set the final status of the run."""
         self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
 
 
 def mlflow_enabled() -> bool:
-    """Installed, and not refused by ``MFCTL_TRACKER=json``."""
+    """Return True if mlflow is installed and ``MFCTL_TRACKER=json`` is not set."""
     return os.environ.get("MFCTL_TRACKER") != "json" and importlib.util.find_spec("mlflow") is not None
 
 
 def artifact_root(uri: str) -> str | None:
-    """Where an experiment in a SQLite store keeps files: beside the store (MLflow's default is the current directory of
-    whoever logs first, which is a Ray worker's scratch folder). None: the server decides."""
+    """Return the artifact folder of experiments in a SQLite store, next to it; None if the server decides.
+
+    MLflow's default is the current directory of the first process that logs, such as a Ray worker's scratch folder.
+    """
     prefix = "sqlite:///"
     return (Path(uri.removeprefix(prefix)).parent / "mlartifacts").as_uri() if uri.startswith(prefix) else None
 
@@ -145,12 +153,12 @@ def open_tracker(
     tags: Mapping[str, str] | None = None,
     parent: str | None = None,
 ) -> Tracker:
-    """MLflow where it is installed, else (or when MFCTL_TRACKER=json asks for it) JSON lines in ``folder``.
+    """Return an MLflow tracker, or JSON lines in ``folder`` without mlflow or with MFCTL_TRACKER=json.
 
-    For what is not a course in time, such as a sweep: entries may come in any order, and an error of MLflow is raised.
-    ``parent``: id of the run that this one belongs to.
+    For results that are not a time series, such as a sweep: entries may come in any order, and errors of MLflow are
+    raised. ``parent`` is the id of the parent run.
     """
     if not mlflow_enabled():
         return JsonLinesTracker(folder, ordered=False)
-    belongs = {PARENT_RUN_TAG: parent} if parent else {}
-    return MlflowTracker(uri, experiment=experiment, name=name, run_id=run_id, tags={**(tags or {}), **belongs})
+    parent_tag = {PARENT_RUN_TAG: parent} if parent else {}
+    return MlflowTracker(uri, experiment=experiment, name=name, run_id=run_id, tags={**(tags or {}), **parent_tag})

@@ -1,7 +1,7 @@
-"""Where a run's numbers go. The only file that imports mlflow; without it they go to JSON lines.
+"""Protocol of a run's log, and its form on disk as JSON lines.
 
-Metrics of MLflow are append-only, so a run that resumes from a checkpoint must repeat no step that was logged before.
-The log of a training therefore goes to disk first, where what was logged is dropped (``workflows.training.delivery``).
+Metrics of MLflow are append-only, so a run that resumes from a checkpoint must not repeat a logged step. The log of a
+training run is therefore written to disk first, where repeated steps are dropped (``workflows.tracking.mlflow_sync``).
 """
 
 import json
@@ -14,60 +14,66 @@ from typing import Any, Protocol
 
 from workflows.utils.json_io import write_text_atomically
 
-STEP_KEY = "samples_seen"  # logged with every entry: tells a resumed run where the log ends
-LATE_KEY = "late"  # mark of an entry that may be about a step which the log has gone past
-DEDUP_TAG = "mfctl.once"  # tag of a run whose making may be asked for again: the value belongs to this run alone
-MAX_METRICS_PER_CALL = 1000  # in one batch
+STEP_KEY = "samples_seen"  # in every entry that begins a step: position of the log for a resumed run
+LATE_KEY = "late"  # mark of an entry that may belong to an earlier step
+DEDUP_TAG = "mfctl.once"  # tag with a unique value, so that a repeated creation finds the run
+MAX_METRICS_PER_CALL = 1000  # per request
 MAX_PARAM_LENGTH = 500  # longest parameter value that every MLflow store accepts
 METRICS, PARAMS, ARTIFACTS = "metrics.jsonl", "params.json", "artifacts.jsonl"
 
 Entry = Mapping[str, Any]
-"""What ``log`` wrote: step, time in seconds, and the metrics by name."""
+"""One logged entry: step, time in seconds, and the metrics by name."""
 
 
 class Tracker(Protocol):
-    """One run's log."""
+    """Log of one run."""
 
     @property
     def run_id(self) -> str | None:
-        """Of MLflow, or None."""
+        """MLflow's run id, or None."""
         ...
 
     def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
-        """What is known of one step; ``STEP`` is among it. Nothing happens for a step that was logged before.
+        """Log the metrics of one step, which contain STEP_KEY; a step that was logged before is skipped.
 
-        Without ``STEP``: something more about the latest step; what that has already is left out. ``late``: about any
-        step; whoever calls knows what was said before.
+        Without STEP_KEY, the metrics add to the latest step, except those that it has. With ``late`` they may belong
+        to any step, and the caller must avoid repetitions.
         """
         ...
 
-    def params(self, values: Mapping[str, Any]) -> None: ...
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log the parameters of the run."""
+        ...
 
-    def artifact(self, path: Path, folder: str | None = None) -> None: ...
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Log a file, below ``folder`` in the run's artifacts."""
+        ...
 
-    def finish(self, *, failed: bool = False) -> None: ...
+    def finish(self, *, failed: bool = False) -> None:
+        """Close the log with its final status."""
+        ...
 
 
 class NullTracker:
-    """The tracker of every rank but the first."""
+    """Tracker of every rank except rank 0: discards everything."""
 
     run_id = None
 
     def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
-        pass
+        """Discard the metrics."""
 
     def params(self, values: Mapping[str, Any]) -> None:
-        pass
+        """Discard the parameters."""
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        pass
+        """Discard the file."""
 
     def finish(self, *, failed: bool = False) -> None:
-        pass
+        """Do nothing."""
 
 
 class JsonLinesTracker:
-    """``metrics.jsonl`` and ``params.json`` in a folder; artifacts stay where they are and are listed."""
+    """Tracker that writes ``metrics.jsonl`` and ``params.json`` into a folder and lists artifacts without a copy."""
 
     run_id = None
 
@@ -76,49 +82,53 @@ class JsonLinesTracker:
         self._folder, self._ordered = folder, ordered
         for name in (METRICS, ARTIFACTS):
             truncate_partial_line(folder / name)
-        self._last, self._names = -1, set[str]()
+        self._last_step = -1
+        self._names = set[str]()
         for entry, _ in iter_json_lines(folder / METRICS):
             if LATE_KEY not in entry:
-                self._remember(entry["step"], entry)
+                self._record_names(entry["step"], entry)
 
     def log(self, step: int, metrics: Mapping[str, float], *, late: bool = False) -> None:
+        """Append one entry; see ``Tracker.log``."""
         if late:
             metrics = {**metrics, LATE_KEY: True}
         elif self._ordered:
-            if step < self._last or (step == self._last and STEP_KEY in metrics):
+            if step < self._last_step or (step == self._last_step and STEP_KEY in metrics):
                 return
-            self._remember(step, ())
+            self._record_names(step, ())
             metrics = {name: value for name, value in metrics.items() if name not in self._names}
-            self._remember(step, metrics)
+            self._record_names(step, metrics)
         if not metrics:
             return
         entry = {"step": step, "time": time.time(), **metrics}
         with (self._folder / METRICS).open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def _remember(self, step: int, names: Iterable[str]) -> None:
-        if step > self._last:
-            self._last, self._names = step, set()
+    def _record_names(self, step: int, names: Iterable[str]) -> None:
+        if step > self._last_step:
+            self._last_step, self._names = step, set()
         self._names |= set(names)
 
     def params(self, values: Mapping[str, Any]) -> None:
+        """Write ``params.json``."""
         write_text_atomically(self._folder / PARAMS, json.dumps(dict(values), indent=1, default=str))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Append a file to ``artifacts.jsonl``."""
         with (self._folder / ARTIFACTS).open("a") as file:
             file.write(json.dumps({"path": str(path), "folder": folder}) + "\n")
 
     def finish(self, *, failed: bool = False) -> None:
-        pass
+        """Do nothing: every entry is on disk."""
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of a JSON lines file; what a crash cut short is left out."""
+    """Return the entries of a JSON lines file without an incomplete last line."""
     return [entry for entry, _ in iter_json_lines(path)]
 
 
 def iter_json_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """The same from byte ``start`` on, each with the byte at which the next one begins."""
+    """Yield the entries from byte ``start`` on, each with the byte at which the next one begins."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -132,7 +142,7 @@ def iter_json_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any]
 
 
 def truncate_partial_line(path: Path) -> None:
-    """Take away what a killed writer left of its last line: the next line must not be glued to it."""
+    """Remove the incomplete last line of a killed writer, so that the next line starts on its own."""
     if path.exists():
-        whole = max((end for _, end in iter_json_lines(path)), default=0)
-        os.truncate(path, whole)
+        size = max((end for _, end in iter_json_lines(path)), default=0)
+        os.truncate(path, size)

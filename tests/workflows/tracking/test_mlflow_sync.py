@@ -97,14 +97,14 @@ def test_a_server_that_hangs_costs_no_time_and_the_next_one_gets_everything(tmp_
         assert time.perf_counter() - began < 8
         assert has_backlog(run, uri)
     assert tracker.run_id is None
-    assert "30 log entries, 1 files and the parameters wait in" in caplog.messages[-1], caplog.messages
+    assert "30 log entries, 1 files and the parameters are stored in" in caplog.messages[-1], caplog.messages
     later = opened(run, store)
     later.finish()
     assert steps_in(store, later.run_id) == list(range(30))
-    facts = later._sender._connected()._client.get_run(later.run_id)
+    facts = later._sync._connect()._client.get_run(later.run_id)
     assert (facts.data.params, facts.data.tags["stage"]) == ({"steps": "30"}, "video")
-    assert [f.path for f in later._sender._connected()._client.list_artifacts(later.run_id, "samples")]
-    later._sender._connected().finish()
+    assert [f.path for f in later._sync._connect()._client.list_artifacts(later.run_id, "samples")]
+    later._sync._connect().finish()
     assert not has_backlog(run, store)
 
 
