@@ -44,9 +44,9 @@ class AttentionVisibility:
 
     def blocks(self, device: torch.device) -> BlockMask:
         """Return the block mask for FlexAttention."""
-        chunk, first, last, track, key_track = (
-            part.to(device) for part in (self.chunk, self.first, self.last, self.track, self.key_track)
-        )
+        chunk, track = self.chunk.to(device), self.track.to(device)
+        first, last = self.first.to(device), self.last.to(device)
+        key_track = self.key_track.to(device)
 
         def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             del batch, head

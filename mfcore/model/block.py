@@ -76,6 +76,18 @@ class ModulationTable(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Modulation:
+    """Shift, scale (centered at 1) and gate of attention and feed-forward, each (B, R, 1, d)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+    mlp_shift: Tensor
+    mlp_scale: Tensor
+    mlp_gate: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextTokens:
     """Embedded conditions of one branch. Token 0 is a learned null token, so no softmax is empty."""
 
@@ -169,34 +181,32 @@ class Block(nn.Module):
             nn.Linear(dim, config.mlp_width), nn.GELU(approximate="tanh"), nn.Linear(config.mlp_width, dim)
         )
 
-    def modulation(self, shared: Float[Tensor, "B K pd"], chunk: Tensor | None) -> tuple[Tensor, ...]:
-        """Return shift, scale and gate for attention and feed-forward, each (B, R, 1, d).
-
-        ``chunk``: chunk of each token; None if all chunks have equally many.
-        """
+    def modulation(self, shared: Float[Tensor, "B K pd"], chunk: Tensor | None) -> Modulation:
+        """Return the modulation per run. ``chunk``: chunk of each token; None if all chunks have equally many."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.table(shared)
         parts = (shift, 1 + scale, gate, mlp_shift, 1 + mlp_scale, mlp_gate)
-        return tuple((p if chunk is None else p.index_select(1, chunk))[:, :, None] for p in parts)
-
-    def project(self, x: Float[Tensor, "B N d"], mod: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (B, N, H, e), normed unrotated keys and values (both B, N, G, e)."""
-        q, k, v = (
-            split_heads(part, self.head_dim)
-            for part in self.qkv(modulate(x, mod[0], mod[1])).split(self.widths, dim=-1)
+        runs = [(p if chunk is None else p.index_select(1, chunk))[:, :, None] for p in parts]
+        return Modulation(
+            shift=runs[0], scale=runs[1], gate=runs[2], mlp_shift=runs[3], mlp_scale=runs[4], mlp_gate=runs[5]
         )
+
+    def project(self, x: Float[Tensor, "B N d"], mod: Modulation) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, N, H, e), normed unrotated keys and values (both B, N, G, e)."""
+        qkv = self.qkv(modulate(x, mod.shift, mod.scale))
+        q, k, v = (split_heads(part, self.head_dim) for part in qkv.split(self.widths, dim=-1))
         return self.norm_q(q), self.norm_k(k), v
 
     def update(
         self,
         x: Float[Tensor, "B N d"],
         attended: Float[Tensor, "B H N e"],
-        mod: tuple[Tensor, ...],
+        mod: Modulation,
         *,
         text: TextTokens,
         text_keys: TextKeyValues | None,
     ) -> Tensor:
         """Apply the residual updates: attention output, text attention, feed-forward. ``text_keys``: if cached."""
         merged = merge_heads(attended).contiguous()  # only for contiguous input the bias is fused
-        x = gated(x, mod[2], self.out(merged))
+        x = gated(x, mod.gate, self.out(merged))
         x = x + self.text(self.norm_text(x), text, text_keys or self.text.project_text(text))
-        return gated(x, mod[5], self.mlp(modulate(x, mod[3], mod[4])))
+        return gated(x, mod.mlp_gate, self.mlp(modulate(x, mod.mlp_shift, mod.mlp_scale)))

@@ -68,7 +68,9 @@ class LevelEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        dim, self.features, self.wan = config.dim, config.level_features, config.layout == "wan"
+        dim = config.dim
+        self.features = config.level_features
+        self.wan = config.layout == "wan"
         self.level = _mlp(self.features, dim)
         self.interval = _mlp(self.features, dim)
         self.trust = _mlp(self.features, dim)

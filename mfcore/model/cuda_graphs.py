@@ -147,12 +147,12 @@ class CUDAGraphModel:
         first_frame = static_pass.pop("first_frame")
         static = replace(prepared, **static_pass)
         streams = {m: s.with_latents(static_call["x"][m]) for m, s in x.items()}
-        t, r, trust = static_call["t"], static_call["r"], static_call["trust"]
+        t, r = static_call["t"], static_call["r"]
 
         def work() -> Any:
             if not store:
                 return self.net.predict_velocity(streams, t, r, first_frame=first_frame, prepared=static, cache=ring)
-            layers = self.net.write_cache(streams, t, r, trust=trust, prepared=static, cache=ring)
+            layers = self.net.write_cache(streams, t, r, trust=static_call["trust"], prepared=static, cache=ring)
             ring.write_layer(len(layers) - 1, layers[-1])
             return layers
 

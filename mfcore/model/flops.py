@@ -83,7 +83,8 @@ def _multiplications(config: ModelConfig, load: ChunkWorkload) -> _Parts:
     Per text token: the embedding, and 2 d^2 or 2 d w keys and values in each layer. Per chunk and branch: embeddings of
     level and interval, and the modulation. Per token: its phase.
     """
-    d, features, wan = config.dim, config.level_features, config.layout == "wan"
+    d, features = config.dim, config.level_features
+    wan = config.layout == "wan"
     g, w = config.key_heads * config.head_dim, config.transcript_heads * config.head_dim
     tokens = sum(load.tokens.values())
     text_attention = 2 * d * (load.caption + 1) + 2 * w * (load.words + 1)

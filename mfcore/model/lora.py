@@ -36,7 +36,9 @@ class LoRALinear(nn.Module):
         super().__init__()
         assert config.rank is not None
         rank = min(config.rank, linear.in_features, linear.out_features)
-        self.weight, self.bias, self.gain = linear.weight, linear.bias, config.gain
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.gain = config.gain
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.down = nn.Linear(linear.in_features, rank, bias=False, **like)
         self.up = nn.Linear(rank, linear.out_features, bias=False, **like)

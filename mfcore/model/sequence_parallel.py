@@ -36,7 +36,8 @@ class SequenceGroup:
             raise ValueError(
                 f"{tokens} tokens cannot be shared by {self.size} ranks: set engine.sequence to {tokens} or less"
             )
-        return [tokens // self.size + (rank < tokens % self.size) for rank in range(self.size)]
+        share, remainder = divmod(tokens, self.size)
+        return [share + 1 if rank < remainder else share for rank in range(self.size)]
 
     def spans(self, tokens: int) -> list[slice]:
         """Return the token span of each rank."""

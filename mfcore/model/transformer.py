@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mfcore.device import to_device_of
 from mfcore.model.attention import AttentionVisibility, Mask, attend, transpose_heads
-from mfcore.model.block import TextKeyValues, TextTokens
+from mfcore.model.block import Modulation, TextKeyValues, TextTokens
 from mfcore.model.branch import Branch
 from mfcore.model.caption_cache import CachedCaption
 from mfcore.model.compile import EAGER
@@ -353,7 +353,7 @@ class AVTransformer(nn.Module):
 
     def _project(
         self, layer: int, hidden: dict[str, Tensor], inputs: _LayerInputs
-    ) -> tuple[dict[str, tuple[Tensor, ...]], Tensor, Tensor, Tensor]:
+    ) -> tuple[dict[str, Modulation], Tensor, Tensor, Tensor]:
         """Return the modulation per branch, and queries, keys and values (B, N, H, e) of this rank's heads."""
         blocks = {m: self.branch(m).block(layer) for m in hidden}
         mods = {m: b.modulation(inputs.modulation[m], inputs.prepared.rank_level_index[m]) for m, b in blocks.items()}
@@ -361,7 +361,9 @@ class AVTransformer(nn.Module):
         q, k, v = (torch.cat(part, dim=1) for part in parts)
         if self.sequence:
             counts = inputs.prepared.rank_tokens
-            q, k, v = (self.sequence.scatter_heads(transpose_heads(p), counts).transpose(1, 2) for p in (q, k, v))
+            q = self.sequence.scatter_heads(transpose_heads(q), counts).transpose(1, 2)
+            k = self.sequence.scatter_heads(transpose_heads(k), counts).transpose(1, 2)
+            v = self.sequence.scatter_heads(transpose_heads(v), counts).transpose(1, 2)
         return mods, q, k, v
 
     def run_layer(

@@ -94,10 +94,9 @@ def _block_rules(config: ModelConfig, own: str, wan: str) -> Iterator[tuple[str,
         yield f"{own}norm_{norm}.weight", (f"{wan}attn1.norm_{norm}.weight",), lambda parts, _: reorder(parts[0])
         yield f"{own}text.norm_caption_{norm}.weight", (f"{wan}attn2.norm_{norm}.weight",), _same
     for kind in KINDS:
-        q, k, v = (f"{wan}attn1.to_{part}.{kind}" for part in "qkv")
         yield (
             f"{own}qkv.{kind}",
-            (q, k, v),
+            (f"{wan}attn1.to_q.{kind}", f"{wan}attn1.to_k.{kind}", f"{wan}attn1.to_v.{kind}"),
             lambda parts, _: torch.cat([reorder(parts[0]), reorder(parts[1]), parts[2]]),
         )
         yield f"{own}out.{kind}", (f"{wan}attn1.to_out.0.{kind}",), _same
