@@ -1,4 +1,4 @@
-"""The same truths on a CUDA device: `pytest -m gpu tests/gpu`."""
+"""Tests of the model on a CUDA device: `pytest -m gpu tests/gpu`."""
 
 from dataclasses import replace
 
@@ -12,8 +12,8 @@ from mfcore.model.ring_cache import to_ring_cache
 from mfcore.rollout import join_chunks, noise_starts, rollout
 from mfcore.solver import DenoiserContext, constant_levels, schedule
 from mfcore.types import AUDIO, VIDEO
-from tests.helpers.attention_inputs import qkv, sight
-from tests.helpers.streaming import MOST, PLAN
+from tests.helpers.attention_inputs import random_qkv, visibility
+from tests.helpers.streaming import MAX_TOKENS, SCHEDULE
 from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, network
 from workflows.bench.stream import bench_stream
 from workflows.bench.train import bench_train
@@ -27,18 +27,18 @@ DEVICE = torch.device("cuda")
 
 
 @pytest.mark.parametrize("groups", [4, 2])
-def test_flex_and_its_gradient_are_those_of_the_dense_mask(groups):
-    seen, answers = sight(chunks=20, per=33), []
+def test_flex_and_its_gradient_equal_the_dense_mask(groups):
+    visible, results = visibility(chunks=20, tokens=33), []
     for backend in ("sdpa", "flex"):
-        q, k, v = (x.to(DEVICE).requires_grad_() for x in qkv(seen, torch.float32, groups))
-        out = attend(q, k, v, seen.mask(backend, DEVICE))
+        q, k, v = (x.to(DEVICE).requires_grad_() for x in random_qkv(visible, torch.float32, groups))
+        out = attend(q, k, v, visible.mask(backend, DEVICE))
         out.square().sum().backward()
-        answers.append((out, q.grad, k.grad, v.grad))
-    for dense, flex in zip(*answers, strict=True):
+        results.append((out, q.grad, k.grad, v.grad))
+    for dense, flex in zip(*results, strict=True):
         torch.testing.assert_close(flex, dense, atol=2e-3, rtol=2e-3)  # products in TF32
 
 
-def test_training_gradients_by_either_backend():
+def test_training_gradients_agree_between_backends():
     data, gradients = batch(rows=2, chunks=6).to(DEVICE), []
     t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
     for attention in ("sdpa", "flex"):
@@ -51,14 +51,14 @@ def test_training_gradients_by_either_backend():
 
 
 @torch.no_grad()
-def test_a_stream_on_cuda_is_the_stream_on_a_cpu():
+def test_a_stream_on_cuda_equals_the_stream_on_a_cpu():
     data, model, made = batch(rows=2, chunks=1), network(), []
     for device in ("cpu", "cuda"):
         here = data.to(device)
         context = DenoiserContext(model=model.to(device), cond=here.cond).prefill()
-        context = context.map_caches(lambda cache: to_ring_cache(cache, MOST))
+        context = context.map_caches(lambda cache: to_ring_cache(cache, MAX_TOKENS))
         starts = noise_starts(TIMELINE, SHAPES, range(8), seed=0, samples=data.samples, like=here.cond.caption)
-        made.append(join_chunks(c.clean for c in rollout(context, starts, PLAN)))
+        made.append(join_chunks(c.clean for c in rollout(context, starts, SCHEDULE)))
     for m in (VIDEO, AUDIO):
         torch.testing.assert_close(made[1][m].latents.cpu(), made[0][m].latents, atol=1e-3, rtol=1e-3)
 
@@ -70,7 +70,7 @@ def test_streaming_in_bfloat16_stays_near_float32():
         starts = noise_starts(TIMELINE, SHAPES, range(2), seed=0, samples=data.samples.cpu(), like=data.cond.caption)
         with torch.autocast("cuda", torch.bfloat16, enabled=on):
             context = DenoiserContext(model=model, cond=data.cond).prefill()
-            context = context.map_caches(lambda cache: to_ring_cache(cache, MOST))
+            context = context.map_caches(lambda cache: to_ring_cache(cache, MAX_TOKENS))
             plan = schedule(2, {VIDEO: 1.0, AUDIO: 1.0})
             made.append(join_chunks(c.clean for c in rollout(context, starts, plan)))
     for m in (VIDEO, AUDIO):
@@ -78,58 +78,60 @@ def test_streaming_in_bfloat16_stays_near_float32():
         assert gap < 0.1 * made[0][m].latents.std()
 
 
-def clip_on(device: torch.device, model, net, data, chunks: int = 14):
-    """A streamed clip; caption and transcript change at chunk 8."""
+def stream_on_cuda(model, net, data, chunks: int = 14):
+    """Stream a clip; caption and transcript change at chunk 8."""
     other = replace(data.cond, caption=-data.cond.caption, word_times=data.cond.word_times + 2.5)
     conds = [data.cond] * 8 + [other] * (chunks - 8)
     context = (
-        DenoiserContext(model=model, cond=data.cond).prefill().map_caches(lambda cache: to_ring_cache(cache, MOST))
+        DenoiserContext(model=model, cond=data.cond)
+        .prefill()
+        .map_caches(lambda cache: to_ring_cache(cache, MAX_TOKENS))
     )
     starts = noise_starts(TIMELINE, SHAPES, range(chunks), seed=0, samples=data.samples.cpu(), like=data.cond.caption)
-    assert next(net.parameters()).device.type == device.type
-    return join_chunks(c.clean for c in rollout(context, starts, PLAN, conds=conds))
+    assert next(net.parameters()).is_cuda
+    return join_chunks(c.clean for c in rollout(context, starts, SCHEDULE, conds=conds))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_cuda_graphs_play_what_the_network_computes(dtype):
-    """Shapes differ while the window fills; each is recorded once and played in its places."""
+def test_cuda_graphs_equal_the_eager_network(dtype):
+    """Include the filling window: every shape is captured once and replayed."""
     data, net = batch(rows=2, chunks=1).to(DEVICE), network(window=3).to(DEVICE)
     graphed = CUDAGraphModel(net)
     with torch.autocast("cuda", dtype, enabled=dtype is not None):
-        plain = clip_on(DEVICE, net, net, data)
-        for _ in range(2):  # rings that are gone must leave nothing behind
-            again = clip_on(DEVICE, graphed, net, data)
+        plain = stream_on_cuda(net, net, data)
+        for _ in range(2):  # a freed ring must leave no graph behind
+            again = stream_on_cuda(graphed, net, data)
             for m in (VIDEO, AUDIO):
                 torch.testing.assert_close(again[m].latents, plain[m].latents, atol=1e-4, rtol=1e-4)
     assert 0 < graphed.num_captures < 2 * 3 * 14
 
 
 @torch.no_grad()
-def test_nothing_grows_while_graphs_play():
+def test_memory_does_not_grow_while_graphs_replay():
     data, net = batch(rows=1, chunks=1).to(DEVICE), network(window=3).to(DEVICE)
     context = DenoiserContext(model=CUDAGraphModel(net), cond=data.cond).prefill()
-    context = context.map_caches(lambda cache: to_ring_cache(cache, MOST))
+    context = context.map_caches(lambda cache: to_ring_cache(cache, MAX_TOKENS))
     starts = noise_starts(TIMELINE, SHAPES, range(200), seed=0, samples=data.samples.cpu(), like=data.cond.caption)
-    held = []
-    for _ in rollout(context, starts, PLAN):
+    allocated = []
+    for _ in rollout(context, starts, SCHEDULE):
         torch.cuda.synchronize()
-        held.append(torch.cuda.memory_allocated())
-    assert max(held[100:]) <= max(held[30:100])
+        allocated.append(torch.cuda.memory_allocated())
+    assert max(allocated[100:]) <= max(allocated[30:100])
 
 
 @torch.no_grad()
 def test_compiled_blocks_stream_the_same_clip_with_and_without_graphs():
     data, net = batch(rows=2, chunks=1).to(DEVICE), network(window=3).to(DEVICE)
-    plain = clip_on(DEVICE, net, net, data)
+    plain = stream_on_cuda(net, net, data)
     net.code = compile_block()
     for model in (net, CUDAGraphModel(net)):
-        made = clip_on(DEVICE, model, net, data)
+        made = stream_on_cuda(model, net, data)
         for m in (VIDEO, AUDIO):
             torch.testing.assert_close(made[m].latents, plain[m].latents, atol=2e-3, rtol=2e-3)  # products in TF32
 
 
-def test_compiled_blocks_train_the_same():
+def test_compiled_blocks_give_the_same_gradients():
     data, gradients = batch(rows=2, chunks=4).to(DEVICE), []
     t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
     for on in (False, True):
@@ -144,20 +146,20 @@ def test_compiled_blocks_train_the_same():
 
 
 @pytest.mark.parametrize("switches", [{"compile": True}, {"graphs": True}, {"compile": True, "graphs": True}], ids=str)
-def test_a_switch_gains_or_is_not_kept(switches):
+def test_inference_optimizations_are_faster(switches):
     found = bench_stream(preset="full", size=(192, 336), steps=4, chunks=60, device="cuda", **switches)
     assert found["switch_speedup"] > 1.02
-    assert "compile" in switches or found["switch_gap"] < 1e-3  # compiled, bfloat16 is rounded elsewhere
+    assert "compile" in switches or found["switch_gap"] < 1e-3  # compiled blocks round bfloat16 at other points
 
 
-@pytest.mark.parametrize(("size", "bar"), [((192, 336), 60), ((480, 768), 24), ((704, 1280), 7)])
-def test_full_streams_at_twice_the_speed_of_the_paper(size, bar):
+@pytest.mark.parametrize(("size", "min_fps"), [((192, 336), 60), ((480, 768), 24), ((704, 1280), 7)])
+def test_full_preset_streams_at_twice_the_speed_of_the_paper(size, min_fps):
     found = bench_stream(preset="full", size=size, steps=4, chunks=60, device="cuda", graphs=True)
-    assert found["fps"] >= bar
+    assert found["fps"] >= min_fps
     assert found["late_over_early"] <= 1.05 and found["memory_late_over_early"] == pytest.approx(1.0, abs=1e-3)
     assert size != (192, 336) or found["first_chunk_s"] <= 0.3
 
 
-def test_base_trains_at_nearly_half_of_the_rate_of_large_products():
+def test_base_trains_at_45_percent_model_flops_utilization():
     found = bench_train(stage="joint", preset="base", tokens=15_000, rounds=3, turn=1, variants=["ray_torch"])
     assert found["mfu"] >= 0.45

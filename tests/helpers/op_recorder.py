@@ -1,4 +1,4 @@
-"""What a CUDA graph does, on a CPU: operators with the very tensors they were recorded with, played again in place."""
+"""CPU stand-in for CUDA graphs: record operators with their tensors, and replay them in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,30 +15,30 @@ class _Recorded(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket.__name__ != "_local_scalar_dense", "a recording cannot wait for a number"
-        made = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, made))
-        return made
+        assert func.overloadpacket.__name__ != "_local_scalar_dense", "a recorded pass must not read a value"
+        outputs = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, outputs))
+        return outputs
 
-    def play(self) -> None:
-        for func, args, kwargs, made in self.calls:
-            again = func(*args, **kwargs)
-            for place, value in zip(tree_leaves(made), tree_leaves(again), strict=True):
-                # views and changes in place are where they were; what is new goes where it was
-                if isinstance(place, Tensor) and place.data_ptr() != value.data_ptr():
-                    place.copy_(value)
+    def replay(self) -> None:
+        for func, args, kwargs, outputs in self.calls:
+            results = func(*args, **kwargs)
+            for output, result in zip(tree_leaves(outputs), tree_leaves(results), strict=True):
+                # views and in-place results share memory with the recorded output; copy the others
+                if isinstance(output, Tensor) and output.data_ptr() != result.data_ptr():
+                    output.copy_(result)
 
 
-def tape(work: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-    """A recorder as ``mfcore.model.graphs.cuda_graph``."""
+def record_operators(work: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
+    """Record ``work``, as ``mfcore.model.cuda_graphs.capture_cuda_graph`` does."""
     with _Recorded() as calls:
-        made = work()
-    return made, calls.play
+        outputs = work()
+    return outputs, calls.replay
 
 
-def warmed_tape(work: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-    """With passes before the recording, as there are on a GPU."""
+def record_after_warm_up(work: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
+    """Record ``work`` after two warm-up passes, as on a GPU."""
     with torch.no_grad():
         for _ in range(2):
             work()
-    return tape(work)
+    return record_operators(work)

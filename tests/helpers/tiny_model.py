@@ -20,6 +20,7 @@ BRANCHES = {
 
 
 def model_config(*modalities: str, window: int = 2, **changes: object) -> ModelConfig:
+    """Return a small configuration with ``changes``."""
     fields: dict[str, object] = dict(
         branches={m: BRANCHES[m] for m in modalities},
         dim=32,
@@ -35,7 +36,7 @@ def model_config(*modalities: str, window: int = 2, **changes: object) -> ModelC
 
 
 def network(*modalities: str, window: int = 2, seed: int = 0, **changes: object) -> AVTransformer:
-    """A network whose every parameter matters: what starts at zero is drawn at random too."""
+    """Build a network in which every parameter has an effect: zeros are replaced by random values."""
     model = build_model(model_config(*(modalities or (VIDEO, AUDIO)), window=window, **changes), seed)
     draw = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -46,6 +47,7 @@ def network(*modalities: str, window: int = 2, seed: int = 0, **changes: object)
 
 
 def batch(rows: int = 2, chunks: int = 4, *modalities: str, seed: int = 0) -> AVBatch:
+    """Draw random clips with all conditions."""
     draw = torch.Generator().manual_seed(seed)
     present = modalities or (VIDEO, AUDIO)
 

@@ -1,5 +1,7 @@
-"""A device other than the CPU, of which every machine has one: "meta" computes shapes alone, and does not mix with the
-CPU. Weights, latents and conditions on it, clocks and masks on the CPU, as on a GPU."""
+"""Device placement, tested on the "meta" device, which computes shapes and does not mix with the CPU.
+
+Weights, latents and conditions are on it; clocks and masks are on the CPU, as for a GPU.
+"""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,7 +20,7 @@ from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.rollout import noise_starts, rollout
 from mfcore.solver import DenoiserContext, constant_levels
 from mfcore.types import AUDIO, VIDEO
-from tests.helpers.streaming import MOST, PLAN
+from tests.helpers.streaming import MAX_TOKENS, SCHEDULE
 from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, network
 
 ELSEWHERE = torch.device("meta")
@@ -26,20 +28,25 @@ ELSEWHERE = torch.device("meta")
 
 @pytest.fixture(autouse=True)
 def no_autocast(monkeypatch):
-    """Which this device does not have."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    """Disable autocast, which the meta device lacks."""
+
+    def disabled(*args, **kwargs):
+        return nullcontext()
+
+    monkeypatch.setattr(torch, "autocast", disabled)
 
 
 class Copies(TorchDispatchMode):
-    """Counts tensors that go from the CPU to the other device, and those for which the CPU would wait."""
+    """Counter of copies from the CPU to the other device, and of the blocking ones among them."""
 
-    made = waiting = 0
+    total = 0
+    blocking = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and out.device == ELSEWHERE:
-            self.made += 1
-            self.waiting += not (kwargs or {}).get("non_blocking", False)
+            self.total += 1
+            self.blocking += not (kwargs or {}).get("non_blocking", False)
         return out
 
 
@@ -54,12 +61,14 @@ def test_training_mixes_no_devices(changes):
 
 
 @torch.no_grad()
-def test_streaming_mixes_no_devices_and_never_asks_for_a_number():
-    """A number would make the CPU wait; on this device asking for one is an error."""
+def test_streaming_mixes_no_devices_and_never_synchronizes():
+    """Reading a value is an error on this device; on a GPU it would synchronize."""
     net, data = network().to(ELSEWHERE), batch(2, 1).to(ELSEWHERE)
-    context = DenoiserContext(model=net, cond=data.cond).prefill().map_caches(lambda cache: to_ring_cache(cache, MOST))
+    context = (
+        DenoiserContext(model=net, cond=data.cond).prefill().map_caches(lambda cache: to_ring_cache(cache, MAX_TOKENS))
+    )
     starts = noise_starts(TIMELINE, SHAPES, range(8), seed=0, samples=torch.arange(2), like=data.cond.caption)
-    made = [chunk.clean[VIDEO].latents for chunk in rollout(context, starts, PLAN)]
+    made = [chunk.clean[VIDEO].latents for chunk in rollout(context, starts, SCHEDULE)]
     assert len(made) == 8 and all(x.device == ELSEWHERE for x in made)
 
 
@@ -75,15 +84,13 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_step_mixes_no_devices_and_never_asks_for_a_number(name):
-    """Sample numbers, from which everything random comes, stay on the CPU with clocks and masks; what is made of them
-    goes to the device without waiting for it.
-    """
+def test_a_training_step_mixes_no_devices_and_never_synchronizes(name):
+    """Sample numbers, clocks and masks stay on the CPU; derived tensors are copied without blocking."""
     models = {some: network(layers=1).to(ELSEWHERE) for some in ("student", "ema", "fake")}
     data = batch(4, 3).to(ELSEWHERE)
     with Copies() as copies:
         terms = OBJECTIVES[name](models, data, StepInfo(seed=0, step=0, stage_step=0))
-    assert copies.made and not copies.waiting
+    assert copies.total and not copies.blocking
     assert {"student"} < terms.keys() or name == "flow_matching"
     for net, own in terms.items():
         total_loss(own).backward()
@@ -92,7 +99,7 @@ def test_a_step_mixes_no_devices_and_never_asks_for_a_number(name):
 
 @pytest.mark.parametrize("mode", ["few", "multi"])
 def test_history_use_mixes_no_devices(mode):
-    """It asks for two numbers, at its end."""
+    """Expect an error only where the two results are read at the end."""
     net, data = network(layers=1).to(ELSEWHERE), batch(2, 3).to(ELSEWHERE)
     with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta"):
         mode_history_use(net, data, TIME, mode=mode, trust=0.7 if mode == "few" else None)

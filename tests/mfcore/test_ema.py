@@ -1,4 +1,4 @@
-"""The average follows its closed form, in float32, as a network that runs."""
+"""The EMA follows its closed form in float32, and is a network that runs."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from mfcore.ema import Ema, EmaConfig, ema_decay
 
 
-def test_the_average_is_the_weighted_sum_of_the_weights_it_saw():
+def test_the_ema_is_the_weighted_sum_of_its_updates():
     net = nn.Linear(1, 1, bias=False)
     net.weight.data.fill_(5.0)
     ema = Ema(net, EmaConfig(decay=0.9, warm_up=False))
@@ -31,7 +31,7 @@ def test_the_decay_warms_up():
     assert [ema_decay(config, s) for s in (0, 8, 10**6)] == [0.1, 0.5, 0.99]
 
 
-def test_the_copy_is_frozen_and_apart_and_strict():
+def test_the_copy_is_frozen_independent_and_strict():
     net = nn.Linear(2, 2)
     ema = Ema(net, EmaConfig())
     assert not any(p.requires_grad for p in ema.module.parameters())

@@ -1,4 +1,4 @@
-"""Truths about the path: conversions are inverse to each other, shifts compose, levels follow their law."""
+"""The path: conversions are inverse to each other, shifts compose, levels follow their law."""
 
 import itertools
 
@@ -50,7 +50,7 @@ def test_shifts_compose_and_keep_the_ends():
     assert float(shift_time(torch.tensor(0.5), 5.0)) == pytest.approx(5 / 6)  # more noise
 
 
-def test_levels_are_noised_and_moved_per_chunk_and_modality():
+def test_noise_and_steps_use_the_levels_per_chunk_and_modality():
     x = {AUDIO: stream(normal(2, 3, 4), first=5), VIDEO: stream(normal(2, 3, 1, 2, 2), first=5)}
     eps = {m: torch.zeros_like(s.latents) for m, s in x.items()}
     t = {AUDIO: torch.tensor([[0.0, 0.5, 1.0]] * 2), VIDEO: torch.tensor([[0.25] * 3, [0.75] * 3])}
@@ -69,7 +69,7 @@ def test_a_level_reaches_every_latent_of_its_chunk():
     torch.testing.assert_close(out.flatten(), torch.tensor([0.2, 0.2, 0.9, 0.9, 0.9]))
 
 
-def test_steps_are_not_blurred_by_bfloat16_latents():
+def test_small_steps_are_exact_for_bfloat16_latents():
     x = {AUDIO: stream(normal(1, 1, 4).bfloat16())}
     t, r = ({AUDIO: torch.tensor([[value]])} for value in (1.0, 1 - 1 / 500))
     moved = move_streams(x, {AUDIO: torch.ones(1, 1, 4)}, t, r)
@@ -89,16 +89,16 @@ def test_training_levels_follow_their_law():
     assert (float(middle.mean()), float(middle.std())) == pytest.approx((0, 1), abs=0.02)
 
 
-def test_time_one_is_drawn():
+def test_training_times_include_one():
     config = TimeConfig(shift={VIDEO: 5.0})
     assert float(training_times(config, torch.zeros(3), VIDEO)) == 1.0
 
 
-def test_modalities_share_their_level_unless_asked_otherwise():
+def test_modalities_share_their_level_unless_independent():
     draws = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0))
-    shared, apart = (TimeConfig(shift={VIDEO: 1.0, AUDIO: 1.0}, independent=i) for i in (False, True))
+    shared, independent = (TimeConfig(shift={VIDEO: 1.0, AUDIO: 1.0}, independent=i) for i in (False, True))
     assert torch.equal(training_times(shared, draws, VIDEO), training_times(shared, draws, AUDIO))
-    both = torch.stack([training_times(apart, draws, m) for m in (VIDEO, AUDIO)])
+    both = torch.stack([training_times(independent, draws, m) for m in (VIDEO, AUDIO)])
     assert abs(float(torch.corrcoef(both)[0, 1])) < 0.15  # the law is shared, the quantile is not
     with pytest.raises(ValueError, match="positive"):
         TimeConfig(shift={VIDEO: 0.0})

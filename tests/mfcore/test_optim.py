@@ -1,4 +1,4 @@
-"""Learning rates at their corners; decay on matrices only; weights joined by branch."""
+"""Learning rates at the corners of their schedule, weight decay on matrices only, merged branches."""
 
 import pytest
 import torch
@@ -28,14 +28,14 @@ def test_only_matrices_decay():
     assert torch.equal(net.bias, torch.ones(3))
 
 
-def test_a_coupled_network_takes_each_branch_from_its_own_network():
+def test_a_coupled_network_merges_uni_modal_networks():
     video, audio, both = network("video", seed=1), network("audio", seed=2), network(seed=3)
     load_strict(both, merge_branches({"video": video.state_dict(), "audio": audio.state_dict()}), "test")
     for net in (video, audio):
         assert all(torch.equal(both.state_dict()[name], value) for name, value in net.state_dict().items())
 
 
-def test_weights_that_do_not_fit_are_named():
+def test_weights_that_do_not_fit_are_listed():
     with pytest.raises(ValueError, match=r"here is of another network: branches\.audio"):
         load_strict(network("video"), network().state_dict(), "here")
     with pytest.raises(ValueError, match="of another size"):

@@ -1,4 +1,4 @@
-"""Truths about random draws: rows depend on (seed, stream, sample) alone, and streams know nothing of each other."""
+"""Random draws: rows depend on (seed, stream, sample) only, and streams are independent."""
 
 import pytest
 import torch
@@ -6,22 +6,22 @@ import torch
 from mfcore.rng import generator, normal_rows, uniform_rows
 
 
-def test_a_row_depends_on_its_sample_number_alone():
+def test_a_row_depends_on_its_sample_number_only():
     like = torch.empty(4, 5, 3)
     whole = normal_rows(1, "a", [7, 8, 9, 10], like)
     assert torch.equal(normal_rows(1, "a", torch.tensor([10, 8]), like[:2]), whole[[3, 1]])
     assert torch.equal(uniform_rows(1, "a", [3, 4], 6)[1], uniform_rows(1, "a", [4], 6)[0])
 
 
-def test_seed_stream_and_number_each_make_other_draws():
+def test_seed_stream_and_number_each_change_the_draws():
     like = torch.empty(1, 8)
     draws = [normal_rows(s, name, [i], like) for s in (0, 1) for name in ("a", "b") for i in (0, 1, 11)]
     assert len({tuple(d.flatten().tolist()) for d in draws}) == len(draws)
-    # names and numbers are told apart: "a1", 1 is not "a", 11
+    # names and numbers are separated: ("a1", 1) is not ("a", 11)
     assert not torch.equal(normal_rows(0, "a1", [1], like), normal_rows(0, "a", [11], like))
 
 
-def test_streams_and_neighbouring_samples_are_uncorrelated():
+def test_streams_and_neighboring_samples_are_uncorrelated():
     like = torch.empty(400, 50)  # 20000 numbers: correlation of 0 within 0.035 at five standard deviations
     rows = torch.stack(
         [

@@ -1,4 +1,4 @@
-"""Truths about the chunk-by-chunk loop: what it makes, what it keeps, and that it can be cut and continued."""
+"""Rollout: its chunks, its cache, and continuation from a snapshot."""
 
 import pytest
 import torch
@@ -31,13 +31,13 @@ def test_each_chunk_continues_the_one_before():
     h = data.cond.voice
     with torch.no_grad():
         for chunk in chunks:
-            h = 0.5 * h + 1.0  # noise 0 is the middle of what follows
+            h = 0.5 * h + 1.0  # noise 0 is the mean of the next chunk
             torch.testing.assert_close(chunk.clean[AUDIO].latents, h, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_coupled_history_is_the_recursion():
-    """H_k = (1 - kappa)(alpha H_{k-1} + delta) + kappa x_k + eta e, by the project's own pieces."""
+def test_coupled_history_follows_its_recursion():
+    """Compare with H_k = (1 - kappa)(alpha H_{k-1} + delta) + kappa x_k + eta e."""
     alpha, delta, v, s = 0.8, 0.05, 0.2, 0.25
     data = linear_clips(3, 4, 0, chunks=6)
     eps = {AUDIO: torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))}
@@ -53,7 +53,7 @@ def test_coupled_history_is_the_recursion():
         torch.testing.assert_close(history[:, k], h, atol=1e-5, rtol=0)
 
 
-def test_noise_of_a_row_depends_on_seed_chunk_and_sample_alone():
+def test_noise_of_a_row_depends_on_seed_chunk_and_sample_only():
     like = torch.empty(0)
     many = list(noise_starts(TIMELINE, SHAPES, range(3), seed=5, samples=torch.tensor([4, 9]), like=like))
     one = list(noise_starts(TIMELINE, SHAPES, range(1, 3), seed=5, samples=torch.tensor([9]), like=like))
@@ -68,7 +68,7 @@ def test_noise_of_a_row_depends_on_seed_chunk_and_sample_alone():
 
 
 @torch.no_grad()
-def test_a_snapshot_continues_as_if_nothing_had_happened():
+def test_continuing_a_snapshot_equals_the_uninterrupted_rollout():
     model, data = network(), batch()
     plan = schedule(2, SHIFT)
 
@@ -84,7 +84,7 @@ def test_a_snapshot_continues_as_if_nothing_had_happened():
 
 
 @torch.no_grad()
-def test_the_stash_is_the_state_at_the_exit_level():
+def test_the_exit_state_is_the_state_at_the_exit_level():
     model, data = network(), batch()
     noise = list(noise_starts(TIMELINE, SHAPES, range(2), seed=0, samples=data.samples, like=data.cond.caption))
     made = [
@@ -94,6 +94,6 @@ def test_the_stash_is_the_state_at_the_exit_level():
     assert all(chunk.exit_state is None for chunk in made[0])
     for k, start in enumerate(noise):
         for m in SHAPES:
-            assert torch.equal(made[1][k].exit_state[m].latents, start[m].latents)  # nothing done before step 0
+            assert torch.equal(made[1][k].exit_state[m].latents, start[m].latents)  # no step before step 0
             assert not torch.equal(made[2][k].exit_state[m].latents, start[m].latents)
-            assert torch.equal(made[2][k].clean[m].latents, made[0][k].clean[m].latents)  # keeping it changes nothing
+            assert torch.equal(made[2][k].clean[m].latents, made[0][k].clean[m].latents)  # returning it has no effect

@@ -1,4 +1,4 @@
-"""Truths about clocks: every latent is in exactly one chunk, and nothing drifts."""
+"""Clocks: every latent is in exactly one chunk, and times do not drift."""
 
 from fractions import Fraction
 
@@ -45,7 +45,7 @@ def test_a_latent_is_in_the_chunk_in_which_it_starts(clock, chunk):
 
 
 @pytest.mark.parametrize("clock", CLOCKS)
-def test_nothing_drifts_in_three_hours(clock):
+def test_times_do_not_drift_in_three_hours(clock):
     line = timeline(clock, Fraction(1, 2))
     late = 2 * THREE_HOURS
     times = line.times(VIDEO, 4, first=late)
@@ -53,19 +53,19 @@ def test_nothing_drifts_in_three_hours(clock):
     index = line.bounds(VIDEO, late)[0]
     exact = clock.offset + Fraction(index) / clock.rate
     assert abs(float(times[0]) - exact) < 1e-11  # one rounding of float64, not one per latent
-    assert line.count(VIDEO, late) == index  # all that came before, and nothing else
+    assert line.count(VIDEO, late) == index  # exactly the latents before
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("clock", CLOCKS)
-def test_whole_chunks_are_those_whose_last_latent_is_there(clock, chunk):
+def test_whole_chunks_contain_their_last_latent(clock, chunk):
     line = timeline(clock, chunk)
     for latents in range(120):
         k = line.whole_chunks({VIDEO: latents})
         assert line.count(VIDEO, k) <= latents < line.count(VIDEO, k + 1)
 
 
-def test_the_poorer_modality_decides_how_many_chunks_are_whole():
+def test_the_shorter_modality_limits_the_whole_chunks():
     line = Timeline(clocks={VIDEO: CLOCKS[1], AUDIO: CLOCKS[-2]}, chunk_seconds=Fraction(1, 2))
     enough = {m: line.count(m, 7) for m in (VIDEO, AUDIO)}
     assert line.whole_chunks(enough) == 7
@@ -84,7 +84,7 @@ def test_the_video_clock_counts_from_the_frame_after_the_first(fps):
         assert whole_frames(clock.start(i) + Fraction(1, 10**9), fps) == 2 + 4 * i
 
 
-def test_a_clock_or_chunk_that_cannot_work_is_refused():
+def test_an_invalid_clock_or_chunk_is_rejected():
     for rate, offset in ((0, 0), (-1, 0), (6, -1), (6, 1)):
         with pytest.raises(ValueError, match="rate"):
             LatentClock(rate=Fraction(rate), offset=Fraction(offset))

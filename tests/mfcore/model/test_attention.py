@@ -1,4 +1,4 @@
-"""One attention, three ways to compute it: they agree, and see what METHOD 4 says."""
+"""Attention: the three backends agree, and the visibility is that of METHOD 4."""
 
 import pytest
 import torch
@@ -7,16 +7,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mfcore.model.attention import AttentionVisibility, additive_mask, attend
 from mfcore.solver import DenoiserContext, constant_levels
 from mfcore.types import AUDIO, VIDEO
-from tests.helpers.attention_inputs import qkv, sight
+from tests.helpers.attention_inputs import random_qkv, visibility
 from tests.helpers.tiny_model import batch, network
 
 
 def test_a_chunk_sees_its_window_and_itself():
-    seen = sight().dense()
-    for q in range(len(sight().chunk)):
+    visible = visibility().dense()
+    for q in range(len(visibility().chunk)):
         k = torch.arange(35) // 7
         history = [(q // 7 - int(c)) in (1, 2) for c in k]
-        assert seen[q].tolist() == history + [int(c) == q // 7 for c in k]
+        assert visible[q].tolist() == history + [int(c) == q // 7 for c in k]
 
 
 @pytest.mark.parametrize(
@@ -25,27 +25,27 @@ def test_a_chunk_sees_its_window_and_itself():
 )
 @torch.no_grad()
 def test_backends_differ_by_less_than_the_noise_of_the_type(groups, dtype, tolerance):
-    seen = sight()
-    q, k, v = qkv(seen, dtype, groups)
-    dense, flex = attend(q, k, v, seen.mask("sdpa", q.device)), attend(q, k, v, seen.blocks(q.device))
+    visible = visibility()
+    q, k, v = random_qkv(visible, dtype, groups)
+    dense, flex = attend(q, k, v, visible.mask("sdpa", q.device)), attend(q, k, v, visible.blocks(q.device))
     assert dense.dtype == flex.dtype == dtype
     torch.testing.assert_close(flex, dense, atol=tolerance, rtol=tolerance)
     keys, values = (x.float().repeat_interleave(4 // groups, 1) for x in (k, v))
-    logits = (q.float() @ keys.mT / 4).masked_fill(~seen.dense(), -torch.inf)
+    logits = (q.float() @ keys.mT / 4).masked_fill(~visible.dense(), -torch.inf)
     torch.testing.assert_close(dense.float(), logits.softmax(-1) @ values, atol=tolerance, rtol=tolerance)
 
 
 @torch.no_grad()
-def test_an_additive_mask_is_the_mask_to_the_last_bit():
-    seen = sight()
+def test_an_additive_mask_gives_bit_equal_attention():
+    visible = visibility()
     for dtype in (torch.float32, torch.bfloat16):
-        q, k, v = qkv(seen, dtype)
-        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen.dense())
-        assert torch.equal(attend(q, k, v, additive_mask(seen.dense())), plain)
+        q, k, v = random_qkv(visible, dtype)
+        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible.dense())
+        assert torch.equal(attend(q, k, v, additive_mask(visible.dense())), plain)
 
 
 class Called(TorchDispatchMode):
-    """Names of the operators inside."""
+    """Names of the operators that run in the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,24 +57,28 @@ class Called(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_a_layer_turns_no_heads_and_makes_no_mask():
-    """Both are passes over every number that a product has just written. What is copied is the attention's answer, of
-    which each branch gets its rows."""
+def test_a_layer_copies_no_heads_and_builds_no_mask(monkeypatch):
+    """Require that only the attention output is copied, once per branch."""
     model, data = network(layers=3), batch(2, 4)
     context = DenoiserContext(model=model, cond=data.cond).append_history(data.streams, None)
     t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
-    given, run = [], model.run_layer
-    model.run_layer = lambda *args: given.append(args) or run(*args)
+    calls, run_layer = [], model.run_layer
+
+    def recorded(*args):
+        calls.append(args)
+        return run_layer(*args)
+
+    monkeypatch.setattr(model, "run_layer", recorded)
     context.velocity(data.streams, t, t)
     with Called() as called:
-        run(*given[-1])
-    assert called.names.count("clone") <= len(data.streams) + 1  # and the keys of the sink, for each chunk
+        run_layer(*calls[-1])
+    assert called.names.count("clone") <= len(data.streams) + 1  # plus the sink keys per chunk
     assert not {"where", "masked_fill", "masked_fill_", "bitwise_not"} & set(called.names)
 
 
 @torch.no_grad()
 def test_statistics_of_the_softmax_are_float32_for_bfloat16():
-    """A thousand equal keys: sums of bfloat16 would stop growing at 256."""
+    """Use a thousand equal keys: a bfloat16 sum stops growing at 256."""
     q, k = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16), torch.zeros(1, 1, 1000, 16, dtype=torch.bfloat16)
     v = torch.ones(1, 1, 1000, 16, dtype=torch.bfloat16)
     assert torch.equal(attend(q, k, v, None), torch.ones_like(q))
@@ -82,26 +86,29 @@ def test_statistics_of_the_softmax_are_float32_for_bfloat16():
 
 @pytest.mark.parametrize("changes", [{}, {"coupled": False}], ids=str)
 @torch.no_grad()
-def test_the_whole_network_by_either_backend(changes, monkeypatch):
-    """Parallel passes over history and noisy chunks, with the sink's copies, and with branches apart."""
+def test_the_network_agrees_between_backends(changes, monkeypatch):
+    """Run parallel passes over history and noisy chunks, coupled and uncoupled."""
     model, data = network(**changes), batch(rows=2, chunks=4)
     t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
 
-    def answer() -> dict[str, torch.Tensor]:
+    def velocities() -> dict[str, torch.Tensor]:
         return (
             DenoiserContext(model=model, cond=data.cond).append_history(data.streams, None).velocity(data.streams, t, t)
         )
 
-    dense = answer()
-    monkeypatch.setattr(AttentionVisibility, "mask", lambda self, backend, device: self.blocks(device))
-    flex = answer()
+    dense = velocities()
+
+    def block_mask(self, backend, device):
+        return self.blocks(device)
+
+    monkeypatch.setattr(AttentionVisibility, "mask", block_mask)
+    flex = velocities()
     for m in (VIDEO, AUDIO):
         torch.testing.assert_close(flex[m], dense[m], atol=1e-5, rtol=1e-5)
 
 
-def test_on_a_cpu_the_reference_takes_the_place_of_flex():
-    """Which has no gradient there."""
-    assert isinstance(sight().mask("flex", torch.device("cpu")), torch.Tensor)
+def test_flex_on_a_cpu_uses_the_reference_with_gradient():
+    assert isinstance(visibility().mask("flex", torch.device("cpu")), torch.Tensor)
     data = batch(rows=1, chunks=2)
     t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
     model = network(attention="flex")

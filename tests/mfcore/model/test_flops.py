@@ -1,4 +1,4 @@
-"""Counts from the configuration against the network itself."""
+"""Parameter and FLOP counts from the configuration equal those of the network."""
 
 import pytest
 import torch
@@ -22,15 +22,15 @@ from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, model_config, netw
 
 
 @pytest.mark.parametrize("modalities", [(VIDEO,), (AUDIO,), (VIDEO, AUDIO)])
-def test_parameters_are_those_of_the_network(modalities):
+def test_parameter_counts_equal_those_of_the_network(modalities):
     counted = count_parameters(model_config(*modalities))
     assert counted["total"] == sum(p.numel() for p in network(*modalities).parameters())
     assert counted["total"] == sum(counted[m] for m in modalities)
 
 
 @torch.no_grad()
-def test_operations_are_those_that_torch_counts():
-    """One chunk after two of history, in the coupled network: every matrix product and attention."""
+def test_forward_flops_equal_those_that_torch_counts():
+    """Count one chunk after two chunks of history in the coupled network."""
     model, data = network(window=2), batch(rows=1, chunks=3)
     context = DenoiserContext(model=model, cond=data.cond).append_history(
         {m: s.chunks(0, 2) for m, s in data.streams.items()}, None
@@ -38,7 +38,7 @@ def test_operations_are_those_that_torch_counts():
     last = {m: s.chunks(2, 3) for m, s in data.streams.items()}
     t = constant_levels(last, dict.fromkeys(last, 0.5))
     r = constant_levels(last, dict.fromkeys(last, 0.25))
-    # the fused kernel of the CPU is a black box to the counter, the plain one is two products
+    # the counter cannot see into the fused kernel of the CPU; the math kernel is two products
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         context.velocity(last, t, r)
     branches = model.config.branches
@@ -56,8 +56,8 @@ def test_operations_are_those_that_torch_counts():
 
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 1, "word_heads": 1}, {"layout": "wan"}], ids=str)
 @torch.no_grad()
-def test_operations_of_a_streamed_chunk_are_those_that_torch_counts(changes):
-    """Three steps and the pass that writes, after the window has filled."""
+def test_flops_of_a_streamed_chunk_equal_those_that_torch_counts(changes):
+    """Count three steps and the pass that writes the cache, with a full window."""
     model, data = network(window=2, **changes), batch(rows=1, chunks=1)
     most = sum(TIMELINE.max_count(m) * b.tokens for m, b in model.config.branches.items())
     context = (
@@ -82,14 +82,14 @@ def test_operations_of_a_streamed_chunk_are_those_that_torch_counts(changes):
     assert chunk_flops(model.config, load, 3) == counter.get_total_flops()
 
 
-def test_a_chunk_of_a_stream_sees_its_window():
+def test_a_streamed_chunk_sees_its_window():
     config = model_config(VIDEO, AUDIO, window=2)
     load = steady_state_workload(config, TIMELINE, caption=3, words=4)
     assert load.tokens == {VIDEO: 3 * 4, AUDIO: 8}
     assert load.seen == 4 + 8 + 3 * (12 + 8)
 
 
-def test_bytes():
+def test_bytes_of_cache_and_training_state():
     config = model_config(VIDEO, AUDIO)
     # 6 latents of 4 tokens and 15.625 latents a second, 2 layers, keys and values of width 32 in 2 bytes
     assert cache_bytes_per_second(config, TIMELINE) == (24 + 15.625) * 2 * 2 * 32 * 2

@@ -1,11 +1,11 @@
-"""Switches that make the network faster change no number: compiled blocks, recorded passes."""
+"""Compiled blocks and recorded passes give the same results."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mfcore.model import compile as switch
+from mfcore.model import compile as compile_module
 from mfcore.model.compile import CompilerNotFoundError, check_compiler, compile_block
 from mfcore.model.cuda_graphs import CUDAGraphModel
 from mfcore.model.lora import FakeScoreConfig, LoRAModel
@@ -13,8 +13,8 @@ from mfcore.model.transformer import find_transformers
 from mfcore.rollout import join_chunks, rollout
 from mfcore.solver import DenoiserContext, constant_levels
 from mfcore.types import VIDEO
-from tests.helpers.op_recorder import warmed_tape
-from tests.helpers.streaming import PLAN, assert_same, in_ring, starts, streamed
+from tests.helpers.op_recorder import record_after_warm_up
+from tests.helpers.streaming import SCHEDULE, assert_same, starts, streamed, with_ring_cache
 from tests.helpers.tiny_model import batch, network
 
 try:
@@ -25,7 +25,7 @@ except CompilerNotFoundError as error:
 
 
 def gradients(model, data) -> dict[str, torch.Tensor]:
-    """Velocities, and the gradient of every weight that has one."""
+    """Return velocities, and the gradient of every weight that has one."""
     t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
     u = DenoiserContext(model=model, cond=data.cond).append_history(data.streams, None).velocity(data.streams, t, t)
     sum(v.square().mean() for v in u.values()).backward()
@@ -33,7 +33,7 @@ def gradients(model, data) -> dict[str, torch.Tensor]:
     return {m: v.detach() for m, v in u.items()} | found
 
 
-def assert_no_gap(backend: str, changes: dict, tolerance: float, *modalities: str) -> None:
+def assert_compiled_equals_eager(backend: str, changes: dict, tolerance: float, *modalities: str) -> None:
     answers = []
     for on in (False, True):
         model = network(*modalities, **changes)
@@ -44,24 +44,24 @@ def assert_no_gap(backend: str, changes: dict, tolerance: float, *modalities: st
         torch.testing.assert_close(answers[1][name], value, atol=tolerance, rtol=tolerance)
 
 
-def test_a_block_is_one_graph_with_nothing_left_to_python():
-    """``eager`` runs the captured graph as it is; a break in it would be an error."""
-    assert_no_gap("eager", {"layers": 3}, 1e-6, VIDEO)
+def test_a_block_compiles_to_one_graph():
+    """Use backend ``eager``, which fails on a graph break."""
+    assert_compiled_equals_eager("eager", {"layers": 3}, 1e-6, VIDEO)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER)
 @pytest.mark.parametrize("changes", [{}, {"layout": "wan"}], ids=str)
-def test_compiled_blocks_are_the_written_ones(changes):
-    assert_no_gap("inductor", changes, 1e-5)
+def test_compiled_blocks_equal_eager_blocks(changes):
+    assert_compiled_equals_eager("inductor", changes, 1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER)
 @torch.no_grad()
-def test_a_compiled_stream_is_the_stream():
+def test_a_compiled_stream_equals_the_eager_stream():
     model, data = network(window=3), batch()
     context = DenoiserContext(model=model, cond=data.cond)
     plain = streamed(context, data)
@@ -70,7 +70,7 @@ def test_a_compiled_stream_is_the_stream():
 
 
 @pytest.mark.slow
-def test_low_rank_networks_are_compiled_too():
+def test_low_rank_networks_can_be_compiled():
     fake = LoRAModel(network(layers=1), FakeScoreConfig(rank=2), 0)
     torch.nn.init.normal_(fake.adapted.branch(VIDEO).block(0).qkv.up.weight, generator=torch.Generator().manual_seed(1))
     plain = gradients(fake.adapted, batch(1, 2))
@@ -81,42 +81,42 @@ def test_low_rank_networks_are_compiled_too():
         torch.testing.assert_close(value, plain[name], atol=1e-6, rtol=1e-6)
 
 
-def test_a_missing_compiler_is_named_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(switch.shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match=r"blocks for cpu needs a compiler \(g\+\+\), not found here: install it"):
+def test_a_missing_compiler_is_reported_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(compile_module.shutil, "which", {}.get)
+    with pytest.raises(ValueError, match=r"g\+\+.* install it"):
         check_compiler(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("changes", [{}, {"coupled": False}, {"layout": "wan"}], ids=str)
 @torch.no_grad()
-def test_recorded_passes_are_the_passes(changes):
-    """Shapes differ while the window fills and with the sounds of a chunk; caption and transcript change at chunk 7."""
+def test_recorded_passes_equal_eager_passes(changes):
+    """Vary shapes (filling window, audio latents per chunk), and change caption and transcript at chunk 7."""
     model, data = network(window=3, **changes), batch()
     other = replace(data.cond, caption=-data.cond.caption, word_times=data.cond.word_times + 2.5)
     conds = [data.cond] * 7 + [other] * 9
     plain = streamed(DenoiserContext(model=model, cond=data.cond), data, conds=conds, chunks=16)
-    graphed = CUDAGraphModel(model, warmed_tape)
+    graphed = CUDAGraphModel(model, record_after_warm_up)
     assert_same(plain, streamed(DenoiserContext(model=graphed, cond=data.cond), data, conds=conds, chunks=16))
-    assert graphed.num_captures < 16  # two kinds of pass; the passes are 48
+    assert graphed.num_captures < 16  # of 48 passes
 
 
 @torch.no_grad()
-def test_two_rings_and_few_recordings_are_kept_apart():
+def test_two_rings_with_few_graphs_do_not_mix():
     model, data = network(window=2), batch()
-    graphed = CUDAGraphModel(model, warmed_tape, max_graphs=3)
+    graphed = CUDAGraphModel(model, record_after_warm_up, max_graphs=3)
     plain = streamed(DenoiserContext(model=model, cond=data.cond, guidance=2.0), data)
     assert_same(plain, streamed(DenoiserContext(model=graphed, cond=data.cond, guidance=2.0), data), 1e-4)
 
 
 @torch.no_grad()
-def test_a_snapshot_of_a_recorded_stream_goes_on():
+def test_a_snapshot_of_a_recorded_stream_continues_it():
     model, data = network(window=2), batch()
-    context = DenoiserContext(model=CUDAGraphModel(model, warmed_tape), cond=data.cond)
+    context = DenoiserContext(model=CUDAGraphModel(model, record_after_warm_up), cond=data.cond)
     whole = streamed(context, data)
-    chunks = rollout(in_ring(context), starts(data), PLAN)
+    chunks = rollout(with_ring_cache(context), starts(data), SCHEDULE)
     for _ in range(4):
         chunk = next(chunks)
     kept = chunk.context.snapshot()
-    rest = join_chunks(c.clean for c in rollout(in_ring(kept), starts(data, 4, 5), PLAN))
+    rest = join_chunks(c.clean for c in rollout(with_ring_cache(kept), starts(data, 4, 5), SCHEDULE))
     late = whole[VIDEO].chunk >= 4
     torch.testing.assert_close(rest[VIDEO].latents, whole[VIDEO].latents[:, late], atol=1e-4, rtol=1e-4)

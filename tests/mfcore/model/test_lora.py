@@ -1,4 +1,4 @@
-"""Truths about the low-rank fake score: it starts as the average, moves with it, and trains nothing else."""
+"""Low-rank fake score: it starts as the EMA, follows it, and trains only its terms."""
 
 import copy
 
@@ -25,7 +25,7 @@ def squares(velocities) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_it_starts_as_its_base_bit_for_bit():
+def test_initial_fake_score_is_bit_equal_to_its_base():
     ema = Ema(network(), EmaConfig())
     expected = velocity(ema.module)
     fake = LoRAModel(ema.module, CONFIG, 0)
@@ -33,7 +33,7 @@ def test_it_starts_as_its_base_bit_for_bit():
     assert all(torch.equal(v, expected[m]) for m, v in velocity(ema.module).items())
 
 
-def test_gradient_reaches_every_term_and_nothing_else():
+def test_gradient_reaches_only_the_low_rank_terms():
     ema = Ema(network(), EmaConfig())
     fake = LoRAModel(ema.module, CONFIG, 0)
     trained = {name for name, p in fake.named_parameters() if p.requires_grad}
@@ -49,8 +49,8 @@ def test_gradient_reaches_every_term_and_nothing_else():
     assert all(float(p.grad.abs().max()) > 0 for name, p in fake.named_parameters() if p.requires_grad), name
 
 
-def test_teacher_and_fake_score_answer_side_by_side_in_one_graph():
-    """No switch: what the teacher says does not depend on whether the fake score has been called, or is to be."""
+def test_teacher_and_fake_score_share_one_graph_without_interference():
+    """Call both before the backward pass; the output of the teacher must not change."""
     ema = Ema(network(), EmaConfig())
     fake = LoRAModel(ema.module, CONFIG, 0)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_teacher_and_fake_score_answer_side_by_side_in_one_graph():
 
 
 @torch.no_grad()
-def test_the_base_is_the_average_as_it_moves():
+def test_the_base_follows_the_ema():
     student = network()
     ema = Ema(student, EmaConfig(decay=0.5, warm_up=False))
     fake = LoRAModel(ema.module, CONFIG, 0)
@@ -76,7 +76,7 @@ def test_the_base_is_the_average_as_it_moves():
     assert {p.data_ptr() for p in fake.adapted.parameters() if not p.requires_grad} == stored, "no second copy"
 
 
-def test_terms_are_drawn_by_seed_and_name():
+def test_initial_terms_depend_on_seed_and_name():
     base = network()
     one, same, other = (LoRAModel(copy.deepcopy(base), CONFIG, seed) for seed in (0, 0, 1))
     first = dict(one.named_parameters())
@@ -86,8 +86,8 @@ def test_terms_are_drawn_by_seed_and_name():
     assert len({first[name].flatten()[0].item() for name in drawn}) == len(drawn)
 
 
-def test_ranks_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match="null for a full copy"):
+def test_invalid_rank_or_gain_is_rejected():
+    with pytest.raises(ValueError, match="null for a full copy.*0"):
         FakeScoreConfig(rank=0)
-    with pytest.raises(ValueError, match="gain must be positive"):
+    with pytest.raises(ValueError, match="fake.gain.*0"):
         FakeScoreConfig(rank=1, gain=0)

@@ -1,4 +1,4 @@
-"""Running layers again in the backward pass changes what is kept, and no number."""
+"""Recomputing layers in the backward pass saves memory and changes no result."""
 
 import torch
 
@@ -11,7 +11,7 @@ from tests.helpers.tiny_model import batch, network
 
 
 def mutual_step(*, recompute: bool):
-    """Losses and gradients of a mutual step, all three networks."""
+    """Return losses and gradients of a mutual step with all three networks."""
     student, average = network(layers=2), network(layers=2, seed=1)
     for net in (student, average):
         net.recompute = recompute
@@ -30,24 +30,24 @@ def test_losses_and_gradients_are_bit_equal():
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def kept_bytes(*, recompute: bool) -> int:
-    """What a pass keeps for its backward pass, weights not counted."""
+def saved_bytes(*, recompute: bool) -> int:
+    """Return the bytes saved for the backward pass, without weights."""
     net, data = network(layers=4), batch(rows=2, chunks=3)
     net.recompute = recompute
     t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.5))
     weights = {p.data_ptr() for p in net.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         if x.data_ptr() not in weights:
-            kept[x.data_ptr()] = x.nbytes
+            saved[x.data_ptr()] = x.nbytes
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = DenoiserContext(model=net, cond=data.cond).prefill().velocity(data.streams, t, t)
         assert all(v.requires_grad for v in out.values())
-    return sum(kept.values())
+    return sum(saved.values())
 
 
-def test_less_is_kept():
-    assert kept_bytes(recompute=True) < 0.25 * kept_bytes(recompute=False)
+def test_recomputation_saves_memory():
+    assert saved_bytes(recompute=True) < 0.25 * saved_bytes(recompute=False)

@@ -1,4 +1,4 @@
-"""Truths about the network: causality, cached = parallel, branches, gates (TRUTHS, exact properties 6 and 7)."""
+"""The network: causality, cached = parallel, branches, gates (TRUTHS, exact properties 6 and 7)."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from tests.helpers.tiny_model import SHAPES, TIMELINE, batch, model_config, netw
 SHIFT = {VIDEO: 1.0, AUDIO: 1.0}
 
 
-def parallel(model, data: AVBatch, noisy: Streams, t: float, r: float, trust=None) -> dict[str, torch.Tensor]:
+def parallel(model, data: AVBatch, noisy: Streams, *, t: float, r: float, trust=None) -> dict[str, torch.Tensor]:
     context = DenoiserContext(model=model, cond=data.cond).append_history(data.streams, trust)
     return context.velocity(
         noisy, constant_levels(noisy, dict.fromkeys(noisy, t)), constant_levels(noisy, dict.fromkeys(noisy, r))
@@ -34,7 +34,7 @@ def noisy_version(data: AVBatch, t: float, seed: int = 9) -> Streams:
 def test_a_chunk_never_sees_the_future():
     model, data = network(), batch()
     noisy = noisy_version(data, 0.6)
-    before = parallel(model, data, noisy, 0.6, 0.3)
+    before = parallel(model, data, noisy, t=0.6, r=0.3)
     for changed in (VIDEO, AUDIO):
         later = {m: s.chunk >= 2 for m, s in data.streams.items()}
         history = dict(data.streams)
@@ -45,7 +45,7 @@ def test_a_chunk_never_sees_the_future():
         latents = x[changed].latents.clone()
         latents[:, later[changed]] -= 1
         x[changed] = x[changed].with_latents(latents)
-        after = parallel(model, AVBatch(streams=history, cond=data.cond, samples=data.samples), x, 0.6, 0.3)
+        after = parallel(model, AVBatch(streams=history, cond=data.cond, samples=data.samples), x, t=0.6, r=0.3)
         for m in before:
             assert torch.equal(before[m][:, ~later[m]], after[m][:, ~later[m]])
             assert not torch.equal(before[m][:, later[m]], after[m][:, later[m]])
@@ -55,7 +55,7 @@ def test_a_chunk_never_sees_the_future():
 def test_parallel_pass_equals_chunk_by_chunk_with_the_cache():
     model, data = network(window=2), batch(chunks=6)
     noisy, trust = noisy_version(data, 0.7), torch.tensor([0.2, 0.0])
-    whole = parallel(model, data, noisy, 0.7, 0.2, trust)
+    whole = parallel(model, data, noisy, t=0.7, r=0.2, trust=trust)
     context = DenoiserContext(model=model, cond=data.cond).prefill()
     for k in range(6):
         x = {m: s.chunks(k, k + 1) for m, s in noisy.items()}
@@ -67,22 +67,22 @@ def test_parallel_pass_equals_chunk_by_chunk_with_the_cache():
 
 
 @torch.no_grad()
-def test_history_outside_the_window_is_forgotten_and_inside_it_matters():
+def test_only_history_inside_the_window_has_an_effect():
     model, data = network(window=1, layers=1), batch(chunks=4)
     noisy = noisy_version(data, 0.5)
-    before = parallel(model, data, noisy, 0.5, 0.5)
+    before = parallel(model, data, noisy, t=0.5, r=0.5)
     latents = data.streams[VIDEO].latents.clone()
     first = data.streams[VIDEO].chunk == 0
     latents[:, first] += 1
     history = dict(data.streams) | {VIDEO: data.streams[VIDEO].with_latents(latents)}
-    after = parallel(model, AVBatch(streams=history, cond=data.cond, samples=data.samples), noisy, 0.5, 0.5)
+    after = parallel(model, AVBatch(streams=history, cond=data.cond, samples=data.samples), noisy, t=0.5, r=0.5)
     chunk = data.streams[AUDIO].chunk
     assert not torch.equal(before[AUDIO][:, chunk == 1], after[AUDIO][:, chunk == 1])
     assert torch.equal(before[AUDIO][:, chunk >= 2], after[AUDIO][:, chunk >= 2])
 
 
 @torch.no_grad()
-def test_memory_stays_constant_while_streaming():
+def test_cache_size_stays_constant_while_streaming():
     model, data = network(window=2), batch(chunks=1)
     starts = noise_starts(TIMELINE, SHAPES, range(12), seed=0, samples=data.samples, like=data.cond.caption)
     chunks = rollout(DenoiserContext(model=model, cond=data.cond), starts, schedule(1, SHIFT))
@@ -91,30 +91,30 @@ def test_memory_stays_constant_while_streaming():
 
 
 @torch.no_grad()
-def test_training_only_the_interval_embedder_leaves_the_multi_step_mode_untouched():
+def test_interval_embedding_has_no_effect_on_the_multi_step_mode():
     model, data = network(), batch()
     noisy = noisy_version(data, 0.6)
-    multi, few = parallel(model, data, noisy, 0.6, 0.6), parallel(model, data, noisy, 0.6, 0.1)
+    multi, few = parallel(model, data, noisy, t=0.6, r=0.6), parallel(model, data, noisy, t=0.6, r=0.1)
     for branch in model.branches.values():
         for p in branch.levels.interval.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
-    again, few_again = parallel(model, data, noisy, 0.6, 0.6), parallel(model, data, noisy, 0.6, 0.1)
+    again, few_again = parallel(model, data, noisy, t=0.6, r=0.6), parallel(model, data, noisy, t=0.6, r=0.1)
     for m in multi:
         assert torch.equal(multi[m], again[m])
         assert not torch.equal(few[m], few_again[m])
 
 
 @torch.no_grad()
-def test_uncoupled_joint_network_is_the_two_uni_modal_ones():
+def test_uncoupled_joint_network_equals_two_uni_modal_networks():
     joint, data = network(coupled=False), batch()
     noisy = noisy_version(data, 0.6)
-    together = parallel(joint, data, noisy, 0.6, 0.2)
+    together = parallel(joint, data, noisy, t=0.6, r=0.2)
     for m in (VIDEO, AUDIO):
         alone = network(m)
         own = {k: v for k, v in joint.state_dict().items() if k.startswith(f"branches.{m}.")}
         alone.load_state_dict(own, strict=True)
         single = AVBatch(streams={m: data.streams[m]}, cond=data.cond, samples=data.samples)
-        u = parallel(alone, single, {m: noisy[m]}, 0.6, 0.2)
+        u = parallel(alone, single, {m: noisy[m]}, t=0.6, r=0.2)
         torch.testing.assert_close(u[m], together[m], atol=1e-5, rtol=1e-5)
 
 
@@ -122,33 +122,33 @@ def test_uncoupled_joint_network_is_the_two_uni_modal_ones():
 def test_coupling_carries_information_both_ways():
     model, data = network(), batch()
     noisy = noisy_version(data, 0.6)
-    before = parallel(model, data, noisy, 0.6, 0.2)
+    before = parallel(model, data, noisy, t=0.6, r=0.2)
     for changed, other in ((VIDEO, AUDIO), (AUDIO, VIDEO)):
         x = dict(noisy) | {changed: noisy[changed].with_latents(noisy[changed].latents + 1)}
-        assert not torch.equal(parallel(model, data, x, 0.6, 0.2)[other], before[other])
+        assert not torch.equal(parallel(model, data, x, t=0.6, r=0.2)[other], before[other])
 
 
 @torch.no_grad()
-def test_conditions_matter_and_trust_zero_is_no_label():
+def test_conditions_have_an_effect_and_trust_zero_has_none():
     model, data = network(), batch()
     noisy = noisy_version(data, 0.6)
-    base = parallel(model, data, noisy, 0.6, 0.2)
+    base = parallel(model, data, noisy, t=0.6, r=0.2)
     for drop in ("caption", "words"):
         flags = {"caption": torch.zeros(2, dtype=torch.bool), "words": torch.zeros(2, dtype=torch.bool)}
         flags[drop][0] = True
         changed = AVBatch(streams=data.streams, cond=data.cond.drop(**flags), samples=data.samples)
-        u = parallel(model, changed, noisy, 0.6, 0.2)
+        u = parallel(model, changed, noisy, t=0.6, r=0.2)
         assert not torch.allclose(u[VIDEO][0], base[VIDEO][0]) and torch.equal(u[VIDEO][1], base[VIDEO][1])
-    labelled = parallel(model, data, noisy, 0.6, 0.2, torch.tensor([0.3, 0.0]))
-    assert not torch.allclose(labelled[VIDEO][0], base[VIDEO][0])
-    assert torch.equal(labelled[VIDEO][1], base[VIDEO][1])
+    labeled = parallel(model, data, noisy, t=0.6, r=0.2, trust=torch.tensor([0.3, 0.0]))
+    assert not torch.allclose(labeled[VIDEO][0], base[VIDEO][0])
+    assert torch.equal(labeled[VIDEO][1], base[VIDEO][1])
 
 
 @torch.no_grad()
-def test_content_at_hour_three_is_that_of_time_zero():
+def test_velocities_at_hour_three_equal_those_at_time_zero():
     model, data = network(), batch(chunks=3)
     noisy = noisy_version(data, 0.6)
-    base = parallel(model, data, noisy, 0.6, 0.2)
+    base = parallel(model, data, noisy, t=0.6, r=0.2)
     # 3 h is a whole number of chunks (0.5 s) and of audio latents (64 ms), so counts per chunk are the same
     hours = 10800.0
     moved = {
@@ -156,27 +156,33 @@ def test_content_at_hour_three_is_that_of_time_zero():
     }
     cond = type(data.cond)(**(vars(data.cond) | {"word_times": data.cond.word_times + hours}))
     later = {m: type(s)(latents=s.latents, times=s.times + hours, chunk=s.chunk + 21600) for m, s in noisy.items()}
-    u = parallel(model, AVBatch(streams=moved, cond=cond, samples=data.samples), later, 0.6, 0.2)
+    u = parallel(model, AVBatch(streams=moved, cond=cond, samples=data.samples), later, t=0.6, r=0.2)
     for m in base:
         torch.testing.assert_close(u[m], base[m], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_rerun_exit_step_is_the_stashed_state_and_coupled_start_keeps_the_clip():
+def test_steps_from_the_exit_state_give_the_rollout():
     model, data = network(), batch(chunks=4)
     context = DenoiserContext(model=model, cond=data.cond)
     plan = schedule(4, SHIFT)
     starts = noise_starts(TIMELINE, SHAPES, range(4), seed=0, samples=data.samples, like=data.cond.caption)
     chunks = list(rollout(context, starts, plan, exit_step=2))
-    history, stash = join_chunks(c.clean for c in chunks), join_chunks(c.exit_state for c in chunks)
+    history = join_chunks(c.clean for c in chunks)
+    exit_state = join_chunks(c.exit_state for c in chunks)
     again = context.append_history(history, None)
-    x = dict(stash)
+    x = dict(exit_state)
     for j in (2, 3):
         t, r = (constant_levels(x, {m: plan[m][i] for m in x}) for i in (j, j + 1))
         u = again.velocity(x, t, r)
         x = {m: s.with_latents(s.latents - (plan[m][j] - plan[m][j + 1]) * u[m]) for m, s in x.items()}
     for m in x:
         torch.testing.assert_close(x[m].latents, history[m].latents, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_coupled_start_of_strength_zero_is_the_clip():
+    data = batch(chunks=4)
     eps = {m: torch.zeros_like(s.latents) for m, s in data.streams.items()}
     near = join_chunks(coupled_starts(data.streams, eps, dict.fromkeys(data.streams, torch.tensor(0.0)), 4))
     for m, s in data.streams.items():
@@ -184,7 +190,7 @@ def test_rerun_exit_step_is_the_stashed_state_and_coupled_start_keeps_the_clip()
 
 
 @torch.no_grad()
-def test_guidance_keeps_a_history_of_its_own_for_the_null_branch():
+def test_guidance_uses_a_separate_history_for_the_null_branch():
     model, data = network(), batch()
     noisy = noisy_version(data, 0.6)
     t = constant_levels(noisy, dict.fromkeys(noisy, 0.6))
@@ -206,16 +212,16 @@ def test_guidance_keeps_a_history_of_its_own_for_the_null_branch():
 def test_rows_do_not_mix():
     model, data = network(), batch(rows=3)
     noisy = noisy_version(data, 0.6)
-    whole = parallel(model, data, noisy, 0.6, 0.2)
+    whole = parallel(model, data, noisy, t=0.6, r=0.2)
     one = slice(1, 2)
-    alone = parallel(model, data.rows(one), {m: s.rows(one) for m, s in noisy.items()}, 0.6, 0.2)
+    alone = parallel(model, data.rows(one), {m: s.rows(one) for m, s in noisy.items()}, t=0.6, r=0.2)
     for m in whole:
         torch.testing.assert_close(whole[m][one], alone[m], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_words_out_of_reach_cost_nothing_and_change_nothing(monkeypatch):
-    """A transcript of minutes: a pass embeds what its tokens can read, and its answer stays the same."""
+def test_words_out_of_reach_are_not_embedded(monkeypatch):
+    """Use a transcript of a minute; the velocities must not change."""
     model, data = network(), batch()
     count, near = 200, data.cond.words.shape[1]
     draw = torch.Generator().manual_seed(3)
@@ -230,11 +236,11 @@ def test_words_out_of_reach_cost_nothing_and_change_nothing(monkeypatch):
     noisy = noisy_version(data, 0.6)
     embedded: list[int] = []
     for branch in model.branches.values():
-        branch.text.words.register_forward_pre_hook(lambda _, given: embedded.append(given[0].shape[1]))
-    trimmed, alone = (parallel(model, some, noisy, 0.6, 0.3) for some in (long, short))
+        branch.text.words.register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0].shape[1]))
+    trimmed, alone = (parallel(model, some, noisy, t=0.6, r=0.3) for some in (long, short))
     assert max(embedded) <= near
     monkeypatch.setattr("mfcore.model.branch.FEW_WORDS", count)
-    whole = parallel(model, long, noisy, 0.6, 0.3)
+    whole = parallel(model, long, noisy, t=0.6, r=0.3)
     assert max(embedded) == count
     for m in (VIDEO, AUDIO):
         torch.testing.assert_close(trimmed[m], whole[m], atol=1e-5, rtol=1e-5)
@@ -242,8 +248,8 @@ def test_words_out_of_reach_cost_nothing_and_change_nothing(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_latent_knows_how_far_into_its_chunk_it_starts():
-    """From 0 up to 1, the same in every chunk; zero weights at the start, so that all latents begin alike."""
+def test_phases_are_the_position_of_a_latent_in_its_chunk():
+    """Compare with fractions in [0, 1). Initial phase weights are zero."""
     model, data = network(), batch(chunks=3)
     for m, s in data.streams.items():
         branch = model.branch(m)
@@ -255,8 +261,8 @@ def test_a_latent_knows_how_far_into_its_chunk_it_starts():
 
 
 @torch.no_grad()
-def test_phases_tell_latents_of_a_chunk_apart():
-    """Alike, with like neighbours, nothing said and no rotation: without phases first and last get one answer."""
+def test_phases_distinguish_latents_of_a_chunk():
+    """Use equal latents without text and rotation: only phases can make first and last differ."""
     data = batch(rows=1, chunks=1)
     silent = data.cond.drop(caption=torch.ones(1, dtype=torch.bool), words=torch.ones(1, dtype=torch.bool))
     alike = {m: s.with_latents(torch.ones_like(s.latents)) for m, s in data.streams.items()}
@@ -273,7 +279,7 @@ def test_phases_tell_latents_of_a_chunk_apart():
 
 @torch.no_grad()
 def test_attention_starts_local():
-    """Whatever tokens hold, a fresh network's logits fall with distance in time; without the offset they do not."""
+    """Initial logits fall with distance in time; without the offset they do not."""
     seconds = torch.arange(4, dtype=torch.float64) / 16
     for local in (True, False):
         config = model_config(VIDEO, local_start=local)
@@ -290,6 +296,6 @@ def test_attention_starts_local():
             assert max(map(abs, near)) < 1
 
 
-def test_wans_layout_has_no_place_for_a_local_start():
+def test_the_wan_layout_rejects_a_local_start():
     with pytest.raises(ValueError, match="local_start"):
         model_config(VIDEO, layout="wan", local_start=True)

@@ -1,4 +1,4 @@
-"""Wan's video weights in a video branch: the same output, and an account of every weight."""
+"""Video weights of Wan in a video branch: same output, every weight accounted for."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def wan():
-    """The real class at a tiny size, every weight drawn at random."""
+    """Build the real class at a tiny size with random weights."""
     module = pytest.importorskip("diffusers.models.transformers.transformer_wan", reason="needs diffusers")
     torch.manual_seed(0)
     model = module.WanTransformer3DModel(
@@ -57,8 +57,8 @@ def condition(caption: torch.Tensor) -> Condition:
 
 
 @torch.no_grad()
-def test_one_chunk_is_what_diffusers_makes_of_it(wan):
-    """Without a sink, which Wan does not know; with words, whose attention starts without effect."""
+def test_one_chunk_equals_the_output_of_diffusers(wan):
+    """Run without a sink, which Wan lacks, and with words, which have no effect at the start."""
     model = build_model(CONFIG, 1).eval()
     load_strict(model, map_wan_weights(wan.state_dict(), model.state_dict(), CONFIG).weights, "Wan")
     draw = torch.Generator().manual_seed(2)
@@ -93,7 +93,7 @@ def test_every_weight_is_accounted_for(wan):
     assert all(any(part in name for part in own) for name in taken.initialised)
 
 
-def test_what_does_not_fit_is_listed_by_name(wan):
+def test_weights_that_do_not_fit_are_listed_by_name(wan):
     model = build_model(CONFIG, 1)
     weights, own = wan.state_dict(), model.state_dict()
     with pytest.raises(ValueError, match=r"3 layers: \['blocks\.2\.attn1\.norm_k\.weight', .*missing"):
@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_listed_by_name(wan):
         map_wan_weights(weights, own, replace(CONFIG, layout="own"))
 
 
-def test_a_checkpoint_of_other_shapes_is_refused_with_all_their_names():
+def test_a_checkpoint_with_other_shapes_is_rejected_with_all_names():
     small, large = build_model(CONFIG, 0), build_model(replace(CONFIG, word_heads=2), 0)
     with pytest.raises(ValueError) as caught:
         load_strict(large, small.state_dict(), "the file")

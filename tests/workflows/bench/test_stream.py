@@ -10,7 +10,7 @@ from mfcore.model import compile
 from mfcore.model.cuda_graphs import CUDAGraphModel
 from mfcore.model.flops import chunk_flops
 from mfcore.types import AUDIO, VIDEO
-from tests.helpers.op_recorder import tape
+from tests.helpers.op_recorder import record_operators
 from workflows.bench import roofline, stream
 from workflows.bench.random_network import random_network, random_network_bytes
 from workflows.bench.stream import bench_stream, format_table, memory_parts
@@ -151,7 +151,9 @@ def test_training_beyond_memory_is_rejected_with_alternatives(monkeypatch):
 def test_cuda_graphs_are_measured_against_the_eager_stream(monkeypatch):
     """Replay the recorded passes operator by operator on the CPU."""
     monkeypatch.setattr(stream, "check_feasible", lambda plan: None)
-    monkeypatch.setattr(stream, "apply_inference_optimizations", lambda net, **switches: CUDAGraphModel(net, tape))
+    monkeypatch.setattr(
+        stream, "apply_inference_optimizations", lambda net, **switches: CUDAGraphModel(net, record_operators)
+    )
     found = bench_stream(chunks=8, rounds=2, steps=2, device="cpu", graphs=True, sets=SMALL)
     assert found["graphs"] and not found["compile"]
     assert found["switch_gap"] < 1e-5 and found["switch_speedup"] > 0
