@@ -1,10 +1,10 @@
-"""How often to save: a discrete-event simulation of a run that fails.
+"""Discrete-event simulation of the checkpoint interval of a run that fails.
 
 Run it with `python -m tests.helpers.checkpoint_interval_simulation`.
 
-Seconds throughout. Training stops for ``pause`` at each save (the copy to memory); the copy counts once it has been
-``written`` in the background; a failure comes at exponential times, costs ``restart`` and all work since the latest
-save that counted; it may come during a restart too.
+All times are in seconds. Training stops for ``pause`` at each save, the copy to memory. A checkpoint is complete after
+``written`` seconds in the background. Failures have exponential distances. A failure costs ``restart`` and all work
+since the latest complete checkpoint, and may also happen during a restart.
 """
 
 import math
@@ -25,12 +25,12 @@ class Fleet:
 
 
 def simulate(fleet: Fleet, interval: float, work: float, seed: int) -> float:
-    """Time to do ``work`` when saving every ``interval`` of it (pause not counted)."""
+    """Return the time for ``work`` with a save after every ``interval`` of work (without pauses)."""
     draw = random.Random(seed)
     now, failure = 0.0, draw.expovariate(1 / fleet.mtbf)
-    counted = 0.0  # work that no failure can take back
+    counted = 0.0  # work in complete checkpoints
     done = 0.0  # work since the start
-    coming: tuple[float, float] | None = None  # when the save on its way counts, and the work in it
+    coming: tuple[float, float] | None = None  # when the save in progress is complete, and its work
     while done < work:
         chunk = min(interval, work - done)
         end = now + chunk + (fleet.pause if done + chunk < work else 0.0)
@@ -46,7 +46,7 @@ def simulate(fleet: Fleet, interval: float, work: float, seed: int) -> float:
         now, done = end, done + chunk
         if done >= work:
             break
-        if coming is None or coming[0] <= now:  # one save at a time is on its way: the next one waits for it
+        if coming is None or coming[0] <= now:  # one save at a time: the next one waits for it
             counted = coming[1] if coming else counted
             coming = (now + fleet.written, done)
         else:
@@ -57,19 +57,19 @@ def simulate(fleet: Fleet, interval: float, work: float, seed: int) -> float:
 
 
 def lost(fleet: Fleet, interval: float, *, work: float | None = None, runs: int = 20) -> float:
-    """Share of the time that is no progress, mean over ``runs`` runs of about 200 failures each."""
+    """Return the share of lost time, a mean over ``runs`` runs of about 200 failures each."""
     work = work or 200 * fleet.mtbf
     return 1 - work * runs / sum(simulate(fleet, interval, work, seed) for seed in range(runs))
 
 
 def expected(fleet: Fleet, interval: float, work: float) -> float:
-    """Daly's exact mean time (FGCS 2006, equation 20) for saves that count at once."""
+    """Return Daly's exact mean time (FGCS 2006, equation 20) for saves that are complete at once."""
     m = fleet.mtbf
     return m * math.exp(fleet.restart / m) * (math.exp((interval + fleet.pause) / m) - 1) * work / interval
 
 
 def daly(pause: float, mtbf: float) -> float:
-    """Daly's best interval (equation 37); its first term is Young's (CACM 1974)."""
+    """Return Daly's best interval (equation 37); its first term is Young's (CACM 1974)."""
     if pause >= 2 * mtbf:
         return mtbf
     root = math.sqrt(pause / (2 * mtbf))
@@ -77,15 +77,18 @@ def daly(pause: float, mtbf: float) -> float:
 
 
 def best(fleet: Fleet, *, runs: int = 20) -> float:
-    """The interval with the least loss, among steps of a fifth around Daly's; never shorter than a save takes."""
+    """Return the interval with the least loss on a grid around Daly's; not shorter than a save."""
     start = daly(fleet.pause, fleet.mtbf)
     grid = [start * 1.2**k for k in range(-8, 12)]
     return min((i for i in grid if i >= fleet.written), key=lambda i: lost(fleet, i, runs=runs), default=fleet.written)
 
 
 def main() -> None:
-    """State: float32 weights, two moments and the average, 16 bytes per parameter over all ranks; exports: raw and
-    average, 8 bytes per parameter, today on rank 0 alone. Rates per rank: docs/dev/lab-notes/2026-11-20-recovery.md."""
+    """Print the best intervals as a Markdown table.
+
+    State: float32 weights, two moments and EMA, 16 bytes per parameter over all ranks. Exports: raw and EMA weights, 8
+    bytes per parameter, on rank 0. The rates per rank are measured (lab notes on recovery).
+    """
     copied, stored = 0.98e9, 0.117e9
     print("| parameters | GPUs | exports | MTBF, h | pause, s | written, s | best interval, s | Daly, s | time lost |")
     print("|-|-|-|-|-|-|-|-|-|")

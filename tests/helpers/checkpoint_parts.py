@@ -1,3 +1,5 @@
+"""Parts of a checkpoint of a small audio run."""
+
 from fractions import Fraction
 from pathlib import Path
 

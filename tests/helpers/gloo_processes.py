@@ -1,4 +1,4 @@
-"""Run a function on several processes joined by gloo, as Ray Train would."""
+"""Processes joined by gloo, like those of Ray Train."""
 
 import os
 import tempfile
@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 
 def run_on(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``function(*args)`` on every rank; the results in the order of the ranks."""
+    """Call ``function(*args)`` on every rank; return the results in the order of the ranks."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_enter, (world, folder, function, args), nprocs=world, join=True)
         return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world)]

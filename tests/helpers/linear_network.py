@@ -1,5 +1,7 @@
-"""A linear network and batches small enough for many steps, with what makes real ones hard: two calls in one graph,
-a call without gradient between them, a parameter that no loss touches."""
+"""Linear network and batches for many steps, with the difficulties of real ones.
+
+Two calls in one graph, a call without gradient between them, and a parameter outside all losses.
+"""
 
 import torch
 from torch import Tensor, nn

@@ -33,7 +33,7 @@ EVERY_PART_AT_ONCE = (
 
 @pytest.fixture(autouse=True)
 def no_mlflow(monkeypatch):
-    """JSON lines: MLflow has its own test."""
+    """Log to JSON lines only: MLflow has separate tests."""
     monkeypatch.setenv("MFCTL_TRACKER", "json")
     torch.set_num_threads(1)
 
@@ -43,7 +43,7 @@ def run(stage, runs, data, *extra, sets=(), **kwargs):
 
 
 def killed_at(step: int):
-    """A launcher whose process dies while it makes the batch of ``step``."""
+    """Return a launcher whose process dies while it prepares the batch of ``step``."""
 
     def launch(job):
         class Dying(worker.TrainingBatchLoader):

@@ -1,4 +1,4 @@
-"""The real loop, engines and checkpoints around a network of a hundred weights: many runs in a second."""
+"""The real loop, engines and checkpoints around a network of a hundred weights: many runs per second."""
 
 import logging
 import math
@@ -29,8 +29,8 @@ from workflows.utils import distributed
 OPTIM = OptimConfig(lr=1e-2, clip=0.3, warm_up=3)
 
 
-class Kept(NullTracker):
-    """Remembers what is logged, on every rank."""
+class ListTracker(NullTracker):
+    """Tracker that keeps all entries, on every rank."""
 
     def __init__(self) -> None:
         self.entries: list[dict[str, float]] = []
@@ -41,12 +41,12 @@ class Kept(NullTracker):
 
 @dataclass(frozen=True, kw_only=True)
 class Toy:
-    """A run of ``steps`` steps in ``root``, or the rest of it."""
+    """A run of ``steps`` steps in ``root``; resumed if it has a checkpoint."""
 
     root: str
     kind: str  # "torch" or a ZeRO stage
     steps: int = 12
-    until: int | None = None  # step after which a notice arrives
+    until: int | None = None  # step after which a stop request arrives
     batch: int = 12
     unit: int = 1
     micro: int | None = None
@@ -54,12 +54,12 @@ class Toy:
     objective: Callable[[], Objective] = SelfTaught
     bad: dict[int, str] = field(default_factory=dict)  # sample number -> "loss" or "gradient" that is not finite there
     skip: int = 0
-    seed: int = 0  # of the weights before anything is restored
+    seed: int = 0  # of the initial weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one rank saw."""
+    """Results of one rank."""
 
     losses: dict[int, dict[str, float]]  # by step: losses and gradient norms
     weights: dict[str, dict[str, torch.Tensor]]
@@ -91,7 +91,7 @@ def _toy_run(toy: Toy) -> Result:
     nets = {name: LinearVelocity(seed=toy.seed + i) for i, name in enumerate(("student", "fake"))}
     ema = Ema(nets["student"], EmaConfig(decay=0.9))
     engines = {name: build_engine(net, OPTIM, config) for name, net in nets.items()}
-    store, tracker, steps = CheckpointStore(Path(toy.root)), Kept(), [0]
+    store, tracker, steps = CheckpointStore(Path(toy.root)), ListTracker(), [0]
     is_last_rank = distributed.get_rank() == distributed.get_world_size() - 1
     start = Progress(step=0, samples_seen=0, first={}, last={})
     if name := latest_intact_checkpoint(store):
@@ -149,7 +149,7 @@ def _batches(toy: Toy, first: int):
 
 
 class TwoRounds(SelfTaught):
-    """Another update of the fake score in every step, by other noise."""
+    """A second update of the fake score in each step, with other noise."""
 
     def rounds(self, models, batch, info):
         yield self(models, batch, info)
@@ -157,7 +157,7 @@ class TwoRounds(SelfTaught):
 
 
 class _Poisoned:
-    """The objective, with numbers that are not finite at some samples."""
+    """The objective, with non-finite numbers at some samples."""
 
     def __init__(self, toy: Toy) -> None:
         self._toy, self._objective = toy, toy.objective()
@@ -182,7 +182,7 @@ class _Poisoned:
 
 
 def largest_error(one: Result, other: Result, first: int = 1) -> float:
-    """Greatest relative difference of the logged numbers from step ``first`` on."""
+    """Return the largest relative difference of the logged numbers from step ``first`` on."""
     steps = [step for step in other.losses if step >= first and other.losses[step]]
     assert steps and all(one.losses[step].keys() == other.losses[step].keys() for step in steps)
     return max(abs(one.losses[s][k] - v) / abs(v) for s in steps for k, v in other.losses[s].items())

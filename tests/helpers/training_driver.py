@@ -1,6 +1,6 @@
-"""A training driver in a process of its own, for tests that kill it: ``python -m tests.helpers.training_driver JSON``.
+"""Training driver in a separate process, for tests that kill it: ``python -m tests.helpers.training_driver JSON``.
 
-Exit codes as the command line's: 0 done, 1 failed.
+Exit codes as on the command line: 0 success, 1 failure.
 """
 
 import json
@@ -17,32 +17,32 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(stage: str, *, data: str, runs_dir: Path, sets: Sequence[str], **more: object) -> subprocess.Popen[str]:
-    """The same call again goes on with the same run, which is called ``a``."""
-    words = {"stage": stage, "data": data, "runs_dir": str(runs_dir), "run": "a", "sets": list(sets), **more}
+    """Start the driver of the run ``a``; the same call again resumes it."""
+    arguments = {"stage": stage, "data": data, "runs_dir": str(runs_dir), "run": "a", "sets": list(sets), **more}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MFCTL_TRACKER": "json", "OMP_NUM_THREADS": "1"}
     runs_dir.mkdir(parents=True, exist_ok=True)
     with (runs_dir / "driver.txt").open("a") as log:
-        command = [sys.executable, "-m", "tests.helpers.training_driver", json.dumps(words)]
+        command = [sys.executable, "-m", "tests.helpers.training_driver", json.dumps(arguments)]
         return subprocess.Popen(command, cwd=runs_dir, env=environment, stdout=log, stderr=log, text=True)
 
 
 def text(runs_dir: Path) -> str:
-    """What the drivers said, their workers' log included."""
+    """Return the output of the drivers, with the log of their workers."""
     return (runs_dir / "driver.txt").read_text()
 
 
-def wait_for(runs_dir: Path, words: str, driver: subprocess.Popen[str], seconds: float = 300) -> float:
-    """Until ``words`` stand in the log; the seconds it took."""
-    begun = time.monotonic()
-    while words not in text(runs_dir):
-        assert driver.poll() is None, f"the driver ended before {words!r}:\n{text(runs_dir)}"
-        assert time.monotonic() - begun < seconds, f"no {words!r} within {seconds} s:\n{text(runs_dir)}"
+def wait_for(runs_dir: Path, expected: str, driver: subprocess.Popen[str], seconds: float = 300) -> float:
+    """Wait until ``expected`` is in the output; return the seconds."""
+    start_time = time.monotonic()
+    while expected not in text(runs_dir):
+        assert driver.poll() is None, f"the driver ended before {expected!r}:\n{text(runs_dir)}"
+        assert time.monotonic() - start_time < seconds, f"no {expected!r} within {seconds} s:\n{text(runs_dir)}"
         time.sleep(0.01)
-    return time.monotonic() - begun
+    return time.monotonic() - start_time
 
 
 def workers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Its Ray Train workers."""
+    """Return the Ray Train workers of a driver."""
     children = psutil.Process(driver.pid).children(recursive=True)
     return [p for p in children if "RayTrainWorker" in " ".join(p.cmdline())]
 

@@ -1,4 +1,4 @@
-"""Every stage as the loop trains it, at a size of milliseconds: what engines are compared by, number by number."""
+"""Training of all stages in milliseconds, to compare engines number by number."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -27,18 +27,18 @@ ROWS, CHUNKS = 8, 2  # of the global batch
 
 @dataclass(frozen=True, kw_only=True)
 class Duet:
-    """One run: a stage, its engines, and what the fake score is."""
+    """One run: a stage, its engine and its fake score."""
 
     stage: str
     engine: EngineConfig
-    rank: int | None = None
+    rank: int | None = None  # of the fake score; None: full copy
     micros: int = 1  # backward passes per step
     optim: OptimConfig = OptimConfig(lr=1e-3, clip=0.5, warm_up=0)
     objective: MutualConfig = OBJECTIVE  # of the mutual stage
 
 
 def rows_of_step(duet: Duet, step: int) -> list[AVBatch]:
-    """This rank's micro-batches: whole cycles of row kinds each."""
+    """Return this rank's micro-batches: whole cycles of row kinds each."""
     whole = batch(ROWS, CHUNKS, *STAGES[duet.stage], seed=step)
     whole = replace(whole, samples=torch.arange(ROWS) + step * ROWS)
     share = ROWS // distributed.get_world_size() // duet.micros
@@ -47,7 +47,7 @@ def rows_of_step(duet: Duet, step: int) -> list[AVBatch]:
 
 
 class Running:
-    """The networks of a run and the steps they take."""
+    """Networks of a run, and its steps."""
 
     def __init__(self, duet: Duet) -> None:
         self.duet = duet
@@ -66,7 +66,7 @@ class Running:
         self.objective = MutualForcingObjective(duet.objective) if duet.stage == "mutual" else flow
 
     def step(self, step: int) -> list[float]:
-        """Mean loss over the ranks and gradient norm of every network."""
+        """Run one step; return mean losses over the ranks and gradient norms by network."""
         models = {"ema": self.ema.model} | {name: e.module for name, e in self.engines.items()}
         info = StepInfo(seed=0, step=step, stage_step=step)
         losses = dict.fromkeys(self.engines, torch.zeros(()))
@@ -87,11 +87,11 @@ class Running:
 
 
 def train(duet: Duet, steps: int) -> torch.Tensor:
-    """(steps, 2 * networks): losses and gradient norms."""
+    """Return losses and gradient norms, (steps, 2 * networks)."""
     running = Running(duet)
     return torch.tensor([running.step(i) for i in range(steps)], dtype=torch.float64)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest relative difference."""
+    """Return the largest relative difference."""
     return float(((a - b).abs() / b.abs()).max())

@@ -1,4 +1,4 @@
-"""A checkpoint exists when COMPLETE does; what is in it rebuilds the network without anything else."""
+"""A checkpoint exists if COMPLETE does, and rebuilds the network without other files."""
 
 import json
 from dataclasses import replace
@@ -16,14 +16,14 @@ from workflows.training.progress import Progress
 
 
 def saved(root: Path | str, engines, ema, progress: Progress = PROGRESS) -> Path:
-    """The place of a checkpoint that is written."""
+    """Write a checkpoint and return its folder."""
     saver = writer(root, engines, ema)
     place = saver.save(progress)
     saver.wait()
     return Path(place)
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_a_loaded_checkpoint_equals_the_saved_state(tmp_path):
     engines, ema = parts(0)
     folder = saved(tmp_path / "checkpoints", engines, ema)
     others, average = parts(1)
@@ -36,7 +36,7 @@ def test_what_is_saved_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("place", [".", "checkpoints/{name}", "checkpoints/{name}/export"])
-def test_an_export_is_found_from_run_checkpoint_or_itself(tmp_path, place):
+def test_an_export_is_found_in_a_run_a_checkpoint_or_itself(tmp_path, place):
     engines, ema = parts(0)
     folder = saved(tmp_path / "checkpoints", engines, ema)
     model, card = load_export(tmp_path / place.format(name=folder.name))
@@ -51,7 +51,7 @@ def test_an_export_is_found_from_run_checkpoint_or_itself(tmp_path, place):
                        dict(engines["student"].weights())[name])  # fmt: skip
 
 
-def test_partial_checkpoints_do_not_exist_and_old_ones_go(tmp_path):
+def test_partial_checkpoints_are_ignored_and_old_ones_deleted(tmp_path):
     engines, ema = parts(0)
     root = tmp_path / "checkpoints"
     (root / "000000000099-dead" / "export").mkdir(parents=True)
@@ -63,7 +63,7 @@ def test_partial_checkpoints_do_not_exist_and_old_ones_go(tmp_path):
     assert list_checkpoints(root) == sorted(root.iterdir())
 
 
-def test_a_driver_that_lost_the_run_completes_nothing(tmp_path):
+def test_a_driver_that_lost_the_run_completes_no_checkpoint(tmp_path):
     engines, ema = parts(0)
     saver = writer(tmp_path, engines, ema, ours=False)
     saver.save(PROGRESS)
@@ -72,7 +72,7 @@ def test_a_driver_that_lost_the_run_completes_nothing(tmp_path):
     assert list_checkpoints(tmp_path) == []
 
 
-def test_damage_is_seen_and_the_checkpoint_before_it_used(tmp_path, caplog):
+def test_a_damaged_checkpoint_is_skipped(tmp_path, caplog):
     engines, ema = parts(0)
     before = saved(tmp_path, engines, ema)
     folder = saved(tmp_path, engines, ema, replace(PROGRESS, step=4, samples_seen=16))
@@ -85,7 +85,7 @@ def test_damage_is_seen_and_the_checkpoint_before_it_used(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("make", "message"), [(False, "does not exist"), (True, "neither a run, a checkpoint nor")])
-def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, make, message):
+def test_a_folder_without_a_checkpoint_is_an_error(tmp_path, make, message):
     place = tmp_path / "x"
     if make:
         place.mkdir()

@@ -1,4 +1,4 @@
-"""A collapse is seen and said, real clips raise no alarm, and looking changes nothing of the training."""
+"""A collapse raises alarms, real clips raise none, and sampling does not change the training."""
 
 import json
 import logging
@@ -57,7 +57,7 @@ def louder(clip: DecodedClip, gain: float) -> DecodedClip:
     return replace(clip, sound=clip.sound * gain)
 
 
-def test_jumps_between_chunks_and_lost_variety_are_said(held, real):
+def test_jumps_between_chunks_and_lost_variety_raise_alarms(held, real):
     timeline = held.meta.timeline()
 
     def jumping(clip: DecodedClip) -> DecodedClip:
@@ -79,8 +79,8 @@ def test_jumps_between_chunks_and_lost_variety_are_said(held, real):
     assert {"variance/few/video", "variance/few/audio"} <= wrong.keys()
 
 
-def test_chunks_that_do_not_stay_what_they_were_are_said(held, real):
-    """Chunks of one clip taken from others in turn: each is real, none goes on from the one before."""
+def test_chunks_without_continuity_raise_an_alarm(held, real):
+    """Each chunk is real and from another clip than the previous one."""
     timeline = held.meta.timeline()
 
     def forgetful(clip: DecodedClip, other: DecodedClip) -> DecodedClip:
@@ -97,7 +97,7 @@ def test_chunks_that_do_not_stay_what_they_were_are_said(held, real):
     assert "of the data's" in wrong["lag1/few/video"] and not any("audio" in name for name in wrong)
 
 
-def test_correlation_of_chunks_is_that_of_the_linear_world():
+def test_chunk_correlation_equals_that_of_the_linear_world():
     """h_k = a h_{k-1} + sqrt(1 - a^2) w: correlation a from chunk to chunk, whatever the latents inside a chunk do."""
     a, draw = 0.9, torch.Generator().manual_seed(0)
     timeline = Timeline(clocks={AUDIO: LatentClock(rate=Fraction(8))}, chunk_seconds=Fraction(1, 2))
@@ -109,10 +109,10 @@ def test_correlation_of_chunks_is_that_of_the_linear_world():
     assert collapse_statistics([clip], timeline).lag1[AUDIO] == pytest.approx(a, abs=0.02)
 
 
-class TestHistoryWatch:
+class TestHistoryUseMonitor:
     TIME = TimeConfig(shift={AUDIO: 1.0}, uniform_share=1.0)
 
-    def test_a_network_that_forgets_its_history_is_said(self, tmp_path):
+    def test_a_network_that_ignores_its_history_raises_an_alarm(self, tmp_path):
         """The linear-Gaussian world: teacher forcing has a loss ratio of 10, the literal reading of 1.1."""
         watch = HistoryUseMonitor(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0)
         numbers, wrong = watch.measure(LinearGaussian(0.95, 0.0, 0.1))
@@ -122,18 +122,18 @@ class TestHistoryWatch:
         assert numbers["alarm/history_use/audio"] < 1.5
         assert "of what it was" in wrong["history_use/audio"]
 
-    def test_the_first_value_outlives_the_process(self, tmp_path):
+    def test_the_first_value_is_kept_across_restarts(self, tmp_path):
         HistoryUseMonitor(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0).measure(LinearGaussian(0.95, 0.0, 0.1))
         again = HistoryUseMonitor(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0)
         assert again.measure(LinearGaussian(0.07, 0.0, 1.0))[1]
 
-    def test_one_clip_alone_says_nothing(self, tmp_path):
+    def test_one_clip_gives_no_history_use(self, tmp_path):
         watch = HistoryUseMonitor(tmp_path, [linear_clips(1, 16, 0)], self.TIME, 0)
         assert watch.measure(LinearGaussian(0.95, 0.0, 0.1)) == ({}, {})
 
 
 @pytest.mark.parametrize(
-    ("plant", "said"),
+    ("collapse", "expected"),
     [
         (frozen, "motion is 0.00 of the data's"),
         (lambda c: louder(c, 0.0), "loudness is 0.00 of the data's"),
@@ -142,14 +142,14 @@ class TestHistoryWatch:
         (lambda c: replace(c, finite=False), "not finite"),
     ],
 )
-def test_a_planted_collapse_raises_an_alarm(real, plant, said):
-    _, wrong = compare_to_real("few", collapse_statistics([plant(clip) for clip in real]), collapse_statistics(real))
+def test_a_planted_collapse_raises_an_alarm(real, collapse, expected):
+    _, wrong = compare_to_real("few", collapse_statistics([collapse(clip) for clip in real]), collapse_statistics(real))
     (text,) = wrong.values()
-    assert said in text
+    assert expected in text
 
 
-def test_real_clips_raise_none(held, real):
-    """Neither what the prompts' own clips show, a little quieter, nor other clips of the dataset."""
+def test_real_clips_raise_no_alarm(held, real):
+    """Neither the clips of the prompts, slightly quieter, nor other clips of the dataset."""
     others = decode_real_clips(held, held.reference)
     for clips in (real, [louder(clip, 0.8) for clip in real], others):
         numbers, wrong = compare_to_real("few", collapse_statistics(clips), collapse_statistics(real))
@@ -158,13 +158,13 @@ def test_real_clips_raise_none(held, real):
         assert numbers.keys() == {"alarm/motion/few", "alarm/loudness/few"} | variances
 
 
-def test_data_that_is_still_or_silent_itself_raises_none(real):
+def test_static_or_silent_data_raises_no_alarm(real):
     flat = {m: torch.zeros_like(x) for m, x in real[0].latents.items()}
     dead = collapse_statistics([replace(frozen(louder(clip, 0.0)), latents=flat) for clip in real])
     assert compare_to_real("multi", dead, dead) == ({}, {})
 
 
-def test_a_fake_score_that_finds_samples_easy_raises_an_alarm():
+def test_a_low_fake_score_loss_raises_an_alarm():
     levels = {"flow_matching/video/t0": 4.0, "flow_matching/video/t3": 1.0, "fake_score/video/t1": 9.0}
     fine = levels | {"fake_score/video": 3.0, "fake_score/video/t0": 3.6, "fake_score/video/t3": 0.9}
     assert fake_score_ratio(fine) == {"video": pytest.approx(0.9)}, "levels that one of them lacks do not count"
@@ -178,7 +178,7 @@ def test_a_fake_score_that_finds_samples_easy_raises_an_alarm():
     assert gap.measure({"flow_matching/video": 1.0})[0] == {}
 
 
-def test_alarms_are_said_when_they_change_and_survive_the_process(tmp_path, caplog):
+def test_alarms_are_logged_on_change_and_kept_across_restarts(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     alarms = AlarmStore(tmp_path)
     for wrong in ({}, {"loudness/few": "few: 0.3"}, {"loudness/few": "few: 0.2"}):
@@ -197,16 +197,16 @@ def test_alarms_are_said_when_they_change_and_survive_the_process(tmp_path, capl
     ]
 
 
-def test_looking_changes_nothing_and_a_still_run_says_so(tmp_path, toy_data, monkeypatch):
-    """With samples, killed and resumed, against without: the same weights. A network of four steps shows no motion."""
+def test_sampling_does_not_change_the_training(tmp_path, toy_data, monkeypatch):
+    """A killed and resumed run with samples has the weights of a run without. After four steps it has no motion."""
     monkeypatch.setenv("MFCTL_TRACKER", "json")
     sets = (*SMALL, "data.held_out=0.5", "steps=4", "checkpoint.every=8")
     kept = {"data": toy_data, "run": "v"}
     plain = train_stage("video", sets=sets, runs_dir=tmp_path / "plain", launch=worker.run_worker, **kept)
-    look = {"sets": (*sets, "sample_every=8"), "runs_dir": tmp_path / "looked", "sample": final_samples, **kept}
+    sampled = {"sets": (*sets, "sample_every=8"), "runs_dir": tmp_path / "looked", "sample": final_samples, **kept}
     with pytest.raises(KeyboardInterrupt):
-        train_stage("video", launch=killed_at(3), **look)
-    result = train_stage("video", launch=worker.run_worker, **look)
+        train_stage("video", launch=killed_at(3), **sampled)
+    result = train_stage("video", launch=worker.run_worker, **sampled)
     folder = Path(result["run_dir"])
     before, after = load_weights(plain["run_dir"]), load_weights(folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -227,7 +227,7 @@ def test_looking_changes_nothing_and_a_still_run_says_so(tmp_path, toy_data, mon
     assert [path for path in files if path.endswith("step-00000002-multi-8-steps-clip-0.mp4")]
 
 
-def test_a_run_without_looks_is_judged_at_its_end(tmp_path, toy_data, monkeypatch):
+def test_a_run_without_samples_is_scored_at_its_end(tmp_path, toy_data, monkeypatch):
     monkeypatch.setenv("MFCTL_TRACKER", "json")
     sets = (*SMALL, "data.held_out=0.5", "steps=2")
     result = train_stage(
@@ -239,8 +239,8 @@ def test_a_run_without_looks_is_judged_at_its_end(tmp_path, toy_data, monkeypatc
     assert "loudness" in result["alarms"][0]
 
 
-def test_samples_that_cannot_be_made_do_not_stop_a_run(tmp_path, monkeypatch):
-    """The codecs of these latents are nowhere: no sample, but every step."""
+def test_failed_samples_do_not_stop_a_run(tmp_path, monkeypatch):
+    """The codecs of these latents are missing: no sample, but all steps."""
     monkeypatch.setenv("MFCTL_TRACKER", "json")
     data = write_dataset(tmp_path / "set")
     result = train_stage(
@@ -252,8 +252,8 @@ def test_samples_that_cannot_be_made_do_not_stop_a_run(tmp_path, monkeypatch):
     assert "unknown text codec" in log
 
 
-def test_an_average_kept_in_parts_is_gathered_for_its_samples():
-    """As ZeRO-3 keeps the base of a low-rank fake score: the module alone holds no whole weight."""
+def test_a_sharded_ema_is_gathered_for_samples():
+    """ZeRO-3 shards the base of a low-rank fake score: the module alone has no whole weight."""
     card = random_card("video")
     ema = Ema(build_model(card.model, 1), EmaConfig())
     assert materialize_ema(ema, card) is ema.module

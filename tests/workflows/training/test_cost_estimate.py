@@ -1,4 +1,4 @@
-"""The presets on paper: sizes and costs derived by hand from their shapes."""
+"""Costs of the presets, against values derived by hand from their shapes."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def wan_branch(*, d: int, layers: int, hidden: int, w: int, e: int, width: int, 
     return layers * (wan_layer + reading) + wan_ends + wan_embedders + rest
 
 
-def test_small_is_about_a_tenth_of_a_billion():
+def test_small_has_about_a_tenth_of_a_billion_parameters():
     shape = {"d": 512, "layers": 8, "hidden": 2048, "e": 64, "text": 4096}
     counted = costs("small")["parameters"]
     assert counted[VIDEO] == own_branch(**shape, width=48 * 4, anchor=48)
@@ -46,7 +46,7 @@ def test_small_is_about_a_tenth_of_a_billion():
     assert counted["total"] == pytest.approx(1e8, rel=0.05)
 
 
-def test_base_is_wan_1_3b_and_what_a_transcript_needs():
+def test_base_is_wan_1_3b_plus_transcript_layers():
     shape = {"d": 1536, "layers": 30, "hidden": 8960, "w": 3 * 128, "e": 128, "text": 4096}
     counted = costs("base")["parameters"]
     assert counted[VIDEO] == wan_branch(**shape, width=16 * 4)
@@ -54,7 +54,7 @@ def test_base_is_wan_1_3b_and_what_a_transcript_needs():
     assert 1.3e9 < counted[VIDEO] < 1.55e9
 
 
-def test_full_is_seven_billion_in_each_branch():
+def test_full_has_seven_billion_parameters_in_each_branch():
     shape = {"d": 4096, "layers": 20, "hidden": 4 * 4096, "e": 128, "text": 4096}
     counted = costs("full")["parameters"]
     assert counted[VIDEO] == own_branch(**shape, width=48 * 4, anchor=48)
@@ -62,7 +62,7 @@ def test_full_is_seven_billion_in_each_branch():
     assert counted[VIDEO] == pytest.approx(7e9, rel=0.02)
 
 
-def test_full_chunk_by_hand():
+def test_operations_of_a_full_chunk():
     """192 x 336, padded to 192 x 352: 6 x 11 tokens a frame, 3 frames and at most 11 sounds a chunk, ten of history."""
     config = model("full")
     assert config.branches[VIDEO].grid == (6, 11) and config.branches[AUDIO].grid == (1, 1)
@@ -72,11 +72,11 @@ def test_full_chunk_by_hand():
     project, rest = 3 * d * d, 13 * d * d + 2 * d * (seen + caption + words)
     level, out = 2 * (128 * d + d * d) + 8 * d * d, 3 * 66 * 192 * d + 11 * 64 * d
     about = 2 * (128 * 4096 * d + layers * 2 * d * d * caption)  # kept from chunk to chunk
-    said = 2 * (8 * (4096 + 128) * d + layers * 2 * d * d * words)
+    transcript = 2 * (8 * (4096 + 128) * d + layers * 2 * d * d * words)
     bare = layers * n * (project + rest) + 2 * out + 8 * n * d + 2 * level
     found = costs("full")
-    assert found["gflop_per_evaluation"] == pytest.approx(2e-9 * (bare + about + said), abs=1e-3)
-    chunk = 4 * bare + bare - n * rest - out + said
+    assert found["gflop_per_evaluation"] == pytest.approx(2e-9 * (bare + about + transcript), abs=1e-3)
+    chunk = 4 * bare + bare - n * rest - out + transcript
     assert found["gflop_per_chunk_at_4_steps"] == pytest.approx(2e-9 * chunk, abs=1e-3)
     # keys and values of 20 layers in 2 bytes; 6 x 66 + 44100 / 2048 tokens a second
     assert found["cache_bytes_per_second_of_history"] == round(2 * layers * d * 2 * (6 * 66 + 44100 / 2048))
@@ -84,12 +84,12 @@ def test_full_chunk_by_hand():
 
 @pytest.mark.parametrize("preset", presets.PRESETS)
 @pytest.mark.parametrize("stage", presets.MODALITIES)
-def test_every_preset_and_stage_is_counted_without_memory(preset, stage):
+def test_every_preset_and_stage_is_estimated_without_memory(preset, stage):
     result = estimate_without_dataset(stage, preset, (), None)
     assert set(result["costs"]["parameters"]) == {*presets.MODALITIES[stage], "total"}
 
 
-def test_sizes_are_padded_to_what_the_codec_takes():
+def test_sizes_are_padded_to_the_codec():
     assert geometry_for_preset("full").padded((192, 336)) == (192, 352)
     assert geometry_for_preset("full").padded((704, 1280)) == (704, 1280)
     assert geometry_for_preset("base").padded((192, 336)) == (192, 336)

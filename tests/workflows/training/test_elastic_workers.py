@@ -1,4 +1,4 @@
-"""Two machines: one is lost for good, the run goes on with the other, and grows when there is room again."""
+"""Elastic run on two machines: it continues after the loss of one, and grows when another joins."""
 
 import pytest
 
@@ -14,7 +14,7 @@ SETS = (*SMALL, "engine.kind=torch", "data.batch=8", "log_every=1", "eval_every=
 
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_a_lost_machine_makes_the_run_smaller_and_a_new_one_larger(tmp_path, monkeypatch):
+def test_the_run_shrinks_after_a_lost_machine_and_grows_with_a_new_one(tmp_path, monkeypatch):
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

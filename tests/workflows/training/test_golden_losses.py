@@ -1,7 +1,7 @@
-"""Losses of every stage against those on file, so that no change of numbers goes unnoticed.
+"""Golden losses of every stage, to detect any change of numbers.
 
 Ten steps of each stage on one plain process: losses and gradient norms in full (``float.hex``), in ``tests/golden``.
-After a change that is meant to change them, look at how much they moved, then write them anew and say why:
+After an intended change, check the size of the difference, write new files and explain the reason:
 
     python -m tests.workflows.training.test_golden_losses
 """
@@ -39,7 +39,7 @@ def numbers(name: str) -> dict[str, list[str]]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", DUETS)
-def test_losses_are_those_on_file(name):
+def test_losses_equal_the_stored_ones(name):
     kept = json.loads((FOLDER / f"{name}.json").read_text())
     now = numbers(name)
     tolerance = ROLLED if DUETS[name].stage == "mutual" else TOLERANCE

@@ -1,4 +1,4 @@
-"""DeepSpeed on two processes equals one plain process through the whole loop; a worker killed under Ray is harmless."""
+"""Two DeepSpeed processes equal one plain process through the whole loop; a killed Ray worker has no effect."""
 
 import json
 import threading
@@ -89,7 +89,7 @@ def _kill_a_worker_after(checkpoints: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_worker_under_ray_costs_nothing(tmp_path):
+def test_a_killed_ray_worker_does_not_change_the_result(tmp_path):
     data = write_dataset(tmp_path / "set")
     sets = (*SMALL, *ONE, "steps=24", "log_every=4", "checkpoint.every=16")
     whole = train_stage("audio", data=data, sets=sets, runs_dir=tmp_path / "whole", run="a", launch=worker.run_worker)

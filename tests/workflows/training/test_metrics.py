@@ -1,4 +1,4 @@
-"""What people are told while a run trains: speed, time left, a bar or plain lines."""
+"""Progress of a run: speed, time left, a bar or plain lines."""
 
 import io
 import sys
@@ -11,7 +11,7 @@ from workflows.training.progress import Progress
 from workflows.utils.progress import ProgressEvent, training_progress
 
 
-def test_speed_is_of_training_and_time_left_of_everything(monkeypatch):
+def test_speed_excludes_evaluation_and_time_left_includes_it(monkeypatch):
     now = 100.0
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
     watch = ThroughputMeter()
@@ -41,7 +41,7 @@ def test_speed_is_of_training_and_time_left_of_everything(monkeypatch):
     assert "speed/checkpoint_s" not in again
 
 
-def test_a_line_has_step_losses_speed_and_time_left():
+def test_a_progress_line_has_step_losses_speed_and_time_left():
     progress = Progress(step=20, samples_seen=160, first={"flow_matching/video": 2.5}, last={})
     log = {
         "flow_matching/video": 1.25,
@@ -57,12 +57,12 @@ def test_a_line_has_step_losses_speed_and_time_left():
     assert str(progress_event("video", 300, progress, {})) == "video 20/300  held_out/flow_matching/video 2.5000"
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (60, "1 min 0 s"), (7501, "2 h 5 min")])
-def test_durations(seconds, words):
-    assert format_duration(seconds) == words
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (60, "1 min 0 s"), (7501, "2 h 5 min")])
+def test_durations_are_rounded_up(seconds, text):
+    assert format_duration(seconds) == text
 
 
-def test_three_digits():
+def test_counts_have_three_digits():
     assert [format_count(n) for n in (9.5, 950, 1234, 4.56e6)] == ["9.5", "950", "1.23k", "4.56M"]
 
 
@@ -73,7 +73,7 @@ ENTRIES = (
 )
 
 
-def test_elsewhere_than_on_a_terminal_lines_stay_as_they_are(monkeypatch):
+def test_without_a_terminal_entries_are_plain_lines(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
     with training_progress() as show:
@@ -98,4 +98,4 @@ def test_a_terminal_shows_a_bar_with_the_latest_losses(monkeypatch):
     assert "5/10" in text
     assert "loss 1.25  9 samples/s" in text
     assert "video: resuming at step 4" in text
-    assert "no samples: [red] is a folder [/x]" in text, "paths are not read as colours"
+    assert "no samples: [red] is a folder [/x]" in text, "paths are not parsed as colors"

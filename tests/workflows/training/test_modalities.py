@@ -1,4 +1,4 @@
-"""Sets of one modality and sets of several shapes are what the trainer can train on."""
+"""Training on datasets of one modality and of several shapes."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -38,7 +38,7 @@ def write_sources(folder: Path, count: int, *, seen: bool = True, heard: bool = 
 
 
 @pytest.mark.parametrize("modality", ["video", "audio"])
-def test_a_stage_of_one_modality_trains_on_a_set_of_that_modality(modality, tmp_path):
+def test_a_unimodal_stage_trains_on_a_unimodal_dataset(modality, tmp_path):
     media = write_sources(tmp_path / "media", 6, seen=modality == "video", heard=modality == "audio")
     counts = build_dataset(
         [media], str(tmp_path / "set"), replace(CONFIG, modality=modality, fit="pad"), progress=quiet
@@ -68,7 +68,7 @@ def test_every_source_gets_the_nearest_shape_and_every_batch_has_one(tmp_path):
     assert shapes == {(4, 8), (16, 8)}
 
 
-def test_the_nearest_shape():
+def test_the_nearest_shape_bucket_is_chosen():
     sizes = ((192, 336), (336, 192), (384, 672), (256, 256))
     choose = replace(CONFIG, sizes=sizes).target_size
     assert choose((720, 1280)) == (384, 672)

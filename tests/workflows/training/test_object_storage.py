@@ -1,4 +1,4 @@
-"""The same commands against S3: a real server process, to which fsspec speaks as it would to any other."""
+"""The commands with S3: a real server process, accessed through fsspec."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -28,14 +28,14 @@ SHORT = PreprocessConfig(workers=0, window_seconds=Fraction(2), sources_per_unit
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    """An S3 server with one empty bucket."""
+    """Start an S3 server with one empty bucket."""
     with s3_server(tmp_path_factory.mktemp("s3") / "log"):
         yield f"s3://{BUCKET}"
 
 
 @pytest.fixture(scope="module")
 def dataset(s3, tmp_path_factory) -> str:
-    """Clips in a bucket, preprocessed into the bucket."""
+    """Preprocess clips of a bucket into the bucket."""
     clips = tmp_path_factory.mktemp("clips")
     write_toyworld(clips, clips=4, seconds=2.6, jobs=1)
     (clips / "no media.mp4").write_text("a pointer")
@@ -46,7 +46,7 @@ def dataset(s3, tmp_path_factory) -> str:
     return f"{s3}/data"
 
 
-def test_a_dataset_in_a_bucket_is_the_one_on_disk(s3, dataset, tmp_path):
+def test_a_dataset_in_a_bucket_equals_the_one_on_disk(s3, dataset, tmp_path):
     inspect_dataset(dataset, verify=True)
     fsspec.filesystem("s3").get(f"{s3}/clips/", f"{tmp_path}/clips/", recursive=True)
     config = PreprocessConfig(workers=0, window_seconds=Fraction(5, 2))
@@ -60,15 +60,15 @@ def test_a_dataset_in_a_bucket_is_the_one_on_disk(s3, dataset, tmp_path):
         assert b.source_uri.startswith("s3://")
 
 
-def test_the_same_command_again_does_nothing_more(s3, dataset):
+def test_a_repeated_command_changes_nothing(s3, dataset):
     before = fsspec.filesystem("s3").find(dataset)
     config = PreprocessConfig(workers=0, window_seconds=Fraction(5, 2))
     build_dataset([f"{s3}/clips/"], dataset, config, progress=lambda *_: None)
     assert fsspec.filesystem("s3").find(dataset) == before
 
 
-def test_a_run_whose_checkpoints_are_in_a_bucket_is_the_one_on_disk(s3, dataset, tmp_path, monkeypatch):
-    """Killed and resumed, on a machine without a copy; two checkpoints are kept; the export loads by its URI."""
+def test_a_run_with_checkpoints_in_a_bucket_equals_the_one_on_disk(s3, dataset, tmp_path, monkeypatch):
+    """Killed and resumed without a local copy; two checkpoints are kept; the export loads by its URI."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     sets = (*SMALL, "data.held_out=0.5", "checkpoint.keep=2")
     plain = train_stage(
@@ -94,13 +94,13 @@ def test_a_missing_bucket_is_one_clear_message(s3):
 
 @pytest.fixture(scope="module")
 def media(s3, tmp_path_factory) -> str:
-    """Five sources in a bucket."""
+    """Upload five sources."""
     folder = make_folder(tmp_path_factory.mktemp("folder") / "media")
     fsspec.filesystem("s3").put(f"{folder}/", f"{s3}/media/", recursive=True)
     return f"{s3}/media"
 
 
-def test_a_bucket_that_never_was_is_one_clear_message(media):
+def test_a_missing_bucket_of_media_is_one_clear_message(media):
     with pytest.raises(ValueError, match="no media files in s3://nowhere/media"):
         find_sources(["s3://nowhere/media"])
     with pytest.raises(InfrastructureError, match=r"s3://nowhere/set: there is no such bucket"):
@@ -128,7 +128,7 @@ def test_prefixes_globs_objects_and_manifests(s3, media, tmp_path):
     fs.rm_file(f"{BUCKET}/media/list.csv")
 
 
-def test_any_name_of_an_object_works(s3, tmp_path):
+def test_any_object_name_works(s3, tmp_path):
     write_clip(tmp_path / "clip.mp4", 1.2)
     names = [
         "with space.mp4",
@@ -150,7 +150,7 @@ def test_any_name_of_an_object_works(s3, tmp_path):
     assert inspect_dataset(place, verify=True)["verified"]
 
 
-def test_an_object_that_is_gone_when_its_turn_comes_is_a_reject(s3, tmp_path):
+def test_an_object_deleted_after_discovery_is_a_reject(s3, tmp_path):
     write_clip(tmp_path / "clip.mp4", 1.2)
     fs = fsspec.filesystem("s3")
     for name in ("a", "b"):
@@ -162,7 +162,7 @@ def test_an_object_that_is_gone_when_its_turn_comes_is_a_reject(s3, tmp_path):
     assert (counts["accepted"], counts["rejects_by_reason"]) == (1, {"unreadable": 1})
 
 
-def test_an_upload_that_arrives_short_is_noticed(s3, tmp_path, monkeypatch):
+def test_a_truncated_upload_is_an_error(s3, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(bytes(1000))
     store = Store(f"{s3}/short")
     monkeypatch.setattr(store._fs, "put_file", lambda _, name: store._fs.pipe_file(name, bytes(999)))
@@ -171,8 +171,8 @@ def test_an_upload_that_arrives_short_is_noticed(s3, tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(60)
-def test_a_write_to_a_store_that_says_nothing_ends(monkeypatch):
-    """Also when it falls silent where it is asked whether it would take what comes (`Expect: 100-continue`)."""
+def test_a_write_to_a_silent_store_ends(monkeypatch):
+    """Also if the server is silent after `Expect: 100-continue`."""
     monkeypatch.setattr(storage, "READ_TIMEOUT_S", 0.5)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with (

@@ -27,7 +27,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The real class, saved in several files."""
+    """Save the real class in several files."""
     module = pytest.importorskip("diffusers.models.transformers.transformer_wan", reason="needs diffusers")
     torch.manual_seed(0)
     model = module.WanTransformer3DModel(
@@ -61,7 +61,7 @@ def test_a_run_starts_from_the_weights_of_the_folder(folder):
     assert torch.equal(own[words], fresh.state_dict()[words])
 
 
-def test_the_table_says_where_every_weight_comes_from(folder):
+def test_the_table_has_the_source_of_every_weight(folder):
     sets = [*TINY, f"init_video={json.dumps(str(folder))}"]
     shown = estimate_without_dataset("video", "base", sets, None)["init_video"]
     assert "loaded          2 x branches.video.blocks.*.mlp.0.weight" in shown
@@ -71,7 +71,7 @@ def test_the_table_says_where_every_weight_comes_from(folder):
     assert describe_wan_import(replace(config(folder), init_video=None)) == {}
 
 
-def test_folders_that_do_not_fit_are_refused_with_the_reason(folder, tmp_path):
+def test_folders_that_do_not_fit_are_errors_with_the_reason(folder, tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         describe_wan_import(config(tmp_path))
     with pytest.raises(ValueError, match="num_attention_heads 2 there, 3 here"):

@@ -1,5 +1,7 @@
-"""What a run survives, in process or on two plain ones: failed and torn saves, notices, bad numbers, other world sizes.
-(With Ray: ``test_survival_ray.py``.)"""
+"""Recovery without Ray, in one or two processes: failed saves, stop requests, bad numbers, other world sizes.
+
+With Ray: ``test_recovery_ray.py``.
+"""
 
 import json
 import logging
@@ -46,7 +48,7 @@ def weights_of(engines) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in engines["student"].weights()}
 
 
-def test_training_goes_on_while_the_copy_is_written(tmp_path, monkeypatch):
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     engines, ema = parts(0)
     before, gate, write = weights_of(engines), threading.Event(), StateShard.write
     monkeypatch.setattr(StateShard, "write", lambda *args: gate.wait(30) and write(*args))
@@ -64,7 +66,7 @@ def test_training_goes_on_while_the_copy_is_written(tmp_path, monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in weights_of(others).items())
 
 
-def test_the_next_save_waits_for_the_one_before_it(tmp_path, monkeypatch):
+def test_a_save_waits_for_the_previous_one(tmp_path, monkeypatch):
     engines, ema = parts(0)
     write = StateShard.write
     monkeypatch.setattr(StateShard, "write", lambda *args: time.sleep(0.05) or write(*args))
@@ -73,10 +75,10 @@ def test_the_next_save_waits_for_the_one_before_it(tmp_path, monkeypatch):
         saver.save(PROGRESS.__class__(step=n, samples_seen=n, first={}, last={}))
         assert len(list_checkpoints(tmp_path)) == n
     saver.close()
-    assert len(list_checkpoints(tmp_path)) == 3, "after an error what is being written is finished"
+    assert len(list_checkpoints(tmp_path)) == 3, "after an error the save in progress is finished"
 
 
-def test_a_failed_save_is_raised_at_the_next_step_and_the_one_before_it_used(tmp_path, data, monkeypatch):
+def test_a_failed_save_raises_at_the_next_step_and_the_previous_checkpoint_is_used(tmp_path, data, monkeypatch):
     whole = run("video", tmp_path / "whole", data, run="v", sets=("checkpoint.every=4",))
     write = StateShard.write
 
@@ -120,7 +122,7 @@ train_stage("video", data=sys.argv[1], sets=sys.argv[3:], runs_dir=Path(sys.argv
 """
 
 
-def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tmp_path, data):
+def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(tmp_path, data):
     sets = (*SMALL, "checkpoint.every=8")
     whole = train_stage("video", data=data, sets=sets, runs_dir=tmp_path / "whole", run="v", launch=worker.run_worker)
     command = [sys.executable, "-c", KILLED, data, str(tmp_path), *sets]
@@ -139,7 +141,7 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tmp_path, 
 
 
 @pytest.mark.parametrize("place", ["path", "memory"])
-def test_checkpoints_elsewhere(tmp_path, data, place):
+def test_checkpoints_in_another_folder(tmp_path, data, place):
     to = str(tmp_path / "elsewhere") if place == "path" else f"memory://bucket-{tmp_path.name}/prefix"
     sets = (f"checkpoint.to={to}", "checkpoint.every=8")
     whole = run("audio", tmp_path / "whole", data, run="a")
@@ -160,7 +162,7 @@ def test_checkpoints_elsewhere(tmp_path, data, place):
 
     train_stage("audio", data=data, sets=(*SMALL, *sets), runs_dir=tmp_path, run="a", launch=launch)
     assert "resumes at step 8" in Path(result["run_dir"], "log.txt").read_text()
-    with pytest.raises(ValueError, match="neither a run, a complete checkpoint nor its export"):
+    with pytest.raises(ValueError, match="memory://bucket/nowhere"):
         find_export("memory://bucket/nowhere")
 
 
@@ -187,16 +189,16 @@ def test_the_record_of_a_checkpoint_is_complete(tmp_path, data):
     assert {p.name for p in (folder / "export").iterdir()} == {"raw.safetensors", "ema.safetensors", "model.json"}
 
 
-def test_a_signal_saves_at_once_and_the_same_command_goes_on(tmp_path, data, monkeypatch):
+def test_sigterm_saves_at_once_and_the_same_command_resumes(tmp_path, data, monkeypatch):
     whole = run("video", tmp_path / "whole", data, run="v")
     step = worker.TrainingBatchLoader.micro_batches
 
-    def told(self, number):
+    def send_sigterm(self, number):
         if number == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, number)
 
-    monkeypatch.setattr(worker.TrainingBatchLoader, "micro_batches", told)
+    monkeypatch.setattr(worker.TrainingBatchLoader, "micro_batches", send_sigterm)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError, match=r"stopped after step \d of 8 .*received SIGTERM.*the same command"):
         run("video", tmp_path, data, run="v")
@@ -211,8 +213,8 @@ def test_a_signal_saves_at_once_and_the_same_command_goes_on(tmp_path, data, mon
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_silent_or_slow_rank_is_named(tmp_path, caplog):
-    """By a clock of the test's own."""
+def test_a_silent_or_slow_rank_is_reported(tmp_path, caplog):
+    """Uses a simulated clock."""
     caplog.set_level(logging.INFO)
     watch = heartbeat.HeartbeatMonitor(tmp_path, silent=20, slow=30)
 
@@ -241,7 +243,7 @@ def test_a_silent_or_slow_rank_is_named(tmp_path, caplog):
 
 
 def _hangs(folder: Path) -> None:
-    """Rank 1 does not reach the sum that rank 0 waits in, until it has been named; both compute step 5."""
+    """Hold rank 1 before the sum that rank 0 waits in, until it is reported; both compute step 5."""
     beat = heartbeat.Heartbeat(folder, torch.distributed.get_rank(), interval=0.1)
     beat(5, "computing")
     deadline = time.monotonic() + 60
@@ -251,7 +253,7 @@ def _hangs(folder: Path) -> None:
     beat.close()
 
 
-def test_a_rank_that_hangs_before_a_collective_is_named(tmp_path, caplog):
+def test_a_rank_that_hangs_before_a_collective_is_reported(tmp_path, caplog):
     watch = heartbeat.HeartbeatMonitor(tmp_path, silent=20, slow=1.5)
     processes = threading.Thread(target=run_on, args=(2, _hangs, tmp_path))
     processes.start()
@@ -265,7 +267,7 @@ def test_a_rank_that_hangs_before_a_collective_is_named(tmp_path, caplog):
     assert "still computing step 5 (at test_recovery.py:" in caplog.text and "_hangs)" in caplog.text
 
 
-def test_ranks_in_collectives_that_do_not_match_are_all_named(tmp_path, caplog):
+def test_ranks_in_different_collectives_are_all_reported(tmp_path, caplog):
     watch = heartbeat.HeartbeatMonitor(tmp_path, silent=100, slow=30)
     for rank, collective in enumerate(("all_reduce", "barrier")):
         facts = {"rank": rank, "host": "node", "pid": 70 + rank, "step": 3, "doing": "computing"}
@@ -298,12 +300,12 @@ for _ in range(2):
 """
 
 
-def test_a_notice_is_heard_while_the_main_thread_is_in_native_code():
+def test_sigterm_is_reported_while_the_main_thread_is_in_native_code():
     done = subprocess.run([sys.executable, "-c", NATIVE], capture_output=True, text=True, timeout=60, check=True)
     assert "received SIGTERM" in done.stdout
 
 
-def test_a_rank_beats_while_it_lives(tmp_path):
+def test_a_rank_sends_heartbeats_until_it_is_closed(tmp_path):
     beat = heartbeat.Heartbeat(tmp_path, 3, interval=0.01)
     beat(7, "computing")
     counts = set()
@@ -322,7 +324,7 @@ def test_a_rank_beats_while_it_lives(tmp_path):
 
 
 def _work_with_a_bad_clip(job: worker.TrainingJob) -> None:
-    """Sample 13 (step 1, the second rank's) has a latent that is no number."""
+    """Train with NaN in a latent of sample 13 (step 1, second rank)."""
     assemble = worker.TrainingBatchLoader.micro_batches
 
     def step(self, number):
@@ -336,8 +338,8 @@ def _work_with_a_bad_clip(job: worker.TrainingJob) -> None:
 
 
 @pytest.mark.slow
-def test_a_bad_number_on_one_rank_is_named_with_its_clips(tmp_path, data):
-    """With a loop of its own in ``test_worlds``; here through the whole of a run."""
+def test_a_non_finite_loss_on_one_rank_is_reported_with_its_clips(tmp_path, data):
+    """A complete run; ``test_world_size_invariance`` tests the loop alone."""
     sets = (*SMALL, "data.batch=8", "engine.workers=2", "steps=3", "log_every=1", "engine.kind=deepspeed")
 
     def launch(job):
@@ -357,18 +359,18 @@ def test_a_bad_number_on_one_rank_is_named_with_its_clips(tmp_path, data):
     assert all(torch.isfinite(value).all() for value in load_weights(done["run_dir"], "raw").values())
 
 
-def test_a_machine_about_to_go_saves_the_run_and_hands_it_back_to_the_launcher(tmp_path, data, monkeypatch):
+def test_preemption_saves_the_run_and_returns_it_to_the_launcher(tmp_path, data, monkeypatch):
     whole = run("audio", tmp_path / "whole", data, run="a")
     monkeypatch.setattr(preemption, "POLL_S", 0.0)
     asked = []
 
-    def leaving() -> str:
+    def preemption_reason() -> str:
         asked.append(1)
         return "a machine of ranks [0] is about to go" if len(asked) >= 3 else ""
 
     def launch(job):
         with pytest.raises(TrainingInterrupted, match=r"stopped after step 3 of 8 \(rank 0: a machine of ranks \[0\]"):
-            worker.run_worker(job, leaving)
+            worker.run_worker(job, preemption_reason)
         worker.run_worker(job)  # as the launcher does, elsewhere
 
     again = train_stage("audio", data=data, sets=SMALL, runs_dir=tmp_path, run="a", launch=launch)
@@ -377,7 +379,7 @@ def test_a_machine_about_to_go_saves_the_run_and_hands_it_back_to_the_launcher(t
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_what_moves_no_number_may_change_when_a_run_goes_on(tmp_path, data):
+def test_settings_that_affect_no_number_may_change_on_resume(tmp_path, data):
     whole = run("video", tmp_path / "whole", data, run="v")
     with pytest.raises(KeyboardInterrupt):
         train_stage("video", data=data, sets=SMALL, runs_dir=tmp_path, run="v", launch=killed_at(6))

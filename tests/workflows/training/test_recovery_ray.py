@@ -1,4 +1,4 @@
-"""Ray Train on two workers: whatever dies at whatever moment, losses and weights are those of an undisturbed run."""
+"""Recovery with Ray Train on two workers: after a death at any moment, results equal those of an undisturbed run."""
 
 import random
 import signal
@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A dataset, and the runs that stage mutual starts from."""
+    """Return a dataset, and the parent runs of stage mutual."""
     folder = tmp_path_factory.mktemp("survival")
     data = write_dataset(folder / "set")
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +58,7 @@ def begin(stage: str, world, runs_dir: Path):
 
 @pytest.fixture(scope="module", params=list(STAGES))
 def whole(request, world, tmp_path_factory):
-    """An undisturbed run of a stage."""
+    """Return an undisturbed run of a stage."""
     runs_dir = tmp_path_factory.mktemp(f"whole-{request.param}")
     process = begin(request.param, world, runs_dir)
     assert process.wait() == 0, training_driver.text(runs_dir)
@@ -66,7 +66,7 @@ def whole(request, world, tmp_path_factory):
 
 
 def losses(runs_dir: Path) -> list[dict[str, float]]:
-    """Every logged number that is not a speed."""
+    """Return all logged numbers except speeds."""
     timed = ("time", "data_wait", "samples_per_s", "tokens_per_s", "checkpoint", "memory", "_s")
     lines = read_json_lines(runs_dir / "a" / "metrics.jsonl")
     return [{k: v for k, v in entry.items() if not any(word in k for word in timed)} for entry in lines]
@@ -84,11 +84,11 @@ def check_equal(runs_dir: Path, whole: Path) -> None:
 
 
 def resumed_from(runs_dir: Path) -> list[int]:
-    """Steps from which the run went on."""
+    """Return the steps at which the run resumed."""
     return [int(t.split()[0]) for t in (runs_dir / "a" / "log.txt").read_text().split("resumes at step ")[1:]]
 
 
-def test_a_worker_killed_at_a_random_moment_costs_at_most_one_interval(whole, world, tmp_path):
+def test_a_killed_worker_costs_at_most_one_checkpoint_interval(whole, world, tmp_path):
     stage, undisturbed = whole
     victim, at = random.randrange(2), random.randrange(EVERY + 1, STEPS - EVERY)
     print(f"rank {victim} of {stage} is killed after step {at}")
@@ -101,7 +101,7 @@ def test_a_worker_killed_at_a_random_moment_costs_at_most_one_interval(whole, wo
     check_equal(tmp_path, undisturbed)
 
 
-def test_a_driver_killed_at_a_random_moment_goes_on_by_the_same_command(whole, world, tmp_path):
+def test_a_killed_driver_resumes_with_the_same_command(whole, world, tmp_path):
     stage, undisturbed = whole
     at = random.randrange(EVERY + 1, STEPS // 2)  # workers outlive their driver by a second or two, some dozen steps
     print(f"the driver of {stage} is killed after step {at}")
@@ -119,7 +119,7 @@ def test_a_driver_killed_at_a_random_moment_goes_on_by_the_same_command(whole, w
 
 
 @pytest.mark.parametrize("who", ["worker", "driver"])
-def test_a_notice_saves_at_once_and_ends_the_run(whole, world, tmp_path, who):
+def test_sigterm_saves_at_once_and_ends_the_run(whole, world, tmp_path, who):
     stage, undisturbed = whole
     if stage != "audio":
         pytest.skip("the same for every stage")
@@ -139,7 +139,7 @@ def test_a_notice_saves_at_once_and_ends_the_run(whole, world, tmp_path, who):
     check_equal(tmp_path, undisturbed)
 
 
-def test_a_stopped_rank_is_named_within_a_minute(world, tmp_path):
+def test_a_stopped_rank_is_reported_within_a_minute(world, tmp_path):
     process = begin("audio", world, tmp_path)
     training_driver.wait_for(tmp_path, f"audio 7/{STEPS} ", process)
     victim = training_driver.workers(process)[1]

@@ -1,4 +1,4 @@
-"""Looks at a training's samples: the same in line and aside, scored as by ``mfctl evaluate``, logged at their step."""
+"""Samples during training: equal inline and asynchronously, scored as by ``mfctl evaluate``, logged at their step."""
 
 import os
 import subprocess
@@ -26,14 +26,14 @@ def no_mlflow(monkeypatch):
     torch.set_num_threads(1)
 
 
-def looks_of(result) -> dict[int, dict[str, float]]:
-    """Step -> what was logged of its look, without how long it took."""
+def sample_metrics(result) -> dict[int, dict[str, float]]:
+    """Return the sample metrics by step, without the time."""
     entries = [e for e in read_json_lines(Path(result["run_dir"], "metrics.jsonl")) if LATE_KEY in e]
     return {e["step"]: {k: v for k, v in e.items() if k not in ("time", "sample/seconds")} for e in entries}
 
 
-def test_looks_aside_are_those_in_line(tmp_path, toy_data):
-    """The first by somebody who comes when training has gone on, the last left over for the end."""
+def test_asynchronous_samples_equal_inline_ones(tmp_path, toy_data):
+    """The first is evaluated during later steps, the last after the end."""
     plain = train_stage(
         "video", data=toy_data, sets=SETS, runs_dir=tmp_path / "line", run="v", launch=worker.run_worker
     )
@@ -44,7 +44,7 @@ def test_looks_aside_are_those_in_line(tmp_path, toy_data):
         evaluate_snapshot(given[0], job.run_dir)
 
     result = train_stage("video", data=toy_data, sets=SETS, runs_dir=tmp_path / "aside", run="v", launch=launch)
-    ours, theirs = looks_of(result), looks_of(plain)
+    ours, theirs = sample_metrics(result), sample_metrics(plain)
     assert list(ours) == list(theirs) == [2, 4]
     for step, numbers in theirs.items():
         assert ours[step] == pytest.approx(numbers, rel=1e-6, nan_ok=True)
@@ -57,8 +57,8 @@ def test_looks_aside_are_those_in_line(tmp_path, toy_data):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_look_holds_the_figures_of_a_sweep(tmp_path, toy_data):
-    """Of both modes, by window where clips are long enough; what cannot be measured says what it needs."""
+def test_a_sample_report_has_the_metrics_of_a_sweep(tmp_path, toy_data):
+    """Both modes, by window for long clips; unmeasured metrics have their requirement."""
     sets = (*SMALL, "data.held_out=0.5", "steps=1")
     parents = [
         train_stage(stage, data=toy_data, sets=sets, runs_dir=tmp_path, run=stage, launch=worker.run_worker)["run_dir"]
@@ -72,19 +72,19 @@ def test_a_look_holds_the_figures_of_a_sweep(tmp_path, toy_data):
         "mutual", data=toy_data, sets=looked, init_from=[joint["run_dir"]], runs_dir=tmp_path, run="m",
         launch=worker.run_worker,
     )  # fmt: skip
-    ((step, numbers),) = looks_of(result).items()
+    ((step, numbers),) = sample_metrics(result).items()
     assert step == 1
     for metric in ("sync", "syllable_error", "valid", "identity_error", "motion", "frechet", "seam", "loudness_db"):
         for mode in ("few", "multi", "real"):
             assert f"sample/{metric}/{mode}" in numbers
     assert numbers["sample/sync/real"] > 0.9
     assert numbers["sample/syllable_error/real"] < 0.2 < numbers["sample/syllable_error/few"]
-    look = load_report(report_path(Path(result["run_dir"]), step))
-    assert look.not_measured["lse_c"].startswith("not measured: needs --weights syncnet=")
-    assert all(Path(path).stat().st_size > 1000 for path in look.files) and len(look.files) == 4
+    report = load_report(report_path(Path(result["run_dir"]), step))
+    assert report.not_measured["lse_c"].startswith("not measured: needs --weights syncnet=")
+    assert all(Path(path).stat().st_size > 1000 for path in report.files) and len(report.files) == 4
 
 
-def test_looks_need_room_that_the_workers_leave():
+def test_asynchronous_samples_need_free_resources():
     cpu = EngineConfig(workers=2)
     assert spare_resources(cpu, {"CPU": 1.0}, {"CPU": 3.0}) == {"CPU": 1.0}
     assert spare_resources(cpu, {"CPU": 1.0}, {"CPU": 2.0}) == {}
@@ -94,8 +94,8 @@ def test_looks_need_room_that_the_workers_leave():
     assert spare_resources(gpu, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 9.0, "GPU": 2.0}) == {"CPU": 1.0, "GPU": 1.0}
 
 
-def test_weights_that_never_came_are_said(tmp_path, toy_data):
-    """The writer was killed between the weights and their last file."""
+def test_missing_weights_are_reported(tmp_path, toy_data):
+    """The writer was killed before the last file."""
 
     def launch(job):
         worker.run_worker(job, snapshots=SnapshotWriter(job.run_dir / "ray" / "it", job.metadata, lambda folder: None))
@@ -103,11 +103,11 @@ def test_weights_that_never_came_are_said(tmp_path, toy_data):
             file.unlink()
 
     result = train_stage("video", data=toy_data, sets=SETS, runs_dir=tmp_path, run="v", launch=launch)
-    assert [numbers["sample/failed"] for numbers in looks_of(result).values()] == [1, 1]
+    assert [numbers["sample/failed"] for numbers in sample_metrics(result).values()] == [1, 1]
     assert not list(Path(result["run_dir"], "ray", "it").iterdir())
 
 
-def test_networks_that_measure_are_refused_before_the_run(tmp_path, toy_data):
+def test_missing_feature_models_are_an_error_before_the_run(tmp_path, toy_data):
     with pytest.raises(ValueError, match="does not exist; give a folder of CLAP"):
         train_stage("video", data=toy_data, sets=(*SETS, "sample_weights=[clap=/nowhere]"), runs_dir=tmp_path, run="v")
     assert not (tmp_path / "v").exists()
@@ -137,8 +137,8 @@ LEADER = """if True:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the leading process has a GPU of its own here")
-def test_the_last_samples_are_made_where_a_gpu_is(tmp_path):
-    """The process that leads a training on a cluster is on the head, which has none."""
+def test_the_last_samples_are_generated_on_a_machine_with_a_gpu(tmp_path):
+    """The driver of a training on a cluster is on the head, without a GPU."""
     root = str(Path(__file__).parents[3])
     environment = os.environ | {"PYTHONPATH": root, "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(
@@ -155,8 +155,8 @@ def test_the_last_samples_are_made_where_a_gpu_is(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ray_train_validates_while_training_goes_on(tmp_path, toy_data, monkeypatch):
-    """One worker, so that a CPU is left. MLflow has each look at the step of its weights."""
+def test_ray_train_validates_during_training(tmp_path, toy_data, monkeypatch):
+    """One worker leaves a free CPU. MLflow has the metrics at the step of the weights."""
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two CPU cores")
     client = pytest.importorskip("mlflow").MlflowClient
@@ -164,7 +164,7 @@ def test_ray_train_validates_while_training_goes_on(tmp_path, toy_data, monkeypa
     sets = (*SETS, "steps=200", "sample_every=200", "eval_every=100", "checkpoint.every=400")
     result = train_stage("video", data=toy_data, sets=sets, runs_dir=tmp_path, run="v")
     entries = read_json_lines(tmp_path / "v" / "metrics.jsonl")
-    assert sorted(looks_of(result)) == [50, 100, 150, 200]
+    assert sorted(sample_metrics(result)) == [50, 100, 150, 200]
     order = [(e["step"], LATE_KEY in e) for e in entries]
     assert order.index((50, True)) > order.index((51, False)), "it did not wait"
     assert [e[STEP_KEY] for e in entries if STEP_KEY in e and e["step"] > 0] == [4.0 * step for step in range(1, 201)]

@@ -1,4 +1,4 @@
-"""Attention with shared tokens against DeepSpeed's own layer of that name."""
+"""Sequence-parallel attention against DeepSpeed's ``DistributedAttention``."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def inputs() -> list[torch.Tensor]:
 
 
 def both_ways() -> list[tuple[torch.Tensor, ...]]:
-    """This rank's answers and gradients by our exchange and by ``DistributedAttention``."""
+    """Return outputs and gradients of this rank by both implementations."""
     _deepspeed()
     from deepspeed.sequence.layer import DistributedAttention
 
@@ -42,7 +42,7 @@ def both_ways() -> list[tuple[torch.Tensor, ...]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_exchange_is_that_of_deepspeed():
+def test_the_exchange_equals_that_of_deepspeed():
     q, k, v = inputs()
     whole = attend(q, k, v, None)
     whole.square().sum().backward()

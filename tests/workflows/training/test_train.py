@@ -1,4 +1,4 @@
-"""A run from request to checkpoint, without Ray (the ranks are this process) and, once, with it."""
+"""A run from command to checkpoint, without Ray (one rank in this process) and once with it."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def data(tmp_path_factory) -> str:
     return write_dataset(tmp_path_factory.mktemp("data") / "set")
 
 
-def test_every_stage_trains_from_the_ones_before_it(tmp_path, data):
+def test_every_stage_trains_from_its_parents(tmp_path, data):
     uni = {stage: run(stage, tmp_path, data) for stage in ("video", "audio")}
     for result in uni.values():
         assert result["samples_seen"] == 32
@@ -62,7 +62,7 @@ def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path, data):
         for r in (whole, resumed)
     ]
     steps = [[entry["step"] for entry in log] for log in logs]
-    assert steps[0] == steps[1] == [0, 2, 4, 6, 8], "no step is logged twice or left out"
+    assert steps[0] == steps[1] == [0, 2, 4, 6, 8], "no step is logged twice or missing"
     assert [e.get("flow_matching/video") for e in logs[0]] == [e.get("flow_matching/video") for e in logs[1]]
 
 
@@ -75,7 +75,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, data):
     assert train_stage("audio", data=data, sets=SMALL, runs_dir=tmp_path, launch=launch) == result
 
 
-def test_the_latest_dataset_is_found_or_asked_for(tmp_path):
+def test_the_latest_dataset_is_the_default(tmp_path):
     with pytest.raises(ValueError, match=r"mfctl preprocess .* --data"):
         train_stage("video", runs_dir=tmp_path)
     write_dataset(tmp_path / "old")
@@ -88,7 +88,7 @@ def test_the_latest_dataset_is_found_or_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(("preset", "billions"), [("small", 0.1), ("base", 3.0), ("full", 13.9)])
-def test_a_dry_run_without_data_counts_a_preset_on_paper(tmp_path, preset, billions):
+def test_a_dry_run_without_data_estimates_a_preset(tmp_path, preset, billions):
     result = train_stage("joint", preset=preset, runs_dir=tmp_path, dry_run=True)
     counted = result["costs"]["parameters"]
     assert counted["total"] / 1e9 == pytest.approx(billions, rel=0.05)
@@ -100,7 +100,7 @@ def test_a_dry_run_without_data_counts_a_preset_on_paper(tmp_path, preset, billi
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_missing_is_said(tmp_path, data):
+def test_missing_inputs_are_reported(tmp_path, data):
     with pytest.raises(ValueError, match=r"finished video run .*mfctl train --stage video"):
         run("joint", tmp_path, data)
     with pytest.raises(ValueError, match="unknown preset 'tny'"):
@@ -111,7 +111,7 @@ def test_what_is_missing_is_said(tmp_path, data):
     assert list(tmp_path.iterdir()) == [], "a refused command writes nothing"
 
 
-def test_a_parent_of_another_stage_size_or_codec_is_refused(tmp_path, data):
+def test_a_parent_of_another_stage_size_or_codec_is_an_error(tmp_path, data):
     video = run("video", tmp_path, data)["run_dir"]
     audio = run("audio", tmp_path, data)["run_dir"]
     with pytest.raises(ValueError, match="is of stage video; stage mutual starts from a finished joint run"):
@@ -145,7 +145,7 @@ def test_a_run_does_not_change_its_settings_or_its_data(tmp_path, data):
         run("video", tmp_path, write_dataset(tmp_path / "x", fingerprint="f2"), run="v")
 
 
-def test_a_second_driver_is_refused(tmp_path, data):
+def test_a_second_driver_is_an_error(tmp_path, data):
     def launch(job):
         with pytest.raises(ValueError, match="is being written by"):
             run("video", tmp_path, data, run="v")
@@ -154,7 +154,7 @@ def test_a_second_driver_is_refused(tmp_path, data):
     train_stage("video", data=data, sets=SMALL, runs_dir=tmp_path, run="v", launch=launch)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, data, monkeypatch):
+def test_a_non_finite_loss_stops_before_the_step(tmp_path, data, monkeypatch):
     step = worker.TrainingBatchLoader.micro_batches
 
     def poisoned(self, number):
@@ -166,14 +166,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, data, monkeyp
     monkeypatch.setattr(worker.TrainingBatchLoader, "micro_batches", poisoned)
     with pytest.raises(
         RuntimeError, match=r"stage video, step 5: not finite: .*flow_matching/video on clips clip-.*samples 20\.\.23"
-    ) as said:
+    ) as raised:
         run("video", tmp_path, data, run="v")
-    assert "rank 0: student: activations are not finite after block 0: video chunk 0 (" in str(said.value)
+    assert "rank 0: student: activations are not finite after block 0: video chunk 0 (" in str(raised.value)
     monkeypatch.undo()
-    assert run("video", tmp_path, data, run="v")["samples_seen"] == 32, "the same command goes on"
+    assert run("video", tmp_path, data, run="v")["samples_seen"] == 32, "the same command resumes"
 
 
-def test_samples_are_made_once_and_listed(tmp_path, data):
+def test_samples_are_generated_once_and_listed(tmp_path, data):
     made = []
 
     def sample(run_dir: Path):

@@ -1,4 +1,4 @@
-"""The number of ranks is invisible: uneven shares, kinds of rows, resuming at another size, bad numbers on one rank."""
+"""Results do not depend on the number of ranks: uneven shards, row kinds, resume, non-finite numbers."""
 
 import itertools
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ ALL = ("torch", "0", "1", "2", "3")
 
 
 class KindsOfRows(SelfTaught):
-    """As the mutual stage: terms are means over the rows of a kind, and the fake score learns from some rows alone."""
+    """Objective like the mutual stage: terms are means over row kinds, the fake score learns from some rows only."""
 
     def __call__(self, models, batch: AVBatch, info: StepInfo) -> dict[str, list[LossTerm]]:
         terms = super().__call__(models, batch, info)
@@ -43,14 +43,17 @@ def _at(toy: Toy, folder: Path, name: str, **changes) -> Toy:
 
 
 def _many(toys: list[Toy]):
-    """Several runs in one start of processes."""
+    """Run several toys in one start of processes."""
     torch.set_num_threads(1)
     return [toy_run(toy) for toy in toys]
 
 
 def _on_two(folder: str, kinds: Sequence[str], uneven: list[Toy]):
-    """All that two processes are asked for, in one start. Per engine: stopped by a loss, by a gradient, with two steps
-    left out (one of them the first), and with one too many; then ``uneven``."""
+    """Run everything for two processes in one start.
+
+    Per engine: stopped by a loss, by a gradient, with two skipped steps (one is the first), and with one too many. Then
+    ``uneven``.
+    """
     torch.set_num_threads(1)
     bad = {}
     for kind in kinds:
@@ -65,19 +68,19 @@ def _on_two(folder: str, kinds: Sequence[str], uneven: list[Toy]):
 
 
 def _everywhere(folder: Path, kinds: Sequence[str]) -> list[Toy]:
-    """Uneven runs under several engines."""
+    """Return uneven runs under several engines."""
     return [_at(toy, folder, f"{i}-{k}", kind=k) for i, toy in enumerate((UNEVEN, MICRO, ROWS, TWICE)) for k in kinds]
 
 
 @pytest.fixture(scope="module", params=[SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
 def on_two(request, tmp_path_factory):
-    """The engines, and the results of both ranks; only the second one ever has a bad sample."""
+    """Return the engines and the results of both ranks; only the second rank has bad samples."""
     folder, kinds = tmp_path_factory.mktemp("two"), request.param
     return kinds, run_on(2, _on_two, str(folder), kinds, _everywhere(folder, kinds))
 
 
 @pytest.mark.timeout(400)
-def test_a_bad_number_on_one_rank_stops_both_before_the_step(on_two):
+def test_a_non_finite_number_on_one_rank_stops_both_before_the_step(on_two):
     kinds, on_ranks = on_two
     for kind, (bad, _) in itertools.product(kinds, on_ranks):
         by_loss, by_gradient, _, spent = bad[kind]
@@ -92,10 +95,10 @@ def test_a_bad_number_on_one_rank_stops_both_before_the_step(on_two):
             assert max(result.losses) == step, "no step after it"
 
 
-def test_a_step_left_out_is_the_same_in_every_engine(on_two):
+def test_a_skipped_step_is_the_same_in_every_engine(on_two):
     kinds, on_ranks = on_two
     reference = on_ranks[0][0]["torch"][2]
-    assert not reference.losses[1] and not reference.losses[3], "nothing is logged of a step left out"
+    assert not reference.losses[1] and not reference.losses[3], "a skipped step has no losses"
     for kind, (bad, _) in itertools.product(kinds, on_ranks):
         result = bad[kind][2]
         assert result.error is None and result.progress.skipped == 2, kind
@@ -105,7 +108,7 @@ def test_a_step_left_out_is_the_same_in_every_engine(on_two):
                 torch.testing.assert_close(value, reference.weights[name][key], rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_left_out_moves_no_weight(tmp_path):
+def test_a_skipped_step_changes_no_weight(tmp_path):
     toy = Toy(root=str(tmp_path / "a"), kind="torch", steps=1, batch=4, bad={0: "loss"}, skip=1)
     result = toy_run(toy)
     before = toy_run(replace(toy, root=str(tmp_path / "b"), skip=0))
@@ -114,8 +117,8 @@ def test_a_step_left_out_moves_no_weight(tmp_path):
         assert all(torch.equal(value, before.weights[name][key]) for key, value in weights.items())
 
 
-def test_further_updates_of_the_fake_score_come_before_the_student_moves(tmp_path):
-    """Each is an update like any other: its moments tell how often it moved."""
+def test_further_updates_of_the_fake_score_precede_the_student(tmp_path):
+    """The optimizer state counts each update."""
     once = toy_run(Toy(root=str(tmp_path / "once"), kind="torch", steps=1, batch=4))
     twice = toy_run(Toy(root=str(tmp_path / "twice"), kind="torch", steps=1, batch=4, objective=TwoRounds))
     assert twice.losses[1].pop("grad_norm/fake") != once.losses[1].pop("grad_norm/fake")
@@ -125,7 +128,7 @@ def test_further_updates_of_the_fake_score_come_before_the_student_moves(tmp_pat
     assert any(not torch.equal(w, twice.weights["fake"][key]) for key, w in once.weights["fake"].items())
 
 
-def test_a_bad_number_in_a_further_round_leaves_the_student_alone(tmp_path):
+def test_a_non_finite_number_in_a_further_round_does_not_change_the_student(tmp_path):
     toy = Toy(root=str(tmp_path / "a"), kind="torch", steps=1, batch=4, objective=TwoRounds, bad={2: "second round"})
     result = toy_run(replace(toy, skip=1))
     stopped = toy_run(replace(toy, root=str(tmp_path / "b")))
@@ -135,7 +138,7 @@ def test_a_bad_number_in_a_further_round_leaves_the_student_alone(tmp_path):
     assert all(torch.equal(w, start.weights["student"][key]) for key, w in result.weights["student"].items())
 
 
-def test_in_process_a_run_in_two_parts_is_bit_equal(tmp_path):
+def test_resume_in_one_process_is_bit_equal(tmp_path):
     whole = toy_run(Toy(root=str(tmp_path / "whole"), kind="torch"))
     part = Toy(root=str(tmp_path / "part"), kind="torch", until=7)
     first = toy_run(part)
@@ -149,7 +152,7 @@ def test_in_process_a_run_in_two_parts_is_bit_equal(tmp_path):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """The same runs on one process."""
+    """Return the same runs on one process."""
     folder = tmp_path_factory.mktemp("one")
     return [toy_run(_at(toy, folder, str(i))) for i, toy in enumerate((UNEVEN, MICRO, ROWS, TWICE))]
 
@@ -162,7 +165,7 @@ def _check_uneven(kinds, on_ranks, one) -> None:
             assert largest_error(result, one[i // len(kinds)]) < 1e-5, (i // len(kinds), kinds[i % len(kinds)])
 
 
-def test_uneven_shares_are_invisible(on_two, one):
+def test_uneven_shards_give_equal_results(on_two, one):
     """11 rows, in passes of about 2, and 6 cycles of 4 kinds of rows."""
     kinds, on_ranks = on_two
     _check_uneven(kinds, [results for _, results in on_ranks], one)
@@ -171,14 +174,14 @@ def test_uneven_shares_are_invisible(on_two, one):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("world", [3, 4])
-def test_uneven_shares_are_invisible_on_more_processes(one, tmp_path, world):
+def test_uneven_shards_give_equal_results_on_more_processes(one, tmp_path, world):
     _check_uneven(ALL, run_on(world, _many, _everywhere(tmp_path, ALL)), one)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("toy", [UNEVEN, ROWS], ids=["uneven", "kinds of rows"])
-def test_saved_on_two_processes_a_run_goes_on_at_one_three_and_four(tmp_path, toy):
+def test_a_run_of_two_processes_resumes_on_one_three_and_four(tmp_path, toy):
     whole = toy_run(_at(toy, tmp_path, "whole", steps=12))
     zero = ("1", "2", "3")
     worlds = (1, 2, 3, 4)

@@ -1,4 +1,4 @@
-"""Plain PyTorch and DeepSpeed are the same numbers; a state moves between them and between numbers of ranks."""
+"""PyTorch and DeepSpeed give the same numbers; a state moves between them and between numbers of ranks."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ ROWS = 4  # global batch
 
 
 def _train(config: EngineConfig, first: int, steps: int, load: str | None, save: str | None):
-    """Losses and final weights of two networks trained by one objective."""
+    """Train two networks with one objective; return losses and final weights."""
     engines = {name: build_engine(LinearVelocity(seed=i), OPTIM, config) for i, name in enumerate(("student", "fake"))}
     ema = Ema(LinearVelocity(seed=0), EmaConfig(decay=0.9))
     if load:
@@ -62,7 +62,7 @@ MOVES = (("torch", "1"), ("1", "1"), ("2", "3"), ("3", "torch"), ("0", "0"))
 
 
 def _all_kinds(folder: str):
-    """Everything two processes are asked for, in one start (importing DeepSpeed takes seconds)."""
+    """Run everything for two processes in one start (the import of DeepSpeed takes seconds)."""
     whole = {kind: _train(_config(kind), 0, 12, None, None) for kind in KINDS}
     moved = {}
     for saver, loader in MOVES:
@@ -102,7 +102,7 @@ def test_two_processes_of_every_engine_equal_one_plain_process(reference, on_two
 
 
 @pytest.mark.parametrize("move", MOVES)
-def test_a_saved_run_goes_on_under_another_engine(reference, on_two, move):
+def test_a_saved_run_resumes_under_another_engine(reference, on_two, move):
     _, moved, _ = on_two
     _check(moved[move], reference)
 
@@ -123,7 +123,7 @@ def _train_last(folder: Path):
     return torch.cat([first, losses]), weights
 
 
-def test_the_state_of_another_network_is_refused(on_two):
+def test_the_state_of_another_network_is_an_error(on_two):
     engine = build_engine(LinearVelocity(channels=4), OPTIM, _config("torch"))
     with pytest.raises(ValueError, match=r"is \(3,\) there and \(4,\) here"):
         engine.load(on_two[2] / "1-1", "student")

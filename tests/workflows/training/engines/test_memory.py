@@ -1,4 +1,4 @@
-"""What a mutual run keeps between its steps: the low-rank fake score against a full copy of the network."""
+"""Memory of a mutual run between steps: the low-rank fake score against a full copy of the network."""
 
 import pytest
 from torch import Tensor
@@ -9,7 +9,7 @@ from workflows.config.run import EngineConfig
 
 
 def state_bytes(rank: int | None) -> int:
-    """Weights, average, gradients and moments of one step, each storage counted once."""
+    """Return the bytes of weights, EMA, gradients and moments after one step, each storage counted once."""
     running = Running(Duet(stage="mutual", engine=EngineConfig(kind="torch", workers=1), rank=rank))
     models = {"ema": running.ema.model} | {name: e.module for name, e in running.engines.items()}
     terms = running.objective(models, rows_of_step(running.duet, 0)[0], StepInfo(seed=0, step=0, stage_step=0))
@@ -32,6 +32,6 @@ def state_bytes(rank: int | None) -> int:
 
 
 @pytest.mark.timeout(300)
-def test_a_low_rank_fake_score_keeps_at_most_six_tenths():
-    """At width 32; rank 1 there is the share of the weights that the presets have (rank = width / 32)."""
+def test_a_low_rank_fake_score_needs_at_most_six_tenths():
+    """At width 32, rank 1 has the share of weights of the presets (rank = width / 32)."""
     assert state_bytes(1) <= 0.6 * state_bytes(None)

@@ -1,4 +1,4 @@
-"""Whatever trains a stage, and however its batch is split, the numbers are the same."""
+"""All engines give the same numbers for every stage, for any split of a batch."""
 
 import gc
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def engine(name: str, **changes: object) -> EngineConfig:
 
 
 def losses(numbers: torch.Tensor) -> torch.Tensor:
-    """Without the gradient norms: one engine adds 1e-6 to what it divides by, another does not."""
+    """Return the losses without gradient norms: engines differ by an epsilon of 1e-6 in clipping."""
     return numbers[:, : numbers.shape[1] // 2]
 
 
@@ -55,10 +55,10 @@ RUNS = {
 
 @dataclass
 class Two:
-    """What two processes have found."""
+    """Results of two processes."""
 
     losses: dict[str, torch.Tensor]
-    moved: torch.Tensor  # the second step of a plain run that goes on from the first step of another engine
+    moved: torch.Tensor  # the second step of a plain run that resumes after the first step of another engine
     small_steps: dict[str, dict[str, float]]  # relative change of weights, moments and average in one bf16 step
     linear: tuple[torch.Tensor, torch.Tensor]  # what a layer gives and its gradient, after training at ZeRO-3
 
@@ -68,7 +68,7 @@ HANDED_OVER = "zero3"
 
 def few_on_two(folder: str) -> Two:
     numbers = {name: train(duet, FEW) for name, duet in RUNS.items() if name != HANDED_OVER}
-    numbers[HANDED_OVER], moved = hand_over(RUNS[HANDED_OVER], MUTUAL, Path(folder))
+    numbers[HANDED_OVER], moved = resume_with(RUNS[HANDED_OVER], MUTUAL, Path(folder))
     return Two(
         losses=numbers,
         moved=moved,
@@ -88,9 +88,9 @@ def rounded(linear: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Te
     return y.detach(), weight.grad
 
 
-def hand_over(giver: Duet, taker: Duet, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two steps, and the second of them by another run that knows of the first what a checkpoint holds."""
-    first, then = Running(giver), Running(taker)
+def resume_with(duet: Duet, other: Duet, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run two steps, the second one in another run that loads the state of the first."""
+    first, then = Running(duet), Running(other)
     numbers = [first.step(0)]
     for name, e in first.engines.items():
         e.state_shard().write(folder, name)
@@ -104,7 +104,7 @@ def hand_over(giver: Duet, taker: Duet, folder: Path) -> tuple[torch.Tensor, tor
 
 
 def one_small_step(config: EngineConfig) -> dict[str, float]:
-    """Smallest relative change of a weight (Adam's first step is the learning rate), and of its average."""
+    """Return the smallest relative change of a weight (Adam's first step is the learning rate) and of its EMA."""
     net = LinearVelocity()
     with torch.no_grad():
         for p in net.parameters():
@@ -149,7 +149,7 @@ def test_every_engine_on_two_processes_equals_one_plain_process(on_one, on_two, 
     assert difference(on_two.losses[name], expected) < 1e-4
 
 
-def test_a_low_rank_run_goes_on_under_another_engine(on_one, on_two):
+def test_a_low_rank_run_resumes_under_another_engine(on_one, on_two):
     assert difference(losses(on_two.moved), losses(on_one["mutual"][1:])) < 1e-5
 
 
@@ -161,7 +161,7 @@ def test_a_layer_rounds_once_at_zero3(on_two):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_small_steps_are_kept_under_bf16(on_two, kind):
-    """bfloat16 numbers near 1 are 0.004 apart: a relative change of 1e-5, and a tenth of it, are lost in them."""
+    """bfloat16 numbers near 1 are 0.004 apart: relative changes of 1e-5 and less would be lost."""
     found = on_two.small_steps[kind]
     assert found["weight"] == pytest.approx(SMALL, rel=0.02)
     assert found["average"] == pytest.approx(SMALL / 10, rel=0.1)  # of 1: float32 steps there are 6e-8 to 1.2e-7
@@ -191,13 +191,13 @@ def many(stage: str, rank: int | None, precision: str) -> Numbers:
 
 @pytest.fixture(scope="module")
 def matrix() -> Callable[[str, int | None, str], Numbers]:
-    """Fifty steps of every engine on two processes; of the stages asked for, each computed once."""
+    """Return fifty steps of every engine on two processes; each stage is computed once."""
     return cache(lambda stage, rank, precision: run_on(2, many, stage, rank, precision)[0])
 
 
 @pytest.fixture(scope="module")
 def alone() -> Callable[[str, int | None], torch.Tensor]:
-    """The same of one plain process."""
+    """Return the same steps of one plain process."""
 
     def fifty(stage: str, rank: int | None) -> torch.Tensor:
         torch.set_num_threads(1)
@@ -221,7 +221,7 @@ def test_fifty_steps_in_float32(matrix, alone, stage, rank, kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "torch"])
 @pytest.mark.parametrize(("stage", "rank"), BFLOAT16)
 def test_fifty_steps_in_bfloat16(matrix, stage, rank, kind):
-    """Its numbers are 0.004 to 0.008 apart, relatively; float32 weights keep that from adding up."""
+    """bfloat16 numbers are 0.004 to 0.008 apart, relatively; float32 weights prevent an accumulation."""
     found = matrix(stage, rank, "bf16")
     one, two = found["torch"], found[kind]
     print(stage, rank, kind, "largest relative difference of a loss:", difference(losses(two), losses(one)))
