@@ -1,4 +1,4 @@
-"""The list of steps: a source becomes clips, each of them finished or rejected with a reason."""
+"""Steps of preprocessing: a source becomes clips, each encoded or rejected with a reason."""
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -30,30 +30,31 @@ from preprocessing.steps.quality_filters import check_audio, check_duration, che
 from preprocessing.steps.segment import cut_spans
 from preprocessing.steps.transcribe import transcribe, whisper_folder
 
-_OF_DECODING = ("timeout", "memory", "killed")
-MAX_DECODER_ATTEMPTS = 5  # at a source whose decoder something else ends (a lack of memory, a hand)
+_DECODE_REASONS = ("timeout", "memory", "killed")
+MAX_DECODER_ATTEMPTS = 5  # for a source with a decoder that is ended from outside, e.g. by the OOM killer
 
 
 class StepTimer:
-    """Seconds by step."""
+    """Timer of steps: seconds by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def measure(self, name: str) -> Generator[None]:
-        began = time.perf_counter()
+        """Add the time of a ``with`` block to step `name`."""
+        started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def build_encoders(config: PreprocessConfig) -> Encoders:
-    """The codecs of the modalities present, their clocks, and the text encoder."""
-    build_estimator(config.sync)  # says now, and not of every clip, that weights are missing
+    """Return the codecs of the modalities, their clocks and the text encoder."""
+    build_estimator(config.sync)  # raises if weights are missing
     if config.whisper:
-        whisper_folder(config.whisper)  # the same
+        whisper_folder(config.whisper)  # likewise
     codecs = {
         m: codec_from_config({VIDEO: config.video, AUDIO: config.audio}[m], config.device) for m in config.modalities
     }
@@ -65,24 +66,24 @@ def build_encoders(config: PreprocessConfig) -> Encoders:
 
 
 def span_plan(config: PreprocessConfig, timeline: Timeline) -> SpanPlan:
-    """Frames and samples that 0, 1, ... whole chunks take.
+    """Return the frames and samples of 0, 1, ... whole chunks.
 
-    Frames: all that the video latents describe, and the sound up to the end of the last chunk. The last audio latent
-    starts before that end and may describe a little more: sound where the source has it, else the codec completes it.
+    Frames cover the video latents and the last chunk. The last audio latent may end after the last chunk. Its samples
+    are from the source if present, else the codec pads them.
     """
-    most = int(config.window_seconds / config.chunk_seconds)
+    max_chunks = int(config.window_seconds / config.chunk_seconds)
 
-    def reach(modality: str, chunks: int) -> Fraction:
-        """Seconds at which the latents of so many chunks end."""
+    def latents_end(modality: str, chunks: int) -> Fraction:
+        """Return the end of the latents of `chunks` chunks in seconds."""
         clock = timeline.clocks.get(modality)
         return clock.start(timeline.bounds(modality, chunks - 1)[1]) if clock and chunks else Fraction(0)
 
-    counts = range(most + 1)
-    ends = [max(k * config.chunk_seconds, reach(VIDEO, k)) for k in counts]
+    counts = range(max_chunks + 1)
+    ends = [max(k * config.chunk_seconds, latents_end(VIDEO, k)) for k in counts]
     return SpanPlan(
         frames=[max(1, whole_frames(end, config.fps)) for end in ends],
-        samples=[whole_frames(reach(AUDIO, k), Fraction(config.sample_rate)) for k in counts],
-        step=round(most * config.chunk_seconds * config.fps),
+        samples=[whole_frames(latents_end(AUDIO, k), Fraction(config.sample_rate)) for k in counts],
+        step=round(max_chunks * config.chunk_seconds * config.fps),
         min_chunks=config.min_chunks,
         chunk=config.chunk_seconds * config.fps,
     )
@@ -92,12 +93,12 @@ def span_plan(config: PreprocessConfig, timeline: Timeline) -> SpanPlan:
 
 
 def build_clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[tuple[str, Callable[[Clip], Clip]]]:
-    """What every clip goes through after it was cut and before it is encoded, in order."""
+    """Return the steps between cutting and encoding a clip, in order."""
     plan = span_plan(config, encoders.timeline)
-    least = plan.frames[config.min_chunks]
+    min_frames = plan.frames[config.min_chunks]
     fps, rate = float(config.fps), config.sample_rate
     return [
-        ("duration", partial(check_duration, least=least, fps=fps, sample_rate=rate)),
+        ("duration", partial(check_duration, min_frames=min_frames, fps=fps, sample_rate=rate)),
         ("picture", partial(check_video, config=config.filters)),
         ("sound", partial(check_audio, config=config.filters)),
         ("sync", partial(check_sync, config=config.sync, plan=plan, fps=config.fps, sample_rate=rate)),
@@ -109,10 +110,10 @@ def build_clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[tuple
 
 def _check_streams(info: MediaInfo, config: PreprocessConfig) -> None:
     if VIDEO in config.modalities and info.video is None:
-        raise Rejected("probe", "no_video", "no picture that can be decoded")
+        raise Rejected("probe", "no_video", "no video stream that can be decoded")
     if AUDIO in config.modalities and info.audio is None:
-        which = "no sound" if config.audio_track is None else f"no sound with the number {config.audio_track}"
-        raise Rejected("probe", "no_audio", f"{which} that can be decoded")
+        stream = "no audio stream" if config.audio_track is None else f"no audio stream {config.audio_track}"
+        raise Rejected("probe", "no_audio", f"{stream} that can be decoded")
     if info.video is not None and VIDEO in config.modalities:
         check_source(info.video, config.filters)
 
@@ -120,10 +121,10 @@ def _check_streams(info: MediaInfo, config: PreprocessConfig) -> None:
 def cut_source(
     source: Source, config: PreprocessConfig, plan: SpanPlan, spent: StepTimer
 ) -> Generator[Clip | Rejected]:
-    """Sidecar, probe, decode, cut: the clips of one source, one at a time."""
+    """Yield the clips of one source: read sidecar files, probe, decode and cut."""
     if source.duplicate_of is not None:
         raise Rejected("duplicates", "duplicate", f"same bytes as {source.duplicate_of}")
-    brought = "manifest" if source.transcript is not None else "sidecar"
+    origin = "manifest" if source.transcript is not None else "sidecar"
     source = read_sidecar(source)
     base, within = split_fragment(source.uri)
     with local_copy(base) as path:
@@ -132,10 +133,10 @@ def cut_source(
                 path, timeout=config.stall_seconds, memory=config.decoder_bytes, audio_track=config.audio_track
             )
         _check_streams(info, config)
-        known: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "content": edge_fingerprint(path),
             "source_fps": info.video.fps if info.video else None,
-            "transcript_source": "" if source.transcript is None else brought,
+            "transcript_source": "" if source.transcript is None else origin,
         }
         with Decoder(
             path,
@@ -153,64 +154,65 @@ def cut_source(
             for clip in cut_spans(
                 decoder, info, source, plan, scenes=config.scenes, until=None if within is None else within[1]
             ):
-                yield clip if isinstance(clip, Rejected) else replace(clip, **known)
+                yield clip if isinstance(clip, Rejected) else replace(clip, **facts)
 
 
 def process_sources(
     sources: Sequence[Source], config: PreprocessConfig, encoders: Encoders, spent: StepTimer | None = None
 ) -> Generator[tuple[Source, Clip | Rejected]]:
-    """Yield every span of the sources in order, encoded or rejected. No failure of a source or a step is raised.
+    """Yield every span of the sources in order, encoded or rejected.
 
-    With pretrained codecs, consecutive clips of one shape are encoded as a batch while the next ones are decoded.
+    Failures of sources and steps are not raised. With pretrained codecs, consecutive clips of one shape are encoded as
+    a batch while the next ones are decoded.
     """
     spent = spent or StepTimer()
 
-    def one(clip: Clip) -> Clip | Rejected:
-        return _through(clip, [("encode", partial(encode_clip, encoders=encoders))], spent)
+    def encode_one(clip: Clip) -> Clip | Rejected:
+        return _run_steps(clip, [("encode", partial(encode_clip, encoders=encoders))], spent)
 
     prepared = ((source, found) for source in sources for found in prepare_clips(source, config, encoders, spent))
     if config.weight_folders:
-        yield from encode_prefetched(prepared, one, encoders, config.encoder)
+        yield from encode_prefetched(prepared, encode_one, encoders, config.encoder)
         return
     for source, found in prepared:
-        yield source, found if isinstance(found, Rejected) else one(found)
+        yield source, found if isinstance(found, Rejected) else encode_one(found)
 
 
 def prepare_clips(
     source: Source, config: PreprocessConfig, encoders: Encoders, spent: StepTimer
 ) -> Iterator[Clip | Rejected]:
-    """Every span of a source, ready to be encoded or rejected."""
+    """Yield every span of a source, ready for encoding or rejected."""
     plan, steps = span_plan(config, encoders.timeline), build_clip_steps(config, encoders)
-    clips = _patiently(partial(cut_source, source, config, plan, spent))
+    clips = _retry_killed(partial(cut_source, source, config, plan, spent))
     try:
         while True:
-            with spent.measure("decode"):  # the time that was spent waiting for ffmpeg; probing counts in it too
+            with spent.measure("decode"):  # time spent waiting for ffmpeg, including probing
                 clip = next(clips, None)
             if clip is None:
                 return
-            yield clip if isinstance(clip, Rejected) else _through(clip, steps, spent)
+            yield clip if isinstance(clip, Rejected) else _run_steps(clip, steps, spent)
     except Rejected as rejected:
         yield rejected
     except MediaError as error:
-        yield Rejected("decode" if error.reason in _OF_DECODING else "probe", error.reason, error.detail)
+        yield Rejected("decode" if error.reason in _DECODE_REASONS else "probe", error.reason, error.detail)
     except InfrastructureError:
         raise
     except (FileNotFoundError, PermissionError) as error:
         yield Rejected("probe", "unreadable", f"{type(error).__name__}: {error}")
-    except Exception as error:  # a bad file must not stop a run of a million; the row says what happened
+    except Exception as error:  # a bad file must not end the run; the reject row has the error
         yield Rejected("source", "error", f"{type(error).__name__}: {error}")
     finally:
         clips.close()
 
 
-def _patiently(cut: Callable[[], Generator[Clip | Rejected]]) -> Generator[Clip | Rejected]:
-    """All that ``cut`` gives, from the start again where its decoder was killed: what was given is passed over."""
-    given = 0
+def _retry_killed(cut: Callable[[], Generator[Clip | Rejected]]) -> Generator[Clip | Rejected]:
+    """Yield the items of `cut`, restarted without repetition if its decoder is killed."""
+    yielded = 0
     for attempt in range(1, MAX_DECODER_ATTEMPTS + 1):
         with closing(cut()) as clips:
             try:
-                for clip in islice(clips, given, None):
-                    given += 1
+                for clip in islice(clips, yielded, None):
+                    yielded += 1
                     yield clip
                 return
             except MediaError as error:
@@ -218,7 +220,7 @@ def _patiently(cut: Callable[[], Generator[Clip | Rejected]]) -> Generator[Clip 
                     raise
 
 
-def _through(clip: Clip, steps: Sequence[tuple[str, Callable[[Clip], Clip]]], spent: StepTimer) -> Clip | Rejected:
+def _run_steps(clip: Clip, steps: Sequence[tuple[str, Callable[[Clip], Clip]]], spent: StepTimer) -> Clip | Rejected:
     span = clip.span
     for name, step in steps:
         try:
@@ -228,6 +230,6 @@ def _through(clip: Clip, steps: Sequence[tuple[str, Callable[[Clip], Clip]]], sp
             return Rejected(rejected.step, rejected.reason, rejected.detail, span)
         except InfrastructureError:
             raise
-        except Exception as error:  # as above
+        except Exception as error:  # likewise
             return Rejected(name, "error", f"{type(error).__name__}: {error}", span)
     return clip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Word:
-    """One spoken word with times in seconds since the start of the source (sidecar) or of the span (clip)."""
+    """One spoken word; seconds since the start of the source (sidecar) or of the span (clip)."""
 
     word: str
     start: float
@@ -19,7 +19,7 @@ class Word:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One input file, or a part of it. `uri` is percent-encoded, so names of any bytes are valid."""
+    """One input file, or a part of it. `uri` is percent-encoded from the bytes of the name."""
 
     uri: str
     size: int  # bytes
@@ -31,7 +31,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """One span of a source on one clock: frame j is at ``span[0] + j / fps``, sample i at ``span[0] + i / rate``."""
+    """Span of a source: frame j is at ``span[0] + j / fps``, sample i at ``span[0] + i / rate``."""
 
     source: Source
     span: tuple[float, float]  # seconds since the source's origin

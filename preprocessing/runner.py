@@ -1,7 +1,7 @@
-"""One work unit -> its files and its marker; and all units, through Ray Data or in this process.
+"""Process work units into files and markers, through Ray Data or in this process.
 
-A worker takes a unit, runs every source of it through the steps, writes the unit's files itself and puts its marker
-last; only small summaries travel through Ray. Frames never leave the worker that decoded them.
+A worker processes the sources of a unit, writes the files of the unit and its marker last. Only small summaries pass
+through Ray; frames stay in the worker.
 """
 
 import hashlib
@@ -36,16 +36,16 @@ from preprocessing.steps.encode import Encoders, RunningMoments, latent_times
 from preprocessing.steps.transcribe import load_whisper
 
 OnUnitDone = Callable[[dict[str, Any], Mapping[str, float]], None]
-"""Called with a finished unit's marker, and the seconds that each step took in it."""
+"""Called with the marker of a finished unit and the seconds of each step."""
 
 
 def clip_id_of(clip: Clip) -> str:
-    """A function of the source's URI and the span."""
+    """Return the id of a clip, a function of the URI of its source and its span."""
     return content_hash([clip.source.uri, *(f"{second:.6f}" for second in clip.span)])
 
 
 def shape_bucket(clip: Clip) -> str:
-    """The shape that the clips of a file share: height x width, or that there is only sound."""
+    """Return the shape that the clips of a file share: height x width, or "audio"."""
     return "audio" if clip.frames is None else f"{clip.frames.shape[1]}x{clip.frames.shape[2]}"
 
 
@@ -58,15 +58,15 @@ def process_unit(
     encoders: Encoders,
     spent: StepTimer | None = None,
 ) -> dict[str, Any]:
-    """Process a unit, publish its files, then its marker, which is returned.
+    """Process a unit, publish its files and its marker; return the marker.
 
-    LeaseLost when no longer ours; Outage when a disk is full, or a place of sources or of the store fails.
+    Raise LeaseLostError if another driver has the lease, InfrastructureError if storage fails.
     """
     spent = spent or StepTimer()
     with scratch_dir() as folder:
         with (
             translate_storage_errors(tempfile.gettempdir(), hint=" (or set TMPDIR to another disk)"),
-            _Files(folder, config, encoders, spent) as files,
+            _UnitFiles(folder, config, encoders, spent) as files,
         ):
             for source, clip in process_sources(unit.sources, config, encoders, spent):
                 files.add(source, clip)
@@ -87,17 +87,18 @@ def process_unit(
     return marker
 
 
-class _Files:
-    """The rows of a unit: accepted clips in a local file for each bucket, rejects in one."""
+class _UnitFiles:
+    """Local files of a unit: accepted clips by shape bucket, and rejects."""
 
     def __init__(self, folder: Path, config: PreprocessConfig, encoders: Encoders, spent: StepTimer) -> None:
         self._folder, self._config, self._encoders, self._spent = folder, config, encoders, spent
         self._sums = {m: RunningMoments.zeros(codec.channels) for m, codec in encoders.codecs.items()}
-        self._seconds, self._reasons, self._whole_sources = 0.0, Counter[str](), 0
+        self._seconds, self._rejected_sources = 0.0, 0
+        self._reasons = Counter[str]()
         self._clips: dict[str, RowWriter] = {}
         self._open = ExitStack()
 
-    def __enter__(self) -> "_Files":
+    def __enter__(self) -> "_UnitFiles":
         self._rejects = self._open.enter_context(RowWriter(self._folder / "rejects.parquet", REJECTS))
         return self
 
@@ -106,11 +107,12 @@ class _Files:
             self._open.__exit__(*error)
 
     def add(self, source: Source, clip: Clip | Rejected) -> None:
+        """Write the row of a clip or reject."""
         with self._spent.measure("write"):
             if isinstance(clip, Rejected):
                 self._rejects.add(_reject_row(source, clip))
                 self._reasons[clip.reason] += 1
-                self._whole_sources += clip.span is None
+                self._rejected_sources += clip.span is None
                 return
             name = shape_bucket(clip)
             if name not in self._clips:
@@ -121,16 +123,16 @@ class _Files:
                 self._sums[modality].add(latents, self._encoders.timeline.clocks[modality].head)
 
     def written(self) -> list[tuple[str, str, RowWriter]]:
-        """Kind, suffix of its name, and file."""
+        """Return (kind, suffix of the name, file) of each file."""
         clips = [("clips", f"-{name}", self._clips[name]) for name in sorted(self._clips)]
         return [*clips, ("rejects", "", self._rejects)]
 
     def counts(self) -> dict[str, Any]:
-        """What the unit's marker says of its rows."""
+        """Return the counts and sums of the marker."""
         return {
             "accepted": sum(file.rows for file in self._clips.values()),
             "rejects_by_reason": dict(sorted(self._reasons.items())),
-            "rejected_sources": self._whole_sources,
+            "rejected_sources": self._rejected_sources,
             "seconds": round(self._seconds, 6),
             "sums": {m: s.to_json() for m, s in self._sums.items()},
         }
@@ -151,7 +153,7 @@ def _row(clip: Clip, config: PreprocessConfig, encoders: Encoders) -> dict[str, 
 
 def _reject_row(source: Source, rejected: Rejected) -> dict[str, Any]:
     start, end = rejected.span or (None, None)
-    # ffmpeg prints addresses of its contexts: they differ from run to run, a unit's bytes must not
+    # ffmpeg prints addresses, which differ between runs; the bytes of a unit must not
     detail = re.sub(r" @ 0x[0-9a-f]+", "", rejected.detail.encode("utf-8", "replace").decode())[:500]
     return {
         "uri": source.uri,
@@ -164,7 +166,7 @@ def _reject_row(source: Source, rejected: Rejected) -> dict[str, Any]:
 
 
 def _publish(store: Store, local: Path, *, kind: str, name: str, rows: int) -> dict[str, Any] | None:
-    """Put a file unless it has no rows; its entry in the marker."""
+    """Upload a file and return its entry in the marker; None without rows."""
     if rows == 0:
         return None
     data = local.read_bytes()
@@ -176,27 +178,26 @@ def _publish(store: Store, local: Path, *, kind: str, name: str, rows: int) -> d
 
 
 class _Worker:
-    """One unit in, its marker out, or the outage that stopped it. As a Ray actor it keeps its codecs loaded, on its
-    share of a GPU if it has one."""
+    """Worker that maps a unit to its marker or error. A Ray actor keeps its codecs loaded."""
 
     def __init__(self, store_uri: str, token: str, config: PreprocessConfig) -> None:
         torch.set_num_threads(1)  # one worker per CPU
         delete_stale_scratch()
         self._store, self._token, self._config = Store(store_uri), token, config
-        self._encoders = _kept_encoders(config)
+        self._encoders = _cached_encoders(config)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit, spent = WorkUnit.from_json(row["unit"]), StepTimer()
         try:
             marker = process_unit(unit, self._store, self._token, self._config, encoders=self._encoders, spent=spent)
-        except (InfrastructureError, OSError) as error:  # said in words: Ray would wrap it in pages of its own
+        except (InfrastructureError, OSError) as error:  # a message: Ray would add long tracebacks
             return {"marker": "null", "spent": "{}", "outage": str(error) or repr(error)}
         return {"marker": canonical_json(marker), "spent": canonical_json(spent.seconds), "outage": ""}
 
 
 @lru_cache(maxsize=1)
-def _kept_encoders(config: PreprocessConfig) -> Encoders:
-    """Loaded codecs: a process that is given one unit after the other makes them once."""
+def _cached_encoders(config: PreprocessConfig) -> Encoders:
+    """Load the codecs once per process."""
     encoders = build_encoders(config)
     encoders.load()
     if config.whisper:
@@ -205,28 +206,31 @@ def _kept_encoders(config: PreprocessConfig) -> Encoders:
 
 
 @lru_cache(maxsize=1)
-def _kept_worker(store_uri: str, token: str, config: PreprocessConfig) -> _Worker:
+def _cached_worker(store_uri: str, token: str, config: PreprocessConfig) -> _Worker:
     return _Worker(store_uri, token, config)
 
 
-def _work(row: dict[str, Any], store_uri: str, token: str, config: PreprocessConfig) -> dict[str, Any]:
-    """The same as a Ray task: nothing has to be loaded, and processes that stand ready take it."""
-    return _kept_worker(store_uri, token, config)(row)
+def _run_task(row: dict[str, Any], store_uri: str, token: str, config: PreprocessConfig) -> dict[str, Any]:
+    """Process a unit as a Ray task, for codecs without weights."""
+    return _cached_worker(store_uri, token, config)(row)
 
 
 def process_units(
     units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig, *, on_done: OnUnitDone
 ) -> None:
-    """Process all units through Ray Data, or in this process for ``workers=0``. Outage as ``run_unit``."""
+    """Process all units through Ray Data, or in this process for ``workers=0``.
+
+    Raise the errors of `process_unit`.
+    """
     delete_stale_scratch()
     if config.workers == 0:
-        encoders = _kept_encoders(config)
+        encoders = _cached_encoders(config)
         for unit in units:
             spent = StepTimer()
             on_done(process_unit(unit, store, token, config, encoders=encoders, spent=spent), spent.seconds)
     elif units:
         _run_on_ray(units, store, token, config, on_done=on_done)
-        delete_stale_scratch()  # of workers that were killed meanwhile
+        delete_stale_scratch()  # left by workers that were killed
         store.delete_temporary()
 
 
@@ -237,49 +241,52 @@ def _run_on_ray(
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its narration is no news to our users
-    workers = _workers(len(units), config, max_resources(ray.cluster_resources()))
-    # One block per unit as far as Ray's bookkeeping allows: a block is what a task takes and what is retried.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is reported by on_done
+    workers = worker_count(len(units), config, max_resources(ray.cluster_resources()))
+    # One block per unit, up to a limit of Ray: a block is the unit of scheduling and retries.
     data = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=min(len(units), 4096))
     arguments = (store.uri, token, config)
-    # memory 0: else Ray Data asks for as much as a task returned (kilobytes of facts), and an autoscaler that knows its
-    # kinds of machines by CPUs alone, as it does Google's, never brings one for a task that asks for memory.
+    # memory 0: Ray Data would otherwise request the size of a task's result. An autoscaler that lacks the memory of its
+    # machine types, as on Google Cloud, never starts a machine for such a task.
     wanted = config.worker_resources
-    place: dict[str, Any] = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU"), "memory": 0}
-    place["concurrency"] = workers
-    actor: Any = _Worker  # Ray makes one per worker
+    options: dict[str, Any] = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU"), "memory": 0}
+    options["concurrency"] = workers
+    actor: Any = _Worker  # one instance per worker
     if config.weight_folders or config.whisper:
-        made = data.map(actor, fn_constructor_args=arguments, **place)
+        results = data.map(actor, fn_constructor_args=arguments, **options)
     else:
-        task: Any = _work  # with arguments of its own behind the row
-        made = data.map(task, fn_args=arguments, **place)
+        task: Any = _run_task  # fn_args follow the row
+        results = data.map(task, fn_args=arguments, **options)
     available = ray.cluster_resources
     seen = resources_available(wanted, available)
     with report_while_waiting(f"machines for {workers} workers", available, seen=seen):
-        for row in made.iter_rows():
+        for row in results.iter_rows():
             if row["outage"]:
                 raise InfrastructureError(row["outage"])
             on_done(json.loads(row["marker"]), json.loads(row["spent"]))
 
 
-def _workers(units: int, config: PreprocessConfig, room: Mapping[str, float]) -> int:
-    """How many at a time. ``room``: what the cluster has or can have; ValueError where that is too little for one."""
-    cpus, gpus = room.get("CPU", 0.0), config.encoder.gpus
+def worker_count(units: int, config: PreprocessConfig, limits: Mapping[str, float]) -> int:
+    """Return the number of workers within the resource `limits` of the cluster.
+
+    Raise ValueError if they do not fit a single worker.
+    """
+    cpus, gpus = limits.get("CPU", 0.0), config.encoder.gpus
     fit = units
-    if gpus and (cpus or room.get("GPU")):  # a head alone, of no CPUs, does not say what it can bring
-        fit = floor(min(float(units), room.get("GPU", 0.0) / gpus + 1e-9))
+    if gpus and (cpus or limits.get("GPU")):  # a head node without CPUs does not report limits
+        fit = floor(min(float(units), limits.get("GPU", 0.0) / gpus + 1e-9))
     if not fit:
-        raise ValueError(f"encoder.gpus={gpus}: Ray sees no such share of a GPU here; set encoder.gpus=0 for the CPU")
+        raise ValueError(f"encoder.gpus={gpus}: Ray sees no such share of a GPU. Set encoder.gpus=0 to use the CPU")
     if config.workers is None and cpus < 1:
-        raise ValueError("there is no CPU yet on this cluster, and how many it can bring is not known: set workers=N")
+        raise ValueError("this cluster has no CPU yet, and its limit is unknown: set workers=N")
     return int(min(units, fit, config.workers or cpus))
 
 
 def _start_ray() -> None:
-    """A quiet Ray in this process, unless one runs already or RAY_ADDRESS names a cluster."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else ray.init leaves a token that a later head demands
+    """Start Ray without output in this process, or connect to the cluster of RAY_ADDRESS."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # ray.init would leave a token that a later head requires
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves its workers beside anything else
+    os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves workers next to other processes
     import ray
 
     if not ray.is_initialized():

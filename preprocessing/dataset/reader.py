@@ -1,4 +1,4 @@
-"""A finished dataset as tensors, without Ray: ``open_dataset(uri)`` gives clips in a fixed order."""
+"""Read a finished dataset as tensors, without Ray, in a fixed order of clips."""
 
 import hashlib
 import json
@@ -22,13 +22,13 @@ from mfcore.types import VIDEO
 from preprocessing.dataset.schema import SCHEMA_VERSION, ClipTensors, columns_for, from_row, latent_counts
 from preprocessing.io.storage import Store
 
-CACHE_BYTES = 256 << 20  # of row groups kept in memory
-PARALLEL_OPENS = 16  # files whose index is read side by side: each costs a few round trips to object storage
+CACHE_BYTES = 256 << 20  # of cached row groups
+PARALLEL_OPENS = 16  # files with footers is read concurrently
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetMetadata:
-    """What ``_dataset.json`` says."""
+    """Content of ``_dataset.json``."""
 
     config: Mapping[str, Any]  # resolved preprocessing configuration
     fingerprint: str  # of that configuration
@@ -38,24 +38,25 @@ class DatasetMetadata:
     stats: Mapping[str, LatentStats]
     chunk_seconds: Fraction
     counts: Mapping[str, Any]
-    folders: Mapping[str, str] = field(default_factory=dict)  # modality or "text" -> where pretrained weights were
+    folders: Mapping[str, str] = field(default_factory=dict)  # modality or "text" -> folder of pretrained weights
 
     @property
     def modalities(self) -> tuple[str, ...]:
+        """Return the modalities of the dataset."""
         return tuple(self.clocks)
 
     def codec(self, modality: str) -> Codec:
-        """The codec that made the latents of a modality."""
+        """Return the codec of the latents of a modality."""
         return codec_from_id(self.codecs[modality], self.clocks[modality], self.folders.get(modality, ""))
 
     def timeline(self, modalities: Sequence[str] | None = None) -> Timeline:
-        """The clocks of these modalities (default: all), cut into the chunks the clips were cut for."""
+        """Return the timeline of these modalities (default: all) with the chunks of the dataset."""
         names = self.modalities if modalities is None else modalities
         return Timeline(clocks={m: self.clocks[m] for m in names}, chunk_seconds=self.chunk_seconds)
 
 
 def parse_metadata(facts: Mapping[str, Any]) -> DatasetMetadata:
-    """DatasetMeta from the JSON of ``_dataset.json``."""
+    """Parse the JSON of ``_dataset.json``."""
     return DatasetMetadata(
         config=facts["config"],
         fingerprint=facts["fingerprint"],
@@ -73,22 +74,22 @@ def parse_metadata(facts: Mapping[str, Any]) -> DatasetMetadata:
 
 
 def read_metadata_json(store: Store) -> dict[str, Any]:
-    """The JSON of ``_dataset.json``; ValueError when the place is no dataset or of another schema version."""
+    """Return the JSON of ``_dataset.json``. Raise ValueError for another schema or no dataset."""
     try:
         facts: dict[str, Any] = json.loads(store.read("_dataset.json"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{store.uri} is no dataset: `mfctl preprocess MEDIA DATASET` makes one") from None
+        raise ValueError(f"{store.uri} is not a dataset. Build one with `mfctl preprocess MEDIA DATASET`") from None
     if facts["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
-            f"{store.uri} has schema version {facts['schema_version']}, this mfctl reads {SCHEMA_VERSION}: "
-            "preprocess the sources again"
+            f"{store.uri} has schema version {facts['schema_version']}, this mfctl reads {SCHEMA_VERSION}. "
+            "Preprocess the sources again"
         )
     return facts
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a clip lies, and what is known of it without reading it."""
+class _ClipEntry:
+    """Index entry of a clip: its location and properties that need no latents."""
 
     id: str
     source_uri: str
@@ -97,86 +98,88 @@ class _Place:
     group: int  # row group of the file
     row: int  # within the row group
     chunks: int
-    shape: tuple[int, ...]  # latent height and width; () without a picture
+    shape: tuple[int, ...]  # latent height and width; () without video
 
 
 class ClipDataset:
-    """Clips sorted by id; reading one touches the columns of the chosen modalities only.
+    """Clips sorted by id; only the columns of the chosen modalities are read.
 
-    ``clip`` keeps row groups in a small cache, so walking in order reads each once; ``load`` keeps nothing. Views
-    (``held_out``) share the cache.
+    `clip` caches row groups, so sequential access reads each once. `load_clips` caches nothing. Views of `split` share
+    the cache.
     """
 
     def __init__(
-        self, store: Store, meta: DatasetMetadata, places: Sequence[_Place], modalities: tuple[str, ...]
+        self, store: Store, meta: DatasetMetadata, entries: Sequence[_ClipEntry], modalities: tuple[str, ...]
     ) -> None:
         self.meta, self.modalities = meta, modalities
-        self._store, self._places = store, list(places)
+        self._store, self._entries = store, list(entries)
         self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._entries)
 
     def __iter__(self) -> Iterator[ClipTensors]:
         return (self.clip(i) for i in range(len(self)))
 
     @property
     def ids(self) -> list[str]:
-        return [place.id for place in self._places]
+        """Return the ids of the clips in order."""
+        return [entry.id for entry in self._entries]
 
     @property
     def sources(self) -> set[str]:
-        """URIs of the sources that the clips were cut from."""
-        return {place.source_uri for place in self._places}
+        """Return the URIs of the sources of the clips."""
+        return {entry.source_uri for entry in self._entries}
 
     @property
     def lengths(self) -> list[int]:
-        """Whole chunks of every clip, known without reading it."""
-        return [place.chunks for place in self._places]
+        """Return the whole chunks of every clip."""
+        return [entry.chunks for entry in self._entries]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Latent height and width of every clip; () without a picture."""
-        return [place.shape for place in self._places]
+        """Return the latent height and width of every clip; () without video."""
+        return [entry.shape for entry in self._entries]
 
     @property
     def groups(self) -> list[int]:
-        """A number for the row group of every clip: 0, 1 ... in the order of files."""
-        number = {key: i for i, key in enumerate(sorted({(p.file, p.group) for p in self._places}))}
-        return [number[p.file, p.group] for p in self._places]
+        """Return the number of the row group of every clip, from 0 in the order of files."""
+        keys = sorted({(p.file, p.group) for p in self._entries})
+        number = {key: i for i, key in enumerate(keys)}
+        return [number[p.file, p.group] for p in self._entries]
 
     def index(self, clip_id: str) -> int:
-        """Position of a clip; ValueError names some that exist."""
-        if clip_id not in (ids := self.ids):
-            raise ValueError(f"no clip {clip_id!r} in {self._store.uri}: it has for example {', '.join(ids[:3])}")
+        """Return the position of a clip. Raise ValueError if it does not exist."""
+        ids = self.ids
+        if clip_id not in ids:
+            raise ValueError(f"no clip {clip_id!r} in {self._store.uri}. Existing ids: {', '.join(ids[:3])}, ...")
         return ids.index(clip_id)
 
     def clip(self, i: int) -> ClipTensors:
-        """Clip i, its latents raw (float32, time first)."""
-        return from_row(self.row(i), self._places[i].chunks)
+        """Read clip i with raw latents (float32, time first)."""
+        return from_row(self.row(i), self._entries[i].chunks)
 
     def row(self, i: int) -> dict[str, Any]:
-        """The Parquet row of clip i, the columns of the chosen modalities."""
-        place = self._places[i]
-        return self._cached(place.file, place.group).slice(place.row, 1).to_pylist()[0]
+        """Read the Parquet row of clip i with the columns of the chosen modalities."""
+        entry = self._entries[i]
+        return self._cached_group(entry.file, entry.group).slice(entry.row, 1).to_pylist()[0]
 
     def load_clips(self, numbers: Sequence[int]) -> list[Callable[[], ClipTensors]]:
-        """Clips for training, which never looks at the picture of the first frame: that one is left out.
+        """Read clips without the first-frame image, each row group once.
 
-        Each row group among them is read once, on the calling thread. What comes back for a clip holds its row as
-        stored, and decodes it when called.
+        Reading happens on the calling thread. The returned functions hold the stored rows and decode them.
         """
-        made: dict[int, Callable[[], ClipTensors]] = {}
-        where = [(self._places[i].file, self._places[i].group, i) for i in numbers]
-        for (file, group), same in groupby(sorted(where), key=lambda w: w[:2]):
-            clips = [i for _, _, i in same]
+        loaders: dict[int, Callable[[], ClipTensors]] = {}
+        where = [(self._entries[i].file, self._entries[i].group, i) for i in numbers]
+        for (file, group), members in groupby(sorted(where), key=lambda w: w[:2]):
+            clips = [i for _, _, i in members]
             table = self._read_group(file, group, without=("first_frame_png",))
-            rows = table.take([self._places[i].row for i in clips]).to_pylist()
+            rows = table.take([self._entries[i].row for i in clips]).to_pylist()
             for i, row in zip(clips, rows, strict=True):
-                made[i] = partial(from_row, row, self._places[i].chunks)
-        return [made[i] for i in numbers]
+                loaders[i] = partial(from_row, row, self._entries[i].chunks)
+        return [loaders[i] for i in numbers]
 
-    def _cached(self, file: str, group: int) -> pa.Table:
+    def _cached_group(self, file: str, group: int) -> pa.Table:
         key = (file, group)
         if key not in self._cache:
             self._cache[key] = self._read_group(file, group)
@@ -187,52 +190,52 @@ class ClipDataset:
 
     def _read_group(self, file: str, group: int, without: Sequence[str] = ()) -> pa.Table:
         names = [name for name in columns_for(self.modalities) if name not in without]
-        with self._store.open(file) as handle:  # a large dataset has more files than a process may hold open
+        with self._store.open(file) as handle:  # not kept open: a dataset may have more files than the process limit
             return pq.ParquetFile(handle).read_row_group(group, columns=names, use_threads=False)
 
     def split(self, fraction: float) -> tuple["ClipDataset", "ClipDataset"]:
-        """(training clips, held-out clips), split by a hash of the source's content.
+        """Return (training clips, held-out clips), split by a hash of the content of the source.
 
-        Clips of one source stay together, wherever the source lies, and growth of the dataset moves none across. (In a
-        set so small that one side would be empty, the source with the smallest or the largest hash goes there.)
+        Clips of one source stay together and growth of the dataset moves none. If one side would be empty, the source
+        with the smallest or largest hash is assigned to it.
         """
-        order = sorted({place.content for place in self._places}, key=_share)
+        order = sorted({entry.content for entry in self._entries}, key=_share)
         if not 0 < fraction < 1 or len(order) < 2:
             raise ValueError(
-                f"cannot hold out {fraction} of {len(order)} sources: need a share in (0, 1) and two sources"
+                f"cannot hold out {fraction} of {len(order)} sources: use a share in (0, 1) and at least two"
             )
-        held = {content for content in order[:-1] if _share(content) < fraction} or {order[0]}
-        return self._view(lambda p: p.content not in held), self._view(lambda p: p.content in held)
+        held_out = {content for content in order[:-1] if _share(content) < fraction} or {order[0]}
+        return self._view(lambda p: p.content not in held_out), self._view(lambda p: p.content in held_out)
 
     def _view(self, keep: Any) -> "ClipDataset":
-        view = ClipDataset(self._store, self.meta, [p for p in self._places if keep(p)], self.modalities)
+        view = ClipDataset(self._store, self.meta, [p for p in self._entries if keep(p)], self.modalities)
         view._cache = self._cache
         return view
 
 
 def _share(content: str) -> float:
-    """A number in [0, 1) that depends on the content alone."""
+    """Return a number in [0, 1) that depends on the content only."""
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2**64
 
 
 def open_dataset(uri: str, modalities: Sequence[str] | None = None) -> ClipDataset:
-    """The clips of a dataset. ``modalities``: which latents to read, by default all it has.
+    """Open a dataset. `modalities`: latents to read (default: all).
 
-    ValueError when it is no dataset, unfinished, or lacks a modality.
+    Raise ValueError if it is unfinished, lacks a modality or is not a dataset.
     """
     store = Store(uri)
     facts = read_metadata_json(store)
     meta = parse_metadata(facts)
     wanted = meta.modalities if modalities is None else tuple(modalities)
     if missing := [m for m in wanted if m not in meta.clocks]:
-        raise ValueError(f"{uri} has no {missing[0]}: it was made with --modality {facts['config']['modality']}")
+        raise ValueError(f"{uri} has no {missing[0]}: it was built with --modality {facts['config']['modality']}")
     if not facts["complete"]:
-        raise ValueError(f"{uri} is unfinished: run the same `mfctl preprocess` command again")
+        raise ValueError(f"{uri} is unfinished. Run the same `mfctl preprocess` command again")
     dropped = excluded_ids(store)
     with ThreadPoolExecutor(PARALLEL_OPENS) as pool:
-        files = list(pool.map(partial(_places, store, timeline=meta.timeline(wanted)), _clip_files(store)))
-    places = [place for file in files for place in file if place.id not in dropped]
-    return ClipDataset(store, meta, sorted(places, key=lambda p: p.id), wanted)
+        files = list(pool.map(partial(_read_entries, store, timeline=meta.timeline(wanted)), _clip_files(store)))
+    entries = [entry for file in files for entry in file if entry.id not in dropped]
+    return ClipDataset(store, meta, sorted(entries, key=lambda p: p.id), wanted)
 
 
 def _clip_files(store: Store) -> list[str]:
@@ -240,8 +243,8 @@ def _clip_files(store: Store) -> list[str]:
     return [file["name"] for marker in markers for file in marker["files"] if file["kind"] == "clips"]
 
 
-def _places(store: Store, name: str, timeline: Timeline) -> list[_Place]:
-    """The clips of one file; latents are not read."""
+def _read_entries(store: Store, name: str, timeline: Timeline) -> list[_ClipEntry]:
+    """Return the index entries of one file without reading latents."""
     with store.open(name) as handle:
         file = pq.ParquetFile(handle)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
@@ -249,7 +252,7 @@ def _places(store: Store, name: str, timeline: Timeline) -> list[_Place]:
         table = file.read(names, use_threads=False)
     where = ((group, row) for group, size in enumerate(sizes) for row in range(size))
     return [
-        _Place(
+        _ClipEntry(
             id=row["id"],
             source_uri=row["source_uri"],
             content=row["source_content"],
@@ -266,7 +269,7 @@ def _places(store: Store, name: str, timeline: Timeline) -> list[_Place]:
 
 
 def excluded_ids(store: Store) -> set[str]:
-    """Ids that a duplicate pass marked for removal."""
+    """Return the ids of clips that the duplicate pass excluded."""
     if not store.exists("_duplicates.parquet"):
         return set()
     with store.open("_duplicates.parquet") as file:
@@ -274,6 +277,8 @@ def excluded_ids(store: Store) -> set[str]:
 
 
 def _table(file: Any, names: list[str]) -> pa.Table:
-    """Some columns of a Parquet file, read on this thread: a thread of Arrow may let go of the Python file object while
-    the interpreter is shutting down, which aborts the process after a short command."""
+    """Read columns of a Parquet file on this thread.
+
+    A thread of Arrow could release the file object during interpreter shutdown, which aborts the process.
+    """
     return pq.read_table(file, columns=names, use_threads=False, pre_buffer=False)

@@ -1,8 +1,8 @@
-"""One Parquet row = one clip: the columns, how a row is made, how it is read back.
+"""Parquet schema of clips: one row per clip, with its writer and reader.
 
-The first block of columns has names, types and axis orders of FastVideo's text-to-video-and-audio (t2va) schema:
-tensors are ``<name>_bytes, _shape, _dtype``, video latents (C, T, h, w), audio latents (C, T), text (L, D), so data
-moves both ways. The second block is ours. In a uni-modal set the columns of the other modality are null.
+The first block of columns has the names, types and axis orders of the text-to-video-and-audio (t2va) schema of
+FastVideo: tensors are ``<name>_bytes, _shape, _dtype``, video latents (C, T, h, w), audio latents (C, T), text (L, D).
+The second block is specific to this project. In a unimodal dataset, the columns of the other modality are null.
 """
 
 import io
@@ -51,7 +51,7 @@ CLIPS = pa.schema(
         pa.field("duration_sec", pa.float64()),
         pa.field("fps", pa.float64()),
         pa.field("audio_sample_rate", pa.int64()),
-        # ours
+        # specific to this project
         pa.field("source_uri", pa.string()),
         pa.field("span_start_sec", pa.float64()),
         pa.field(
@@ -67,8 +67,8 @@ CLIPS = pa.schema(
         pa.field("source_content", pa.string()),
         pa.field("source_fps", pa.float64()),
         pa.field("loudness_db", pa.float64()),
-        pa.field("transcript_source", pa.string()),  # manifest, sidecar, whisper/...; null: there is no transcript
-        pa.field("fingerprint", pa.binary()),  # what near-duplicates are found by
+        pa.field("transcript_source", pa.string()),  # manifest, sidecar, whisper/...; null: no transcript
+        pa.field("fingerprint", pa.binary()),  # for near-duplicates
     ],
     metadata={"mfctl_schema_version": str(SCHEMA_VERSION)},
 )
@@ -76,7 +76,7 @@ CLIPS = pa.schema(
 REJECTS = pa.schema(
     [
         pa.field("uri", pa.string()),
-        pa.field("span_start_sec", pa.float64()),  # null: the source as a whole
+        pa.field("span_start_sec", pa.float64()),  # null: the whole source
         pa.field("span_end_sec", pa.float64()),
         pa.field("step", pa.string()),
         pa.field("reason", pa.string()),
@@ -100,25 +100,25 @@ _COMMON = [
     *("id", "caption", "source_uri", "span_start_sec", "transcript"),
     *(f"{name}_{part}" for name in ("text_embedding", "transcript_embedding") for part in ("bytes", "shape", "dtype")),
 ]
-_OF_MODALITY = {
+_MODALITY_COLUMNS = {
     VIDEO: ["vae_latent_bytes", "vae_latent_shape", "vae_latent_dtype", "first_frame_png"],
     AUDIO: ["audio_latent_bytes", "audio_latent_shape", "audio_latent_dtype"],
 }
 
 
 def columns_for(modalities: Sequence[str]) -> list[str]:
-    """The columns that reading clips of these modalities touches."""
-    return _COMMON + [name for m in modalities for name in _OF_MODALITY[m]]
+    """Return the columns that are read for clips of these modalities."""
+    return _COMMON + [name for m in modalities for name in _MODALITY_COLUMNS[m]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTensors:
-    """One clip as the trainer reads it. Latents are raw: whiten them with statistics from the model or the dataset."""
+    """One clip as read for training. Latents are raw, without whitening."""
 
     id: str
     video: Float[Tensor, "n C h w"] | None  # the first latent is the first frame alone
     audio: Float[Tensor, "n C"] | None
-    chunks: int  # whole chunks present in every modality that was read
+    chunks: int  # whole chunks in all modalities that were read
     caption: str
     caption_embedding: Float[Tensor, "L D"]
     words: Float[Tensor, "W D"]
@@ -147,7 +147,7 @@ def _png(frame: np.ndarray[Any, Any]) -> bytes:
 def to_row(
     clip: Clip, *, id: str, file_name: str, fps: float, sample_rate: int, times: dict[str, list[float]], dtype: str
 ) -> dict[str, Any]:
-    """A row of CLIPS from a clip that went through every step. ``dtype``: float32 or float16, of the latents."""
+    """Return the row of an encoded clip. `dtype`: float32 or float16, of the latents."""
     assert clip.latents is not None
     assert clip.caption_embedding is not None
     assert clip.words_embedding is not None
@@ -189,24 +189,25 @@ def to_row(
 
 
 class RowWriter:
-    """Rows into one local Parquet file, a row group at a time, so that a unit never holds more than ROW_GROUP clips."""
+    """Writer of one local Parquet file; holds at most one row group of ROW_GROUP rows."""
 
     def __init__(self, path: Path, schema: pa.Schema = CLIPS) -> None:
         self.path, self.rows = path, 0
         self._schema = schema
-        self._waiting: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Any]] = []
         self._writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False, write_statistics=False)
 
     def add(self, row: dict[str, Any]) -> None:
-        self._waiting.append(row)
+        """Append a row."""
+        self._rows.append(row)
         self.rows += 1
-        if len(self._waiting) == ROW_GROUP:
+        if len(self._rows) == ROW_GROUP:
             self._flush()
 
     def _flush(self) -> None:
-        if self._waiting:
-            self._writer.write_table(pa.Table.from_pylist(self._waiting, schema=self._schema))
-            self._waiting = []
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+            self._rows = []
 
     def __enter__(self) -> Self:
         return self
@@ -233,19 +234,20 @@ def _time_first(latents: Tensor | None) -> Tensor | None:
 
 
 def from_row(row: dict[str, Any], chunks: int) -> ClipTensors:
-    """What ``to_row`` wrote, as float32 tensors with time first. Columns that were not read count as absent."""
+    """Return the clip of a row as float32 tensors with time first; columns not read are None."""
     words = tuple(Word(**word) for word in row["transcript"] or [])
-    caption, spoken = _unpack(row, "text_embedding"), _unpack(row, "transcript_embedding")
-    assert caption is not None
-    assert spoken is not None
+    caption_embedding = _unpack(row, "text_embedding")
+    words_embedding = _unpack(row, "transcript_embedding")
+    assert caption_embedding is not None
+    assert words_embedding is not None
     return ClipTensors(
         id=row["id"],
         video=_time_first(_unpack(row, "vae_latent")),
         audio=_time_first(_unpack(row, "audio_latent")),
         chunks=chunks,
         caption=row["caption"],
-        caption_embedding=caption,
-        words=spoken,
+        caption_embedding=caption_embedding,
+        words=words_embedding,
         word_times=torch.tensor([[w.start, w.end] for w in words], dtype=torch.float64).reshape(-1, 2),
         transcript=words,
         first_frame_png=row.get("first_frame_png"),
@@ -255,6 +257,6 @@ def from_row(row: dict[str, Any], chunks: int) -> ClipTensors:
 
 
 def latent_counts(row: dict[str, Any]) -> dict[str, int]:
-    """Latents per modality that a row holds, among the columns that were read (the first-frame latent included)."""
+    """Return the latents per modality among the columns read, with the first-frame latent."""
     shapes = {VIDEO: row.get("vae_latent_shape"), AUDIO: row.get("audio_latent_shape")}
     return {modality: int(shape[1]) for modality, shape in shapes.items() if shape is not None}

@@ -1,7 +1,7 @@
-"""What a dataset folder says about itself: sources and work units, done markers, accounting.
+"""Bookkeeping of a dataset: sources and work units, done markers, counts.
 
-A work unit is a fixed group of sources. Its name holds its number and a hash of everything its outputs depend on, so
-the same unit made twice has the same files under the same names.
+A work unit is a fixed group of sources. Its name has its number and a hash of all inputs, so a unit that is processed
+twice has equal files under equal names.
 """
 
 import hashlib
@@ -34,16 +34,18 @@ class WorkUnit:
 
     @property
     def marker(self) -> str:
+        """Return the name of the done marker."""
         return f"_done/{self.name}.json"
 
     def to_json(self) -> str:
-        """Text that ``from_json`` turns into an equal unit: how a unit travels to a worker."""
+        """Return JSON text, for `from_json` in a worker."""
         return canonical_json({"name": self.name, "sources": [asdict(source) for source in self.sources]})
 
     @classmethod
     def from_json(cls, text: str) -> "WorkUnit":
-        facts = json.loads(text)
-        return cls(name=facts["name"], sources=tuple(_source(row) for row in facts["sources"]))
+        """Return the unit that `to_json` wrote."""
+        values = json.loads(text)
+        return cls(name=values["name"], sources=tuple(_source(row) for row in values["sources"]))
 
 
 def _source(row: Mapping[str, Any]) -> Source:
@@ -62,7 +64,7 @@ def _source(row: Mapping[str, Any]) -> Source:
 
 
 def read_units(store: Store) -> list[WorkUnit]:
-    """The units planned so far, in order."""
+    """Return the planned units in order."""
     if not store.exists(SOURCES_FILE):
         return []
     with store.open(SOURCES_FILE) as file:
@@ -81,23 +83,22 @@ def plan_units(
     *,
     keep_duplicates: bool = False,
 ) -> list[WorkUnit]:
-    """The known units and, for sources that none of them holds, new units behind them.
+    """Return the known units, followed by units of the new sources.
 
-    A new source with the bytes of an earlier one is marked: which one is kept thus depends on all sources and not on
-    the unit that processes them. ValueError when a known source has other content now: its clips would no longer be a
-    function of it.
+    A new source with the bytes of an earlier one is marked as a duplicate, independent of units. Raise ValueError if
+    the content of a known source changed.
     """
-    seen = {source.uri: source for unit in known for source in unit.sources}
+    by_uri = {source.uri: source for unit in known for source in unit.sources}
     fresh: list[Source] = []
     for source in sources:
-        if source.uri not in seen:
+        if source.uri not in by_uri:
             fresh.append(source)
-        elif seen[source.uri].fingerprint != source.fingerprint:
+        elif by_uri[source.uri].fingerprint != source.fingerprint:
             raise ValueError(
-                f"{source.uri} changed since this dataset was begun: write to a new dataset, or put the old file back"
+                f"{source.uri} changed since it entered the dataset. Restore the file, or write to a new dataset"
             )
     if not keep_duplicates:
-        fresh = _marked(list(seen.values()), fresh)
+        fresh = _mark_duplicates(list(by_uri.values()), fresh)
     units = list(known)
     for at in range(0, len(fresh), per_unit):
         group = tuple(fresh[at : at + per_unit])
@@ -106,9 +107,11 @@ def plan_units(
     return units
 
 
-def _marked(known: Sequence[Source], fresh: Sequence[Source]) -> list[Source]:
-    """The fresh sources; those with the bytes (and the part) of an earlier one name it. Files are read only where size
-    and fingerprint are those of another."""
+def _mark_duplicates(known: Sequence[Source], fresh: Sequence[Source]) -> list[Source]:
+    """Return the fresh sources, with the URI of an equal earlier one in `duplicate_of`.
+
+    Files are read only if size and fingerprint are equal.
+    """
     kept: dict[tuple[int, str, str], list[Source]] = {}
     marked: list[Source] = []
     for number, source in enumerate([*known, *fresh]):
@@ -122,7 +125,7 @@ def _marked(known: Sequence[Source], fresh: Sequence[Source]) -> list[Source]:
 
 
 def write_units(store: Store, units: Sequence[WorkUnit]) -> None:
-    """Put ``_sources.parquet``."""
+    """Write ``_sources.parquet``."""
     rows = [asdict(source) | {"unit": unit.name} for unit in units for source in unit.sources]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=SOURCES), buffer)
@@ -130,12 +133,12 @@ def write_units(store: Store, units: Sequence[WorkUnit]) -> None:
 
 
 def finished_units(store: Store) -> set[str]:
-    """Names of the units whose marker is there."""
+    """Return the names of the units with a done marker."""
     return {name.removeprefix("_done/").removesuffix(".json") for name in store.list_files("_done")}
 
 
 def read_markers(store: Store, units: Iterable[WorkUnit]) -> Iterator[dict[str, Any]]:
-    """The markers of these units, one at a time; they must be finished."""
+    """Yield the markers of finished units."""
     return (json.loads(store.read(unit.marker)) for unit in units)
 
 
@@ -144,7 +147,7 @@ def read_markers(store: Store, units: Iterable[WorkUnit]) -> Iterator[dict[str, 
 
 @dataclass
 class DatasetCounts:
-    """What markers add up to."""
+    """Sums over markers."""
 
     accepted: int = 0
     rejected_sources: int = 0
@@ -153,6 +156,7 @@ class DatasetCounts:
     reasons: Counter[str] = field(default_factory=Counter[str])
 
     def add(self, marker: Mapping[str, Any]) -> None:
+        """Add the counts of a marker."""
         self.accepted += marker["accepted"]
         self.rejected_sources += marker["rejected_sources"]
         self.seconds += marker["seconds"]
@@ -160,8 +164,10 @@ class DatasetCounts:
         self.reasons.update(marker["rejects_by_reason"])
 
     def counts(self) -> dict[str, Any]:
-        """The counts of the command line's contract. ``spans = accepted + rejected``: a source that gave no span at all
-        is one reject row, counted as one span of unknown extent (``rejected_sources``: how many of those there are)."""
+        """Return the counts that the command line prints, with ``spans = accepted + rejected``.
+
+        A source without a span is one reject row and counts as one span; `rejected_sources` is their number.
+        """
         rejected = sum(self.reasons.values())
         return {
             "sources": self.sources,
@@ -175,7 +181,7 @@ class DatasetCounts:
 
 
 def sum_counts(markers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The counts of all these markers."""
+    """Return the counts of several markers."""
     totals = DatasetCounts()
     for marker in markers:
         totals.add(marker)
@@ -183,43 +189,45 @@ def sum_counts(markers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def verify_dataset(store: Store) -> list[str]:
-    """Recompute checksums and the accounting from the files themselves; what is wrong, one line each."""
+    """Recompute checksums and counts from the files. Return one message per error."""
     units = read_units(store)
     done = finished_units(store)
-    wrong = [
-        f"unit {u.name} is not finished: run the same preprocess command again" for u in units if u.name not in done
+    errors = [
+        f"unit {u.name} is unfinished: run the same preprocess command again" for u in units if u.name not in done
     ]
-    wrong += [f"_done/{name}.json belongs to no unit" for name in sorted(done - {u.name for u in units})]
+    errors += [f"_done/{name}.json belongs to no unit" for name in sorted(done - {u.name for u in units})]
     expected: set[str] = set()
     for unit in (u for u in units if u.name in done):
         marker = json.loads(store.read(unit.marker))
         expected |= {file["name"] for file in marker["files"]}
-        wrong += _verify_unit(store, unit, marker)
+        errors += _verify_unit(store, unit, marker)
     present = {name for folder in ("clips", "rejects") for name in store.list_files(folder)}
-    return wrong + [f"{name} belongs to no finished unit" for name in sorted(present - expected)]
+    return errors + [f"{name} belongs to no finished unit" for name in sorted(present - expected)]
 
 
 def _verify_unit(store: Store, unit: WorkUnit, marker: Mapping[str, Any]) -> list[str]:
-    wrong: list[str] = []
+    errors: list[str] = []
     uris: Counter[str] = Counter()
     rows: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     for file in marker["files"]:
         if not store.exists(file["name"]):
-            wrong.append(f"{file['name']} is missing")
+            errors.append(f"{file['name']} is missing")
             continue
         data = store.read(file["name"])
         if hashlib.sha256(data).hexdigest() != file["sha256"]:
-            wrong.append(f"{file['name']} has another checksum than its marker says")
+            errors.append(f"{file['name']} does not have the checksum of its marker")
             continue
         names = ["source_uri"] if file["kind"] == "clips" else ["uri", "reason"]
         table = pq.read_table(io.BytesIO(data), columns=names)
         rows[file["kind"]] += table.num_rows
         uris.update(table[names[0]].to_pylist())
         reasons.update(table["reason"].to_pylist() if file["kind"] == "rejects" else [])
-    if wrong:
-        return wrong
+    if errors:
+        return errors
     if rows["clips"] != marker["accepted"] or dict(reasons) != marker["rejects_by_reason"]:
-        wrong.append(f"unit {unit.name}: its files hold {dict(rows)}, its marker says otherwise")
-    lost = {source.uri for source in unit.sources} ^ set(uris)
-    return wrong + [f"unit {unit.name}: {uri} is in its sources or its files, not in both" for uri in sorted(lost)]
+        errors.append(f"unit {unit.name}: its files have {dict(rows)} rows, unlike its marker")
+    unmatched = {source.uri for source in unit.sources} ^ set(uris)
+    return errors + [
+        f"unit {unit.name}: {uri} is in its sources or in its files, but not in both" for uri in sorted(unmatched)
+    ]

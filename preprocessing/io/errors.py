@@ -1,4 +1,4 @@
-"""Infrastructure errors: failures of storage or the machine that end a run and do not concern a single clip."""
+"""Infrastructure errors: failures of storage or the machine that end a run."""
 
 import errno
 import sys
@@ -11,7 +11,7 @@ _RERUN = "then run the same command again to resume"
 
 
 class InfrastructureError(RuntimeError):
-    """Failure of the machine or its storage, independent of the clip. The message contains the remedy."""
+    """Failure of the machine or its storage, with the remedy in the message."""
 
 
 @contextmanager

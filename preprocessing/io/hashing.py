@@ -12,7 +12,7 @@ def canonical_json(value: Any) -> str:
 
 
 def content_hash(value: Any, length: int = 16) -> str:
-    """Return the first `length` hexadecimal digits of the SHA-256 of the canonical JSON of a value."""
+    """Return `length` hexadecimal digits of the SHA-256 of the canonical JSON of a value."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
 
 

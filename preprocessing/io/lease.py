@@ -38,7 +38,7 @@ def verify_lease(store: Store, token: str) -> None:
 
 
 class Lease:
-    """Lease of a store for the length of a ``with`` block. Raises ValueError if another live driver holds it."""
+    """Lease of a store in a ``with`` block. Raises ValueError if a live driver holds it."""
 
     def __init__(self, store: Store, seconds: float = LEASE_SECONDS) -> None:
         self.token = secrets.token_hex(8)
@@ -91,7 +91,7 @@ def _read(store: Store) -> dict[str, Any]:
 
 
 def _live_holder(lease: dict[str, Any]) -> str | None:
-    """Describe the holder of a lease; None if it is free, expired or its process on this machine is dead."""
+    """Describe the holder of a lease; None if free, expired or of a dead local process."""
     if not lease or lease["expires"] < time.time():
         return None
     if lease["host"] == socket.gethostname() and process_start_time(lease["pid"]) != lease["started"]:

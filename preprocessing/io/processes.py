@@ -17,7 +17,7 @@ _SCRATCH = re.compile(r"mfctl-([0-9a-f]{8})-(\d+)-(\d+)-.*")
 
 
 def process_start_time(pid: int) -> str | None:
-    """Return the start time of a process, to detect reuse of its PID; None if no process with this PID runs.
+    """Return the start time of a process, to detect reuse of its PID; None without a process.
 
     The unit is clock ticks since boot: changes of the system clock do not affect it.
     """
@@ -32,7 +32,7 @@ def process_start_time(pid: int) -> str | None:
 
 
 def limit_process(command: Sequence[str], memory: int) -> list[str]:
-    """Return a command whose process has at most `memory` bytes of data and ends with the thread that started it.
+    """Return a command with a limit of `memory` bytes that ends with the calling thread.
 
     Without util-linux, the command is returned unchanged.
     """
@@ -51,7 +51,7 @@ def _is_installed(program: str) -> bool:
 
 @contextmanager
 def scratch_dir() -> Generator[Path]:
-    """Yield a temporary folder, removed at the end, or by `delete_stale_scratch` if this process is killed."""
+    """Yield a temporary folder; `delete_stale_scratch` removes it if this process is killed."""
     name = f"mfctl-{_host_digest()}-{os.getpid()}-{process_start_time(os.getpid()) or 0}-"
     with tempfile.TemporaryDirectory(prefix=name) as folder:
         yield Path(folder)

@@ -36,9 +36,10 @@ def report_while_waiting(
     seen: Callable[[], bool] = lambda: False,
     every: float | None = None,
 ) -> Iterator[Callable[[], None]]:
-    """Report on standard error that `subject` is awaited, until `seen()` or until the yielded function is called.
+    """Report on standard error that `subject` is awaited.
 
-    Ray waits for machines silently and without limit, also for those that a quota refuses.
+    Reports end when `seen()` is true or the yielded function is called. Ray waits for machines
+    silently and without limit, also for those that a quota refuses.
 
     Args:
         subject: Noun phrase for the message, such as "machines for 4 workers".

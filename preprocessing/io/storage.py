@@ -1,7 +1,8 @@
-"""Files in a local folder or under s3://, through fsspec. Names in a store are relative, with forward slashes.
+"""Files in a local folder or under s3://, through fsspec.
 
-A file is either absent or complete. Local files are written next to their target and renamed; S3 objects appear when
-their upload ends. A killed process may leave local temporary files, which `Store.delete_temporary` removes.
+Names in a store are relative, with forward slashes. A file is either absent or complete. Local files are written next
+to their target and renamed; S3 objects appear when their upload ends. A killed process may leave local temporary files,
+which `Store.delete_temporary` removes.
 """
 
 import os
@@ -58,7 +59,7 @@ def _translating_errors(
 
 
 class Store:
-    """Local folder or prefix in object storage. Methods raise InfrastructureError if the storage fails."""
+    """Local folder or prefix in object storage. Raises InfrastructureError if storage fails."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri if is_remote(uri) else os.path.abspath(local_path(uri) if uri.startswith("file://") else uri)
@@ -77,7 +78,7 @@ class Store:
 
     @_translating_errors(bucket=False)
     def list_entries(self) -> list[str]:
-        """Return the sorted names of the files and folders directly in the store; empty if it is absent."""
+        """Return the sorted names of files and folders in the store; empty if it is absent."""
         if self.remote:
             self._fs.invalidate_cache()
         if not self._fs.exists(self._root):
@@ -130,7 +131,7 @@ class Store:
 
     @_translating_errors(bucket=True)
     def create_exclusive(self, name: str, data: bytes) -> bool:
-        """Write a file unless one of that name exists; return True if written. Not atomic in object storage."""
+        """Write a file unless it exists; return True if written. Not atomic in object storage."""
         if self.remote:
             if self.exists(name):
                 return False
@@ -193,7 +194,7 @@ class Store:
 
 @contextmanager
 def local_copy(uri: str) -> Generator[str]:
-    """Yield a local path with the content of a source: the file itself or a temporary copy of a remote object.
+    """Yield a local path of a source: the file itself or a temporary copy of a remote object.
 
     Raise FileNotFoundError or PermissionError for an absent or forbidden object, else InfrastructureError.
     """
@@ -216,7 +217,7 @@ def filesystem_for(uri: str) -> tuple[Any, str]:
 
 
 def _disable_expect_header() -> None:
-    """Stop botocore from sending `Expect: 100-continue`: aiohttp waits for the reply without a timeout."""
+    """Disable `Expect: 100-continue` of botocore: aiohttp awaits the reply without a timeout."""
     from botocore import handlers
 
     handler = ("before-call.s3", handlers.add_expect_header)

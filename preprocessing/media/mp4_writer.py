@@ -1,4 +1,4 @@
-"""Write H.264 + AAC mp4 files, whole or as a stream. With media.py (which reads) the only file that talks to ffmpeg."""
+"""Write H.264 + AAC mp4 files, as a whole or as a stream."""
 
 import os
 import subprocess
@@ -14,15 +14,16 @@ from preprocessing.records import Frames, Waveform
 
 
 def file_url(path: str | os.PathLike[str]) -> str:
-    """A name that ffmpeg cannot mistake for an option, a protocol or a pattern."""
+    """Return a file name that ffmpeg does not parse as an option, protocol or pattern."""
     return "file:" + os.path.abspath(os.fspath(path))
 
 
 class Mp4Writer:
-    """H.264 + AAC mp4 from portions of frames and samples, in any order; appears under its name only when complete.
+    """Writer of an H.264 + AAC mp4 from chunks of frames and samples.
 
-    Picture and sound both begin at 0. Frames are encoded as they come; samples wait in a file beside the target and are
-    muxed at the end, so neither stream ever waits for the other and memory stays flat.
+    The file appears under its name when it is complete. Video and audio both begin at 0. Frames are encoded on arrival.
+    Samples are kept in a file next to the target and muxed at the end, so the streams are independent and memory is
+    constant.
     """
 
     def __init__(
@@ -33,11 +34,11 @@ class Mp4Writer:
         size: tuple[int, int] | None = None,
         sample_rate: int | None = None,
     ) -> None:
-        """``fps`` and ``size`` (height, width; even) for a picture, ``sample_rate`` for sound; at least one of them."""
+        """Open a writer: `fps` and `size` (even height, width) for video, `sample_rate` for audio."""
         if (fps is None) != (size is None) or (fps is None and sample_rate is None):
-            raise ValueError("an mp4 needs fps and size for a picture, sample_rate for sound, or all three")
+            raise ValueError("an mp4 needs fps and size for video, sample_rate for audio, or all three")
         if size is not None and (size[0] % 2 or size[1] % 2):
-            raise ValueError(f"H.264 needs an even height and width, got {size[0]}x{size[1]}: choose an even size")
+            raise ValueError(f"size {size[0]}x{size[1]}: H.264 needs an even height and width")
         self.path = Path(os.path.abspath(os.fspath(path)))
         self._fps, self._size, self._rate = fps, size, sample_rate
         stem = self.path.with_name(f".{self.path.name}.{os.getpid()}")
@@ -60,7 +61,7 @@ class Mp4Writer:
                 pix_fmt="yuv420p",
                 crf=16,
                 preset="veryfast",
-                threads=1,  # bytes then do not depend on the machine
+                threads=1,  # for equal bytes on all machines
                 colorspace="bt709",
                 color_primaries="bt709",
                 color_trc="bt709",
@@ -73,22 +74,22 @@ class Mp4Writer:
 
     def push_frames(self, frames: Frames) -> None:
         """Append uint8 ``(n, height, width, 3)`` frames."""
-        assert self._encoder is not None, "this mp4 was opened without a picture"
+        assert self._encoder is not None, "this mp4 was opened without video"
         assert self._encoder.stdin is not None
         if frames.shape[1:] != (*(self._size or ()), 3) or frames.dtype != np.uint8:
             raise ValueError(f"expected uint8 frames of {self._size}, got {frames.dtype} {frames.shape}")
         self._encoder.stdin.write(np.ascontiguousarray(frames).tobytes())
 
     def push_samples(self, samples: Waveform) -> None:
-        """Append float samples in [-1, 1]; what lies outside is clipped."""
-        assert self._samples is not None, "this mp4 was opened without sound"
+        """Append float samples in [-1, 1]; others are clipped."""
+        assert self._samples is not None, "this mp4 was opened without audio"
         self._samples.write(np.clip(samples, -1, 1).astype(np.float32).tobytes())
 
     def close(self) -> None:
-        """Finish the streams, mux them and put the file under its name."""
+        """Finish the streams, mux them and rename the file."""
         if self._encoder is not None:
-            _, said = self._encoder.communicate()
-            self._check(self._encoder.returncode, said)
+            _, stderr = self._encoder.communicate()
+            self._check(self._encoder.returncode, stderr)
         if self._samples is not None:
             self._samples.close()
         done = subprocess.run(self._mux_command(), capture_output=True, check=False, stdin=subprocess.DEVNULL)
@@ -109,15 +110,15 @@ class Mp4Writer:
         return self._named(merged.global_args("-hide_banner", "-loglevel", "error", "-y").compile())
 
     def _named(self, command: list[str]) -> list[str]:
-        """The command with real names in place of marks (ffmpeg-python cannot hash names that are no UTF-8)."""
-        marks = {"@video": self._video, "@sound": self._sound, "@whole": self._whole}
-        return [file_url(marks[word]) if word in marks else word for word in command]
+        """Replace placeholders by file names; ffmpeg-python cannot hash names outside UTF-8."""
+        names = {"@video": self._video, "@sound": self._sound, "@whole": self._whole}
+        return [file_url(names[word]) if word in names else word for word in command]
 
-    def _check(self, code: int, said: bytes) -> None:
+    def _check(self, code: int, stderr: bytes) -> None:
         if code != 0:
             self._clean()
-            reason = said.decode("utf-8", "replace").strip() or f"ffmpeg ended with code {code}"
-            raise RuntimeError(f"could not write {self.path}: {reason}")
+            reason = stderr.decode("utf-8", "replace").strip() or f"ffmpeg ended with code {code}"
+            raise RuntimeError(f"cannot write {self.path}: {reason}")
 
     def _clean(self) -> None:
         for path in (self._video, self._sound, self._whole):
@@ -146,7 +147,7 @@ def write_mp4(
     *,
     sample_rate: int | None = None,
 ) -> None:
-    """Write a whole clip; see Mp4Writer. Frames uint8 ``(n, height, width, 3)``, waveform float32 ``(samples,)``."""
+    """Write a clip: frames uint8 ``(n, height, width, 3)``, waveform float32 ``(samples,)``."""
     size = None if frames is None else (frames.shape[1], frames.shape[2])
     with Mp4Writer(path, fps=fps if size else None, size=size, sample_rate=sample_rate) as writer:
         if frames is not None:

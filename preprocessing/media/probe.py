@@ -1,4 +1,4 @@
-"""Probe media with ffprobe: streams, and the timestamps at which their decoded frames and samples begin."""
+"""Probe media with ffprobe: streams and the timestamps of their first decoded frames."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from preprocessing.io.processes import limit_process
 from preprocessing.media.mp4_writer import file_url
 
 STALL_SECONDS = 60.0
-DECODER_BYTES = 4 << 30  # of memory for ffmpeg: 16 reference frames of 8K in 10 bits, and HDR on top
-# Codes with which ffmpeg ends when something else ended it, and the signal: 255 is what it makes of a polite one.
+DECODER_BYTES = 4 << 30  # memory of ffmpeg: 16 reference frames of 8K in 10 bits, and HDR
+# Exit codes of ffmpeg after a signal from outside; it turns SIGTERM into 255.
 KILL_SIGNALS = {-signal.SIGKILL: signal.SIGKILL, -signal.SIGTERM: signal.SIGTERM, 255: signal.SIGTERM}
 _NO_MEMORY = ("Cannot allocate memory", "get_buffer() failed")
 
 
 class MediaError(ValueError):
-    """A file that cannot be probed or decoded. ``reason`` is a short stable word, ``detail`` what ffmpeg said."""
+    """A file cannot be probed or decoded: `reason` is a stable word, `detail` a message."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -31,53 +31,57 @@ class MediaError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
+    """Properties of a video stream."""
+
     index: int  # stream number in the file
     width: int  # coded pixels, before rotation and pixel aspect
     height: int
-    pixel_aspect: float = 1.0  # width of a pixel over its height, before rotation
-    rotation: int = 0  # quarter turns in degrees, as the file says; ffmpeg applies it when it decodes
-    fps: float  # average rate as the header claims it; 0 when unknown
+    pixel_aspect: float = 1.0  # width / height of a pixel, before rotation
+    rotation: int = 0  # degrees, multiple of 90; ffmpeg applies it when decoding
+    fps: float  # average rate in the header; 0: unknown
     start: float  # timestamp of the first decoded frame, seconds
-    transfer: str  # colour transfer, e.g. bt709 or smpte2084
-    matrix: str  # colour matrix; "" when the file does not say
+    transfer: str  # color transfer, e.g. bt709 or smpte2084
+    matrix: str  # color matrix; "": unknown
     interlaced: bool
 
     @property
     def display_size(self) -> tuple[float, float]:
-        """(height, width) as a viewer sees it, in pixels of the coded height: upright and with square pixels."""
+        """Return the displayed (height, width), after rotation and with square pixels."""
         height, width = float(self.height), self.width * self.pixel_aspect
         return (width, height) if self.rotation % 180 else (height, width)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioInfo:
+    """Properties of an audio stream."""
+
     index: int  # stream number in the file
     sample_rate: int
     channels: int
-    start: float  # timestamp of the first decoded sample, seconds; nan when none was among the first packets
+    start: float  # timestamp of the first decoded sample, seconds; nan: none in the first packets
 
 
 @dataclass(frozen=True, kw_only=True)
 class MediaInfo:
-    """What a file holds. Timestamps are the container's own; ``origin`` is the one a player shows as 0."""
+    """Streams of a file. Timestamps are those of the container; players show `origin` as 0."""
 
     video: VideoInfo | None
     audio: AudioInfo | None
     origin: float
-    duration: float  # as the header claims it; 0 when unknown
+    duration: float  # seconds in the header; 0: unknown
 
     @property
     def start(self) -> float:
-        """Timestamp of the first decoded frame, or sample where there is no picture."""
+        """Return the timestamp of the first decoded frame, or of the first sample without video."""
         if self.video is not None:
             return self.video.start
-        assert self.audio is not None, "probe never returns a file without streams"
+        assert self.audio is not None, "a probed file has a stream"
         return self.audio.start
 
 
-def is_out_of_memory(said: Sequence[str]) -> bool:
-    """Whether ffmpeg complained of too little memory."""
-    return any(words in line for line in said for words in _NO_MEMORY)
+def is_out_of_memory(lines: Sequence[str]) -> bool:
+    """Return True if the stderr of ffmpeg reports a lack of memory."""
+    return any(text in line for line in lines for text in _NO_MEMORY)
 
 
 def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float, memory: int) -> dict[str, Any]:
@@ -101,20 +105,22 @@ def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float, memory:
     except subprocess.TimeoutExpired:
         raise MediaError("timeout", f"ffprobe did not finish within {timeout:.0f} s") from None
     if done.returncode in KILL_SIGNALS:
-        raise MediaError("killed", f"something ended ffprobe with {KILL_SIGNALS[done.returncode].name}")
-    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    if is_out_of_memory(said):
+        raise MediaError("killed", f"ffprobe was ended from outside with {KILL_SIGNALS[done.returncode].name}")
+    errors = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    if is_out_of_memory(errors):
         raise MediaError("memory", f"its first frames need more than {memory >> 20} MiB to decode")
     facts: dict[str, Any] = json.loads(done.stdout or b"{}")
     if not facts.get("streams"):
-        raise MediaError("unreadable", said[-1].split(": ")[-1] if said else "no streams")
-    if 0 < len(facts.get("frames", [])) < 2 * len(said):  # encrypted or damaged: a complaint for every other frame
-        raise MediaError("corrupt", f"{len(said)} decoding errors in {len(facts['frames'])} frames: {said[-1][-100:]}")
+        raise MediaError("unreadable", errors[-1].split(": ")[-1] if errors else "no streams")
+    if 0 < len(facts.get("frames", [])) < 2 * len(errors):  # encrypted or damaged: an error for every other frame
+        raise MediaError(
+            "corrupt", f"{len(errors)} decoding errors in {len(facts['frames'])} frames: {errors[-1][-100:]}"
+        )
     return facts
 
 
 def _first_times(facts: dict[str, Any]) -> dict[int, float]:
-    """Stream number -> timestamp of its first decoded frame or block of samples."""
+    """Return the timestamp of the first decoded frame or block of samples by stream number."""
     first: dict[int, float] = {}
     for frame in facts.get("frames", []):
         stamp = frame.get("best_effort_timestamp_time", frame.get("pts_time"))
@@ -124,9 +130,9 @@ def _first_times(facts: dict[str, Any]) -> dict[int, float]:
 
 
 def _choose(streams: list[dict[str, Any]], kind: str, track: int | None = None) -> dict[str, Any] | None:
-    """The stream marked as default, else the first; cover pictures and streams without a known codec do not count.
+    """Return the default stream of a kind, else the first; skip cover images, unknown codecs.
 
-    ``track``: the stream of this number among those of its kind (0: the first), if it is usable.
+    With `track`, return the stream of this number among those of its kind, from 0, if it is usable.
     """
     if track is not None:
         streams = [s for s in streams if s.get("codec_type") == kind][track : track + 1]
@@ -143,8 +149,8 @@ def _choose(streams: list[dict[str, Any]], kind: str, track: int | None = None) 
 
 
 def _rate(text: str) -> float:
-    up, _, down = text.partition("/")
-    return float(up) / float(down) if float(down or 1) else 0.0
+    numerator, _, denominator = text.partition("/")
+    return float(numerator) / float(denominator) if float(denominator or 1) else 0.0
 
 
 def probe(
@@ -154,22 +160,28 @@ def probe(
     memory: int = DECODER_BYTES,
     audio_track: int | None = None,
 ) -> MediaInfo:
-    """What is in a file, from its header and its first decoded frames. ``audio_track``: 0 is the first one; None: the
-    one that the file marks as default.
+    """Return the streams of a file from its header and its first decoded frames.
 
-    Raises MediaError: ``unreadable`` (not media, truncated, empty), ``corrupt`` (its start decodes to noise: damaged or
-    encrypted), ``timeout``, ``memory`` (more than so many bytes), ``killed`` (by something else: says nothing about the
-    file). Outage without ffmpeg.
+    Args:
+        path: Local file.
+        timeout: Seconds for ffprobe.
+        memory: Memory limit of ffprobe in bytes.
+        audio_track: Number of the audio stream, from 0; None: the default stream.
+
+    Raises:
+        MediaError: `reason` is ``unreadable`` (not media, truncated, empty), ``corrupt`` (damaged or encrypted start),
+            ``timeout``, ``memory`` or ``killed`` (from outside).
+        InfrastructureError: ffmpeg is not installed.
     """
     if shutil.which("ffprobe") is None:
-        raise InfrastructureError("ffprobe is not installed: install ffmpeg (`mfctl doctor` says how)")
+        raise InfrastructureError("ffprobe is not installed: install ffmpeg. Run `mfctl doctor` for the command")
     if not os.path.isfile(path):
-        raise MediaError("unreadable", "no regular file" if os.path.exists(path) else "no such file")
+        raise MediaError("unreadable", "not a regular file" if os.path.exists(path) else "no such file")
     facts = _ffprobe(path, "%+#64", timeout, memory)
     first = _first_times(facts)
     video, audio = _choose(facts["streams"], "video"), _choose(facts["streams"], "audio", audio_track)
     if any(s is not None and s["index"] not in first for s in (video, audio)):
-        # A stream that begins late, or a picture hidden behind packets that an edit list discards.
+        # A stream begins late, or an edit list discards the first packets of the video.
         first = _first_times(_ffprobe(path, "%+30", timeout, memory)) | first
     start = float(facts.get("format", {}).get("start_time", 0.0))
     return MediaInfo(
@@ -180,8 +192,8 @@ def probe(
     )
 
 
-def _video_info(stream: dict[str, Any] | None, first: dict[int, float], fields: bool) -> VideoInfo | None:
-    """``fields``: a decoded frame was flagged as two fields, which headers often keep to themselves."""
+def _video_info(stream: dict[str, Any] | None, first: dict[int, float], interlaced: bool) -> VideoInfo | None:
+    """Return the properties of a video stream; `interlaced`: as found in decoded frames."""
     if stream is None or stream["index"] not in first:
         return None
     return VideoInfo(
@@ -194,14 +206,14 @@ def _video_info(stream: dict[str, Any] | None, first: dict[int, float], fields: 
         start=first[stream["index"]],
         transfer=stream.get("color_transfer", ""),
         matrix=stream.get("color_space", "").replace("unknown", ""),
-        interlaced=fields or stream.get("field_order", "progressive") in ("tt", "bb", "tb", "bt"),
+        interlaced=interlaced or stream.get("field_order", "progressive") in ("tt", "bb", "tb", "bt"),
     )
 
 
 def _rotation(stream: dict[str, Any]) -> int:
-    """Degrees; newer ffprobe says it as side data, older ones as a tag."""
-    said = [data["rotation"] for data in stream.get("side_data_list", []) if "rotation" in data]
-    return round(float((said or [stream.get("tags", {}).get("rotate", 0)])[0]))
+    """Return the rotation in degrees: side data in new versions of ffprobe, a tag in old ones."""
+    rotations = [data["rotation"] for data in stream.get("side_data_list", []) if "rotation" in data]
+    return round(float((rotations or [stream.get("tags", {}).get("rotate", 0)])[0]))
 
 
 def _audio_info(stream: dict[str, Any] | None, first: dict[int, float]) -> AudioInfo | None:

@@ -20,15 +20,16 @@ Row = dict[str, Any]
 
 
 def emilia(folder: Path) -> Iterator[Row]:
-    """Yield the rows of Emilia: audio files with a ``.json`` of the same name with ``text`` and ``duration``."""
+    """Yield the rows of Emilia: audio files with ``text`` and ``duration`` in a ``.json``."""
     for sound, facts in _with_json(folder, SOUND_SUFFIXES):
         yield _row(sound, transcript=_timed_words(facts, ("text",), sound))
 
 
 def panda70m(folder: Path) -> Iterator[Row]:
-    """Yield the rows of Panda-70M: ``*.csv`` with videoID, timestamp and caption lists, and videos ``<videoID>.mp4``.
+    """Yield the rows of Panda-70M.
 
-    Missing videos are skipped, as many of this corpus are no longer available.
+    ``*.csv`` have videoID and lists of timestamps and captions; videos are ``<videoID>.mp4``. Missing
+    videos are skipped, as many of this corpus are no longer available.
     """
     videos = {path.stem: path for path in _media(folder, VIDEO_SUFFIXES)}
     for table in sorted(folder.glob("*.csv")):
@@ -65,7 +66,7 @@ def speakervid(folder: Path) -> Iterator[Row]:
 
 
 def seamless(folder: Path) -> Iterator[Row]:
-    """Yield the rows of Seamless Interaction: videos with timed words in ``metadata:transcript`` of a ``.json``."""
+    """Yield the rows of Seamless Interaction: timed words are in ``metadata:transcript``."""
     for video, facts in _with_json(folder, VIDEO_SUFFIXES):
         lines = facts.get("metadata:transcript") or []
         words = [w for line in lines for w in line.get("words") or []]
@@ -86,7 +87,7 @@ CORPORA: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def write_manifest(layout: str, folder: str, out: str) -> int:
-    """Write the manifest of a corpus to a new ``.jsonl`` and return its row count. Raise ValueError if it is empty."""
+    """Write the manifest of a corpus to a new ``.jsonl`` and return its row count."""
     if layout not in CORPORA:
         raise ValueError(f"unknown layout {layout!r}: use one of {', '.join(CORPORA)}")
     if not Path(folder).is_dir() or not out.endswith(".jsonl") or Path(out).exists():

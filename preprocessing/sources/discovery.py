@@ -36,7 +36,7 @@ _EDGE = 1 << 16  # bytes hashed at each end of a file
 
 
 def split_fragment(uri: str) -> tuple[str, tuple[float, float | None] | None]:
-    """Split a URI into that of the file and the (start, end) seconds of its fragment; end None: to the end."""
+    """Split a URI into the file and the (start, end) seconds of its fragment; None: to the end."""
     base, mark, span = uri.partition("#t=")
     if not mark:
         return uri, None
@@ -45,7 +45,7 @@ def split_fragment(uri: str) -> tuple[str, tuple[float, float | None] | None]:
 
 
 def find_sources(arguments: Iterable[str]) -> list[Source]:
-    """Return the unique sources of all arguments by URI. Raise ValueError if an argument has none."""
+    """Return the unique sources of all arguments. Raise ValueError if an argument has none."""
     found: dict[str, Source] = {}
     for argument in arguments:
         sources = list(_find(argument))
@@ -79,7 +79,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def edge_fingerprint(path: str) -> str:
-    """Return a hash of the size and the first and last 64 KiB of a file, independent of its location."""
+    """Return a hash of the size and the first and last 64 KiB of a file."""
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
@@ -90,7 +90,7 @@ def edge_fingerprint(path: str) -> str:
 
 
 def _local(path: str) -> Source:
-    """Return the source of a path. An unreadable or special file is a source too; probing rejects it later."""
+    """Return the source of a path. Probing rejects unreadable and special files later."""
     try:
         if os.path.isfile(path):
             return Source(uri=local_uri(path), size=os.path.getsize(path), fingerprint=edge_fingerprint(path))
@@ -100,9 +100,9 @@ def _local(path: str) -> Source:
 
 
 def has_same_content(one: Source, other: Source) -> bool:
-    """Return True if two sources of equal size and fingerprint have equal content; False if one is unreadable.
+    """Return True if two sources of equal size and fingerprint have equal content.
 
-    In object storage, the fingerprint is the ETag of the whole content.
+    Return False if one is unreadable. In object storage, the fingerprint is the ETag of the whole content.
     """
     uris = [split_fragment(source.uri)[0] for source in (one, other)]
     if any(is_remote(uri) for uri in uris):
@@ -169,7 +169,7 @@ def _manifest_source(row: Mapping[str, Any], uri: str, folder: str, *, where: st
 
 
 def _fragment(row: Mapping[str, Any], where: str) -> str:
-    """Return ``#t=start,end`` with up to six decimals for a row about a part of a file, else an empty string."""
+    """Return ``#t=start,end`` for a row about a part of a file, else an empty string."""
     bounds = [row.get("start"), row.get("end")]
     if all(value in (None, "") for value in bounds):
         return ""
@@ -188,7 +188,7 @@ def _seconds(value: float) -> str:
 
 
 def parse_transcript(value: Any, where: str) -> tuple[Word, ...] | None:
-    """Return the words of a transcript (JSON, list of mappings or None). Raise ValueError if it is malformed."""
+    """Return the words of a transcript (JSON, list of mappings or None)."""
     if value is None or value == "":
         return None
     try:
@@ -199,7 +199,7 @@ def parse_transcript(value: Any, where: str) -> tuple[Word, ...] | None:
 
 
 def display_name(uri: str) -> str:
-    """Return the last part of a URI, decoded; names with bytes outside UTF-8 remain percent-encoded."""
+    """Return the last part of a URI, decoded if it is valid UTF-8."""
     name = uri.split("#", 1)[0].rsplit("/", 1)[-1]
     decoded = unquote(name)
     return name if "\N{REPLACEMENT CHARACTER}" in decoded else decoded

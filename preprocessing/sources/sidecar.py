@@ -1,4 +1,4 @@
-"""Caption and transcript of a clip: from the manifest, else from sidecar files, else missing.
+"""Read captions and transcripts from sidecar files if the manifest has none.
 
 ``NAME.json`` = {"caption": text, "transcript": [{"word", "start", "end"}]}, times in seconds since the source's origin.
 ``NAME.vtt`` or ``NAME.srt``: the transcript if the JSON has none. ``NAME.txt``: the caption.
@@ -32,7 +32,7 @@ def _read_sidecar_file(uri: str, suffix: str) -> bytes | None:
 
 
 def read_sidecar(source: Source) -> Source:
-    """Return the source with caption and transcript from sidecar files. Raise Rejected if one is malformed."""
+    """Add caption and transcript from sidecar files. Raise Rejected if one is malformed."""
     if source.caption is not None and source.transcript is not None:
         return source
     uri, _ = split_fragment(source.uri)
@@ -65,7 +65,7 @@ def _read_json(uri: str) -> dict[str, Any]:
 
 
 def attach_text(clip: Clip) -> Clip:
-    """Return the clip with its caption and the words whose middle is in the span, with times relative to the span."""
+    """Add the caption, and the words with their middle in the span at times relative to it."""
     start, end = clip.span[0] + clip.moved, clip.span[1] + clip.moved  # times in the audio of the source
     words = tuple(
         Word(word=w.word, start=max(0.0, w.start - start), end=min(end - start, w.end - start))

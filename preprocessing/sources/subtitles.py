@@ -34,7 +34,7 @@ class _Cue:
 
 
 def parse_subtitles(data: bytes) -> tuple[Word, ...]:
-    """Return the words of a subtitle file, sorted by time. Raise ValueError if it has no cue with times."""
+    """Return the words of a subtitle file, sorted by time. Raise ValueError without a cue."""
     text = data.decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n").lstrip()
     first = _TIMING.search(text)
     if first is None:
@@ -89,7 +89,7 @@ def _without_repeats(cues: Sequence[_Cue]) -> list[_Cue]:
 
 
 def _repeated_lines(previous: _Cue, cue: _Cue) -> int:
-    """Return how many lines at the start of `cue` equal those at the end of the cue directly before."""
+    """Count the lines at the start of `cue` that repeat the end of the cue directly before."""
     if cue.start - previous.end > _TOUCHING_S:
         return 0
     longest = min(len(previous.lines), len(cue.lines))

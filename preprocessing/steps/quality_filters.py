@@ -1,7 +1,6 @@
-"""Keep or reject: technical filters, each with its own reason, and the sync estimate that is recorded, not judged.
+"""Technical quality filters, each with its reason.
 
-Defaults are lenient: they catch what cannot be talking audio-video (black, frozen, digitally silent), nothing more. A
-threshold of None switches its filter off.
+The defaults are lenient: they reject black, frozen and digitally silent clips only.
 """
 
 from dataclasses import dataclass, replace
@@ -16,21 +15,19 @@ from preprocessing.records import Clip, Rejected
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """Thresholds; None switches a filter off."""
+    """Thresholds; None disables a filter."""
 
-    min_side: int | None = 32  # pixels, the shorter side of the source's picture
-    min_fps: float | None = 5.0  # of the source, where it says
-    max_pixels: int | None = 8192 * 4608  # of the source's picture: bounds the memory of one decoder
-    black_level: float | None = 12.0  # brightest tolerated 99th percentile of grey (0..255) of a black clip
-    frozen_change: float | None = (
-        0.1  # grey levels: mean change per pixel between frames, its largest value in the clip
-    )
-    silence_db: float | None = -75.0  # dBFS, rms of the whole clip
+    min_side: int | None = 32  # pixels, shorter side of the source
+    min_fps: float | None = 5.0  # of the source, if known
+    max_pixels: int | None = 8192 * 4608  # pixels of a frame of the source; bounds the memory of a decoder
+    black_level: float | None = 12.0  # largest 99th percentile of gray (0..255) of a black clip
+    frozen_change: float | None = 0.1  # gray levels, largest mean change between frames of a frozen clip
+    silence_db: float | None = -75.0  # dBFS, rms of the clip
     clipped_share: float | None = 0.05  # share of samples within 1% of full scale
 
 
 def check_source(info: VideoInfo, config: FilterConfig) -> None:
-    """Reject a source whose picture is too small to show a face, too large to decode in bounded memory, or too slow."""
+    """Raise Rejected if the frames are too small or too large, or the frame rate is too low."""
     if config.min_side is not None and min(info.width, info.height) < config.min_side:
         raise Rejected("filter", "too_small", f"{info.width}x{info.height}, at least {config.min_side} a side")
     if config.max_pixels is not None and info.width * info.height > config.max_pixels:
@@ -40,11 +37,11 @@ def check_source(info: VideoInfo, config: FilterConfig) -> None:
         raise Rejected("filter", "low_fps", f"{info.fps:g} frames per second, at least {config.min_fps:g}")
 
 
-def check_duration(clip: Clip, least: int, fps: float, sample_rate: int) -> Clip:
-    """Reject a clip of fewer than ``least`` frames (or their length in sound)."""
+def check_duration(clip: Clip, min_frames: int, fps: float, sample_rate: int) -> Clip:
+    """Raise Rejected for a clip of fewer than `min_frames` frames, or their length in audio."""
     frames = len(clip.frames) if clip.frames is not None else int((len(_sound(clip)) + 1) * fps / sample_rate)
-    if frames < least:
-        raise Rejected("filter", "too_short", f"{frames / fps:.3f} s, at least {least / fps:.3f} s")
+    if frames < min_frames:
+        raise Rejected("filter", "too_short", f"{frames / fps:.3f} s, at least {min_frames / fps:.3f} s")
     return clip
 
 
@@ -53,31 +50,31 @@ def _sound(clip: Clip) -> NDArray[np.float32]:
 
 
 def _thumbnails(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Every k-th pixel, about 32 a side, (n, h, w, 3): enough to see black, stillness and motion."""
+    """Return every k-th pixel, about 32 per side: ``(n, h, w, 3)``."""
     step = max(1, min(frames.shape[1:3]) // 32)
     return frames[:, ::step, ::step]
 
 
 def check_video(clip: Clip, config: FilterConfig) -> Clip:
-    """Reject a black or a frozen picture."""
+    """Raise Rejected for black or frozen video."""
     if clip.frames is None:
         return clip
     small = _thumbnails(clip.frames)
     if config.black_level is not None and (level := _level(small[::4], 0.99)) < config.black_level:
         raise Rejected("filter", "black", f"99th percentile {level} of 255")
     if config.frozen_change is not None and (change := float(motion_energy(small).max())) < config.frozen_change:
-        raise Rejected("filter", "frozen", f"largest change {change:.3f} grey levels")
+        raise Rejected("filter", "frozen", f"largest change {change:.3f} gray levels")
     return clip
 
 
 def _level(values: NDArray[np.uint8], share: float) -> int:
-    """The value that this share of them does not exceed."""
+    """Return the quantile `share` of the values."""
     counts = np.bincount(values.ravel(), minlength=256).cumsum()
     return int(np.searchsorted(counts, share * counts[-1]))
 
 
 def check_audio(clip: Clip, config: FilterConfig) -> Clip:
-    """Reject silent or clipped sound; record its level."""
+    """Return the clip with its audio level. Raise Rejected for silent or clipped audio."""
     if clip.waveform is None:
         return clip
     level = 20 * np.log10(np.sqrt(np.mean(np.square(clip.waveform, dtype=np.float64))) + 1e-10)

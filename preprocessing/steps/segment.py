@@ -1,13 +1,13 @@
-"""A source -> its clips: spans of one scene that begin with their own first frame and hold whole chunks, in one pass.
+"""Cut a source into clips: spans of whole chunks within one scene, in one pass.
 
 Spans start on chunk boundaries, counted from the first frame of the source, or on the first boundary in a new scene.
-The frame that ends a span's last chunk is also the first frame (the condition) of the next span. A span's sound reaches
-as far as its last latent does, beyond the last chunk where the source goes on. What remains behind the last span of a
-scene is shorter than the least number of chunks and is not a span; a scene that gave none is one reject, and a source
-that is too short altogether gives one short clip, for the duration filter to reject.
+The last frame of a span is also the first frame (the condition) of the next span. The audio of a span ends with its
+last latent, which may be after the last chunk. The rest of a scene after its last span is too short for a clip and is
+dropped. A scene without a span is one reject. A source that is too short yields one short clip, which the duration
+filter rejects.
 
-The closing frame. Chunks of K seconds end with a frame at exactly K, where a source of K seconds has just ended. There
-its last picture, which was shown until then, is shown once more.
+A chunk of K seconds ends with a frame at exactly K, where a source of K seconds has no frame. Its last frame, displayed
+until then, is repeated.
 """
 
 from bisect import bisect_right
@@ -23,20 +23,20 @@ from preprocessing.media.scene_cuts import SceneConfig, SceneCutDetector
 from preprocessing.records import Clip, Frames, Rejected, Source, Waveform
 from preprocessing.spans import SpanPlan
 
-# A file ended early when this much of what its header claims is missing, and ffmpeg complained. A header alone is no
-# proof: the claim may be of a longer stream that is not decoded, or plainly wrong.
+# A file is truncated if so much of the duration in its header is missing and ffmpeg reported an error. The header alone
+# proves nothing: it may be wrong, or describe a longer stream that is not decoded.
 MISSING_SECONDS, MISSING_SHARE = 0.5, 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Portion:
-    """What a decoder shows from frame ``first`` on."""
+    """Output of the decoder from frame `first`."""
 
     first: int
     frames: Frames | None
     sound: Waveform | None
-    length: int  # frames, at most those of a full span
-    cut: int | None  # the scene ends with the frame before this one, which is within ``length``
+    length: int  # frames, at most a full span
+    cut: int | None  # first frame of the next scene, if within the window
 
 
 def cut_spans(
@@ -48,11 +48,18 @@ def cut_spans(
     scenes: SceneConfig | None = None,
     until: float | None = None,
 ) -> Iterator[Clip | Rejected]:
-    """The clips of a decoder's stream in order, at most one of them in memory.
+    """Yield the clips of a decoder's stream in order, at most one of them in memory.
 
-    ``until``: seconds after the origin at which to stop. A failure of the decoder behind good spans, or an end before
-    the file's own, comes as a last Rejected with the span that was lost; before any frame it is raised. So is, at any
-    time, MediaError(killed), behind nothing that an undisturbed decoder would not have given.
+    A failure of the decoder after good spans, or a truncated file, is yielded last as a Rejected with the lost span. It
+    is raised if there was no frame. MediaError(killed) is always raised; all clips before it are valid.
+
+    Args:
+        decoder: Decoder at the start of the span.
+        info: Result of `probe`.
+        source: Source of the clips.
+        plan: Lengths of spans.
+        scenes: Thresholds of scene cuts; None: no cuts.
+        until: Stop so many seconds after the origin; None: at the end.
     """
     window = _Window(
         decoder,
@@ -62,10 +69,12 @@ def cut_spans(
         origin=info.origin,
         until=until,
     )
-    first, scene, given = 0, 0, 0  # frame of the next span, first frame of its scene, spans that the scene gave
+    first = 0  # frame of the next span
+    scene = 0  # first frame of its scene
+    spans = 0  # spans of the scene so far
     while True:
         try:
-            portion = window.look(first)
+            portion = window.decode(first)
         except MediaError as error:
             if error.reason != "timeout" or first == 0:
                 raise
@@ -74,13 +83,14 @@ def cut_spans(
         chunks = bisect_right(plan.frames, portion.length) - 1
         if chunks >= plan.min_chunks:
             yield window.clip(portion, chunks)
-            given += 1
-        elif given == 0 and (portion.cut or scene) and first + portion.length > scene:
+            spans += 1
+        elif spans == 0 and (portion.cut or scene) and first + portion.length > scene:
             yield window.short_scene(scene, first + portion.length, plan)
         elif first == 0 and portion.length > 0:
             yield window.whole(portion)
         if portion.cut is not None:
-            first, scene, given = plan.next_boundary(portion.cut), portion.cut, 0
+            first = plan.next_boundary(portion.cut)
+            scene, spans = portion.cut, 0
         elif portion.length == plan.frames[-1]:
             first += plan.step
         else:
@@ -90,7 +100,7 @@ def cut_spans(
 
 
 class _Window:
-    """Walks through a decoder's stream, a full span at a time, and makes clips of what it sees."""
+    """Window of a full span that moves through a decoder's stream."""
 
     def __init__(
         self,
@@ -102,33 +112,34 @@ class _Window:
         origin: float,
         until: float | None,
     ) -> None:
-        self.origin = decoder.start - origin  # of frame 0, seconds after the source's origin
+        self.origin = decoder.start - origin  # seconds of frame 0 after the origin of the source
         self.limit = None if until is None else round((until - self.origin) * decoder.fps)
         self._decoder, self._source, self._plan = decoder, source, plan
         self._margin = 0 if scenes.threshold is None else round(scenes.flash_seconds * decoder.fps)
         self._cuts = None if scenes.threshold is None else SceneCutDetector(scenes, self._margin)
-        self._at = 0  # frames behind us
+        self._position = 0  # frames that were skipped
 
-    def look(self, first: int) -> _Portion:
-        """The stream from frame ``first`` on, which is not before the one of the last call."""
+    def decode(self, first: int) -> _Portion:
+        """Return the stream from frame `first`, which must not be before that of the last call."""
         decoder, full = self._decoder, self._plan.frames[-1]
-        decoder.skip(first - self._at)
-        self._at = first
-        want = full if self.limit is None else max(0, min(full, self.limit - first))
-        frames, sound = decoder.peek_frames(want + self._margin)
-        have = min(want, _length(frames, sound, decoder))
+        decoder.skip(first - self._position)
+        self._position = first
+        wanted = full if self.limit is None else max(0, min(full, self.limit - first))
+        frames, sound = decoder.peek_frames(wanted + self._margin)
+        length = min(wanted, _length(frames, sound, decoder))
         cut = None
         if self._cuts is not None and frames is not None:
             cut = self._cuts.next_cut(decoder.scene_changes(), first, frames)
-            cut = None if cut is None or cut - first >= have else cut
+            cut = None if cut is None or cut - first >= length else cut
         if cut is not None:
             return _Portion(first=first, frames=frames, sound=sound, length=cut - first, cut=cut)
-        if have < full and frames is not None and have + 1 in self._plan.frames[1:]:
-            frames, have = np.concatenate([frames[:have], frames[have - 1 : have]]), have + 1
-        return _Portion(first=first, frames=frames, sound=sound, length=have, cut=None)
+        if length < full and frames is not None and length + 1 in self._plan.frames[1:]:
+            frames = np.concatenate([frames[:length], frames[length - 1 : length]])
+            length += 1
+        return _Portion(first=first, frames=frames, sound=sound, length=length, cut=None)
 
     def clip(self, portion: _Portion, chunks: int) -> Clip:
-        """The first ``chunks`` of a portion, with the sound that their latents describe where it is at hand."""
+        """Return the first `chunks` of a portion with the audio that their latents describe."""
         samples = self._plan.samples[chunks]
         sound = portion.sound
         if sound is not None and len(sound) < samples:
@@ -136,24 +147,27 @@ class _Window:
         return self._clip(portion, self._plan.frames[chunks], sound, samples)
 
     def whole(self, portion: _Portion) -> Clip:
+        """Return all of a portion as a clip."""
         return self._clip(portion, portion.length, portion.sound)
 
-    def _clip(self, portion: _Portion, count: int, sound: Waveform | None, reach: int = 0) -> Clip:
-        own = _samples(self._decoder, portion.first, portion.first + count)
+    def _clip(self, portion: _Portion, count: int, sound: Waveform | None, min_samples: int = 0) -> Clip:
+        samples = _samples(self._decoder, portion.first, portion.first + count)
         return Clip(
             source=self._source,
             span=self._span(portion.first, portion.first + count),
             frames=None if portion.frames is None else portion.frames[:count],
-            waveform=None if sound is None else sound[: max(reach, own)],
+            waveform=None if sound is None else sound[: max(min_samples, samples)],
         )
 
     def short_scene(self, first: int, last: int, plan: SpanPlan) -> Rejected:
+        """Return the reject of a scene that is shorter than the shortest span."""
         last = max(first + 1, min(last, round(self._decoder.end_seconds * self._decoder.fps)))
         seconds = float((last - first) / self._decoder.fps)
-        detail = f"a scene of {seconds:.3f} s has no {plan.min_chunks} whole chunks"
+        detail = f"a scene of {seconds:.3f} s has fewer than {plan.min_chunks} whole chunks"
         return Rejected("scenes", "short_scene", detail, self._span(first, last))
 
     def stalled(self, first: int, claimed: float, error: MediaError) -> Rejected:
+        """Return the reject of the rest of a source after a timeout of the decoder."""
         start, _ = self._span(first, first)
         return Rejected("decode", error.reason, error.detail, (start, max(start, claimed)))
 
@@ -163,19 +177,21 @@ class _Window:
 
 
 def _lost(decoder: Decoder, info: MediaInfo, *, origin: float, frames: int, until: float | None) -> Iterator[Rejected]:
-    """What should have followed the ``frames`` that were decoded, if anything."""
-    failure, said = decoder.failure(), decoder.stderr_lines()
-    greedy = failure is not None and is_out_of_memory(said)
+    """Yield the reject of the missing span after the decoded `frames`, if any."""
+    failure, lines = decoder.failure(), decoder.stderr_lines()
+    out_of_memory = failure is not None and is_out_of_memory(lines)
     if frames == 0:
-        why = failure or "ffmpeg decoded nothing and did not say why"
-        raise Rejected("decode", "memory" if greedy else "no_frames", why)
+        why = failure or "ffmpeg decoded nothing and reported no error"
+        raise Rejected("decode", "memory" if out_of_memory else "no_frames", why)
     decoded = origin + float(frames / decoder.fps)
     claimed = info.duration if until is None else min(until, info.duration)
     missing = claimed - (origin + decoder.end_seconds)
     if failure is not None:
-        yield Rejected("decode", "memory" if greedy else "decode_error", failure, (decoded, max(decoded, claimed)))
-    elif said and missing > min(MISSING_SECONDS, MISSING_SHARE * claimed):
-        detail = f"ends {missing:.3f} s before the {claimed:.3f} s that its header claims: {said[-1]}"
+        yield Rejected(
+            "decode", "memory" if out_of_memory else "decode_error", failure, (decoded, max(decoded, claimed))
+        )
+    elif lines and missing > min(MISSING_SECONDS, MISSING_SHARE * claimed):
+        detail = f"ends {missing:.3f} s before the {claimed:.3f} s of its header: {lines[-1]}"
         yield Rejected("decode", "truncated", detail, (decoded, claimed))
 
 
@@ -185,7 +201,7 @@ def _samples(decoder: Decoder, first: int, last: int) -> int:
 
 
 def _length(frames: Frames | None, sound: Waveform | None, decoder: Decoder) -> int:
-    """Frames in hand; without a picture, whole frame times of sound."""
+    """Return the number of decoded frames; without video, the whole frame times of audio."""
     if frames is not None:
         return len(frames)
     return 0 if sound is None else int((len(sound) + 1) * decoder.fps / decoder.sample_rate)

@@ -1,7 +1,7 @@
-"""Read the toy world back from sound: syllables with their times, tone, pitch; and whether the mouth moves with it.
+"""Read the toy world from audio: syllables with times, tone, pitch and mouth correlation.
 
-Analysis by synthesis, as in ``toyreaders``: loudness cuts the sound into syllables, each is compared with all syllables
-spoken by all voices in all tones, as ``toysound`` would have spoken them.
+Analysis by synthesis, as in `video_reader`: loudness segments the audio into syllables. Each is compared with all
+syllables of all voices in all tones, as synthesized by `voice`.
 
 Letters: T spectral frames, B bands, S syllables, V voices, N tones, C slices of a syllable, K half seconds.
 """
@@ -21,36 +21,36 @@ from preprocessing.toyworld.world import ToyConfig
 Array = NDArray[np.float64]
 
 _HOP = 0.01  # seconds between spectra
-_WINDOW = 0.048  # seconds of one spectrum: long enough to tell the harmonics of the lowest voice apart
+_WINDOW = 0.048  # seconds of one spectrum, resolves the harmonics of the lowest voice
 _BANDS = 72
-_POWER = 0.3  # of the magnitude: like the logarithm where it is loud, but silence stays finite
+_POWER = 0.3  # exponent of the magnitude: like a logarithm, but finite for silence
 _SLICES = 10  # of one syllable
-_EDGE = 0.03  # seconds around a change of tone that say nothing about it
-_QUIET = 0.12  # of the loudest syllable: below it there is no syllable
-_SHORTEST = 0.12  # seconds from one syllable to the next, at least
+_EDGE = 0.03  # seconds around a change of tone that are ignored
+_QUIET = 0.12  # share of the loudest syllable below which there is silence
+_MIN_DISTANCE = 0.12  # seconds between syllables
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioReadings:
-    """What is heard."""
+    """Readings of the audio."""
 
     syllables: tuple[TranscriptWord, ...]
-    residual: Array  # [len(syllables)] distance to the syllable read, in units of the distance to its neighbour
-    tone: ChoiceReading  # per half second; not present where nobody speaks
-    voice: int  # nearest of VOICES, by what most syllables are spoken in; -1 where nobody speaks
-    pitch: float  # Hz, nan where nobody speaks
+    residual: Array  # [len(syllables)] distance to the syllable read, in units of the distance to its neighbor
+    tone: ChoiceReading  # per half second; not present without speech
+    voice: int  # nearest of VOICES for most syllables; -1 without speech
+    pitch: float  # Hz, nan without speech
 
 
 def read_audio(waveform: NDArray[np.float32], sample_rate: int, config: ToyConfig) -> AudioReadings:
-    """Read mono sound ``[samples]``; of ``config`` only the vocabulary counts. Silence reads as no syllables."""
+    """Read mono audio ``[samples]``; only the vocabulary of `config` is used."""
     halves = max(1, round(len(waveform) / sample_rate / HALF_SECOND))
     spans = _spans(*loudness_envelope(waveform, sample_rate))
     if not spans:
         silent = make_reading(np.zeros(halves, np.int64), np.full(halves, np.inf), np.zeros(halves, bool))
         return AudioReadings(syllables=(), residual=np.zeros(0), tone=silent, voice=-1, pitch=float("nan"))
-    modes = _spoken(sample_rate)[: config.syllables]  # [S, V, N, C, B]
-    heard = _slices(_spectra(waveform, sample_rate), spans)  # [spans, C, B]
-    names, voices, residual = _classify(heard, modes)
+    modes = _synthesized(sample_rate)[: config.syllables]  # [S, V, N, C, B]
+    observed = _slices(_spectra(waveform, sample_rate), spans)  # [spans, C, B]
+    names, voices, residual = _classify(observed, modes)
     voice = int(np.bincount(voices).argmax())
     return AudioReadings(
         syllables=tuple(
@@ -58,18 +58,18 @@ def read_audio(waveform: NDArray[np.float32], sample_rate: int, config: ToyConfi
             for s, (start, end) in zip(names, spans, strict=True)
         ),
         residual=residual,
-        tone=_read_tone(heard, modes[names, voice], spans, halves),
+        tone=_read_tone(observed, modes[names, voice], spans, halves),
         voice=voice,
         pitch=_read_pitch(waveform, sample_rate, spans, VOICES[voice]),
     )
 
 
 def loudness_envelope(waveform: NDArray[np.float32], sample_rate: int, step: float = 0.004) -> tuple[Array, Array]:
-    """Times and loudness (root mean square in a soft window of about 30 ms) every ``step`` seconds."""
+    """Return times and loudness (rms in a window of about 30 ms) every `step` seconds."""
     width = max(1, round(0.015 * sample_rate))
     power = np.square(waveform.astype(np.float64))
     times = np.arange(0, len(waveform) / sample_rate, step)
-    for _ in range(2):  # two boxes make a triangle
+    for _ in range(2):  # two box filters form a triangle
         total = np.concatenate([[0.0], np.cumsum(power)])
         at = np.arange(len(power))
         low, high = np.maximum(at - width // 2, 0), np.minimum(at + width - width // 2, len(power))
@@ -78,12 +78,12 @@ def loudness_envelope(waveform: NDArray[np.float32], sample_rate: int, step: flo
 
 
 def _spans(times: Array, loud: Array) -> list[tuple[float, float]]:
-    """Start and end of each syllable: a hump of the loudness down to the dip or the silence beside it."""
+    """Return start and end of each syllable: a loudness peak down to the dips around it."""
     if not len(loud) or loud.max() < 1e-3:
         return []
     loud = loud / np.quantile(loud, 0.95)
     step = times[1] - times[0]
-    peaks, _ = find_peaks(loud, height=2 * _QUIET, distance=max(1, int(_SHORTEST / step)), prominence=0.2)
+    peaks, _ = find_peaks(loud, height=2 * _QUIET, distance=max(1, int(_MIN_DISTANCE / step)), prominence=0.2)
     dips = [int(a + loud[a:b].argmin()) for a, b in itertools.pairwise(peaks)]
     spans: list[tuple[float, float]] = []
     for peak, low, high in zip(peaks, [0, *dips], [*dips, len(loud) - 1], strict=True):
@@ -97,7 +97,7 @@ def _spans(times: Array, loud: Array) -> list[tuple[float, float]]:
 
 @lru_cache(maxsize=8)
 def _filters(sample_rate: int, bins: int) -> Array:
-    """Triangular bands ``[bins, B]``, 60 Hz to 7.6 kHz, narrow enough below 1 kHz for single harmonics."""
+    """Return triangular bands ``[bins, B]``, 60 Hz to 7.6 kHz."""
     edges = 700 * (np.exp(np.linspace(np.log(1 + 60 / 700), np.log(1 + 7600 / 700), _BANDS + 2)) - 1)
     frequency = np.arange(bins)[:, None] * sample_rate / 2 / (bins - 1)
     up = (frequency - edges[:-2]) / (edges[1:-1] - edges[:-2])
@@ -107,7 +107,7 @@ def _filters(sample_rate: int, bins: int) -> Array:
 
 
 def _spectra(waveform: NDArray[np.float32], sample_rate: int) -> Array:
-    """Compressed band spectra ``[T, B]``, frame i centred at i hops."""
+    """Return compressed band spectra ``[T, B]``, frame i centered at i hops."""
     hop, width = round(_HOP * sample_rate), round(_WINDOW * sample_rate)
     padded = np.pad(waveform.astype(np.float64), (width // 2, width))
     frames = np.lib.stride_tricks.sliding_window_view(padded, width)[::hop]
@@ -117,8 +117,8 @@ def _spectra(waveform: NDArray[np.float32], sample_rate: int) -> Array:
 
 
 def _slices(spectra: Array, spans: list[tuple[float, float]]) -> Array:
-    """Spectra at ``C`` places inside each syllable, each scaled to the same norm: ``[spans, C, B]``."""
-    at = np.asarray(spans)[:, :1] + np.diff(np.asarray(spans)) * _PLACES
+    """Return normalized spectra at C positions in each syllable: ``[spans, C, B]``."""
+    at = np.asarray(spans)[:, :1] + np.diff(np.asarray(spans)) * _POSITIONS
     frame = np.clip(at / _HOP, 0, len(spectra) - 1.001)
     low = frame.astype(np.int64)
     part = (frame - low)[..., None]
@@ -126,12 +126,12 @@ def _slices(spectra: Array, spans: list[tuple[float, float]]) -> Array:
     return found / np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), 1e-9)
 
 
-_PLACES = np.linspace(0.2, 0.8, _SLICES)
+_POSITIONS = np.linspace(0.2, 0.8, _SLICES)
 
 
 @lru_cache(maxsize=4)
-def _spoken(sample_rate: int) -> Array:
-    """All syllables in all voices and tones as ``_slices`` hears them, ``[S, V, N, C, B]``."""
+def _synthesized(sample_rate: int) -> Array:
+    """Return `_slices` of all syllables in all voices and tones, ``[S, V, N, C, B]``."""
     length, gap = 0.24, 0.1
     words = [
         TranscriptWord(word=name, start=i * (length + gap) + gap, end=(i + 1) * (length + gap))
@@ -139,46 +139,48 @@ def _spoken(sample_rate: int) -> Array:
     ]
     spans = [(w["start"], w["end"]) for w in words]
     samples = round((words[-1]["end"] + gap) * sample_rate)
-    heard = [
+    slices = [
         _slices(
             _spectra(synthesize(words, voice, samples=samples, sample_rate=sample_rate, seed=0), sample_rate), spans
         )
         for voice in (Voice(pitch=pitch, tones=(tone,)) for pitch in VOICES for tone in range(len(TONES)))
     ]
-    return np.stack(heard, axis=1).reshape(len(VOCABULARY), len(VOICES), len(TONES), _SLICES, _BANDS)
+    return np.stack(slices, axis=1).reshape(len(VOCABULARY), len(VOICES), len(TONES), _SLICES, _BANDS)
 
 
-def _classify(heard: Array, modes: Array) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
-    """Syllable, voice and residual of each span; every slice may be in the tone that fits it best."""
+def _classify(observed: Array, modes: Array) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
+    """Return syllable, voice and residual of each span, with the best tone per slice."""
     flat = modes.reshape(-1, *modes.shape[-2:])
-    cost = np.stack([2 - 2 * heard[:, c] @ flat[:, c].T for c in range(_SLICES)])
-    cost = cost.reshape(_SLICES, len(heard), *modes.shape[:3]).min(-1).sum(0)  # [spans, S, V]
+    cost = np.stack([2 - 2 * observed[:, c] @ flat[:, c].T for c in range(_SLICES)])
+    cost = cost.reshape(_SLICES, len(observed), *modes.shape[:3]).min(-1).sum(0)  # [spans, S, V]
     by_name = np.sort(cost.min(2), axis=1)
     name = cost.min(2).argmin(1)
     residual = np.sqrt(np.maximum(by_name[:, 0], 0) / np.maximum(by_name[:, 1], 1e-9))
     return name, cost[np.arange(len(name)), name].argmin(1), residual
 
 
-def _read_tone(heard: Array, modes: Array, spans: list[tuple[float, float]], halves: int) -> ChoiceReading:
-    """Tone of each half second from the slices inside it; ``modes [spans, N, C, B]`` are the syllables heard."""
-    times = np.asarray(spans)[:, :1] + np.diff(np.asarray(spans)) * _PLACES
+def _read_tone(slices: Array, modes: Array, spans: list[tuple[float, float]], halves: int) -> ChoiceReading:
+    """Return the tone per half second; ``modes [spans, N, C, B]`` are of the read syllables."""
+    times = np.asarray(spans)[:, :1] + np.diff(np.asarray(spans)) * _POSITIONS
     half = (times / HALF_SECOND).astype(np.int64)
     inside = np.abs(times / HALF_SECOND - np.round(times / HALF_SECOND)) * HALF_SECOND > _EDGE
-    mode, residual, present = np.zeros(halves, np.int64), np.full(halves, np.inf), np.zeros(halves, bool)
+    mode = np.zeros(halves, np.int64)
+    residual = np.full(halves, np.inf)
+    present = np.zeros(halves, bool)
     for k in range(halves):
-        span, place = np.nonzero(inside & (half == k))
+        span, position = np.nonzero(inside & (half == k))
         if len(span) >= 3:
             present[k] = True
-            observed, tones = heard[span, place].ravel(), modes[span, :, place].transpose(1, 0, 2)
-            found, far = nearest_mode(observed[None], tones.reshape(len(TONES), -1))
-            mode[k], residual[k] = found[0], far[0]
+            observed, tones = slices[span, position].ravel(), modes[span, :, position].transpose(1, 0, 2)
+            nearest, distance = nearest_mode(observed[None], tones.reshape(len(TONES), -1))
+            mode[k], residual[k] = nearest[0], distance[0]
     return make_reading(mode, residual, present)
 
 
 def _read_pitch(
     waveform: NDArray[np.float32], sample_rate: int, spans: list[tuple[float, float]], near: float
 ) -> float:
-    """Median over syllables of the strongest period within 12% of ``near``, Hz."""
+    """Return the median pitch over syllables in Hz, within 12% of `near`."""
     width = round(0.06 * sample_rate)
     lags = np.arange(int(sample_rate / near / 1.12), int(sample_rate / near * 1.12) + 2)
     found: list[float] = []
@@ -196,7 +198,7 @@ def _read_pitch(
 
 
 def mouth_correlation(mouth_opening: Array, fps: float, waveform: NDArray[np.float32], sample_rate: int) -> float:
-    """Correlation of mouth opening and loudness at offset 0."""
+    """Return the correlation of mouth opening and loudness at offset 0."""
     times, loud = loudness_envelope(waveform, sample_rate)
     return _correlation(mouth_opening, np.arange(len(mouth_opening)) / float(fps), times, loud)
 

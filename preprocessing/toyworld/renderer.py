@@ -1,7 +1,7 @@
-"""Draws the character of the toy world: soft-edged shapes on arrays of frames.
+"""Draw the character of the toy world: soft-edged shapes on arrays of frames.
 
-All lengths are in units of 1/64 of the frame's side, so that any size shows the same picture; x grows to the right
-and y downwards. Edges are soft by about two units: a truncated DCT must be able to keep what the readers need.
+Lengths are in units of 1/64 of the side of a frame, so all sizes have the same content. x points right, y down. Edges
+are soft by about two units, so that a truncated DCT preserves the features that the readers need.
 
 Letters: n frames, H W height and width.
 """
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from preprocessing.toyworld.voice import VOCABULARY
 
 Array = NDArray[np.floating[Any]]
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 _Shape = Callable[..., Array]  # coverage at x, y
 Box = tuple[float, float, float, float]  # x0, x1, y0, y1 in units
 
-FACES: dict[str, Colour] = {
+FACES: dict[str, Color] = {
     "red": (225, 70, 60),
     "orange": (245, 140, 30),
     "yellow": (250, 215, 50),
@@ -30,14 +30,14 @@ FACES: dict[str, Colour] = {
     "purple": (125, 50, 190),
     "magenta": (215, 60, 150),
 }
-HAIRS: dict[str, Colour] = {
+HAIRS: dict[str, Color] = {
     "black": (30, 28, 34),
     "brown": (120, 75, 40),
     "white": (238, 236, 228),
     "crimson": (160, 30, 60),
     "indigo": (60, 50, 140),
 }
-BACKGROUNDS: dict[str, Colour] = {
+BACKGROUNDS: dict[str, Color] = {
     "mint": (130, 215, 165),
     "sky": (125, 190, 240),
     "sand": (235, 205, 130),
@@ -53,17 +53,17 @@ SHAPES: dict[str, tuple[float, float, int]] = {  # half width, half height, expo
 STYLES = ("short", "long", "bunned")
 GAZES = 8  # directions, 45 degrees apart, 0 = to the right of the picture, then clockwise
 BROWS: dict[str, tuple[float, float]] = {"raised": (-15.0, 0.0), "frown": (-11.6, 0.5), "worried": (-12.6, -0.5)}
-"""State -> (height, slope): a positive slope pulls the inner ends down."""
+"""(height, slope) by state; a positive slope lowers the inner ends."""
 HANDS: dict[str, tuple[float, float]] = {
     "low left": (7.0, 49.5),
     "low right": (57.0, 49.5),
     "high left": (7.0, 15.0),
     "high right": (57.0, 15.0),
 }
-LIGHTS = (0.7, 0.8, 1.0)  # factors of the background colour; none is the mean of two others
+LIGHTS = (0.7, 0.8, 1.0)  # factors of the background color, none the mean of two others
 
-HEAD = (32.0, 33.0)  # centre of a head at rest, units
-EYE = (7.6, -4.0)  # distance from the middle line, height above the centre of the head (negative = above)
+HEAD = (32.0, 33.0)  # center of a head at rest, units
+EYE = (7.6, -4.0)  # distance from the middle line, y from the center of the head
 MOUTH = 11.0
 _EYE_RADIUS, _PUPIL_RADIUS, _PUPIL_SHIFT = 6.0, 3.1, 2.7
 _OPEN = 4.8  # half height of a wide open mouth
@@ -71,7 +71,7 @@ _SOFT = 2.2  # width of an edge, units
 
 _SHIRT, _DARK, _WHITE = (62, 72, 96), (38, 26, 30), (250, 250, 246)
 _LIPS, _THROAT, _TONGUE, _TOOTH = (160, 45, 65), (95, 22, 38), (235, 130, 135), (240, 232, 224)
-_WIDTH = {"a": 5.6, "e": 7.2, "i": 8.8, "o": 3.8, "": 6.0}  # half width of the mouth by vowel; "" = at rest
+_WIDTH = {"a": 5.6, "e": 7.2, "i": 8.8, "o": 3.8, "": 6.0}  # half width of the mouth by vowel; "": at rest
 _TEETH = {"b": 0.0, "d": 0.45, "g": 0.0, "m": 0.0, "l": 0.3, "s": 0.9, "": 0.0}  # share of the opening, from above
 _TONGUES = {"b": 0.0, "d": 0.0, "g": 1.0, "m": 0.0, "l": 1.0, "s": 0.0, "": 0.0}
 _LIP = {"b": 1.2, "d": 1.2, "g": 1.2, "m": 2.3, "l": 1.2, "s": 1.2, "": 1.2}  # thickness of the lips
@@ -80,7 +80,7 @@ _MOUTH_TABLES = ((_WIDTH, 1), (_TEETH, 0), (_TONGUES, 0), (_LIP, 0))  # with the
 
 @dataclass(frozen=True, kw_only=True)
 class Appearance:
-    """What stays the same for a whole clip, as positions in the tables above."""
+    """Constant features of a clip, as positions in the tables above."""
 
     face: int
     shape: int
@@ -91,7 +91,7 @@ class Appearance:
 
 @dataclass(frozen=True, kw_only=True)
 class Pose:
-    """What changes from frame to frame. Whole numbers are positions in the tables above."""
+    """Features per frame. Integers are positions in the tables above."""
 
     head: Array  # [n, 2] displacement of the head, units
     lid: Array  # [n] 0 = eyes open, 1 = closed
@@ -104,7 +104,7 @@ class Pose:
 
 
 def draw_still(n: int, **changes: NDArray[np.generic]) -> Pose:
-    """A character at rest for ``n`` frames, with some fields of the pose given."""
+    """Return the pose of a character at rest for `n` frames, with some fields replaced."""
     zeros = np.zeros(n, np.float32)
     whole = np.zeros(n, np.int64)
     rest = {"head": np.zeros((n, 2), np.float32), "lid": zeros, "opening": zeros, "syllable": whole - 1}
@@ -113,10 +113,10 @@ def draw_still(n: int, **changes: NDArray[np.generic]) -> Pose:
 
 
 def draw_frames(size: int, look: Appearance, pose: Pose) -> NDArray[np.uint8]:
-    """Frames uint8 ``[n, size, size, 3]`` of the character."""
+    """Return frames uint8 ``[n, size, size, 3]`` of the character."""
     board = _Board(size, len(pose.lid))
     light = np.asarray(LIGHTS, np.float32)[pose.light]
-    board.flood(np.asarray(list(BACKGROUNDS.values())[look.background], np.float32)[:, None] * light)
+    board.fill(np.asarray(list(BACKGROUNDS.values())[look.background], np.float32)[:, None] * light)
     _draw_head(board, look, pose)
     _draw_eyes(board, pose)
     _draw_brows(board, pose)
@@ -126,47 +126,49 @@ def draw_frames(size: int, look: Appearance, pose: Pose) -> NDArray[np.uint8]:
 
 
 class _Board:
-    """Planar float frames with one operation: blend a colour in where a signed distance is negative."""
+    """Planar float frames with one operation: blend a color by coverage."""
 
     def __init__(self, size: int, n: int) -> None:
         self.size, self.unit = size, size / 64
         self.planes = np.empty((3, n, size, size), np.float32)
         self.soft = max(_SOFT, 1 / self.unit)  # at least one pixel wide
 
-    def flood(self, colour: Array) -> None:
-        self.planes[:] = colour[:, :, None, None]
+    def fill(self, color: Array) -> None:
+        """Fill all frames with a color per frame."""
+        self.planes[:] = color[:, :, None, None]
 
     def grid(self, box: Box) -> tuple[tuple[slice, slice], Array, Array]:
-        """Pixels of a box as (rows, columns), and the units at the pixels' centres, x ``[w]`` and y ``[h, 1]``."""
+        """Return (rows, columns) of a box and its pixel centers x ``[w]``, y ``[h, 1]`` in units."""
         x0, x1, y0, y1 = (int(np.clip(round(edge * self.unit), 0, self.size)) for edge in box)
         x = (np.arange(x0, x1, dtype=np.float32) + 0.5) / self.unit
         y = (np.arange(y0, y1, dtype=np.float32) + 0.5) / self.unit
         return (slice(y0, y1), slice(x0, x1)), x.astype(np.float32), y[:, None].astype(np.float32)
 
     def cover(self, distance: Array) -> Array:
-        """Signed distance in units -> share of the pixel that is covered."""
+        """Return the covered share of a pixel at a signed distance in units."""
         return np.clip(0.5 - distance / np.float32(self.soft), 0, 1)
 
-    def paint(self, box: Box, colour: Colour, shape: _Shape) -> None:
-        """Blend ``colour`` in by ``shape(x, y)``: coverage ``[n or 1, h, w]``."""
+    def paint(self, box: Box, color: Color, shape: _Shape) -> None:
+        """Blend `color` by the coverage ``shape(x, y)``, ``[n or 1, h, w]``."""
         (rows, columns), x, y = self.grid(box)
         alpha = shape(x, y)
-        for plane, value in zip(self.planes, colour, strict=True):
+        for plane, value in zip(self.planes, color, strict=True):
             part = plane[:, rows, columns]
             part += alpha * (np.float32(value) - part)
 
     def frames(self) -> NDArray[np.uint8]:
+        """Return the frames as uint8 RGB."""
         return np.ascontiguousarray((self.planes + 0.5).astype(np.uint8).transpose(1, 2, 3, 0))
 
 
 def _at(pose: Pose, dx: float, dy: float) -> tuple[Array, Array]:
-    """Where a point of the head is in every frame: x and y, each ``[n, 1, 1]``."""
-    where = pose.head + np.asarray([HEAD[0] + dx, HEAD[1] + dy], np.float32)
-    return where[:, :1, None], where[:, 1:, None]
+    """Return x and y of a point of the head in every frame, each ``[n, 1, 1]``."""
+    point = pose.head + np.asarray([HEAD[0] + dx, HEAD[1] + dy], np.float32)
+    return point[:, :1, None], point[:, 1:, None]
 
 
 def _ellipse(x: Array, y: Array, rx: Array | float, ry: Array | float, *, power: int = 2) -> Array:
-    """Distance to a superellipse of even power (2 or 4), exact on the axes and near enough at a soft edge."""
+    """Return the distance to a superellipse of power 2 or 4, exact on the axes."""
     u, v = np.square(x / rx), np.square(y / ry)
     radius = np.sqrt(u + v) if power == 2 else np.sqrt(np.sqrt(u * u + v * v))
     return ((radius - 1) * np.minimum(rx, ry)).astype(np.float32)
@@ -179,7 +181,7 @@ def _draw_head(board: _Board, look: Appearance, pose: Pose) -> None:
     style = STYLES[look.style]
 
     def mane(x: Array, y: Array) -> Array:
-        # Every style ends at the same height and is its own mirror image: the readers find the head by that.
+        # Each style has the same height and is symmetric: the reader locates the head by both.
         cap = np.maximum(_ellipse(x - cx, y - cy + 5, 20.5, 19.0), y - cy + 2)
         if style != "long":
             return board.cover(cap)
@@ -252,14 +254,14 @@ def _draw_mouth(board: _Board, pose: Pose) -> None:
 
 
 def _by_letter(table: dict[str, float], names: list[str], position: int) -> Array:
-    """A column ``[names, 1, 1]`` of a table that is keyed by one letter of the syllable; the last name is "at rest"."""
+    """Return table entries ``[names, 1, 1]`` by one letter of each syllable; "" is at rest."""
     return np.asarray([table[name[position : position + 1]] for name in names], np.float32)[:, None, None]
 
 
 def _draw_hand(board: _Board, pose: Pose) -> None:
     for state, (hx, hy) in enumerate(HANDS.values()):
         shown = (pose.hand == state).astype(np.float32)[:, None, None]
-        thumb = 4.5 if hx < 32 else -4.5  # towards the head
+        thumb = 4.5 if hx < 32 else -4.5  # toward the head
 
         def glove(x: Array, y: Array, *, hx: float = hx, hy: float = hy, thumb: float = thumb) -> Array:
             palm = _ellipse(x - hx, y - hy, 4.6, 6.0)

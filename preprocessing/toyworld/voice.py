@@ -1,8 +1,8 @@
-"""The voice of the toy world: harmonics of a pitch, shaped by the resonances of a syllable and coloured by a tone.
+"""Voice of the toy world: harmonics of a pitch, shaped by syllables and a tone.
 
 A syllable is a consonant and a vowel. The vowel sets the two lower resonances, the consonant the third one and the
-place from which the second one glides. The tone is a free choice per half second: it tilts the spectrum and adds a
-ring above the resonances, which stay where they are.
+start of the glide of the second one. The tone is a free choice per half second. It tilts the spectrum and adds a ring
+above the resonances.
 """
 
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ _CONSONANTS = {  # name -> (third resonance, start of the glide of the second), 
 }
 _RING = 7100.0  # Hz, above all resonances
 VOCABULARY = tuple(c + v for c in _CONSONANTS for v in _VOWELS)
-"""All 24 syllables; a world of n syllables speaks the first n."""
+"""All 24 syllables; a world of n syllables uses the first n."""
 
-MIN_SAMPLE_RATE = 16000  # the highest resonance must fit
-HALF_SECOND = 0.5  # seconds for which a free choice holds
-_CONTROL = 250  # amplitudes are computed this many times a second and interpolated
+MIN_SAMPLE_RATE = 16000  # Hz, for the highest resonance
+HALF_SECOND = 0.5  # seconds of a free choice
+_CONTROL = 250  # Hz, rate of amplitudes before interpolation
 _SPREADS = (0.15, 0.13, 0.09, 0.05)  # widths of the resonances and the ring, in log frequency
-_LEVEL = 0.16  # root mean square at the middle of a syllable
-_ROOM = 0.0008  # root mean square of the noise of the room
+_LEVEL = 0.16  # rms at the middle of a syllable
+_NOISE_LEVEL = 0.0008  # rms of the background noise
 
 
 class TranscriptWord(TypedDict):
@@ -52,18 +52,18 @@ class TranscriptWord(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Voice:
-    """How a transcript is spoken."""
+    """Pitch and tones of a spoken transcript."""
 
     pitch: float  # Hz
-    tones: tuple[int, ...]  # per half second, positions in TONES; the last one holds on
+    tones: tuple[int, ...]  # per half second, positions in TONES; the last one continues
 
 
 def speech_envelope(transcript: Sequence[TranscriptWord], times: Array) -> tuple[Array, NDArray[np.int64], Array]:
-    """Envelope (0 to 1), entry of the transcript (-1 in a pause) and place within the syllable (0 to 1) at ``times``.
+    """Return envelope (0 to 1), transcript entry (-1: pause) and phase in the syllable (0 to 1).
 
-    The mouth opens by the same envelope: a half sine per syllable.
+    The envelope at each of `times` is a half sine per syllable; it also opens the mouth.
     """
-    starts = np.asarray([w["start"] for w in transcript] + [1e9])  # the last entry, never reached, serves index -1 too
+    starts = np.asarray([w["start"] for w in transcript] + [1e9])  # the last entry also serves index -1
     ends = np.asarray([w["end"] for w in transcript] + [2e9])
     entry = np.searchsorted(starts, times, side="right") - 1
     place = (times - starts[entry]) / np.maximum(ends[entry] - starts[entry], 1e-6)
@@ -75,7 +75,7 @@ def speech_envelope(transcript: Sequence[TranscriptWord], times: Array) -> tuple
 def synthesize(
     transcript: Sequence[TranscriptWord], voice: Voice, *, samples: int, sample_rate: int, seed: int
 ) -> NDArray[np.float32]:
-    """The spoken transcript, float32 ``[samples]`` in [-1, 1], over the quiet noise of a room."""
+    """Return the spoken transcript with background noise, float32 ``[samples]`` in [-1, 1]."""
     points = np.arange(samples * _CONTROL // sample_rate + 2) / _CONTROL
     envelope, entry, place = speech_envelope(transcript, points)
     pitch = voice.pitch * (1.03 - 0.06 * place)
@@ -85,16 +85,16 @@ def synthesize(
     tones = np.asarray(voice.tones)[np.minimum((points / HALF_SECOND).astype(int), len(voice.tones) - 1)]
     gains = _harmonics(names[entry], place, tones, pitch, base=voice.pitch, sample_rate=sample_rate)
     gains *= envelope[:, None]
-    gains[1:-1] = (gains[:-2] + 2 * gains[1:-1] + gains[2:]) / 4  # a change of tone takes 12 ms and does not click
+    gains[1:-1] = (gains[:-2] + 2 * gains[1:-1] + gains[2:]) / 4  # 12 ms per change of tone prevent clicks
     sound = _LEVEL * _sum_harmonics(phase, at * _CONTROL, gains)
-    sound += _ROOM * np.random.default_rng([seed, 0x50]).standard_normal(samples)
+    sound += _NOISE_LEVEL * np.random.default_rng([seed, 0x50]).standard_normal(samples)
     return np.clip(sound, -1, 1).astype(np.float32)
 
 
 def _harmonics(
     syllable: NDArray[np.int64], place: Array, tone: NDArray[np.int64], pitch: Array, *, base: float, sample_rate: int
 ) -> Array:
-    """Amplitudes ``[points, harmonics]`` of unit total power."""
+    """Return amplitudes ``[points, harmonics]`` of unit total power."""
     count = int(min(7400, 0.46 * sample_rate) / (1.03 * base))
     order = np.arange(1, count + 1)
     frequency = pitch[:, None] * order
@@ -105,15 +105,15 @@ def _harmonics(
     log_frequency = np.log(frequency)
     fall, ring = np.asarray(list(TONES.values()))[tone].T[:, :, None]
     gain = np.full(frequency.shape, 0.01)
-    for centre, spread in zip((vowels[:, 0], second, consonants[:, 0]), _SPREADS, strict=False):
-        gain += np.exp(-0.5 * np.square((log_frequency - np.log(centre)[:, None]) / spread))
+    for center, spread in zip((vowels[:, 0], second, consonants[:, 0]), _SPREADS, strict=False):
+        gain += np.exp(-0.5 * np.square((log_frequency - np.log(center)[:, None]) / spread))
     gain *= (frequency / 500) ** -fall
     gain += ring * np.exp(-0.5 * np.square((log_frequency - np.log(_RING)) / _SPREADS[-1]))
     return gain * np.sqrt(2 / np.square(gain).sum(1, keepdims=True))
 
 
 def _sum_harmonics(phase: Array, position: Array, gains: Array) -> Array:
-    """Sum over h of gain_h sin(h phase + offset_h), gains interpolated at ``position`` (in control points)."""
+    """Return the sum over h of gain_h sin(h phase + offset_h), with interpolated gains."""
     low = position.astype(np.int64)
     part = position - low
     turn = np.exp(1j * phase)
@@ -123,6 +123,6 @@ def _sum_harmonics(phase: Array, position: Array, gains: Array) -> Array:
     for h in range(count):
         wave *= turn
         gain = gains[low, h] * (1 - part) + gains[low + 1, h] * part
-        # Offsets after Schroeder keep the peaks low; the ear and the mel spectrum do not notice them.
+        # Phase offsets after Schroeder keep the peaks low without an effect on the mel spectrum.
         total += gain * (wave * np.exp(-1j * np.pi * (h + 1) ** 2 / count)).imag
     return total

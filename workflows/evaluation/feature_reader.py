@@ -127,8 +127,8 @@ class FeatureExtractor:
         return ToyVideoFeatures(
             opening=seen.opening,
             head=seen.head,
-            face=seen.face_colour / 255,
-            first_face=first.face_colour[0] / 255,
+            face=seen.face_color / 255,
+            first_face=first.face_color[0] / 255,
             choices=seen.choices,
         )
 

@@ -149,7 +149,7 @@ def test_marked_duplicates_are_left_out(tmp_path):
 
 
 def test_what_cannot_be_read_is_said(place, tmp_path):
-    with pytest.raises(ValueError, match="is no dataset"):
+    with pytest.raises(ValueError, match="is not a dataset"):
         open_dataset(str(tmp_path))
     with pytest.raises(ValueError, match="no clip"):
         open_dataset(str(place / "out")).index("nonsense")

@@ -13,7 +13,7 @@ from preprocessing.io.ray_resources import (
     report_while_waiting,
     resources_available,
 )
-from preprocessing.runner import _workers
+from preprocessing.runner import worker_count
 from preprocessing.steps.encode import EncoderConfig
 
 PLAIN = PreprocessConfig()
@@ -41,14 +41,14 @@ def test_what_the_file_promises_counts_beside_what_is_there(monkeypatch: pytest.
     ],
 )
 def test_workers(config: PreprocessConfig, room: dict[str, float], workers: int) -> None:
-    assert _workers(100, config, room) == workers
+    assert worker_count(100, config, room) == workers
 
 
 def test_what_is_not_known_or_not_there_is_said() -> None:
-    with pytest.raises(ValueError, match=r"no CPU yet on this cluster.*set workers=N"):
-        _workers(100, PLAIN, {})
+    with pytest.raises(ValueError, match=r"no CPU yet.*set workers=N"):
+        worker_count(100, PLAIN, {})
     with pytest.raises(ValueError, match=r"Ray sees no such share of a GPU"):
-        _workers(100, SHARED, {"CPU": 8.0})
+        worker_count(100, SHARED, {"CPU": 8.0})
 
 
 def test_waiting_is_told_until_it_has_begun(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def test_seamless(tmp_path):
 
 
 def test_what_is_wrong_is_said(tmp_path):
-    for layout, said in (("webvid", "unknown layout"), ("emilia", "holds nothing")):
+    for layout, said in (("webvid", "unknown layout"), ("emilia", "layout emilia")):
         with pytest.raises(ValueError, match=said):
             write_manifest(layout, str(tmp_path), str(tmp_path / "m.jsonl"))
     made(tmp_path / "bad", {"a.mp3": "x", "a.json": "{"})

@@ -299,7 +299,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, toy_data, mut
         evaluate_checkpoints([mutual], windows="5", **out, **QUIET)
     with pytest.raises(ValueError, match="--seconds -1"):
         evaluate_checkpoints([mutual], seconds=-1, **out, **QUIET)
-    with pytest.raises(ValueError, match="is no dataset"):
+    with pytest.raises(ValueError, match="is not a dataset"):
         evaluate_checkpoints([mutual], data=str(tmp_path), **out, **QUIET)
     joint = export(tmp_path, toy_data, "joint")
     with pytest.raises(ValueError, match="stage joint"):
