@@ -1,4 +1,4 @@
-"""Latents of known codecs by their shapes alone: what counting and benches need of data."""
+"""Latent shapes of known codecs, for cost estimates and benchmarks without data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ VISIBLE_WORDS = 8  # words that one chunk attends to
 
 @dataclass(frozen=True, kw_only=True)
 class LatentShapes:
-    """What a network must know of its latents."""
+    """Latent and text shapes that determine the layers of a network."""
 
     channels: Mapping[str, int]
     size: Mapping[str, tuple[int, int]]  # height and width; (1, 1) for audio
@@ -32,28 +32,29 @@ class LatentShapes:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentGeometry:
-    """What codecs of picture, sound and text make of a clip."""
+    """Geometry of the latents of a set of video, audio and text codecs."""
 
     name: str
     channels: dict[str, int]
     still: dict[str, int]  # channels that a first frame shares with later latents
     clocks: dict[str, LatentClock]
-    pixels: int  # edge of the square that a latent stands for
-    multiple: int  # that pictures are padded to, pixels
+    pixels: int  # edge of the square that one latent covers
+    multiple: int  # of which a padded frame edge is, pixels
     text_dim: int
 
     def timeline(self, modalities: Sequence[str] = (VIDEO, AUDIO)) -> Timeline:
+        """Return the timeline of some modalities."""
         return Timeline(clocks={m: self.clocks[m] for m in modalities}, chunk_seconds=CHUNK_SECONDS)
 
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width in pixels, grown to what the codec and the patches can take. ValueError for none."""
+        """Return height and width rounded up to a multiple that codec and patches accept, pixels."""
         if min(size) < 1:
-            raise ValueError(f"a picture of {size[0]}x{size[1]} pixels: both edges must be positive")
+            raise ValueError(f"frame size {size[0]}x{size[1]}: both edges must be positive")
         height, width = (self.multiple * ceil(edge / self.multiple) for edge in size)
         return height, width
 
     def shapes(self, size: tuple[int, int]) -> LatentShapes:
-        """Of pictures of ``size`` pixels, height and width."""
+        """Return the latent shapes of frames of ``size`` (height, width) in pixels."""
         height, width = self.padded(size)
         return LatentShapes(
             channels=self.channels,
@@ -79,7 +80,7 @@ def _embedded() -> LatentGeometry:
 
 
 def _published(wan: str, channels: int, pixels: int) -> LatentGeometry:
-    """Wan's picture, Stable Audio 2's sound, UMT5-XXL's text; patches are two latents wide."""
+    """Return the geometry of Wan, Stable Audio 2 and UMT5-XXL; patches are two latents wide."""
     return LatentGeometry(
         name=f"Wan {wan}, Stable Audio 2 and UMT5-XXL",
         channels={VIDEO: channels, AUDIO: 64},
@@ -97,18 +98,18 @@ WAN_2_2 = _published("2.2", 48, 16)
 
 
 def geometry_for_preset(preset: str) -> LatentGeometry:
-    """Of the codecs that a preset is meant for."""
+    """Return the geometry of the codecs that a preset is designed for."""
     return {"tiny": EMBEDDED, "base": WAN_2_1}.get(preset, WAN_2_2)
 
 
 def geometry_of_model(model: ModelConfig) -> LatentGeometry:
-    """Of the codecs that a network is made for, by the shapes that it takes. ValueError for none."""
+    """Return the geometry of the known codecs with the latent shapes of ``model``; ValueError for none."""
     for known in (EMBEDDED, WAN_2_2, WAN_2_1):
         if known.text_dim == model.text_dim and all(known.channels[m] == b.channels for m, b in model.branches.items()):
             return known
-    raise ValueError("no codec known here has these channels and this width of text: leave them as the preset has them")
+    raise ValueError("no known codec has these latent channels and text width: keep the values of the preset")
 
 
 def default_size(preset: str) -> tuple[int, int]:
-    """Height and width in pixels: the toy world's, or the least of the paper's."""
+    """Return height and width in pixels: of the toy world, or the smallest size of the paper."""
     return (64, 64) if preset == "tiny" else (192, 336)

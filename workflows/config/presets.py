@@ -1,4 +1,4 @@
-"""Whole configurations by size. A preset is a function of the stage and of the latents it is to learn."""
+"""Presets: complete configurations by size, as functions of the stage and the latent shapes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ MODALITIES: dict[Stage, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """What distinguishes one preset's network from another's."""
+    """Network size and sampling settings of one preset."""
 
     dim: int
     layers: int
@@ -74,18 +74,21 @@ def _model(stage: Stage, shapes: LatentShapes, size: ModelSize) -> ModelConfig:
 
 
 def _lengths(shapes: LatentShapes, size: ModelSize) -> tuple[int, int]:
-    """Chunks of a training clip; the longest exceeds the window, else the truncated state is never trained."""
+    """Return the fewest and most chunks of a training clip; the most exceed the window, to train its truncation."""
     return min(3, shapes.chunks), max(1, min(size.longest, shapes.chunks))
 
 
 def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
-    """A CPU, the toy world, minutes. Sizes: docs/dev/lab-notes/2026-11-20-tiny-network-size.md."""
+    """Return the preset for the toy world on a CPU: minutes of training.
+
+    Sizes: docs/dev/lab-notes/2026-11-20-tiny-network-size.md.
+    """
     size = ModelSize(
         dim=128,
         layers=3,
         heads=4,
         mlp_ratio=2.0,
-        patch=(2, 8),  # bands: eyes, mouth and hands are not cut down the middle
+        patch=(2, 8),  # horizontal bands: do not split eyes, mouth and hands
         window_chunks=4,
         longest=8,
         shift={VIDEO: 3.0, AUDIO: 3.0},
@@ -102,13 +105,13 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
             model=model,
             objective=MutualConfig(
                 time=time,
-                finest=3,  # rungs that no sampler uses cost training
+                finest=3,  # finer levels, which no sampler uses, cost training time
                 strengths=(2, 3),
                 rollout_steps=(4,),
                 guidance=1.25,
-                shortcut_weight=2.0,  # its term is near 0.03, flow matching's near 0.5
-                dmd_weight=0.02,  # its normalised gradient is of order 1: a third would drown both
-                real_until=115,  # a roll-out makes a step three times as long
+                shortcut_weight=2.0,  # its loss is near 0.03, flow matching near 0.5
+                dmd_weight=0.02,  # its normalized gradient has order 1 and would dominate both
+                real_until=115,  # a rollout triples the step time
                 free_from=120,
                 fake_from=120,
                 dmd_from=128,
@@ -141,7 +144,7 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
 def _recipe(
     stage: Stage, shapes: LatentShapes, size: ModelSize, *, batch: int, steps: dict[Stage, int], lr: float
 ) -> RunConfig:
-    """The paper's recipe (METHOD 5) at any size: AdamW 0.9/0.95, decay 0.02, clip 0.5, EMA 0.999 then 0.99."""
+    """Return the recipe of the paper: AdamW 0.9/0.95, decay 0.02, clip 0.5, EMA 0.999, 0.99 in the mutual stage."""
     time = TimeConfig(shift={m: size.shift[m] for m in MODALITIES[stage]})
     mutual = MutualConfig(
         time=time, guidance=5.0, real_until=1000, free_from=3000, fake_from=3000, dmd_from=3200, dmd_ramp=1000
@@ -164,7 +167,7 @@ def _recipe(
 
 
 def small(stage: Stage, shapes: LatentShapes) -> RunConfig:
-    """About 100M parameters with both branches, one GPU."""
+    """Return the preset for one GPU: about 100M parameters in both branches."""
     size = ModelSize(
         dim=512, layers=8, heads=8, patch=(2, 2), window_chunks=8, longest=16, shift={VIDEO: 3.0, AUDIO: 1.0}
     )
@@ -174,8 +177,11 @@ def small(stage: Stage, shapes: LatentShapes) -> RunConfig:
 
 
 def base(stage: Stage, shapes: LatentShapes) -> RunConfig:
-    """About 1.3B parameters in each branch, one node. Branches are built as Wan 2.1 1.3B, whose weights the video
-    branch can start from (``--init-video-from``), and read a transcript besides."""
+    """Return the preset for one node: about 1.3B parameters per branch.
+
+    Branches have the layout of Wan 2.1 1.3B plus transcript attention. The video branch can start from the weights of
+    Wan (``--init-video-from``).
+    """
     size = ModelSize(
         dim=1536,
         layers=30,
@@ -185,10 +191,10 @@ def base(stage: Stage, shapes: LatentShapes) -> RunConfig:
         window_chunks=10,
         longest=20,
         shift={VIDEO: 5.0, AUDIO: 1.0},
-        data_std={VIDEO: None, AUDIO: 0.5},  # Wan's output is the velocity itself
+        data_std={VIDEO: None, AUDIO: 0.5},  # the output of Wan is the velocity
         layout="wan",
         word_heads=3,
-        rope_seconds_scale=6.0,  # Wan counts latents: 24 frames a second, four to a latent
+        rope_seconds_scale=6.0,  # Wan positions are latent numbers: 24 fps, four frames per latent
     )
     steps: dict[Stage, int] = {"video": 200_000, "audio": 200_000, "joint": 100_000, "mutual": 20_000}
     config = _recipe(stage, shapes, size, batch=128, steps=steps, lr=1e-4)
@@ -196,7 +202,7 @@ def base(stage: Stage, shapes: LatentShapes) -> RunConfig:
 
 
 def full(stage: Stage, shapes: LatentShapes) -> RunConfig:
-    """About 7B parameters in each branch, as the paper."""
+    """Return the preset of the paper: about 7B parameters per branch."""
     size = ModelSize(
         dim=4096, layers=20, heads=32, patch=(2, 2), window_chunks=10, longest=20, shift={VIDEO: 5.0, AUDIO: 1.0}
     )
@@ -215,7 +221,7 @@ PRESETS: dict[str, Callable[[Stage, LatentShapes], RunConfig]] = {
 
 
 def build_preset(name: str, stage: Stage, shapes: LatentShapes) -> RunConfig:
-    """ValueError lists the presets that exist."""
+    """Return the configuration of a preset; ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name](stage, shapes)

@@ -1,4 +1,4 @@
-"""The whole configuration of a training run. Parts stand beside what they configure; this file puts them together."""
+"""Configuration of a training run. Parts of it are defined next to the code that they configure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ DEFAULT_HELD_OUT_SHARE = 0.1  # of the sources
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a run is saved, and how much of it is kept."""
+    """Interval, number and storage of the checkpoints of a run."""
 
     every: int  # samples between checkpoints
-    keep: int = 2  # latest complete checkpoints that stay
-    to: str | None = None  # path or URI (s3://bucket/prefix) that keeps them, by the name of the run; None: its folder
+    keep: int = 2  # number of latest complete checkpoints that are kept
+    to: str | None = None  # path or URI (s3://bucket/prefix) for checkpoints by run name; None: the run directory
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
@@ -32,12 +32,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Batches of a run, and what is dropped from their conditions."""
+    """Batches of a run, and the dropout of their conditions."""
 
     batch: int  # clips per optimizer step, over all ranks
-    micro: int | None = None  # clips per rank and backward pass; None: the rank's whole share at once
+    micro: int | None = None  # clips per rank and backward pass; None: the whole rank shard at once
     chunks: tuple[int, int]  # fewest and most chunks of a training clip, drawn for every step
-    shuffle: int = 32  # batches whose clips are mixed with each other; a rank holds its part of so many in memory
+    shuffle: int = 32  # batches of a shuffle window; a rank holds its rows of one window in memory
     held_out: float = DEFAULT_HELD_OUT_SHARE  # share of the sources kept for evaluation
     held_out_clips: int = 16  # clips of an evaluation
     drop_both: float = 0.1  # chance that caption and transcript are both hidden (guidance)
@@ -45,8 +45,8 @@ class DataConfig:
     drop_words: float = 0.05  # chance that the transcript alone is hidden
     drop_voice: float = 0.5  # chance that no reference voice is given
     prefetch: int = 2  # batches prepared ahead
-    whitening: Mapping[str, float] = field(default_factory=dict[str, float])  # power of a channel's spread that is
-    # divided out, per modality; 1 (each channel has spread 1) where none is given. Later stages inherit it.
+    whitening: Mapping[str, float] = field(default_factory=dict[str, float])  # exponent of the channel
+    # deviation that is divided out, per modality; default 1: each channel has deviation 1. Later stages inherit it.
 
     def __post_init__(self) -> None:
         counts = (self.batch, self.micro or 1, self.shuffle, self.held_out_clips, self.prefetch)
@@ -62,33 +62,34 @@ class DataConfig:
         chances = (self.drop_both, self.drop_caption, self.drop_words, self.drop_voice)
         if min(chances) < 0 or max(chances) > 1 or sum(chances[:3]) > 1:
             raise ValueError(
-                "the data.drop_* chances must be in [0, 1], those of caption and transcript 1 at most in sum"
+                f"data.drop_both, drop_caption, drop_words and drop_voice are {chances}: each must be in [0, 1], "
+                "and the first three must sum to at most 1"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How a run is spread over processes."""
+    """Engine, precision and workers of a run."""
 
     kind: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards: nothing, moments, + gradients, + weights
     precision: Literal["fp32", "bf16"] = "fp32"  # of the network's arithmetic; weights and moments stay float32
     offload_optimizer: bool = False  # float32 weights and moments in CPU memory, updated there; ZeRO 1 to 3
-    recompute: bool = False  # run layers again in the backward pass instead of keeping what is inside them
+    recompute: bool = False  # recompute activations in the backward pass instead of storing them
     compile: bool = False  # blocks through torch.compile; ZeRO 0 to 2
     sequence: int = 1  # processes that share the tokens of the same clips (Ulysses); divides workers and heads
-    workers: int | tuple[int, int] = 2  # processes, one per GPU or sharing cores; (fewest, most): as there is room
+    workers: int | tuple[int, int] = 2  # one per GPU, or CPU processes that share the cores; (fewest, most): elastic
     use_gpu: bool = False
-    resource: str | None = None  # a custom Ray resource, one for every process: the machines meant for training
-    max_failures: int = 2  # restarts from the latest checkpoint before the run is given up
+    resource: str | None = None  # custom Ray resource that each worker requires, to select machines
+    max_failures: int = 2  # restarts from the latest checkpoint before the run fails
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_workers <= self.max_workers:
             raise ValueError(f"engine.workers is a number or [fewest, most], at least 1: got {self.workers}")
         if self.offload_optimizer and (self.kind == "torch" or self.zero_stage == 0):
             raise ValueError(
-                "engine.offload_optimizer moves what ZeRO shards: with it, set engine.kind=deepspeed and "
-                f"engine.zero_stage to 1, 2 or 3; got {self.kind}, {self.zero_stage}"
+                f"engine.offload_optimizer needs ZeRO: got {self.kind}, stage {self.zero_stage}. Set "
+                "engine.kind=deepspeed and engine.zero_stage to 1, 2 or 3"
             )
         if (
             self.sequence < 1
@@ -100,21 +101,23 @@ class EngineConfig:
             )
         if self.compile and (self.kind, self.zero_stage) == ("deepspeed", 3):
             raise ValueError(
-                "engine.compile makes one piece of what ZeRO-3 gathers weight by weight: leave it off, or set "
+                "engine.compile cannot fuse weights that ZeRO-3 gathers one by one: set engine.compile=false, or "
                 "engine.zero_stage to 2 or less"
             )
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What networks compute in, if not float32."""
+        """Autocast type of the networks, None for float32."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
     @property
     def min_workers(self) -> int:
+        """Fewest workers; equal to ``max_workers`` if their number is fixed."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def max_workers(self) -> int:
+        """Most workers."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     def worker_resources(self, cluster_cpus: float) -> dict[str, float]:
@@ -134,27 +137,27 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One training run: with the dataset and the runs it starts from, it determines every number."""
+    """Configuration of one run; with the dataset and the parent runs it determines every number."""
 
     stage: Stage
     seed: int = 0
     steps: int  # optimizer steps of the stage
     model: ModelConfig
-    init_video: str | None = None  # folder of Wan's video weights to start from, as diffusers saves them; stage video
+    init_video: str | None = None  # diffusers folder of Wan video weights to start from; stage video
     objective: FlowMatchingConfig | MutualConfig
     optim: OptimConfig
-    fake: FakeScoreConfig = field(default_factory=FakeScoreConfig)  # what the fake score is; mutual only
-    fake_optim: OptimConfig | None = None  # of the fake-score network; mutual only
+    fake: FakeScoreConfig = field(default_factory=FakeScoreConfig)  # mutual only
+    fake_optim: OptimConfig | None = None  # optimizer of the fake score; mutual only
     ema: EmaConfig = field(default_factory=EmaConfig)
     data: DataConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig
     log_every: int = 10  # steps between log lines
-    eval_every: int = 100  # steps between held-out evaluations (also made before the first and after the last step)
-    sample_every: int = 0  # samples seen between looks at generated clips (and one at the end); 0: only after the end
-    sample_clips: int = 2  # held-out clips of each look
-    sample_weights: tuple[str, ...] = ()  # networks that measure them, as KIND=PLACE; see `mfctl evaluate --weights`
-    skip_nonfinite: int = 0  # steps that may be left out because a loss or gradient is not finite, before the run stops
+    eval_every: int = 100  # steps between held-out evaluations; also before the first and after the last step
+    sample_every: int = 0  # samples seen between sample reports; 0: only one, after the end
+    sample_clips: int = 2  # held-out clips per sample report
+    sample_weights: tuple[str, ...] = ()  # feature models of the metrics, KIND=PATH; see `mfctl evaluate --weights`
+    skip_nonfinite: int = 0  # steps with a non-finite loss or gradient that are skipped before the run fails
 
     def __post_init__(self) -> None:
         if self.init_video and self.stage != "video":
@@ -165,7 +168,10 @@ class RunConfig:
                 f"{self.sample_clips}"
             )
         if self.steps < 1 or self.log_every < 1 or self.eval_every < 1 or self.skip_nonfinite < 0:
-            raise ValueError("steps, log_every and eval_every must be at least 1, skip_nonfinite at least 0")
+            raise ValueError(
+                f"steps {self.steps}, log_every {self.log_every} and eval_every {self.eval_every} must be at least 1, "
+                f"skip_nonfinite {self.skip_nonfinite} at least 0"
+            )
         mutual = isinstance(self.objective, MutualConfig)
         if mutual != (self.stage == "mutual"):
             raise ValueError(f"stage {self.stage} does not train with {type(self.objective).__name__}")
@@ -173,17 +179,17 @@ class RunConfig:
             raise ValueError("stage mutual needs fake_optim, the optimizer of the fake-score network")
         if isinstance(self.objective, MutualConfig) and self.objective.share_history and self.fake.rank is None:
             raise ValueError(
-                "objective.share_history gives the fake score the teacher's keys and values, which a full copy drifts "
-                "away from: set fake.rank, or objective.share_history=false"
+                "objective.share_history lets the fake score use the teacher's keys and values, which a full copy does "
+                "not match: set fake.rank, or objective.share_history=false"
             )
         if self.data.batch < self.data_parallel_size * self.rows_per_cycle:
             raise ValueError(
                 f"data.batch {self.data.batch} is too small for engine.workers {self.engine.max_workers}: "
-                f"each of them needs at least {self.rows_per_cycle} of its clips"
+                f"each of them needs at least {self.rows_per_cycle} clips"
             )
         if self.model.heads % self.engine.sequence or self.model.key_heads % self.engine.sequence:
             raise ValueError(
-                f"engine.sequence {self.engine.sequence} shares out heads: it must divide model.heads "
+                f"engine.sequence {self.engine.sequence} splits attention heads: it must divide model.heads "
                 f"{self.model.heads} and model.kv_heads {self.model.key_heads}"
             )
         if self.data.batch % self.rows_per_cycle or (self.data.micro or self.rows_per_cycle) % self.rows_per_cycle:
@@ -194,14 +200,14 @@ class RunConfig:
 
     @property
     def data_parallel_size(self) -> int:
-        """Parts of the batch that are computed side by side, at most."""
+        """Largest number of batch shards that are computed in parallel."""
         return self.engine.max_workers // self.engine.sequence
 
     @property
     def rows_per_cycle(self) -> int:
         """Clips that stay together on one rank and in one backward pass.
 
-        Mutual: row kinds go by sample number, and their losses are means over the rows of a kind. With whole cycles of
-        kinds everywhere, means over parts of the batch combine into the mean over all of it.
+        In the mutual stage the sample number selects the row kind, and losses are means over the rows of a kind. Whole
+        cycles of kinds make the mean of shard means equal to the mean of the batch.
         """
         return len(self.objective.rows) if isinstance(self.objective, MutualConfig) else 1

@@ -1,4 +1,4 @@
-"""Configurations as JSON, from files and from ``--set a.b=value``; an unknown name is an error with a suggestion."""
+"""Configurations as JSON, from files and from ``--set a.b=value``; unknown names raise an error with a suggestion."""
 
 import difflib
 import json
@@ -15,12 +15,12 @@ STRICT = ConfigDict(extra="forbid")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain JSON values, every field present."""
+    """Return the configuration as JSON values with every field."""
     return cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A ``kind`` from JSON values. ValueError names the field, its value and what was expected."""
+    """Return a ``kind`` from JSON values; ValueError with the field, its value and the expected type."""
     try:
         return TypeAdapter(_strict(kind)).validate_python(values)
     except ValidationError as error:
@@ -28,13 +28,13 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def apply_overrides(config: T, values: Mapping[str, Any]) -> T:
-    """``config`` with nested ``values`` laid over it."""
+    """Return ``config`` with nested ``values`` replaced; ValueError for an unknown name."""
     _check_names(config, values, "")
     return from_dict(type(config), _merge(to_dict(config), values))
 
 
 def load_config_file(path: str | Path) -> dict[str, Any]:
-    """A YAML or JSON file of nested settings. ValueError when there is no mapping in it."""
+    """Return the nested settings of a YAML or JSON file; ValueError if it contains no mapping."""
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -42,14 +42,14 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the configuration {path} is neither YAML nor JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold settings by name, such as `steps: 200`, not a {type(values).__name__}")
+        raise ValueError(f"{path} must contain settings by name, such as `steps: 200`, not a {type(values).__name__}")
     return cast(dict[str, Any], values)
 
 
 def parse_overrides(sets: Sequence[str]) -> dict[str, Any]:
-    """``["optim.lr=1e-3", "data.chunks=[3,6]"]`` as nested values; the right side is YAML.
+    """Return ``["optim.lr=1e-3", "data.chunks=[3,6]"]`` as nested values; the right side is YAML.
 
-    A run's own settings stand at the top: ``train.steps`` and ``steps`` are the same.
+    Settings of a run are at the top level: ``train.steps`` equals ``steps``.
     """
     out: dict[str, Any] = {}
     for text in sets:
@@ -57,25 +57,25 @@ def parse_overrides(sets: Sequence[str]) -> dict[str, Any]:
         names = path.strip().removeprefix("train.").split(".")
         if not equals or not all(names):
             raise ValueError(f"--set {text!r} is not of the form a.b=value, such as optim.lr=1e-3")
-        place = out
+        parent = out
         for name in names[:-1]:
-            place = place.setdefault(name, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"--set {text!r} sets a part of {name!r}, which another --set gives as a whole")
-        place[names[-1]] = _value(text, value)
+            parent = parent.setdefault(name, {})
+            if not isinstance(parent, dict):
+                raise ValueError(f"--set {text!r} sets a part of {name!r}, which another --set replaces as a whole")
+        parent[names[-1]] = _parse_value(text, value)
     return out
 
 
-def _value(text: str, value: str) -> Any:
-    """The right side of ``--set text``; nothing is the empty string."""
+def _parse_value(text: str, value: str) -> Any:
+    """Return the right side of ``--set text`` as YAML; empty text is the empty string."""
     try:
         return yaml.safe_load(value) if value.strip() else ""
     except yaml.YAMLError:
-        raise ValueError(f"--set {text!r}: its value is no YAML; quote it, or close its brackets") from None
+        raise ValueError(f"--set {text!r}: its value is not YAML; quote it, or close its brackets") from None
 
 
 def diff(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """``a.b: 1 -> 2`` for every value in which two dumps differ."""
+    """Return a line ``a.b: 1 -> 2`` for every value in which two configurations differ."""
     lines: list[str] = []
     for key in sorted(one.keys() | other.keys()):
         a, b = one.get(key), other.get(key)
@@ -87,11 +87,13 @@ def diff(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> 
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as ``{"a.b": value}``."""
+    """Return nested values as ``{"a.b": value}``."""
     out: dict[str, Any] = {}
     for key, value in values.items():
-        inner = isinstance(value, Mapping) and value
-        out |= flatten(cast(Mapping[str, Any], value), f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+        if isinstance(value, Mapping) and value:
+            out |= flatten(cast(Mapping[str, Any], value), f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
     return out
 
 
@@ -100,7 +102,7 @@ def _check_names(config: Any, values: Mapping[str, Any], prefix: str) -> None:
     for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"choose one of {', '.join(sorted(known))}"
             raise ValueError(f"unknown setting {prefix}{name}: {hint}")
         inner = getattr(config, name) if is_dataclass(config) else config[name]
         if isinstance(value, Mapping) and (is_dataclass(inner) or isinstance(inner, Mapping)):
@@ -110,14 +112,14 @@ def _check_names(config: Any, values: Mapping[str, Any], prefix: str) -> None:
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
-        mine = out.get(key)
-        nested = isinstance(mine, Mapping) and isinstance(value, Mapping)
-        out[key] = _merge(cast(Mapping[str, Any], mine), cast(Mapping[str, Any], value)) if nested else value
+        current = out.get(key)
+        nested = isinstance(current, Mapping) and isinstance(value, Mapping)
+        out[key] = _merge(cast(Mapping[str, Any], current), cast(Mapping[str, Any], value)) if nested else value
     return out
 
 
 def _strict(kind: Any) -> Any:
-    """Make pydantic refuse unknown keys in ``kind`` and every dataclass below it (it ignores them by default)."""
+    """Make pydantic reject unknown keys in ``kind`` and its nested dataclasses; it ignores them by default."""
     for part in _dataclasses(kind, set()):
         part.__pydantic_config__ = STRICT
     return kind
@@ -133,20 +135,21 @@ def _dataclasses(kind: Any, seen: set[Any]) -> set[Any]:
     return seen
 
 
-def _nearest(errors: Sequence[Any]) -> Sequence[Any]:
-    """Pydantic tries all kinds, and complains of each: what fits none has most to say of those that were not meant."""
+def _errors_of_best_match(errors: Sequence[Any]) -> Sequence[Any]:
+    """Return the errors of one union member: pydantic reports all members, and the best match has the fewest."""
     kinds: dict[tuple[Any, ...], dict[Any, list[Any]]] = {}
-    for one in errors:
-        at = next((i for i, part in enumerate(one["loc"]) if str(part).endswith("Config")), None)
+    for error in errors:
+        location = error["loc"]
+        at = next((i for i, part in enumerate(location) if str(part).endswith("Config")), None)
         if at is None:
             return errors
-        kinds.setdefault(one["loc"][:at], {}).setdefault(one["loc"][at], []).append(one)
+        kinds.setdefault(location[:at], {}).setdefault(location[at], []).append(error)
     return min(next(iter(kinds.values())).values(), key=len)
 
 
 def _explain(error: ValidationError) -> str:
-    """The first complaint, in one line; where a value may be of several kinds, of the one that it is nearest to."""
-    first = _nearest(error.errors())[0]
+    """Return the first error as one line; for a union, of the member that matches best."""
+    first = _errors_of_best_match(error.errors())[0]
     where = ".".join(str(part) for part in first["loc"] if not str(part).endswith("Config"))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":

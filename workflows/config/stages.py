@@ -1,4 +1,4 @@
-"""What each stage trains, from what, and how it is judged. Only this file and the presets know stages by name."""
+"""Stages: the networks they train, their parent stages and the loss that measures progress."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from workflows.config.stage_names import Stage
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """One row of METHOD 5."""
+    """Properties of one stage."""
 
     modalities: tuple[str, ...]
-    parents: tuple[Stage, ...]  # stages it may start from; all of them, or none when they are optional
+    parents: tuple[Stage, ...]  # stages whose runs it starts from: all of them, or none if optional
     parents_needed: bool
     trained: tuple[str, ...]  # networks with an optimizer
-    headline: str  # the term whose held-out value tells whether the stage learns
+    headline: str  # loss term whose held-out value measures progress
 
 
 STAGES: dict[Stage, StageSpec] = {
@@ -42,6 +42,6 @@ STAGES: dict[Stage, StageSpec] = {
 }
 
 
-def headline_loss(plan: StageSpec, terms: Mapping[str, float]) -> float:
-    """The headline term, summed over the modalities."""
-    return sum(value for key, value in terms.items() if key.split("/")[0] == plan.headline)
+def headline_loss(spec: StageSpec, terms: Mapping[str, float]) -> float:
+    """Return the headline loss term, summed over the modalities."""
+    return sum(value for key, value in terms.items() if key.split("/")[0] == spec.headline)

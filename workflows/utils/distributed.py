@@ -1,7 +1,4 @@
-"""The processes of one run: what the training loop asks of them, and nothing else.
-
-Thin words over ``torch.distributed``; without a process group they describe a single process.
-"""
+"""Thin wrappers around ``torch.distributed``; without a process group they behave as a world of size 1."""
 
 import atexit
 import os
@@ -18,20 +15,23 @@ from torch import Tensor
 
 from mfcore.model.sequence_parallel import SequenceGroup
 
-GLOO_THREAD_NAME = "pt_gloo_runloop"  # what gloo's threads that carry out exchanges are called
-LOOKS, PAUSE = 2000, 0.005  # at them when Python ends: so often at most, so many seconds apart
+GLOO_THREAD_NAME = "pt_gloo_runloop"  # of the threads that run gloo's collectives
+MAX_POLLS = 2000  # of these threads at interpreter exit
+POLL_INTERVAL_S = 0.005
 
 
 def get_rank() -> int:
+    """Return the rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def get_world_size() -> int:
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def new_sequence_parallel_group(size: int) -> SequenceGroup | None:
-    """The consecutive ranks, so many, that share the tokens of the same clips with this one. Called by all ranks."""
+    """Return the group of ``size`` consecutive ranks that share clips with this one; all ranks must call it."""
     if size == 1:
         return None
     groups = [dist.new_group(list(range(first, first + size))) for first in range(0, get_world_size(), size)]
@@ -39,17 +39,18 @@ def new_sequence_parallel_group(size: int) -> SequenceGroup | None:
 
 
 def is_local_rank_zero() -> bool:
-    """Whether this is the first process of the run on its machine (the launcher says so in LOCAL_RANK)."""
+    """Return True for the first process of the run on its machine, by LOCAL_RANK."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def barrier() -> None:
+    """Wait for all ranks."""
     if get_world_size() > 1:
         dist.barrier()
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """In place: the mean of ``tensor`` over the ranks."""
+    """Replace ``tensor`` by its mean over the ranks, in place; return it."""
     if get_world_size() > 1:
         dist.all_reduce(tensor)
         tensor /= get_world_size()
@@ -57,7 +58,7 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Every rank's ``value``, in the order of the ranks, on every rank."""
+    """Return the values of all ranks, in rank order, on every rank."""
     if get_world_size() == 1:
         return [value]
     out: list[Any] = [None] * get_world_size()
@@ -66,7 +67,7 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def broadcast_from_rank_zero(value: Any) -> Any:
-    """Rank 0's ``value`` on every rank."""
+    """Return the value of rank 0 on every rank."""
     if get_world_size() == 1:
         return value
     box = [value]
@@ -75,7 +76,7 @@ def broadcast_from_rank_zero(value: Any) -> Any:
 
 
 def all_reduce_any(flags: Tensor) -> list[bool]:
-    """For each flag whether it is set on any rank: one message for all."""
+    """Return for each flag if it is set on any rank, with one collective for all flags."""
     if get_world_size() > 1:
         flags = flags.float()
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -83,7 +84,7 @@ def all_reduce_any(flags: Tensor) -> list[bool]:
 
 
 def weighted_mean(numbers: Mapping[str, float], weight: float = 1.0) -> dict[str, float]:
-    """Weighted mean over the ranks of each named number, over those ranks that have it."""
+    """Return the weighted mean of each named number over the ranks that have it."""
     sums: dict[str, float] = defaultdict(float)
     weights: dict[str, float] = defaultdict(float)
     for theirs, w in all_gather_object((dict(numbers), weight)):
@@ -94,35 +95,34 @@ def weighted_mean(numbers: Mapping[str, float], weight: float = 1.0) -> dict[str
 
 
 def local_device() -> torch.device:
-    """Where this rank computes."""
+    """Return the device of this rank."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @atexit.register
 def wait_for_gloo_threads() -> None:
-    """Wait, when Python ends, until gloo's threads have nothing left to do (on Linux, which tells).
+    """Wait at interpreter exit until gloo's threads are idle (Linux only).
 
-    Such a thread lets go of the tensors of an exchange when the ranks have gone on from it, for which it needs Python.
-    If Python is ending, that ends the thread inside C++, and so the process: SIGABRT, "terminate called without an
-    active exception". ``destroy_process_group`` ends only threads of groups that nothing refers to, and DeepSpeed keeps
-    its engines and groups.
+    A gloo thread releases the tensors of a collective after the ranks have finished it, and needs the interpreter for
+    that. During finalization this aborts the process: SIGABRT, "terminate called without an active exception".
+    ``destroy_process_group`` ends only threads of unreferenced groups, and DeepSpeed keeps its engines and groups.
 
-    A thread that sleeps, and has not woken while this one did so too, waits for work: not for Python, not for a core.
+    A thread that sleeps and has not been scheduled between two polls is idle.
     """
-    before: dict[str, list[str]] = {}
-    for _ in range(LOOKS):
-        now = _exchangers()
-        if now == before and all("State:\tS (sleeping)" in facts for facts in now.values()):
+    previous: dict[str, list[str]] = {}
+    for _ in range(MAX_POLLS):
+        current = _gloo_thread_states()
+        if current == previous and all("State:\tS (sleeping)" in lines for lines in current.values()):
             return
-        before = now
-        time.sleep(PAUSE)
+        previous = current
+        time.sleep(POLL_INTERVAL_S)
 
 
-def _exchangers() -> dict[str, list[str]]:
-    """What Linux says of each of gloo's threads: its state, and how often it has slept or been put aside."""
+def _gloo_thread_states() -> dict[str, list[str]]:
+    """Return the state and context-switch lines of each gloo thread in /proc."""
     found: dict[str, list[str]] = {}
     for task in Path("/proc/self/task").glob("*"):
-        with suppress(OSError):  # just ended
+        with suppress(OSError):  # the thread has ended
             lines = (task / "status").read_text(errors="replace").splitlines()
             if lines[0] == f"Name:\t{GLOO_THREAD_NAME}":
                 found[task.name] = [line for line in lines if line.startswith("State") or "ctxt_switches" in line]

@@ -1,4 +1,4 @@
-"""What every process of ours starts with: no telemetry, one authentication mode, one idea of the current directory."""
+"""Environment of all processes: defaults for Ray and MLflow, base directory, tracking URI, free ports."""
 
 import os
 import socket
@@ -6,47 +6,46 @@ from contextlib import ExitStack
 from pathlib import Path
 
 DEFAULT_ENV = {
-    # nothing phones home
+    # no telemetry
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    # ray.init() may leave a token in the home directory that a head started later demands and a job client does not
-    # send: the mode is therefore the same, and explicit, in every process
+    # ray.init() may store a token that a later head requires and a job client does not send: use one explicit mode
     "RAY_AUTH_MODE": "disabled",
-    # Ray gives its workers the lowest priority but four: beside anything else they would hardly run. Ours are the work
+    # Ray's default of 15 starves workers when other processes run
     "RAY_worker_niceness": "0",
-    # the behaviour Ray announces as its next default; saying so silences its warning
+    # the next default of Ray; setting it silences a warning
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 CWD_ENV = "MFCTL_CWD"
-"""Set in a submitted job: the directory in which the user typed the command."""
+"""Variable of a submitted job: the working directory of the user's command."""
 
 
 def apply_defaults() -> None:
-    """Set what the user has not set. Before the first import of ray or mlflow."""
+    """Set the variables of DEFAULT_ENV that are not set; call it before the first import of ray or mlflow."""
     for name, value in DEFAULT_ENV.items():
         os.environ.setdefault(name, value)
 
 
 def base_directory() -> Path:
-    """What relative paths are relative to: a submitted job runs in a copy of the tree, its paths mean the original."""
+    """Return the base of relative paths; a submitted job runs in a copy, its paths refer to the original tree."""
     return Path(os.environ.get(CWD_ENV) or Path.cwd()).absolute()
 
 
 def chdir_to_base() -> None:
-    """Make the submitter's directory the current one where this machine has it (this machine, or shared storage)."""
+    """Change to the submitter's directory if it exists on this machine."""
     base = base_directory()
     if base.is_dir():
         os.chdir(base)
 
 
 def resolve_path(path: str) -> str:
-    """An absolute path, or the URI as it is."""
+    """Return an absolute path; a URI is unchanged."""
     return path if "://" in path else os.path.normpath(base_directory() / Path(path).expanduser())
 
 
 def resolve_existing_path(path: str) -> str:
-    """As ``absolute`` where such a file exists; a name (of a run, say) stays a name."""
+    """Return an absolute path if the file exists, else ``path``, which may be the name of a run."""
     return resolve_path(path) if os.path.exists(resolve_path(path)) else path
 
 

@@ -1,6 +1,9 @@
+"""Matplotlib figures of several commands: contact sheets, histograms, panels."""
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -14,7 +17,7 @@ _DPI = 130
 
 @dataclass(frozen=True, kw_only=True)
 class ClipStrip:
-    """One clip on a sheet."""
+    """One clip of a contact sheet."""
 
     label: str
     frames: NDArray[np.uint8] | None  # (n, H, W, 3)
@@ -24,27 +27,27 @@ class ClipStrip:
     alarming: bool = False  # drawn in red
 
     def frame_at(self, at: float) -> NDArray[np.uint8] | None:
-        """What is seen ``at`` seconds; None after the end."""
+        """Return the frame at ``at`` seconds, None after the end."""
         if self.frames is None or at > self.seconds:
             return None
         return self.frames[round(at / max(self.seconds, 1e-6) * (len(self.frames) - 1))]
 
 
 def contact_sheet(strips: Sequence[ClipStrip], path: Path, title: str, columns: int = 10) -> Path:
-    """The same prompt in every row: frames at equal times, the waveform under them."""
+    """Draw one row per clip: frames at equal times, waveform below; return ``path``."""
     strips = [s for s in strips if s.frames is not None or s.sound is not None]
-    picture = any(s.frames is not None for s in strips)
+    has_video = any(s.frames is not None for s in strips)
     figure, axes = plt.subplots(
-        2 * len(strips) if picture else len(strips),
+        2 * len(strips) if has_video else len(strips),
         1,
-        figsize=(11, 0.5 + (1.42 if picture else 0.8) * len(strips)),
-        gridspec_kw={"height_ratios": [3, 1] * len(strips)} if picture else None,
+        figsize=(11, 0.5 + (1.42 if has_video else 0.8) * len(strips)),
+        gridspec_kw={"height_ratios": [3, 1] * len(strips)} if has_video else None,
         squeeze=False,
         layout="constrained",
     )
     longest = max(s.seconds for s in strips)
     for i, strip in enumerate(strips):
-        _draw_strip(list(axes[:, 0][2 * i : 2 * i + 2]) if picture else [None, axes[i, 0]], strip, columns, longest)
+        _draw_strip(list(axes[:, 0][2 * i : 2 * i + 2]) if has_video else [None, axes[i, 0]], strip, columns, longest)
     axes[-1, 0].tick_params(labelbottom=True, labelsize=8)
     axes[-1, 0].set_xlabel("seconds", fontsize=8)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -52,7 +55,7 @@ def contact_sheet(strips: Sequence[ClipStrip], path: Path, title: str, columns: 
 
 
 def _draw_strip(axes: Sequence[Axes | None], strip: ClipStrip, columns: int, longest: float) -> None:
-    """Frames and waveform on the clock of the longest strip."""
+    """Draw frames and waveform on the time axis of the longest clip."""
     above, below = axes
     if above is not None:
         above.axis("off")
@@ -60,7 +63,10 @@ def _draw_strip(axes: Sequence[Axes | None], strip: ClipStrip, columns: int, lon
             white = np.full_like(strip.frames[0], 255)
             shown = [strip.frame_at(at) for at in np.linspace(0, longest - 1e-3, columns)]
             gap = white[:, :2]
-            row = np.concatenate([x for one in shown for x in (white if one is None else one, gap)][:-1], axis=1)
+            tiles: list[NDArray[np.uint8]] = []
+            for frame in shown:
+                tiles += [white if frame is None else frame, gap]
+            row = np.concatenate(tiles[:-1], axis=1)
             above.imshow(row, aspect="auto", interpolation="nearest")
     assert below is not None
     if strip.sound is not None:
@@ -71,15 +77,16 @@ def _draw_strip(axes: Sequence[Axes | None], strip: ClipStrip, columns: int, lon
     below.set_yticks([])
     below.tick_params(labelbottom=False, length=2)
     below.spines[["top", "right", "left"]].set_visible(False)
-    target, colour = above or below, MODE_COLORS["few"] if strip.alarming else "black"
-    target.text(-0.008, 0.5, strip.label, transform=target.transAxes, ha="right", va="center", fontsize=8, color=colour)
+    target = above or below
+    color = MODE_COLORS["few"] if strip.alarming else "black"
+    target.text(-0.008, 0.5, strip.label, transform=target.transAxes, ha="right", va="center", fontsize=8, color=color)
     if strip.words:
         shown = strip.words.encode("ascii", "replace").decode()[:150].replace("$", r"\$")
-        below.text(0, -0.05, shown, transform=below.transAxes, ha="left", va="top", fontsize=6, color=colour)
+        below.text(0, -0.05, shown, transform=below.transAxes, ha="left", va="top", fontsize=6, color=color)
 
 
 def plot_histograms(values: Mapping[str, Sequence[float]], path: Path, title: str) -> Path:
-    """One panel for each name."""
+    """Draw one histogram per name; return ``path``."""
     figure, axes = panel_grid(len(values))
     for axis, (name, numbers) in zip(axes, values.items(), strict=False):
         axis.hist(numbers, bins=30, color=MODE_COLORS["multi"])
@@ -89,6 +96,7 @@ def plot_histograms(values: Mapping[str, Sequence[float]], path: Path, title: st
 
 
 def panel_grid(panels: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure with at least ``panels`` axes, three per row."""
     wide = min(3, panels)
     tall = -(-panels // wide)
     figure, axes = plt.subplots(
@@ -98,7 +106,7 @@ def panel_grid(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def finish_figure(figure: Figure, axes: Sequence[Axes], title: str, used: int) -> None:
-    """One legend for all panels, below them."""
+    """Add grid, title and one legend below the first ``used`` panels; hide the other panels."""
     for axis in axes[:used]:
         axis.grid(color="#dddddd", lw=0.6)
         axis.set_axisbelow(True)
@@ -106,12 +114,16 @@ def finish_figure(figure: Figure, axes: Sequence[Axes], title: str, used: int) -
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[used:]:
         axis.axis("off")
-    known = {label: line for axis in axes[:used] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(known.values(), known.keys(), loc="outside lower left", ncols=4, fontsize=8, frameon=False)
+    entries: dict[str, Any] = {}
+    for axis in axes[:used]:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower left", ncols=4, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
+    """Write the figure, close it and return ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)

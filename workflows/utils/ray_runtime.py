@@ -1,3 +1,5 @@
+"""Ray sessions, and the settings of Ray Train and Ray workers that all commands share."""
+
 import logging
 import os
 from collections.abc import Iterator
@@ -10,13 +12,13 @@ from workflows.utils import environment
 
 @contextmanager
 def ray_session(workers: int) -> Iterator[None]:
-    """The Ray that is running, or one started for the time in this process, with a CPU for each of ``workers``."""
+    """Use the running Ray, or start one in this process for the context, with a CPU for each of ``workers``."""
     environment.apply_defaults()
     import ray
 
     started = not ray.is_initialized()
     if started:
-        # a submitted job joins its cluster, whose size is not ours to say
+        # a submitted job joins its cluster, whose size is fixed
         cpus = None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, workers)
         ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
@@ -27,7 +29,7 @@ def ray_session(workers: int) -> Iterator[None]:
 
 
 def train_run_config(name: str, storage_path: str, **options: Any) -> Any:
-    """Return a ``ray.train.RunConfig`` with quiet logs and the environment of our workers."""
+    """Return a ``ray.train.RunConfig`` with quiet logs and our worker environment."""
     from ray.train import LoggingConfig, RunConfig
 
     return RunConfig(
@@ -40,7 +42,7 @@ def train_run_config(name: str, storage_path: str, **options: Any) -> Any:
 
 
 def worker_runtime_env() -> dict[str, dict[str, str]]:
-    """A runtime environment in which Ray's workers find our packages, and nothing phones home."""
+    """Return a runtime environment in which Ray workers find our packages, without telemetry."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {"env_vars": {"PYTHONPATH": path, **environment.DEFAULT_ENV}}

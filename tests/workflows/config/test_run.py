@@ -78,7 +78,7 @@ def test_settings_change_nested_fields_and_nothing_else():
         ("objective.share_history=true", "set fake.rank, or objective.share_history=false"),
         ("ema.decay=1.5", r"EMA decay must be in \[0, 1\), got 1.5"),
         ("steps", "not of the form a.b=value"),
-        ("data.chunks=[3,", "its value is no YAML"),
+        ("data.chunks=[3,", "its value is not YAML"),
     ],
 )
 def test_a_wrong_setting_is_named(setting, message):
