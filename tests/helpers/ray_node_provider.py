@@ -1,4 +1,4 @@
-"""Machines that can be lost: Ray's `fake_multinode` provider, whose list forgets what has died, as a cloud's does."""
+"""Ray's `fake_multinode` provider with nodes that can be killed; dead nodes leave its list, as in a cloud."""
 
 import tempfile
 from functools import partial
@@ -9,17 +9,16 @@ from ray._private.parameter import RayParams
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 
 
-class MortalMachines(FakeMultiNodeProvider):
-    """Real raylets of this machine, begun and ended by Ray's autoscaler.
+class KillableNodeProvider(FakeMultiNodeProvider):
+    """Provider of real raylets on this machine, started and stopped by Ray's autoscaler.
 
-    Each has a temporary folder of its own in the folder ``machines`` of the provider's configuration, as each machine
-    has a disk of its own: in a common one the runtime environment of a machine that comes replaces the working
-    directory of workers that are running on another one.
+    Each node has a separate temporary folder below ``machines`` of the provider configuration. In a common folder the
+    runtime environment of a new node replaces the working directory of running workers of another node.
     """
 
     def _create_node_with_resources_and_labels(self, *args: Any, **kwargs: Any) -> None:
-        own = tempfile.mkdtemp(prefix="m", dir=self.provider_config["machines"])
-        with self.lock, mock.patch("ray._private.parameter.RayParams", partial(RayParams, temp_dir=own)):
+        temp_dir = tempfile.mkdtemp(prefix="m", dir=self.provider_config["machines"])
+        with self.lock, mock.patch("ray._private.parameter.RayParams", partial(RayParams, temp_dir=temp_dir)):
             super()._create_node_with_resources_and_labels(*args, **kwargs)
 
     def non_terminated_nodes(self, tag_filters: Any) -> list[str]:
@@ -27,5 +26,5 @@ class MortalMachines(FakeMultiNodeProvider):
             machines: dict[str, dict[str, Any]] = dict(self._nodes)
             for name, machine in machines.items():
                 if "node" in machine and "raylet" not in dict(machine["node"].live_processes()):
-                    self.terminate_node(name)  # with what is left of it
+                    self.terminate_node(name)  # ends its remaining processes
         return super().non_terminated_nodes(tag_filters)

@@ -20,7 +20,7 @@ def parse_command(root_command: Any, argv: Sequence[str], base: str | None = Non
     """
     if not argv:
         raise ValueError(
-            "nothing to submit: write the command after --, e.g. mfctl submit cluster/local.yaml -- doctor"
+            "nothing to submit: the command is missing. Add it after --, e.g. mfctl submit cluster/local.yaml -- doctor"
         )
     command, names, rest = _find_command(root_command, argv)
     with _temporary_base(base):
@@ -48,7 +48,7 @@ def _find_command(root_command: Any, argv: Sequence[str]) -> tuple[Any, list[str
         if not rest or rest[0] not in commands:
             known = ", ".join(commands)
             raise ValueError(
-                f"`mfctl {' '.join(argv)}` is no command: after {' '.join(['mfctl', *names])} comes {known}"
+                f"`mfctl {' '.join(argv)}` is not a command. Use {' '.join(['mfctl', *names])} with one of {known}"
             )
         names.append(rest.pop(0))
         command = commands[names[-1]]

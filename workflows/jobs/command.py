@@ -1,4 +1,4 @@
-"""The words of a command that is to run elsewhere, read here: what is wrong with them is said before anything runs."""
+"""A parsed command, and the checks of its paths and secrets before it is submitted to other machines."""
 
 import os
 import re
@@ -16,7 +16,7 @@ SECRET_ENV = (
     "PGPASSWORD",
     "RAY_AUTH_TOKEN",
 )
-"""Variables whose values must not travel."""
+"""Variables whose values must not leave this machine."""
 FORWARDED_ENV = (
     "AWS_CONFIG_FILE",
     "AWS_DEFAULT_REGION",
@@ -30,7 +30,8 @@ FORWARDED_ENV = (
     "MFCTL_TRACKER",
     "MLFLOW_S3_ENDPOINT_URL",
 )
-"""Variables that say where something is, credentials among it, and hold none."""
+"""Variables with locations, for example of credential files; none holds a secret itself."""
+MIN_SECRET_LENGTH = 8  # shorter values occur in ordinary text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,54 +47,66 @@ class ParsedCommand:
 
     @property
     def sets(self) -> list[str]:
+        """The values of ``--set``."""
         return list(self.values.get("sets") or [])
 
 
 def check_paths(command: ParsedCommand, target: str, shared: str | None) -> None:
-    """ValueError for what machines elsewhere would not find: local paths, runs without a shared folder, a SQLite "
-    "store."""
-    for word, place in command.paths.items():
-        local = place.removeprefix("file://") if "://" not in place or place.startswith("file://") else None
-        if local is not None and not _under(local, shared):
+    """Raise ValueError for arguments that other machines cannot resolve.
+
+    These are local paths, runs without a shared folder, and tracking stores that are local files.
+    """
+    for option, path in command.paths.items():
+        local = path.removeprefix("file://") if "://" not in path or path.startswith("file://") else None
+        if local is not None and not _is_below(local, shared):
             raise ValueError(
-                f"{word} is a path of this machine, and {target} has others: write an s3:// or gs:// address, or name "
-                f"the "
-                "folder that all its machines have mounted, e.g. --shared /shared, and a path under it"
+                f"{option} is a path of this machine, not of {target}. Use an s3:// or gs:// URI, or --shared DIR "
+                "(mounted on all machines) and a path below it"
             )
     if command.writes_runs and shared is None:
         raise ValueError(
-            f"{command.verb} keeps its runs in a folder that all machines of {target} must see: name one that they "
-            f"have "
-            "mounted, e.g. --shared /shared (the files of this folder all mount one there)"
+            f"{command.verb} writes its runs into a folder that all machines of {target} must have mounted. Add "
+            "--shared DIR, e.g. --shared /shared, where the files of cluster/ mount one"
         )
     if command.writes_runs and os.environ.get("MFCTL_TRACKER") != "json":
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if uri is None or uri.startswith(("sqlite:", "file:")) or "://" not in uri:
             raise ValueError(
-                f"MLFLOW_TRACKING_URI={uri or '(not set: a SQLite file)'} cannot be written from several machines: "
-                f"start the "
-                "server of cluster/mlflow and set MLFLOW_TRACKING_URI to its http:// address (or MFCTL_TRACKER=json: "
-                "no MLflow)"
+                f"MLFLOW_TRACKING_URI={uri or '(not set: a SQLite file)'} cannot be written from several machines. "
+                "Start the server of cluster/mlflow and set MLFLOW_TRACKING_URI to its http:// address, or set "
+                "MFCTL_TRACKER=json to run without MLflow"
             )
 
 
-def _under(path: str, shared: str | None) -> bool:
+def _is_below(path: str, shared: str | None) -> bool:
     return shared is not None and os.path.commonpath([os.path.normpath(path), shared]) == shared
 
 
-def check_secrets(words: Sequence[str], variables: Mapping[str, str]) -> None:
-    """ValueError, without the secret in it, when a word or a variable that travels holds one: Ray shows both to all."""
+def check_secrets(argv: Sequence[str], variables: Mapping[str, str]) -> None:
+    """Raise ValueError if an argument or a forwarded variable contains a secret.
+
+    Ray shows both to everyone who reaches the job server. The message does not contain the secret.
+    """
     for name, value in variables.items():
         if PASSWORD_IN_URL.search(value):
             raise ValueError(
-                f"{name} holds a password, and everybody who sees the job sees its environment: take it out and give "
-                f"it to the "
-                "machines by reference (see cluster/README.md, Credentials)"
+                f"{name} contains a password, which everyone who sees the job could read. Remove it and give it to "
+                "the machines by reference (see cluster/README.md, Credentials)"
             )
-    values = {name: value for name in SECRET_ENV if len(value := os.environ.get(name, "")) >= 8}
-    for word in words:
-        if PASSWORD_IN_URL.search(word):
-            raise ValueError("the command holds an address with a password: everybody who sees the job would see it")
-        for name, value in values.items():
-            if value in word:
-                raise ValueError(f"the command holds the value of {name}: everybody who sees the job would see it")
+    secrets = secret_values()
+    for argument in argv:
+        if PASSWORD_IN_URL.search(argument):
+            raise ValueError(
+                "the command contains a URL with a password, which everyone who sees the job could read. Remove it"
+            )
+        for name, value in secrets.items():
+            if value in argument:
+                raise ValueError(
+                    f"the command contains the value of {name}, which everyone who sees the job could read. Remove it"
+                )
+
+
+def secret_values() -> dict[str, str]:
+    """Return the secret variables that are set in this process, with their values."""
+    values = {name: os.environ.get(name, "") for name in SECRET_ENV}
+    return {name: value for name, value in values.items() if len(value) >= MIN_SECRET_LENGTH}

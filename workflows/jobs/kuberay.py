@@ -1,4 +1,4 @@
-"""A command as a RayJob of Kubernetes, through kubectl: the manifest is the user's, the entrypoint ours."""
+"""RayJobs of Kubernetes through kubectl: the user's manifest with the command as entrypoint."""
 
 import json
 import re
@@ -12,60 +12,63 @@ from typing import Any
 import yaml
 
 TERMINAL_STATES = {"Complete": "SUCCEEDED", "Failed": "FAILED", "Suspended": "STOPPED"}
-"""By jobDeploymentStatus; jobStatus says how one attempt ended, and KubeRay may begin another."""
+"""By jobDeploymentStatus. jobStatus is the result of one attempt, and KubeRay may start another."""
 PENDING_STATES = ("", "PENDING", "Initializing", "Waiting", "Retrying")
 POLL_S = 2.0
 UNKNOWN_EXIT = 1
 
 
 def render_manifest(
-    manifest: Mapping[str, Any], argv: Sequence[str], variables: Mapping[str, str], own: Mapping[str, float]
+    manifest: Mapping[str, Any], argv: Sequence[str], variables: Mapping[str, str], driver: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The manifest with our command, what its own process needs, and the variables in it; secrets stay references in
-    the manifest's own pods."""
+    """Return the manifest with entrypoint, environment and the resources of the driver.
+
+    Secrets stay references in the pods of the manifest.
+    """
     job = deepcopy(dict(manifest))
     for resource in ("CPU", "GPU"):
         field = f"entrypointNum{resource.capitalize()}s"
         job["spec"].pop(field, None)
-        if own.get(resource):
-            job["spec"][field] = own[resource]
+        if driver.get(resource):
+            job["spec"][field] = driver[resource]
     job["spec"]["entrypoint"] = shlex.join(["python", "-m", "workflows.cli", *argv])
     environment = yaml.safe_load(job["spec"].get("runtimeEnvYAML") or "{}")
     environment["env_vars"] = environment.get("env_vars", {}) | dict(variables)
     job["spec"]["runtimeEnvYAML"] = yaml.safe_dump(environment)
     name = job["metadata"].pop("name", None)
-    if name:  # a name can be used once; the same command again must be another job
+    if name:  # a name can be used once, and each submission is a new job
         job["metadata"]["generateName"] = f"{name}-"
     return job
 
 
 def submit_rayjob(manifest: Mapping[str, Any]) -> str:
-    """Hand the job to the cluster that kubectl talks to; the job's name."""
-    return json.loads(_kubectl("create", "-f", "-", "-o", "json", given=json.dumps(manifest)))["metadata"]["name"]
+    """Create the job on the current kubectl cluster; return its name."""
+    return json.loads(_kubectl("create", "-f", "-", "-o", "json", stdin=json.dumps(manifest)))["metadata"]["name"]
 
 
 def job_status(name: str) -> dict[str, Any]:
-    """Status and exit code; the code is None while the job runs."""
+    """Return status, exit code (None while the job runs) and message."""
     status = json.loads(_kubectl("get", "rayjob", name, "-o", "json")).get("status", {})
-    word, deployed = status.get("jobStatus") or "", status.get("jobDeploymentStatus") or ""
+    attempt = status.get("jobStatus") or ""
+    deployment = status.get("jobDeploymentStatus") or ""
     message = status.get("message") or ""
-    ended = TERMINAL_STATES.get(deployed)
-    if ended and word in TERMINAL_STATES.values() and deployed != "Suspended":
-        ended = word
+    ended = TERMINAL_STATES.get(deployment)
+    if ended and attempt in TERMINAL_STATES.values() and deployment != "Suspended":
+        ended = attempt
     code = None
     if ended:
         found = re.search(r"exit code (\d+)", message)
         code = 0 if ended == "SUCCEEDED" else int(found.group(1)) if found else UNKNOWN_EXIT
-    said = message.split(", last available logs")[0]
+    running = deployment if deployment in PENDING_STATES else attempt or deployment
     return {
-        "status": ended or (deployed if deployed in PENDING_STATES else word or deployed) or "PENDING",
+        "status": ended or running or "PENDING",
         "exit_code": code,
-        "message": said,
+        "message": message.split(", last available logs")[0],
     }
 
 
 def follow_logs(name: str) -> None:
-    """Print the job's logs until it has ended, those of a second attempt too."""
+    """Print the logs of all attempts until the job has ended."""
     while True:
         while job_status(name)["status"] in PENDING_STATES:
             time.sleep(POLL_S)
@@ -77,23 +80,23 @@ def follow_logs(name: str) -> None:
 
 
 def print_logs(name: str) -> str:
+    """Return the logs of the current attempt."""
     return _kubectl("logs", f"job/{name}")
 
 
 def suspend_job(name: str) -> None:
-    """Suspend it: its machines go, its record stays."""
+    """Suspend the job: its pods are deleted, its record stays."""
     _kubectl("patch", "rayjob", name, "--type", "merge", "-p", json.dumps({"spec": {"suspend": True}}))
 
 
-def _kubectl(*words: str, given: str | None = None) -> str:
+def _kubectl(*arguments: str, stdin: str | None = None) -> str:
     try:
-        done = subprocess.run(["kubectl", *words], input=given, capture_output=True, text=True, check=False)
+        done = subprocess.run(["kubectl", *arguments], input=stdin, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise RuntimeError("kubectl is not installed: a RayJob is submitted through it") from error
+        raise RuntimeError("kubectl is not installed. Install it to submit a RayJob") from error
     if done.returncode != 0:
         raise RuntimeError(
-            f"kubectl {words[0]} failed: {done.stderr.strip()} (is the context right? kubectl config current-context; "
-            f"is KubeRay "
-            "installed? see cluster/kuberay/README.md)"
+            f"kubectl {arguments[0]} failed: {done.stderr.strip()}. Check the context (kubectl config "
+            "current-context) and that KubeRay is installed (cluster/kuberay/README.md)"
         )
     return done.stdout

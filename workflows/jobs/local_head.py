@@ -1,8 +1,7 @@
-"""A Ray head on this machine: started from a cluster file, found again, and stopped without touching any other.
+"""Ray heads on this machine: start one from a cluster file, find it again, and stop it without touching others.
 
-Each head has a temporary folder of its own, and every process of it shows that folder: in its command line, in its
-environment, or among its open files. That is how ``stop`` knows ours, where ``ray stop`` would end every Ray on the
-machine.
+Each head has a separate temporary folder. Every process of the head has that folder in its command line, its
+environment or its open files. ``stop`` selects the processes by it; ``ray stop`` would end every Ray on the machine.
 """
 
 import fcntl
@@ -30,29 +29,28 @@ from workflows.utils.json_io import write_json
 
 TEMP_ENV = "MFCTL_TEMP"
 PORTS = ("RAY_PORT", "DASHBOARD_PORT", "AGENT_PORT", "CLIENT_PORT", "METRICS_PORT")
-HEAD_PROCESS_NAMES = {"gcs_server", "raylet"}  # without which a head runs nothing
+HEAD_PROCESS_NAMES = {"gcs_server", "raylet"}  # required for a working head
 START_LIMIT_S = 120
-STOP_LIMIT_S = 5  # then they are made to: a raylet may wait long for its workers
+STOP_LIMIT_S = 5  # grace period before SIGKILL; a raylet may wait long for its workers
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalHead:
-    """A head that runs, or ran, on this machine."""
+    """Record of a head on this machine, running or not."""
 
     cluster: str  # cluster_name of its file
-    address: str  # http address of its job server
-    temp: str  # its temporary folder: sessions, logs; also its mark
+    address: str  # URL of its job server
+    temp: str  # temporary folder: sessions, logs; identifies its processes
 
     def is_alive(self) -> bool:
-        """Whether all of it lives: the job server alone replies on, and another on the same port does not count."""
-        return {process.name() for process in head_processes(self.temp)} >= HEAD_PROCESS_NAMES and ping_job_server(
-            self.address
-        )
+        """Return True if the GCS, the raylet and the job server respond."""
+        names = {process.name() for process in head_processes(self.temp)}
+        return names >= HEAD_PROCESS_NAMES and ping_job_server(self.address)
 
 
 def ping_job_server(address: str, limit_s: float = 5.0) -> bool:
-    """Whether Ray's job server replies there in time; one that asks for a token does, too."""
+    """Return True if a Ray job server replies in time; a server that requires a token counts."""
     try:
         with urllib.request.urlopen(f"{address}/api/version", timeout=limit_s) as reply:
             return "ray_version" in json.load(reply)
@@ -63,7 +61,7 @@ def ping_job_server(address: str, limit_s: float = 5.0) -> bool:
 
 
 def load_cluster_file(path: str) -> dict:
-    """The cluster file, checked against the schema that the installed Ray ships."""
+    """Load a cluster file and validate it with the schema of the installed Ray."""
     try:
         config = yaml.safe_load(Path(path).read_text())
         jsonschema.validate(config, _ray_schema())
@@ -71,17 +69,17 @@ def load_cluster_file(path: str) -> dict:
         raise ValueError(f"{path} is not YAML: {error}") from error
     except jsonschema.ValidationError as error:
         where = ".".join(str(part) for part in error.absolute_path) or "top level"
-        raise ValueError(f"{path} is no Ray cluster file: {error.message} (at {where})") from error
+        raise ValueError(f"{path} is not a Ray cluster file: {error.message} (at {where})") from error
     return config
 
 
 def is_local(config: dict) -> bool:
-    """Whether the cluster file describes a head on this very machine."""
+    """Return True if the cluster file describes a head on this machine."""
     return config["provider"]["type"] == "local" and config["provider"].get("head_ip") in LOOPBACK
 
 
 def get_or_start_head(config: dict, state: Path) -> LocalHead:
-    """The head of this cluster file: the one recorded under ``state`` when it still answers, else a new one."""
+    """Return the recorded head of a cluster file if it is alive, else start a new one."""
     record = state / f"{config['cluster_name']}.json"
     with _locked(record.with_suffix(".lock")):
         head = load_record(record)
@@ -95,7 +93,7 @@ def get_or_start_head(config: dict, state: Path) -> LocalHead:
 
 
 def stop_heads(state: Path) -> list[str]:
-    """Stop every head recorded under ``state``; the addresses of those that were running."""
+    """Stop every head recorded in ``state``; return the addresses of those that were running."""
     stopped = []
     for record in sorted(state.glob("*.json")):
         head = load_record(record)
@@ -109,27 +107,32 @@ def stop_heads(state: Path) -> list[str]:
 
 
 def load_record(record: Path) -> LocalHead | None:
+    """Load the record of a head; None if there is none."""
     return LocalHead(**json.loads(record.read_text())) if record.exists() else None
 
 
 def head_processes(temp: str) -> list[psutil.Process]:
-    """The running processes of the head with this temporary folder, those that they started included."""
+    """Return the running processes of a head and their children, by its temporary folder."""
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):  # another user's, or gone meanwhile: not ours
-            if process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid() and _shows(process, temp):
+        with suppress(psutil.Error, OSError):  # of another user, or ended meanwhile
+            if (
+                process.status() != psutil.STATUS_ZOMBIE
+                and process.pid != os.getpid()
+                and _belongs_to_head(process, temp)
+            ):
                 found |= {p.pid: p for p in [process, *process.children(recursive=True)]}
-    return [process for process in found.values() if _lives(process)]
+    return [process for process in found.values() if _is_running(process)]
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_running(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
-def _shows(process: psutil.Process, temp: str) -> bool:
-    """Ray's workers write their title over their environment and command line; their log files stay open."""
+def _belongs_to_head(process: psutil.Process, temp: str) -> bool:
+    """Search command line, environment and open files: Ray workers overwrite the first two with their title."""
     return (
         any(temp in part for part in process.cmdline())
         or process.environ().get(TEMP_ENV) == temp
@@ -138,28 +141,30 @@ def _shows(process: psutil.Process, temp: str) -> bool:
 
 
 def stop_processes(head: LocalHead) -> bool:
-    """Ask the head's processes to end, then make them; whether there were any."""
+    """Send SIGTERM, then SIGKILL, to the processes of a head; return True if there were any."""
     first = head_processes(head.temp)
     for process in first:
         _signal(process, psutil.Process.terminate)
     psutil.wait_procs(first, timeout=STOP_LIMIT_S)
     deadline = time.monotonic() + STOP_LIMIT_S
-    while (left := head_processes(head.temp)) and time.monotonic() < deadline:
-        for process in left:
+    remaining = head_processes(head.temp)
+    while remaining and time.monotonic() < deadline:
+        for process in remaining:
             _signal(process, psutil.Process.kill)
-        psutil.wait_procs(left, timeout=1)
+        psutil.wait_procs(remaining, timeout=1)
+        remaining = head_processes(head.temp)
     return bool(first)
 
 
-def _signal(process: psutil.Process, act: Callable[[psutil.Process], None]) -> None:
+def _signal(process: psutil.Process, send: Callable[[psutil.Process], None]) -> None:
     with suppress(psutil.NoSuchProcess):
-        act(process)
+        send(process)
 
 
 def _start(config: dict) -> LocalHead:
-    """Run the file's start commands with free ports and a temporary folder of their own; wait for the job server."""
+    """Run the start commands of the file with free ports and a new temporary folder; wait for the job server."""
     ports = _free_ports()
-    # short: Ray puts Unix sockets there, whose paths may not exceed 107 bytes
+    # short: it holds Unix sockets, whose paths may not exceed 107 bytes
     temp = tempfile.mkdtemp(prefix="mfctl-", dir="/tmp")
     address = f"http://127.0.0.1:{ports['MFCTL_DASHBOARD_PORT']}"
     head = LocalHead(cluster=config["cluster_name"], address=address, temp=temp)
@@ -167,7 +172,7 @@ def _start(config: dict) -> LocalHead:
     try:
         for command in config.get("head_start_ray_commands", []):
             _run_start_command(command, environment)
-        _wait_until_answering(head)
+        _wait_until_alive(head)
     except BaseException:
         stop_processes(head)
         shutil.rmtree(temp, ignore_errors=True)
@@ -176,8 +181,10 @@ def _start(config: dict) -> LocalHead:
 
 
 def _run_start_command(command: str, environment: dict[str, str]) -> None:
-    """As Ray does on a remote head: each line in a shell. Its output goes to a file, which background processes may
-    keep open (a pipe would never end)."""
+    """Run one line in a shell, as Ray does on a remote head.
+
+    The output goes to a file: background processes keep it open, and a pipe would never end.
+    """
     with tempfile.TemporaryFile("w+") as output:
         code = subprocess.call(
             ["bash", "-c", command],
@@ -193,7 +200,7 @@ def _run_start_command(command: str, environment: dict[str, str]) -> None:
 
 
 def _start_environment() -> dict[str, str]:
-    """This process's environment, our defaults, this interpreter first on PATH, and no address of another cluster."""
+    """Return the environment of a head: this interpreter first on PATH, no address of another cluster."""
     environment = DEFAULT_ENV | dict(os.environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
@@ -202,23 +209,26 @@ def _start_environment() -> dict[str, str]:
 
 
 def _free_ports() -> dict[str, str]:
-    """A free port for every variable of the cluster file that the user has not set."""
+    """Return a port for every port variable of the cluster file: the value that is set, else a free one."""
     names = [f"MFCTL_{port}" for port in PORTS]
     found = zip(names, find_free_ports(len(names)), strict=True)
     return {name: os.environ.get(name) or str(port) for name, port in found}
 
 
-def _wait_until_answering(head: LocalHead) -> None:
+def _wait_until_alive(head: LocalHead) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while not head.is_alive():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"the Ray head started, but its job server at {head.address} does not answer")
+            raise RuntimeError(
+                f"the Ray head did not become ready in {START_LIMIT_S} s: its job server at {head.address} does not "
+                f"respond. See the logs in {head.temp}"
+            )
         time.sleep(0.3)
 
 
 @contextmanager
 def _locked(path: Path) -> Generator[None]:
-    """One process at a time looks for a head or starts it."""
+    """Hold a file lock: one process at a time finds or starts a head."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -228,5 +238,5 @@ def _locked(path: Path) -> Generator[None]:
 def _ray_schema() -> dict:
     spec = importlib.util.find_spec("ray")
     if spec is None or spec.origin is None:
-        raise RuntimeError("ray is not installed: type `make venv`")
+        raise RuntimeError("ray is not installed. Run `make venv`")
     return json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())

@@ -1,3 +1,5 @@
+"""Records of submitted jobs and local heads."""
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -6,15 +8,15 @@ from workflows.utils.environment import base_directory
 
 @dataclass(frozen=True, kw_only=True)
 class SubmittedJob:
-    """A submitted job, as recorded under ``runs/cluster/jobs``."""
+    """Record of a submitted job, a file below ``runs/cluster/jobs``."""
 
     id: str
-    address: str  # of the job server; for a RayJob the file
+    address: str  # URL of the job server; for a RayJob the file
     command: list[str]
     submitted: float  # seconds since the epoch
-    target: str = ""  # as the user wrote it: a cluster file is connected to anew; "": by the address
+    target: str = ""  # as given by the user; a cluster file gives a new tunnel, "" uses the address
 
 
 def state_dir() -> Path:
-    """Where heads and jobs are recorded, one folder for one ``runs/``."""
+    """Return the folder of the records of heads and jobs, below ``runs/``."""
     return base_directory() / "runs" / "cluster"

@@ -1,4 +1,4 @@
-"""What a command asks of a cluster, and whether the cluster can ever give it."""
+"""Resources that a command requires, and the check that a cluster can provide them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +16,11 @@ Resources = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class MachineType:
-    """Machines of one kind."""
+    """Machines with equal resources."""
 
     name: str
-    resources: Resources  # of one of them
-    max_count: int  # how many there can be
+    resources: Resources  # of one machine
+    max_count: int  # maximum number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class ResourceRequest:
 
 
 def required_resources(command: ParsedCommand) -> ResourceRequest | None:
-    """The least with which a command runs; None when it runs in the job's own process."""
+    """Return the minimum request of a command; None if it runs in the process of the job."""
     if command.verb == "preprocess":
         return _preprocess(command)
     if command.verb != "train" or not command.values:
@@ -52,23 +52,24 @@ def _preprocess(command: ParsedCommand) -> ResourceRequest | None:
 
     config = PreprocessConfig()
     file = command.values.get("config")
-    written = load_config_file(file) if file and Path(file).exists() else {}  # it may be there alone
+    written = load_config_file(file) if file and Path(file).exists() else {}  # it may exist on the cluster only
     for values in (written, parse_overrides(command.sets)):
         config = apply_overrides(
             config, {name: value for name, value in values.items() if name in ("workers", "encoder")}
         )
-    bundle = {"CPU": 1.0} | ({"GPU": config.encoder.gpus} if config.encoder.gpus else {})
-    return None if config.workers == 0 else ResourceRequest(description="preprocess", bundle=bundle, count=1)
+    if config.workers == 0:
+        return None
+    return ResourceRequest(description="preprocess", bundle=config.worker_resources, count=1)
 
 
 def driver_resources(command: ParsedCommand, machines: Sequence[MachineType]) -> dict[str, float]:
-    """What the process of a command must be given that computes by itself; {} where it only leads, and the head may.
+    """Return the resources of a command's own process; {} if it does not compute and may run on the head.
 
-    Ray runs the process of a job on the head unless it is told what it needs, and heads here lead only.
+    Ray starts a job's driver on the head node unless resources are requested; our head nodes must not compute.
     """
     if not command.driver_only or not command.values:
         return {}
-    if command.verb == "evaluate" and command.values.get("workers", 1) > 1:  # these are Ray's
+    if command.verb == "evaluate" and command.values.get("workers", 1) > 1:  # Ray workers compute
         return {}
     gpu = command.verb != "study" or str(command.values.get("device", "")).startswith("cuda")
     if gpu and capacity(machines, {"GPU": 1.0}):
@@ -77,18 +78,18 @@ def driver_resources(command: ParsedCommand, machines: Sequence[MachineType]) ->
 
 
 def total_resources(machines: Sequence[MachineType]) -> dict[str, float]:
-    """GPUs and CPUs of all machines together; of those with GPUs the CPUs count only where there are no others."""
+    """Return CPUs and GPUs of all machines; CPUs of GPU machines count only if there are no other machines."""
     plain = [kind for kind in machines if not kind.resources.get("GPU")]
-    cpus, gpus = (
-        sum(k.max_count * k.resources.get(name, 0.0) for k in some)
-        for name, some in (("CPU", plain), ("GPU", machines))
-    )
-    cpus = cpus or sum(k.max_count * k.resources.get("CPU", 0.0) for k in machines)
-    return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    totals = {"CPU": _sum(plain, "CPU") or _sum(machines, "CPU"), "GPU": _sum(machines, "GPU")}
+    return {name: amount for name, amount in totals.items() if amount}
+
+
+def _sum(machines: Sequence[MachineType], resource: str) -> float:
+    return sum(kind.max_count * kind.resources.get(resource, 0.0) for kind in machines)
 
 
 def _engine(command: ParsedCommand) -> "EngineConfig":
-    """The engine's configuration, whatever the latents: presets of one name have the same for all."""
+    """Return the configuration of the engine; it does not depend on the latent shapes."""
     from mfcore.types import AUDIO, VIDEO
     from workflows.config import latent_shapes, presets, serialization
 
@@ -108,38 +109,43 @@ def _engine(command: ParsedCommand) -> "EngineConfig":
 
 
 def capacity(machines: Sequence[MachineType], bundle: Resources) -> int:
-    """How many processes of one bundle fit on all machines together."""
-    wanted = {name: amount for name, amount in bundle.items() if amount > 0}
-    return sum(
-        kind.max_count * floor(min((kind.resources.get(r, 0.0) / n + 1e-9 for r, n in wanted.items()), default=inf))
-        for kind in machines
-    )
+    """Return the number of processes with this bundle that fit on all machines."""
+    return sum(kind.max_count * _capacity_of_one(kind, bundle) for kind in machines)
+
+
+def _capacity_of_one(kind: MachineType, bundle: Resources) -> int:
+    ratios = [kind.resources.get(name, 0.0) / amount + 1e-9 for name, amount in bundle.items() if amount > 0]
+    return floor(min(ratios, default=inf))
 
 
 def require_capacity(need: ResourceRequest | None, machines: Sequence[MachineType], target: str) -> None:
-    """ValueError with the remedy when the cluster could not run it even with all its machines."""
-    if need is None or (found := capacity(machines, need.bundle)) >= need.count:
+    """Raise ValueError if the request does not fit on the cluster, even with all its machines."""
+    if need is None:
         return
-    has = "; ".join(f"{kind.name}: up to {kind.max_count} with {_show(kind.resources)}" for kind in machines) or "none"
+    found = capacity(machines, need.bundle)
+    if found >= need.count:
+        return
+    has = (
+        "; ".join(f"{kind.name}: up to {kind.max_count} with {_format(kind.resources)}" for kind in machines) or "none"
+    )
     raise ValueError(
-        f"{need.description} needs room for {need.count} processes with {_show(need.bundle)} each, "
-        f"and {target} has room for {found} "
-        f"(machines: {has}): ask for less (--set engine.workers=N), or add machines to the cluster's file"
+        f"{need.description} needs {need.count} processes with {_format(need.bundle)} each, and {target} has room for "
+        f"{found} (machines: {has}). Request less (--set engine.workers=N), or add machines to the cluster file"
     )
 
 
-def _show(resources: Resources) -> str:
+def _format(resources: Resources) -> str:
     amounts = [f"{name} {amount:g}" for name, amount in sorted(resources.items()) if _countable(name)]
     return ", ".join(amounts) or "nothing"
 
 
 def _countable(name: str) -> bool:
-    """Not what Ray adds for itself: memory, and one name per node."""
+    """Return False for the resources that Ray adds: memory, and one name per node."""
     return "memory" not in name and not name.startswith(("node:", "accelerator_type:"))
 
 
 def machine_types_of_cluster_file(config: Mapping[str, Any]) -> list[MachineType]:
-    """The kinds of a Ray cluster file, the head's among them; [] where the file does not say (provider ``local``)."""
+    """Return the machine types of a Ray cluster file with the head's; [] for the provider ``local``."""
     total = config.get("max_workers", inf)
     kinds = [
         MachineType(
@@ -153,39 +159,36 @@ def machine_types_of_cluster_file(config: Mapping[str, Any]) -> list[MachineType
 
 
 def machine_types_of_ray_cluster(spec: Mapping[str, Any]) -> list[MachineType]:
-    """The groups of a KubeRay cluster, its head first. Ray counts a pod's limits unless told otherwise."""
+    """Return the groups of a KubeRay cluster, head first; resources are pod limits unless rayStartParams override."""
     head = spec["headGroupSpec"]
-    found = [MachineType(name="head", resources=_pod(head), max_count=1)]
+    found = [MachineType(name="head", resources=_pod_resources(head), max_count=1)]
     for group in spec.get("workerGroupSpecs", []):
         most = group.get("maxReplicas", group.get("replicas", 1))
-        found.append(MachineType(name=group["groupName"], resources=_pod(group), max_count=most))
+        found.append(MachineType(name=group["groupName"], resources=_pod_resources(group), max_count=most))
     return found
 
 
-def _pod(group: Mapping[str, Any]) -> dict[str, float]:
+def _pod_resources(group: Mapping[str, Any]) -> dict[str, float]:
     limits = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
-    asked = {"CPU": _quantity(limits.get("cpu", 0)), "GPU": _quantity(limits.get("nvidia.com/gpu", 0))}
+    amounts = {"CPU": _quantity(limits.get("cpu", 0)), "GPU": _quantity(limits.get("nvidia.com/gpu", 0))}
     for key, name in (("num-cpus", "CPU"), ("num-gpus", "GPU")):
         if key in group.get("rayStartParams", {}):
-            asked[name] = float(group["rayStartParams"][key])
-    return {name: amount for name, amount in asked.items() if amount}
+            amounts[name] = float(group["rayStartParams"][key])
+    return {name: amount for name, amount in amounts.items() if amount}
 
 
 def _quantity(text: object) -> float:
-    """Kubernetes' way to write processors: 2, "2" or "500m"."""
-    word = str(text)
-    return float(word[:-1]) / 1000 if word.endswith("m") else float(word)
+    """Parse a Kubernetes CPU quantity: 2, "2" or "500m"."""
+    value = str(text)
+    return float(value[:-1]) / 1000 if value.endswith("m") else float(value)
 
 
 def merge_equal(machines: Sequence[MachineType]) -> list[MachineType]:
-    """Machines with equal resources as one kind."""
+    """Merge machines with equal resources into one type."""
     kinds: dict[tuple[tuple[str, float], ...], MachineType] = {}
     for one in machines:
         plain = {name: amount for name, amount in one.resources.items() if _countable(name)}
         key = tuple(sorted(plain.items()))
-        kinds[key] = (
-            replace(kinds[key], max_count=kinds[key].max_count + one.max_count)
-            if key in kinds
-            else replace(one, resources=plain)
-        )
+        before = kinds[key].max_count if key in kinds else 0
+        kinds[key] = replace(kinds.get(key, one), resources=plain, max_count=before + one.max_count)
     return list(kinds.values())

@@ -1,7 +1,7 @@
-"""Commands as Ray jobs: the working tree is packed, the command runs there, its logs and its exit code come back.
+"""Submit commands as Ray jobs: package the working tree, run the command, return its logs and its exit code.
 
-``TARGET`` is a Ray cluster file, the address of a cluster that runs (``http://host:8265``, its job server, or
-``ray://host:10001``), or the file of a KubeRay RayJob. What cannot work is refused before anything is submitted.
+``TARGET`` is a Ray cluster file, the address of a running cluster (``http://host:8265``, its job server, or
+``ray://host:10001``), or the file of a KubeRay RayJob. All checks run before the job is submitted.
 """
 
 import asyncio
@@ -38,7 +38,6 @@ from workflows.utils.json_io import write_json
 ROOT = Path(__file__).resolve().parents[2]
 AGENT_LIMIT_S = 90
 POLL_S = 15.0
-UNKNOWN_EXIT = 1
 
 
 def submit_job(
@@ -49,31 +48,45 @@ def submit_job(
     python: str | None = None,
     shared: str | None = None,
 ) -> dict:
-    """Run the command as a job on the target and follow its logs to the end, or with ``detach`` only start it.
+    """Run the command as a job on the target and follow its logs until it ends.
 
-    Relative paths of the command mean what they mean here, or with ``shared``, a folder that all machines of the target
-    have mounted, what they mean there. ``python`` is the interpreter on the cluster; by default this one for a head on
-    this machine, else ``python``. Returns job, address, status and exit_code (None while it runs). ValueError, before
-    anything starts, for what the target could never run.
+    Args:
+        target: a cluster file, an address or a RayJob file.
+        command: the command, parsed with ``shared`` as its base.
+        detach: return after the submission.
+        python: interpreter on the cluster; default: this one on this machine, else ``python``.
+        shared: folder that all machines of the target have mounted; relative paths are below it.
+
+    Returns:
+        job, address, command, status, exit_code (None while the job runs) and message.
+
+    Raises:
+        ValueError: before the submission, if the target cannot run the command.
     """
     if not (ROOT / "pyproject.toml").exists():
-        raise ValueError(f"submit packs a checkout, and {ROOT} is none: run it from a clone (`make venv` there)")
+        raise ValueError(f"submit packages a checkout, and {ROOT} is not one. Run it from a clone (`make venv` there)")
     place = parse_target(target)
     shared = os.path.normpath(shared) if shared else None
     if place.kind in ("elsewhere", "rayjob"):
         _check_elsewhere(place, command, shared, place.machines)
     if place.kind == "rayjob":
         return _submit_rayjob(place, command, shared, detach=detach)
-    silent = f"{target} fell silent before it had taken the job: submit the same command again"
-    with _no_other_address(), connect_target(place, state_dir()) as address:
-        with translate_connection_errors(silent):
+    lost = f"{target} stopped responding before the job was accepted. Run the same command again"
+    with _without_ray_address(), connect_target(place, state_dir()) as address:
+        with translate_connection_errors(lost):
             client = job_server.connect(address)
             check_head_alive(client)
             cluster = query_cluster(client)
-            variables = _variables(place, cluster, command, shared, python)
-            interpreter = python or (sys.executable if place.kind == "here" else "python")
-            own = {} if cluster.is_local else resources.driver_resources(command, place.machines or cluster.machines)
-            job = _start(client, interpreter, command, variables, target, own)
+            variables = _check_and_build_environment(place, cluster, command, shared=shared, python=python)
+            driver = {} if cluster.is_local else resources.driver_resources(command, place.machines or cluster.machines)
+            job = _start(
+                client,
+                command,
+                target=target,
+                interpreter=python or (sys.executable if place.kind == "here" else "python"),
+                variables=variables,
+                driver=driver,
+            )
         print(f"job {job.id} on {job.address}", file=sys.stderr)
         return _summary(client, job) if detach else _follow(client, job)
 
@@ -86,10 +99,10 @@ def _check_elsewhere(
         resources.require_capacity(resources.required_resources(command), machines, place.name)
 
 
-def _variables(
-    place: Target, cluster: ClusterInfo, command: ParsedCommand, shared: str | None, python: str | None
+def _check_and_build_environment(
+    place: Target, cluster: ClusterInfo, command: ParsedCommand, *, shared: str | None, python: str | None
 ) -> dict[str, str]:
-    """Check the command against the running cluster; the environment of the job."""
+    """Check the command against the running cluster; return the environment of the job."""
     if place.kind != "here":
         check_versions(cluster, place.name, python)
     if place.kind == "server" and not cluster.is_local:
@@ -97,18 +110,18 @@ def _variables(
     if not place.machines and (cluster.fixed or place.all_nodes_joined(len(cluster.nodes))):
         resources.require_capacity(resources.required_resources(command), cluster.machines, place.name)
     elsewhere = place.kind == "elsewhere" or not cluster.is_local
-    variables = _environment(shared, elsewhere=elsewhere) | _promised(place)
+    variables = _environment(shared, elsewhere=elsewhere) | _promised_resources(place)
     check_secrets(command.argv, variables)
     return variables
 
 
-def _promised(place: Target) -> dict[str, str]:
-    """What the machines of the target's file have together, for a job that will see only those that have come."""
+def _promised_resources(place: Target) -> dict[str, str]:
+    """Return the variable with the total resources of the target's file; the job sees only nodes that have joined."""
     return {PROMISED_RESOURCES_ENV: json.dumps(resources.total_resources(place.machines))} if place.machines else {}
 
 
 def _environment(shared: str | None, *, elsewhere: bool) -> dict[str, str]:
-    """What a job is told: switches, where relative paths start, where MLflow is, and where credentials are found."""
+    """Return the environment of a job: defaults, base of relative paths, MLflow store, locations of credentials."""
     variables = {name: os.environ.get(name, value) for name, value in DEFAULT_ENV.items()}
     variables |= {name: os.environ[name] for name in FORWARDED_ENV if name in os.environ}
     base = shared or (None if elsewhere else str(base_directory()))
@@ -121,16 +134,17 @@ def _environment(shared: str | None, *, elsewhere: bool) -> dict[str, str]:
 
 def _start(
     client: Any,
-    interpreter: str,
     command: ParsedCommand,
-    variables: dict[str, str],
+    *,
     target: str,
-    own: Mapping[str, float],
+    interpreter: str,
+    variables: dict[str, str],
+    driver: Mapping[str, float],
 ) -> SubmittedJob:
-    words = [interpreter, "-m", "workflows.cli", *command.argv]
+    entrypoint = [interpreter, "-m", "workflows.cli", *command.argv]
     with tempfile.TemporaryDirectory(prefix="mfctl-") as folder:
         archive = package_working_dir(ROOT, Path(folder))
-        name = _submit_when_ready(client, words, {"working_dir": str(archive), "env_vars": variables}, own)
+        name = _submit_when_ready(client, entrypoint, {"working_dir": str(archive), "env_vars": variables}, driver)
     job = SubmittedJob(
         id=name,
         address=client.get_address(),
@@ -143,23 +157,23 @@ def _start(
 
 
 def _submit_rayjob(place: Target, command: ParsedCommand, shared: str | None, *, detach: bool) -> dict:
-    """The code is the image's: what travels is the command and the environment."""
+    """Submit a RayJob with the command and its environment; the code is in the image."""
     version = place.config["spec"]["rayClusterSpec"].get("rayVersion")
     import ray
 
     if version and version != ray.__version__:
         raise ValueError(
-            f"{place.name} has rayVersion {version}, here is {ray.__version__}: build the image again, write the same"
+            f"{place.name} has rayVersion {version}, this machine {ray.__version__}. Rebuild the image with it"
         )
-    variables = _environment(shared, elsewhere=True) | _promised(place)
+    variables = _environment(shared, elsewhere=True) | _promised_resources(place)
     check_secrets(command.argv, variables)
-    own = resources.driver_resources(command, place.machines)
-    name = kuberay.submit_rayjob(kuberay.render_manifest(place.config, command.argv, variables, own))
+    driver = resources.driver_resources(command, place.machines)
+    name = kuberay.submit_rayjob(kuberay.render_manifest(place.config, command.argv, variables, driver))
     job = SubmittedJob(
         id=name, address=place.name, command=list(command.argv), submitted=time.time(), target=place.name
     )
     _record(job)
-    print(f"RayJob {name} from {place.name}; its code is that of the image", file=sys.stderr)
+    print(f"RayJob {name} from {place.name}, with the code of its image", file=sys.stderr)
     if not detach:
         kuberay.follow_logs(name)
     return _rayjob_summary(job)
@@ -174,44 +188,44 @@ def _is_rayjob(job: SubmittedJob) -> bool:
 
 
 @contextmanager
-def _reached(job: SubmittedJob) -> Iterator[Any]:
-    """A client of the job's server; for a cluster file elsewhere through a tunnel of its own."""
+def _connected(job: SubmittedJob) -> Iterator[Any]:
+    """Yield a client of the job's server; a remote cluster file is reached through a new tunnel."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_no_other_address())
+        stack.enter_context(_without_ray_address())
         address = job.address
         if job.target and "://" not in job.target and Path(job.target).is_file():
             place = parse_target(job.target)
             if place.kind == "elsewhere":
                 address = stack.enter_context(connect_target(place, state_dir()))
-        stack.enter_context(translate_connection_errors(_lost(job)))
+        stack.enter_context(translate_connection_errors(_lost_message(job)))
         yield job_server.connect(address)
 
 
-def _lost(job: SubmittedJob) -> str:
+def _lost_message(job: SubmittedJob) -> str:
     return (
-        f"the cluster at {job.target or job.address} no longer answers. The job may go on without us: "
-        f"mfctl logs --follow {job.id}. If its head is gone, submit the same command again: it goes on where it stopped"
+        f"the cluster at {job.target or job.address} does not respond; the job may still run. Try "
+        f"mfctl logs --follow {job.id}. If the head is gone, submit the same command again: it resumes"
     )
 
 
 def job_status(job_id: str | None = None) -> dict:
-    """One job, or every recorded job with the heads on this machine."""
+    """Return the status of one job, or of all recorded jobs and heads."""
     if job_id is not None:
-        return _now(_job(job_id))
-    running = [head for path in sorted(state_dir().glob("*.json")) if (head := heads.load_record(path))]
+        return _current_status(_find_job(job_id))
+    records = [heads.load_record(path) for path in sorted(state_dir().glob("*.json"))]
     return {
-        "heads": [{"address": head.address, "answers": head.is_alive()} for head in running],
-        "jobs": [_last_known(job) for job in _jobs()],
+        "heads": [{"address": head.address, "answers": head.is_alive()} for head in records if head],
+        "jobs": [_last_status(job) for job in _jobs()],
     }
 
 
 def job_logs(job_id: str, *, follow: bool = False) -> dict:
-    """Print what the job has written so far; with ``follow`` go on until it ends."""
-    job = _job(job_id)
+    """Print the log of a job; with ``follow`` until it ends. Return its summary."""
+    job = _find_job(job_id)
     if _is_rayjob(job):
         kuberay.follow_logs(job.id) if follow else print(kuberay.print_logs(job.id), end="")
         return _rayjob_summary(job)
-    with _reached(job) as client:
+    with _connected(job) as client:
         if follow:
             return _follow(client, job)
         print(client.get_job_logs(job.id), end="")
@@ -219,29 +233,29 @@ def job_logs(job_id: str, *, follow: bool = False) -> dict:
 
 
 def stop_job(job_id: str) -> dict:
-    """Ask the job to stop, and wait until it has."""
-    job = _job(job_id)
+    """Stop a job, wait until it has ended and return its summary."""
+    job = _find_job(job_id)
     if _is_rayjob(job):
         kuberay.suspend_job(job.id)
         return _rayjob_summary(job)
-    with _reached(job) as client:
+    with _connected(job) as client:
         client.stop_job(job.id)
         _wait_until_ended(client, job)
         return _summary(client, job)
 
 
 def stop_local_heads() -> dict:
-    """Stop the heads that ``submit`` started from this folder, with all their jobs, and no other Ray process."""
+    """Stop the heads that ``submit`` started from this folder, with their jobs; other Ray processes keep running."""
     return {"stopped": heads.stop_heads(state_dir())}
 
 
-def _submit_when_ready(client: Any, command: list[str], runtime_env: dict, own: Mapping[str, float]) -> str:
-    """A head accepts jobs a few seconds after it answers: until its agent has registered, submission is refused."""
+def _submit_when_ready(client: Any, entrypoint: list[str], runtime_env: dict, driver: Mapping[str, float]) -> str:
+    """Submit the job, with retries until the agent of the head has registered (seconds after its first reply)."""
     deadline = time.monotonic() + AGENT_LIMIT_S
-    asked = {f"entrypoint_num_{name.lower()}s": amount for name, amount in own.items()}
+    amounts = {f"entrypoint_num_{name.lower()}s": amount for name, amount in driver.items()}
     while True:
         try:
-            return client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env, **asked)
+            return client.submit_job(entrypoint=shlex.join(entrypoint), runtime_env=runtime_env, **amounts)
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise
@@ -249,20 +263,23 @@ def _submit_when_ready(client: Any, command: list[str], runtime_env: dict, own: 
 
 
 def _follow(client: Any, job: SubmittedJob) -> dict:
-    """Print the job's logs as they come, until it has ended. Unreachable when the cluster falls silent meanwhile."""
+    """Print the log until the job ends; ClusterUnreachable if the cluster stops responding."""
     try:
-        with translate_connection_errors(_lost(job)):
+        with translate_connection_errors(_lost_message(job)):
             asyncio.run(_print_logs(client, job.id))
             _wait_until_ended(client, job)
             return _summary(client, job)
     except KeyboardInterrupt:
-        print(f"\nthe job goes on: mfctl logs --follow {job.id}   or end it: mfctl stop {job.id}", file=sys.stderr)
+        print(
+            f"\nthe job is still running: mfctl logs --follow {job.id}   or stop it: mfctl stop {job.id}",
+            file=sys.stderr,
+        )
         raise
 
 
 async def _print_logs(client: Any, job_id: str) -> None:
-    """A machine that loses power closes no connection: its server is asked for a sign of life meanwhile."""
-    printing = asyncio.ensure_future(_print_as_they_come(client, job_id))
+    """Print the log and poll the server: a machine that loses power never closes the connection."""
+    printing = asyncio.ensure_future(_stream_log(client, job_id))
     try:
         while not (await asyncio.wait({printing}, timeout=POLL_S))[0]:
             await asyncio.to_thread(check_head_alive, client)
@@ -271,25 +288,25 @@ async def _print_logs(client: Any, job_id: str) -> None:
         printing.cancel()
 
 
-async def _print_as_they_come(client: Any, job_id: str) -> None:
+async def _stream_log(client: Any, job_id: str) -> None:
     async for lines in client.tail_job_logs(job_id):
         print(lines, end="", flush=True)
 
 
 def _wait_until_ended(client: Any, job: SubmittedJob) -> None:
-    looked = time.monotonic()
+    checked = time.monotonic()
     while not client.get_job_status(job.id).is_terminal():
         time.sleep(0.3)
-        if time.monotonic() - looked > POLL_S:
+        if time.monotonic() - checked > POLL_S:
             check_head_alive(client)
-            looked = time.monotonic()
+            checked = time.monotonic()
 
 
 def _summary(client: Any, job: SubmittedJob) -> dict:
-    """The exit code is the command's own, not the 0 or 1 that Ray makes of it; None while the job runs."""
+    """Return the summary of a job; exit_code is the one of the command, None while it runs."""
     info = client.get_job_info(job.id)
     ended = info.status.is_terminal()
-    code = info.driver_exit_code if info.driver_exit_code is not None else UNKNOWN_EXIT
+    code = info.driver_exit_code if info.driver_exit_code is not None else kuberay.UNKNOWN_EXIT
     return {
         "job": job.id,
         "address": job.address,
@@ -300,18 +317,18 @@ def _summary(client: Any, job: SubmittedJob) -> dict:
     }
 
 
-def _now(job: SubmittedJob) -> dict:
+def _current_status(job: SubmittedJob) -> dict:
     if _is_rayjob(job):
         return _rayjob_summary(job)
-    with _reached(job) as client:
+    with _connected(job) as client:
         return _summary(client, job)
 
 
-def _last_known(job: SubmittedJob) -> dict:
-    """The job's summary, or the fact that its cluster is gone."""
+def _last_status(job: SubmittedJob) -> dict:
+    """Return the summary of a job, also if its cluster is gone."""
     try:
-        return _now(job)
-    except RuntimeError:  # Unreachable, or another cluster at the same address that knows no such job
+        return _current_status(job)
+    except RuntimeError:  # unreachable, or another cluster at the same address, without this job
         return {"job": job.id, "address": job.address, "command": job.command, "status": "cluster does not answer"}
 
 
@@ -324,17 +341,17 @@ def _jobs() -> list[SubmittedJob]:
     return sorted(found, key=lambda job: job.submitted)
 
 
-def _job(job_id: str) -> SubmittedJob:
+def _find_job(job_id: str) -> SubmittedJob:
     known = {job.id: job for job in _jobs()}
     if job_id not in known:
         listed = ", ".join(known) or "none"
-        raise ValueError(f"no job {job_id} was submitted from {base_directory()}; known jobs: {listed}")
+        raise ValueError(f"no job {job_id} was submitted from {base_directory()}. Known jobs: {listed}")
     return known[job_id]
 
 
 @contextlib.contextmanager
-def _no_other_address() -> Generator[None]:
-    """Ray's client prefers these variables to the address it is given; here the address given is the one meant."""
+def _without_ray_address() -> Generator[None]:
+    """Unset the variables that Ray's client prefers to the address it is given."""
     names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     saved = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

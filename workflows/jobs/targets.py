@@ -1,4 +1,4 @@
-"""Where a command is to run: a head on this machine, a job server, a cluster of a Ray file elsewhere, a KubeRay job."""
+"""Targets of a submission: a local head, a job server, a remote Ray cluster file or a KubeRay RayJob file."""
 
 import os
 import shutil
@@ -27,62 +27,63 @@ TargetKind = Literal["here", "server", "elsewhere", "rayjob"]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What the user named, read and checked; nothing has been started or asked yet."""
+    """A parsed and validated target; nothing has been started or contacted."""
 
-    name: str  # as it was written
+    name: str  # as given by the user
     kind: TargetKind
-    config: Mapping[str, Any] = field(default_factory=dict)  # of its file
+    config: Mapping[str, Any] = field(default_factory=dict)  # content of its file
 
     @property
     def machines(self) -> list[MachineType]:
-        """What its file promises; [] where only the cluster itself can tell."""
+        """The machine types in its file; [] if only the running cluster has them."""
         if self.kind == "elsewhere":
             return machine_types_of_cluster_file(self.config)
         return machine_types_of_ray_cluster(self.config["spec"]["rayClusterSpec"]) if self.kind == "rayjob" else []
 
     def all_nodes_joined(self, nodes: int) -> bool:
-        """Whether all machines that its file lists have joined, so that there will be no more."""
+        """Return True if all machines listed in its file have joined, so that no more can."""
         provider = self.config.get("provider", {})
         return provider.get("type") == "local" and nodes > len(provider.get("worker_ips", []))
 
 
 def parse_target(name: str) -> Target:
-    """ValueError when it is neither an address nor a file of a kind that is known."""
+    """Return the target of an address or a file; ValueError for anything else."""
     if "://" in name:
         if not name.startswith(("http://", "https://", "ray://")):
             raise ValueError(
-                f"{name} is no cluster address: write http://host:8265, ray://host:10001 or a cluster file"
+                f"{name} is not a cluster address. Use http://host:8265, ray://host:10001 or a cluster file"
             )
         return Target(name=name, kind="server")
     if not Path(name).is_file():
-        raise ValueError(f"{name} does not exist: the target is a cluster file (cluster/local.yaml) or an address")
-    if manifest := _manifest(name):
+        raise ValueError(f"{name} does not exist. Use a cluster file (cluster/local.yaml) or an address")
+    manifest = _load_rayjob(name)
+    if manifest:
         return Target(name=name, kind="rayjob", config=manifest)
     config = heads.load_cluster_file(name)
     return Target(name=name, kind="here" if heads.is_local(config) else "elsewhere", config=config)
 
 
-def _manifest(name: str) -> dict[str, Any] | None:
-    """The RayJob in a file; None when it is no Kubernetes file."""
+def _load_rayjob(name: str) -> dict[str, Any] | None:
+    """Return the RayJob in a file; None if it is not a Kubernetes file."""
     try:
         documents = [d for d in yaml.safe_load_all(Path(name).read_text()) if isinstance(d, dict)]
     except yaml.YAMLError:
-        return None  # the reader of cluster files says what is wrong
+        return None  # load_cluster_file raises the error
     jobs = [d for d in documents if d.get("kind") == "RayJob"]
     if jobs:
         return jobs[0]
-    if kinds := [d["kind"] for d in documents if "kind" in d]:
+    kinds = [d["kind"] for d in documents if "kind" in d]
+    if kinds:
         raise ValueError(
-            f"{name} holds a {kinds[0]}, and a job is submitted to a RayJob (cluster/kuberay/rayjob-train.yaml) or to "
-            f"the address "
-            "of a RayCluster that runs: kubectl port-forward service/mutual-forcing-head-svc 8265, then "
+            f"{name} contains a {kinds[0]}, which is not a target. Use a RayJob (cluster/kuberay/rayjob-train.yaml), "
+            "or the address of a running RayCluster: kubectl port-forward service/mutual-forcing-head-svc 8265, then "
             "http://127.0.0.1:8265"
         )
     return None
 
 
 def connect_target(target: Target, state: Path) -> Context[str]:
-    """The address of the target's job server, reachable while the context lasts. A head on this machine is started."""
+    """Return a context with the address of the job server; starts a local head if there is none."""
     if target.kind == "server":
         return nullcontext(target.name)
     if target.kind == "here":
@@ -92,7 +93,7 @@ def connect_target(target: Target, state: Path) -> Context[str]:
 
 @contextmanager
 def _tunnel(target: Target) -> Iterator[str]:
-    """Ray's own port forwarding, by ssh, to the job server on the head's loopback."""
+    """Forward a local port by ssh (`ray dashboard`) to the job server on the head's loopback."""
     ray = shutil.which("ray", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     (port,) = find_free_ports(1)
     with tempfile.TemporaryFile("w+") as output:
@@ -102,13 +103,13 @@ def _tunnel(target: Target) -> Iterator[str]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # its ssh is ended with it
+            start_new_session=True,  # Ctrl-C must not reach ssh
         )
         try:
             _wait_for_tunnel(target, process, port, output)
             yield f"http://127.0.0.1:{port}"
         finally:
-            _end(process)
+            _terminate(process)
 
 
 def _wait_for_tunnel(target: Target, process: subprocess.Popen[bytes], port: int, output: Any) -> None:
@@ -118,14 +119,14 @@ def _wait_for_tunnel(target: Target, process: subprocess.Popen[bytes], port: int
             return
         time.sleep(0.3)
     output.seek(0)
-    last = " ".join(line.strip() for line in output.read().splitlines()[-3:])
+    last_lines = " ".join(line.strip() for line in output.read().splitlines()[-3:])
     raise ClusterUnreachable(
-        f"no head of {target.name} can be reached: is it up? Start it with `ray up -y {target.name}` (from the clone's "
-        f"folder), look with `ray exec {target.name} 'ray status'`. ssh said: {last}"
+        f"no head of {target.name} can be reached: {last_lines}. Start it with `ray up -y {target.name}` (from the "
+        f"folder of the clone); check it with `ray exec {target.name} 'ray status'`"
     )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _terminate(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         children = psutil.Process(process.pid).children(recursive=True)
         for one in [*children, psutil.Process(process.pid)]:

@@ -1,11 +1,10 @@
-"""The working tree as one archive: without runs, data and secrets, and no larger than said."""
+"""Package the working tree without runs, data and secrets; enforce a size limit."""
 
 import logging
-import os
 import zipfile
 from pathlib import Path
 
-from workflows.jobs.command import SECRET_ENV
+from workflows.jobs.command import secret_values
 
 EXCLUDED = (
     "/.git",
@@ -16,7 +15,7 @@ EXCLUDED = (
     "**/__pycache__",
     "*.egg-info",
     "*.mp4",
-    # where people keep keys and passwords
+    # usual files of keys and passwords
     ".env",
     ".env.*",
     ".netrc",
@@ -33,38 +32,39 @@ EXCLUDED = (
 MAX_BYTES = 50 * 2**20
 
 
-def package_working_dir(root: Path, folder: Path, *, most: int = MAX_BYTES) -> Path:
-    """Write the tree at ``root`` to an archive in ``folder``; what .gitignore names is left out as well.
+def package_working_dir(root: Path, folder: Path, *, max_bytes: int = MAX_BYTES) -> Path:
+    """Write the tree at ``root``, without the files in .gitignore, to an archive in ``folder``.
 
-    ValueError when the archive is larger than ``most`` bytes, or when a file holds the value of a secret variable.
+    Raises ValueError if the archive exceeds ``max_bytes`` or a file contains the value of a secret variable.
     """
     from ray._private.runtime_env.packaging import create_package
 
     archive = folder / "tree.zip"
     quiet = logging.getLogger("mfctl.pack")
-    quiet.setLevel(logging.ERROR)  # Ray lists what it leaves out
+    quiet.setLevel(logging.ERROR)  # Ray logs every excluded file
     create_package(str(root), archive, include_gitignore=True, excludes=list(EXCLUDED), logger=quiet)
     with zipfile.ZipFile(archive) as packed:
-        _check_size(packed, archive.stat().st_size, most)
+        _check_size(packed, archive.stat().st_size, max_bytes)
         _check_content(packed)
     return archive
 
 
-def _check_size(packed: zipfile.ZipFile, size: int, most: int) -> None:
-    if size > most:
+def _check_size(packed: zipfile.ZipFile, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
         largest = sorted(packed.infolist(), key=lambda info: -info.compress_size)[:3]
         named = ", ".join(f"{info.filename} ({info.compress_size / 2**20:.1f} MB)" for info in largest)
         raise ValueError(
-            f"the working tree packs into {size / 2**20:.1f} MB, over the limit of {most / 2**20:.0f} MB; largest: "
-            f"{named}. Move "
-            "them under runs/ or data/, or name them in .gitignore"
+            f"the working tree packs into {size / 2**20:.1f} MB, over the limit of {max_bytes / 2**20:.0f} MB; "
+            f"largest: {named}. Move these files below runs/ or data/, or add them to .gitignore"
         )
 
 
 def _check_content(packed: zipfile.ZipFile) -> None:
-    secrets = {name: value.encode() for name in SECRET_ENV if len(value := os.environ.get(name, "")) >= 8}
+    secrets = {name: value.encode() for name, value in secret_values().items()}
     for info in packed.infolist():
         content = packed.read(info) if secrets else b""
         for name, value in secrets.items():
             if value in content:
-                raise ValueError(f"{info.filename} holds the value of {name} and would travel: name it in .gitignore")
+                raise ValueError(
+                    f"{info.filename} contains the value of {name}. Remove it or add the file to .gitignore"
+                )

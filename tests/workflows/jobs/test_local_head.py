@@ -1,4 +1,4 @@
-"""A command as a Ray job on a head of its own, started and stopped here."""
+"""Commands as Ray jobs on a local head that the test starts and stops."""
 
 import json
 import os
@@ -17,7 +17,7 @@ LOCAL = ROOT / "cluster" / "local.yaml"
 
 
 def mfctl(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, run in another folder than the checkout."""
+    """Run the command line in a new process, outside the checkout."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "workflows.cli", *words]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
@@ -35,14 +35,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_local_cluster_file_fulfils_rays_schema_and_is_this_machine() -> None:
+def test_the_local_cluster_file_is_valid_and_local() -> None:
     config = local_head.load_cluster_file(str(LOCAL))
     assert local_head.is_local(config)
     assert "RAY_AUTH_MODE=" in config["head_start_ray_commands"][0]
     assert "--dashboard-agent-listen-port=" in config["head_start_ray_commands"][0]
 
 
-def test_a_key_that_ray_does_not_know_is_refused_by_name(here: Path) -> None:
+def test_an_unknown_key_is_named(here: Path) -> None:
     path = write_yaml(here, "cluster_name: a\nprovider: {type: local}\nmax_wrokers: 3\n")
     with pytest.raises(ValueError, match="max_wrokers"):
         local_head.load_cluster_file(path)
@@ -52,11 +52,11 @@ def test_a_key_that_ray_does_not_know_is_refused_by_name(here: Path) -> None:
     ("target", "argv", "message"),
     [
         ("nowhere.yaml", ["doctor"], "nowhere.yaml does not exist"),
-        ("ftp://host:1", ["doctor"], "no cluster address"),
+        ("ftp://host:1", ["doctor"], "ftp://host:1.*http://host:8265"),
         (str(LOCAL), [], "nothing to submit"),
     ],
 )
-def test_wrong_targets_are_refused_before_anything_starts(
+def test_wrong_targets_are_rejected_without_side_effects(
     here: Path, target: str, argv: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -64,12 +64,12 @@ def test_wrong_targets_are_refused_before_anything_starts(
     assert not list(here.iterdir())
 
 
-def test_an_unknown_job_is_named_with_the_known_ones(here: Path) -> None:
-    with pytest.raises(ValueError, match="no job raysubmit_x .* known jobs: none"):
+def test_an_unknown_job_is_named_with_the_known_jobs(here: Path) -> None:
+    with pytest.raises(ValueError, match="raysubmit_x.*none"):
         submit.job_status("raysubmit_x")
 
 
-def test_the_job_keeps_the_users_folder_and_store(here: Path) -> None:
+def test_the_job_uses_the_folder_and_store_of_the_user(here: Path) -> None:
     variables = submit._environment(None, elsewhere=False)
     assert variables["MFCTL_CWD"] == str(here)
     assert variables["MLFLOW_TRACKING_URI"] == f"sqlite:///{here}/runs/mlflow.db"
@@ -78,11 +78,11 @@ def test_the_job_keeps_the_users_folder_and_store(here: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the commands are typed; the head they start is stopped at the end, and nothing of it may be left."""
-    place = tmp_path_factory.mktemp("cluster")
-    yield place
-    record = local_head.load_record(place / "runs/cluster/mfctl-local.json")
-    ended = mfctl("stop", "--head", "--json", cwd=place)
+    """Yield the submitting folder; stop its head at the end and check that nothing of it remains."""
+    path = tmp_path_factory.mktemp("cluster")
+    yield path
+    record = local_head.load_record(path / "runs/cluster/mfctl-local.json")
+    ended = mfctl("stop", "--head", "--json", cwd=path)
     assert record is not None
     assert json.loads(ended.stdout) == {"stopped": [record.address]}
     assert local_head.head_processes(record.temp) == []
@@ -91,12 +91,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(480)
-def test_a_job_runs_on_a_head_of_its_own_and_its_exit_code_comes_back(folder: Path) -> None:
+def test_a_job_runs_on_a_new_head_and_returns_its_exit_code(folder: Path) -> None:
     done = mfctl("submit", "--json", str(LOCAL), "--", "doctor", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["status"], result["exit_code"]) == ("SUCCEEDED", 0)
-    assert f"sqlite:///{folder}/runs/mlflow.db" in done.stderr  # the followed log; the job itself runs in a copy
+    assert f"sqlite:///{folder}/runs/mlflow.db" in done.stderr  # the job runs in a copy of the tree
 
     wrong = mfctl("submit", str(LOCAL), "--", "inspect", "nothing", cwd=folder)
     assert wrong.returncode == 2, wrong.stderr
@@ -104,10 +104,10 @@ def test_a_job_runs_on_a_head_of_its_own_and_its_exit_code_comes_back(folder: Pa
 
     typo = mfctl("submit", str(LOCAL), "--", "doctor", "--jsno", cwd=folder)
     assert typo.returncode == 2, typo.stderr
-    assert "No such option: --jsno" in typo.stderr, "said here, before anything is submitted"
+    assert "No such option: --jsno" in typo.stderr, "rejected before the submission"
 
     detached = json.loads(mfctl("submit", "--json", "--detach", str(LOCAL), "--", "doctor", cwd=folder).stdout)
-    assert detached["address"] == result["address"], "the second command finds the first one's head"
+    assert detached["address"] == result["address"], "the second command uses the same head"
     stopped = json.loads(mfctl("stop", "--json", detached["job"], cwd=folder).stdout)
     assert stopped["status"] in {"STOPPED", "SUCCEEDED"}
 
@@ -118,13 +118,13 @@ def test_a_job_runs_on_a_head_of_its_own_and_its_exit_code_comes_back(folder: Pa
     assert [job["exit_code"] for job in listed["jobs"][:2]] == [0, 2]
     failed = listed["jobs"][1]["job"]
     assert mfctl("logs", failed, cwd=folder).returncode == 0
-    assert mfctl("logs", "--follow", failed, cwd=folder).returncode == 2, "of the job, as from submit"
+    assert mfctl("logs", "--follow", failed, cwd=folder).returncode == 2, "exit code of the job"
     assert '"name": "mlflow store"' in mfctl("logs", result["job"], cwd=folder).stdout
 
 
 @pytest.mark.cluster
 @pytest.mark.timeout(480)
-def test_a_training_stage_runs_as_a_job_and_writes_where_the_user_is(folder: Path) -> None:
+def test_a_training_job_writes_into_the_folder_of_the_user(folder: Path) -> None:
     seconds = ("--set", "window_seconds=3", "--set", "workers=0")
     for words in (("toyworld", "clips", "--clips", "4", "--seconds", "3"), ("preprocess", "clips", "toy", *seconds)):
         done = mfctl(*words, cwd=folder)
