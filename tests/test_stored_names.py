@@ -805,7 +805,9 @@ def sweep(material: "Material") -> Any:
         out=str(out),
         progress=lambda done, of: None,
     )
-    summary = demo.summarize(material.toy_dataset, material.sampled, result, result, samples=[], took={"sweep": 1.0})
+    summary = demo.summarize(
+        material.toy_dataset, stages=material.sampled, sweep=result, joint_sweep=result, samples=[], took={"sweep": 1.0}
+    )
     return {
         "files": files_in(out),
         "contents": contents_of(out),

@@ -1,4 +1,4 @@
-"""The story of `make demo`, small: every verb for real, in the order a user would type them."""
+"""A small `make demo`: every command runs for real, in the order of the demo."""
 
 import json
 from dataclasses import replace
@@ -20,14 +20,14 @@ def test_a_transcript_is_repeated_in_time():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_story_from_clips_to_sweep(tmp_path, monkeypatch):
+def test_demo_runs_from_clips_to_sweep_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    story = DemoConfig(
+    config = DemoConfig(
         out=tmp_path / "demo", clips_made=24, seconds=5.0, window=2.5, steps=(1, 4), sweep_clips=2, sets=SMALL
     )
-    summary = run_demo(story)
-    assert json.loads((story.out / "summary.json").read_text())["clips"] == summary["clips"] == 26
-    assert (summary["accepted"], summary["rejected"]) == (48, 2)  # two windows of every clip
+    summary = run_demo(config)
+    assert json.loads((config.out / "summary.json").read_text())["clips"] == summary["clips"] == 26
+    assert (summary["accepted"], summary["rejected"]) == (48, 2)  # two windows per file
     assert sorted(summary["rejects_by_reason"]) == ["no_audio", "unreadable"]
     assert list(summary["stages"]) == ["video", "audio", "joint", "mutual"]
     for stage in ("video", "audio", "joint"):
@@ -38,5 +38,5 @@ def test_the_story_from_clips_to_sweep(tmp_path, monkeypatch):
     for path in summary["samples"]:
         assert probe(path).duration > 2
     assert all(Path(path).stat().st_size > 1000 for path in summary["plots"])
-    again = run_demo(replace(story))
-    assert again["sweep"] == summary["sweep"]  # nothing was done twice
+    resumed = run_demo(replace(config))
+    assert resumed["sweep"] == summary["sweep"]  # the sweep was not repeated

@@ -1,4 +1,4 @@
-"""How a verb speaks: progress, its result on standard output, its error as one message on standard error, exit code.
+"""Output of commands: the result on standard output, one error message on standard error, the exit code.
 
 0 done, 1 failed, 2 wrong usage or wrong input.
 """
@@ -28,7 +28,7 @@ USER_ERRORS = (
     PermissionError,
 )
 TRACEBACK = "MFCTL_TRACEBACK"
-"""Set this variable to see where an input error was raised."""
+"""Variable that adds the traceback to input errors."""
 
 
 def run_command(
@@ -38,12 +38,14 @@ def run_command(
     render: Callable[[Any], str] | None = None,
     code: Callable[[Any], int] | None = None,
 ) -> None:
-    """Do ``work``, print what it returns, and end the process with the contract's exit code if that is not 0.
+    """Run ``work``, print its result and exit with its code.
 
-    ``render`` makes the text for people (default: YAML), ``code`` the exit code of work that was done (default: 0).
-
-    ``as_json``: standard output holds exactly one line, a JSON object; everything else that anything prints meanwhile,
-    native libraries and child processes included, goes to standard error.
+    Args:
+        work: function of the command; it imports the libraries that the command needs.
+        as_json: print exactly one line on standard output, a JSON object; other output, also of native libraries and
+            child processes, goes to standard error.
+        render: formats the result as text; default: YAML.
+        code: exit code of a result; default: 0.
     """
     try:
         if as_json:
@@ -52,7 +54,7 @@ def run_command(
         else:
             result = work()
     except KeyboardInterrupt:
-        exit_with_error("interrupted; the same command resumes", FAILED, as_json=as_json)
+        exit_with_error("interrupted. Run the same command again to resume", FAILED, as_json=as_json)
     except Exception as error:
         exit_with_error(*describe_error(error), as_json=as_json)
     else:
@@ -62,8 +64,11 @@ def run_command(
 
 
 def describe_error(error: Exception) -> tuple[str, int]:
-    """The message for the user and the exit code. A failure that is no input error shows its traceback, unless its
-    message says what to do about it."""
+    """Return the message for the user and the exit code.
+
+    Prints the traceback of a failure, unless it is an input error or an infrastructure error, whose messages contain
+    the fix.
+    """
     wrong_input = isinstance(error, USER_ERRORS) and not _from_ray_worker(error)
     if not (wrong_input or isinstance(error, InfrastructureError)) or os.environ.get(TRACEBACK):
         traceback.print_exception(error)
@@ -80,6 +85,7 @@ def _from_ray_worker(error: Exception) -> bool:
 
 
 def exit_with_error(message: str, code: int, *, as_json: bool) -> NoReturn:
+    """Print the error, as JSON too with ``as_json``, and exit with the code."""
     print(f"error: {message}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": message, "exit_code": code}), flush=True)
@@ -87,7 +93,7 @@ def exit_with_error(message: str, code: int, *, as_json: bool) -> NoReturn:
 
 
 def print_result(result: Any, *, as_json: bool, render: Callable[[Any], str] | None = None) -> None:
-    """One JSON line, or the same as readable text."""
+    """Print the result as one JSON line, or as text."""
     if as_json:
         print(json.dumps(to_json_types(result)), flush=True)
     elif render is not None:
@@ -97,13 +103,13 @@ def print_result(result: Any, *, as_json: bool, render: Callable[[Any], str] | N
 
 
 def to_json_types(value: Any) -> Any:
-    """The value in JSON's types: paths as text, dataclasses as objects, numbers that are not finite as null."""
+    """Convert a value to JSON types: paths to text, dataclasses to objects, non-finite numbers to null."""
     if is_dataclass(value) and not isinstance(value, type):
         return to_json_types(asdict(value))
     if isinstance(value, Mapping):
-        return {str(k): to_json_types(v) for k, v in value.items()}
+        return {str(key): to_json_types(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [to_json_types(v) for v in value]
+        return [to_json_types(item) for item in value]
     if isinstance(value, bool | int | str) or value is None:
         return value
     if isinstance(value, float):
@@ -113,7 +119,7 @@ def to_json_types(value: Any) -> Any:
 
 @contextmanager
 def redirect_stdout_to_stderr() -> Generator[None]:
-    """Point file descriptor 1 at standard error: also catches native code, child processes and Ray's worker logs."""
+    """Redirect file descriptor 1 to standard error, for native code, child processes and Ray's worker logs too."""
     sys.stdout.flush()
     saved = os.dup(1)
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""The command line's contract: verbs, exit codes, what goes to which stream."""
+"""Contract of the command line: commands, exit codes, output streams."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def _env(variables: dict[str, str]) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)} | variables
 
 
-def test_every_verb_is_listed_and_explains_itself_without_torch_or_ray() -> None:
+def test_help_of_every_command_works_without_torch_and_ray() -> None:
     listed = re.findall(r"^\W+([a-z]+) {2}", mfctl("--help").stdout, re.MULTILINE)
     assert set(VERBS) <= set(listed)
     program = f"""
@@ -80,13 +80,13 @@ assert not {{"torch", "ray", "deepspeed", "mlflow"}} & set(sys.modules)
         (["train", "--stage", "video", "--preste", "tiny"], "--preset"),
         (["train", "--stage", "vido"], "'video'"),
         (["toyworld", "out", "--clips", "0"], "greater than or equal to 1"),
-        (["evaluate", "run", "--steps", "1,x"], "--steps takes whole numbers from 1 up separated by commas, got 'x'"),
+        (["evaluate", "run", "--steps", "1,x"], "--steps"),
         (["stop"], "mfctl stop --head"),
         (["submit", "nowhere.yaml", "--", "doctor"], "nowhere.yaml does not exist"),
         (["status", "raysubmit_none"], "no job raysubmit_none"),
     ],
 )
-def test_wrong_usage_ends_with_2_and_a_remedy_and_writes_nothing(
+def test_wrong_usage_exits_with_2_and_the_fix_and_writes_nothing(
     tmp_path: Path, words: list[str], message: str
 ) -> None:
     done = mfctl(*words, cwd=tmp_path)
@@ -111,14 +111,14 @@ def test_wrong_usage_ends_with_2_and_a_remedy_and_writes_nothing(
         (["evaluate", "nowhere"], "nowhere"),
     ],
 )
-def test_wrong_input_ends_with_2_and_its_name_and_writes_nothing(
+def test_wrong_input_exits_with_2_and_its_name_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
-    assert result.stderr.count("\n") == 1, "one clear message"
+    assert result.stderr.count("\n") == 1, "one message"
     assert not list(tmp_path.iterdir())
 
 
@@ -129,11 +129,11 @@ def test_wrong_input_ends_with_2_and_its_name_and_writes_nothing(
         ("FileNotFoundError('clip.mp4 does not exist')", 2),
         ("FileExistsError('out.mp4 exists: add --overwrite')", 2),
         ("RuntimeError('the engine stopped')", 1),
-        ("KeyError('a bug of ours')", 1),
+        ("KeyError('a bug')", 1),
         ("KeyboardInterrupt()", 1),
     ],
 )
-def test_input_errors_end_with_2_and_failures_with_1(error: str, code: int) -> None:
+def test_input_errors_exit_with_2_and_failures_with_1(error: str, code: int) -> None:
     done = python(_app(f"raise {error}"))
     assert done.returncode == code
     assert done.stdout == ""
@@ -141,17 +141,17 @@ def test_input_errors_end_with_2_and_failures_with_1(error: str, code: int) -> N
     assert ("Traceback" in done.stderr) == (error.startswith(("RuntimeError", "KeyError")))
 
 
-def test_an_input_error_shows_where_it_was_raised_on_request() -> None:
+def test_the_traceback_of_an_input_error_is_optional() -> None:
     assert "Traceback" in python(_app("raise ValueError('x')"), MFCTL_TRACEBACK="1").stderr
 
 
-def test_an_error_inside_a_ray_worker_is_a_failure_whatever_its_type() -> None:
+def test_an_error_in_a_ray_worker_is_a_failure_of_any_type() -> None:
     error = RayTaskError("f", "trace", ValueError("inside")).as_instanceof_cause()
     assert isinstance(error, ValueError)
     assert output.describe_error(error)[1] == output.FAILED
 
 
-def test_with_json_standard_output_is_one_object_whatever_is_printed() -> None:
+def test_with_json_standard_output_is_exactly_one_object() -> None:
     work = "print('a'); os.write(1, b'b'); subprocess.call(['echo', 'c']); return {'x': float('nan'), 'p': Path('q')}"
     done = python(_app(work, "as_json=True"))
     assert json.loads(done.stdout) == {"x": None, "p": "q"}
@@ -159,7 +159,7 @@ def test_with_json_standard_output_is_one_object_whatever_is_printed() -> None:
     assert all(letter in done.stderr for letter in "abc")
 
 
-def test_with_json_an_error_is_an_object_too() -> None:
+def test_with_json_an_error_is_an_object() -> None:
     done = python(_app("raise ValueError('no')", "as_json=True"))
     assert (done.returncode, json.loads(done.stdout)) == (2, {"error": "no", "exit_code": 2})
 
@@ -197,9 +197,7 @@ def test_paths_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest
     assert environment.resolve_path("a") == "/elsewhere/a"
 
 
-def test_the_store_is_one_file_under_runs_unless_the_user_says_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_store_is_one_file_below_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert environment.tracking_uri() == f"sqlite:///{tmp_path}/runs/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
@@ -207,13 +205,13 @@ def test_the_store_is_one_file_under_runs_unless_the_user_says_otherwise(
     assert "--backend-store-uri http://tracking:5000" in mfctl("mlflow", "--dry-run").stdout
 
 
-def test_nothing_phones_home_and_the_users_own_choice_is_kept() -> None:
+def test_telemetry_is_off_unless_the_user_sets_it() -> None:
     program = "from workflows.utils.environment import apply_defaults as a; a(); import os; print(os.environ['{}'])"
     assert python(program.format("RAY_USAGE_STATS_ENABLED")).stdout == "0\n"
     assert python(program.format("RAY_AUTH_MODE"), RAY_AUTH_MODE="token").stdout == "token\n"
 
 
-def test_doctor_names_what_to_type_for_a_missing_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_prints_the_fix_for_a_missing_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     check = doctor.ffmpeg()
     assert check.state == "missing"
@@ -223,7 +221,7 @@ def test_doctor_names_what_to_type_for_a_missing_ffmpeg(tmp_path: Path, monkeypa
     assert check.remedy in text
 
 
-def test_doctor_sees_an_ffmpeg_without_our_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_an_ffmpeg_without_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ffmpeg", "ffprobe"):
         program = tmp_path / name
         program.write_text("#!/bin/sh\necho ' A....D aac   AAC'\n")
@@ -232,16 +230,16 @@ def test_doctor_sees_an_ffmpeg_without_our_encoders(tmp_path: Path, monkeypatch:
     assert doctor.ffmpeg().detail.endswith("has no encoder libx264")
 
 
-def test_doctor_sees_a_broken_library_and_a_store_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_a_broken_library_and_a_read_only_store(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = doctor._imported("thing", "import no_such_thing")
     assert (broken.state, "no_such_thing" in broken.detail, broken.remedy) == ("missing", True, doctor.INSTALL)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/mlflow.db")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root can write everywhere
     assert doctor.mlflow_store().state == "missing"
 
 
 @pytest.mark.slow
-def test_doctor_finds_this_installation_complete() -> None:
+def test_doctor_reports_a_complete_installation() -> None:
     done = mfctl("doctor", "--json")
     report = json.loads(done.stdout)
     assert (done.returncode, report["ok"]) == (0, True), report
