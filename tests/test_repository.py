@@ -1,4 +1,4 @@
-"""The repository keeps its own promises: packages listed, versions pinned, dependencies declared, README true."""
+"""Check the repository: packages listed, versions pinned, dependencies declared, pages correct."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mfcore", "preprocessing", "workflows")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NEVER_IMPORTED_BY_NAME = {"s3fs"}  # fsspec loads it for s3:// addresses
+NEVER_IMPORTED_BY_NAME = {"s3fs"}  # fsspec loads it for s3:// URIs
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ""}
 
 
@@ -73,8 +73,8 @@ def test_constraints_are_exact_public_versions() -> None:
     assert len({pin.split("==")[0].lower() for pin in pins}) == len(pins)
 
 
-def test_constraints_pin_everything_that_an_installation_brings() -> None:
-    """Walks the requirements of what is installed, extras included; what torch brings with CUDA is torch's own."""
+def test_constraints_pin_every_installed_dependency() -> None:
+    """All requirements of installed packages have a pin, extras included; CUDA packages of torch have none."""
     text = (ROOT / "constraints.txt").read_text()
     pinned = {canonicalize_name(name): pin for name, pin in re.findall(r"^([^#\s=]+)==(\S+)$", text, re.MULTILINE)}
     seen: set[tuple[str, str]] = set()
@@ -98,7 +98,7 @@ def test_constraints_pin_everything_that_an_installation_brings() -> None:
     assert len(seen) > 100
 
 
-def test_text_is_plain_ascii_and_names_no_machine() -> None:
+def test_text_is_plain_ascii_without_paths_of_a_machine() -> None:
     private = re.compile(r"(?<![\w.])/(?:work|root|home/\w+)/")
     own = Path(__file__)
     for path in repository_files():
@@ -116,7 +116,7 @@ PAGES = [
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_pages_name_commands_options_and_files_that_exist(page: str) -> None:
+def test_pages_name_existing_commands_options_and_files(page: str) -> None:
     from typer.main import get_command
 
     from workflows.cli.app import app

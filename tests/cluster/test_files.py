@@ -1,4 +1,4 @@
-"""Every file under cluster/ against its reader: Ray's schema and loader, Amazon's API, KubeRay's CRDs, linters."""
+"""Validate every file in cluster/: schema and loader of Ray, API of AWS, CRDs of KubeRay, linters."""
 
 import copy
 import json
@@ -26,9 +26,7 @@ RAY_FILES = ("local.yaml", "onprem.yaml", "aws.yaml", "gcp.yaml")
 CLOUDS = ("aws.yaml", "gcp.yaml")
 RAY_JOBS = sorted(path.name for path in (CLUSTER / "kuberay").glob("rayjob-*.yaml"))
 CRDS = ROOT.parent / "shared" / "data" / "kuberay"
-ELSEWHERE = (
-    "../shared/data/kuberay is not here: KubeRay files were checked by what Ray and Kubernetes fields we know alone"
-)
+ELSEWHERE = "no CRDs of KubeRay in ../shared/data/kuberay: only known fields of Ray and Kubernetes were checked"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -36,14 +34,14 @@ def load(name: str) -> dict[str, Any]:
 
 
 def prepared(name: str) -> dict[str, Any]:
-    """As `ray up` reads a file before it asks the provider: defaults filled in, old forms translated."""
+    """Return the file as `ray up` prepares it: with defaults, old forms translated."""
     from ray.autoscaler._private.util import prepare_config
 
     return prepare_config(load(name))
 
 
 @pytest.mark.parametrize("name", RAY_FILES)
-def test_rays_own_loader_takes_the_file(name: str) -> None:
+def test_rays_loader_accepts_the_file(name: str) -> None:
     from ray.autoscaler._private.util import validate_config
 
     jsonschema.validate(load(name), ray_schema())
@@ -52,7 +50,7 @@ def test_rays_own_loader_takes_the_file(name: str) -> None:
     assert config["head_node_type"] in config["available_node_types"]
     commands = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
     starts = [c for c in config["head_start_ray_commands"] if "ray start" in c]
-    assert len(starts) == 1 and "--dashboard-host=127.0.0.1" in starts[0], "the job server is the head's own"
+    assert len(starts) == 1 and "--dashboard-host=127.0.0.1" in starts[0], "the job server is on the loopback"
     if name != "local.yaml":
         assert "--autoscaling-config" in starts[0]
         assert all("RAY_AUTH_MODE=" in c and "--disable-usage-stats" in c for c in commands if "ray start" in c)
@@ -65,8 +63,8 @@ def ray_schema() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [name for name in RAY_FILES if name != "local.yaml"])
-def test_every_command_is_a_whole_shell_command(name: str) -> None:
-    """Ray puts each into parentheses of its own, so that a comment in it would swallow the closing one."""
+def test_every_command_is_a_complete_shell_command(name: str) -> None:
+    """Ray puts each command into parentheses, so a comment would hide the closing one."""
     config = load(name)
     kinds = ("setup_commands", "head_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
     for command in [c for kind in kinds for c in config.get(kind, [])]:
@@ -87,7 +85,7 @@ def test_clouds_start_from_zero_with_a_head_that_is_not_spot(name: str) -> None:
     assert "GPU" in kinds["train"]["resources"] and "GPU" not in kinds["preprocess"]["resources"]
 
 
-def test_amazons_machines_are_private_encrypted_and_need_a_token_for_metadata() -> None:
+def test_aws_machines_are_private_encrypted_and_require_metadata_tokens() -> None:
     for kind in load("aws.yaml")["available_node_types"].values():
         node = kind["node_config"]
         assert node["MetadataOptions"]["HttpTokens"] == "required"
@@ -95,16 +93,14 @@ def test_amazons_machines_are_private_encrypted_and_need_a_token_for_metadata() 
         assert node["SubnetIds"] and "NetworkInterfaces" not in node
 
 
-def test_googles_machines_have_no_address_outside() -> None:
+def test_gcp_machines_have_no_external_address() -> None:
     for kind in load("gcp.yaml")["available_node_types"].values():
         assert [list(interface) for interface in kind["node_config"]["networkInterfaces"]] == [["subnetwork"]]
 
 
 @pytest.mark.slow
-def test_ray_starts_every_kind_of_machine_on_a_simulated_amazon(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Ray's provider with boto's own checks of every parameter; moto answers in Amazon's place, without a network."""
+def test_ray_starts_every_machine_type_on_simulated_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray's provider runs with the parameter checks of boto; moto simulates AWS without a network."""
     moto = pytest.importorskip("moto")
     for name, value in {
         "AWS_ACCESS_KEY_ID": "a",
@@ -113,7 +109,7 @@ def test_ray_starts_every_kind_of_machine_on_a_simulated_amazon(
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps the key pair it makes there
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes its key pair there
     with moto.mock_aws():
         import boto3
         from ray.autoscaler._private.aws import config as amazon
@@ -132,7 +128,9 @@ def test_ray_starts_every_kind_of_machine_on_a_simulated_amazon(
         resolved = amazon.bootstrap_aws(config)
         provider = AWSNodeProvider(resolved["provider"], "mutual-forcing")
         for name, kind in resolved["available_node_types"].items():
-            node = copy.deepcopy(kind["node_config"]) | {"ImageId": "ami-12c6146b"}  # moto knows no `resolve:ssm:`
+            node = copy.deepcopy(kind["node_config"]) | {
+                "ImageId": "ami-12c6146b"
+            }  # moto does not support `resolve:ssm:`
             made = provider.create_node(node, {"ray-user-node-type": name, "ray-cluster-name": "mutual-forcing"}, 1)
             assert len(made) == 1, name
         machines = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
@@ -147,23 +145,23 @@ def with_subnet(config: dict[str, Any], subnet: str) -> dict[str, Any]:
     return config
 
 
-def test_googles_api_knows_every_field() -> None:
-    """Against the description of the Compute API that Google's own client ships, where that is installed."""
+def test_google_compute_api_has_every_field() -> None:
+    """Compare with the API description in Google's client, if it is installed."""
     client = pytest.importorskip("googleapiclient", reason="google-api-python-client is not installed")
-    place = Path(client.__file__).parent / "discovery_cache" / "documents" / "compute.v1.json"
-    schemas = json.loads(place.read_text())["schemas"]
+    path = Path(client.__file__).parent / "discovery_cache" / "documents" / "compute.v1.json"
+    schemas = json.loads(path.read_text())["schemas"]
     for kind in load("gcp.yaml")["available_node_types"].values():
-        known_to(schemas, "Instance", kind["node_config"])
+        check_fields(schemas, "Instance", kind["node_config"])
 
 
-def known_to(schemas: dict[str, Any], name: str, value: dict[str, Any]) -> None:
+def check_fields(schemas: dict[str, Any], name: str, value: dict[str, Any]) -> None:
     properties = schemas[name]["properties"]
     assert set(value) <= set(properties), f"{name} has no {set(value) - set(properties)}"
     for key, part in value.items():
         kind = properties[key].get("items", properties[key])
         for one in part if isinstance(part, list) else [part]:
             if "$ref" in kind and isinstance(one, dict):
-                known_to(schemas, kind["$ref"], one)
+                check_fields(schemas, kind["$ref"], one)
             assert "enum" not in kind or one in kind["enum"], f"{name}.{key} is none of {kind['enum']}"
 
 
@@ -171,7 +169,7 @@ def known_to(schemas: dict[str, Any], name: str, value: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["raycluster.yaml", *RAY_JOBS])
-def test_kuberays_crds_take_the_file(name: str) -> None:
+def test_kuberays_crds_accept_the_file(name: str) -> None:
     if not CRDS.is_dir():
         pytest.skip(ELSEWHERE)
     manifest = load(f"kuberay/{name}")
@@ -185,7 +183,7 @@ def test_kuberays_crds_take_the_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RAY_JOBS)
-def test_kuberays_crds_take_what_submit_makes_of_the_file(name: str) -> None:
+def test_kuberays_crds_accept_the_submitted_manifest(name: str) -> None:
     if not CRDS.is_dir():
         pytest.skip(ELSEWHERE)
     made = kuberay.render_manifest(
@@ -202,7 +200,7 @@ def crd_schema(name: str, version: str) -> dict[str, Any]:
 
 
 def strict(schema: Any) -> Any:
-    """Kubernetes drops unknown fields silently; here they are errors."""
+    """Make unknown fields errors; Kubernetes drops them silently."""
     if isinstance(schema, list):
         return [strict(part) for part in schema]
     if not isinstance(schema, dict):
@@ -238,7 +236,7 @@ def test_kuberay_pods_are_unprivileged_and_share_one_folder(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RAY_JOBS)
-def test_the_entrypoints_are_commands_that_their_pods_can_run(name: str) -> None:
+def test_entrypoints_are_commands_that_fit_their_pods(name: str) -> None:
     target = parse_target(str(CLUSTER / "kuberay" / name))
     python, module, package, *argv = target.config["spec"]["entrypoint"].split()
     assert (python, module, package) == ("python", "-m", "workflows.cli")
@@ -260,7 +258,7 @@ def test_the_entrypoints_are_commands_that_their_pods_can_run(name: str) -> None
         ),
     ],
 )
-def test_every_stage_fits_on_some_machines_of_the_clouds(name: str, words: str) -> None:
+def test_every_stage_fits_on_cloud_machines(name: str, words: str) -> None:
     target = parse_target(str(CLUSTER / name))
     need = resources.required_resources(parse(words.split(), "/shared"))
     assert need is not None
@@ -268,7 +266,7 @@ def test_every_stage_fits_on_some_machines_of_the_clouds(name: str, words: str) 
 
 
 def submissions() -> list[str]:
-    """Every `mfctl submit` that the pages tell people to type."""
+    """Return every `mfctl submit` command of the pages."""
     blocks = [
         b for page in sorted(CLUSTER.rglob("*.md")) for b in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     ]
@@ -277,10 +275,10 @@ def submissions() -> list[str]:
 
 
 @pytest.mark.parametrize("line", submissions())
-def test_the_commands_of_the_pages_are_taken_and_fit(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_the_pages_are_valid_and_fit(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.net:5000")
     monkeypatch.chdir(ROOT)
-    given = parse(line.split()[1:]).values  # its own options, the target, the command
+    given = parse(line.split()[1:]).values  # options of submit, target, command
     target, shared = parse_target(given["target"]), given["shared"]
     command = parse(given["argv"], shared)
     if target.kind != "here":
@@ -298,7 +296,7 @@ def pins() -> dict[str, str]:
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
-    """A Dockerfile as (instruction, rest), continued lines joined."""
+    """Return a Dockerfile as pairs of instruction and arguments; continued lines are joined."""
     text = re.sub(r"\\\n", " ", "\n".join(line for line in path.read_text().splitlines() if not line.startswith("#")))
     return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in text.splitlines() if line.strip()]
 
@@ -316,7 +314,7 @@ def test_images_are_pinned_and_unprivileged(name: str) -> None:
     assert installs and all(re.search(r"(-r|-c) constraints.txt|--no-deps", text) for text in installs)
 
 
-def test_the_image_has_all_packages_and_no_more_reaches_the_builder() -> None:
+def test_the_image_has_all_packages_and_the_build_context_no_more() -> None:
     packages = {
         name.split(".")[0]
         for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
@@ -327,10 +325,10 @@ def test_the_image_has_all_packages_and_no_more_reaches_the_builder() -> None:
         if instruction == "COPY"
         for word in text.split()[:-1]
     }
-    let_in = {
+    in_context = {
         line[1:] for line in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")
     }
-    assert packages <= copied == let_in
+    assert packages <= copied == in_context
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "mlflow/Dockerfile"])
@@ -342,7 +340,7 @@ def test_hadolint_finds_nothing(name: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_mlflow_server_listens_on_loopback_and_reads_its_passwords_from_files() -> None:
+def test_mlflow_server_listens_on_loopback_and_reads_passwords_from_files() -> None:
     compose = load("mlflow/compose.yaml")
     for name, service in compose["services"].items():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
@@ -357,7 +355,7 @@ def test_the_mlflow_server_listens_on_loopback_and_reads_its_passwords_from_file
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
-def test_the_kubernetes_server_names_what_it_mounts() -> None:
+def test_kubernetes_server_declares_its_mounts() -> None:
     documents = list(yaml.safe_load_all((CLUSTER / "mlflow" / "kubernetes.yaml").read_text()))
     assert [d["kind"] for d in documents] == ["Namespace", "Deployment", "Service"]
     pod = documents[1]["spec"]["template"]["spec"]
@@ -369,26 +367,27 @@ def test_the_kubernetes_server_names_what_it_mounts() -> None:
     assert {"ARTIFACTS"} <= read & {variable["name"] for variable in container["env"]}
 
 
-def test_no_file_holds_a_secret() -> None:
+def test_no_file_contains_a_secret() -> None:
     assigned = r"""(?:password|secret_access_key|token)["']?\s*[:=]\s*["']?(?!disabled)[a-z0-9/+]{8,}["']?\s*[,}\n]"""
     secret = re.compile(rf"AKIA[0-9A-Z]{{16}}|-----BEGIN|(?i:{assigned})")
     files = [path for path in CLUSTER.rglob("*") if path.is_file() and path.suffix != ".md"]
     assert len(files) > 12
     for path in files:
-        assert (found := secret.search(path.read_text())) is None, f"{path}: {found}"
+        found = secret.search(path.read_text())
+        assert found is None, f"{path}: {found}"
 
 
 @pytest.mark.parametrize("name", ["bucket-policy.json", "head-policy.json"])
-def test_policies_allow_named_actions_on_named_things(name: str) -> None:
+def test_policies_allow_named_actions_on_named_resources(name: str) -> None:
     for statement in json.loads((CLUSTER / "aws" / name).read_text())["Statement"]:
         assert statement["Effect"] == "Allow"
         assert not [action for action in statement["Action"] if "*" in action]
         reads = all(action.split(":")[1].startswith("Describe") for action in statement["Action"])
-        assert statement["Resource"] != "*" or reads, "listing machines knows no resources; everything else does"
+        assert statement["Resource"] != "*" or reads, "only Describe actions apply to all resources"
 
 
-def test_the_buckets_policy_lets_a_dataset_be_looked_for_before_it_is_there() -> None:
-    """s3fs asks for the bare name first, and what a policy does not let it ask is Forbidden, not missing."""
+def test_bucket_policy_allows_lookup_of_a_missing_dataset() -> None:
+    """s3fs requests the bare name first; without permission the reply is Forbidden instead of missing."""
     granted: dict[str, set[str]] = {}
     for statement in json.loads((CLUSTER / "aws" / "bucket-policy.json").read_text())["Statement"]:
         for action in statement["Action"]:
@@ -401,28 +400,30 @@ def test_the_buckets_policy_lets_a_dataset_be_looked_for_before_it_is_there() ->
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_a_job_may_wait_for_a_machine_longer_than_a_quarter_of_an_hour(name: str) -> None:
-    """Ray's limit for a job whose own process needs one; read by the head."""
+def test_a_job_may_wait_an_hour_for_a_machine(name: str) -> None:
+    """The head reads the time limit of jobs whose driver needs resources."""
     (start,) = [c for c in load(name)["head_start_ray_commands"] if "ray start" in c]
     assert "RAY_JOB_START_TIMEOUT_SECONDS=3600 " in start
 
 
 @pytest.mark.parametrize("name", ["raycluster.yaml", *RAY_JOBS])
-def test_pods_know_the_same_limit(name: str) -> None:
+def test_pods_have_the_same_limit(name: str) -> None:
     spec = load(f"kuberay/{name}")["spec"]
     head = spec.get("rayClusterSpec", spec)["headGroupSpec"]["template"]["spec"]["containers"][0]
     assert {"name": "RAY_JOB_START_TIMEOUT_SECONDS", "value": "3600"} in head["env"]
 
 
-def test_the_command_of_the_evaluating_job_has_the_gpu() -> None:
+def test_the_evaluation_job_requests_the_gpu_for_its_driver() -> None:
     target = parse_target(str(CLUSTER / "kuberay" / "rayjob-evaluate.yaml"))
-    own = resources.driver_resources(parse(target.config["spec"]["entrypoint"].split()[3:], "/shared"), target.machines)
-    assert own == {"GPU": target.config["spec"]["entrypointNumGpus"]}
+    driver = resources.driver_resources(
+        parse(target.config["spec"]["entrypoint"].split()[3:], "/shared"), target.machines
+    )
+    assert driver == {"GPU": target.config["spec"]["entrypointNumGpus"]}
 
 
 @pytest.mark.parametrize("name", RAY_JOBS)
-def test_a_jobs_machines_go_with_it(name: str) -> None:
-    """`ttlSecondsAfterFinished` keeps the cluster, not the logs: those are in the submitter's pod."""
+def test_the_cluster_of_a_job_ends_with_it(name: str) -> None:
+    """`ttlSecondsAfterFinished` keeps the cluster, not the logs, which are in the submitter pod."""
     spec = load(f"kuberay/{name}")["spec"]
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["ttlSecondsAfterFinished"] == 0

@@ -1,4 +1,4 @@
-"""The MLflow server of cluster/mlflow on the distribution's Postgres and an S3 server; several write at once."""
+"""The MLflow server of cluster/mlflow with Postgres and an S3 server, under concurrent writers."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def postgres_programs() -> Path | None:
 
 @pytest.fixture
 def postgres() -> Iterator[int]:
-    """A database server of its own, as the distribution's user (it refuses root); its port."""
+    """Start a Postgres server as the user postgres (it rejects root); yield its port."""
     programs = postgres_programs()
     if programs is None or os.geteuid() != 0 or not shutil.which("runuser") or not shutil.which("unshare"):
         pytest.skip("needs root and the distribution's package: apt-get install postgresql")
@@ -85,7 +85,7 @@ def postgres() -> Iterator[int]:
 
 @pytest.fixture
 def server(postgres: int, tmp_path: Path) -> Iterator[str]:
-    """The server's own script, as its image runs it: passwords from files, artifacts in a bucket that it makes."""
+    """Run the script of the server as its image does; yield its URL. Passwords come from files."""
     port = free_port()
     secrets = tmp_path / "secrets"
     secrets.mkdir()
@@ -93,10 +93,10 @@ def server(postgres: int, tmp_path: Path) -> Iterator[str]:
         (secrets / name).write_text(SECRET)
     script = SERVE.format(secrets=secrets, script=ROOT / "cluster" / "mlflow" / "serve.sh")
     with s3_server(tmp_path / "s3.log") as _, (tmp_path / "log").open("wb") as log:
-        places = {"PGHOST": "127.0.0.1", "PGPORT": str(postgres), "PGUSER": "mlflow", "PGDATABASE": "mlflow"}
-        places |= {"PORT": str(port), "ARTIFACTS": "s3://mlflow", "AWS_ACCESS_KEY_ID": "mlflow"}
-        places["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        environment = {name: value for name, value in os.environ.items() if name != "AWS_SECRET_ACCESS_KEY"} | places
+        settings = {"PGHOST": "127.0.0.1", "PGPORT": str(postgres), "PGUSER": "mlflow", "PGDATABASE": "mlflow"}
+        settings |= {"PORT": str(port), "ARTIFACTS": "s3://mlflow", "AWS_ACCESS_KEY_ID": "mlflow"}
+        settings["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = {name: value for name, value in os.environ.items() if name != "AWS_SECRET_ACCESS_KEY"} | settings
         words = ["unshare", "--mount", "bash", "-euc", script]
         process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
         try:
@@ -137,15 +137,15 @@ def test_several_writers_at_once_lose_nothing(server: str) -> None:
 
 
 def write_at_once(uri: str, experiment: str, writers: int) -> float:
-    """Seconds from the first one's first write to the last one's last."""
+    """Return the seconds from the first write of all writers to the last one."""
     words = [sys.executable, "-c", WRITER, uri, experiment]
     started = [
         subprocess.Popen([*words, f"w{i}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for i in range(writers)
     ]
-    said = [writer.communicate()[0] for writer in started]
+    outputs = [writer.communicate()[0] for writer in started]
     assert [writer.returncode for writer in started] == [0] * writers
-    times = [[float(word) for word in text.splitlines()[0].split()] for text in said]
+    times = [[float(word) for word in text.splitlines()[0].split()] for text in outputs]
     return max(end for _, end in times) - min(begin for begin, _ in times)
 
 

@@ -1,4 +1,4 @@
-"""cluster/onprem.md followed on three machines that are namespaces of this one: own network, processes, home, sshd."""
+"""The commands of cluster/onprem.md on three machines, which are namespaces with own network, processes and sshd."""
 
 import json
 import os
@@ -21,12 +21,12 @@ NAMESPACES = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", 
 
 @pytest.mark.cluster
 @pytest.mark.timeout(1800)
-def test_a_cluster_over_ssh_runs_jobs_that_outlive_its_machines(tmp_path: Path) -> None:
+def test_a_cluster_over_ssh_runs_jobs_that_survive_lost_machines(tmp_path: Path) -> None:
     missing = [name for name in ("unshare", "ip", "rsync", "ssh-keygen") if not shutil.which(name)]
     if os.geteuid() != 0 or missing or not Path("/usr/sbin/sshd").exists():
         pytest.skip("needs root, util-linux, iproute2, rsync and openssh-server")
     if subprocess.run([*NAMESPACES, "ip", "link", "add", "br0", "type", "bridge"], capture_output=True).returncode:
-        pytest.skip("this machine allows no namespaces with bridges")
+        pytest.skip("this machine does not allow namespaces with bridges")
     write_toyworld(tmp_path / "shared" / "clips", clips=12, seconds=3, jobs=1)
     done = subprocess.run(
         [*NAMESPACES, sys.executable, "-m", "tests.helpers.network_namespaces", str(tmp_path)],
@@ -49,8 +49,8 @@ def test_a_cluster_over_ssh_runs_jobs_that_outlive_its_machines(tmp_path: Path) 
     assert (found["sources"], found["accepted"]) == (12, 12)
     assert len(facts["ranks_on"]) == 2, "training ran across two machines"
     assert read_json(tmp_path / "shared/runs/a" / OUTCOME_FILE)["progress"]["step"] == 60
-    assert logged_steps(tmp_path / "shared/runs/a") == list(range(61)), "every step, and once"
+    assert logged_steps(tmp_path / "shared/runs/a") == list(range(61)), "every step exactly once"
     for name in ("train.log", "train_again.log"):
         assert "audio resumes at step" in (tmp_path / name).read_text()
     assert "submit the same command again" in (tmp_path / "train.log").read_text()
-    assert facts["left_in_the_folder"] == ["runs"], "the record of the jobs, and nothing else, is where they were typed"
+    assert facts["left_in_the_folder"] == ["runs"], "only the records of the jobs are in the submitting folder"

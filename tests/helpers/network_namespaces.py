@@ -1,8 +1,7 @@
-"""Machines on one machine: each has its own network, processes, /tmp, home and sshd, and none has this working tree.
+"""Simulate machines with namespaces: each has own network, processes, /tmp, home and sshd, but not this working tree.
 
-`python -m tests.helpers.network_namespaces FOLDER` runs in namespaces of its own (see ``test_onprem.py``): it follows
-cluster/onprem.md with the edited file, loses a machine in the middle of preprocessing and of training, prints what
-happened as JSON.
+`python -m tests.helpers.network_namespaces FOLDER` runs in separate namespaces (see ``test_onprem.py``). It runs the
+commands of cluster/onprem.md, kills a machine during preprocessing and during training, and prints the facts as JSON.
 """
 
 import json
@@ -22,7 +21,7 @@ from workflows.jobs.targets import connect_target, parse_target
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD, WORKERS = "10.0.0.10", ("10.0.0.11", "10.0.0.12")
-SHARED = "/mnt/shared"  # the folder's own mount, which every machine keeps
+SHARED = "/mnt/shared"  # mounted on every machine
 FILE = "/mnt/onprem.yaml"
 SUBMIT = ("submit", "--json", "--shared", SHARED, FILE, "--")
 SSHD = """
@@ -38,8 +37,8 @@ def sh(command: str) -> None:
     subprocess.run(["bash", "-euc", command], check=True, stdout=sys.stderr)
 
 
-def at_home(name: str) -> str:
-    """Commands that give this mount namespace a home, /tmp and /run of its own, keeping the interpreter."""
+def mount_home_commands(name: str) -> str:
+    """Return commands that mount a new home, /tmp and /run and keep the interpreter."""
     home, base = Path.home(), Path(sys.base_prefix)
     keep = ""
     if base.is_relative_to(home):
@@ -52,18 +51,18 @@ def at_home(name: str) -> str:
     )
 
 
-def begin(number: int, address: str) -> subprocess.Popen[bytes]:
+def boot_machine(number: int, address: str) -> subprocess.Popen[bytes]:
     """Boot a machine: namespaces, address, home without the working tree, sshd."""
     name = f"m{number}"
     ssh = Path("/mnt", name, ".ssh")
-    ssh.mkdir(parents=True, exist_ok=True)  # its disk outlives it
+    ssh.mkdir(parents=True, exist_ok=True)  # its disk survives a reboot
     (ssh / "authorized_keys").write_text(Path("/mnt/operator/.ssh/id_ed25519.pub").read_text())
     hide = "" if Path(sys.prefix).resolve().is_relative_to(ROOT) else f"mount -t tmpfs none {ROOT};"
     script = (
         f"until ip link show e{number} >/dev/null 2>&1; do sleep 0.1; done; ip link set lo up;"
         f"ip addr add {address}/24 dev e{number}; ip link set e{number} up; ip route add default via 10.0.0.1;"
         f"hostname {name}; cd /;"
-        f"{at_home(name)} {hide} exec /usr/sbin/sshd -D -e -f /mnt/sshd_config"
+        f"{mount_home_commands(name)} {hide} exec /usr/sbin/sshd -D -e -f /mnt/sshd_config"
     )
     flags = ["--net", "--mount", "--pid", "--fork", "--mount-proc", "--uts", "--kill-child"]
     with Path("/mnt", f"{name}.log").open("wb") as log:
@@ -75,18 +74,18 @@ def begin(number: int, address: str) -> subprocess.Popen[bytes]:
 
 
 def prepare(folder: Path) -> None:
-    """The operator's own corner: a bridge, a key, the edited cluster file."""
+    """Prepare the operator: a bridge, keys, the edited cluster file."""
     sh(f"mount --bind {folder} /mnt; mkdir -p /mnt/shared /mnt/operator/.ssh")
     for key in ("/mnt/operator/.ssh/id_ed25519", "/mnt/host_key"):
         sh(f"ssh-keygen -q -t ed25519 -N '' -f {key}")
     sh("ip link set lo up; ip link add br0 type bridge; ip link set br0 up; ip addr add 10.0.0.1/24 dev br0")
     Path("/mnt/sshd_config").write_text(SSHD)
-    sh(at_home("operator"))
+    sh(mount_home_commands("operator"))
     text = (ROOT / "cluster" / "onprem.yaml").read_text()
     for old, new in (("ssh_user: ubuntu", "ssh_user: root"), ("/shared", SHARED)):
         assert old in text
         text = text.replace(old, new)
-    # every machine here sees all CPUs of this one: one each, so that work spreads
+    # every namespace sees all CPUs: limit each to one, so that work spreads
     text = text.replace("ray start ", "ray start --num-cpus=1 ")
     Path(FILE).write_text(text)
 
@@ -97,7 +96,7 @@ def run(*words: str, log: str) -> int:
 
 
 def mfctl(*words: str, log: str) -> subprocess.Popen[bytes]:
-    """Typed in a folder that no machine has."""
+    """Run a command in a folder that no machine has."""
     typed = Path("/tmp/typed")
     typed.mkdir(exist_ok=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MFCTL_TRACKER": "json"}
@@ -111,59 +110,64 @@ def mfctl(*words: str, log: str) -> subprocess.Popen[bytes]:
 
 
 def nodes() -> dict[str, str]:
-    """Machines that live, as the cluster says: name -> address."""
+    """Return the living machines of the cluster: name -> address."""
     with connect_target(parse_target(FILE), Path("/tmp")) as address:
         return {node["node_name"]: node["node_ip"] for node in query_cluster(connect(address)).nodes}
 
 
 def wait_for(count: int) -> None:
     began = time.monotonic()
-    while len(found := nodes()) != count:
+    while True:
+        found = nodes()
+        if len(found) == count:
+            return
         if time.monotonic() - began > 400:
             raise TimeoutError(f"{found}, not {count} machines")
         time.sleep(1)
 
 
-def lose(machines: dict[str, subprocess.Popen[bytes]], address: str) -> None:
-    """Its namespace, with every process in it, goes with its first process; so does its network."""
+def kill_machine(machines: dict[str, subprocess.Popen[bytes]], address: str) -> None:
+    """Kill the first process of a machine; its namespaces end with it."""
     os.kill(machines[address].pid, signal.SIGKILL)
     machines.pop(address).wait()
 
 
 def trainers() -> set[str]:
-    """The machines on which a run's ranks live."""
+    """Return the machines of the ranks of a run."""
     beats = [json.loads(path.read_text()) for path in Path(SHARED, "runs/a/ranks").glob("0*.json")]
     return {beat["host"] for beat in beats}
 
 
 def raylets() -> int:
-    """How many run on all machines; those of other tests live in other namespaces."""
+    """Return the number of raylets on all machines; other tests use other namespaces."""
     return sum(process.info["name"] == "raylet" for process in psutil.process_iter(["name"]))
 
 
 def preprocess(machines: dict[str, subprocess.Popen[bytes]]) -> int:
-    """On all machines, of which one is lost in the middle."""
+    """Preprocess on all machines and kill one of them; return the exit code."""
     sets = ("--set", "window_seconds=3", "--set", "sources_per_unit=1", "--set", "workers=3")
     job = mfctl(*SUBMIT, "preprocess", "clips", "data", *sets, log="preprocess.log")
     while job.poll() is None and len(list(Path(SHARED, "data/_done").glob("*.json"))) < 2:
         time.sleep(0.1)
-    lose(machines, WORKERS[1])
+    kill_machine(machines, WORKERS[1])
     return job.wait()
 
 
 def train(machines: dict[str, subprocess.Popen[bytes]]) -> dict[str, Any]:
-    """On two machines: one that is not the head is lost in the middle, then the head, which boots and starts again."""
+    """Train on two machines; kill a worker, then the head, boot it and submit again."""
     short = ("steps=60", "data.batch=4", "data.held_out=0.25", "eval_every=1000", "log_every=1", "checkpoint.every=5")
     words = [word for value in (*short, "engine.kind=torch", "engine.workers=2") for word in ("--set", value)]
     words = [*SUBMIT, "train", "--stage", "audio", "--data", "data", "--run", "a", *words]
     job = mfctl(*words, log="train.log")
     wait_for_step(job, 8)
     on = trainers()
-    lose(machines, next(address for i, address in enumerate((HEAD, *WORKERS)) if f"m{i}" in on and address != HEAD))
+    kill_machine(
+        machines, next(address for i, address in enumerate((HEAD, *WORKERS)) if f"m{i}" in on and address != HEAD)
+    )
     wait_for_step(job, 20)
-    lose(machines, HEAD)
+    kill_machine(machines, HEAD)
     facts: dict[str, Any] = {"ranks_on": sorted(on), "without_head": job.wait()}
-    machines[HEAD] = begin(0, HEAD)
+    machines[HEAD] = boot_machine(0, HEAD)
     time.sleep(3)
     facts["up_again"] = run("ray", "up", "-y", FILE, log="up_again.log")
     return facts | {"train": mfctl(*words, log="train_again.log").wait()}
@@ -175,9 +179,10 @@ def wait_for_step(job: subprocess.Popen[bytes], step: int) -> None:
     assert job.poll() is None, f"training ended before step {step}"
 
 
-def story() -> dict[str, Any]:
+def run_scenario() -> dict[str, Any]:
+    """Run the commands of cluster/onprem.md with lost machines; return exit codes and durations."""
     started = time.monotonic()
-    machines = {address: begin(i, address) for i, address in enumerate((HEAD, *WORKERS))}
+    machines = {address: boot_machine(i, address) for i, address in enumerate((HEAD, *WORKERS))}
     time.sleep(3)
     facts: dict[str, Any] = {"up": run("ray", "up", "-y", FILE, log="up.log")}
     facts["refused"] = mfctl("submit", FILE, "--", "preprocess", "clips", "x", log="refused.log").wait()
@@ -187,7 +192,7 @@ def story() -> dict[str, Any]:
     facts["never"] = mfctl(*SUBMIT, *never, log="never.log").wait()
     facts["preprocess"] = preprocess(machines)
     wait_for(2)
-    machines[WORKERS[1]] = begin(2, WORKERS[1])  # it boots again: the head finds it and starts Ray there
+    machines[WORKERS[1]] = boot_machine(2, WORKERS[1])  # rebooted: the head starts Ray on it again
     wait_for(3)
     facts["back_s"] = round(time.monotonic() - started)
     facts |= train(machines)
@@ -206,4 +211,4 @@ if __name__ == "__main__":
     os.environ["PATH"] = f"{Path(sys.executable).parent}:/usr/sbin:{os.environ['PATH']}"
     os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     prepare(Path(sys.argv[1]))
-    print(json.dumps(story()))
+    print(json.dumps(run_scenario()))
