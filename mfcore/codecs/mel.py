@@ -44,7 +44,7 @@ _SHARPEN = 6
 
 @dataclass(frozen=True, kw_only=True)
 class MelConfig:
-    """Shape of the transform. Equal configurations, ``iterations`` aside, give interchangeable latents."""
+    """Shape of the transform. Equal configurations give interchangeable latents for any ``iterations``."""
 
     sample_rate: int = 16000  # samples per second
     window: int = 1024  # samples of a frame

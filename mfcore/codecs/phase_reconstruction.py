@@ -20,8 +20,8 @@ from torch.nn.functional import pad
 
 _MOMENTUM = 0.99
 _NO_PHASE = 1e-12  # a spectrum value below this has no phase
-_PULSE_RISE = 0.5  # minimal change of the log magnitude over two hops at a pulse
-_ONSET = 0.6  # maximal share of the magnitude at a pulse that earlier sound explains
+_IMPULSE_RISE = 0.5  # minimal change of the log magnitude over two hops at an impulse
+_ONSET = 0.6  # maximal share of the magnitude at an impulse that earlier sound explains
 _GAUSSIAN_VARIANCE = 0.03  # of the Gaussian that approximates a Hann window of length 1; best for clicks
 _MIN_WEIGHT = 0.1  # lower bound of the weight at the ends of a clip, where the taper falls to 0
 
@@ -157,20 +157,20 @@ class PhaseDecoder:
 def _initial_spectra(
     continued: Complex[Tensor, "b k F"], magnitudes: Float[Tensor, "b k F"], frames: StftFrames
 ) -> Complex[Tensor, "b k F"]:
-    """Return ``continued`` where it explains the magnitudes, pulse phases where they rise, else noise phases.
+    """Return ``continued`` where it explains the magnitudes, impulse phases where they rise, else noise phases.
 
-    Under a Gaussian window of variance s2, a pulse at distance d from the middle has d = s2 * d log|X| / dt at every
-    frequency. Its phase is minus the integral of the delay over frequency (Prusa, Balazs, Sondergaard 2017). Pulses
+    Under a Gaussian window of variance s2, an impulse at distance d from the middle has d = s2 * d log|X| / dt at every
+    frequency. Its phase is minus the integral of the delay over frequency (Prusa, Balazs, Sondergaard 2017). Impulses
     everywhere would turn a hiss into a buzz.
     """
     log = torch.log(magnitudes.clamp(min=1e-6))
     rise = torch.cat([log[:, 1:], log[:, -1:]], dim=1) - torch.cat([log[:, :1], log[:, :-1]], dim=1)
     middle = frames.window / 2
     delay = middle + (_GAUSSIAN_VARIANCE * frames.window**2 * rise / (2 * frames.hop)).clamp(-middle, middle)
-    pulse = torch.polar(magnitudes, -2 * torch.pi / frames.window * (delay.cumsum(-1) - delay))
+    impulse = torch.polar(magnitudes, -2 * torch.pi / frames.window * (delay.cumsum(-1) - delay))
     size = _magnitude(continued)
     start = torch.where(size > _NO_PHASE, continued, _noise(magnitudes))
-    return torch.where((rise.abs() > _PULSE_RISE) & (size < _ONSET * magnitudes), pulse, start)
+    return torch.where((rise.abs() > _IMPULSE_RISE) & (size < _ONSET * magnitudes), impulse, start)
 
 
 def _noise(like: Float[Tensor, "b k F"]) -> Complex[Tensor, "k F"]:

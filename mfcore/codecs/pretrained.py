@@ -70,7 +70,7 @@ def _hash_samples(path: Path) -> bytes:
 
 
 def locate_weights(weights: str, hint: str, digest_of: Callable[[str], str], codec_id: str) -> str:
-    """Return the folder whose weights have this digest: ``hint``, a folder of ``MFCTL_CODECS`` or a child of one.
+    """Return the folder with the weights of this digest: ``hint``, a folder of ``MFCTL_CODECS`` or a child of one.
 
     Raises ValueError if no folder has it.
     """

@@ -141,7 +141,7 @@ class SyncEstimator(Protocol):
 
 
 _BLOCKS = 8  # per side: in a portrait, a mouth fills one block
-_BEST_BLOCKS = 3  # blocks whose correlations form the score
+_BEST_BLOCKS = 3  # blocks with the largest correlations, which form the score
 _STEPS = 2  # lags per frame; the peak is refined between them
 _SLOW_SECONDS = 0.8  # slower motion and loudness changes are removed
 _MIN_FRAMES = 20

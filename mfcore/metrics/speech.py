@@ -120,7 +120,7 @@ def _split_phrase(phrase: Mapping[str, Any], seconds: float) -> list[tuple[str, 
 
 
 class PocketSphinx:
-    """English recognizer whose model ships with its package. Raises ValueError if it is not installed."""
+    """English recognizer with the model in its package. Raises ValueError if it is not installed."""
 
     def __init__(self) -> None:
         for package in ("pocketsphinx", "transformers"):  # transformers normalizes the words

@@ -1,3 +1,5 @@
+"""Networks, batches and recorded calls for tests of the mutual objective."""
+
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,7 +22,7 @@ def trio() -> Models:
 
 
 def four(first: int = 0) -> AVBatch:
-    """One row of each place in the cycle: real, free, coupled, free."""
+    """Return one row of each kind of the cycle: real, free, coupled, free."""
     data = batch(rows=4, chunks=3)
     return replace(data, samples=data.samples + first)
 
@@ -30,13 +32,13 @@ def at_step(step: int) -> StepInfo:
 
 
 def found(terms: list[LossTerm]) -> dict[str, int]:
-    """Rows of each term, by its name."""
+    """Return the number of rows of each term by name."""
     return {t.name: t.values.shape[0] for t in terms}
 
 
 @dataclass(frozen=True)
 class Call:
-    """How a network was called. Without ``x`` it was asked for the sink."""
+    """Arguments of a network call; without ``x``, the call writes the sink."""
 
     x: Streams
     t: NoiseLevels
@@ -54,7 +56,7 @@ class Call:
         return len(self.x[AUDIO].chunk.unique()) if self.x else 0
 
     def inputs(self) -> list[tuple]:
-        """What is asked, for every row and chunk, as numbers that compare."""
+        """Return the inputs of every row and chunk as comparable values."""
         if not self.x:
             return [("sink", as_numbers(self.cond.first_frame[i])) for i in range(self.rows)]
         flags = as_numbers(self.cond.caption_mask, self.cond.words_mask)
@@ -72,7 +74,7 @@ class Call:
 
 @dataclass
 class Watched:
-    """A network that notes how it is called; it answers as the network does."""
+    """Network that records its calls."""
 
     inner: VelocityModel
     calls: list[Call] = field(default_factory=list)
@@ -86,22 +88,22 @@ class Watched:
 
     @property
     def history(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """What was written, latents and labels, a clip at once (roll-outs write chunk by chunk)."""
+        """Written history of whole clips: latents and labels (rollouts write chunk by chunk)."""
         return [(c.x[VIDEO].latents, c.trust) for c in self.calls if c.store and c.chunks > 1]
 
     @property
     def sinks(self) -> int:
-        """Rows whose sink was written."""
+        """Number of rows with a written sink."""
         return sum(c.rows for c in self.calls if not c.x)
 
     @property
     def written(self) -> int:
-        """Rows x chunks whose keys and values were written."""
+        """Number of rows x chunks with written keys and values."""
         return sum(c.rows * c.chunks for c in self.calls if c.x and c.store)
 
     @property
     def asked(self) -> int:
-        """Rows x chunks whose velocity was asked for."""
+        """Number of rows x chunks with an evaluated velocity."""
         return sum(c.rows * c.chunks for c in self.calls if c.x and not c.store)
 
 

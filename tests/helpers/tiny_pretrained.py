@@ -1,4 +1,4 @@
-"""Folders of the real pretrained classes at a tiny size with random weights, saved as their publishers save them."""
+"""Folders of the real pretrained classes at a tiny size with random weights, in their published layout."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 
 def save_wan(folder: Path, version: str = "2.2", seed: int = 0) -> Path:
-    """Wan's autoencoder: 2.1 with its published statistics, 2.2 patched and residual with made-up ones."""
+    """Save a Wan autoencoder: 2.1 with its published statistics, 2.2 with patches and other statistics."""
     kl = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan", reason="needs diffusers")
     torch.manual_seed(seed)
     if version == "2.1":
@@ -33,7 +33,7 @@ def save_wan(folder: Path, version: str = "2.2", seed: int = 0) -> Path:
 
 
 def save_oobleck(folder: Path, seed: int = 0, ratios: tuple[int, ...] = (2, 4, 4, 8, 8), rate: int = 44100) -> Path:
-    """Stable Audio's autoencoder with its published strides and clock, 8 channels instead of 64."""
+    """Save a Stable Audio autoencoder with its published strides and clock, and 8 channels instead of 64."""
     kl = pytest.importorskip("diffusers.models.autoencoders.autoencoder_oobleck", reason="needs diffusers")
     torch.manual_seed(seed)
     model = kl.AutoencoderOobleck(
@@ -49,7 +49,7 @@ def save_oobleck(folder: Path, seed: int = 0, ratios: tuple[int, ...] = (2, 4, 4
 
 
 def save_t5(folder: Path, kind: str = "umt5", seed: int = 0) -> Path:
-    """An encoder of width 16 in ``text_encoder/`` and its tokenizer in ``tokenizer/``."""
+    """Save an encoder of width 16 in ``text_encoder/`` and its tokenizer in ``tokenizer/``."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     torch.manual_seed(seed)
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(f"{mark}{c}" for mark in ("", "\u2581") for c in "abdeghilnorstuw")]
@@ -65,8 +65,7 @@ def save_t5(folder: Path, kind: str = "umt5", seed: int = 0) -> Path:
 
 
 def save_whisper(folder: Path, exact: bool = True, seed: int = 0) -> Path:
-    """A Whisper of width 16 that hears something in everything. ``exact``: it names heads that know the time of a word,
-    as published ones do."""
+    """Save a Whisper of width 16 that transcribes any sound; ``exact``: with alignment heads, as published."""
     whisper = pytest.importorskip("transformers", reason="needs transformers")
     letters = [chr(c) for c in range(33, 127)] + ["\u0120"]
     special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
@@ -86,7 +85,7 @@ def save_whisper(folder: Path, exact: bool = True, seed: int = 0) -> Path:
         vocab_size=len(vocabulary) + timestamps, d_model=16, max_target_positions=24, **sizes, **heads, **ends
     )
     network = whisper.WhisperForConditionalGeneration(config)
-    network.generation_config._from_model_config = False  # what is set here counts when it is loaded
+    network.generation_config._from_model_config = False  # use these settings after loading
     network.generation_config.max_length = 12
     network.generation_config.suppress_tokens = [*range(end, end + len(special))]
     network.generation_config.begin_suppress_tokens = None

@@ -1,3 +1,5 @@
+"""Random SyncNet checkpoint in the published format."""
+
 import json
 from pathlib import Path
 
@@ -6,11 +8,8 @@ import torch
 PUBLISHED = json.loads((Path(__file__).parent / "syncnet_v2.json").read_text())["tensors"]
 
 
-# --- SyncNet ---------------------------------------------------------------------
-
-
 def published(seed: int = 0, counters: bool = True) -> dict[str, torch.Tensor]:
-    """A checkpoint of the published names and shapes, its values made up."""
+    """Return a checkpoint with the published names and shapes and random values."""
     draw = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(shape, generator=draw) * 0.05 for name, shape in PUBLISHED.items()}
     for name in PUBLISHED:

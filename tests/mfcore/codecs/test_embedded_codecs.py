@@ -1,4 +1,4 @@
-"""The embedded codecs: exact where they are exact, alike in portions and whole, near where they cut."""
+"""Embedded codecs: exact without truncation, equal when streamed, and close with truncation."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -22,7 +22,7 @@ PINNED_WALL = [1.31233, 0.69273, -1.00253, 1.00253]
 
 
 def cartoon(frames: int = 25, size: int = 64) -> Tensor:
-    """A face that moves and speaks on a shaded wall, uint8 (frames, size, size, 3)."""
+    """Return a face that moves and speaks on a shaded wall, uint8 (frames, size, size, 3)."""
     y, x = np.mgrid[0:size, 0:size] + 0.5
     film = []
     for i in range(frames):
@@ -30,16 +30,16 @@ def cartoon(frames: int = 25, size: int = 64) -> Tensor:
         picture = np.array([70.0, 110, 150]) + (10 * np.sin(x / 9) + 8 * np.cos(y / 7))[..., None]
         cx, cy = size / 2 + 3 * np.sin(2 * t), size / 2 + 2 * np.sin(3 * t)
         mouth = 1.0 + 4 * abs(np.sin(9 * t))
-        for dx, dy, a, b, colour in [(0, 0, 18, 22, (220, 180, 150)), (0, 10, 6, mouth, (130, 40, 50))]:
+        for dx, dy, a, b, color in [(0, 0, 18, 22, (220, 180, 150)), (0, 10, 6, mouth, (130, 40, 50))]:
             inside = 1 - np.hypot((x - cx - dx) / a, (y - cy - dy) / b)
             mask = np.clip(inside * min(a, b) + 0.5, 0, 1)[..., None]
-            picture = picture * (1 - mask) + mask * np.array(colour)
+            picture = picture * (1 - mask) + mask * np.array(color)
         film.append(picture)
     return torch.from_numpy(np.round(np.clip(film, 0, 255)).astype(np.uint8))
 
 
 def speech(seconds: float = 3.0, seed: int = 0) -> Tensor:
-    """Syllable-like sound: pulses of a gliding pitch through three resonances, with pauses."""
+    """Return syllable-like sound: impulses of a gliding pitch through three resonances, with pauses."""
     rng = np.random.default_rng(seed)
     n = int(seconds * RATE)
     pitch = 140 * (1 + 0.08 * np.sin(2 * np.pi * 0.7 * np.arange(n) / RATE))
@@ -59,11 +59,11 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def level(x: Tensor) -> float:
-    """Decibels of the root mean square."""
+    """Return the decibels of the root mean square."""
     return float(10 * torch.log10(x.square().mean()))
 
 
-def in_portions(codec: Codec, latents: Tensor, cuts: list[int]) -> Tensor:
+def decode_in_parts(codec: Codec, latents: Tensor, cuts: list[int]) -> Tensor:
     decoder = codec.decoder()
     pieces = [decoder.push(latents[a:b]) for a, b in pairwise([0, *cuts, len(latents)])]
     return torch.cat([*pieces, decoder.flush()])
@@ -93,7 +93,7 @@ def test_dct_shapes_clock_and_dropped_frames():
     assert codec.encode(cartoon(frames=1)).shape[0] == 1
 
 
-def test_dct_keeps_a_picture():
+def test_dct_preserves_a_video():
     film = cartoon()
     codec = DctCodec()
     decoded = codec.decode(codec.encode(film))
@@ -110,7 +110,7 @@ def test_dct_projection_is_idempotent():
     assert float((again - latents).abs().max()) < 0.05  # rounding to 8 bits alone; latents spread over about 1
 
 
-def test_dct_still_picture_looks_the_same_in_frame_and_group_latents():
+def test_dct_static_video_has_equal_frame_and_group_latents():
     codec = DctCodec()
     head, group = codec.encode(cartoon(frames=1).repeat(5, 1, 1, 1))
     shared = int((group.abs().amax((1, 2)) > 1e-5).nonzero().max()) + 1  # channels of change over time are zero
@@ -118,7 +118,7 @@ def test_dct_still_picture_looks_the_same_in_frame_and_group_latents():
     torch.testing.assert_close(group[:shared], head[:shared], atol=1e-5, rtol=0)
 
 
-def test_dct_grey_is_one_number():
+def test_dct_of_uniform_frames_is_one_coefficient():
     codec = DctCodec()
     grey = codec.encode(torch.full((5, 8, 8, 3), 255, dtype=torch.uint8))
     torch.testing.assert_close(grey[:, 0], torch.full((2, 1, 1), 4.0))  # white: the gain
@@ -126,20 +126,20 @@ def test_dct_grey_is_one_number():
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [0, 1, 2, 5], [3]])
-def test_dct_portions_equal_whole(cuts: list[int]):
+def test_dct_streaming_equals_whole(cuts: list[int]):
     codec = DctCodec()
     latents = codec.encode(cartoon())
-    assert torch.equal(in_portions(codec, latents, cuts), codec.decode(latents))
+    assert torch.equal(decode_in_parts(codec, latents, cuts), codec.decode(latents))
 
 
 @pytest.mark.parametrize("shape", [(5, 60, 64, 3), (0, 64, 64, 3), (5, 64, 64), (5, 64, 0, 3)])
-def test_dct_refuses_other_shapes(shape: tuple[int, ...]):
+def test_dct_rejects_other_shapes(shape: tuple[int, ...]):
     with pytest.raises(ValueError, match="multiples of 8|at least one frame"):
         DctCodec().encode(torch.zeros(shape, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("wrong", [{"channels": 193}, {"channels": 0}, {"group": 0}, {"fps": Fraction(0)}])
-def test_dct_refuses_impossible_settings(wrong: dict[str, int]):
+def test_dct_rejects_invalid_settings(wrong: dict[str, int]):
     with pytest.raises(ValueError):
         DctConfig(**wrong)
 
@@ -147,7 +147,7 @@ def test_dct_refuses_impossible_settings(wrong: dict[str, int]):
 # sound
 
 
-def test_mel_filterbank_is_the_htk_one():
+def test_mel_filterbank_equals_the_htk_filterbank():
     librosa = pytest.importorskip("librosa")
     expected = librosa.filters.mel(sr=RATE, n_fft=1024, n_mels=80, htk=True, norm=None)
     np.testing.assert_allclose(mel_filterbank(RATE, 1024, 80), expected, atol=1e-6)
@@ -169,7 +169,7 @@ def test_mel_silence_stays_silent():
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.03, 0.3])
-def test_mel_keeps_the_level(scale: float):
+def test_mel_preserves_the_level(scale: float):
     codec = MelCodec()
     noise = scale * torch.randn(2 * RATE, generator=torch.Generator().manual_seed(0))
     tone = scale * torch.sin(2 * torch.pi * 440 / RATE * torch.arange(2 * RATE))
@@ -177,7 +177,7 @@ def test_mel_keeps_the_level(scale: float):
         assert abs(level(codec.decode(codec.encode(sound))[: len(sound)]) - level(sound)) < 1
 
 
-def test_mel_keeps_the_level_to_both_ends():
+def test_mel_preserves_the_level_up_to_both_ends():
     codec = MelCodec()
     tone = 0.3 * torch.sin(2 * torch.pi * 440 / RATE * torch.arange(16 * 1024))
     decoded = codec.decode(codec.encode(tone))
@@ -185,7 +185,7 @@ def test_mel_keeps_the_level_to_both_ends():
         assert abs(level(decoded[end]) - level(tone[end])) < 1.5
 
 
-def test_mel_keeps_spectrum_and_envelope_of_speech():
+def test_mel_preserves_spectrum_and_envelope_of_speech():
     codec, sound = MelCodec(), speech()
     decoded = codec.decode(codec.encode(sound))[: len(sound)]
 
@@ -198,8 +198,8 @@ def test_mel_keeps_spectrum_and_envelope_of_speech():
     assert np.corrcoef(a, b)[0, 1] > 0.95
 
 
-def test_mel_phases_agree_better_than_griffin_lim():
-    """The inversion alone, from true magnitudes, against the usual offline algorithm at 16 iterations."""
+def test_mel_phases_are_more_consistent_than_griffin_lim():
+    """Inversion of true magnitudes, against the offline algorithm at 16 iterations."""
     librosa = pytest.importorskip("librosa")
     codec, sound = MelCodec(MelConfig(iterations=16)), speech()[: 46 * 1024]
     padded = torch.nn.functional.pad(sound[None, None], (384, 384), mode="reflect")[0]
@@ -223,7 +223,7 @@ def test_mel_speech_is_not_shifted():
     for seed in range(3):
         sound = speech(seed=seed)
         decoded = codec.decode(codec.encode(sound))[: len(sound)]
-        # Boxes of 40 ms: shorter ones see the single pulses of the voice, whose phases are not kept.
+        # Boxes of 40 ms: shorter ones resolve the impulses of the voice, and phases are not preserved.
         a, b = (sound_envelope(x.numpy(), RATE, 50) for x in (sound, decoded))
         assert abs(sync_offset(a, 50, b, 50, max_lag=0.1).offset_sec) < 0.0015
 
@@ -240,10 +240,10 @@ def test_mel_places_clicks_within_two_milliseconds():
 
 
 @pytest.mark.parametrize("cuts", [[1], [0, 1, 2, 17], list(range(1, 40))])
-def test_mel_portions_equal_whole(cuts: list[int]):
+def test_mel_streaming_equals_whole(cuts: list[int]):
     codec = MelCodec()
     latents = codec.encode(speech())
-    assert torch.equal(in_portions(codec, latents, cuts), codec.decode(latents))
+    assert torch.equal(decode_in_parts(codec, latents, cuts), codec.decode(latents))
 
 
 def test_mel_batch_equals_one_by_one():
@@ -254,7 +254,7 @@ def test_mel_batch_equals_one_by_one():
     )
 
 
-def test_mel_changes_of_the_future_leave_the_past():
+def test_mel_past_does_not_depend_on_the_future():
     codec = MelCodec()
     latents = codec.encode(speech())
     changed = latents.clone()
@@ -263,7 +263,7 @@ def test_mel_changes_of_the_future_leave_the_past():
     assert torch.equal(codec.decode(changed)[:keep], codec.decode(latents)[:keep])
 
 
-def test_mel_survives_latents_from_nowhere():
+def test_mel_decodes_arbitrary_latents_to_finite_sound():
     codec = MelCodec()
     wild = 30 * torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
     sound = codec.decode(wild)
@@ -274,12 +274,12 @@ def test_mel_survives_latents_from_nowhere():
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(0), torch.zeros(2, 100), torch.zeros(100, dtype=torch.int16)])
-def test_mel_refuses_other_signals(wrong: Tensor):
+def test_mel_rejects_other_signals(wrong: Tensor):
     with pytest.raises(ValueError, match="mono float"):
         MelCodec().encode(wrong)
 
 
-def test_mel_refuses_impossible_settings():
+def test_mel_rejects_invalid_settings():
     for wrong in ({"channels": 321}, {"group": 1}, {"hop": 300}, {"mels": 400}):
         with pytest.raises(ValueError):
             MelCodec(MelConfig(**wrong))
@@ -300,8 +300,8 @@ def test_words_are_deterministic_and_of_unit_size():
     assert codec.encode([]).shape == (0, 64)
 
 
-def test_punctuation_makes_no_other_word():
-    """Subtitles have it, people who type a transcript for `mfctl generate` may not."""
+def test_punctuation_does_not_change_a_word():
+    """Subtitles contain punctuation, a transcript typed for `mfctl generate` may not."""
     codec = text_codec_from_id("words-v2/d64")
     plain = codec.encode(["hello", "don't", "it", "well-known", "-"])
     written = codec.encode(["Hello,", "don\u2019t", '"it?"', "(well-known)", "-"])
@@ -313,7 +313,7 @@ def test_punctuation_makes_no_other_word():
     assert not torch.equal(old.encode(["Hello,"]), old.encode(["hello"])), "datasets of before mean what they meant"
 
 
-def test_words_different_are_apart_and_similar_nearer():
+def test_similar_words_have_closer_vectors():
     codec = HashedWordEncoder(width=256)
     syllables = [c + v for c in "bdgmls" for v in "aeio"]
     vectors = codec.encode([*syllables, "talk", "talks", "talked", "window", "green"]) / 16
@@ -331,7 +331,7 @@ def test_tokenize_unicode():
     assert HashedWordEncoder().tokenize(" ... ") == []
 
 
-def test_caption_knows_its_order():
+def test_caption_vectors_contain_the_word_order():
     codec = HashedWordEncoder()
     a, b = codec.encode_caption("red hair, blue wall"), codec.encode_caption("blue hair, red wall")
     torch.testing.assert_close(a[1], b[1])  # the same word in the same place
@@ -340,7 +340,7 @@ def test_caption_knows_its_order():
     assert codec.encode_caption("").shape == (0, 64)
 
 
-def test_words_refuse_nonsense():
+def test_words_reject_invalid_input():
     with pytest.raises(ValueError, match="empty word"):
         HashedWordEncoder().encode(["a", ""])
     with pytest.raises(ValueError, match="version=3"):
@@ -366,7 +366,7 @@ def test_softened_whitening_keeps_the_mean_square_and_the_order_of_channels(powe
         full.soften(1.5)
 
 
-def test_a_still_picture_has_one_value_in_the_still_channels():
+def test_a_static_video_has_one_value_in_the_static_channels():
     codec = DctCodec()
     picture = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
     latents = codec.encode(picture.repeat(5, 1, 1, 1))

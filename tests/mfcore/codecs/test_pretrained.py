@@ -48,35 +48,35 @@ def noise(latents: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(latents, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def pushed(codec, latents, *cuts: int) -> torch.Tensor:
+def decode_in_parts(codec, latents, *cuts: int) -> torch.Tensor:
     decoder = codec.decoder()
     parts = [decoder.push(part) for part in latents.tensor_split(cuts)]
     return torch.cat([part for part in [*parts, decoder.flush()] if len(part)])
 
 
-def test_wan_encodes_and_decodes_what_its_class_does(wan):
+def test_wan_equals_the_diffusers_class(wan):
     signal = frames(9)
     latents = wan.encode(signal)
     channels, block = (16, 8) if wan.channels == 16 else (48, 16)
     assert latents.shape == (3, channels, 32 // block, 48 // block)
     assert latents.dtype == torch.float32
     pixels = signal.permute(3, 0, 1, 2)[None] / 127.5 - 1
-    theirs = wan.model.encode(pixels).latent_dist.mode()
-    assert torch.equal(latents.transpose(0, 1), theirs[0])
-    seen = wan.model.decode(theirs).sample[0].permute(1, 2, 3, 0)
-    difference = wan.decode(latents).float() - (seen + 1) * 127.5
-    assert difference.abs().max() < 0.501  # rounded to whole levels, and no more
+    reference = wan.model.encode(pixels).latent_dist.mode()
+    assert torch.equal(latents.transpose(0, 1), reference[0])
+    decoded = wan.model.decode(reference).sample[0].permute(1, 2, 3, 0)
+    difference = wan.decode(latents).float() - (decoded + 1) * 127.5
+    assert difference.abs().max() < 0.501  # rounding to integers only
 
 
-def test_wan_decodes_by_portions_what_it_decodes_whole(wan):
+def test_wan_streaming_equals_whole(wan):
     latents = wan.encode(frames(17))
     whole = wan.decode(latents)
     assert len(whole) == 17
     for cuts in ((1,), (1, 2, 3, 4), (0, 3)):
-        assert torch.equal(pushed(wan, latents, *cuts), whole)
+        assert torch.equal(decode_in_parts(wan, latents, *cuts), whole)
 
 
-def test_wan_is_causal_and_drops_what_fills_no_group(wan):
+def test_wan_is_causal_and_drops_incomplete_groups(wan):
     signal = frames(13)
     latents = wan.encode(signal)
     assert torch.equal(wan.encode(signal[:5]), latents[:2])
@@ -84,13 +84,13 @@ def test_wan_is_causal_and_drops_what_fills_no_group(wan):
     assert len(wan.encode(signal[:1])) == 1
 
 
-def test_wan_in_a_batch_is_wan_one_by_one(wan):
+def test_wan_batch_equals_one_by_one(wan):
     signals = torch.stack([frames(5, seed) for seed in range(3)])
     for together, signal in zip(wan.encode_batch(signals), signals, strict=True):
         assert torch.allclose(together, wan.encode(signal), atol=1e-5)
 
 
-def test_wan_knows_its_clock_its_statistics_and_its_still_channels(wan):
+def test_wan_clock_statistics_and_static_channels(wan):
     clock = wan.clock
     assert (clock.rate, clock.offset, clock.head) == (6, Fraction(1, 24), 1)
     assert wan.static_channels == wan.channels
@@ -104,49 +104,49 @@ def test_wan_knows_its_clock_its_statistics_and_its_still_channels(wan):
 
 
 @pytest.mark.parametrize("shape", [(5, 30, 48, 3), (0, 32, 48, 3), (5, 32, 48)])
-def test_wan_refuses_what_is_no_video(wan, shape):
+def test_wan_rejects_other_shapes(wan, shape):
     with pytest.raises(ValueError, match=r"multiples of|video must be"):
         wan.encode(torch.zeros(shape, dtype=torch.uint8))
 
 
-def test_oobleck_encodes_and_decodes_what_its_class_does(oobleck):
+def test_oobleck_equals_the_diffusers_class(oobleck):
     sound = torch.rand(5 * 2048, generator=torch.Generator().manual_seed(1)) - 0.5
     latents = oobleck.encode(sound)
-    theirs = oobleck.model.encode(sound.expand(1, 2, -1)).latent_dist.mode()
-    assert torch.allclose(latents.T, theirs[0], atol=1e-6)
-    heard = oobleck.model.decode(theirs).sample[0].mean(0).clamp(-1, 1)
-    assert torch.allclose(oobleck.decode(latents), heard, atol=1e-5)
+    reference = oobleck.model.encode(sound.expand(1, 2, -1)).latent_dist.mode()
+    assert torch.allclose(latents.T, reference[0], atol=1e-6)
+    decoded = oobleck.model.decode(reference).sample[0].mean(0).clamp(-1, 1)
+    assert torch.allclose(oobleck.decode(latents), decoded, atol=1e-5)
     assert len(oobleck.encode(sound[:-1])) == 5
     assert len(oobleck.encode(sound[:1])) == 1
 
 
-def test_the_reach_of_an_oobleck_decoder_is_exact(oobleck):
-    """One latent changed: sound changes from ``behind`` latents before it to ``before`` behind it, and no further."""
-    before, behind = receptive_field((8, 8, 4, 4, 2))
-    assert (before, behind) == (10, 10)
-    latents = noise(2 * (before + behind))
+def test_receptive_field_of_oobleck_is_exact(oobleck):
+    """A changed latent changes samples from ``after`` latents before it to ``before`` latents after it."""
+    before, after = receptive_field((8, 8, 4, 4, 2))
+    assert (before, after) == (10, 10)
+    latents = noise(2 * (before + after))
     changed = latents.clone()
-    middle = before + behind
-    changed[middle] += 100  # the outermost taps say little: let them be heard above rounding
+    middle = before + after
+    changed[middle] += 100  # the outermost taps are small: raise them above rounding
     moved = (oobleck.decode(latents) - oobleck.decode(changed)).abs().reshape(-1, 2048).amax(1).nonzero().flatten()
-    assert (int(moved[0]), int(moved[-1])) == (middle - behind, middle + before)
+    assert (int(moved[0]), int(moved[-1])) == (middle - after, middle + before)
 
 
 @pytest.mark.parametrize("cuts", [(1, 2, 3), (11, 22, 33, 44), (7, 40), (0, 0, 59)])
-def test_oobleck_decodes_by_portions_what_it_decodes_whole(oobleck, cuts):
+def test_oobleck_streaming_equals_whole(oobleck, cuts):
     latents = noise(60)
     whole = oobleck.model.decode(latents.T[None]).sample[0].mean(0).clamp(-1, 1)
-    assert torch.allclose(pushed(oobleck, latents, *cuts), whole, atol=2e-6)
+    assert torch.allclose(decode_in_parts(oobleck, latents, *cuts), whole, atol=2e-6)
 
 
-def test_oobleck_gives_sound_as_soon_as_it_is_final(oobleck):
-    decoder, (_, behind) = oobleck.decoder(), receptive_field((8, 8, 4, 4, 2))
+def test_oobleck_returns_sound_as_soon_as_it_is_final(oobleck):
+    decoder, (_, after) = oobleck.decoder(), receptive_field((8, 8, 4, 4, 2))
     given = [len(decoder.push(part)) // 2048 for part in noise(33).split(11)]
-    assert given == [11 - behind, 11, 11]
-    assert len(decoder.flush()) == behind * 2048
+    assert given == [11 - after, 11, 11]
+    assert len(decoder.flush()) == after * 2048
 
 
-def test_both_fit_the_timeline(wan, oobleck):
+def test_wan_and_oobleck_share_a_timeline(wan, oobleck):
     line = Timeline(clocks={VIDEO: wan.clock, AUDIO: oobleck.clock}, chunk_seconds=Fraction(1, 2))
     assert oobleck.clock.rate == Fraction(44100, 2048)
     assert [line.count(AUDIO, 1, k) for k in range(5)] == [11, 11, 11, 11, 10]
@@ -160,18 +160,18 @@ def test_both_fit_the_timeline(wan, oobleck):
     assert line.times(AUDIO, 2)[1].item() == 2048 / 44100
 
 
-def test_words_have_one_vector_wherever_they_stand(text):
+def test_word_vectors_do_not_depend_on_position(text):
     vectors = text.encode(["ba", "do", "ba", "bado"])
     assert vectors.shape == (4, 16)
     assert torch.equal(vectors[0], vectors[2])
-    assert torch.allclose(text.encode(["do"])[0], vectors[1], atol=1e-5)  # the others only pad it
+    assert torch.allclose(text.encode(["do"])[0], vectors[1], atol=1e-5)  # other words only add padding
     assert not torch.allclose(vectors[0], vectors[3], atol=1e-2)
     assert text.encode([]).shape == (0, 16)
     with pytest.raises(ValueError, match="empty word"):
         text.encode(["a", " "])
 
 
-def test_captions_are_the_states_of_the_encoder(text):
+def test_captions_equal_the_states_of_the_encoder(text):
     caption = text.encode_caption("a red hat and a red wall")
     ids = text.tokenizer(["a red hat and a red wall"], return_tensors="pt").input_ids
     assert torch.equal(caption, text.model(input_ids=ids).last_hidden_state[0])
@@ -180,8 +180,8 @@ def test_captions_are_the_states_of_the_encoder(text):
     assert len(text.encode_caption("ab " * 2000)) == 512
 
 
-def test_an_id_finds_its_weights_again(wan, oobleck, text, tmp_path, monkeypatch):
-    """By the folder it was made from, by MFCTL_CODECS, and never other weights."""
+def test_a_codec_from_an_id_finds_its_weights(*, wan, oobleck, text, tmp_path, monkeypatch):
+    """In the stored folder or in MFCTL_CODECS, and never other weights."""
     for codec in (wan, oobleck):
         again = codec_from_id(codec.id, codec.clock, codec.config.folder, "cpu")
         assert (again.id, again.clock, again.channels, again.static_channels) == (
@@ -202,7 +202,7 @@ def test_an_id_finds_its_weights_again(wan, oobleck, text, tmp_path, monkeypatch
     assert len(lost.encode(torch.zeros(10))) == 1
 
 
-def test_folders_that_hold_something_else_are_refused(wan, oobleck, text, tmp_path):
+def test_folders_of_other_models_are_rejected(wan, oobleck, text, tmp_path):
     for read, folder in (
         (wan_config_from_folder, oobleck.config.folder),
         (oobleck_config_from_folder, wan.config.folder),
@@ -220,7 +220,7 @@ def test_folders_that_hold_something_else_are_refused(wan, oobleck, text, tmp_pa
         wan_config_from_folder(str(tmp_path))
 
 
-def test_contradictory_or_unknown_ids_are_refused(wan):
+def test_invalid_or_unknown_ids_are_rejected(wan):
     for wrong in ({"fps": Fraction(0)}, {"group": 8}):
         with pytest.raises(ValueError, match="Wan needs"):
             WanConfig(**{"channels": 16, "block": 8, "weights": "0", **wrong})

@@ -1,4 +1,4 @@
-"""Sound against picture: planted offsets are found on talking heads, unrelated sound gives no confidence; SyncNet."""
+"""A/V offset: planted offsets are found on talking heads, unrelated sound gives no confidence; SyncNet."""
 
 from functools import cache
 from pathlib import Path
@@ -22,8 +22,8 @@ def talking(index: int) -> tuple[np.ndarray, np.ndarray]:
     return render_frames(truth), render_audio(truth)
 
 
-def late(sound: np.ndarray, seconds: float) -> np.ndarray:
-    """Sound that comes so much later, silence before it; earlier for less than 0."""
+def delay(sound: np.ndarray, seconds: float) -> np.ndarray:
+    """Return the sound delayed by ``seconds``, padded with silence; earlier if negative."""
     n = round(abs(seconds) * 16000)
     quiet = np.zeros(n, sound.dtype)
     return np.concatenate([quiet, sound[: len(sound) - n]] if seconds > 0 else [sound[n:], quiet])
@@ -33,7 +33,7 @@ def late(sound: np.ndarray, seconds: float) -> np.ndarray:
 def test_planted_offsets_are_found(planted):
     for index in range(3):
         frames, sound = talking(index)
-        found = MotionSync()(frames, 24, late(sound, planted), 16000)
+        found = MotionSync()(frames, 24, delay(sound, planted), 16000)
         assert found.offset_sec == pytest.approx(planted, abs=0.02)  # half a frame; measured: 5 ms
         assert found.confidence > 1.25
 
@@ -52,10 +52,10 @@ def _pair(index: int) -> tuple[np.ndarray, float, np.ndarray, int]:
     return frames, 24, sound, 16000
 
 
-def test_where_nothing_can_be_said_confidence_is_zero():
+def test_confidence_is_zero_without_evidence():
     frames, sound = talking(0)
-    still, silence = np.repeat(frames[:1], len(frames), 0), np.zeros_like(sound)
-    for f, s in ((still, sound), (frames, silence), (frames[:10], sound[:6000]), (frames[:0], sound[:0])):
+    static, silence = np.repeat(frames[:1], len(frames), 0), np.zeros_like(sound)
+    for f, s in ((static, sound), (frames, silence), (frames[:10], sound[:6000]), (frames[:0], sound[:0])):
         assert MotionSync()(f, 24, s, 16000) == (0.0, 0.0)
 
 
@@ -77,21 +77,21 @@ def test_the_published_checkpoint_loads_name_by_name(tmp_path, counters):
         assert all(torch.equal(loaded[name], tensors[name]) for name in PUBLISHED)
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_rejected(tmp_path):
     (tmp_path / "text").write_text("no weights")
     torch.save({"a": torch.zeros(1)}, tmp_path / "others")
     wrong = published()
     wrong["netfclip.3.weight"] = torch.zeros(256, 512)
     torch.save(wrong, tmp_path / "shape")
     torch.save(Path("code"), tmp_path / "pickle")  # an object, not tensors: it is not unpickled
-    for file, said in (
+    for file, message in (
         ("text", "read"),
         ("none", "read"),
         ("others", "missing"),
         ("shape", "netfclip.3"),
         ("pickle", "read"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             load_syncnet(tmp_path / file)
 
 
@@ -117,10 +117,10 @@ def test_cepstra_of_a_tone_and_of_silence():
 
 
 @pytest.mark.parametrize("planted", [-9, -1, 0, 4, 15])
-def test_the_offset_is_where_the_vectors_agree(planted):
+def test_the_offset_is_the_shift_of_equal_vectors(planted):
     vectors = torch.randn(120, 64, generator=torch.Generator().manual_seed(1))
-    lips, heard = vectors[20:100], vectors[20 - planted : 100 - planted]  # what is seen at t is heard at t + planted
-    found = best_offset(lips, heard)
+    lips, audio = vectors[20:100], vectors[20 - planted : 100 - planted]  # audio is late by ``planted``
+    found = best_offset(lips, audio)
     assert found.offset_sec == planted / 25
     assert found.confidence > 3
     assert best_offset(lips, torch.randn(80, 64)).confidence < 1
@@ -128,7 +128,7 @@ def test_the_offset_is_where_the_vectors_agree(planted):
 
 @pytest.mark.slow
 def test_syncnet_reads_a_clip_end_to_end(tmp_path):
-    """Random weights: the numbers mean nothing, the way through them works at any size and rate."""
+    """Random weights, so only shapes and finiteness are checked."""
     torch.save(published(), tmp_path / "syncnet_v2.model")
     frames, sound = talking(0)
     found = SyncNetSync(load_syncnet(tmp_path / "syncnet_v2.model"))(frames[:48], 24, sound[:32000], 16000)

@@ -1,4 +1,4 @@
-"""Metrics against closed forms and planted truths."""
+"""Metrics against closed forms and planted values."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def mouth(times: np.ndarray) -> np.ndarray:
-    """A smooth aperiodic opening, 0 to 1, defined at all times."""
+    """Return a smooth aperiodic opening, 0 to 1, defined at all times."""
     return (
         sum(0.25 * (1 + np.sin(2 * np.pi * f * times + p)) for f, p in ((1.3, 0.4), (2.1, 2), (3.7, 1), (4.6, 5))) / 2
     )
@@ -39,7 +39,7 @@ def test_sync_finds_a_planted_lag(lag: float):
     assert found.correlation > 0.99
 
 
-def test_sync_of_pictures_and_sound_with_a_planted_lag():
+def test_sync_of_video_and_audio_with_a_planted_lag():
     times = np.arange(0, 8, 1 / 24)
     frames = np.zeros((len(times), 32, 32, 3), np.uint8)
     beats = np.array([0.6, 1.3, 2.4, 2.9, 4.1, 5.5, 6.2, 7.1])
@@ -65,11 +65,11 @@ def test_sync_is_antisymmetric():
 
 
 @pytest.mark.parametrize("flat", [np.ones(200), np.zeros(0), np.ones(1)])
-def test_sync_of_a_flat_envelope_says_nothing(flat: np.ndarray):
+def test_sync_of_a_flat_envelope_is_zero(flat: np.ndarray):
     assert sync_offset(flat, 24, rng().standard_normal(200), 24, max_lag=0.5) == (0.0, 0.0)
 
 
-def test_sync_refuses_rates_of_zero():
+def test_sync_rejects_rates_of_zero():
     with pytest.raises(ValueError, match="positive rates"):
         sync_offset(np.ones(5), 0, np.ones(5), 24, max_lag=0.5)
 
@@ -91,7 +91,7 @@ def test_sound_envelope_is_the_level():
 
 
 def standardised(n: int, d: int, seed: int = 0) -> np.ndarray:
-    """Samples whose mean is exactly 0 and whose covariance is exactly the identity."""
+    """Return samples with mean exactly 0 and covariance exactly the identity."""
     x = rng(seed).standard_normal((n, d))
     x -= x.mean(0)
     return x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
@@ -128,13 +128,13 @@ def test_frechet_of_covariances_that_do_not_commute():
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
-def test_frechet_with_full_shrinkage_sees_variances_only():
+def test_frechet_with_full_shrinkage_depends_on_variances_only():
     mix = np.array([[1.0, 0.8], [0.0, 0.6]])
     a, b = standardised(100, 2), standardised(100, 2, seed=1) @ mix
     assert frechet_distance(a, b, shrinkage=1.0) == pytest.approx(0, abs=1e-9)  # both columns have variance 1
 
 
-def test_frechet_interval_covers_a_true_shift_as_often_as_it_says():
+def test_frechet_interval_has_its_nominal_coverage():
     """60 clips of two rows, 90% intervals; the estimate's own bias costs some of the coverage."""
     covered = 0
     for seed in range(40):
@@ -153,8 +153,8 @@ def test_frechet_interval_draws_clips_not_rows():
     assert often.high - often.low == pytest.approx(once.high - once.low, rel=0.35)
 
 
-def test_frechet_bias_is_the_distance_of_equal_laws():
-    """Two sets of one law: all of the distance is bias."""
+def test_frechet_bias_is_the_distance_of_equal_distributions():
+    """Two sets of one distribution: the whole distance is bias."""
     draws = [(rng(s).standard_normal((60, 1, 6)), rng(1000 + s).standard_normal((60, 1, 6))) for s in range(12)]
     value = np.mean([frechet_distance(a[:, 0], b[:, 0]) for a, b in draws])
     bias = np.mean([frechet_bias(list(a), list(b)) for a, b in draws])
@@ -165,7 +165,7 @@ def test_frechet_bias_is_the_distance_of_equal_laws():
 @pytest.mark.parametrize(
     "wrong", [np.zeros((1, 3)), np.zeros(3), np.zeros((5, 2)), np.full((5, 3), np.nan), np.zeros((0, 3))]
 )
-def test_frechet_refuses(wrong: np.ndarray):
+def test_frechet_rejects_invalid_features(wrong: np.ndarray):
     with pytest.raises(ValueError):
         frechet_distance(wrong, np.ones((4, 3)))
 
@@ -173,10 +173,10 @@ def test_frechet_refuses(wrong: np.ndarray):
 # continuity
 
 
-def chain(a: float, border: float, chunks: int = 4000, length: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Unit-variance linear-Gaussian chain with correlation ``a`` inside chunks and ``border`` across their borders."""
-    noise = rng(seed).standard_normal(chunks * length)
-    chunk = np.repeat(np.arange(chunks), length)
+def chain(a: float, border: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return a unit-variance Gaussian chain with correlation ``a`` inside chunks and ``border`` across borders."""
+    noise = rng().standard_normal(4000 * 8)
+    chunk = np.repeat(np.arange(4000), 8)
     x = np.empty_like(noise)
     x[0] = noise[0]
     for k in range(1, len(x)):
@@ -193,7 +193,7 @@ def test_seam_energy_of_linear_gaussian_chains():
         assert step_energy(x)[np.diff(chunk) == 0].mean() == pytest.approx(0.1, rel=0.05)
 
 
-def test_seam_energy_of_pictures():
+def test_seam_energy_of_frames():
     frames = np.zeros((8, 4, 4, 3), np.uint8)
     frames[:] = np.array([0, 2, 4, 6, 250, 252, 254, 252])[:, None, None, None]
     assert seam_energy(frames, np.arange(8) // 4) == pytest.approx(244**2 / 4)  # no uint8 wrap-around
@@ -201,7 +201,7 @@ def test_seam_energy_of_pictures():
 
 
 @pytest.mark.parametrize("chunk", [np.zeros(8, int), np.arange(8), np.zeros(3, int)])
-def test_seam_energy_refuses(chunk: np.ndarray):
+def test_seam_energy_rejects_invalid_chunks(chunk: np.ndarray):
     with pytest.raises(ValueError):
         seam_energy(np.zeros(8), chunk)
 
@@ -228,27 +228,28 @@ def test_lag_one_correlation_of_several_coordinates_and_lengths():
 
 
 @pytest.mark.parametrize(
-    ("heard", "said", "distance"),
+    ("heard", "spoken", "distance"),
     [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("abc", "abc", 0), ("flaw", "lawn", 2), ("ab", "ba", 2)],
 )
-def test_edit_distance(heard: str, said: str, distance: int):
-    assert edit_distance(heard, said) == edit_distance(said, heard) == distance
+def test_edit_distance(heard: str, spoken: str, distance: int):
+    assert edit_distance(heard, spoken) == edit_distance(spoken, heard) == distance
 
 
 def test_edit_distance_equals_the_plain_dynamic_program():
     draw = rng(3)
     for _ in range(200):
-        heard, said = ([f"w{i}" for i in draw.integers(0, 5, draw.integers(0, 12))] for _ in range(2))
-        assert edit_distance(heard, said) == plain_edit_distance(heard, said)
-        assert edit_distance("".join(heard), "".join(said)) == plain_edit_distance("".join(heard), "".join(said))
+        heard, spoken = ([f"w{i}" for i in draw.integers(0, 5, draw.integers(0, 12))] for _ in range(2))
+        assert edit_distance(heard, spoken) == plain_edit_distance(heard, spoken)
+        heard, spoken = "".join(heard), "".join(spoken)
+        assert edit_distance(heard, spoken) == plain_edit_distance(heard, spoken)
 
 
-def plain_edit_distance(heard: Sequence[str], said: Sequence[str]) -> int:
+def plain_edit_distance(heard: Sequence[str], spoken: Sequence[str]) -> int:
     """Return the Levenshtein distance by its recurrence, row by row."""
-    row = list(range(len(said) + 1))
+    row = list(range(len(spoken) + 1))
     for i, unit in enumerate(heard, start=1):
         diagonal, row[0] = row[0], i
-        for j, wanted in enumerate(said, start=1):
+        for j, wanted in enumerate(spoken, start=1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (unit != wanted))
     return row[-1]
 
@@ -275,7 +276,7 @@ def test_windows():
     assert TimeWindow(start=0.1).slice(30, 10) == slice(3, 10)  # 0.1 * 30 is above 3 in floating point
 
 
-def test_neighbouring_windows_share_nothing_and_lose_nothing():
+def test_adjacent_windows_partition_the_values():
     windows = parse_windows("0-5,5-15,15-25,25-")
     rate = 15.625
     taken = [i for w in windows for i in range(600)[w.slice(rate, 600)]]
@@ -283,7 +284,7 @@ def test_neighbouring_windows_share_nothing_and_lose_nothing():
 
 
 @pytest.mark.parametrize("text", ["", "5", "5-5", "9-5", "-5", "a-b", "0-5;5-10"])
-def test_windows_refuse(text: str):
+def test_windows_reject_invalid_text(text: str):
     with pytest.raises(ValueError, match="window"):
         parse_windows(text)
 
@@ -302,6 +303,6 @@ def test_entropy_correction_helps_small_samples():
 
 
 @pytest.mark.parametrize("wrong", [[], [8], [-1]])
-def test_entropy_refuses(wrong: list[int]):
+def test_entropy_rejects_invalid_choices(wrong: list[int]):
     with pytest.raises(ValueError, match="0 .. 7"):
         mode_entropy(wrong, 8)

@@ -23,7 +23,7 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def test_an_interval_covers_the_mean_as_often_as_it_says():
+def test_a_bootstrap_interval_has_its_nominal_coverage():
     covered = 0
     for seed in range(200):
         found = mean_interval(draw(40, seed=seed), draws=200)
@@ -61,7 +61,7 @@ def test_lips_find_a_planted_offset(late: int):
     assert found.confidence > 4
 
 
-def test_lips_of_another_clip_are_at_chance_and_worse_is_worse():
+def test_lip_sync_error_grows_with_noise_and_is_at_chance_for_another_clip():
     lips, other = draw(80, 32), draw(80, 32, seed=1)
     steps = [lip_sync_error(lips, lips + noise * other) for noise in (0.0, 0.5, 1.0, 3.0)]
     confidence = [s.confidence for s in steps if s]
@@ -74,19 +74,19 @@ def test_lips_of_another_clip_are_at_chance_and_worse_is_worse():
         lip_sync_error(lips, other[:5])
 
 
-def test_lse_of_syncnet_agrees_with_its_own_reading():
+def test_lip_sync_error_equals_the_offset_of_syncnet():
     torch.manual_seed(0)
     sync = SyncNetSync(SyncNet().eval())
     frames = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
     sound = 0.1 * draw(16000)
-    ours, theirs = lip_sync_error(*sync.vectors(frames, 25.0, sound, 16000)), sync(frames, 25.0, sound, 16000)
-    assert ours is not None
-    assert ours.offset_sec == pytest.approx(theirs.offset_sec)
-    assert ours.confidence == pytest.approx(theirs.confidence, abs=1e-3)
+    error, reference = lip_sync_error(*sync.vectors(frames, 25.0, sound, 16000)), sync(frames, 25.0, sound, 16000)
+    assert error is not None
+    assert error.offset_sec == pytest.approx(reference.offset_sec)
+    assert error.confidence == pytest.approx(reference.confidence, abs=1e-3)
     assert sync.vectors(frames[:3], 25.0, sound, 16000)[0].shape == (0, 1024)
 
 
-def test_divergence_of_known_laws():
+def test_divergence_of_known_distributions():
     p, q = np.array([0.5, 0.5]), np.array([0.75, 0.25])
     assert kl_divergence(p, p) == 0
     assert kl_divergence(p, q) == pytest.approx(0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(2))
@@ -96,8 +96,8 @@ def test_divergence_of_known_laws():
         kl_divergence(p, np.array([0.5, 0.6]))
 
 
-def test_history_use_of_the_multi_step_mode_is_the_objective_s_own():
-    """Beyond the first chunk, which no history reaches: its error is the same twice."""
+def test_history_use_of_the_multi_step_mode_agrees_with_the_objective():
+    """Without the first chunk, which has no history and equal errors."""
     model, data, time = network(), batch(rows=3), TimeConfig(shift={VIDEO: 3.0, AUDIO: 1.0})
     ours, theirs = mode_history_use(model, data, time, mode="multi", trust=None), history_use(model, data, time, 0)
     for m, value in theirs.items():
@@ -132,7 +132,7 @@ def test_syncnet_resampler_keeps_a_tone(rate: int):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_whisper_says_when_words_are_said(exact, tmp_path):
+def test_whisper_returns_word_times(exact, tmp_path):
     heard = Whisper(str(save_whisper(tmp_path / "whisper", exact=exact))).words(0.1 * draw(22050), 22050)
     assert heard and all(word and 0 <= start <= end <= 1 for word, start, end in heard)
 
@@ -144,7 +144,7 @@ def test_whisper_is_loaded_from_a_folder(tmp_path):
         Whisper(str(tmp_path))
 
 
-def test_networks_of_features_are_loaded_from_folders(tmp_path):
+def test_feature_networks_are_loaded_from_folders(tmp_path):
     transformers = pytest.importorskip("transformers")
     from mfcore.metrics.feature_extractors import CLAP, FaceEncoder, VideoMAE
 
@@ -182,7 +182,7 @@ def test_clap_is_loaded_from_a_folder(tmp_path):
 
 
 def test_a_sound_classifier_is_loaded_from_a_folder(tmp_path):
-    """Loud and quiet noise differ in classes, two seconds of the same noise hardly."""
+    """Loud and quiet noise differ in classes; two seconds of the same noise are similar."""
     transformers = pytest.importorskip("transformers")
     from mfcore.metrics.feature_extractors import AudioClassifier
 

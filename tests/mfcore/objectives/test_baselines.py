@@ -1,4 +1,4 @@
-"""What the baselines are made of: the pieces of the full method, and nothing else."""
+"""Baselines: parts of the full method with other settings."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def terms_of(objective, models=None, data: AVBatch | None = None):
 
 
 def changed(data: AVBatch, chunk: int) -> AVBatch:
-    """The clips with other latents in one chunk."""
+    """Return the clips with other latents in one chunk."""
     streams = {
         m: s.with_latents(
             torch.where((s.chunk == chunk).reshape(-1, *(1,) * (s.latents.ndim - 2)), -s.latents, s.latents)
@@ -44,14 +44,14 @@ def changed(data: AVBatch, chunk: int) -> AVBatch:
         (baselines.mutual_forcing, {"flow_matching": 2, "shortcut": 4, "dmd": 2}, True),
     ],
 )
-def test_terms_and_their_rows(objective, student, fake):
+def test_baselines_have_the_expected_terms_and_rows(objective, student, fake):
     terms = terms_of(objective(CONFIG))
     assert found(terms["student"]) == student
     assert ("fake" in terms) is fake
 
 
-def test_forced_rows_judge_single_chunks_after_the_clips_own():
-    """DMD of chunk k sees the clip before k, not the clip at k or after it, and not what was made for other chunks."""
+def test_forced_rows_score_single_chunks_after_real_history():
+    """DMD of chunk k depends on the clip before k, not on later chunks or on other samples."""
     objective, models = baselines.dmd_forced(CONFIG), trio()
     first, last = (rows_of(terms_of(objective, models, d)["student"]) for d in (four(), changed(four(), 2)))
     for m in (VIDEO, AUDIO):
@@ -61,7 +61,7 @@ def test_forced_rows_judge_single_chunks_after_the_clips_own():
         assert not torch.allclose(early[:, 1:], first[f"dmd/{m}"][:, 1:], atol=1e-4)
 
 
-def test_every_network_of_a_forced_row_stands_on_the_clip_unlabelled():
+def test_all_networks_of_a_forced_row_use_unlabeled_real_history():
     watched = {name: Watched(model) for name, model in trio().items()}
     terms_of(baselines.hybrid_forced(CONFIG), watched)
     clip = four().streams[VIDEO].chunks(0, 2).latents
@@ -72,7 +72,7 @@ def test_every_network_of_a_forced_row_stands_on_the_clip_unlabelled():
             assert label is None or not label.any()
 
 
-def test_self_forcing_never_looks_at_the_clip():
+def test_self_forcing_does_not_depend_on_the_clip():
     models = trio()
     one, other = (
         rows_of(terms_of(baselines.dmd_self_forcing(CONFIG), models, d)["student"])
@@ -82,7 +82,7 @@ def test_self_forcing_never_looks_at_the_clip():
 
 
 def test_the_gradient_of_a_forced_sample_starts_at_the_exit_step():
-    """As in a roll-out: the gradient is that of the calls from the stashed state on, with history as data."""
+    """As in a rollout: the gradient is that of the calls from the exit state on, with history as data."""
     net, data, info = trio()["student"], four(), at_step(LATE)
     config = replace(CONFIG, rows=("forced",), finest_rows=(True,), rollout_steps=(4,))
     draws = replace(draw_step(config, data.streams, info), exit_step=2)
@@ -100,7 +100,7 @@ def test_the_gradient_of_a_forced_sample_starts_at_the_exit_step():
 
 
 @pytest.mark.parametrize("baseline", [baselines.dmd_self_forcing, baselines.dmd_forced])
-def test_dmd_moves_the_student_alone(baseline):
+def test_dmd_trains_the_student_only(baseline):
     models = trio()
     terms = terms_of(baseline(replace(CONFIG, rollout_steps=(2,))), models)
     next(t.values for t in terms["student"] if t.name == "dmd").mean().backward()
@@ -108,8 +108,8 @@ def test_dmd_moves_the_student_alone(baseline):
     assert all(p.grad is None for name in ("ema", "fake") for p in models[name].parameters())
 
 
-def test_a_row_is_the_full_method_but_for_what_its_name_says():
-    """Weights and phases, too. c and d begin DMD with the fake score's first steps, with no ShortCut to wait for."""
+def test_a_baseline_changes_only_its_named_settings():
+    """Including weights and phases. Rows c and d start DMD after the first steps of the fake score."""
     whole = replace(CONFIG, shortcut_weight=2.0, dmd_weight=2.0, real_until=4, free_from=5, fake_from=5, dmd_from=7)
     assert baselines.dmd_only(whole).config == replace(whole, shortcut_weight=0.0)
     assert baselines.shortcut_only(whole).config == replace(whole, dmd_weight=0.0)
@@ -125,6 +125,6 @@ def test_a_row_is_the_full_method_but_for_what_its_name_says():
     assert baselines.dmd_self_forcing(whole).config == replace(whole, rows=("free",) * 4, **early)
 
 
-def test_cut_and_closed_loops_do_not_mix():
+def test_forced_rows_do_not_mix_with_free_rows():
     with pytest.raises(ValueError, match="cut the loop"):
         replace(CONFIG, rows=("forced", "free", "real", "real"))

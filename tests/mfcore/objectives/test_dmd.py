@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 def pull(
     y, real: DenoiserContext, fake: DenoiserContext, *, tau: float, floor: float = 1e-3
 ) -> dict[str, torch.Tensor]:
-    """g: the gradient of the student's terms at y, per element."""
+    """Return g, the gradient of the student's terms at y, per element."""
     y = {m: s.with_latents(s.latents.detach().requires_grad_()) for m, s in y.items()}
     eps = {m: normal(*s.latents.shape, seed=5) for m, s in y.items()}
     levels = constant_levels(y, dict.fromkeys(y, tau))
@@ -49,7 +49,7 @@ def test_the_gap_of_two_gaussians_is_the_closed_form(tau):
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.5, 1.0])
-def test_a_sample_moves_from_fake_to_real_and_rests_where_they_agree(tau):
+def test_a_sample_moves_from_fake_to_real_and_has_no_gradient_where_they_agree(tau):
     y = {AUDIO: stream(normal(32, 3, 4, seed=0) * SPREAD + 0.9)}
     assert bool((pull(y, model(0.2), model(0.9), tau=tau)[AUDIO] > 0).all())  # y - g is nearer to 0.2
     assert bool((pull(y, model(1.2), model(0.9), tau=tau)[AUDIO] < 0).all())
@@ -64,7 +64,7 @@ def test_guidance_pulls_even_where_fake_is_real():
     assert bool((pull(y, guided, model(0.9), tau=0.5)[AUDIO] < 0).all())  # on, away from the null branch
 
 
-def test_the_velocity_form_is_the_data_form():
+def test_the_velocity_form_equals_the_data_form():
     tau = 0.6
     x0, eps = normal(32, 3, 4, seed=0), normal(32, 3, 4, seed=1)
     y = {AUDIO: stream(x0)}
@@ -78,7 +78,7 @@ def test_the_velocity_form_is_the_data_form():
     torch.testing.assert_close(g, in_data, atol=1e-5, rtol=1e-5)
 
 
-def test_a_louder_sound_does_not_change_the_pull_on_the_picture():
+def test_louder_audio_does_not_change_the_gradient_of_the_video():
     def both(loudness: float) -> dict[str, torch.Tensor]:
         scale = {AUDIO: loudness}
         y = {VIDEO: stream(normal(32, 3, 2, 4, 4, seed=0)), AUDIO: stream(loudness * normal(32, 3, 4, seed=1))}
@@ -89,7 +89,7 @@ def test_a_louder_sound_does_not_change_the_pull_on_the_picture():
     assert not torch.equal(quiet[AUDIO], loud[AUDIO])
 
 
-def test_normalisation_is_per_sample_chunk_and_modality():
+def test_normalization_is_per_sample_chunk_and_modality():
     chunk = torch.tensor([3, 3, 4])
     v_real, v_fake, v_sample = torch.ones(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
     v_real[1], v_real[0, 2] = 8.0, 4.0
@@ -99,7 +99,7 @@ def test_normalisation_is_per_sample_chunk_and_modality():
     assert float(g[0, 0, 0]) == 2.0
 
 
-def test_each_gradient_stays_with_its_owner():
+def test_each_loss_has_a_gradient_for_its_own_network_only():
     y_mean, fake_mean, real_mean = (torch.tensor(m, requires_grad=True) for m in (0.5, 0.9, 0.2))
     y = {AUDIO: stream(normal(32, 3, 4, seed=0) + y_mean)}
     eps = {AUDIO: normal(32, 3, 4, seed=1)}
@@ -144,7 +144,7 @@ def test_a_slow_fake_score_makes_the_student_overshoot(ratio, overshoot, toleran
 
 @pytest.mark.parametrize("exit_step", [0, 1, 3])
 def test_a_sample_has_the_gradient_of_its_last_steps_on_a_history_that_is_data(exit_step):
-    """As if these steps were run once more, all chunks at once, from the states at the exit level."""
+    """Equal to these steps on all chunks in parallel, from the states at the exit level."""
     net, data = network(), batch(chunks=4)
     starts = list(noise_starts(TIMELINE, SHAPES, range(4), seed=0, samples=data.samples, like=data.cond.caption))
     chunks = list(rollout(DenoiserContext(model=net, cond=data.cond), starts, PLAN, exit_step=exit_step))
@@ -158,8 +158,8 @@ def test_a_sample_has_the_gradient_of_its_last_steps_on_a_history_that_is_data(e
     assert_same_gradient(made, again, net)
 
 
-def test_the_gradient_of_a_jump_is_that_of_its_one_call():
-    """From a roll-out's stash; what led to it gets none."""
+def test_the_gradient_of_a_jump_is_that_of_its_single_call():
+    """From the exit state of a rollout; earlier calls have no gradient."""
     net, data = network(), batch(chunks=4)
     starts = list(noise_starts(TIMELINE, SHAPES, range(4), seed=0, samples=data.samples, like=data.cond.caption))
     chunks = list(rollout(DenoiserContext(model=net, cond=data.cond), starts, PLAN, exit_step=1))
@@ -170,7 +170,7 @@ def test_the_gradient_of_a_jump_is_that_of_its_one_call():
     assert_same_gradient(denoise_in_one_step(context, stash, PLAN, 1), again, net)
 
 
-def test_a_jump_is_one_call_and_a_flow_map_lands_in_the_same_place():
+def test_a_jump_is_one_call_and_equals_the_schedule_for_a_flow_map():
     calls: list[float] = []
     inner = GaussianModel(mean=0.3, std=SPREAD)
 

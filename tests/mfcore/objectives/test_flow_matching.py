@@ -1,4 +1,4 @@
-"""Truths about flow matching, and that a small network learns a world whose least loss is known."""
+"""Flow matching: closed forms, and training of a small network in a world with known minimal loss."""
 
 import math
 from dataclasses import replace
@@ -27,7 +27,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 1.0])
-def test_the_true_field_has_the_least_loss(t):
+def test_the_true_field_has_the_minimal_loss(t):
     """R / ((1 - t)^2 R + t^2), and any other field more."""
     clean = {AUDIO: stream(0.3 + 0.5 * normal(400, 4, 50, seed=0))}
     eps, level = {AUDIO: normal(400, 4, 50, seed=1)}, constant_levels(clean, {AUDIO: t})
@@ -37,7 +37,7 @@ def test_the_true_field_has_the_least_loss(t):
     )
     assert true == pytest.approx(0.25 / spread(0.25, t), rel=0.01)
     assert shifted > true
-    assert wide > true or t == 1.0  # pure noise says nothing of the spread
+    assert wide > true or t == 1.0  # pure noise does not depend on the spread
 
 
 def test_a_term_is_a_mean_over_one_chunk_of_one_sample_and_modality():
@@ -48,7 +48,7 @@ def test_a_term_is_a_mean_over_one_chunk_of_one_sample_and_modality():
     torch.testing.assert_close(chunk_means(squares[:, 1:], even), torch.tensor([[1.0, 0.0], [0.0, 1.5]]))
 
 
-def test_terms_are_weighed_and_averaged_in_one_place():
+def test_total_loss_weights_and_averages_the_terms():
     a = LossTerm(
         name="a", modality=AUDIO, values=torch.tensor([[1.0, 3.0]]), weight=0.5, level=torch.tensor([[0.1, 0.9]])
     )
@@ -68,7 +68,7 @@ def test_terms_are_weighed_and_averaged_in_one_place():
         total_loss([])
 
 
-def test_a_report_tells_the_first_chunks_from_the_last():
+def test_a_summary_separates_the_first_chunks_from_the_last():
     drift = LossTerm(name="a", modality=VIDEO, values=torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 6]))
     found = summarize_terms([drift])
     assert found == {
@@ -94,12 +94,12 @@ def test_history_use_needs_another_clip():
         history_use(network(), batch(rows=1), TIME, seed=0)
 
 
-# A world of known uncertainty: a face (first frame) fixes the mean of every latent, of picture and sound alike.
+# A world of known uncertainty: a face (first frame) fixes the mean of every video and audio latent.
 WIDTH, SPREAD, CHUNKS = 4, 0.3, 2
 
 
 def faces(number: int, rows: int = 16) -> AVBatch:
-    """Latents N(face, SPREAD^2); only the first frame tells the face, so sound has to listen to the picture."""
+    """Return latents N(face, SPREAD^2); only the first frame contains the face, so audio depends on video."""
     face = normal(rows, WIDTH, seed=2 * number).sign()
     draw = torch.Generator().manual_seed(2 * number + 1)
     streams: dict[str, Stream] = {}
@@ -138,8 +138,8 @@ def small_network():
 
 
 @torch.no_grad()
-def test_a_fresh_network_is_the_field_of_one_gaussian():
-    """Before it has learned anything it knows the spread of a whitened latent (METHOD 2, TRUTHS 2)."""
+def test_an_initial_network_is_the_field_of_one_gaussian():
+    """The initialization contains the spread of whitened latents (METHOD 2, TRUTHS 2)."""
     model, data = small_network(), faces(0, rows=2)
     t = constant_levels(data.streams, {VIDEO: 0.3, AUDIO: 0.9})
     u = DenoiserContext(model=model, cond=data.cond).append_history(data.streams, None).velocity(data.streams, t, t)
@@ -150,7 +150,7 @@ def test_a_fresh_network_is_the_field_of_one_gaussian():
 
 @torch.no_grad()
 def test_an_anchored_network_is_the_field_of_a_gaussian_about_the_first_frame():
-    """The exact flow of N(m, s^2), checked by its end: from t to r and on to 0 x_0 keeps its place in the spread."""
+    """The exact flow of N(m, s^2): from t to r and to 0, x_0 keeps its quantile."""
     std, anchored = 0.3, 2
     config = BranchConfig(channels=3, size=(2, 2), patch=(1, 2), data_std=std, anchor=anchored)
     model = build_model(replace(small_network().config, branches={VIDEO: config}), seed=0)
@@ -169,13 +169,13 @@ def test_an_anchored_network_is_the_field_of_a_gaussian_about_the_first_frame():
 
 
 def held_out_over_least(model, objective: FlowMatchingObjective) -> dict[str, float]:
-    """Held-out loss with fixed noise and levels over the least possible one, per modality."""
+    """Return held-out loss with fixed noise and levels over the minimal loss, per modality."""
     with torch.no_grad():
         terms = objective({"student": model}, faces(10**6, rows=128), START)["student"]
     return {t.modality: float(t.values.mean() / (SPREAD**2 / spread(SPREAD**2, t.level)).mean()) for t in terms}
 
 
-def test_a_small_network_learns_a_world_to_near_its_least_loss():
+def test_a_small_network_trains_to_near_the_minimal_loss():
     model, objective = small_network(), FlowMatchingObjective(FlowMatchingConfig(time=TIME))
     before = held_out_over_least(model, objective)
     steps, optimizer = 150, torch.optim.Adam(model.parameters(), 0.0)
@@ -192,7 +192,7 @@ def test_a_small_network_learns_a_world_to_near_its_least_loss():
 
 
 @pytest.mark.parametrize("std", [0.3, 0.5, 1.7])
-def test_the_flow_of_a_gaussian_is_that_of_its_covariances(std):
+def test_the_flow_of_a_gaussian_follows_from_its_covariances(std):
     """By conditioning: velocity and x_t have covariance t - (1 - t) s^2, and D_t is the variance of x_t."""
     draws = torch.rand(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t, r = draws.sort(0, descending=True)[0]

@@ -43,7 +43,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("s", "alpha", "drift", "lag1", "seam", "kl"), TABLE)
-def test_the_closed_form_is_the_table(s, alpha, drift, lag1, seam, kl):
+def test_the_closed_form_equals_the_table(*, s, alpha, drift, lag1, seam, kl):
     fixed, v = coupled_fixed_point(s)
     does = rollout_statistics(fixed, v)
     assert fixed == pytest.approx(alpha, abs=0.002)
@@ -67,7 +67,7 @@ def learn(
     lr: float = 0.05,
     **others: LinearGaussian,
 ) -> LinearGaussian:
-    """Adam with a learning rate falling to zero."""
+    """Train by Adam with a learning rate that decays to zero."""
     models = {"student": student, "ema": student} | others
     optimizer = torch.optim.Adam(student.parameters(), lr)
     for step in range(steps):
@@ -87,7 +87,7 @@ def eight_clips(step: int) -> AVBatch:
 
 @torch.no_grad()
 def measured(model: LinearGaussian) -> RolloutStatistics:
-    """What 65 chunks of the project's own rollout do, over 16384 copies."""
+    """Return statistics of 65 chunks of the rollout, over 16384 copies."""
     draw = torch.Generator().manual_seed(7)
     cond = condition(256, voice=torch.randn(256, 1, 64, generator=draw))
     starts = ({AUDIO: stream(torch.randn(256, 1, 64, generator=draw), first=k)} for k in range(64))
@@ -102,8 +102,8 @@ def measured(model: LinearGaussian) -> RolloutStatistics:
     )
 
 
-def agrees(model: LinearGaussian, alpha: float, drift: float, lag1: float, seam: float) -> None:
-    """Within the tolerances of TRUTHS.md."""
+def assert_statistics(model: LinearGaussian, *, alpha: float, drift: float, lag1: float, seam: float) -> None:
+    """Assert the values within the tolerances of TRUTHS.md."""
     does = measured(model)
     assert model.alpha.item() == pytest.approx(alpha, abs=0.02)
     assert does.drift == pytest.approx(drift, abs=0.04)
@@ -112,7 +112,7 @@ def agrees(model: LinearGaussian, alpha: float, drift: float, lag1: float, seam:
 
 
 def one_kind(kind: str, **changes) -> MutualForcingObjective:
-    """The mutual objective with rows of one kind; ShortCut is off, because this student's few-step mode is exact."""
+    """Return the mutual objective with rows of one kind, without ShortCut because the few-step mode is exact."""
     settings = {
         "time": TimeConfig(shift={AUDIO: 1.0}),
         "rows": (kind,),
@@ -126,28 +126,28 @@ def one_kind(kind: str, **changes) -> MutualForcingObjective:
 def test_teacher_forcing_learns_the_first_row():
     objective = FlowMatchingObjective(FlowMatchingConfig(time=TimeConfig(shift={AUDIO: 1.0})))
     model = learn(objective, LinearGaussian(0.5, BIAS, 0.5), eight_clips, steps=200)
-    agrees(model, 0.950, 0.96, 0.95, 1.03)
+    assert_statistics(model, alpha=0.950, drift=0.96, lag1=0.95, seam=1.03)
     assert model.v.item() == pytest.approx(FITTED_V, rel=0.05)
 
 
 def test_coupled_history_of_a_quarter_learns_its_row():
     model = learn(one_kind("coupled", strengths=(2,)), LinearGaussian(0.5, BIAS, 0.5), eight_clips)
-    agrees(model, 0.916, 0.59, 0.92, 1.70)
+    assert_statistics(model, alpha=0.916, drift=0.59, lag1=0.92, seam=1.70)
     assert model.v.item() == pytest.approx(coupled_fixed_point(0.25)[1], rel=0.05)
 
 
 def test_the_literal_reading_unlearns_history():
     model = learn(one_kind("literal", rollout_steps=(1, 2)), LinearGaussian(0.9, BIAS, 0.2), eight_clips)
-    agrees(model, 0.065, 0.05, 0.07, 18.7)
+    assert_statistics(model, alpha=0.065, drift=0.05, lag1=0.07, seam=18.7)
 
 
-DMD = (0.919, 0.62, 0.92, 1.02)  # alpha, drift, lag-1, seam of its row
+DMD = {"alpha": 0.919, "drift": 0.62, "lag1": 0.92, "seam": 1.02}
 
 
-def test_the_closed_form_of_dmd_is_its_row():
+def test_the_closed_form_of_dmd():
     alpha, v = self_forced_fixed_point()
     does = rollout_statistics(alpha, v)
-    assert (alpha, does.drift, does.lag1, does.seam) == pytest.approx(DMD, abs=0.006)
+    assert {"alpha": alpha, "drift": does.drift, "lag1": does.lag1, "seam": does.seam} == pytest.approx(DMD, abs=0.006)
     assert does.kl == pytest.approx(0.25, abs=0.005)
 
 
@@ -156,17 +156,18 @@ def test_dmd_on_free_history_with_an_exact_teacher_trades_memory_for_less_drift(
     student, fake = (LinearGaussian(0.95, BIAS, 0.2) for _ in range(2))
 
     def middle_of_a_stream(step: int) -> AVBatch:
-        """Clips that begin where the student's own endless roll-out stands: four chunks then see what forty would."""
+        """Return clips that start in the stationary state of the student's rollout, as after forty chunks."""
         batch = linear_clips(16, 64, step, chunks=4)
         alpha, v = student.alpha.item(), student.v.item()
         h = batch.cond.voice * (v / (1 - alpha**2)) ** 0.5 + BIAS / (1 - alpha)
         return replace(batch, cond=replace(batch.cond, voice=h))
 
     objective = one_kind("free", rollout_steps=(2, 4), dmd_weight=1.0)
-    agrees(learn(objective, student, middle_of_a_stream, steps=200, lr=0.02, ema=teacher, fake=fake), *DMD)
+    model = learn(objective, student, middle_of_a_stream, steps=200, lr=0.02, ema=teacher, fake=fake)
+    assert_statistics(model, **DMD)
 
 
-def test_history_use_tells_teacher_forcing_from_the_literal_reading():
+def test_history_use_separates_teacher_forcing_from_the_literal_reading():
     batch, time = linear_clips(64, 64, 0), TimeConfig(shift={AUDIO: 1.0}, uniform_share=1.0)
     alpha, v = coupled_fixed_point(1.0)
     teacher_forcing, literal = (

@@ -1,4 +1,4 @@
-"""Truths about the mutual step: rows, phases, ownership of gradients, and draws that do not depend on the batch."""
+"""Mutual step: rows, phases, gradients, and draws that do not depend on the batch."""
 
 import itertools
 from dataclasses import replace
@@ -20,7 +20,7 @@ def run(config: MutualConfig, models, data: AVBatch, step: int = 0) -> dict[str,
     return MutualForcingObjective(config)(models, data, at_step(step))
 
 
-def test_every_term_is_there_finite_and_has_its_rows():
+def test_all_terms_are_finite_and_have_their_rows():
     terms = run(CONFIG, trio(), four())
     assert found(terms["student"]) == {"flow_matching": 2, "shortcut": 4, "dmd": 2}
     assert found(terms["fake"]) == {"fake_score": 2}
@@ -52,13 +52,13 @@ def test_history_is_real_coupled_or_free_by_sample_number():
 
 
 def test_coupled_history_stays_with_the_clip_and_free_history_does_not():
-    """A model that moves nothing keeps (1 - s) of the clip where it finishes from s, and noise where it rolls out."""
+    """A model with velocity 0 keeps (1 - s) of the clip in coupled history, and noise in free history."""
 
-    def still(x, t, r, cond, *, cache=None, store=False, trust=None):
+    def zero_velocity(x, t, r, cond, *, cache=None, store=False, trust=None):
         return {m: torch.zeros_like(stream.latents) for m, stream in x.items()}, cache or EmptyCache()
 
-    watched, data = Watched(still), four()
-    run(replace(CONFIG, strengths=(2,)), {"student": still, "ema": watched, "fake": still}, data)
+    watched, data = Watched(zero_velocity), four()
+    run(replace(CONFIG, strengths=(2,)), {"student": zero_velocity, "ema": watched, "fake": zero_velocity}, data)
     history, real = watched.history[0][0], data.streams[VIDEO].chunks(0, 2).latents
     share = [float((history[i] * real[i]).mean()) for i in range(4)]
     s = 2 * 0.25 / 1.25  # the video's shift of 2 takes 1/4 to 0.4
@@ -84,7 +84,7 @@ def _in_chunk(stream: Stream, k: int) -> torch.Tensor:
     return (stream.chunk == k).reshape(-1, *(1,) * (stream.latents.ndim - 2))
 
 
-def test_a_free_row_never_looks_at_the_clip():
+def test_a_free_row_does_not_depend_on_the_clip():
     models, data = trio(), four()
     other = replace(data, streams={m: s.with_latents(-s.latents) for m, s in data.streams.items()})
     config = replace(CONFIG, rows=("free",), finest_rows=(True,))
@@ -93,8 +93,8 @@ def test_a_free_row_never_looks_at_the_clip():
     assert all(torch.equal(second[key], values) for key, values in first.items())
 
 
-def test_teacher_and_fake_score_stand_on_the_history_of_the_student():
-    """The teacher's label stays within what flow matching trains the multi-step mode with."""
+def test_teacher_and_fake_score_use_the_history_of_the_student():
+    """The trust label of the teacher is capped at the labels that flow matching trains."""
     watched = {name: Watched(model) for name, model in trio().items()}
     run(CONFIG, watched, four())
     wrote = [c for c in watched["student"].calls if c.store and c.x]
@@ -119,7 +119,7 @@ def test_a_step_evaluates_its_networks_as_often_as_derived_on_paper(step, shared
     student   sink 4; keys and values 4 (K - 1); velocities: coupled K, free 2 S K, flow matching 2 K, ShortCut 4 K
     ema       sink 4; keys and values of both branches of guidance 8 (K - 1); velocities: finest ShortCut target of
               2 rows, two guided calls, 8 K; coarser ones of 2 rows, two plain calls, 4 K; DMD, 2 rows, guided, 4 K
-    fake      velocities 2 K; with a history of its own sink 2 and keys and values 2 (K - 1)
+    fake      velocities 2 K; with separate history sink 2 and keys and values 2 (K - 1)
     """
     watched = {name: Watched(model) for name, model in trio().items()}
     config, k = replace(CONFIG, rollout_steps=(4,), share_history=shared), 3
@@ -132,11 +132,11 @@ def test_a_step_evaluates_its_networks_as_often_as_derived_on_paper(step, shared
 
 
 def test_no_network_is_evaluated_twice_on_the_same_input():
-    """Captions tell the two branches of guidance apart."""
+    """Captions distinguish the two branches of guidance."""
     watched = {name: Watched(model) for name, model in trio().items()}
     data = four()
-    told = replace(data.cond, caption_mask=torch.ones_like(data.cond.caption_mask))
-    run(replace(CONFIG, rollout_steps=(4,)), watched, replace(data, cond=told))
+    cond = replace(data.cond, caption_mask=torch.ones_like(data.cond.caption_mask))
+    run(replace(CONFIG, rollout_steps=(4,)), watched, replace(data, cond=cond))
     for name, network_ in watched.items():
         inputs = [entry for call in network_.calls for entry in call.inputs()]
         assert len(inputs) > 4
@@ -152,7 +152,7 @@ def test_guidance_is_in_the_targets_of_dmd():
     assert not torch.allclose(plain["dmd/video"], guided["dmd/video"], rtol=1e-3)
 
 
-def test_two_halves_of_a_batch_are_the_whole():
+def test_two_halves_of_a_batch_equal_the_whole():
     models, data = trio(), four()
     whole = run(CONFIG, models, data, step=5)
     halves = [run(CONFIG, models, data.rows(slice(i, i + 2)), step=5) for i in (0, 2)]
@@ -162,12 +162,12 @@ def test_two_halves_of_a_batch_are_the_whole():
             torch.testing.assert_close(values, torch.cat([first[key], second[key]]), atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_reach_the_student_and_never_the_average_or_the_fake_score():
+def test_student_losses_have_gradients_for_the_student_only():
     models = trio()
     terms = run(CONFIG, models, four())
     total_loss(terms["student"]).backward()
     grads = {name: p.grad for name, p in models["student"].named_parameters()}
-    # the sink's own last queries and outputs lead nowhere, everything that makes velocities must move
+    # The last queries and outputs of the sink have no gradient; all parts of the velocity must have one.
     for branch in (VIDEO, AUDIO):
         for part in ("head.weight", "embed.weight", "levels.interval.2.weight", "levels.trust.2.weight"):
             assert float(grads[f"branches.{branch}.{part}"].abs().max()) > 0
@@ -180,8 +180,8 @@ def test_gradients_reach_the_student_and_never_the_average_or_the_fake_score():
 
 
 @pytest.mark.parametrize("jump", [False, True])
-def test_dmd_does_not_train_what_writes_history(jump):
-    """The trust label is read where history is written, and nowhere else."""
+def test_dmd_does_not_train_the_history_pass(jump):
+    """Only the history pass reads the trust label."""
     for rows, wanted in ((("coupled",), True), (("free",), False)):
         models = trio()
         config = replace(CONFIG, rows=rows, finest_rows=(True,), shortcut_weight=0.0, jump_exit=jump)
@@ -190,8 +190,8 @@ def test_dmd_does_not_train_what_writes_history(jump):
         assert (grad is not None and float(grad.abs().max()) > 0) is wanted
 
 
-def test_each_term_trains_the_mode_it_is_for():
-    """Flow matching: the multi-step mode (its interval embedder is silent). ShortCut and DMD: the few-step one."""
+def test_each_term_trains_its_mode():
+    """Flow matching trains the multi-step mode (interval embedding off), ShortCut and DMD the few-step mode."""
     for rows, weight, wanted in ((("real",), 0.0, False), (("real",), 1.0, True), (("free",), 0.0, True)):
         models = trio()
         config = replace(CONFIG, rows=rows, finest_rows=(True,), shortcut_weight=weight)
@@ -201,7 +201,7 @@ def test_each_term_trains_the_mode_it_is_for():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_further_updates_of_the_fake_score_ask_for_it_alone(shared):
+def test_further_updates_of_the_fake_score_evaluate_it_alone(shared):
     config = replace(CONFIG, fake_updates=3, share_history=shared)
     watched = {name: Watched(net) for name, net in trio().items()}
     rounds = MutualForcingObjective(config).rounds(watched, four(), at_step(0))
@@ -222,7 +222,7 @@ def test_further_updates_of_the_fake_score_ask_for_it_alone(shared):
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(values, 2))  # at other noise, each
 
 
-def test_a_further_update_sees_what_the_one_before_has_changed():
+def test_a_further_update_uses_the_updated_weights():
     models = trio()
     rounds = MutualForcingObjective(replace(CONFIG, fake_updates=2)).rounds(models, four(), at_step(0))
     untouched = list(MutualForcingObjective(replace(CONFIG, fake_updates=2)).rounds(models, four(), at_step(0)))[1]
@@ -233,19 +233,23 @@ def test_a_further_update_sees_what_the_one_before_has_changed():
     assert not torch.equal(next(rounds)["fake"][0].values, untouched["fake"][0].values)
 
 
-def test_phases_come_in_one_after_the_other():
+def test_phases_start_in_order():
     config = replace(CONFIG, real_until=2, free_from=4, fake_from=6, dmd_from=8, dmd_ramp=4)
-    models, data, ladder = trio(), four(), ({"flow_matching": 4, "shortcut": 4}, {"flow_matching": 2, "shortcut": 4})
+    models, data, expected_terms = (
+        trio(),
+        four(),
+        ({"flow_matching": 4, "shortcut": 4}, {"flow_matching": 2, "shortcut": 4}),
+    )
     kinds = {step: [config.row_kind(i, step) for i in range(4)] for step in (1, 2, 3, 4)}
     assert kinds[1] == ["real"] * 4
     assert kinds[2] == kinds[3] == ["real", "coupled", "coupled", "coupled"]
     assert kinds[4] == ["real", "free", "coupled", "free"]
-    for step, expected in ((1, ladder[0]), (5, ladder[1])):
+    for step, expected in ((1, expected_terms[0]), (5, expected_terms[1])):
         terms = run(config, models, data, step)
         assert found(terms["student"]) == expected
         assert "fake" not in terms
     watching = run(config, models, data, 7)  # the fake score learns alone
-    assert found(watching["student"]) == ladder[1]
+    assert found(watching["student"]) == expected_terms[1]
     assert found(watching["fake"]) == {"fake_score": 2}
     weights = {s: next(t.weight for t in run(config, models, data, s)["student"] if t.name == "dmd") for s in (8, 20)}
     assert weights == pytest.approx({8: 1 / 12, 20: 1 / 3})
@@ -259,7 +263,7 @@ def test_the_stage_step_sets_the_phase_and_not_the_step_of_the_run():
 
 
 def test_draws_that_shape_control_flow_depend_on_the_step_alone():
-    """Whatever the samples, the student is called in the same way at the same step; steps differ among themselves."""
+    """Calls of the student are equal for all samples of one step, and differ between steps."""
     models, config = trio(), replace(CONFIG, shortcut_weight=0.0, rollout_steps=(1, 4))
 
     def calls(step: int, first: int) -> list[tuple]:
@@ -299,7 +303,7 @@ def test_a_setting_changes_its_own_terms_and_no_other(setting, terms):
     assert {key.split("/")[0] for key in before if not torch.equal(before[key], after[key])} == terms
 
 
-def test_only_rungs_at_the_finest_level_know_how_it_is_asked():
+def test_the_base_rule_changes_rows_at_the_finest_level_only():
     models, data = trio(), four()
     before, after = (
         rows_of(run(replace(CONFIG, **change), models, data)["student"]) for change in ({}, {"base": "euler"})
@@ -309,8 +313,8 @@ def test_only_rungs_at_the_finest_level_know_how_it_is_asked():
         assert same.tolist() == [not finest for finest in CONFIG.finest_rows]
 
 
-def test_the_fake_score_learns_jumps_from_its_first_step_where_dmd_moves_them():
-    """Before DMD begins, too: else it would know another law than the one it is asked about."""
+def test_the_fake_score_trains_on_jumps_from_its_first_step():
+    """Also before DMD starts: otherwise it would learn another distribution than the one DMD uses."""
     phases = {"rollout_steps": (4,), "dmd_from": 9}
     exits = [draw_step(replace(CONFIG, **phases), four().streams, at_step(step)).exit_step for step in range(4)]
     for step, exit_step in enumerate(exits):
@@ -328,7 +332,7 @@ def test_the_trust_label_can_be_left_out():
     assert all(c.trust is None for c in watched.calls)
 
 
-def test_contradictions_are_refused():
+def test_contradictions_are_rejected():
     with pytest.raises(ValueError, match="equal lengths"):
         replace(CONFIG, rows=("real",))
     with pytest.raises(ValueError, match="finest=3"):

@@ -36,7 +36,7 @@ CONFIG = MutualConfig(
 
 
 def exact_velocity(x: Tensor, t: Tensor) -> Tensor:
-    """v of the ring, from the posterior mean of x_0."""
+    """Return v of the ring, from the posterior mean of x_0."""
     d = spread(t)
     gap = x[..., None, :] - (1 - t)[..., None] * MODES
     weight = torch.softmax(-gap.square().sum(-1) / (2 * d), dim=-1)
@@ -49,7 +49,7 @@ def spread(t: Tensor) -> Tensor:
 
 
 class Exact:
-    """The multi-step mode as it should be."""
+    """Exact multi-step mode."""
 
     def __call__(
         self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, *, cache=None, store=False, trust=None
@@ -60,7 +60,7 @@ class Exact:
 
 
 class Plane(nn.Module):
-    """A small network of (x, t, t - r): the exact velocity, and a correction that only r < t can see."""
+    """Small network of (x, t, t - r): the exact velocity, and a correction for r < t."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Plane(nn.Module):
 
 
 class Fake(Plane):
-    """A score of its own: everything is learned, starting from the exact one."""
+    """Trained fake score, initialized with the exact score."""
 
     def forward(
         self, x: Streams, t: NoiseLevels, r: NoiseLevels, cond: Condition, *, cache=None, store=False, trust=None
@@ -135,7 +135,7 @@ def train(objective: Objective, steps: int, lr: float = 2e-3) -> Plane:
 
 @torch.no_grad()
 def off_mode(model, steps: int, mode: Mode = "few") -> float:
-    """Share of points further than three spreads from every mode."""
+    """Return the share of points further than three spreads from every mode."""
     draw = torch.Generator().manual_seed(1)
     starts = ({AUDIO: stream(torch.randn(2000, 1, 2, generator=draw), first=k)} for k in range(4))
     chunks = rollout(

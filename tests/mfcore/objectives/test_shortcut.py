@@ -1,4 +1,4 @@
-"""Truths about ShortCut targets (TRUTHS, exact property 4)."""
+"""ShortCut targets (TRUTHS, exact property 4)."""
 
 import math
 
@@ -29,7 +29,7 @@ def exact(**changes) -> DenoiserContext:
 
 
 def states(seed: int = 0) -> dict[str, Stream]:
-    # float64: what is measured is the rule, not rounding
+    # float64, to measure the rule instead of rounding
     return {AUDIO: stream(torch.randn(64, 2, 3, generator=torch.Generator().manual_seed(seed)).double())}
 
 
@@ -59,7 +59,7 @@ LENGTHS = [2.0**-k for k in (4, 5, 6, 7)]
 
 
 def errors(rule, context: DenoiserContext) -> list[float]:
-    """Of intervals of ``LENGTHS`` that end at t = 0.5."""
+    """Return the errors for intervals of ``LENGTHS`` that end at t = 0.5."""
     found, x = [], states()
     for length in LENGTHS:
         at = Intervals(
@@ -71,7 +71,7 @@ def errors(rule, context: DenoiserContext) -> list[float]:
 
 
 def order(rule, context: DenoiserContext) -> float:
-    """Slope of log error against log length."""
+    """Return the slope of log error against log length."""
     found = errors(rule, context)
     return math.log(found[0] / found[-1]) / math.log(LENGTHS[0] / LENGTHS[-1])
 
@@ -103,7 +103,7 @@ def test_sixteen_intervals_keep_the_known_share_of_a_small_spread(rule, share):
     assert (high - low) / sigma == pytest.approx(share, abs=0.01)
 
 
-def test_intervals_are_dyadic_in_the_index_and_go_through_the_shift():
+def test_intervals_are_dyadic_in_the_shifted_index():
     depth = torch.tensor([0, 1, 3])
     at = dyadic_intervals(depth, torch.tensor([[0.1, 0.99], [0.1, 0.5], [0.0, 0.99]]), {AUDIO: 1.0, VIDEO: 5.0})
     assert at.t[AUDIO].tolist() == [[1, 1], [0.5, 1], [0.125, 1]]
