@@ -109,30 +109,39 @@ def compare_to_real(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return the ratios to log and the alarms of the samples of ``mode``."""
     numbers: dict[str, float] = {}
-    wrong = {} if ours.finite else {f"finite/{mode}": f"{mode}: samples contain non-finite numbers"}
+    alarms: dict[str, str] = {}
+
+    def add(name: str, ratio: float, *, is_healthy: bool, message: str) -> None:
+        numbers[f"alarm/{name}"] = ratio
+        if not is_healthy:
+            alarms[name] = f"{mode}: {message}"
+
+    if not ours.finite:
+        alarms[f"finite/{mode}"] = f"{mode}: samples contain non-finite numbers"
     if ours.motion is not None and real.motion is not None and real.motion > MIN_DATA_MOTION:
-        numbers[f"alarm/motion/{mode}"] = ratio = ours.motion / real.motion
-        wrong |= {} if ratio >= MIN_RATIO else {f"motion/{mode}": f"{mode}: motion is {ratio:.2f} of the data's"}
+        ratio = ours.motion / real.motion
+        message = f"motion is {ratio:.2f} of the data's"
+        add(f"motion/{mode}", ratio, is_healthy=ratio >= MIN_RATIO, message=message)
     if ours.power is not None and real.power is not None and real.power > MIN_DATA_POWER:
-        numbers[f"alarm/loudness/{mode}"] = ratio = ours.power / real.power
-        message = f"{mode}: loudness is {ratio:.2f} of the data's (power)"
-        wrong |= {} if ratio >= MIN_RATIO else {f"loudness/{mode}": message}
+        ratio = ours.power / real.power
+        message = f"loudness is {ratio:.2f} of the data's (power)"
+        add(f"loudness/{mode}", ratio, is_healthy=ratio >= MIN_RATIO, message=message)
     for m in ours.variance.keys() & real.variance.keys():
         if real.variance[m] > 0:
-            numbers[f"alarm/variance/{mode}/{m}"] = ratio = ours.variance[m] / real.variance[m]
-            message = f"{mode}: the variance of {m} latents is {ratio:.2f} of the data's"
-            wrong |= {} if ratio >= MIN_RATIO else {f"variance/{mode}/{m}": message}
+            ratio = ours.variance[m] / real.variance[m]
+            message = f"the variance of {m} latents is {ratio:.2f} of the data's"
+            add(f"variance/{mode}/{m}", ratio, is_healthy=ratio >= MIN_RATIO, message=message)
     for m in ours.seam.keys() & real.seam.keys():
         if real.seam[m] > 0:
-            numbers[f"alarm/seam/{mode}/{m}"] = ratio = ours.seam[m] / real.seam[m]
-            message = f"{mode}: jumps between chunks of {m} have {ratio:.1f} times the data's energy"
-            wrong |= {} if ratio <= MAX_SEAM_RATIO else {f"seam/{mode}/{m}": message}
+            ratio = ours.seam[m] / real.seam[m]
+            message = f"jumps between chunks of {m} have {ratio:.1f} times the data's energy"
+            add(f"seam/{mode}/{m}", ratio, is_healthy=ratio <= MAX_SEAM_RATIO, message=message)
     for m in ours.lag1.keys() & real.lag1.keys():
         if real.lag1[m] > MIN_DATA_CORRELATION:
-            numbers[f"alarm/lag1/{mode}/{m}"] = ratio = ours.lag1[m] / real.lag1[m]
-            message = f"{mode}: the correlation of a chunk of {m} with the next is {ratio:.2f} of the data's"
-            wrong |= {} if ratio >= MIN_LAG_ONE_RATIO else {f"lag1/{mode}/{m}": message}
-    return numbers, wrong
+            ratio = ours.lag1[m] / real.lag1[m]
+            message = f"the correlation of a chunk of {m} with the next is {ratio:.2f} of the data's"
+            add(f"lag1/{mode}/{m}", ratio, is_healthy=ratio >= MIN_LAG_ONE_RATIO, message=message)
+    return numbers, alarms
 
 
 class HistoryUseMonitor:
@@ -209,14 +218,16 @@ class AlarmStore:
         self._path = run_dir / ALARMS
         self._active = read_alarms(run_dir)
 
-    def update(self, source: str, wrong: Alarms, step: int) -> None:
+    def update(self, source: str, alarms: Alarms, step: int) -> None:
         """Replace the alarms of ``source``."""
-        before, self._active[source] = self._active.get(source, {}), dict(wrong)
+        before = self._active.get(source, {})
+        self._active[source] = dict(alarms)
         if self._active[source] != before:
             write_json(self._path, {k: v for k, v in self._active.items() if v})
-        if new := [text for name, text in wrong.items() if name not in before]:
+        new = [text for name, text in alarms.items() if name not in before]
+        if new:
             _LOGGER.warning(f"ALARM at step {step}: {'; '.join(new)}. The run may be collapsing: check its samples")
-        if gone := before.keys() - wrong.keys():
+        if gone := before.keys() - alarms.keys():
             _LOGGER.info(f"alarm off at step {step}: {', '.join(sorted(gone))}")
 
 

@@ -193,12 +193,12 @@ class TrainingLoop:
     ) -> None:
         """Discard the gradients of a non-finite step. Raise NonFiniteError after ``skip_nonfinite`` such steps."""
         engines = {name: self.engines[name] for name in names}
-        mine = [describe_non_finite(p, self.clip_ids) for p in passes if not _is_finite(p.terms)]
+        local = [describe_non_finite(p, self.clip_ids) for p in passes if not _is_finite(p.terms)]
         gradients = [f"the gradient of {n}" for n, engine in engines.items() if bool(engine.has_non_finite_gradient)]
-        if gradients and not mine:
+        if gradients and not local:
             clips = [clip for p in passes for clip in self.clip_ids(p.micro.samples)]
-            mine = [f"{', '.join(gradients)} on clips {', '.join(clips)}"]
-        found = _join_by_rank([*mine, *blocks])
+            local = [f"{', '.join(gradients)} on clips {', '.join(clips)}"]
+        found = _join_by_rank([*local, *blocks])
         text = f"stage {self.config.stage}, step {progress.step}: not finite: {found}"
         if progress.skipped >= self.config.skip_nonfinite:
             raise NonFiniteError(

@@ -106,8 +106,8 @@ class ThroughputMeter:
         """Return metrics over all ranks and reset. Called by all ranks; ``left``: samples until the end of the run."""
         now = time.perf_counter()
         elapsed = max(1e-9, now - self._since - self._excluded)
-        mine = _RankTotals(samples=self._samples, tokens=self._tokens, waited=self._waited, memory=self._memory())
-        ranks: list[_RankTotals] = distributed.all_gather_object(mine)
+        totals = _RankTotals(samples=self._samples, tokens=self._tokens, waited=self._waited, memory=self._memory())
+        ranks: list[_RankTotals] = distributed.all_gather_object(totals)
         samples = sum(rank.samples for rank in ranks)
         tokens = sum(rank.tokens for rank in ranks)
         waited = max(rank.waited for rank in ranks)

@@ -67,17 +67,17 @@ def _check_architecture(folder: str, found: dict[str, Any], config: ModelConfig)
     """Raise ValueError for settings that tensor shapes cannot reveal."""
     if found.get("_class_name") != "WanTransformer3DModel":
         raise ValueError(f"{folder} is a {found.get('_class_name')}: {FOLDER_HINT}")
-    here = {**REQUIRED_WAN_CONFIG, "num_attention_heads": config.heads, "attention_head_dim": config.head_dim}
-    odd = [f"{k} {found[k]} there, {v} here" for k, v in here.items() if k in found and found[k] != v]
-    if odd:
-        raise ValueError(f"{folder} has another architecture: {'; '.join(odd)}")
+    expected = {**REQUIRED_WAN_CONFIG, "num_attention_heads": config.heads, "attention_head_dim": config.head_dim}
+    differences = [f"{k} {found[k]} there, {v} here" for k, v in expected.items() if k in found and found[k] != v]
+    if differences:
+        raise ValueError(f"{folder} has another architecture: {'; '.join(differences)}")
 
 
 def _table(mapping: WeightMapping) -> str:
     """Format a mapping as a text table with one line for equal weights of all blocks."""
     rows = [
         *(("loaded", name, ", ".join(sources)) for name, sources in mapping.loaded.items()),
-        *(("initialised", name, "") for name in mapping.initialised),
+        *(("initialized", name, "") for name in mapping.initialized),
         *(("skipped", "", name) for name in mapping.skipped),
     ]
     anywhere = re.compile(r"\bblocks\.\d+\.")

@@ -109,8 +109,8 @@ def open_snapshot_writer(metadata: ExportMetadata) -> SnapshotWriter:
     from ray.train import Checkpoint, CheckpointUploadMode, get_context, report
 
     def report_snapshot(folder: Path) -> None:
-        mine = Checkpoint.from_directory(str(folder)) if distributed.get_rank() == 0 else None
-        report({}, mine, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD, validation=mine is not None)
+        snapshot = Checkpoint.from_directory(str(folder)) if distributed.get_rank() == 0 else None
+        report({}, snapshot, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD, validation=snapshot is not None)
 
     storage: Any = get_context().get_storage()
     return SnapshotWriter(Path(storage.experiment_fs_path), metadata, report_snapshot)
@@ -153,9 +153,9 @@ def bind_gloo_to_ray_interface() -> None:
     import psutil
     import ray
 
-    mine = ray.util.get_node_ip_address()
+    address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
-        if mine in {address.address for address in addresses}:
+        if address in {entry.address for entry in addresses}:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 

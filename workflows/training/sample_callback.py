@@ -83,9 +83,9 @@ class SampleCallback:
 
     def __call__(self, progress: Progress, log: Mapping[str, float]) -> dict[str, float]:
         """Sample and update the alarms where due; return metrics in addition to ``log``."""
-        numbers, wrong = self._fake_score.measure(log)
+        numbers, alarms = self._fake_score.measure(log)
         if distributed.get_rank() == 0 and numbers:
-            self._alarms.update("fake score", wrong, progress.step)
+            self._alarms.update("fake score", alarms, progress.step)
         numbers |= self._measure_history_use(progress.step)
         if self.is_due(progress):
             self._sample(progress.step)
@@ -96,9 +96,9 @@ class SampleCallback:
     def _measure_history_use(self, step: int) -> dict[str, float]:
         if self._history_use is None or (step % self._config.eval_every and step != self._config.steps):
             return {}
-        numbers, wrong = self._history_use.measure(self._ema.model)
+        numbers, alarms = self._history_use.measure(self._ema.model)
         if distributed.get_rank() == 0:
-            self._alarms.update("history", wrong, step)
+            self._alarms.update("history", alarms, step)
         return numbers
 
     def is_due(self, progress: Progress) -> bool:

@@ -66,7 +66,7 @@ def test_the_table_has_the_source_of_every_weight(folder):
     shown = estimate_without_dataset("video", "base", sets, None)["init_video"]
     assert "loaded          2 x branches.video.blocks.*.mlp.0.weight" in shown
     assert "blocks.*.ffn.net.0.proj.weight" in shown
-    assert "initialised     1 x branches.video.text.words.weight" in shown
+    assert "initialized     1 x branches.video.text.words.weight" in shown
     assert "skipped" not in shown
     assert describe_wan_import(replace(config(folder), init_video=None)) == {}
 

@@ -159,11 +159,11 @@ class DeepSpeedEngine:
             if key:
                 self._optimizer.state[p][key].copy_(value)
         elif self._zero == 3:
-            mine = zero3.local_shard(value)
+            shard = zero3.local_shard(value)
             if key:
-                tools.safe_set_local_optimizer_state(p, mine, key)
+                tools.safe_set_local_optimizer_state(p, shard, key)
             else:
-                tools.safe_set_local_fp32_param(p, mine)
+                tools.safe_set_local_fp32_param(p, shard)
         elif key:
             tools.safe_set_full_optimizer_state(p, value, key)
         else:

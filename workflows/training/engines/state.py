@@ -32,12 +32,12 @@ class StateShard:
 
 def shard_state(tensors: Iterator[tuple[str, str, Tensor]], steps: int) -> StateShard:
     """Copy the tensors (kind, parameter, value) of this rank. All ranks must iterate over the same sequence."""
-    mine: dict[str, Tensor] = {}
+    shard: dict[str, Tensor] = {}
     index: dict[str, int] = {}
     for kind, parameter, value in tensors:
         if index.setdefault(parameter, len(index)) % distributed.get_world_size() == distributed.get_rank():
-            mine[f"{kind}/{parameter}"] = to_cpu_copy(value)
-    return StateShard(tensors=mine, steps=steps)
+            shard[f"{kind}/{parameter}"] = to_cpu_copy(value)
+    return StateShard(tensors=shard, steps=steps)
 
 
 def to_cpu_copy(value: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ class ShardedStateReader:
         """Raise ValueError unless names and shapes equal those of the network."""
         saved = {key.removeprefix("weight/"): h for key, h in self._files.items() if key.startswith("weight/")}
         if saved.keys() != shapes.keys():
-            odd = sorted(saved.keys() ^ shapes.keys())[:3]
-            raise ValueError(f"{self._folder} has the state of another network: {', '.join(odd)} ... differ")
+            differences = sorted(saved.keys() ^ shapes.keys())[:3]
+            raise ValueError(f"{self._folder} has the state of another network: {', '.join(differences)} ... differ")
         for name, handle in saved.items():
             shape = tuple(handle.get_slice(f"weight/{name}").get_shape())
             if shape != tuple(shapes[name]):

@@ -55,11 +55,11 @@ class TorchEngine:
 
     def step(self, lr: float) -> float:
         """Average the gradients, clip, update and clear them. Return the norm before clipping."""
-        mine = list(self._trained.values())
-        flat = distributed.all_reduce_mean(flatten([gradient_or_zero(p) for p in mine]))
+        weights = list(self._trained.values())
+        flat = distributed.all_reduce_mean(flatten([gradient_or_zero(p) for p in weights]))
         norm = flat.norm()
         flat *= (self._optim.clip / (norm + 1e-6)).clamp(max=1.0)
-        for p, gradient in zip(mine, flat.split([p.numel() for p in mine]), strict=True):
+        for p, gradient in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
             p.grad = gradient.view_as(p)
         set_lr(self._optimizer, lr)
         self._optimizer.step()
