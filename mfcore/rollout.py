@@ -57,15 +57,9 @@ def rollout(
     If gradients are enabled, a chunk has one through its own steps from ``exit_step`` on; these read the cache without
     gradient. The cache has one through the passes that write it; these read the chunks without gradient.
 
-    Args:
-        context: network, conditions and cache.
-        starts: initial states.
-        schedule: noise levels.
-        mode: few-step or multi-step.
-        trust: strength label of the history that is written.
-        exit_step: index j of the step before which the state is returned.
-        evict: drop chunks that later chunks cannot see.
-        conds: condition of each chunk, if it changes. Sink and history keep the condition that they were written with.
+    ``trust`` labels the history that is written. The state before ``exit_step`` j is returned with the chunk. ``evict``
+    drops chunks that later ones cannot see. ``conds`` gives the condition of each chunk, if it changes. Sink and
+    history keep the condition that they were written with.
     """
     context = context if context.cache is not None else context.prefill()
     chunk = None

@@ -213,18 +213,19 @@ class Branch(nn.Module):
         cond = self._trim_transcript(cond, positions)
         tokens, words = self.text(cond, caption.tokens if caption else None)
         device = tokens.device
-        always = torch.ones(tokens.shape[0], 1, dtype=torch.bool, device=device)
-        seen = cond.caption_mask & (not ignore_text)
+        visible = torch.ones(tokens.shape[0], 1, dtype=torch.bool, device=device)
+        caption_mask = cond.caption_mask & (not ignore_text)
         # Wan has no null token next to a caption
-        alone = ~seen.any(1, keepdim=True) if self.model.layout == "wan" else always
+        null_mask = ~caption_mask.any(1, keepdim=True) if self.model.layout == "wan" else visible
         middle = cond.word_times.mean(-1)
-        gap = (middle[:, None, :] - to_device_of(positions.times, middle)[None, :, None]).abs()
-        near = (gap <= self.model.word_horizon_seconds) & cond.words_mask[:, None, :] & (not ignore_text)
+        distance = (middle[:, None, :] - to_device_of(positions.times, middle)[None, :, None]).abs()
+        near = (distance <= self.model.word_horizon_seconds) & cond.words_mask[:, None, :] & (not ignore_text)
+        words_mask = torch.cat([visible[:, None].expand(-1, len(positions), -1), near], dim=2)
         return TextTokens(
             caption=tokens,
-            caption_mask=additive_mask(torch.cat([alone, seen], dim=1)[:, None, None]),
+            caption_mask=additive_mask(torch.cat([null_mask, caption_mask], dim=1)[:, None, None]),
             words=words,
-            words_mask=additive_mask(torch.cat([always[:, None].expand(-1, len(positions), -1), near], dim=2)[:, None]),
+            words_mask=additive_mask(words_mask[:, None]),
             words_rotation=rotation(time_angles(middle, self.model)[:, :, None], words),
             token_rotation=rotation(time_angles(positions.times, self.model)[:, None], words),
         )
@@ -264,15 +265,8 @@ class Branch(nn.Module):
 
         The network need not represent white noise or the first frame, so a token may be wider than the network.
 
-        Args:
-            x: hidden tokens after the last block.
-            final: modulation of the output.
-            chunk_index: chunk of each token.
-            level_index: chunk_index, or None if all chunks have equally many tokens.
-            noisy: input latents of the network.
-            t: noise level per chunk.
-            r: target level per chunk.
-            first_frame: clean latent that gives the mean m of anchored channels; None: m = 0.
+        ``chunk_index``: chunk of each token; ``level_index``: the same, or None if all chunks have equally many tokens.
+        ``noisy``: input latents. ``first_frame``: gives the mean m of anchored channels; None: m = 0.
         """
         shift, scale = final.float()[:, :, None].chunk(2, dim=-1)
         if level_index is not None:

@@ -1,8 +1,8 @@
 """Fake score as low-rank terms (LoRA) on the EMA network (METHOD 6): one set of base weights, two networks.
 
-The teacher is the EMA, and the fake score is the EMA plus trainable low-rank terms. There is no second copy of weights,
-gradients and moments. Both networks share the *same* frozen parameters, so an EMA update also moves the fake score.
-The terms have no switch, so either network can run at any time, also in a backward pass (recomputed layers).
+The teacher is the EMA, and the fake score is the EMA plus trainable low-rank terms. This saves a second copy of
+weights, gradients and moments. Both networks share the *same* frozen parameters, so an EMA update also moves the fake
+score. The terms have no switch, so either network can run at any time, also in a backward pass (recomputed layers).
 """
 
 import copy

@@ -27,7 +27,7 @@ class WeightMapping:
 
     weights: dict[str, Tensor]  # by full name
     loaded: dict[str, tuple[str, ...]]  # names in Wan, by name in the branch
-    initialised: list[str]  # names in the branch that Wan lacks
+    initialized: list[str]  # names in the branch that Wan lacks
     skipped: list[str]  # names in Wan that the branch lacks
 
 
@@ -57,7 +57,7 @@ def map_wan_weights(wan: Weights, own: Weights, config: ModelConfig) -> WeightMa
     return WeightMapping(
         weights=kept | {name: weight.to(kept[name].dtype) for name, weight in converted.items()},
         loaded={name: names for name, names, _ in rules},
-        initialised=sorted(kept.keys() - converted.keys()),
+        initialized=sorted(kept.keys() - converted.keys()),
         skipped=sorted(wan.keys() - {name for _, names, _ in rules for name in names}),
     )
 

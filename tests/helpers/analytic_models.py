@@ -82,7 +82,7 @@ class EmptyCache:
 class GaussianModel:
     """Model of elements N(mean, std^2) given a caption, N(null_mean, null_std^2) without, independent of history.
 
-    Without ``flow_map`` there is no few-step mode: the velocity is instantaneous for any r.
+    Without ``flow_map`` the few-step mode is missing: the velocity is instantaneous for any r.
     """
 
     mean: float | Tensor = 0.0

@@ -85,12 +85,12 @@ def test_every_weight_is_accounted_for(wan):
     extra = wan.state_dict() | {"blocks.0.attn2.add_k_proj.weight": torch.zeros(96, 96)}
     taken = map_wan_weights(extra, model.state_dict(), CONFIG)
     assert taken.weights.keys() == model.state_dict().keys()
-    assert taken.loaded.keys() | set(taken.initialised) == taken.weights.keys()
-    assert not taken.loaded.keys() & set(taken.initialised)
+    assert taken.loaded.keys() | set(taken.initialized) == taken.weights.keys()
+    assert not taken.loaded.keys() & set(taken.initialized)
     sources = {name for names in taken.loaded.values() for name in names}
     assert sources == wan.state_dict().keys() and taken.skipped == ["blocks.0.attn2.add_k_proj.weight"]
     own = ("levels.interval", "levels.trust", "text.words", "text.norm_words", "text.nothing", "absent")
-    assert all(any(part in name for part in own) for name in taken.initialised)
+    assert all(any(part in name for part in own) for name in taken.initialized)
 
 
 def test_weights_that_do_not_fit_are_listed_by_name(wan):
