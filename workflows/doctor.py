@@ -75,7 +75,7 @@ def ray() -> CheckResult:
 
 
 def deepspeed() -> CheckResult:
-    """Check DeepSpeed, whose import prints log lines."""
+    """Check DeepSpeed; its import prints log lines."""
     return _imported("deepspeed", "import deepspeed; print(); print(deepspeed.__version__)")
 
 

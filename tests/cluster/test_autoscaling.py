@@ -53,7 +53,7 @@ CONFIG: dict[str, Any] = {
         "module": "tests.helpers.ray_node_provider.KillableNodeProvider",
         "launch_multiple": True,
         "head_node_id": HEAD_NODE,
-        "use_node_id_as_ip": True,  # the autoscaler tells nodes apart by IP
+        "use_node_id_as_ip": True,  # the autoscaler distinguishes nodes by IP
         "disable_node_updaters": True,  # no ssh
         "disable_launch_config_check": True,
     },

@@ -401,7 +401,7 @@ def test_bucket_policy_allows_lookup_of_a_missing_dataset() -> None:
 
 @pytest.mark.parametrize("name", CLOUDS)
 def test_a_job_may_wait_an_hour_for_a_machine(name: str) -> None:
-    """The head reads the time limit of jobs whose driver needs resources."""
+    """The head reads the time limit of jobs with a driver that needs resources."""
     (start,) = [c for c in load(name)["head_start_ray_commands"] if "ray start" in c]
     assert "RAY_JOB_START_TIMEOUT_SECONDS=3600 " in start
 

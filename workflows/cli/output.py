@@ -66,7 +66,7 @@ def run_command(
 def describe_error(error: Exception) -> tuple[str, int]:
     """Return the message for the user and the exit code.
 
-    Prints the traceback of a failure, unless it is an input error or an infrastructure error, whose messages contain
+    Prints the traceback of a failure, unless it is an input error or an infrastructure error: their messages contain
     the fix.
     """
     wrong_input = isinstance(error, USER_ERRORS) and not _from_ray_worker(error)

@@ -14,7 +14,7 @@ class CommandTraits:
 
     writes_runs: bool = False  # writes run directories and tracking entries
     driver_only: bool = False  # computes in the process of the command, not in Ray workers
-    paths: tuple[str, ...] = ()  # parameters whose values are paths, URIs or names of runs
+    paths: tuple[str, ...] = ()  # parameters with paths, URIs or names of runs as values
 
 
 def command(

@@ -16,7 +16,7 @@ SECRET_ENV = (
     "PGPASSWORD",
     "RAY_AUTH_TOKEN",
 )
-"""Variables whose values must not leave this machine."""
+"""Secret variables; their values must not leave this machine."""
 FORWARDED_ENV = (
     "AWS_CONFIG_FILE",
     "AWS_DEFAULT_REGION",

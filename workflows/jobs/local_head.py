@@ -164,7 +164,7 @@ def _signal(process: psutil.Process, send: Callable[[psutil.Process], None]) -> 
 def _start(config: dict) -> LocalHead:
     """Run the start commands of the file with free ports and a new temporary folder; wait for the job server."""
     ports = _free_ports()
-    # short: it holds Unix sockets, whose paths may not exceed 107 bytes
+    # short: it holds Unix sockets, with paths of at most 107 bytes
     temp = tempfile.mkdtemp(prefix="mfctl-", dir="/tmp")
     address = f"http://127.0.0.1:{ports['MFCTL_DASHBOARD_PORT']}"
     head = LocalHead(cluster=config["cluster_name"], address=address, temp=temp)

@@ -65,59 +65,59 @@ def submit_job(
     """
     if not (ROOT / "pyproject.toml").exists():
         raise ValueError(f"submit packages a checkout, and {ROOT} is not one. Run it from a clone (`make venv` there)")
-    place = parse_target(target)
+    parsed_target = parse_target(target)
     shared = os.path.normpath(shared) if shared else None
-    if place.kind in ("elsewhere", "rayjob"):
-        _check_elsewhere(place, command, shared, place.machines)
-    if place.kind == "rayjob":
-        return _submit_rayjob(place, command, shared, detach=detach)
+    if parsed_target.kind in ("elsewhere", "rayjob"):
+        _check_elsewhere(parsed_target, command, shared, parsed_target.machines)
+    if parsed_target.kind == "rayjob":
+        return _submit_rayjob(parsed_target, command, shared, detach=detach)
     lost = f"{target} stopped responding before the job was accepted. Run the same command again"
-    with _without_ray_address(), connect_target(place, state_dir()) as address:
+    with _without_ray_address(), connect_target(parsed_target, state_dir()) as address:
         with translate_connection_errors(lost):
             client = job_server.connect(address)
             check_head_alive(client)
             cluster = query_cluster(client)
-            variables = _check_and_build_environment(place, cluster, command, shared=shared, python=python)
-            driver = {} if cluster.is_local else resources.driver_resources(command, place.machines or cluster.machines)
+            variables = _check_and_build_environment(parsed_target, cluster, command, shared=shared, python=python)
+            machines = [] if cluster.is_local else parsed_target.machines or cluster.machines
             job = _start(
                 client,
                 command,
                 target=target,
-                interpreter=python or (sys.executable if place.kind == "here" else "python"),
+                interpreter=python or (sys.executable if parsed_target.kind == "here" else "python"),
                 variables=variables,
-                driver=driver,
+                driver=resources.driver_resources(command, machines),
             )
         print(f"job {job.id} on {job.address}", file=sys.stderr)
         return _summary(client, job) if detach else _follow(client, job)
 
 
 def _check_elsewhere(
-    place: Target, command: ParsedCommand, shared: str | None, machines: Sequence[resources.MachineType]
+    target: Target, command: ParsedCommand, shared: str | None, machines: Sequence[resources.MachineType]
 ) -> None:
-    check_paths(command, place.name, shared)
+    check_paths(command, target.name, shared)
     if machines:
-        resources.require_capacity(resources.required_resources(command), machines, place.name)
+        resources.require_capacity(resources.required_resources(command), machines, target.name)
 
 
 def _check_and_build_environment(
-    place: Target, cluster: ClusterInfo, command: ParsedCommand, *, shared: str | None, python: str | None
+    target: Target, cluster: ClusterInfo, command: ParsedCommand, *, shared: str | None, python: str | None
 ) -> dict[str, str]:
     """Check the command against the running cluster; return the environment of the job."""
-    if place.kind != "here":
-        check_versions(cluster, place.name, python)
-    if place.kind == "server" and not cluster.is_local:
-        _check_elsewhere(place, command, shared, [])
-    if not place.machines and (cluster.fixed or place.all_nodes_joined(len(cluster.nodes))):
-        resources.require_capacity(resources.required_resources(command), cluster.machines, place.name)
-    elsewhere = place.kind == "elsewhere" or not cluster.is_local
-    variables = _environment(shared, elsewhere=elsewhere) | _promised_resources(place)
+    if target.kind != "here":
+        check_versions(cluster, target.name, python)
+    if target.kind == "server" and not cluster.is_local:
+        _check_elsewhere(target, command, shared, [])
+    if not target.machines and (cluster.fixed or target.all_nodes_joined(len(cluster.nodes))):
+        resources.require_capacity(resources.required_resources(command), cluster.machines, target.name)
+    elsewhere = target.kind == "elsewhere" or not cluster.is_local
+    variables = _environment(shared, elsewhere=elsewhere) | _promised_resources(target)
     check_secrets(command.argv, variables)
     return variables
 
 
-def _promised_resources(place: Target) -> dict[str, str]:
+def _promised_resources(target: Target) -> dict[str, str]:
     """Return the variable with the total resources of the target's file; the job sees only nodes that have joined."""
-    return {PROMISED_RESOURCES_ENV: json.dumps(resources.total_resources(place.machines))} if place.machines else {}
+    return {PROMISED_RESOURCES_ENV: json.dumps(resources.total_resources(target.machines))} if target.machines else {}
 
 
 def _environment(shared: str | None, *, elsewhere: bool) -> dict[str, str]:
@@ -156,24 +156,24 @@ def _start(
     return job
 
 
-def _submit_rayjob(place: Target, command: ParsedCommand, shared: str | None, *, detach: bool) -> dict:
+def _submit_rayjob(target: Target, command: ParsedCommand, shared: str | None, *, detach: bool) -> dict:
     """Submit a RayJob with the command and its environment; the code is in the image."""
-    version = place.config["spec"]["rayClusterSpec"].get("rayVersion")
+    version = target.config["spec"]["rayClusterSpec"].get("rayVersion")
     import ray
 
     if version and version != ray.__version__:
         raise ValueError(
-            f"{place.name} has rayVersion {version}, this machine {ray.__version__}. Rebuild the image with it"
+            f"{target.name} has rayVersion {version}, this machine {ray.__version__}. Rebuild the image with it"
         )
-    variables = _environment(shared, elsewhere=True) | _promised_resources(place)
+    variables = _environment(shared, elsewhere=True) | _promised_resources(target)
     check_secrets(command.argv, variables)
-    driver = resources.driver_resources(command, place.machines)
-    name = kuberay.submit_rayjob(kuberay.render_manifest(place.config, command.argv, variables, driver))
+    driver = resources.driver_resources(command, target.machines)
+    name = kuberay.submit_rayjob(kuberay.render_manifest(target.config, command.argv, variables, driver))
     job = SubmittedJob(
-        id=name, address=place.name, command=list(command.argv), submitted=time.time(), target=place.name
+        id=name, address=target.name, command=list(command.argv), submitted=time.time(), target=target.name
     )
     _record(job)
-    print(f"RayJob {name} from {place.name}, with the code of its image", file=sys.stderr)
+    print(f"RayJob {name} from {target.name}, with the code of its image", file=sys.stderr)
     if not detach:
         kuberay.follow_logs(name)
     return _rayjob_summary(job)
@@ -194,9 +194,9 @@ def _connected(job: SubmittedJob) -> Iterator[Any]:
         stack.enter_context(_without_ray_address())
         address = job.address
         if job.target and "://" not in job.target and Path(job.target).is_file():
-            place = parse_target(job.target)
-            if place.kind == "elsewhere":
-                address = stack.enter_context(connect_target(place, state_dir()))
+            parsed_target = parse_target(job.target)
+            if parsed_target.kind == "elsewhere":
+                address = stack.enter_context(connect_target(parsed_target, state_dir()))
         stack.enter_context(translate_connection_errors(_lost_message(job)))
         yield job_server.connect(address)
 
