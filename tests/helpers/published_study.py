@@ -1,4 +1,4 @@
-"""The study folder whose numbers docs/results reports."""
+"""Folder of the published study, the source of docs/results."""
 
 import tarfile
 import tempfile
@@ -10,7 +10,7 @@ ARCHIVE = Path(__file__).parents[2] / "docs" / "results" / "data" / "study.tar.g
 
 @cache
 def published_study_dir() -> Path:
-    """Extract the published rows, costs and settings; return their folder, which exists until the process ends."""
+    """Extract the published rows, costs and settings; return the folder (kept until the process ends)."""
     folder = tempfile.TemporaryDirectory(prefix="published-study-")
     _KEPT.append(folder)
     with tarfile.open(ARCHIVE) as archive:

@@ -29,7 +29,8 @@ def bench_memory(*, few: int, many: int, workers: int) -> dict[str, Any]:
     """Return the memory for ``few`` and for ``many`` one-second clips, in bytes, and their ratio."""
     rows = {clips: _measure(clips, workers) for clips in (few, many)}
     ratio = rows[many]["rss_bytes"] / rows[few]["rss_bytes"]
-    return {"workers": workers, "clips": {str(k): v for k, v in rows.items()}, "memory_ratio": ratio, "bar": MAX_GROWTH}
+    by_clips = {str(clips): row for clips, row in rows.items()}
+    return {"workers": workers, "clips": by_clips, "memory_ratio": ratio, "bar": MAX_GROWTH}
 
 
 def _measure(clips: int, workers: int) -> MemoryBenchRow:

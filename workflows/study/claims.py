@@ -1,40 +1,46 @@
+"""Thresholds of the study's claims, checked on its results."""
+
 from dataclasses import dataclass
 
 from workflows.study.methods import METHODS
 from workflows.study.results_table import DRIFT_COLUMNS, EARLY, LATE, ResultTable
 
-HARD, GAP, SEAM, USE, DRIFT = 5.0, 0.8, 1.5, 0.8, 0.5  # bars, as numbers
+HARD = 5.0  # minimum ratio of invalid chunks, 4 Euler steps over the maximum
+GAP = 0.8  # minimum share of the gap in valid chunks
+SEAM = 1.5  # maximum seam energy over the data's
+USE = 0.8  # minimum history use over the joint network's
+DRIFT = 0.5  # maximum growth over that of a baseline
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One claim with what was measured."""
+    """One claim and its measurement."""
 
     claim: str
     measured: str
     met: bool
-    seeds: tuple[int, ...]  # of all that is compared: one seed is not a mean of three
+    seeds: tuple[int, ...]  # common to all compared methods
 
 
 def check_claims(table: ResultTable, max_steps: int) -> list[Claim]:
-    """The study's claims, as far as the rows that they need are there. ``max_steps``: steps of the quality mode.
+    """Return the claims that the available rows can decide, each on the common seeds of its methods.
 
-    What is compared is compared on the seeds that all of it has.
+    ``max_steps``: step count of the quality mode.
     """
     checks = (_hardness, _as_good, _gap, _late, _drift, _continuity, _four_as_eight, _cheaper)
-    if max_steps <= 4:  # nothing finer was asked for that four steps could be compared with
+    if max_steps <= 4:  # no larger step count to compare four steps with
         checks = (_drift, _continuity, _cheaper)
     out: list[Claim] = []
     for check in checks:
         try:
             out += check(table, max_steps)
-        except KeyError:  # a row that this comparison needs was not asked for
+        except KeyError:  # a row is missing
             continue
     return out
 
 
 def _with_common_seeds(table: ResultTable, *methods: str) -> tuple[ResultTable, tuple[int, ...]]:
-    """The table of the seeds that all of ``methods`` have rows of. KeyError where there are none."""
+    """Return the table and the common seeds of ``methods``. Raises KeyError if there are none."""
     return _restrict_seeds(table, *(table.seeds(method) for method in methods))
 
 
@@ -58,7 +64,7 @@ def _hardness(table: ResultTable, max_steps: int) -> list[Claim]:
 
 
 def _has_guided_baseline(table: ResultTable, max_steps: int) -> bool:
-    """Whether teacher forcing at its best was asked with guidance."""
+    """Return True if there are rows of guided teacher forcing."""
     return table.has("teacher_forcing", "multi", steps=max_steps, window=EARLY, guided=True)
 
 
@@ -100,8 +106,10 @@ def _late(table: ResultTable, max_steps: int) -> list[Claim]:
 
 
 def _growth(table: ResultTable, metric: str, method: str) -> float:
-    """Beyond what real clips of the same scripts have: windows differ in length, and with that what is measured of
-    perfect clips (the bias of a Frechet distance, the noise of a mean, which adds to an error in squares)."""
+    """Return the growth of a metric from EARLY to LATE beyond its value on real clips.
+
+    Windows differ in length, and so do the metrics of real clips. Errors add in squares, the Frechet distance linearly.
+    """
     power = 1 if metric == "frechet" else 2
 
     def beyond(window: str) -> float:
@@ -119,9 +127,7 @@ def _drift(table: ResultTable, max_steps: int) -> list[Claim]:
             if table.has(other, "few", steps=4, window=LATE):
                 same, seeds = _with_common_seeds(table, "mutual", other, "real")
                 ours, theirs = (_growth(same, metric, method) for method in ("mutual", other))
-                claim = (
-                    f"{metric}: growth from {EARLY} s to {LATE} s none, or at most half of {METHODS[other].title}"
-                )
+                claim = f"{metric}: growth from {EARLY} s to {LATE} s none, or at most half of {METHODS[other].title}"
                 met = ours <= max(0.0, DRIFT * theirs)
                 out.append(Claim(claim=claim, measured=f"{ours:.3f} against {theirs:.3f}", met=met, seeds=seeds))
     return out

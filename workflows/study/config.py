@@ -1,4 +1,4 @@
-"""Sizes of a study: one network, its clips, how long each phase trains, and what is measured."""
+"""Configuration of a study: network, clips, phases and measurements; presets."""
 
 from dataclasses import dataclass, field, replace
 
@@ -32,12 +32,12 @@ def _settings() -> MutualConfig:
 
 
 SAMPLING = ("guidance", "counts", "clips", "seconds", "long_clips", "long_seconds", "windows")
-"""Settings that no training depends on."""
+"""Settings that training does not depend on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """Everything the numbers of a study are a function of, beside its seeds."""
+    """Settings of a study. Its results are a function of these and the seeds."""
 
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig(
@@ -57,57 +57,62 @@ class StudyConfig:
     voices: int = latent_world.VOICES
     joint_steps: int = 3000  # shared by all methods of a seed
     joint_batch: int = 16  # clips per step
-    joint_chunks: tuple[int, ...] = (6, 10)  # of each, drawn per step
+    joint_chunks: tuple[int, ...] = (6, 10)  # clip lengths, drawn per step
     joint_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, warm_up=50, final=0.05, clip=1.0))
-    steps: int = 1000  # of every method, from the joint network
+    steps: int = 1000  # per method, from the joint network
     batch: int = 32
-    chunks: tuple[int, ...] = (3, 6)  # short: a roll-out costs by the chunk, and choices of a clip fall in its first
+    chunks: tuple[int, ...] = (3, 6)  # short: cost of a rollout grows with its chunks
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-3, warm_up=20, final=0.1, clip=1.0))
     fake: FakeScoreConfig = field(default_factory=FakeScoreConfig)
-    fake_ratio: float = 1.0  # learning rate of the fake score over the student's; one update per step
-    fake_final: float = 0.1  # its rate at the end over its peak: as the student's, so that it lags no more
+    fake_ratio: float = 1.0  # learning rate over the student's, at one update per step
+    fake_final: float = 0.1  # final over peak learning rate of the fake score, as for the student
     ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.99))
     method: MutualConfig = field(default_factory=_settings)
-    guidance: float = 1.1  # of the multi-step mode where it is asked with guidance
+    guidance: float = 1.1  # of the guided multi-step mode
     counts: tuple[int, ...] = (1, 2, 4, 8, 16, 50)  # steps per chunk
-    clips: int = 128  # generated per setting
-    seconds: float = 25.0  # of each
-    long_clips: int = 32  # those of them that go on
+    clips: int = 128  # generated per score task
+    seconds: float = 25.0  # length of a clip
+    long_clips: int = 32  # clips with long_seconds
     long_seconds: float = 60.0
     windows: str = "0-5,5-15,15-25,25-60"
 
     def __post_init__(self) -> None:
         if self.voices < 1:
-            raise ValueError(f"voices={self.voices}: the world needs at least one")
+            raise ValueError(f"voices={self.voices}: must be at least 1")
         if not 0 <= self.long_clips <= self.clips or self.long_seconds < self.seconds:
             raise ValueError(
-                f"{self.long_clips} of {self.clips} clips go on from {self.seconds:g} to {self.long_seconds:g} s: "
-                "no more can go on than there are, and none backwards"
+                f"long_clips={self.long_clips} of clips={self.clips}, long_seconds={self.long_seconds:g} after "
+                f"seconds={self.seconds:g}: long_clips must be in 0..clips and long_seconds at least seconds"
             )
         if not self.counts or min(self.counts) < 1 or list(self.counts) != sorted(set(self.counts)):
-            raise ValueError(f"counts={list(self.counts)}: give numbers of steps per chunk, each once, in rising order")
+            raise ValueError(
+                f"counts={list(self.counts)}: give distinct step counts in ascending order, each at least 1"
+            )
         longest = self.long_seconds if self.long_clips else self.seconds
         for window in parse_windows(self.windows):
             if window.end > longest:
-                raise ValueError(f"windows: {window.name} ends after the longest clip, at {longest:g} s")
+                raise ValueError(
+                    f"windows: {window.name} ends after the longest clip ({longest:g} s). Raise long_seconds"
+                )
             if window.end - window.start < 2 * latent_world.CHUNK_SECONDS:
                 raise ValueError(
-                    f"windows: {window.name} is shorter than two chunks, {2 * latent_world.CHUNK_SECONDS} s"
+                    f"windows: {window.name} is shorter than two chunks ({2 * latent_world.CHUNK_SECONDS} s)"
                 )
         begins = max(self.method.real_until, self.method.free_from, self.method.fake_from, self.method.dmd_from)
         if begins >= self.steps:
             raise ValueError(
-                f"steps={self.steps}: the method's last phase begins at step {begins}; set method.real_until, "
-                "free_from, fake_from and dmd_from with it"
+                f"steps={self.steps}: the last phase begins at step {begins}. Raise steps, or lower "
+                "method.real_until, free_from, fake_from and dmd_from"
             )
 
     @property
     def shift(self) -> dict[str, float]:
+        """Return the time shift per modality."""
         return self.method.time.shift
 
 
 def _quick() -> StudyConfig:
-    """Directions only: a joint network and methods that have trained for minutes."""
+    """Return a study of minutes, for the direction of effects only."""
     whole = StudyConfig()
     return replace(
         whole,
@@ -122,9 +127,9 @@ def _quick() -> StudyConfig:
 
 
 def study_preset(name: str) -> StudyConfig:
-    """Sizes by name. ValueError for an unknown one."""
+    """Return a preset by name. Raises ValueError for an unknown name."""
     if name == "toy-study":
         return StudyConfig()
     if name == "quick":
         return _quick()
-    raise ValueError(f"no study preset {name!r}: choose toy-study or quick")
+    raise ValueError(f"unknown study preset {name!r}: choose toy-study or quick")

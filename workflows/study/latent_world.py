@@ -1,24 +1,24 @@
-"""Talking characters as latents with known truth: what the study trains on and reads back exactly.
+"""Synthetic world of talking characters: latents with known factors, which can be read back exactly.
 
-A clip is a few factors over time, mixed into latents by a fixed rotation per modality, so that a reader is the rotation
-back. Given transcript, first frame and history a chunk leaves open what no network can know:
+A clip consists of factors over time, mixed into latents by a fixed rotation per modality. The inverse rotation recovers
+the factors. Transcript, first frame and history leave some factors of a chunk open:
 
 =========  ==========  ===========================================================================
 factor     modality    law
 =========  ==========  ===========================================================================
 identity   video (2)   one point per character, uniform; the first frame shows it
-voice      audio (2)   one of a few on a ring, drawn per clip; from the second chunk on nothing but history tells it
+voice      audio (2)   one of a few on a ring, drawn per clip; after the first chunk only history determines it
 pose       video (1)   Ornstein-Uhlenbeck, correlation 0.95 over half a second
-mouth      video (2)   shape of the syllable said, times envelope, times the syllable's free stress
+mouth      video (2)   shape of the syllable, times envelope, times the syllable's free stress
 formants   audio (3)   formants of the syllable, likewise; loudness (1) is envelope times stress
 brow       video (1)   one of 2, drawn for every chunk; likewise hand, blink
 gesture    video (1)   one of 2, stays with probability 0.85 from chunk to chunk
 tone       audio (1)   one of 2, drawn for every chunk
 =========  ==========  ===========================================================================
 
-Choices have a separation over spread of 20: four Euler steps blur between them. Identity cannot drift far, the first
-frame stays in sight. A voice can: each chunk takes it from those before, errors included. It need not, since there are
-few; but on real history, where it is always one of them, copying is as good as knowing them.
+Choices have a separation over spread of 20, so four Euler steps blur between them. Identity is anchored by the first
+frame. A voice can drift: each chunk copies it from history, errors included. Snapping to the nearest of the few voices
+would prevent drift, but on real history copying is equally good.
 Letters: B clips, K chunks, n latents, J syllables.
 """
 
@@ -38,57 +38,65 @@ CHUNK_SECONDS = Fraction(1, 2)
 TIMELINE = Timeline(
     clocks={VIDEO: video_clock(Fraction(24), 6), AUDIO: LatentClock(rate=Fraction(8))}, chunk_seconds=CHUNK_SECONDS
 )
-IDENTITY, POSE, MOUTH = slice(0, 2), slice(2, 3), slice(3, 5)
-BROW, HAND, BLINK, GESTURE = slice(5, 6), slice(6, 7), slice(7, 8), slice(8, 9)
-VOICE, FORMANTS, LOUDNESS, TONE = slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 7)
+IDENTITY = slice(0, 2)  # video channels
+POSE = slice(2, 3)
+MOUTH = slice(3, 5)
+BROW = slice(5, 6)
+HAND = slice(6, 7)
+BLINK = slice(7, 8)
+GESTURE = slice(8, 9)
+VOICE = slice(0, 2)  # audio channels
+FORMANTS = slice(2, 5)
+LOUDNESS = slice(5, 6)
+TONE = slice(6, 7)
 CHANNELS = {VIDEO: 9, AUDIO: 7}
 SYLLABLES = 8
 VOICES = 4
 WORD_DIM = 16
 SHORTEST, LONGEST = 0.25, 0.5  # seconds of a syllable or a pause
 PAUSES = 0.2  # share of pauses
-MODE_SPREAD = 0.1  # about a choice of -1 or 1
-NOISE = 0.05  # about every other factor
-PERSISTENCE = 0.95  # of pose over a chunk
-STAY_PROBABILITY = 0.85  # of a gesture from chunk to chunk
+MODE_SPREAD = 0.1  # std around a choice of -1 or 1
+NOISE = 0.05  # std around every other factor
+PERSISTENCE = 0.95  # correlation of pose over a chunk
+STAY_PROBABILITY = 0.85  # of a gesture, per chunk
 TWO_MODES = (BROW, HAND, BLINK, GESTURE)
-CHOICES = ("brow", "hand", "blink", "gesture", "tone")  # the last one is heard
+CHOICES = ("brow", "hand", "blink", "gesture", "tone")  # tone is audio, the others video
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroundTruth:
-    """The truth of some clips, in the order of events."""
+    """Ground truth of a batch of clips."""
 
     identity: Float[Tensor, "B 2"]
     voice: Float[Tensor, "B 2"]
-    voices: Float[Tensor, "V 2"]  # that there are
-    syllable: Int64[Tensor, "B J"]  # SYLLABLES: a pause
-    start: Float[Tensor, "B J"]  # seconds; the syllable lasts until ``end``
+    voices: Float[Tensor, "V 2"]  # all voices
+    syllable: Int64[Tensor, "B J"]  # SYLLABLES means a pause
+    start: Float[Tensor, "B J"]  # seconds
     end: Float[Tensor, "B J"]
     choices: Int64[Tensor, "B K+1 5"]  # as CHOICES, 0 or 1; the first row is the first frame's
 
     def rows(self, index: Tensor | slice) -> "GroundTruth":
-        """The truth of some of the clips."""
+        """Return the truth of some of the clips."""
         own = {k: v[index] for k, v in vars(self).items() if k != "voices"}
         return replace(self, **own)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticClips:
-    """Clips with their truth."""
+    """Batch of clips with its ground truth."""
 
     batch: AVBatch
     truth: GroundTruth
 
 
 def mixing_matrix(modality: str) -> Float[Tensor, "C C"]:
-    """Factors to latents: ``latents = factors @ rotation``."""
+    """Return the rotation from factors to latents: ``latents = factors @ rotation``."""
     size = CHANNELS[modality]
     return torch.linalg.qr(torch.randn(size, size, generator=generator(0, f"study/mix/{modality}", 0)))[0]
 
 
 def read_factors(modality: str, latents: Tensor) -> Float[Tensor, "B n C"]:
-    """Latents ``(B, n, C)`` or ``(B, n, C, 1, 1)`` back to factors."""
+    """Return the factors of latents ``(B, n, C)`` or ``(B, n, C, 1, 1)``."""
     flat = latents.reshape(*latents.shape[:2], -1).float()
     return flat @ mixing_matrix(modality).T.to(flat.device)
 
@@ -99,12 +107,13 @@ def _ring(count: int, radius: float) -> Float[Tensor, "count 2"]:
 
 
 def _codes(name: str, width: int, length: float) -> Float[Tensor, "S width"]:
-    """A vector of ``length`` for every syllable, and zero for the pause; the same in every study."""
+    """Return a fixed vector of norm ``length`` per syllable, and zero for the pause."""
     drawn = torch.randn(SYLLABLES, width, generator=generator(0, f"study/{name}", 0))
     if width == 2:  # mouth shapes, spread around a circle
         drawn = _ring(SYLLABLES, 1.0)
     if width == 3:  # formants: far apart, the corners of a cube
-        drawn = torch.tensor([[(i >> b & 1) * 2.0 - 1 for b in range(3)] for i in range(SYLLABLES)])
+        corners = torch.arange(SYLLABLES)[:, None] >> torch.arange(3) & 1
+        drawn = corners * 2.0 - 1
     return torch.cat([length * drawn / drawn.norm(dim=-1, keepdim=True), torch.zeros(1, width)])
 
 
@@ -114,12 +123,12 @@ WORDS = _codes("words", WORD_DIM, 4.0)
 
 
 def voice_means(voices: int) -> Float[Tensor, "voices 2"]:
-    """What voices there are."""
+    """Return the positions of all voices."""
     return _ring(voices, 2**0.5)
 
 
 def sample_clips(seed: int, samples: Int64[Tensor, " B"], chunks: int, voices: int = VOICES) -> SyntheticClips:
-    """Clips number ``samples`` of the world, ``chunks`` long. Each depends on (seed, its number, chunks) alone."""
+    """Return clips of ``chunks`` chunks; each is a function of (seed, sample number, chunks)."""
     truth = _draw_truth(seed, samples, chunks, voices)
     video = _video_factors(seed, samples, chunks, truth)
     audio = _audio_factors(seed, samples, chunks, truth)
@@ -165,7 +174,7 @@ def _draw_truth(seed: int, samples: Tensor, chunks: int, voices: int) -> GroundT
 
 
 def _speech_at(seed: int, samples: Tensor, truth: GroundTruth, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Syllable (B, n) and its envelope times stress (B, n) at the seconds ``at``."""
+    """Return syllables (B, n) and envelope times stress (B, n) at the seconds ``at``."""
     now = torch.searchsorted(truth.end, at.float().expand(len(samples), -1).contiguous(), right=True)
     now = now.clamp_max(truth.end.shape[1] - 1)
     start, end = truth.start.gather(1, now), truth.end.gather(1, now)
@@ -176,7 +185,7 @@ def _speech_at(seed: int, samples: Tensor, truth: GroundTruth, at: Tensor) -> tu
 
 
 def latent_midpoints(modality: str, chunks: int) -> Tensor:
-    """Seconds at the middle of every latent of a clip."""
+    """Return the midpoint of every latent of a clip, in seconds."""
     return TIMELINE.times(modality, chunks) + 0.5 / float(TIMELINE.clocks[modality].rate)
 
 
@@ -210,7 +219,7 @@ def _audio_factors(seed: int, samples: Tensor, chunks: int, truth: GroundTruth) 
 
 
 def _ornstein_uhlenbeck(noise: Float[Tensor, "B n c"], keep: float) -> Tensor:
-    """A stationary walk of unit variance: x_i = keep x_{i-1} + sqrt(1 - keep^2) noise_i."""
+    """Return a stationary walk of unit variance: x_i = keep x_{i-1} + sqrt(1 - keep^2) noise_i."""
     steps = [noise[:, 0]]
     for i in range(1, noise.shape[1]):
         steps.append(keep * steps[-1] + (1 - keep**2) ** 0.5 * noise[:, i])
@@ -219,12 +228,12 @@ def _ornstein_uhlenbeck(noise: Float[Tensor, "B n c"], keep: float) -> Tensor:
 
 def _condition(truth: GroundTruth, first_frame: Float[Tensor, "B C 1 1"]) -> Condition:
     batch = len(first_frame)
-    spoken: Bool[Tensor, "B J"] = truth.syllable < SYLLABLES
+    is_word: Bool[Tensor, "B J"] = truth.syllable < SYLLABLES
     return Condition(
         caption=torch.zeros(batch, 1, WORD_DIM),
         caption_mask=torch.zeros(batch, 1, dtype=torch.bool),
         words=WORDS[truth.syllable],
-        words_mask=spoken,
+        words_mask=is_word,
         word_times=torch.stack([truth.start, truth.end], dim=-1).double(),
         first_frame=first_frame,
         voice=torch.zeros(batch, 1, CHANNELS[AUDIO]),

@@ -1,4 +1,4 @@
-"""The rows of the table: the method, its baselines (METHOD 7), and its ablations, one change each."""
+"""Methods of the study: Mutual Forcing, its baselines, and ablations with one change each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,20 +12,20 @@ from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.solver import Mode
 from workflows.study.config import StudyConfig
 
-ABLATION_COUNTS = (4, 8)  # where bars are: there are many ablations, and 50 steps cost as much as all others
+ABLATION_COUNTS = (4, 8)  # step counts with claims; 50 steps cost as much as all others together
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to train on from the joint network."""
+    """One way to train from the joint network."""
 
     key: str  # letter in the table
     title: str
     objective: Callable[[MutualConfig], Objective]
-    modes: tuple[Mode, ...] = ("few",)  # how it is asked
-    counts: tuple[int, ...] | None = None  # at how many steps per chunk; None: at all of the study's
-    teacher: Literal["average", "frozen"] = "average"  # frozen: a copy of the joint network, as Self-Forcing has it
-    change: Callable[[StudyConfig], StudyConfig] = lambda config: config  # what it does to the settings
+    modes: tuple[Mode, ...] = ("few",)  # sampling modes
+    counts: tuple[int, ...] | None = None  # steps per chunk; None: all counts of the study
+    teacher: Literal["average", "frozen"] = "average"  # frozen: copy of the joint network, as in Self-Forcing
+    change: Callable[[StudyConfig], StudyConfig] = lambda config: config  # changed settings
 
 
 def _changed(config: StudyConfig, **method: Any) -> StudyConfig:
@@ -43,7 +43,7 @@ def _at_once(config: StudyConfig) -> StudyConfig:
 
 
 def _less_free(config: StudyConfig) -> StudyConfig:
-    """ShortCut's finest level stays where it is: on real rows, on no coupled one, on half of the free ones."""
+    """Halve the free rows; the finest level stays on all real rows, no coupled and half of the free rows."""
     cycle = [("real", True), ("free", False), ("coupled", False), ("real", True)]
     cycle += [("coupled", False), ("free", True), ("real", True), ("coupled", False)]
     return _changed(config, rows=tuple(kind for kind, _ in cycle), finest_rows=tuple(finest for _, finest in cycle))
@@ -54,12 +54,12 @@ def _independent_levels(config: StudyConfig) -> StudyConfig:
 
 
 def _gentler(config: StudyConfig) -> StudyConfig:
-    """DMD without ShortCut broke down at the whole rate, beside a fake score four times as fast (lab log)."""
+    """Lower the rate: DMD without ShortCut diverges at the full rate."""
     return replace(config, optim=replace(config.optim, lr=config.optim.lr * 2 / 3))
 
 
 def _without_data(config: StudyConfig) -> StudyConfig:
-    """Where nothing but the fake score holds it, the student breaks down unless that one keeps up (lab log)."""
+    """Speed up the fake score: without data losses the student diverges if it lags."""
     return replace(_gentler(config), fake_ratio=4.0)
 
 
@@ -111,10 +111,10 @@ ABLATIONS: dict[str, Method] = {
 }  # fmt: skip
 
 METHODS: dict[str, Method] = BASELINES | ABLATIONS
-"""By the name that ``--methods`` takes."""
+"""Methods by the name in ``--methods``."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "core": ("teacher_forcing", "dmd_self_forcing", "hybrid_forced", "literal", "mutual"),  # with all seeds
+    "core": ("teacher_forcing", "dmd_self_forcing", "hybrid_forced", "literal", "mutual"),  # run with all seeds
     "all": tuple(BASELINES),
     "ablations": ("mutual", *ABLATIONS),
     "quick": ("teacher_forcing", "literal", "mutual"),

@@ -1,6 +1,6 @@
-"""What a generated clip of the study's world is worth, by window of time.
+"""Metrics of generated clips of the synthetic world, per time window.
 
-Letters: B clips, K chunks, n latents, c factors. Clips begin with their first chunk; readers are exact rotations.
+Letters: B clips, K chunks, n latents, c factors. Clips begin with chunk 0; factors are read by exact rotations.
 """
 
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ from mfcore.types import AUDIO, VIDEO, Stream
 from workflows.study import latent_world
 from workflows.study.latent_world import GroundTruth
 
-MODE_RADIUS = 0.4  # of a choice of -1 or 1: four spreads
-MEAN_SYLLABLE_LEVEL = 0.75  # usual mean of envelope times stress over a syllable
-VOICE_CHUNKS = 2  # chunks after which a clip's voice is known
+MODE_RADIUS = 0.4  # around a choice of -1 or 1: four spreads
+MEAN_SYLLABLE_LEVEL = 0.75  # mean of envelope times stress over a syllable
+VOICE_CHUNKS = 2  # first chunks, which determine a clip's voice
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipFactors:
-    """Clips as factors, and which chunk each latent is of."""
+    """Factors of a batch of clips."""
 
     video: Float[Tensor, "B n 9"]
     audio: Float[Tensor, "B n 7"]
@@ -36,6 +36,7 @@ class ClipFactors:
 
     @classmethod
     def from_latents(cls, streams: Mapping[str, Stream]) -> "ClipFactors":
+        """Read the factors of latents."""
         chunk = streams[VIDEO].chunk
         return cls(
             video=latent_world.read_factors(VIDEO, streams[VIDEO].latents.cpu()),
@@ -44,13 +45,14 @@ class ClipFactors:
         )
 
     def by_chunk(self, modality: str) -> Float[Tensor, "B K m c"]:
+        """Return the factors of one modality, grouped by chunk."""
         values = self.video if modality == VIDEO else self.audio
         return values.unflatten(1, (self.chunks, -1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RealStatistics:
-    """What real clips are like, for ratios and distances."""
+    """Statistics of real clips, the reference of ratios and distances."""
 
     features: np.ndarray
     mean: np.ndarray
@@ -62,7 +64,7 @@ class RealStatistics:
 
 
 def chunk_choices(factors: ClipFactors) -> tuple[Tensor, Tensor]:
-    """Choice per chunk (B, K, 5) and whether every latent of the chunk holds it within reach (B, K, 5)."""
+    """Return the choice per chunk (B, K, 5), and if all latents of the chunk are near it (B, K, 5)."""
     video, audio = factors.by_chunk(VIDEO), factors.by_chunk(AUDIO)
     picks: list[Tensor] = []
     valid: list[Tensor] = []
@@ -76,10 +78,10 @@ def chunk_choices(factors: ClipFactors) -> tuple[Tensor, Tensor]:
 
 
 def chunk_features(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> np.ndarray:
-    """One row per clip and chunk: mean of every factor, and the step of pose across the border before it.
+    """Return one row per clip and chunk: the mean of every factor and the step of pose across the border before it.
 
-    Identity is what differs from the first frame's, voice what differs from the nearest one that there is: as they
-    stand they would be some dozens of independent numbers in a set of clips, and drift would be lost in that.
+    Identity is relative to the first frame and voice to the nearest voice. The absolute values vary between clips and
+    would hide drift.
     """
     video, audio = factors.by_chunk(VIDEO).mean(2), factors.by_chunk(AUDIO).mean(2)
     pose = factors.by_chunk(VIDEO)[..., latent_world.POSE]
@@ -87,12 +89,12 @@ def chunk_features(factors: ClipFactors, truth: GroundTruth, first: int, last: i
     step[:, 1:] = (pose[:, 1:, 0] - pose[:, :-1, -1]) * 5
     video[..., latent_world.IDENTITY] -= truth.identity[:, None]
     audio[..., latent_world.VOICE] -= truth.voices[_nearest(audio[..., latent_world.VOICE], truth)]
-    rows = torch.cat([video, audio, step], dim=-1)[:, max(first, 1) : last]  # no border before chunk 0
+    rows = torch.cat([video, audio, step], dim=-1)[:, max(first, 1) : last]  # chunk 0 has no border before it
     return rows.flatten(0, 1).double().numpy()
 
 
 def real_statistics(seed: int, clips: int = 512, chunks: int = 20) -> RealStatistics:
-    """Measured on real clips that no network sees."""
+    """Return the statistics of real clips outside of the training set."""
     drawn = latent_world.sample_clips(seed, torch.arange(clips) + VALIDATION_SAMPLE_OFFSET, chunks)
     real = ClipFactors.from_latents(drawn.batch.streams)
     rows = chunk_features(real, drawn.truth, 0, chunks)
@@ -111,10 +113,7 @@ def real_statistics(seed: int, clips: int = 512, chunks: int = 20) -> RealStatis
 def score_window(
     streams: Mapping[str, Stream], truth: GroundTruth, window: TimeWindow, ref: RealStatistics
 ) -> dict[str, float]:
-    """Every metric of one window; nan where it does not apply.
-
-    Numbers that are not finite count as the worst.
-    """
+    """Return all metrics of one window; nan if a metric does not apply. Non-finite latents count as the worst."""
     factors = ClipFactors.from_latents(streams)
     non_finite = ~(torch.isfinite(factors.video).flatten(1).all(1) & torch.isfinite(factors.audio).flatten(1).all(1))
     factors = ClipFactors(
@@ -161,7 +160,7 @@ def _latents_of_chunks(values: Tensor, modality: str, first: int, last: int) -> 
 
 
 def _pose(factors: ClipFactors, first: int, last: int) -> Float[Tensor, "B2 K m"]:
-    """Both coordinates of pose as separate rows."""
+    """Return pose per chunk, one row per clip and coordinate."""
     return factors.by_chunk(VIDEO)[:, first:last, :, latent_world.POSE].permute(0, 3, 1, 2).flatten(0, 1)
 
 
@@ -171,25 +170,25 @@ def _seam(pose: Float[Tensor, "R K m"]) -> float:
 
 
 def _motion(factors: ClipFactors, first: int, last: int) -> float:
-    """Mean absolute change of pose and mouth inside and across chunks."""
+    """Return the mean absolute change of pose and mouth between latents."""
     values = _latents_of_chunks(factors.video, VIDEO, first, last)[..., 2:5]
     return float(values.diff(dim=1).abs().mean())
 
 
 def _identity_error(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> float:
-    """Root mean square over clips of what the window's mean identity differs from the first frame's."""
+    """Return the RMS over clips of the mean identity minus that of the first frame."""
     seen = _latents_of_chunks(factors.video, VIDEO, first, last)[..., latent_world.IDENTITY].mean(1)
     return float((seen - truth.identity).square().mean().sqrt())
 
 
 def _voice_error(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> float:
-    """The same of what the window's mean voice differs from the nearest one that there is."""
+    """Return the RMS over clips of the mean voice minus the nearest voice."""
     seen = _latents_of_chunks(factors.audio, AUDIO, first, last)[..., latent_world.VOICE].mean(1)
     return float((seen - truth.voices[_nearest(seen, truth)]).square().mean().sqrt())
 
 
 def _voice_entropy(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> float:
-    """How evenly the voices are chosen over clips: 1 evenly, 0 one for all; nan where there is only one."""
+    """Return the normalized entropy of voices over clips: 1 uniform, 0 one for all; nan with one voice."""
     voices = len(truth.voices)
     if voices == 1:
         return float("nan")
@@ -198,7 +197,7 @@ def _voice_entropy(factors: ClipFactors, truth: GroundTruth, first: int, last: i
 
 
 def _voice_changes(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> float:
-    """Share of clips that by the end of the window have another voice, the nearest one, than in their first second."""
+    """Return the share of clips with another nearest voice at the end of the window than in the first second."""
     start = _latents_of_chunks(factors.audio, AUDIO, 0, VOICE_CHUNKS)[..., latent_world.VOICE].mean(1)
     end = _latents_of_chunks(factors.audio, AUDIO, last - 1, last)[..., latent_world.VOICE].mean(1)
     return float((_nearest(start, truth) != _nearest(end, truth)).float().mean())
@@ -209,7 +208,7 @@ def _nearest(voice: Float[Tensor, "*B 2"], truth: GroundTruth) -> Int64[Tensor, 
 
 
 def _syllable_error(factors: ClipFactors, truth: GroundTruth, window: TimeWindow) -> float:
-    """Share of the syllables that end in the window whose formants are nearest to another one's, or to silence."""
+    """Return the share of syllables ending in the window with formants nearest to another syllable or silence."""
     at = latent_world.latent_midpoints(AUDIO, factors.chunks).float().expand(len(truth.end), -1).contiguous()
     now = torch.searchsorted(truth.end, at, right=True).clamp_max(truth.end.shape[1] - 1)
     batch, syllables = truth.end.shape
@@ -226,14 +225,14 @@ def _syllable_error(factors: ClipFactors, truth: GroundTruth, window: TimeWindow
 
 
 def _sync(factors: ClipFactors, first: int, last: int) -> tuple[float, float]:
-    """Mean absolute offset of sound against mouth (ms), and mean correlation at offset 0, over clips."""
+    """Return the mean absolute A/V offset (ms) and the mean correlation at offset 0, over clips."""
     video, audio = (latent_world.TIMELINE.times(m, factors.chunks).numpy() for m in (VIDEO, AUDIO))
     per = latent_world.TIMELINE.count(VIDEO, 1)
     mouth = factors.video[..., latent_world.MOUTH].norm(dim=-1).numpy()[:, first * per : last * per]
     when = video[first * per : last * per]
     offsets: list[float] = []
     values: list[float] = []
-    half = 1 / 8 - 1 / 16  # the middles of a picture latent and of a sound latent, after their starts
+    half = 1 / 8 - 1 / 16  # seconds: half a video latent minus half an audio latent
     for opening, loudness in zip(mouth, factors.audio[..., 5].numpy(), strict=True):
         loudness = np.interp(when + half, audio, loudness)
         flat = opening.std() < 1e-6 or loudness.std() < 1e-6

@@ -1,4 +1,4 @@
-"""Plots of a study: quality against evaluations, drift over the length of a clip, and what one change does."""
+"""Plots of a study: quality against NFE, drift over a clip, and ablations."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -27,14 +27,14 @@ PANELS = (
     ("seam", "seam energy over the data's (1)"),
     ("lag1", "lag-1 correlation of pose over the data's (1)"),
 )
-STEPS_SHOWN = 4  # of the plots over time and of ablations
+STEPS_SHOWN = 4  # in the plots over time and of ablations
 _DPI = 120
 _LOG = ("frechet", "identity_error", "voice_error", "seam")
-_COLORS = {name: f"C{number}" for number, name in enumerate(BASELINES)} | {"joint": "k"}  # alike on all plots
+_COLORS = {name: f"C{number}" for number, name in enumerate(BASELINES)} | {"joint": "k"}  # equal in all plots
 
 
 def draw_plots(rows: Rows, folder: Path) -> list[Path]:
-    """``frontier.png`` (first window), ``drift.png`` (all windows), ``ablations.png``, as far as there are rows."""
+    """Write ``frontier.png``, and ``drift.png`` and ``ablations.png`` if there are rows; return the paths."""
     windows = sorted({row["window"] for row in rows}, key=lambda w: float(w.split("-")[0]))
     lines = _group_rows(rows)
     table = {series: own for series, own in lines.items() if series.method not in ABLATIONS}
@@ -51,13 +51,13 @@ def draw_plots(rows: Rows, folder: Path) -> list[Path]:
 
 
 def _metrics_at(rows: Rows, method: str, window: str) -> list[Mapping[str, float]]:
-    """Metrics of the few-step mode at ``STEPS_SHOWN`` steps, of each seed."""
+    """Return the metrics of the few-step mode at ``STEPS_SHOWN`` steps, per seed."""
     of_method = [row for row in rows if row["method"] == method and row["mode"] == "few"]
     return [row["metrics"] for row in of_method if row["steps"] == STEPS_SHOWN and row["window"] == window]
 
 
 def _draw_ablations(path: Path, rows: Rows, names: Sequence[str], windows: Sequence[str]) -> Path:
-    """A row per ablation; behind it the range of the unchanged method's seeds."""
+    """Plot one row per ablation over the range of the unchanged method's seeds."""
     figure, axes = plt.subplots(2, 4, figsize=(17, 3 + 0.42 * len(names)), constrained_layout=True, sharey=True)
     late = next((w for w in reversed(windows) if float(w.split("-")[1]) <= 25.0), windows[-1])  # with all the clips
     for axis, (metric, name) in zip(axes.flat, PANELS, strict=True):
@@ -66,7 +66,10 @@ def _draw_ablations(path: Path, rows: Rows, names: Sequence[str], windows: Seque
             if whole:
                 axis.axvspan(min(whole), max(whole), color=color, alpha=0.15)
                 axis.axvline(float(np.mean(whole)), color=color, lw=0.8)
-            values = [float(np.mean([m[metric] for m in _metrics_at(rows, n, window)])) for n in names]
+            values: list[float] = []
+            for method in names:
+                by_seed = [metrics[metric] for metrics in _metrics_at(rows, method, window)]
+                values.append(float(np.mean(by_seed)))
             axis.plot(values, range(len(names)), "o", color=color, markersize=4, label=f"{window} s")
         axis.set_title(name, fontsize=10, loc="left")
         axis.set_yticks(range(len(names)), [f"{METHODS[n].key}) {METHODS[n].title}" for n in names], fontsize=8)

@@ -1,3 +1,5 @@
+"""Result rows of a study, and their means over seeds."""
+
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +54,7 @@ class ResultSeries:
 
     @classmethod
     def of_row(cls, row: StudyRow) -> "ResultSeries":
+        """Return the series of a stored row."""
         return cls(method=row["method"], mode=row["mode"], guided=row["guidance"] != 1.0)
 
 
@@ -66,10 +69,10 @@ class ResultKey:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedStatistic:
-    """A number over seeds."""
+    """Mean and spread over seeds."""
 
     mean: float
-    spread: float  # standard deviation over seeds; 0 for one
+    spread: float  # standard deviation; 0 for one seed
     seeds: int
 
     def __str__(self) -> str:
@@ -77,13 +80,14 @@ class SeedStatistic:
 
 
 def seed_statistic(values: Iterable[float]) -> SeedStatistic:
+    """Return mean and spread of one value per seed."""
     by_seed = list(values)
     spread = stdev(by_seed) if len(by_seed) > 1 else 0.0
     return SeedStatistic(mean=mean(by_seed), spread=spread, seeds=len(by_seed))
 
 
 class ResultTable:
-    """Metrics by (method, mode, steps, guided, window)."""
+    """Metrics by method, mode, guidance, steps and window, over seeds."""
 
     def __init__(self, rows: Sequence[StudyRow], costs: Sequence[TrainingCost]) -> None:
         self.rows = rows
@@ -103,26 +107,27 @@ class ResultTable:
 
     @property
     def keys(self) -> list[ResultKey]:
-        """Keys, method after method as they stand in ``METHODS``."""
+        """Return the keys in the order of ``METHODS``."""
         order = ["real", "joint", *METHODS]
         return sorted(
             self._values, key=lambda k: (order.index(k.series.method), k.series.mode, k.series.guided, k.steps)
         )
 
     def has(self, method: str, mode: Mode, *, steps: int, window: str, guided: bool = False) -> bool:
+        """Return True if there are rows of this key."""
         series = ResultSeries(method=method, mode=mode, guided=guided)
         return ResultKey(series=series, steps=steps, window=window) in self._values
 
     def seeds(self, *methods: str) -> set[int]:
-        """The seeds that any of ``methods`` has rows of."""
+        """Return the seeds of the rows of any of ``methods``."""
         return {row["seed"] for row in self.rows if row["method"] in methods}
 
     def trained(self, method: str) -> set[int]:
-        """The seeds of its trainings on record."""
+        """Return the seeds of the recorded trainings of a method."""
         return {cost["seed"] for cost in self.costs.get(method, ())}
 
     def with_seeds(self, seeds: Collection[int]) -> "ResultTable":
-        """The same, of some seeds."""
+        """Return a table of some seeds only."""
         rows = [row for row in self.rows if row["seed"] in seeds]
         costs = [cost for cost in self._costs if cost["seed"] in seeds]
         return ResultTable(rows, costs)
@@ -130,21 +135,23 @@ class ResultTable:
     def get(
         self, metric: str, method: str, mode: Mode, *, steps: int, window: str, guided: bool = False
     ) -> SeedStatistic:
+        """Return one metric. Raises KeyError without rows of this key."""
         series = ResultSeries(method=method, mode=mode, guided=guided)
         return self._values[ResultKey(series=series, steps=steps, window=window)][metric]
 
     def row(self, key: ResultKey) -> Mapping[str, SeedStatistic]:
-        """All metrics of one key."""
+        """Return all metrics of one key."""
         return self._values[key]
 
-    def cost(self, method: str, of: Callable[[TrainingCost], float]) -> SeedStatistic:
-        return seed_statistic(of(c) for c in self.costs[method])
+    def cost(self, method: str, value: Callable[[TrainingCost], float]) -> SeedStatistic:
+        """Return a value of the training costs over seeds."""
+        return seed_statistic(value(cost) for cost in self.costs[method])
 
     def history_use(self, method: str, modality: str) -> SeedStatistic:
-        """Loss on another clip's history over loss on the clip's own, of the multi-step mode."""
+        """Return the loss on another clip's history over the loss on the true history (multi-step mode)."""
         return self.cost(method, lambda c: c["history_use"][modality])
 
 
 def method_title(method: str) -> str:
-    """A method's name in tables, with its letter."""
+    """Return the title of a method in tables, with its letter."""
     return f"{METHODS[method].key}) {METHODS[method].title}" if method in METHODS else method

@@ -1,4 +1,4 @@
-"""``mfctl study``: all tasks of a study on so many processes, then the table."""
+"""Run the tasks of a study on a pool of processes; load their results."""
 
 import json
 import multiprocessing
@@ -41,20 +41,21 @@ COST_COLUMNS = {"method", "seed", "steps", "history_use", "state_bytes", "cpu_se
 
 
 def parse_seeds(text: str) -> list[int]:
-    """``3`` is how many, from 0 on; ``3,4`` are these two. ValueError for what is neither."""
+    """Parse ``--seeds``: ``3`` means seeds 0 to 2, ``3,4`` means these two. Raises ValueError otherwise."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts if part.strip() or len(parts) == 1):
-        raise ValueError(f"--seeds {text}: give how many, such as 3, or which, such as 3,4,5")
+        raise ValueError(f"--seeds {text}: not a count or a list. Give a count such as 3, or seeds such as 3,4,5")
     which = [int(part) for part in parts if part.strip()]
     seeds = which if len(parts) > 1 else list(range(which[0]))
     if not seeds:
-        raise ValueError(f"--seeds {text}: a study needs at least one")
+        raise ValueError(f"--seeds {text}: no seed. Give at least one")
     return sorted(set(seeds))
 
 
 def select_methods(names: Sequence[str], seeds: Sequence[int]) -> dict[str, Sequence[int]]:
-    """Which seeds each method is run with: the core ones and those that are named with all, others of a group with
-    the first.
+    """Return the seeds of each method: all for core methods and methods in ``names``, else the first.
+
+    Raises ValueError for unknown names.
     """
     wanted: dict[str, Sequence[int]] = {}
     for name in names:
@@ -63,38 +64,40 @@ def select_methods(names: Sequence[str], seeds: Sequence[int]) -> dict[str, Sequ
             wanted[method] = seeds if whole else seeds[:1]
     unknown = [name for name in wanted if name not in METHODS]
     if unknown:
-        raise ValueError(f"no method {', '.join(unknown)}: choose from {', '.join([*GROUPS, *METHODS])}")
+        raise ValueError(f"unknown method {', '.join(unknown)}: choose from {', '.join([*GROUPS, *METHODS])}")
     return wanted
 
 
 def claim_study_dir(config: StudyConfig, out: Path) -> None:
-    """A study goes on only with the configuration that it began with."""
+    """Create the folder of a study. Raises ValueError if it holds other settings or other files."""
     path = out / "study.json"
     if path.exists():
         differences = _differences(path, config)
         if differences:
-            raise ValueError(f"{out} holds a study with other settings ({'; '.join(differences)}): choose a new folder")
+            raise ValueError(
+                f"{out} holds a study with other settings ({'; '.join(differences)}): choose a new folder with --out"
+            )
         return
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: --out names the folder of a study")
+        raise ValueError(f"{out} is a file. --out must name a folder")
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no study: choose a new folder")
+        raise ValueError(f"{out} is not empty and holds no study: choose a new folder with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(config))
     except OSError as error:
-        raise ValueError(f"cannot keep a study in {out}: {error.strerror}") from None
+        raise ValueError(f"cannot write a study to {out}: {error.strerror}. Choose another folder with --out") from None
 
 
 def _differences(path: Path, config: StudyConfig, *, ignore: Collection[str] = ()) -> list[str]:
-    """``a.b: 1 -> 2`` for what ``config`` has otherwise than the study of this file."""
+    """Return the differences between a stored configuration and ``config``, as ``a.b: 1 -> 2``."""
     wanted = json.loads(json.dumps(asdict(config)))
     try:
         stored = read_json(path)
     except ValueError:
         stored = None
     if not isinstance(stored, dict):
-        raise ValueError(f"{path} is damaged, or of another program: choose a new folder")
+        raise ValueError(f"{path} is not the configuration of a study: choose a new folder with --out")
     for settings in (stored, wanted):
         for key in ignore:
             settings.pop(key, None)
@@ -102,18 +105,18 @@ def _differences(path: Path, config: StudyConfig, *, ignore: Collection[str] = (
 
 
 def import_networks(config: StudyConfig, source: Path, out: Path, methods: dict[str, Sequence[int]]) -> int:
-    """Copy the trained networks of ``methods`` in the study in ``source`` that ``out`` has not; how many they were.
+    """Copy trained networks of ``methods`` from another study; return their number. Existing ones are kept.
 
-    ValueError where ``config`` would have trained them in another way: they may only be sampled in one.
+    Raises ValueError if ``config`` differs in settings of the training; settings of sampling may differ.
     """
     path = source / "study.json"
     if not path.exists():
-        raise ValueError(f"{source} holds no study: give the folder that --out named for one")
+        raise ValueError(f"{source} holds no study. --networks must name the folder of a study")
     differences = _differences(path, config, ignore=SAMPLING)
     if differences:
         raise ValueError(
-            f"the networks in {source} were trained with other settings ({'; '.join(differences)}): give the same ones "
-            f"with --set; only {', '.join(SAMPLING)} may differ"
+            f"the networks in {source} were trained with other settings ({'; '.join(differences)}). "
+            f"Give the same settings with --set; only {', '.join(SAMPLING)} may differ"
         )
     claim_study_dir(config, out)
     copied = 0
@@ -123,10 +126,10 @@ def import_networks(config: StudyConfig, source: Path, out: Path, methods: dict[
         record, folder = task.result_path(source), task.result_path(out).parent
         if (folder / record.name).exists() or not record.exists() or not (record.parent / WEIGHTS).exists():
             continue
-        if (folder / STEP_FILE).exists():  # a training of this study's own goes on
+        if (folder / STEP_FILE).exists():  # this study has begun the training
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS, LOG_FILE, record.name):  # the record last: it says that a training is done
+        for name in (WEIGHTS, LOG_FILE, record.name):  # the record last: it marks the training as done
             if (record.parent / name).exists():
                 shutil.copy(record.parent / name, folder / name)
         copied += 1
@@ -135,10 +138,10 @@ def import_networks(config: StudyConfig, source: Path, out: Path, methods: dict[
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOutcome:
-    """How a study was pending."""
+    """State of a study after a call."""
 
-    done: bool  # False: the time was up, and the same call goes on
-    failed: dict[str, str] = field(default_factory=dict)  # tasks by name, with what went wrong
+    done: bool  # False: stopped at the deadline; the same call continues
+    failed: dict[str, str] = field(default_factory=dict)  # error by task name
 
 
 def run_tasks(
@@ -151,9 +154,9 @@ def run_tasks(
     minutes: float | None,
     log: Callable[[str], object] = print,
 ) -> StudyOutcome:
-    """Do what is missing. A task that fails takes those that need it with it, and no other."""
+    """Run the pending tasks. If a task fails, only the tasks that depend on it are skipped."""
     if minutes is not None and minutes <= 0:
-        raise ValueError(f"--minutes {minutes:g}: give more than none, or leave it out for no limit")
+        raise ValueError(f"--minutes {minutes:g}: must be positive. Omit --minutes for no limit")
     claim_study_dir(config, out)
     deadline = float("inf") if minutes is None else time.time() + 60 * minutes
     pending = pending_tasks(out, plan_tasks(config, methods))
@@ -183,21 +186,21 @@ def run_tasks(
                 except BrokenProcessPool:
                     raise
                 except Exception as error:
-                    if not isinstance(error, ValueError):  # no wrong number, a fault: where it is
+                    if not isinstance(error, ValueError):  # a bug, not a user error
                         traceback.print_exception(error)
                     failed[task.name] = f"{type(error).__name__}: {error}"
                     skipped = _dependents(task, pending)
                     pending = [other for other in pending if other not in skipped]
-                    log(f"{task.name} failed, and with it {len(skipped)} tasks that need it: {failed[task.name]}")
+                    log(f"{task.name} failed: {failed[task.name]}. Skipped {len(skipped)} dependent tasks")
                 else:
                     log(f"{total - len(pending) - len(running) - len(failed)} of {total}: {task.name}")
     return StudyOutcome(done=True, failed=failed)
 
 
 def _dependents(task: StudyTask, among: Sequence[StudyTask]) -> list[StudyTask]:
-    """Those that cannot be done without ``task``, at once or through another."""
+    """Return the direct and indirect dependents of ``task``."""
     found: list[StudyTask] = []
-    for other in among:  # what is needed comes first
+    for other in among:  # dependencies precede their dependents
         if other.dependency == task or other.dependency in found:
             found.append(other)
     return found
@@ -208,13 +211,13 @@ def _ready(pending: Sequence[StudyTask], out: Path) -> Iterator[StudyTask]:
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """So many processes, which end with this one."""
+    """Return a pool of processes that exit with this process."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(workers,))
 
 
 def _init_worker(workers: int) -> None:
-    """A process of the pool: has its share of the threads, and ends when the one that started it is gone, however."""
+    """Limit the threads of a pool process and make it exit with its parent."""
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
@@ -222,11 +225,11 @@ def _init_worker(workers: int) -> None:
 
 def _exit_with(parent: BaseProcess) -> None:
     parent.join()
-    os._exit(1)  # what was saved is whole, and the same command goes on from there
+    os._exit(1)  # saved files are complete, so the same command continues
 
 
 def load_scores(out: Path) -> list[StudyRow]:
-    """All scores on disk. ValueError names a file that holds none."""
+    """Return all stored scores. Raises ValueError for a corrupt file."""
     rows: list[StudyRow] = []
     for path in sorted((out / "rows").glob("*.json")):
         stored = read_json(path)
@@ -248,7 +251,7 @@ def _is_cost(cost: Any) -> TypeGuard[TrainingCost]:
 
 
 def load_costs(out: Path) -> list[TrainingCost]:
-    """What each finished training took. ValueError names a file that does not log it."""
+    """Return the costs of all finished trainings. Raises ValueError for a corrupt file."""
     costs: list[TrainingCost] = []
     for path in sorted(out.glob("seed-*/*/train.json")):
         cost = read_json(path)

@@ -1,4 +1,4 @@
-"""The whole of ``mfctl study``: settings, tasks, and what is made of their rows."""
+"""Run a study and publish its results as page, plots and MLflow runs (``mfctl study``)."""
 
 import hashlib
 import json
@@ -40,19 +40,18 @@ def run_study(
     tracking: str,
     networks: str | None = None,
 ) -> dict[str, Any]:
-    """Do what is missing of a study in ``out``, then write its results, page and plots, and log them.
+    """Run the pending tasks of a study in ``out``; write and log results, page and plots; return a summary.
 
-    What failed is named in ``failed``, with its error; the page is of what did not.
-
-    ``networks``: folder of another study, whose trained networks are sampled in another way here.
+    Failed tasks are listed in ``failed`` with their errors; the page covers the others. ``networks``: folder of another
+    study to copy trained networks from.
     """
     config = serialization.apply_overrides(study_preset(preset), serialization.parse_overrides(sets))
     try:
         torch.device(device)
     except RuntimeError:
-        raise ValueError(f"--device {device}: torch knows no such device; give cpu, cuda or cuda:1") from None
+        raise ValueError(f"--device {device}: unknown device. Give cpu, cuda or cuda:1") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no GPU here; leave the option out to run on CPU")
+        raise ValueError(f"--device {device}: torch finds no GPU. Omit --device to run on the CPU")
     wanted = select_methods([name.strip() for name in methods], parse_seeds(seeds))
     if dry_run:
         return {"config": serialization.to_dict(config), "methods": {m: list(s) for m, s in wanted.items()}}
@@ -61,8 +60,8 @@ def run_study(
         copied = import_networks(config, Path(networks), folder, wanted)
         own = [task.name for task in pending_tasks(folder, plan_tasks(config, wanted)) if task.kind == "train"]
         print(
-            f"{copied} trained networks taken from {networks}"
-            + (f"; it has none of {', '.join(own)}: they are trained here" if own else ""),
+            f"copied {copied} trained networks from {networks}"
+            + (f"; not found there, to be trained: {', '.join(own)}" if own else ""),
             file=sys.stderr,
         )
     outcome = run_tasks(
@@ -76,9 +75,9 @@ def run_study(
     )
     unfinished = {"results": None, "done": outcome.done, "failed": outcome.failed}
     if not outcome.done:
-        return unfinished | {"next": "the time was up: the same command goes on"}
+        return unfinished | {"next": "stopped at --minutes. Run the same command to continue"}
     if outcome.failed and not load_scores(folder):
-        return unfinished | {"next": "nothing was scored: the same command tries again"}
+        return unfinished | {"next": "no task was scored. Fix the errors, then run the same command again"}
     settings = serialization.to_dict(config)
     result = _publish(folder, max(config.counts), tracking=tracking, settings=settings, device=device)
     return result | {"failed": outcome.failed}
@@ -118,8 +117,8 @@ def _page_header(costs: Sequence[TrainingCost], device: str) -> str:
 def _draw_plots(rows: Sequence[StudyRow], folder: Path) -> list[Path]:
     try:
         from workflows.study import plots
-    except ModuleNotFoundError as missing:  # a GPU machine may have torch alone: the same command draws elsewhere
-        print(f"no plots here: {missing.name} is not installed", file=sys.stderr)
+    except ModuleNotFoundError as missing:  # the same command draws on a machine with matplotlib
+        print(f"warning: no plots: {missing.name} is not installed", file=sys.stderr)
         return []
     return plots.draw_plots(rows, folder)
 
@@ -127,9 +126,9 @@ def _draw_plots(rows: Sequence[StudyRow], folder: Path) -> list[Path]:
 def _log_to_tracker(
     folder: Path, table: ResultTable, files: Sequence[Path], *, uri: str, settings: dict[str, Any]
 ) -> str | None:
-    """A parent run with the page, and a run per method and mode whose step is the number of evaluations.
+    """Log a parent run with the page, and a child run per method and mode with NFE as step; return the parent's ID.
 
-    ``mlflow.json`` notes what one store has got: another gets everything, and the same one again what has changed.
+    ``mlflow.json`` records what the store has: the same store receives changes only, another one everything.
     """
     record_path = folder / SYNC_STATE_FILE
     store = uri if mlflow_enabled() else "json"
@@ -167,7 +166,7 @@ def _log_to_tracker(
 
 
 def _points(table: ResultTable, series: ResultSeries) -> dict[int, dict[str, float]]:
-    """Means over seeds of every metric of every window, by number of evaluations."""
+    """Return the means over seeds of all metrics and windows, by number of function evaluations."""
     points: dict[int, dict[str, float]] = defaultdict(dict)
     for key in table.keys:
         if key.series == series and key.steps:

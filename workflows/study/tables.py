@@ -1,4 +1,4 @@
-"""Rows of a study to a table, to the bars it is measured by, and to a page of Markdown."""
+"""Results of a study as a Markdown page."""
 
 from collections.abc import Collection
 
@@ -8,7 +8,7 @@ from workflows.study.results_table import COLUMNS, EARLY, LATE, ResultKey, Resul
 
 
 def to_markdown(table: ResultTable, most: int) -> str:
-    """The results as a page: bars, what one change does, then a table per window, then what each training took."""
+    """Return the page: claims, ablations, a table per window, and training costs."""
     lines = ["## Bars", "", "| claim | measured | seeds | |", "|-|-|-|-|"]
     lines += [
         f"| {b.claim} | {b.measured} | {_seeds(b.seeds)} | {'met' if b.met else 'MISSED'} |"
@@ -35,7 +35,7 @@ def to_markdown(table: ResultTable, most: int) -> str:
 
 
 def _ablations(table: ResultTable) -> list[str]:
-    """A row per ablation; before them the unchanged method, of their seeds alone: one seed is not a mean of three."""
+    """Return a row per ablation after a row of the unchanged method on the same seeds."""
     names = [name for name in ABLATIONS if table.seeds(name) and name in table.costs]
     if not names:
         return []
@@ -80,7 +80,9 @@ def _state(table: ResultTable, method: str) -> str:
 
 
 def _line(table: ResultTable, key: ResultKey) -> str:
-    series, steps, row = key.series, key.steps, table.row(key)
+    series = key.series
+    steps = key.steps
+    row = table.row(key)
     cells = [str(row[name]) for name in COLUMNS]
     euler = "Euler, guided" if series.guided else "Euler"
     mode = {"multi": euler, "few": "few-step"}[series.mode] if steps else "-"

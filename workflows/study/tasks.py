@@ -1,10 +1,11 @@
-"""A study in tasks that end in a file: training of one method, or scores of one setting. What is on disk is done.
+"""Study tasks: training of one method, or scores of one sampling setting. A task is done when its file exists.
 
 ```text
-OUT/study.json                         the configuration; another one is refused
-OUT/seed-S/METHOD/weights.safetensors  average weights at the end of training; beside it train.json: losses, costs
-OUT/seed-S/METHOD/step.json, state-*   where an unfinished training stands
-OUT/rows/seed-S-METHOD-MODE-STEPS.json scores by window
+OUT/study.json                         configuration; a different one is rejected
+OUT/seed-S/METHOD/weights.safetensors  EMA weights after training
+OUT/seed-S/METHOD/train.json           history use and costs
+OUT/seed-S/METHOD/step.json, state-*   state of an unfinished training
+OUT/rows/seed-S-METHOD-MODE-STEPS.json scores per window
 ```
 """
 
@@ -39,7 +40,7 @@ from workflows.study.trainer import Trainer
 from workflows.utils.json_io import atomic_path, read_json, write_json
 
 JOINT_KEY = "joint"
-REAL_KEY = "real"  # real clips, scored like generated ones
+REAL_KEY = "real"  # real clips, scored like generated clips
 WEIGHTS = "weights.safetensors"
 LOG_FILE = "log.jsonl"
 SAVE_SECONDS = 60.0
@@ -49,7 +50,7 @@ HISTORY_CLIPS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class StudyTask:
-    """One piece of work; ``needs`` must be done before."""
+    """One training or one score; ``dependency`` must be done before it."""
 
     kind: Literal["train", "score"]
     method: str
@@ -60,6 +61,7 @@ class StudyTask:
 
     @property
     def name(self) -> str:
+        """Return the unique name, which is also the name of the score file."""
         name = f"seed-{self.seed}-{self.method}"
         if self.kind == "train":
             return name
@@ -67,28 +69,30 @@ class StudyTask:
 
     @property
     def dependency(self) -> "StudyTask | None":
+        """Return the training that provides the weights, if any."""
         if self.kind == "score":
             return None if self.method == REAL_KEY else StudyTask(kind="train", method=self.method, seed=self.seed)
         return None if self.method == JOINT_KEY else StudyTask(kind="train", method=JOINT_KEY, seed=self.seed)
 
     def result_path(self, out: Path) -> Path:
-        """The file that says it is done."""
+        """Return the path of the file that marks the task as done."""
         if self.kind == "score":
             return out / "rows" / f"{self.name}.json"
         return out / f"seed-{self.seed}" / self.method / "train.json"
 
     def is_done(self, out: Path) -> bool:
+        """Return True if the result file exists."""
         return self.result_path(out).exists()
 
     def is_ready(self, out: Path) -> bool:
-        """Whether its needs are met: a training may be on record without its weights."""
+        """Return True if the dependency is done and its weights exist."""
         return self.dependency is None or (
             self.dependency.is_done(out) and _weights_path(out, self.dependency.method, self.seed).exists()
         )
 
 
 def plan_tasks(config: StudyConfig, methods: dict[str, Sequence[int]]) -> list[StudyTask]:
-    """What a study of ``methods`` (name -> seeds) consists of, seed after seed, in an order that respects needs."""
+    """Return all tasks of a study of ``methods`` (name -> seeds), seed by seed, dependencies first."""
     tasks: list[StudyTask] = []
     for s in sorted(set().union(*methods.values())):
         names = [name for name, seeds in methods.items() if s in seeds]
@@ -104,9 +108,10 @@ def plan_tasks(config: StudyConfig, methods: dict[str, Sequence[int]]) -> list[S
 
 
 def _score_tasks(config: StudyConfig, name: str, seed: int, mode: Mode) -> list[StudyTask]:
-    """The few-step mode has its guidance built in; the multi-step mode is asked plainly, and at most steps with it.
+    """Return the score tasks of one method and mode.
 
-    Beside a few-step mode the multi-step one is asked once: is it still what it was?
+    The few-step mode has built-in guidance. The multi-step mode runs unguided, and guided at the largest step count.
+    Methods with both modes run the multi-step mode once, to detect a loss of quality.
     """
     counts = METHODS[name].counts or config.counts
     plain = [StudyTask(kind="score", method=name, seed=seed, mode=mode, steps=n) for n in counts]
@@ -114,18 +119,18 @@ def _score_tasks(config: StudyConfig, name: str, seed: int, mode: Mode) -> list[
         return plain
     if "few" in METHODS[name].modes:
         return plain[-1:]
-    if config.guidance == 1.0:  # which is none
+    if config.guidance == 1.0:  # guidance is off
         return plain
     most = max(config.counts)
     return [*plain, StudyTask(kind="score", method=name, seed=seed, mode=mode, steps=most, guidance=config.guidance)]
 
 
 class DeadlineReached(Exception):
-    """The deadline came; what was done so far is saved."""
+    """The deadline passed; the progress is saved."""
 
 
 def run_task(config: StudyConfig, out: Path, task: StudyTask, *, device: str, deadline: float) -> None:
-    """Do one task, or as much of it as the time until ``deadline`` (seconds of ``time.time``) allows."""
+    """Run one task. Raises DeadlineReached at ``deadline`` (as ``time.time()``), with the progress saved."""
     if task.kind == "train":
         _train(config, out, task, device=device, deadline=deadline)
     else:
@@ -133,11 +138,9 @@ def run_task(config: StudyConfig, out: Path, task: StudyTask, *, device: str, de
 
 
 def pending_tasks(out: Path, tasks: Sequence[StudyTask]) -> list[StudyTask]:
-    """What is to be done of ``tasks``, in their order; trainings that are done, and whose weights others need and are
-    not there, among it.
-    """
+    """Return the tasks to run, in order, including finished trainings with missing weights that others need."""
     pending = {task for task in tasks if not task.is_done(out)}
-    for task in reversed(tasks):  # what is needed comes first
+    for task in reversed(tasks):  # dependencies precede their dependents
         if task in pending and task.dependency and not task.is_ready(out):
             pending.add(task.dependency)
     return [task for task in tasks if task in pending]
@@ -148,7 +151,7 @@ def _weights_path(out: Path, method: str, seed: int) -> Path:
 
 
 def _method_config(config: StudyConfig, method: str) -> StudyConfig:
-    """Settings with what ``method`` changes of them."""
+    """Return the settings with the changes of ``method``."""
     return METHODS[method].change(config) if method in METHODS else config
 
 
@@ -187,7 +190,7 @@ def _train(config: StudyConfig, out: Path, task: StudyTask, *, device: str, dead
     trainer = _build_trainer(config, out, task, device)
     trainer.resume(folder)
     log = folder / LOG_FILE
-    if trainer.step == 0:  # of a training that is gone nothing counts
+    if trainer.step == 0:  # discard log and costs of a deleted training
         (folder / "cost.json").unlink(missing_ok=True)
         log.unlink(missing_ok=True)
     cost = read_json(folder / "cost.json", default={"seconds": 0.0, "cpu_seconds": 0.0})
@@ -211,7 +214,7 @@ def _train(config: StudyConfig, out: Path, task: StudyTask, *, device: str, dead
             save()
             saved = time.monotonic()
             if time.time() > deadline:
-                raise DeadlineReached(f"{task.name} stands at step {trainer.step} of {trainer.steps}")
+                raise DeadlineReached(f"{task.name} stopped at step {trainer.step} of {trainer.steps}")
     save()
     _finish(config, out, task, trainer)
 
@@ -248,7 +251,7 @@ def _score(config: StudyConfig, out: Path, task: StudyTask, device: str) -> None
     rows: list[StudyRow] = []
     for window in parse_windows(config.windows):
         part = clips.short if window.end <= config.seconds else clips.long
-        assert part is not None  # the configuration has no windows beyond the clips
+        assert part is not None  # checked by the configuration
         streams, truth = part
         metrics = score_window(streams, truth, window, real) | speed
         rows.append(
@@ -269,7 +272,7 @@ def _score(config: StudyConfig, out: Path, task: StudyTask, device: str) -> None
 
 @dataclass(frozen=True)
 class _GeneratedClips:
-    """Clips with their truth: all of them as far as all go, and those that go on in long_streams."""
+    """Clips and ground truth: all clips up to the common length, and the long clips in full."""
 
     short: tuple[dict[str, Stream], GroundTruth]
     long: tuple[dict[str, Stream], GroundTruth] | None
@@ -277,7 +280,7 @@ class _GeneratedClips:
 
 
 def _generate(config: StudyConfig, out: Path, task: StudyTask, device: str) -> _GeneratedClips:
-    """Generated by the network of ``task``, or drawn where it asks for real clips."""
+    """Generate the clips of ``task`` with its network, or draw real clips."""
     short, long = (int(s / float(latent_world.CHUNK_SECONDS)) for s in (config.seconds, config.long_seconds))
     drawn = torch.arange(config.clips) + STUDY_SCORE_SAMPLE_OFFSET
     clips = latent_world.sample_clips(task.seed, drawn, long if config.long_clips else short, config.voices)
@@ -326,7 +329,7 @@ def _roll_out(
     tokens = sum(latent_world.TIMELINE.max_count(m) for m in shapes)
     context = DenoiserContext(model=net, cond=batch.cond, guidance=task.guidance).prefill()
     context = context.map_caches(lambda cache: to_ring_cache(cache, tokens))
-    # as when streaming: what the few-step mode writes is labelled as its own, the multi-step mode takes it for real
+    # as in streaming: the few-step mode labels its history as generated, the multi-step mode as real
     labelled = task.mode == "few" and _method_config(config, task.method).method.trust_label
     trust = torch.ones(len(batch.samples), device=like.device) if labelled else None
     plan = schedule(task.steps, config.shift)

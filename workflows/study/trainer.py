@@ -1,4 +1,4 @@
-"""One network of the study and how it trains: plain PyTorch, clips drawn on the fly, resumable at any step."""
+"""Training of one study network: plain PyTorch, synthetic clips drawn per step, resumable at any step."""
 
 import copy
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ from workflows.study.config import StudyConfig
 from workflows.training.engines.base import Engine, NonFiniteError, build_engine
 from workflows.utils.json_io import read_json, write_json
 
-STEP_FILE = "step.json"  # where a training stands
-NO_TRANSCRIPT_SHARE = 0.15  # share of clips without transcript, for guidance (METHOD 4; there is no caption here)
+STEP_FILE = "step.json"  # last saved step
+NO_TRANSCRIPT_SHARE = 0.15  # share of clips without transcript, for guidance
 
 
 def training_batch(config: StudyConfig, seed: int, step: int) -> AVBatch:
-    """The clips of a step, a function of (seed, step): none is ever seen twice."""
+    """Return the clips of a step, a function of (seed, step); every clip is used once."""
     samples = torch.arange(config.batch) + step * config.batch
     pick = float(uniform_rows(seed, "study/length", [step], 1))
     batch = latent_world.sample_clips(seed, samples, config.chunks[int(pick * len(config.chunks))], config.voices).batch
@@ -37,9 +37,9 @@ def training_batch(config: StudyConfig, seed: int, step: int) -> AVBatch:
 
 
 class Trainer:
-    """A student, its average, and a fake score where the objective has one.
+    """Student, its EMA, and a fake score if the objective needs one.
 
-    ``teacher``: what the objective knows as "ema", if it is another network than the student's average.
+    ``teacher`` replaces the EMA weights as the objective's "ema" network.
     """
 
     def __init__(
@@ -53,8 +53,12 @@ class Trainer:
         optim: OptimConfig,
         teacher: nn.Module | None = None,
     ) -> None:
-        self.config, self.objective, self.seed, self.steps = config, objective, seed, steps
-        self.ema, self._teacher = Ema(student, config.ema), teacher
+        self.config = config
+        self.objective = objective
+        self.seed = seed
+        self.steps = steps
+        self.ema = Ema(student, config.ema)
+        self._teacher = teacher
         self.device = next(student.parameters()).device
         self.optims = {"student": optim}
         nets = {"student": student}
@@ -71,9 +75,9 @@ class Trainer:
         self.step = 0
 
     def train_step(self, *, with_metrics: bool = True) -> dict[str, float]:
-        """One step of every network: means of the terms, and the norm of each network's gradient before clipping.
+        """Run one step of every network; return term means and gradient norms before clipping.
 
-        ``with_metrics``: whether anybody reads the means; each is a number that the CPU waits for.
+        ``with_metrics=False`` skips the means; each one synchronizes with the GPU.
         """
         batch = training_batch(self.config, self.seed, self.step).to(self.device)
         info = StepInfo(seed=self.seed, step=self.step, stage_step=self.step)
@@ -81,11 +85,11 @@ class Trainer:
         student_moves = False
         for terms in self.objective.rounds(self.models, batch, info):
             for name, own in terms.items():
-                if not own:  # the fake score learns alone at first
+                if not own:  # in the first DMD phase, only the fake score is trained
                     continue
                 loss = total_loss(own)
                 if not torch.isfinite(loss):
-                    raise NonFiniteError(f"step {self.step}: the loss of the network {name!r} is {float(loss)}")
+                    raise NonFiniteError(f"step {self.step}: loss of network {name!r} is {float(loss)}")
                 self.engines[name].backward(loss)
                 if with_metrics:
                     means = summarize_terms(own)
@@ -104,34 +108,34 @@ class Trainer:
         return {f"gradient_norm/{name}": self.engines[name].step(lr)}
 
     def state_bytes(self) -> int:
-        """Bytes that training holds: weights, gradients and two moments of what it trains, the average, the teacher.
+        """Return the bytes of weights, gradients and two moments of the trained networks, EMA and teacher.
 
-        All float32. A low-rank fake score brings its own terms only.
+        All are float32. A low-rank fake score counts its low-rank terms only.
         """
         trained = sum(w.numel() for e in self.engines.values() for _, w in e.weights())
-        kept = [self.ema.module, *([self._teacher] if self._teacher is not None else [])]
-        return 4 * (4 * trained + sum(p.numel() for net in kept for p in net.parameters()))
+        frozen = [self.ema.module, *([self._teacher] if self._teacher is not None else [])]
+        return 4 * (4 * trained + sum(p.numel() for net in frozen for p in net.parameters()))
 
     def save(self, folder: Path) -> None:
-        """State of all networks; the file with the step comes last, and the folder of the state before goes then."""
-        now = folder / f"state-{self.step:06d}"
-        now.mkdir(parents=True, exist_ok=True)
+        """Write the state of all networks, then the step file; delete the previous state."""
+        state = folder / f"state-{self.step:06d}"
+        state.mkdir(parents=True, exist_ok=True)
         for name, engine in self.engines.items():
-            engine.state_shard().write(now, name)
-        save_file({n: w.detach().cpu().contiguous() for n, w in self.ema.weights()}, now / "ema.safetensors")
+            engine.state_shard().write(state, name)
+        save_file({n: w.detach().cpu().contiguous() for n, w in self.ema.weights()}, state / "ema.safetensors")
         write_json(folder / STEP_FILE, {"step": self.step})
         for old in folder.glob("state-*"):
-            if old != now:
+            if old != state:
                 _remove(old)
 
     def resume(self, folder: Path) -> None:
-        """Go on from the last ``save`` into ``folder``, if there was one and it is still there."""
+        """Restore the last saved state in ``folder``, if there is one."""
         if not (folder / STEP_FILE).exists():
             return
         step = read_json(folder / STEP_FILE)["step"]
         state = folder / f"state-{step:06d}"
         if not (state / "ema.safetensors").exists():
-            return  # only what is small was kept
+            return  # the large files were deleted
         self.step = step
         self.ema.load_state_dict(load_file(state / "ema.safetensors", device=str(self.device)))
         for name, engine in self.engines.items():

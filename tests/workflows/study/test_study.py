@@ -1,4 +1,4 @@
-"""The study: its world and readers, its bars, and a whole small one that is interrupted."""
+"""Check the study: synthetic world, metrics, claims, task order, interruption and tracking."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from mfcore.metrics.windows import TimeWindow
 from mfcore.rollout import rollout
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.published_study import published_study_dir
-from workflows.cli.study import _which
+from workflows.cli.study import _scope
 from workflows.study import latent_world, plots, tasks
 from workflows.study import study as study_report
 from workflows.study.claims import check_claims
@@ -59,13 +59,13 @@ def real(ref, clips):
 
 
 def change(clips, modality, how):
-    """The clips' streams with one modality's latents changed."""
+    """Return the clips' streams with changed latents of one modality."""
     streams = dict(clips.batch.streams)
     return streams | {modality: streams[modality].with_latents(how(streams[modality].latents))}
 
 
 def moved(clips, modality, where, by):
-    """The clips' streams with a factor changed."""
+    """Return the clips' streams with one changed factor."""
     turn = latent_world.mixing_matrix(modality)
 
     def how(latents):
@@ -77,13 +77,13 @@ def moved(clips, modality, where, by):
 
 
 class TestWorld:
-    def test_a_clip_depends_on_its_number_alone(self):
+    def test_clip_depends_on_its_sample_number_only(self):
         some = sample_clips(0, torch.tensor([5, 3]), 4)
         one = sample_clips(0, torch.tensor([3]), 4)
         for m in (VIDEO, AUDIO):
             assert torch.allclose(some.batch.streams[m].latents[1:], one.batch.streams[m].latents, atol=1e-6)
 
-    def test_latents_stand_on_the_timeline_and_are_mixed_by_a_rotation(self, clips):
+    def test_latents_follow_the_timeline_and_are_mixed_by_a_rotation(self, clips):
         for m in (VIDEO, AUDIO):
             assert clips.batch.streams[m].latents.shape[1] == latent_world.TIMELINE.count(m, 10)
             turn = latent_world.mixing_matrix(m)
@@ -95,7 +95,7 @@ class TestWorld:
         assert 2 / brow[brow > 0].std() == pytest.approx(20, rel=0.1)
 
     @pytest.mark.parametrize("voices", [latent_world.VOICES, 8])
-    def test_a_voice_is_one_of_a_few_and_stays(self, real, voices):
+    def test_voice_is_one_of_a_few_and_constant(self, real, voices):
         streams = sample_clips(0, MANY, 10, voices).batch.streams
         voice = read_factors(AUDIO, streams[AUDIO].latents)[..., latent_world.VOICE]
         far = torch.cdist(voice, latent_world.voice_means(voices))
@@ -104,19 +104,19 @@ class TestWorld:
         assert real["voice_error"] < 0.03
         assert torch.equal(torch.unique(far[:, 0].argmin(-1)), torch.arange(voices))
 
-    def test_the_first_frame_tells_no_voice(self):
+    def test_first_frame_is_uncorrelated_with_the_voice(self):
         many = sample_clips(0, torch.arange(2000), 1)
         first = read_factors(VIDEO, many.batch.cond.first_frame[:, None])[:, 0]
         both = torch.cat([first, many.truth.voice], dim=1).T
         assert both.corrcoef()[: len(first.T), len(first.T) :].abs().max() < 0.08  # 3.6 / sqrt(2000)
 
-    def test_pose_goes_on_across_chunks_and_gestures_stay(self, real):
+    def test_pose_is_continuous_across_chunks_and_gestures_persist(self, real):
         assert real["gesture_flips"] == pytest.approx(0.15, abs=0.04)
         assert real["seam"] == pytest.approx(1, abs=0.1)
 
 
 class TestScores:
-    def test_real_clips_are_right(self, real):
+    def test_real_clips_have_ideal_scores(self, real):
         assert real["valid"] > 0.99
         assert real["syllable_error"] < 0.02
         assert real["sync"] > 0.95
@@ -125,7 +125,7 @@ class TestScores:
         assert real["motion"] == pytest.approx(1, abs=0.1)
         assert real["failed"] == 0
 
-    def test_more_noise_is_worse(self, clips, ref, real):
+    def test_more_noise_worsens_the_scores(self, clips, ref, real):
         before = real
         for scale in (0.2, 0.6):
             noisy = change(clips, VIDEO, lambda x, scale=scale: x + scale * torch.randn_like(x))
@@ -135,25 +135,25 @@ class TestScores:
             assert now["sync"] < before["sync"]
             before = now
 
-    def test_another_clips_sound_is_out_of_sync_and_says_the_wrong_thing(self, clips, ref):
+    def test_audio_of_another_clip_fails_sync_and_syllables(self, clips, ref):
         now = score_window(change(clips, AUDIO, lambda x: x.roll(1, 0)), clips.truth, WHOLE, ref)
         assert abs(now["sync"]) < 0.15
         assert now["syllable_error"] > 0.7
 
-    def test_late_sound_is_seen(self, clips, ref):
+    def test_late_audio_is_detected(self, clips, ref):
         now = score_window(change(clips, AUDIO, lambda x: x.roll(2, 1)), clips.truth, WHOLE, ref)
         assert now["offset_ms"] == pytest.approx(250, abs=30)
 
-    def test_a_jump_at_every_border_is_seam_energy(self, clips, ref):
+    def test_jumps_at_chunk_borders_raise_seam_energy(self, clips, ref):
         jump = 2.0 * (clips.batch.streams[VIDEO].chunk % 2)[:, None]
         now = score_window(moved(clips, VIDEO, latent_world.POSE, lambda x: x + jump), clips.truth, WHOLE, ref)
         assert now["seam"] > 10
 
-    def test_another_face_is_an_identity_error(self, clips, ref):
+    def test_changed_identity_raises_identity_error(self, clips, ref):
         now = score_window(moved(clips, VIDEO, latent_world.IDENTITY, lambda x: x + 0.5), clips.truth, WHOLE, ref)
         assert now["identity_error"] == pytest.approx(0.5, abs=0.02)
 
-    def test_a_voice_that_changes_on_the_way_is_a_voice_error(self, clips, ref, real):
+    def test_voice_drift_raises_voice_error(self, clips, ref, real):
         late = (clips.batch.streams[AUDIO].chunk >= 5)[:, None] * 0.5
         now = score_window(
             moved(clips, AUDIO, latent_world.VOICE, lambda x: x + late), clips.truth, TimeWindow(start=2.5, end=5), ref
@@ -162,7 +162,7 @@ class TestScores:
         assert now["voice_changes"] == 0
         assert now["frechet"] > 100 * real["frechet"]  # 0.5 is 16 spreads of a chunk's mean
 
-    def test_a_clip_that_ends_with_another_voice_has_changed_it(self, clips, ref, real):
+    def test_clip_with_another_final_voice_counts_as_voice_change(self, clips, ref, real):
         turned = (
             1 - 2.0 * ((clips.batch.streams[AUDIO].chunk >= 5) & (torch.arange(len(MANY)) < 24)[:, None])[..., None]
         )
@@ -176,25 +176,25 @@ class TestScores:
         assert real["voice_changes"] == 0
         assert now["voice_error"] == pytest.approx(real["voice_error"], abs=0.01)
 
-    def test_another_voice_from_the_start_is_none(self, clips, ref, real):
-        """Which of them speaks is free: the first frame does not say."""
+    def test_another_voice_from_the_start_is_no_voice_error(self, clips, ref, real):
+        """The first frame does not determine the voice."""
         now = score_window(moved(clips, AUDIO, latent_world.VOICE, lambda x: -x), clips.truth, WHOLE, ref)
         assert now["voice_error"] == pytest.approx(real["voice_error"], abs=1e-4)
         assert now["frechet"] == pytest.approx(real["frechet"], rel=0.1)
 
-    def test_one_choice_for_all_is_no_entropy(self, clips, ref):
+    def test_one_choice_for_all_clips_lowers_entropy(self, clips, ref):
         now = score_window(moved(clips, VIDEO, latent_world.BROW, lambda x: x.abs()), clips.truth, WHOLE, ref)
         assert now["entropy"] == pytest.approx(0.8, abs=0.02)
 
-    def test_one_voice_for_all_is_no_voice_entropy(self, clips, ref, real):
-        def lone(voice):
+    def test_one_voice_for_all_clips_has_zero_voice_entropy(self, clips, ref, real):
+        def replace_voice(voice):
             return voice - clips.truth.voice[:, None] + clips.truth.voices[0]
 
-        now = score_window(moved(clips, AUDIO, latent_world.VOICE, lone), clips.truth, WHOLE, ref)
+        now = score_window(moved(clips, AUDIO, latent_world.VOICE, replace_voice), clips.truth, WHOLE, ref)
         assert now["voice_entropy"] == 0
         assert real["voice_entropy"] > 0.95
 
-    def test_numbers_that_are_not_finite_fail(self, clips, ref):
+    def test_non_finite_latents_count_as_failed(self, clips, ref):
         broken = change(clips, AUDIO, lambda x: torch.where(torch.arange(len(x))[:, None, None] < 24, torch.nan, x))
         now = score_window(broken, clips.truth, WHOLE, ref)
         assert now["failed"] == 0.25
@@ -221,7 +221,7 @@ def row(method, mode, steps, window, *, guidance=1.0, seed=0, nfe=None, **metric
 
 
 def made_up_rows(**ours):
-    """Rows of a study whose claims hold, with changes to what Mutual Forcing does early on at 4 steps."""
+    """Return rows that meet all claims; ``ours`` changes early metrics of Mutual Forcing at 4 steps."""
     rows = [
         row("joint", "multi", 4, "0-5", valid=0.7),
         row("joint", "multi", 50, "0-5", valid=0.99),
@@ -252,11 +252,11 @@ def made_up(**ours):
     return ResultTable(made_up_rows(**ours), made_up_costs())
 
 
-class TestBars:
+class TestClaims:
     def test_claims_that_hold(self):
         found = check_claims(made_up(), 50)
         assert len(found) == 20
-        assert all(bar.met for bar in found), [bar for bar in found if not bar.met]
+        assert all(claim.met for claim in found), [claim for claim in found if not claim.met]
 
     @pytest.mark.parametrize(
         ("change", "claim"),
@@ -268,20 +268,20 @@ class TestBars:
         ],
     )
     def test_claims_that_fail(self, change, claim):
-        missed = [bar.claim for bar in check_claims(made_up(**change), 50) if not bar.met]
+        missed = [claim.claim for claim in check_claims(made_up(**change), 50) if not claim.met]
         assert any(claim in text for text in missed)
 
-    def test_growth_is_counted_beyond_that_of_real_clips(self):
-        """The same numbers, but real clips of the later window measure 0.4 more: nothing has grown then."""
+    def test_growth_is_relative_to_real_clips(self):
+        """If real clips of the later window measure 0.4 more, a rise by 0.4 counts as zero growth."""
         windows = [("0-5", 0.0), ("15-25", 0.4)]
         rows = [row("real", "multi", 0, w, frechet=0.1 + more) for w, more in windows]
         rows += [row("hybrid_forced", "few", 4, w, frechet=0.5 + 2 * more) for w, more in windows]
         rows += [row("mutual", "few", 4, w, frechet=0.5 + more) for w, more in windows]
-        (bar,) = [b for b in check_claims(ResultTable(rows, []), 50) if b.claim.startswith("frechet: growth")]
-        assert (bar.measured, bar.met) == ("0.000 against 0.400", True)
+        (claim,) = [b for b in check_claims(ResultTable(rows, []), 50) if b.claim.startswith("frechet: growth")]
+        assert (claim.measured, claim.met) == ("0.000 against 0.400", True)
 
-    def test_what_is_compared_is_of_the_same_seeds(self):
-        """A seed that the other row has not is in no bar: its values would be in one mean, and not in the other."""
+    def test_claims_compare_common_seeds(self):
+        """A seed that one of the compared methods lacks must not enter the comparison."""
         rows, costs = made_up_rows(), made_up_costs()
         more = [r | {"seed": 1, "metrics": r["metrics"] | {"frechet": 99.0}} for r in rows if r["method"] == "mutual"]
         table = ResultTable([*rows, *more], costs)
@@ -294,27 +294,27 @@ class TestBars:
         assert "| 0, 1 |" in to_markdown(table, 50)
 
     @pytest.mark.parametrize(("ours", "theirs", "met"), [(-0.1, -0.3, True), (0.1, -0.3, False), (0.1, 0.3, True)])
-    def test_who_does_not_grow_grows_by_no_more_than_half(self, ours, theirs, met):
+    def test_drift_claim_for_negative_and_positive_growth(self, ours, theirs, met):
         rows = [row("real", "multi", 0, w, frechet=0.1) for w in ("0-5", "15-25")]
         for name, growth in (("mutual", ours), ("hybrid_forced", theirs)):
             rows += [row(name, "few", 4, w, frechet=0.5 + g) for w, g in (("0-5", 0.0), ("15-25", growth))]
-        (bar,) = [b for b in check_claims(ResultTable(rows, []), 50) if b.claim.startswith("frechet: growth")]
-        assert bar.met is met
+        (claim,) = [b for b in check_claims(ResultTable(rows, []), 50) if b.claim.startswith("frechet: growth")]
+        assert claim.met is met
 
-    def test_without_guidance_it_is_many_steps_that_are_met(self):
+    def test_without_guided_rows_claims_compare_with_unguided_ones(self):
         rows, costs = made_up_rows(), made_up_costs()
         plain = [r | {"guidance": 1.0} for r in rows if r["guidance"] == 1.0 or r["window"] == "15-25"]
         found = check_claims(ResultTable(plain, costs), 50)
         assert len(found) == 20
-        assert sum("teacher forcing at 50" in bar.claim for bar in found) == 6
+        assert sum("teacher forcing at 50" in claim.claim for claim in found) == 6
 
-    def test_the_page_says_what_was_missed(self):
+    def test_page_marks_missed_claims(self):
         page = to_markdown(made_up(valid=0.8), 50)
         assert "MISSED" in page
         assert "h) Mutual Forcing" in page
 
-    def test_an_ablation_stands_beside_the_method_on_the_same_seeds(self):
-        """Seed 1 of the unchanged method would hide, in a mean, what one change does on seed 0."""
+    def test_ablations_are_compared_with_the_method_on_the_same_seeds(self):
+        """Seed 1 of the unchanged method must not enter the mean that an ablation on seed 0 is compared with."""
         rows = [
             row(
                 name,
@@ -333,7 +333,7 @@ class TestBars:
             for name, seed, value in (("mutual", 0, 1.0), ("mutual", 1, 100.0), ("no_label", 0, 2.0))
             for steps in (4, 8)
             for window, late in (("0-5", 0.0), ("15-25", 0.5))
-            if (name, steps) != ("no_label", 8)  # not asked yet
+            if (name, steps) != ("no_label", 8)  # not run yet
         ]
         cost = {"history_use": {"video": 6.0, "audio": 9.0}, "state_bytes": 3e6, "cpu_seconds": 1.0, "steps": 1}
         costs = [cost | {"method": m, "seed": s} for m, s in (("mutual", 0), ("mutual", 1), ("no_label", 0))]
@@ -349,9 +349,9 @@ class TestBars:
         assert "## One change at a time" not in to_markdown(made_up(), 50)
 
 
-class TestPictures:
-    def test_ablations_have_a_picture_of_their_own(self, tmp_path, monkeypatch):
-        """What is drawn, by its axes: rows of ablations neither crowd the other plots nor are they lost."""
+class TestPlots:
+    def test_ablations_have_a_separate_plot(self, tmp_path, monkeypatch):
+        """Check the drawn axes: ablations appear in their plot only."""
         drawn = {}
         monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update({path.name: figure.axes}) or path)
         rows = [
@@ -399,7 +399,7 @@ def small() -> StudyConfig:
 
 
 def everything(out):
-    """Files that count, without what depends on the clock."""
+    """Return scores and costs without values that depend on the clock."""
     rows = load_scores(out)
     for one in rows:
         one["metrics"].pop("clip_seconds_per_second")
@@ -419,7 +419,7 @@ if __name__ == "__main__":
 
 
 class TestRuns:
-    def test_workers_end_with_a_study_that_is_killed(self, tmp_path):
+    def test_workers_exit_when_the_study_is_killed(self, tmp_path):
         script = tmp_path / "pool.py"
         script.write_text(POOL)
         env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
@@ -433,7 +433,7 @@ class TestRuns:
         with suppress(psutil.NoSuchProcess):
             worker.wait(20)
 
-    def test_an_interrupted_study_ends_as_one_that_was_not(self, tmp_path):
+    def test_resumed_study_equals_uninterrupted_study(self, tmp_path):
         config, methods = small(), select_methods(["mutual"], [0])
         for task in plan_tasks(config, methods):
             run_task(config, tmp_path / "whole", task, device="cpu", deadline=float("inf"))
@@ -444,13 +444,13 @@ class TestRuns:
                     stops += 1
                     run_task(
                         config, tmp_path / "cut", task, device="cpu", deadline=0.0
-                    )  # the time is up after every step
+                    )  # the deadline stops it after every step
         assert stops >= config.joint_steps + config.steps
         assert everything(tmp_path / "cut") == everything(tmp_path / "whole")
 
     @pytest.mark.parametrize("gone", ["seed-*/*/weights.safetensors", "seed-*/*/**/*.safetensors", "seed-*/*/st*"])
-    def test_weights_that_are_gone_are_made_again_where_they_are_needed(self, tmp_path, gone):
-        """Rows and costs are small and can be kept, weights and states are not."""
+    def test_deleted_weights_are_trained_again_if_needed(self, tmp_path, gone):
+        """Rows and costs may be kept without weights and states."""
         config, planned = small(), plan_tasks(small(), select_methods(["mutual"], [0]))
         for task in planned:
             run_task(config, tmp_path, task, device="cpu", deadline=float("inf"))
@@ -477,8 +477,8 @@ class TestRuns:
             terms = {key.split("/")[0] for key in last if "/" in key} - {"gradient_norm"}
             assert terms == TERMS[name], name
 
-    def test_an_ablation_is_one_change_that_holds(self):
-        """Each is another configuration than the method's, valid for both presets."""
+    def test_each_ablation_changes_a_valid_configuration(self):
+        """Every ablation differs from the method and is valid for both presets."""
         for preset in ("toy-study", "quick"):
             whole = study_preset(preset)
             changed = [METHODS[name].change(whole) for name in ABLATIONS]
@@ -489,8 +489,8 @@ class TestRuns:
             for name in BASELINES:
                 assert METHODS[name].change(whole) == own.get(name, whole)
 
-    def test_rows_that_are_less_free_differ_in_that_alone(self):
-        """Where ShortCut's finest level stands: on every real row, on no coupled one, on half of the free ones."""
+    def test_less_free_keeps_the_finest_level_shares(self):
+        """The finest level is on every real row, on no coupled row and on half of the free rows."""
         for config in (study_preset("toy-study"), METHODS["less_free"].change(study_preset("toy-study"))):
             cycle = list(zip(config.method.rows, config.method.finest_rows, strict=True))
             share = {kind: [finest for k, finest in cycle if k == kind] for kind in ("real", "coupled", "free")}
@@ -504,12 +504,12 @@ class TestRuns:
         assert len(share["free"]) / len(cycle) == 0.25
 
     @pytest.mark.parametrize(("name", "label"), [("mutual", 1.0), ("no_label", None), ("joint", None)])
-    def test_networks_are_asked_with_the_label_that_they_were_trained_with(self, tmp_path, monkeypatch, name, label):
-        """A network that has learned no label would meet untrained weights in it."""
-        told = []
+    def test_rollout_uses_the_trust_label_only_if_trained(self, tmp_path, monkeypatch, name, label):
+        """Without training, the label embedding has untrained weights."""
+        labels = []
 
         def spy(*args, trust, **kwargs):
-            told.append(None if trust is None else set(trust.tolist()))
+            labels.append(None if trust is None else set(trust.tolist()))
             return rollout(*args, trust=trust, **kwargs)
 
         monkeypatch.setattr(tasks, "rollout", spy)
@@ -522,14 +522,14 @@ class TestRuns:
         ]:
             if not task.is_done(tmp_path):
                 run_task(small(), tmp_path, task, device="cpu", deadline=float("inf"))
-        assert told == [None if label is None else {label}] * 2  # the clips that go on, and the others
+        assert labels == [None if label is None else {label}] * 2  # long and short clips
 
-    def test_ablations_are_asked_where_bars_are(self):
+    def test_ablations_are_scored_at_four_and_eight_steps(self):
         planned = plan_tasks(study_preset("toy-study"), select_methods(["ablations"], [0]))
         steps = {task.steps for task in planned if task.kind == "score" and task.method in ABLATIONS}
         assert steps == {4, 8}
 
-    def test_an_ablation_trains(self, tmp_path):
+    def test_ablations_train(self, tmp_path):
         run_task(
             small(), tmp_path, StudyTask(kind="train", method="joint", seed=0), device="cpu", deadline=float("inf")
         )
@@ -538,7 +538,7 @@ class TestRuns:
             run_task(small(), tmp_path, task, device="cpu", deadline=float("inf"))
             assert task.is_done(tmp_path)
 
-    def test_groups_name_methods(self):
+    def test_groups_expand_to_methods(self):
         assert select_methods(["core"], [0, 1, 2]) == {name: [0, 1, 2] for name in GROUPS["core"]}
         found = select_methods(["ablations", "jump_exit"], [3, 4])
         assert {name for name, seeds in found.items() if seeds == [3, 4]} == {"mutual", "jump_exit"}
@@ -547,15 +547,15 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("text", "seeds"), [("3", [0, 1, 2]), ("1", [0]), ("5,3,5", [3, 5]), ("7,", [7]), ("0, 2", [0, 2])]
     )
-    def test_seeds_are_so_many_or_these(self, text, seeds):
+    def test_seeds_are_a_count_or_a_list(self, text, seeds):
         assert parse_seeds(text) == seeds
 
     @pytest.mark.parametrize("text", ["0", "", ",", "a", "-1", "1-3", "1,x"])
-    def test_seeds_that_are_none_are_refused(self, text):
+    def test_invalid_seeds_are_rejected(self, text):
         with pytest.raises(ValueError, match="--seeds"):
             parse_seeds(text)
 
-    def test_other_settings_are_refused(self, tmp_path):
+    def test_other_settings_are_rejected(self, tmp_path):
         config = small()
         late = run_tasks(config, tmp_path, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9)
         assert not late.done
@@ -563,30 +563,30 @@ class TestRuns:
             run_tasks(replace(config, steps=9), tmp_path, {}, workers=1, device="cpu", minutes=None)
 
     @pytest.mark.parametrize(
-        ("change", "says"),
+        ("change", "message"),
         [
-            ({"windows": "abc"}, "no window of time"),
-            ({"windows": "0-1,2-"}, "2- ends after the longest clip, at 4 s"),
-            ({"windows": "0-1,3-5"}, "3-5 ends after the longest clip, at 4 s"),
-            ({"windows": "0-4", "long_clips": 0}, "0-4 ends after the longest clip, at 3 s"),
-            ({"windows": "1-1.5"}, "shorter than two chunks"),
-            ({"counts": ()}, "numbers of steps"),
-            ({"counts": (4, 2)}, "in rising order"),
-            ({"counts": (2, 2)}, "each once"),
-            ({"counts": (0, 2)}, "numbers of steps"),
-            ({"steps": 3}, "last phase begins at step 3"),
+            ({"windows": "abc"}, "abc"),
+            ({"windows": "0-1,2-"}, r"2- .*\(4 s\)"),
+            ({"windows": "0-1,3-5"}, r"3-5 .*\(4 s\)"),
+            ({"windows": "0-4", "long_clips": 0}, r"0-4 .*\(3 s\)"),
+            ({"windows": "1-1.5"}, "1-1.5"),
+            ({"counts": ()}, r"counts=\[\]"),
+            ({"counts": (4, 2)}, "ascending"),
+            ({"counts": (2, 2)}, "distinct"),
+            ({"counts": (0, 2)}, "at least 1"),
+            ({"steps": 3}, "steps=3: .* step 3. Raise steps"),
         ],
         ids=str,
     )
-    def test_what_would_fail_after_training_is_refused_before(self, change, says):
-        with pytest.raises(ValueError, match=says):
+    def test_invalid_settings_are_rejected_before_training(self, change, message):
+        with pytest.raises(ValueError, match=message):
             replace(small(), **change)
 
-    def test_guidance_of_one_is_none(self):
+    def test_guidance_of_one_adds_no_tasks(self):
         planned = plan_tasks(replace(small(), guidance=1.0), select_methods(["teacher_forcing"], [0]))
         assert len({task.name for task in planned}) == len(planned)
 
-    def test_a_unit_that_fails_stops_no_other(self, tmp_path):
+    def test_failed_task_skips_only_its_dependents(self, tmp_path):
         begun = tmp_path / "seed-0" / "mutual" / "step.json"
         claim_study_dir(small(), tmp_path)
         begun.parent.mkdir(parents=True)
@@ -597,13 +597,13 @@ class TestRuns:
         assert outcome.done
         assert list(outcome.failed) == ["seed-0-mutual"]
         assert str(begun) in outcome.failed["seed-0-mutual"]
-        assert any("with it 3 tasks that need it" in line for line in lines)
+        assert any("Skipped 3 dependent tasks" in line for line in lines)
         assert {one["method"] for one in load_scores(tmp_path)} == {"real", "joint", "teacher_forcing"}
-        begun.unlink()  # as the message says
+        begun.unlink()  # the remedy of the message
         assert run_tasks(small(), tmp_path, methods, workers=2, device="cpu", minutes=None) == StudyOutcome(done=True)
 
     @pytest.mark.parametrize("text", ["[{", "[]", "{}", '[{"metrics": {}}]', '["row"]'])
-    def test_rows_that_are_none_are_named(self, tmp_path, text):
+    def test_corrupt_score_file_is_named(self, tmp_path, text):
         done = published_study_dir()
         (tmp_path / "rows").mkdir()
         shutil.copy(next(done.glob("rows/seed-0-mutual-few-4.json")), tmp_path / "rows")
@@ -613,16 +613,16 @@ class TestRuns:
             load_scores(tmp_path)
 
     @pytest.mark.parametrize("text", ["{", "[1]"])
-    def test_a_folder_of_another_program_is_refused(self, tmp_path, text):
+    def test_folder_with_other_files_is_rejected(self, tmp_path, text):
         (tmp_path / "study.json").write_text(text)
         with pytest.raises(ValueError, match="choose a new folder"):
             claim_study_dir(small(), tmp_path)
         assert (tmp_path / "study.json").read_text() == text
 
-    def test_a_file_is_no_folder(self, tmp_path):
+    def test_file_as_output_folder_is_rejected(self, tmp_path):
         (tmp_path / "notes").write_text("mine")
         for place in (tmp_path / "notes", tmp_path / "notes" / "study"):
-            with pytest.raises(ValueError, match="is a file|cannot keep a study"):
+            with pytest.raises(ValueError, match="--out"):
                 claim_study_dir(small(), place)
 
     @pytest.mark.parametrize(
@@ -634,31 +634,31 @@ class TestRuns:
             ((False, "quick", "3,4", None), ("quick", "3,4", ["all"])),
         ],
     )
-    def test_quick_leaves_what_is_said(self, given, found):
-        assert tuple(_which(*given).values()) == found
+    def test_quick_keeps_explicit_options(self, given, found):
+        assert tuple(_scope(*given).values()) == found
 
-    def test_quick_is_no_other_preset(self):
-        with pytest.raises(ValueError, match="leave out --preset toy-study"):
-            _which(True, "toy-study", None, None)
+    def test_quick_with_another_preset_is_rejected(self):
+        with pytest.raises(ValueError, match="--preset toy-study"):
+            _scope(True, "toy-study", None, None)
 
-    def test_a_device_that_is_none_is_refused_before_anything(self, tmp_path):
-        words = {"preset": "quick", "seeds": "1", "methods": ["quick"], "workers": 1, "minutes": 1e-9}
+    def test_unknown_device_is_rejected_before_any_file(self, tmp_path):
+        options = {"preset": "quick", "seeds": "1", "methods": ["quick"], "workers": 1, "minutes": 1e-9}
         with pytest.raises(ValueError, match="--device foo"):
-            study_report.run_study(out=str(tmp_path / "x"), device="foo", sets=[], dry_run=True, tracking="", **words)
+            study_report.run_study(out=str(tmp_path / "x"), device="foo", sets=[], dry_run=True, tracking="", **options)
         assert not (tmp_path / "x").exists()
 
-    def test_a_limit_of_no_time_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="leave it out"):
+    def test_zero_minutes_are_rejected(self, tmp_path):
+        with pytest.raises(ValueError, match="--minutes 0"):
             run_tasks(small(), tmp_path, {}, workers=1, device="cpu", minutes=0)
 
-    def test_trained_networks_are_sampled_in_another_way(self, tmp_path):
+    def test_imported_networks_are_sampled_with_other_settings(self, tmp_path):
         config, (here, there) = small(), (tmp_path / "here", tmp_path / "there")
         claim_study_dir(config, here)
         for name in ("joint", "mutual", "literal"):
             run_task(config, here, StudyTask(kind="train", method=name, seed=0), device="cpu", deadline=float("inf"))
         other = replace(config, counts=(3,), windows="0-2", long_seconds=5.0)
         claim_study_dir(other, there)
-        (there / "seed-0" / "mutual").mkdir(parents=True)  # a copy that was interrupted
+        (there / "seed-0" / "mutual").mkdir(parents=True)  # an interrupted copy
         assert import_networks(other, here, there, {"mutual": range(1)}) == 2
         planned = plan_tasks(other, {"mutual": range(1)})
         assert {task.kind for task in pending_tasks(there, planned)} == {"score"}
@@ -669,23 +669,23 @@ class TestRuns:
         }
         costs = {c["method"]: c for c in load_costs(here)}
         assert load_costs(there) == [costs["joint"], costs["mutual"]]
-        assert import_networks(other, here, there, {"mutual": range(1)}) == 0  # what is there stays
+        assert import_networks(other, here, there, {"mutual": range(1)}) == 0  # existing networks are kept
 
-    def test_four_steps_are_not_compared_with_themselves(self):
+    def test_claims_need_more_than_four_steps_for_comparison(self):
         done = published_study_dir()
         table = ResultTable(load_scores(done), load_costs(done))
-        assert [sum("4 Euler" in bar.claim for bar in check_claims(table, most)) for most in (50, 4)] == [2, 0]
+        assert [sum("4 Euler" in claim.claim for claim in check_claims(table, most)) for most in (50, 4)] == [2, 0]
 
-    def test_networks_trained_otherwise_are_not_taken(self, tmp_path):
+    def test_networks_with_other_training_settings_are_rejected(self, tmp_path):
         config, (here, there) = small(), (tmp_path / "here", tmp_path / "there")
         with pytest.raises(ValueError, match="holds no study"):
             import_networks(config, here, there, {"mutual": range(1)})
         assert not run_tasks(config, here, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9).done
         with pytest.raises(ValueError, match=r"\(fake_ratio: 1.0 -> 3.0; steps: 4 -> 9\)"):
             import_networks(replace(config, steps=9, fake_ratio=3.0, clips=5), here, tmp_path / "third", {})
-        assert import_networks(config, here, there, {"mutual": range(1)}) == 0  # none is trained
+        assert import_networks(config, here, there, {"mutual": range(1)}) == 0  # none is trained yet
 
-    def test_an_unknown_method_is_named(self):
+    def test_unknown_method_is_rejected(self):
         with pytest.raises(ValueError, match="teacher_forcing"):
             select_methods(["teacher"], [0])
 
@@ -703,12 +703,12 @@ TERMS = {
 }
 
 
-class TestLog:
-    """What MLflow shows is what is on disk, whichever machine made it and whatever was added since."""
+class TestTracking:
+    """MLflow shows the results on disk, also after moves between machines and additions."""
 
     @pytest.fixture
     def publish(self, tmp_path, monkeypatch):
-        """The command, on committed rows of the first seeds of one method: nothing is left to be done."""
+        """Return a function that runs the command on published rows, with no pending task."""
         monkeypatch.setattr(study_report, "_draw_plots", lambda rows, folder: [])
         done, out = published_study_dir(), tmp_path / "study"
 
@@ -728,7 +728,7 @@ class TestLog:
                 methods=["mutual"],
                 device="cpu",
                 workers=1,
-                minutes=1e-9,  # whatever were left would not be done
+                minutes=1e-9,  # no task would run
                 sets=[],
                 dry_run=False,
                 tracking=store or "",
@@ -737,7 +737,7 @@ class TestLog:
 
         return run
 
-    def test_a_store_gets_what_it_has_not(self, tmp_path, publish):
+    def test_store_receives_missing_results(self, tmp_path, publish):
         from mlflow import MlflowClient
 
         store, other = (f"sqlite:///{tmp_path}/{name}.db" for name in ("here", "there"))
@@ -748,7 +748,7 @@ class TestLog:
             assert experiment
             return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
-        assert publish(1, None) is None  # a machine without MLflow, whose folder goes to one with it
+        assert publish(1, None) is None  # a machine without MLflow; the folder then moves to one with it
         parent = publish(1, store)
         first = runs()
         assert set(first) == {"study", "joint-multi", "mutual-few", "mutual-multi"}
@@ -757,7 +757,7 @@ class TestLog:
         rows = {s: self.row("mutual", "few", 4, s) for s in (0, 1)}
         assert self.at(client, first["mutual-few"], 4) == [rows[0]]
         assert publish(1, store) == parent
-        assert self.at(client, runs()["mutual-few"], 4) == [rows[0]]  # not a second time
+        assert self.at(client, runs()["mutual-few"], 4) == [rows[0]]  # not logged twice
         assert publish(2, store) == parent
         second = runs()
         assert {name: run.info.run_id for name, run in second.items()} == {n: r.info.run_id for n, r in first.items()}
@@ -772,6 +772,6 @@ class TestLog:
 
     @staticmethod
     def at(client, run, nfe: int) -> list[float]:
-        """What was logged at a number of evaluations, oldest first."""
+        """Return the logged values at one NFE, oldest first."""
         history = client.get_metric_history(run.info.run_id, "15-25/frechet")
         return [m.value for m in sorted(history, key=lambda m: m.timestamp) if m.step == nfe]

@@ -1,4 +1,4 @@
-"""``mfctl study --quick`` as a user runs it: a few CPU minutes of training, so directions only."""
+"""Check the direction of effects after ``mfctl study --quick``, a few CPU minutes of training."""
 
 import pytest
 
@@ -19,18 +19,18 @@ def table(tmp_path_factory) -> ResultTable:
 
 
 @pytest.mark.parametrize("window", [EARLY, LATE])
-def test_one_step_of_the_few_step_mode_is_far_better_than_one_euler_step(table, window):
+def test_one_few_step_call_beats_one_euler_step(table, window):
     few = table.get("frechet", "mutual", "few", steps=1, window=window).mean
     assert few < 0.6 * table.get("frechet", "teacher_forcing", "multi", steps=1, window=window).mean
 
 
-def test_four_steps_keep_identity_better_than_four_euler_steps(table):
+def test_four_few_steps_keep_identity_better_than_four_euler_steps(table):
     few = table.get("identity_error", "mutual", "few", steps=4, window=LATE).mean
     assert few < 0.8 * table.get("identity_error", "teacher_forcing", "multi", steps=4, window=LATE).mean
 
 
-def test_the_literal_reading_unlearns_history(table):
-    """What only history carries: the slow state falls behind, and another clip's history would do nearly as well."""
+def test_literal_reading_ignores_history(table):
+    """Its pose correlation is lower, and another clip's history is nearly as good."""
     ours, literal = (table.get("lag1", m, "few", steps=4, window=LATE).mean for m in ("mutual", "literal"))
     assert literal < 0.95 < ours
     for modality in ("video", "audio"):
