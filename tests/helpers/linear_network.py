@@ -10,11 +10,13 @@ from mfcore.objectives.losses import LossTerm, SingleRound, StepInfo, chunk_mean
 from mfcore.rng import generator, normal_rows
 from mfcore.types import AVBatch, Condition, NoiseLevels, Stream, Streams
 
+CHUNKS, LATENTS_PER_CHUNK, CHANNELS = 2, 4, 3
+
 
 class LinearVelocity(nn.Module):
     """u = W [x, t, r] + b, the same for every latent of every modality."""
 
-    def __init__(self, channels: int = 3, seed: int = 0) -> None:
+    def __init__(self, channels: int = CHANNELS, seed: int = 0) -> None:
         super().__init__()
         self.hidden = nn.Linear(channels + 2, 7)
         self.out = nn.Linear(7, channels)
@@ -83,15 +85,15 @@ class FlowOnly(SingleRound):
         return {"student": [LossTerm(name="fm", modality="audio", values=values, level=t["audio"])]}
 
 
-def toy_batch(first: int, rows: int, chunks: int = 2, per_chunk: int = 4, channels: int = 3) -> AVBatch:
-    """Rows ``first ..`` of an endless sequence of samples."""
+def toy_batch(first: int, rows: int) -> AVBatch:
+    """Return rows ``first`` to ``first + rows - 1`` of an endless sequence of samples."""
     samples = torch.arange(first, first + rows)
-    n = chunks * per_chunk
-    latents = normal_rows(1, "toy data", samples, torch.empty(1, n, channels)) * 0.5 + 1
+    n = CHUNKS * LATENTS_PER_CHUNK
+    latents = normal_rows(1, "toy data", samples, torch.empty(1, n, CHANNELS)) * 0.5 + 1
     stream = Stream(
         latents=latents,
         times=torch.arange(n, dtype=torch.float64) / 8,
-        chunk=torch.arange(chunks).repeat_interleave(per_chunk),
+        chunk=torch.arange(CHUNKS).repeat_interleave(LATENTS_PER_CHUNK),
     )
     none = torch.zeros(rows, 0, 4)
     cond = Condition(
@@ -101,7 +103,7 @@ def toy_batch(first: int, rows: int, chunks: int = 2, per_chunk: int = 4, channe
         words_mask=torch.zeros(rows, 0, dtype=torch.bool),
         word_times=torch.zeros(rows, 0, 2, dtype=torch.float64),
         first_frame=None,
-        voice=latents[:, :per_chunk],
+        voice=latents[:, :LATENTS_PER_CHUNK],
         voice_mask=torch.zeros(rows, dtype=torch.bool),
     )
     return AVBatch(streams={"audio": stream}, cond=cond, samples=samples)

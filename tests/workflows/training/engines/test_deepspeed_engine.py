@@ -18,14 +18,14 @@ OPTIM = OptimConfig(lr=1e-2, clip=0.3, warm_up=3)
 ROWS = 4  # global batch
 
 
-def _train(config: EngineConfig, first: int, steps: int, load: str | None, save: str | None):
+def _train(config: EngineConfig, first: int, steps: int, *, load: Path | None = None, save: Path | None = None):
     """Train two networks with one objective; return losses and final weights."""
     engines = {name: build_engine(LinearVelocity(seed=i), OPTIM, config) for i, name in enumerate(("student", "fake"))}
     ema = Ema(LinearVelocity(seed=0), EmaConfig(decay=0.9))
     if load:
         for name, engine in engines.items():
-            engine.load(Path(load), name)
-        ema.load_state_dict(torch.load(f"{load}/ema.pt"))
+            engine.load(load, name)
+        ema.load_state_dict(torch.load(load / "ema.pt"))
     share = ROWS // distributed.get_world_size()
     losses = []
     for step in range(first, first + steps):
@@ -43,8 +43,8 @@ def _train(config: EngineConfig, first: int, steps: int, load: str | None, save:
         ema.update(engines["student"].weights(), step)
     if save:
         for name, engine in engines.items():
-            engine.state_shard().write(Path(save), name)
-        torch.save(ema.state_dict(), f"{save}/ema.pt")
+            engine.state_shard().write(save, name)
+        torch.save(ema.state_dict(), save / "ema.pt")
     weights = {name: {k: v.clone() for k, v in e.weights()} for name, e in engines.items()}
     return torch.tensor(losses, dtype=torch.float64), weights
 
@@ -63,21 +63,21 @@ MOVES = (("torch", "1"), ("1", "1"), ("2", "3"), ("3", "torch"), ("0", "0"))
 
 def _all_kinds(folder: str):
     """Run everything for two processes in one start (the import of DeepSpeed takes seconds)."""
-    whole = {kind: _train(_config(kind), 0, 12, None, None) for kind in KINDS}
+    whole = {kind: _train(_config(kind), 0, 12) for kind in KINDS}
     moved = {}
     for saver, loader in MOVES:
         place = Path(folder, f"{saver}-{loader}")
         place.mkdir(exist_ok=True)
-        first, _ = _train(_config(saver), 0, 6, None, str(place))
+        first, _ = _train(_config(saver), 0, 6, save=place)
         distributed.barrier()
-        last, weights = _train(_config(loader), 6, 6, str(place), None)
+        last, weights = _train(_config(loader), 6, 6, load=place)
         moved[saver, loader] = torch.cat([first, last]), weights
     return whole, moved
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return _train(_config("torch"), 0, 12, None, None)
+    return _train(_config("torch"), 0, 12)
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def test_a_state_of_two_processes_loads_on_one(reference, on_two):
 
 
 def _train_last(folder: Path):
-    losses, weights = _train(_config("torch"), 6, 6, str(folder), None)
-    first, _ = _train(_config("torch"), 0, 6, None, None)
+    losses, weights = _train(_config("torch"), 6, 6, load=folder)
+    first, _ = _train(_config("torch"), 0, 6)
     return torch.cat([first, losses]), weights
 
 
