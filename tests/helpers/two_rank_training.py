@@ -26,7 +26,7 @@ ROWS, CHUNKS = 8, 2  # of the global batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Duet:
+class RunSpec:
     """One run: a stage, its engine and its fake score."""
 
     stage: str
@@ -37,59 +37,59 @@ class Duet:
     objective: MutualConfig = OBJECTIVE  # of the mutual stage
 
 
-def rows_of_step(duet: Duet, step: int) -> list[AVBatch]:
+def rows_of_step(spec: RunSpec, step: int) -> list[AVBatch]:
     """Return this rank's micro-batches: whole cycles of row kinds each."""
-    whole = batch(ROWS, CHUNKS, *STAGES[duet.stage], seed=step)
+    whole = batch(ROWS, CHUNKS, *STAGES[spec.stage], seed=step)
     whole = replace(whole, samples=torch.arange(ROWS) + step * ROWS)
-    share = ROWS // distributed.get_world_size() // duet.micros
-    first = distributed.get_rank() * share * duet.micros
-    return [whole.rows(slice(first + i * share, first + (i + 1) * share)) for i in range(duet.micros)]
+    share = ROWS // distributed.get_world_size() // spec.micros
+    first = distributed.get_rank() * share * spec.micros
+    return [whole.rows(slice(first + i * share, first + (i + 1) * share)) for i in range(spec.micros)]
 
 
-class Running:
+class RunTrainer:
     """Networks of a run, and its steps."""
 
-    def __init__(self, duet: Duet) -> None:
-        self.duet = duet
-        student = network(*STAGES[duet.stage], layers=1)
-        student.recompute = duet.engine.recompute
-        self.ema = Ema(student, EmaConfig(decay=0.9), duet.engine.autocast)
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec = spec
+        student = network(*STAGES[spec.stage], layers=1)
+        student.recompute = spec.engine.recompute
+        self.ema = Ema(student, EmaConfig(decay=0.9), spec.engine.autocast)
         nets = {"student": student}
-        if duet.stage == "mutual":
-            low = FakeScoreConfig(rank=duet.rank, gain=4)
-            nets["fake"] = LoRAModel(self.ema.module, low, 0) if duet.rank else copy.deepcopy(student)
+        if spec.stage == "mutual":
+            low = FakeScoreConfig(rank=spec.rank, gain=4)
+            nets["fake"] = LoRAModel(self.ema.module, low, 0) if spec.rank else copy.deepcopy(student)
         self.nets = nets
-        self.engines = {name: build_engine(net, duet.optim, duet.engine) for name, net in nets.items()}
-        if duet.rank:
+        self.engines = {name: build_engine(net, spec.optim, spec.engine) for name, net in nets.items()}
+        if spec.rank:
             self.ema.storage = self.engines["fake"].frozen_weight_access
         flow = FlowMatchingObjective(FlowMatchingConfig(time=TIME))
-        self.objective = MutualForcingObjective(duet.objective) if duet.stage == "mutual" else flow
+        self.objective = MutualForcingObjective(spec.objective) if spec.stage == "mutual" else flow
 
     def step(self, step: int) -> list[float]:
         """Run one step; return mean losses over the ranks and gradient norms by network."""
         models = {"ema": self.ema.model} | {name: e.module for name, e in self.engines.items()}
         info = StepInfo(seed=0, step=step, stage_step=step)
         losses = dict.fromkeys(self.engines, torch.zeros(()))
-        micros = rows_of_step(self.duet, step)
+        micros = rows_of_step(self.spec, step)
         rounds = [self.objective.rounds(models, micro, info) for micro in micros]
-        for turn in range(self.duet.objective.fake_updates):
+        for turn in range(self.spec.objective.fake_updates):
             if turn:
-                self.engines["fake"].step(self.duet.optim.lr)
+                self.engines["fake"].step(self.spec.optim.lr)
             for mine in rounds:
                 for name, terms in next(mine).items():
-                    loss = total_loss(terms) / self.duet.micros
+                    loss = total_loss(terms) / self.spec.micros
                     self.engines[name].backward(loss)
                     losses[name] = losses[name] + loss.detach()
         numbers = [float(distributed.all_reduce_mean(loss.double())) for loss in losses.values()]
-        numbers += [engine.step(self.duet.optim.lr) for engine in self.engines.values()]
+        numbers += [engine.step(self.spec.optim.lr) for engine in self.engines.values()]
         self.ema.update(self.engines["student"].weights(), step)
         return numbers
 
 
-def train(duet: Duet, steps: int) -> torch.Tensor:
+def train(spec: RunSpec, steps: int) -> torch.Tensor:
     """Return losses and gradient norms, (steps, 2 * networks)."""
-    running = Running(duet)
-    return torch.tensor([running.step(i) for i in range(steps)], dtype=torch.float64)
+    trainer = RunTrainer(spec)
+    return torch.tensor([trainer.step(i) for i in range(steps)], dtype=torch.float64)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -4,27 +4,27 @@ import pytest
 from torch import Tensor
 
 from mfcore.objectives.losses import StepInfo, total_loss
-from tests.helpers.two_rank_training import Duet, Running, rows_of_step
+from tests.helpers.two_rank_training import RunSpec, RunTrainer, rows_of_step
 from workflows.config.run import EngineConfig
 
 
 def state_bytes(rank: int | None) -> int:
     """Return the bytes of weights, EMA, gradients and moments after one step, each storage counted once."""
-    running = Running(Duet(stage="mutual", engine=EngineConfig(kind="torch", workers=1), rank=rank))
-    models = {"ema": running.ema.model} | {name: e.module for name, e in running.engines.items()}
-    terms = running.objective(models, rows_of_step(running.duet, 0)[0], StepInfo(seed=0, step=0, stage_step=0))
+    trainer = RunTrainer(RunSpec(stage="mutual", engine=EngineConfig(kind="torch", workers=1), rank=rank))
+    models = {"ema": trainer.ema.model} | {name: e.module for name, e in trainer.engines.items()}
+    terms = trainer.objective(models, rows_of_step(trainer.spec, 0)[0], StepInfo(seed=0, step=0, stage_step=0))
     tensors: list[Tensor] = []
-    for name, engine in running.engines.items():
+    for name, engine in trainer.engines.items():
         engine.backward(total_loss(terms[name]))
-    for net in (*running.nets.values(), running.ema.module):
+    for net in (*trainer.nets.values(), trainer.ema.module):
         for p in net.parameters():
             tensors += [p, *([p.grad] if p.grad is not None else [])]
     sizes = {t.data_ptr(): t.nbytes for t in tensors}
-    for engine in running.engines.values():
+    for engine in trainer.engines.values():
         engine.step(1e-4)
     moments = [
         t.nbytes
-        for e in running.engines.values()
+        for e in trainer.engines.values()
         for k, t in e.state_shard().tensors.items()
         if k.startswith("exp_avg")
     ]

@@ -14,7 +14,7 @@ from mfcore.objectives.losses import StepInfo, total_loss
 from mfcore.optim import OptimConfig
 from tests.helpers.gloo_processes import run_on
 from tests.helpers.linear_network import FlowOnly, LinearVelocity, toy_batch
-from tests.helpers.two_rank_training import OBJECTIVE, Duet, Running, difference, train
+from tests.helpers.two_rank_training import OBJECTIVE, RunSpec, RunTrainer, difference, train
 from workflows.config.run import EngineConfig
 from workflows.training.engines.base import Engine, build_engine
 from workflows.utils import distributed
@@ -43,8 +43,10 @@ def losses(numbers: torch.Tensor) -> torch.Tensor:
 
 FEW = 2
 SMALL = 1e-5
-VIDEO = Duet(stage="video", engine=TORCH)
-MUTUAL = Duet(stage="mutual", engine=TORCH, rank=RANK, objective=replace(OBJECTIVE, rollout_steps=(4,), fake_updates=2))
+VIDEO = RunSpec(stage="video", engine=TORCH)
+MUTUAL = RunSpec(
+    stage="mutual", engine=TORCH, rank=RANK, objective=replace(OBJECTIVE, rollout_steps=(4,), fake_updates=2)
+)
 RUNS = {
     "torch": MUTUAL,
     "zero1": replace(MUTUAL, engine=engine("zero1")),
@@ -63,12 +65,12 @@ class Two:
     linear: tuple[torch.Tensor, torch.Tensor]  # what a layer gives and its gradient, after training at ZeRO-3
 
 
-HANDED_OVER = "zero3"
+RESUMED = "zero3"
 
 
 def few_on_two(folder: str) -> Two:
-    numbers = {name: train(duet, FEW) for name, duet in RUNS.items() if name != HANDED_OVER}
-    numbers[HANDED_OVER], moved = resume_with(RUNS[HANDED_OVER], MUTUAL, Path(folder))
+    numbers = {name: train(spec, FEW) for name, spec in RUNS.items() if name != RESUMED}
+    numbers[RESUMED], moved = resume_with(RUNS[RESUMED], MUTUAL, Path(folder))
     return Two(
         losses=numbers,
         moved=moved,
@@ -88,9 +90,9 @@ def rounded(linear: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Te
     return y.detach(), weight.grad
 
 
-def resume_with(duet: Duet, other: Duet, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def resume_with(spec: RunSpec, other: RunSpec, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Run two steps, the second one in another run that loads the state of the first."""
-    first, then = Running(duet), Running(other)
+    first, then = RunTrainer(spec), RunTrainer(other)
     numbers = [first.step(0)]
     for name, e in first.engines.items():
         e.state_shard().write(folder, name)
@@ -168,9 +170,9 @@ def test_small_steps_are_kept_under_bf16(on_two, kind):
     assert found["moment"] > 1e-4
 
 
-@pytest.mark.parametrize("duet", [MUTUAL, replace(MUTUAL, rank=None)], ids=["low_rank", "full_copy"])
-def test_accumulated_gradients_are_those_of_the_whole_batch(duet):
-    whole, halves = (train(replace(duet, micros=n), FEW) for n in (1, 2))
+@pytest.mark.parametrize("spec", [MUTUAL, replace(MUTUAL, rank=None)], ids=["low_rank", "full_copy"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(spec):
+    whole, halves = (train(replace(spec, micros=n), FEW) for n in (1, 2))
     assert difference(losses(halves), losses(whole)) < 1e-5
 
 
@@ -184,7 +186,7 @@ Numbers = dict[str, torch.Tensor]  # by kind of engine
 def many(stage: str, rank: int | None, precision: str) -> Numbers:
     found: Numbers = {}
     for kind in sorted(KINDS, key=lambda kind: KINDS[kind].zero_stage == 3):
-        found[kind] = train(Duet(stage=stage, engine=engine(kind, precision=precision), rank=rank), MANY)
+        found[kind] = train(RunSpec(stage=stage, engine=engine(kind, precision=precision), rank=rank), MANY)
         gc.collect()
     return found
 
@@ -201,7 +203,7 @@ def alone() -> Callable[[str, int | None], torch.Tensor]:
 
     def fifty(stage: str, rank: int | None) -> torch.Tensor:
         torch.set_num_threads(1)
-        return train(Duet(stage=stage, engine=TORCH, rank=rank), MANY)
+        return train(RunSpec(stage=stage, engine=TORCH, rank=rank), MANY)
 
     return cache(fifty)
 
