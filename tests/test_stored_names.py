@@ -84,7 +84,7 @@ from workflows.evaluation.evaluate import evaluate_checkpoints
 from workflows.evaluation.metrics.generic import FAILURE_PREDICATES
 from workflows.evaluation.metrics.registry import METRICS as SWEEP_METRICS
 from workflows.inference.generate import ClipPrompt, generate_clip
-from workflows.jobs import job_server, local_head, records, submit
+from workflows.jobs import job_server, kuberay, local_head, records, submit
 from workflows.study import study as study_report
 from workflows.study.config import SAMPLING, study_preset
 from workflows.study.methods import GROUPS, METHODS
@@ -230,7 +230,7 @@ def command_line(_: "Material") -> Any:
         "exit codes": {
             "failed": output.FAILED,
             "wrong input": output.WRONG_INPUT,
-            "exit code of a job unknown": submit.UNKNOWN_EXIT,
+            "exit code of a job unknown": kuberay.UNKNOWN_EXIT,
         },
         "environment variables": {
             "working directory": environment.CWD_ENV,
