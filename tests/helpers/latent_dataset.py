@@ -1,4 +1,4 @@
-"""A small finished dataset on disk: random latents of a slowly turning state, written as preprocessing writes them."""
+"""A small finished dataset on disk with random latents, in the format of preprocessing."""
 
 import json
 from fractions import Fraction
@@ -18,7 +18,7 @@ CHANNELS = {VIDEO: 3, AUDIO: 4}
 
 
 def write_dataset(folder: Path, clips: int = 24, chunks: int = 5, *, channels: int = 3, fingerprint: str = "f1") -> str:
-    """``clips`` clips of as many sources; returns the folder as text."""
+    """Write ``clips`` clips of as many sources; return the folder as text."""
     for name in ("clips", "_done"):
         (folder / name).mkdir(parents=True)
     with RowWriter(folder / "clips" / "u0.parquet") as writer:

@@ -1,4 +1,4 @@
-"""Clips in memory: numbers that tell where they came from, and a held-out split."""
+"""Clips in memory with reproducible latents."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,12 +36,12 @@ class FakeClip:
 
 
 def clips(count: int, first: int = 0, shortest: int = 6) -> ClipSplit:
-    """``count`` clips of 6, 7, 8, 6 ... chunks."""
+    """Return ``count`` clips of 6, 7, 8, 6 ... chunks."""
     made = [FakeClip(first + i, shortest + i % 3) for i in range(count)]
     return ClipSplit(lengths=[c.chunks for c in made], read=made.__getitem__)
 
 
-class Shelves:
+class RowGroupClips:
     """Clips in row groups that count how often each group is read."""
 
     def __init__(self, lengths: Sequence[int], sizes: Sequence[int], group: int) -> None:

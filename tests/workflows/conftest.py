@@ -1,4 +1,4 @@
-"""What several tests read and none changes."""
+"""Fixtures that several tests read and none changes."""
 
 from fractions import Fraction
 
@@ -11,7 +11,7 @@ from workflows.data.build import build_dataset
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory) -> str:
-    """A dataset of six toy clips of five chunks."""
+    """Build a dataset of six toy clips of five chunks."""
     folder = tmp_path_factory.mktemp("toy")
     write_toyworld(folder / "clips", clips=6, seconds=2.6, jobs=1)
     config = PreprocessConfig(workers=0, window_seconds=Fraction(5, 2))

@@ -12,10 +12,10 @@ class StageSpec:
     """Properties of one stage."""
 
     modalities: tuple[str, ...]
-    parents: tuple[Stage, ...]  # stages whose runs it starts from: all of them, or none if optional
+    parents: tuple[Stage, ...]  # it starts from runs of all of these stages, or of none if optional
     parents_needed: bool
     trained: tuple[str, ...]  # networks with an optimizer
-    headline: str  # loss term whose held-out value measures progress
+    headline: str  # loss term that measures progress on held-out clips
 
 
 STAGES: dict[Stage, StageSpec] = {

@@ -64,16 +64,16 @@ def make_buckets(
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffleWindow:
-    """Consecutive steps whose clips are mixed with each other."""
+    """Consecutive steps with mixed clips."""
 
     first: int  # step of the first batch
     tickets: IntArray  # (M, B)
     chunks: IntArray  # (M,) whole chunks in every clip of a batch
-    carried_over: IntArray  # tickets of clips whose row group is read and whose batch is not complete yet
+    carried_over: IntArray  # tickets with a read row group and an incomplete batch
 
     @property
     def steps(self) -> range:
-        """Steps whose batches the window contains."""
+        """Steps of the batches in the window."""
         return range(self.first, self.first + len(self.tickets))
 
 

@@ -2,8 +2,8 @@
 
 An unreachable server must not stop or delay training, and must not lose a number. ``log`` only appends to JSON lines.
 A background thread sends entries in order, retries until they arrive, and stores its position in ``mlflow.json``.
-Memory is bounded because the backlog stays in the files. After a kill, the next process sends the rest. A batch whose
-response was lost is sent again. MLflow identifies metrics by name, step, time and value, so it counts once.
+Memory is bounded because the backlog stays in the files. After a kill, the next process sends the rest. A batch is
+sent again if its response was lost. MLflow identifies metrics by name, step, time and value, so it counts once.
 
     metrics.jsonl, params.json, artifacts.jsonl   the log; complete, with or without a server
     mlflow.json                                   the MLflow run, and how much it has received
@@ -240,7 +240,7 @@ class SyncThread(threading.Thread):
                 sent.uri, experiment=self._experiment, name=self._name, run_id=sent.run, tags=self._tags
             )
             self._save_state(run=self._client.run_id, status=None)
-            self._samples_seen = self._client.samples_seen  # entries whose response was lost have arrived
+            self._samples_seen = self._client.samples_seen  # entries with a lost response have arrived
         return self._client
 
     def _upload(self, client: MlflowTracker, path: Path, folder: str | None) -> None:
@@ -303,7 +303,7 @@ def has_backlog(folder: Path, uri: str) -> bool:
 def open_durable_tracker(
     folder: Path, *, uri: str, experiment: str, tags: Mapping[str, str]
 ) -> Tracker:  # fmt: skip
-    """Open or continue the log of the training run in ``folder``, whose name is the MLflow run name.
+    """Open or continue the log of the training run in ``folder``; its name is the MLflow run name.
 
     Without MLflow, or with MFCTL_TRACKER=json, the log stays on disk and can be sent later.
     """

@@ -72,7 +72,7 @@ class MlflowTracker:
 
     def _create_run(self, experiment: str, name: str, tags: Mapping[str, str]) -> str:
         number = self._get_or_create_experiment(experiment)
-        if DEDUP_TAG in tags:  # an earlier request whose response was lost
+        if DEDUP_TAG in tags:  # an earlier request with a lost response
             known = self._client.search_runs([number], f"tags.`{DEDUP_TAG}` = '{tags[DEDUP_TAG]}'", max_results=1)
             if known:
                 return known[0].info.run_id

@@ -24,7 +24,7 @@ def read_json(path: Path, *, default: Any = _NO_DEFAULT) -> Any:
 
 
 def corrupt_file_error(path: Path) -> ValueError:
-    """Return the error for a file whose content no program here writes."""
+    """Return the error for a file with unexpected content."""
     return ValueError(f"{path} is damaged: move it away, and the same command makes it again")
 
 

@@ -18,7 +18,7 @@ def ray_session(workers: int) -> Iterator[None]:
 
     started = not ray.is_initialized()
     if started:
-        # a submitted job joins its cluster, whose size is fixed
+        # a submitted job joins its cluster, which has a fixed size
         cpus = None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, workers)
         ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:

@@ -1,4 +1,4 @@
-"""Configurations: presets build, JSON round-trips, wrong settings are refused with the right name."""
+"""Configurations: presets build, JSON round-trips, errors name the wrong setting."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_presets_have_the_size_they_claim(name, low, high):
     assert low < sum(p.numel() for p in network.parameters()) < high
 
 
-def test_a_runs_own_settings_may_be_named_with_their_verb():
+def test_settings_accept_the_command_as_prefix():
     sets = ["train.skip_nonfinite=3", "train.optim.lr=0.001"]
     assert serialization.parse_overrides(sets) == {"skip_nonfinite": 3, "optim": {"lr": 0.001}}
 
@@ -81,7 +81,7 @@ def test_settings_change_nested_fields_and_nothing_else():
         ("data.chunks=[3,", "its value is not YAML"),
     ],
 )
-def test_a_wrong_setting_is_named(setting, message):
+def test_an_error_names_the_wrong_setting(setting, message):
     config = presets.build_preset("tiny", "mutual", TOY)
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         serialization.apply_overrides(config, serialization.parse_overrides([setting]))
@@ -97,15 +97,15 @@ def test_a_wrong_setting_is_named(setting, message):
         ("objective.dmd_weight=[1]", r"setting objective.dmd_weight: .*got \[1\]"),
     ],
 )
-def test_a_wrong_setting_of_the_mutual_step_is_named(setting, message):
-    """An objective is one of two kinds: what the other one has to say is not said."""
+def test_an_error_names_the_wrong_setting_of_the_mutual_objective(setting, message):
+    """An objective is a union of two types; only errors of the matching one are reported."""
     with pytest.raises(ValueError, match=message):
         serialization.apply_overrides(
             presets.build_preset("tiny", "mutual", TOY), serialization.parse_overrides([setting])
         )
 
 
-def test_a_file_of_settings_is_laid_over_the_preset(tmp_path):
+def test_a_configuration_file_overrides_the_preset(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lr: 1e-4}\nsteps: 7\n")
     config = serialization.apply_overrides(
@@ -122,7 +122,7 @@ def test_a_file_of_settings_is_laid_over_the_preset(tmp_path):
         serialization.load_config_file(file)
 
 
-def test_a_card_of_before_is_a_network_without_either():
+def test_older_metadata_builds_a_network_without_newer_parameters():
     values = serialization.to_dict(presets.tiny("video", TOY).model)
     assert values.pop("local_start") and values.pop("chunk_phase")
     names = [n for n, _ in build_model(serialization.from_dict(ModelConfig, values), 0).named_parameters()]

@@ -1,4 +1,4 @@
-"""Which clips a batch holds: every one once per epoch, well mixed, of one kind, at little reading."""
+"""Batch order: each clip once per epoch, well mixed, one shape per batch, few row groups per rank."""
 
 from collections import Counter
 
@@ -32,7 +32,7 @@ def random_case(number: int):
 
 @pytest.mark.parametrize("number", range(40))
 def test_every_clip_comes_once_per_epoch_of_its_bucket(number):
-    """Random lengths, shapes, batch sizes and windows: nothing is skipped, repeated or left behind."""
+    """Random lengths, shapes, batch sizes and windows: no clip is skipped or repeated."""
     made, lengths, _, batch = random_case(number)
     usable = [i for i, length in enumerate(lengths) if length >= 3]
     assert sorted(i for b in made.buckets for i in b.clips.tolist()) == usable, "every usable clip has one bucket"
@@ -49,7 +49,7 @@ def test_every_clip_comes_once_per_epoch_of_its_bucket(number):
 
 
 @pytest.mark.parametrize("number", range(20))
-def test_a_batch_has_one_shape_and_clips_as_long_as_it_says(number):
+def test_a_batch_has_one_shape_and_clips_of_at_least_its_length(number):
     made, lengths, shapes, batch = random_case(number)
     for step, tickets in enumerate(batches(made, range(40))):
         numbers = made.clip_index(tickets).tolist()
@@ -59,7 +59,7 @@ def test_a_batch_has_one_shape_and_clips_as_long_as_it_says(number):
 
 
 @pytest.mark.parametrize("number", range(10))
-def test_any_step_is_found_without_those_before_it(number):
+def test_any_step_is_computed_without_earlier_steps(number):
     made, _, _, _ = random_case(number)
     straight = batches(made, range(60))
     for step in (59, 0, 31, 30):
@@ -112,10 +112,10 @@ def _pairs(rows: np.ndarray) -> set[tuple[int, int]]:
     return {(a, b) for row in np.sort(rows, axis=1).tolist() for i, a in enumerate(row) for b in row[i + 1 :]}
 
 
-@pytest.mark.parametrize(("world", "bar"), [(1, 1.01), (2, 1.03), (4, 1.05), (16, 1.3)])
-def test_most_row_groups_are_read_by_one_rank(world, bar):
-    """Row groups that ranks touch in an epoch, over row groups. (Dealt at random it would be near ``world``.)"""
+@pytest.mark.parametrize(("world", "limit"), [(1, 1.01), (2, 1.03), (4, 1.05), (16, 1.3)])
+def test_most_row_groups_are_read_by_one_rank(world, limit):
+    """Compare the row groups read by all ranks in an epoch with their number; random rows give about ``world``."""
     made = order([16] * 8192, 64, shuffle=32)
     tickets = np.stack(batches(made, range(128)))
     parts = [tickets[:, r * 64 // world : (r + 1) * 64 // world] for r in range(world)]
-    assert sum(len(np.unique(made.row_group_index(part))) for part in parts) / 512 <= bar
+    assert sum(len(np.unique(made.row_group_index(part))) for part in parts) / 512 <= limit

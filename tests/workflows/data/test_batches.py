@@ -1,11 +1,11 @@
-"""The global batch depends on seed and samples seen alone."""
+"""The global batch depends only on the seed and the samples seen."""
 
 import pytest
 import torch
 
 from mfcore.rng import PADDING_SAMPLE, VALIDATION_SAMPLE_OFFSET
 from mfcore.types import AUDIO, VIDEO, AVBatch
-from tests.helpers.memory_clips import ASSEMBLY, STATS, TIMELINE, Shelves, clips
+from tests.helpers.memory_clips import ASSEMBLY, STATS, TIMELINE, RowGroupClips, clips
 from workflows.config.run import DataConfig
 from workflows.data.batches import RankShard, TrainingBatchLoader, validation_batches
 from workflows.data.collate import apply_condition_dropout
@@ -26,8 +26,8 @@ def _same(a: AVBatch, b: AVBatch) -> bool:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_ranks_together_hold_the_global_batch(world):
-    """Whatever their number, evenly or not: 4 rows over 3 ranks are 1, 1 and 2."""
+def test_rank_shards_form_the_global_batch(world):
+    """For any number of ranks: 4 rows over 3 ranks are 1, 1 and 2."""
     for step in (0, 3, 9):
         (whole,) = _batches().micro_batches(step)
         for rank in range(world):
@@ -38,8 +38,8 @@ def test_ranks_together_hold_the_global_batch(world):
 @pytest.mark.parametrize(
     ("batch", "micro", "unit"), [(12, None, 1), (13, 3, 1), (7, 1, 1), (9, 2, 1), (24, 4, 4), (16, 8, 4)]
 )
-def test_every_rank_takes_its_rows_in_as_many_micro_batches(batch, micro, unit):
-    """Ranks of one step call the network equally often, however uneven their shares (ZeRO 3 would hang otherwise)."""
+def test_every_rank_has_the_same_number_of_micro_batches(batch, micro, unit):
+    """ZeRO 3 hangs unless all ranks call the network equally often, also with uneven shards."""
     for world in range(1, min(5, batch // unit) + 1):
         parts = [RankShard(rank=r, world=world, unit=unit).micro_batches(batch, micro) for r in range(world)]
         assert len({len(part) for part in parts}) == 1
@@ -51,7 +51,7 @@ def test_every_rank_takes_its_rows_in_as_many_micro_batches(batch, micro, unit):
     assert RankShard(rank=1, world=2, unit=4).rows(24) == slice(12, 24)
 
 
-def test_a_batch_does_not_depend_on_what_was_read_before():
+def test_a_batch_does_not_depend_on_earlier_batches():
     straight = _batches()
     run = [straight.micro_batches(step)[0] for step in range(8)]
     resumed = _batches().micro_batches(5)[0]
@@ -62,7 +62,7 @@ def test_a_batch_does_not_depend_on_what_was_read_before():
 
 
 def test_every_epoch_reads_every_clip_once():
-    source = Shelves([6] * 10, [4] * 10, group=4)
+    source = RowGroupClips([6] * 10, [4] * 10, group=4)
     batches = TrainingBatchLoader(source.clips(), ASSEMBLY, CONFIG, seed=7, shard=RankShard(rank=0, world=1))
     seen = [name for step in range(5) for name in batches.clip_ids(batches.micro_batches(step)[0].samples)]
     everything = {f"clip-{i}" for i in range(10)}
@@ -71,7 +71,7 @@ def test_every_epoch_reads_every_clip_once():
 
 
 def test_clip_ids_are_those_of_the_rows():
-    source = Shelves([3, 4, 5, 6] * 6, [4, 4, 4, 4, 2, 2, 2, 2] * 3, group=4)
+    source = RowGroupClips([3, 4, 5, 6] * 6, [4, 4, 4, 4, 2, 2, 2, 2] * 3, group=4)
     for world in (1, 3):
         batches = TrainingBatchLoader(source.clips(), ASSEMBLY, CONFIG, seed=7, shard=RankShard(rank=0, world=world))
         for step in range(12):
@@ -83,10 +83,10 @@ def test_clip_ids_are_those_of_the_rows():
                 assert batch.streams[VIDEO].latents.shape[-1] == clip.video.shape[-1], "one shape"
 
 
-def test_lengths_are_drawn_for_every_step_and_short_clips_shorten_none_of_the_long_ones():
+def test_lengths_are_drawn_per_step_and_short_clips_do_not_shorten_long_ones():
     lengths = {_batches(count=3).micro_batches(step)[0].chunks for step in range(40)}
     assert lengths == {3, 4, 5, 6}
-    source = Shelves([3] * 20 + [6] * 20, [4] * 40, group=4)
+    source = RowGroupClips([3] * 20 + [6] * 20, [4] * 40, group=4)
     batches = TrainingBatchLoader(source.clips(), ASSEMBLY, CONFIG, seed=7, shard=RankShard(rank=0, world=1))
     drawn = {"short": set(), "long": set()}
     for step in range(60):
@@ -99,8 +99,8 @@ def test_lengths_are_drawn_for_every_step_and_short_clips_shorten_none_of_the_lo
         _batches(config=DataConfig(batch=4, chunks=(9, 12)))
 
 
-def test_the_evaluation_is_not_shortened_by_a_short_clip_either():
-    source = Shelves([3, 6, 6, 4, 6, 6], [4, 4, 4, 4, 2, 4], group=1)
+def test_a_short_clip_does_not_shorten_the_evaluation():
+    source = RowGroupClips([3, 6, 6, 4, 6, 6], [4, 4, 4, 4, 2, 4], group=1)
     config = DataConfig(batch=4, chunks=(3, 6), held_out_clips=3)
     (batch,) = validation_batches(source.clips(), ASSEMBLY, config, seed=7, shard=RankShard(rank=0, world=1))
     assert batch.chunks == 6
@@ -119,7 +119,7 @@ def test_latents_are_whitened_with_the_given_statistics():
     assert any(torch.allclose(voice, rest[i : i + len(voice)], atol=1e-6) for i in range(len(rest))), "unseen sound"
 
 
-def test_conditions_are_dropped_as_often_as_asked():
+def test_conditions_are_dropped_at_the_configured_rates():
     rows = 4000
     batch = ASSEMBLY.collate([clips(2).read(1)] * rows, 1, torch.arange(rows), 0)
     config = DataConfig(batch=4, chunks=(1, 2), drop_both=0.1, drop_caption=0.2, drop_words=0.05, drop_voice=0.3)
@@ -143,8 +143,8 @@ def test_the_evaluation_is_the_same_on_any_number_of_ranks():
     assert numbers(1) == numbers(2) == numbers(3) == numbers(4) == list(range(6))
 
 
-def test_a_share_without_rows_is_refused():
-    with pytest.raises(ValueError, match="data.batch to a multiple of 1 that is at least 5"):
+def test_a_shard_without_rows_is_rejected():
+    with pytest.raises(ValueError, match="at least 5"):
         _batches(0, 5)
     with pytest.raises(ValueError, match="multiple of 4"):
         RankShard(rank=0, world=1, unit=4).rows(6)

@@ -1,4 +1,4 @@
-"""The verbs: a dataset that is complete or not there, accounting that adds up, clips that can be played back."""
+"""Dataset build: all or nothing, exact accounting, clips that can be reconstructed."""
 
 import hashlib
 import os
@@ -34,9 +34,9 @@ COUNTS = {"sources": 5, "spans": 6, "accepted": 3, "rejected": 3}
 def quiet(*_) -> None: ...
 
 
-def content(place: Path) -> dict[str, str]:
-    files = (p for p in place.rglob("*") if p.is_file())
-    return {str(p.relative_to(place)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+def content(folder: Path) -> dict[str, str]:
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +57,14 @@ def test_counts_add_up_and_verify(made):
     assert {key: again[key] for key in counts} == counts
 
 
-def test_verify_sees_a_flipped_bit_a_missing_and_a_stray_file(made, tmp_path):
+def test_verify_detects_a_flipped_bit_a_missing_file_and_an_extra_file(made, tmp_path):
     folder, _ = made
     for number, damage in enumerate((_flip, Path.unlink, lambda path: path.with_name("stray.parquet").touch())):
-        place = tmp_path / str(number)
-        subprocess.run(["cp", "-r", str(folder / "out"), str(place)], check=True)
-        damage(min((place / "clips").iterdir()))
+        copy = tmp_path / str(number)
+        subprocess.run(["cp", "-r", str(folder / "out"), str(copy)], check=True)
+        damage(min((copy / "clips").iterdir()))
         with pytest.raises(ValueError, match="is inconsistent"):
-            inspect_dataset(str(place), verify=True)
+            inspect_dataset(str(copy), verify=True)
 
 
 def _flip(path: Path) -> None:
@@ -80,7 +80,7 @@ def test_the_same_command_again_changes_nothing(made):
     assert content(folder / "out") == before
 
 
-def test_another_configuration_is_refused_and_the_difference_shown(made):
+def test_another_configuration_is_rejected_with_the_difference(made):
     folder, _ = made
     before = content(folder / "out")
     with pytest.raises(ValueError, match=r"min_chunks: 2 -> 3"):
@@ -88,7 +88,7 @@ def test_another_configuration_is_refused_and_the_difference_shown(made):
     assert content(folder / "out") == before
 
 
-def test_the_number_of_workers_is_no_part_of_the_configuration():
+def test_the_number_of_workers_does_not_change_the_fingerprint():
     assert replace(CONFIG, workers=2).fingerprint == CONFIG.fingerprint
 
 
@@ -131,7 +131,7 @@ def test_a_run_stopped_between_units_resumes_to_the_same_bytes(made, tmp_path):
     assert content(tmp_path / "out") == content(folder / "out")
 
 
-def test_a_killed_driver_leaves_nothing_that_counts(made, tmp_path):
+def test_a_build_after_a_killed_driver_equals_an_uninterrupted_build(made, tmp_path):
     folder, counts = made
     out = tmp_path / "out"
     script = (
@@ -169,7 +169,7 @@ def test_new_sources_extend_the_dataset(tmp_path):
     assert inspect_dataset(str(tmp_path / "out"), verify=True)["verified"]
 
 
-def test_reconstruction_is_as_long_as_the_clip_and_overwrites_nothing(made, tmp_path):
+def test_reconstruction_has_the_length_of_the_clip_and_overwrites_nothing(made, tmp_path):
     folder, _ = made
     data = open_dataset(str(folder / "out"))
     clip = next(clip for clip in data if clip.source_uri.endswith("good.mp4"))
@@ -182,21 +182,21 @@ def test_reconstruction_is_as_long_as_the_clip_and_overwrites_nothing(made, tmp_
         reconstruct_clip(str(folder / "out"), clip.id, str(out))
 
 
-def test_a_reconstructed_toy_clip_shows_and_says_the_same(tmp_path):
+def test_a_reconstructed_toy_clip_has_equal_frames_and_syllables(tmp_path):
     write_toyworld(tmp_path / "toy", clips=2, seconds=6.0, seed=3)
     build_dataset(
         [str(tmp_path / "toy")], str(tmp_path / "out"), replace(CONFIG, window_seconds=Fraction(10)), progress=quiet
     )
-    heard, said = [], []
+    recognized, spoken = [], []
     for clip in open_dataset(str(tmp_path / "out")):
         reconstruct_clip(str(tmp_path / "out"), clip.id, str(tmp_path / f"{clip.id}.mp4"))
         frames, wave = _decoded(tmp_path / f"{clip.id}.mp4")
         source, _ = _decoded(Path(clip.source_uri.removeprefix("file://")))
         assert _psnr(frames, source[: len(frames)]) >= 26
         end = len(wave) / RATE
-        heard.append([w["word"] for w in read_audio(wave, RATE, ToyConfig()).syllables if w["end"] < end - 0.2])
-        said.append([w.word for w in clip.transcript if w.end < end - 0.2])
-    assert error_rate(heard, said) < 0.05
+        recognized.append([w["word"] for w in read_audio(wave, RATE, ToyConfig()).syllables if w["end"] < end - 0.2])
+        spoken.append([w.word for w in clip.transcript if w.end < end - 0.2])
+    assert error_rate(recognized, spoken) < 0.05
 
 
 def _decoded(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -218,7 +218,7 @@ def test_contact_sheet(made, tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_makes_the_same_bytes(made, tmp_path):
+def test_ray_workers_give_the_same_bytes(made, tmp_path):
     folder, counts = made
     assert (
         build_dataset([str(folder / "media")], str(tmp_path / "out"), replace(CONFIG, workers=2), progress=quiet)
@@ -227,7 +227,7 @@ def test_ray_makes_the_same_bytes(made, tmp_path):
     assert content(tmp_path / "out") == content(folder / "out")
 
 
-def test_clips_of_sources_that_are_gone_stay_and_it_is_said(tmp_path, capsys):
+def test_clips_of_deleted_sources_stay_with_a_note(tmp_path, capsys):
     media = tmp_path / "media"
     write_toyworld(media, clips=3, seconds=2.0, size=32, jobs=1)
     config = replace(CONFIG, sizes=((32, 32),))
@@ -238,8 +238,8 @@ def test_clips_of_sources_that_are_gone_stay_and_it_is_said(tmp_path, capsys):
     assert "1 sources of this dataset no longer exist" in capsys.readouterr().err
 
 
-def test_ray_needs_no_promise_of_memory(tmp_path):
-    """An autoscaler sees of Google's machines their CPUs alone; a task that asked for memory would wait for ever."""
+def test_a_build_requests_no_memory_from_ray(tmp_path):
+    """An autoscaler may see only the CPUs of a machine type; a task that requests memory is then never scheduled."""
     write_toyworld(tmp_path / "media", clips=4, seconds=2.0, size=32, jobs=1)
     code = """if True:
         import logging, ray
@@ -254,7 +254,7 @@ def test_ray_needs_no_promise_of_memory(tmp_path):
     assert inspect_dataset(str(tmp_path / "out"), verify=True)["accepted"] == 4
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real media ../shared/media is not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real media in ../shared/media")
 def test_real_clips_become_rows_or_rejects_with_a_reason(tmp_path):
     names = ["talking/linly_answer_short.mp4", "talking/grid_bbaf2n.mpg", "nasty/opus_6ch_vp9_1s.webm"]
     names += [

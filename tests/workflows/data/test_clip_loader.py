@@ -1,4 +1,4 @@
-"""Reading: each row group once per epoch and rank, ahead of its use, in bounded memory, beside the training step."""
+"""Clip loader: each row group is read once per epoch and rank, in bounded memory, during the training step."""
 
 from bisect import bisect_right
 from threading import Barrier, Event
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from preprocessing.io.prefetch import prefetch
-from tests.helpers.memory_clips import Shelves
+from tests.helpers.memory_clips import RowGroupClips
 from workflows.data.batch_sampler import BucketBatchSampler, make_buckets
 from workflows.data.clip_loader import RowGroupLoader
 
@@ -15,13 +15,13 @@ BATCH, SHUFFLE, GROUP, COUNT = 12, 8, 8, 384  # four windows per epoch
 WAIT = 20.0  # seconds until a test that hangs fails
 
 
-def shelves(mixed: bool) -> Shelves:
+def clips_in_row_groups(mixed: bool) -> RowGroupClips:
     draw = np.random.default_rng(5)
     lengths = [3] * COUNT if not mixed else draw.choice([2, 3, 4], COUNT, p=[0.2, 0.2, 0.6]).tolist()
-    return Shelves(lengths, [1 if i // GROUP % 4 else 2 for i in range(COUNT)] if mixed else [1] * COUNT, GROUP)
+    return RowGroupClips(lengths, [1 if i // GROUP % 4 else 2 for i in range(COUNT)] if mixed else [1] * COUNT, GROUP)
 
 
-def supply(source: Shelves, rank: int = 0, world: int = 1) -> tuple[RowGroupLoader, BucketBatchSampler]:
+def loader(source: RowGroupClips, rank: int = 0, world: int = 1) -> tuple[RowGroupLoader, BucketBatchSampler]:
     clips = source.clips()
     order = BucketBatchSampler(
         make_buckets(clips.lengths, clips.shapes, min_chunks=2, max_chunks=4, batch=BATCH),
@@ -37,8 +37,8 @@ def supply(source: Shelves, rank: int = 0, world: int = 1) -> tuple[RowGroupLoad
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_every_row_group_is_read_once_per_epoch_and_rank(world, mixed):
     for rank in range(world):
-        source = shelves(mixed)
-        made, order = supply(source, rank, world)
+        source = clips_in_row_groups(mixed)
+        made, order = loader(source, rank, world)
         ends = [sum(epoch * len(b.clips) // BATCH for b in order.buckets) for epoch in range(1, 6)]
         for step in range(ends[-1]):
             ids = [clip.id for clip in made.load_step(step)]
@@ -52,8 +52,8 @@ def test_every_row_group_is_read_once_per_epoch_and_rank(world, mixed):
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("world", [1, 3])
-def test_a_rank_holds_about_one_window_of_its_clips(world, mixed):
-    made, order = supply(shelves(mixed), 0, world)
+def test_a_rank_buffers_about_one_window_of_its_clips(world, mixed):
+    made, order = loader(clips_in_row_groups(mixed), 0, world)
     waiting = len(order.buckets) * BATCH  # clips of buckets that had no whole batch
     for step in range(100):
         made.load_step(step)
@@ -61,8 +61,8 @@ def test_a_rank_holds_about_one_window_of_its_clips(world, mixed):
 
 
 def test_reading_is_spread_evenly_over_the_steps():
-    source = shelves(False)
-    made, order = supply(source)
+    source = clips_in_row_groups(False)
+    made, order = loader(source)
     reads = []
     for step in range(96):
         before = sum(source.read.values())
@@ -73,15 +73,15 @@ def test_reading_is_spread_evenly_over_the_steps():
     )
 
 
-def test_asking_for_any_step_gives_its_clips():
-    straight, _ = supply(shelves(True))
+def test_steps_can_be_loaded_in_any_order():
+    straight, _ = loader(clips_in_row_groups(True))
     ids = [[clip.id for clip in straight.load_step(step)] for step in range(70)]
-    jumping, _ = supply(shelves(True))
+    jumping, _ = loader(clips_in_row_groups(True))
     for step in (33, 34, 35, 69, 0, 34, 34, 68, 69):
         assert [clip.id for clip in jumping.load_step(step)] == ids[step]
 
 
-def test_prefetching_keeps_the_order_and_hands_over_errors():
+def test_prefetch_keeps_the_order_and_raises_errors():
     assert list(prefetch((i * i for i in range(3, 8)), lambda _: 1, 2)) == [9, 16, 25, 36, 49]
 
     def fail(i: int) -> int:
@@ -93,7 +93,7 @@ def test_prefetching_keeps_the_order_and_hands_over_errors():
         list(prefetch((fail(i) for i in range(3, 8)), lambda _: 1, 2))
 
 
-def test_reading_and_training_overlap():
+def test_prefetch_overlaps_with_the_consumer():
     """Batch i + 1 is made while step i trains: each waits for the other to be under way, alone neither would end."""
     both = Barrier(2)
 
@@ -107,7 +107,7 @@ def test_reading_and_training_overlap():
             both.wait(WAIT)
 
 
-def test_a_slow_step_finds_its_batches_ready_and_no_more_than_asked_for():
+def test_prefetch_makes_no_more_batches_than_requested():
     made: list[int] = []
     enough = Event()
 

@@ -1,4 +1,4 @@
-"""A lost MLflow server costs a training nothing: no stop, no wait, no number lost or doubled."""
+"""An unreachable MLflow server does not stop or delay training, and no number is lost or duplicated."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def opened(folder: Path, uri: str) -> DurableTracker:
 
 
 def log_steps(tracker: DurableTracker, steps: range) -> float:
-    """The longest that any step had to wait for its log, in seconds."""
+    """Log the steps; return the longest time of one log call in seconds."""
     longest = 0.0
     for step in steps:
         began = time.perf_counter()
@@ -70,18 +70,18 @@ def sqlite(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> str:
-    """One store for all: making its tables takes seconds."""
+    """Return one store for all tests, because creating its tables takes seconds."""
     return sqlite(tmp_path_factory.mktemp("store"))
 
 
 @contextmanager
 def mute_server() -> Iterator[str]:
-    """It accepts connections and never answers."""
+    """Accept connections and never respond."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_a_server_that_hangs_costs_no_time_and_the_next_one_gets_everything(tmp_path, store, monkeypatch, caplog):
+def test_a_hanging_server_causes_no_delay_and_the_next_one_gets_everything(tmp_path, store, monkeypatch, caplog):
     run = tmp_path / "run"
     (tmp_path / "sample.mp4").write_bytes(b"mp4")
     with mute_server() as uri, monkeypatch.context() as patch:
@@ -108,8 +108,8 @@ def test_a_server_that_hangs_costs_no_time_and_the_next_one_gets_everything(tmp_
     assert not has_backlog(run, store)
 
 
-def test_what_arrived_without_an_answer_counts_once(tmp_path, store, monkeypatch, caplog):
-    lost = {"_start": 1, "send": 2, "params": 1, "artifact": 1, "finish": 1}
+def test_entries_with_a_lost_response_count_once(tmp_path, store, monkeypatch, caplog):
+    lost = {"_create_run": 1, "send": 2, "params": 1, "artifact": 1, "finish": 1}
     for name in lost:
         whole = getattr(MlflowTracker, name)
 
@@ -138,8 +138,8 @@ def test_what_arrived_without_an_answer_counts_once(tmp_path, store, monkeypatch
     assert not any("did not take" in line for line in caplog.messages), caplog.messages
 
 
-def test_a_killed_process_leaves_its_log_to_the_next_one(tmp_path, store):
-    """It wrote to step 9, sent nothing, and died in the middle of a line; the run goes on from step 6."""
+def test_the_next_process_sends_the_log_of_a_killed_one(tmp_path, store):
+    """The killed process logged up to step 9, sent nothing and left half a line; the run resumes from step 6."""
     lines = JsonLinesTracker(tmp_path / "killed")
     for step in range(10):
         lines.log(step, {STEP_KEY: step, "loss/video": 0.5})
@@ -152,16 +152,16 @@ def test_a_killed_process_leaves_its_log_to_the_next_one(tmp_path, store):
     assert [entry["step"] for entry in read_json_lines(tmp_path / "killed" / "metrics.jsonl")] == list(range(15))
 
 
-def test_a_worker_that_outlives_its_driver_adds_no_step_twice():
+def test_a_worker_that_outlives_its_driver_repeats_no_step():
     entries = [{"step": s, STEP_KEY: 4 * s} for s in (0, 2, 4, 6, 4, 6, 8)]
     assert [e["step"] for e in drop_repeated_steps(entries, -1)] == [0, 2, 4, 6, 8]
     assert [e["step"] for e in drop_repeated_steps(entries, 4)] == [6, 8]
     assert drop_repeated_steps([{"step": 8, "alarm/on": 1.0}], 8), "an addition to the last step"
-    assert drop_repeated_steps([{"step": 3, LATE_KEY: True, "alarm/on": 1.0}], 8), "said late, of any step"
+    assert drop_repeated_steps([{"step": 3, LATE_KEY: True, "alarm/on": 1.0}], 8), "a late entry may belong to any step"
 
 
-def test_a_run_of_an_older_version_goes_on_in_its_mlflow_run(tmp_path, store):
-    """``mlflow.json`` held the run's id and nothing else, and its metrics were in MLflow alone."""
+def test_a_run_of_an_older_version_continues_its_mlflow_run(tmp_path, store):
+    """Older versions stored only the run id in ``mlflow.json``, and metrics only in MLflow."""
     old = MlflowTracker(store, experiment="train", name="old", tags={})
     for step in range(3):
         old.log(step, {STEP_KEY: 4.0 * step, "loss/video": 1.0})
@@ -175,8 +175,8 @@ def test_a_run_of_an_older_version_goes_on_in_its_mlflow_run(tmp_path, store):
     assert load_sync_state(tmp_path / "old", store).run == old.run_id
 
 
-def test_a_training_whose_server_was_away_is_sent_by_the_same_command(tmp_path, store, monkeypatch):
-    """It begins, trains and ends without an answer; nothing is trained again, and MLflow gets one whole run."""
+def test_the_same_command_sends_the_log_of_a_finished_training(tmp_path, store, monkeypatch):
+    """Training ran without a server; no step is repeated, and MLflow gets one complete run."""
     command = {"data": write_dataset(tmp_path / "set"), "sets": SMALL, "runs_dir": tmp_path, "run": "v"}
     with mute_server() as uri, monkeypatch.context() as patch:
         patch.setattr(mlflow_sync, "START_SECONDS", 0.1)
@@ -193,7 +193,7 @@ def test_a_training_whose_server_was_away_is_sent_by_the_same_command(tmp_path, 
 
 
 class Server:
-    """A real MLflow server over a SQLite store, that can be killed, stopped and started again."""
+    """A real MLflow server with a SQLite store, which can be killed, suspended and restarted."""
 
     def __init__(self, folder: Path) -> None:
         with closing(socket.create_server(("127.0.0.1", 0))) as free:
@@ -231,7 +231,7 @@ class Server:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_real_server_killed_hung_and_gone_at_the_end(tmp_path, monkeypatch, caplog):
+def test_a_real_server_that_is_killed_suspended_and_absent_at_the_end(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     (tmp_path / "sample.mp4").write_bytes(b"mp4")
     server = Server(tmp_path)

@@ -1,4 +1,4 @@
-"""Logs are complete and hold no step twice, as JSON lines and in MLflow."""
+"""Logs are complete and contain no step twice, as JSON lines and in MLflow."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from workflows.tracking.tracker import STEP_KEY, JsonLinesTracker, read_json_lin
 from workflows.utils.environment import tracking_uri
 
 
-def test_json_lines_go_on_where_they_ended(tmp_path):
-    """A run logged to step 4, killed while it wrote the next line, resumed from step 2."""
+def test_json_lines_continue_after_a_kill(tmp_path):
+    """The run logged up to step 4, was killed within the next line, and resumes from step 2."""
     first = JsonLinesTracker(tmp_path)
     for step in (0, 2, 4):
         first.log(step, {STEP_KEY: step, "loss/video": 1.0 / (step + 1)})
@@ -30,7 +30,7 @@ def test_json_lines_go_on_where_they_ended(tmp_path):
     ]
 
 
-def test_one_mlflow_run_holds_everything(tmp_path, monkeypatch):
+def test_one_mlflow_run_contains_the_whole_log(tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)

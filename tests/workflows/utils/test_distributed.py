@@ -1,4 +1,4 @@
-"""A process of a run ends as Python ends, whatever the threads of its process groups are still at."""
+"""A process exits cleanly although threads of its process groups are still active."""
 
 import subprocess
 import sys
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-# gloo's own threads are late only on a busy machine: another one under their name is late here
-ENDING = """
+# gloo's threads are late only on a busy machine: simulate one with another thread of that name
+EXIT_SCRIPT = """
 import ctypes, threading, time
 from pathlib import Path
 import torch
@@ -23,8 +23,8 @@ def late():
     end = time.thread_time() + 0.5
     while time.thread_time() < end:
         pass
-    print("the tensors are let go", flush=True)
-    threading.Event().wait()  # for more work, without end
+    print("the tensors are released", flush=True)
+    threading.Event().wait()  # idle until the process ends
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 dist.all_reduce(torch.ones(1))
@@ -35,9 +35,9 @@ named.wait()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells what a thread is at")
-def test_the_end_waits_for_threads_that_let_go_of_tensors_and_not_for_those_that_wait_for_work():
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the thread states of Linux")
+def test_exit_waits_for_threads_that_release_tensors_and_not_for_idle_ones():
     root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", ENDING], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", EXIT_SCRIPT], cwd=root, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split("\n") == ["True", "the tensors are let go", ""]
+    assert done.stdout.split("\n") == ["True", "the tensors are released", ""]
