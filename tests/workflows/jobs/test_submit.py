@@ -43,12 +43,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("preprocess clips s3://b/data", "clips is a path of this machine.*s3://.*--shared"),
-        ("preprocess s3://b/clips data", "data is a path of this machine"),
-        ("train --stage video --data s3://b/data", "train writes its runs.*--shared /shared"),
+        ("preprocess clips s3://b/data", "clips .*s3://.*--shared"),
+        ("preprocess s3://b/clips data", "data .*--shared"),
+        ("train --stage video --data s3://b/data", "train .*--shared /shared"),
         ("train --stage vidio --data s3://b/data", "vidio"),
         ("tarin --stage video", "tarin.*Use mfctl"),
-        ("train --stage video --set checkpoint.to=/here/runs", "checkpoint.to=/here/runs is a path"),
+        ("train --stage video --set checkpoint.to=/here/runs", "checkpoint.to=/here/runs .*--shared"),
     ],
 )
 @pytest.mark.parametrize("target", [AWS, ONPREM, TRAIN_JOB])
@@ -66,7 +66,7 @@ def test_paths_below_the_shared_folder_are_accepted(here: Path, monkeypatch: pyt
     command = parse(words, "/shared/me")
     assert set(command.paths.values()) == {"/shared/me/toy", "runs/v"} or "/shared/me/toy" in command.paths.values()
     check_paths(parse(words[:5], "/shared/me"), AWS, "/shared/me")
-    with pytest.raises(ValueError, match="/elsewhere/toy is a path of this machine"):
+    with pytest.raises(ValueError, match="/elsewhere/toy .*--shared"):
         check_paths(parse([*words[:4], "/elsewhere/toy"], "/shared"), AWS, "/shared")
 
 
@@ -83,9 +83,9 @@ def test_a_tracking_store_of_one_machine_is_rejected(
 @pytest.mark.parametrize(
     ("target", "sets", "message"),
     [
-        (AWS, "engine.workers=64", "64 processes with CPU 1, GPU 1 each, and .*aws.yaml has room for 32"),
-        (TRAIN_JOB, "engine.workers=9", "9 processes .* has room for 8"),
-        (AWS, "engine.resource=tpu", "tpu 1.* has room for 0"),
+        (AWS, "engine.workers=64", "64 .*CPU 1, GPU 1.*aws.yaml .*32"),
+        (TRAIN_JOB, "engine.workers=9", "9 processes .* 8 .*engine.workers"),
+        (AWS, "engine.resource=tpu", "tpu 1.* 0 "),
     ],
 )
 def test_requests_beyond_the_cluster_file_are_rejected(
@@ -114,7 +114,7 @@ def test_capacity_counts_whole_processes() -> None:
     assert resources.capacity(machines, {"CPU": 3}) == 3 + 9 * 21
     assert resources.capacity(machines, {"CPU": 1 / 3}) == 3 * 12 + 9 * 192
     resources.require_capacity(ResourceRequest(description="x", bundle={"GPU": 1}, count=6), machines, "t")
-    with pytest.raises(ValueError, match=r"x needs 7 .* room for 6 .*a: up to 3 with CPU 4, GPU 2"):
+    with pytest.raises(ValueError, match=r"x .* 7 .* 6 .*CPU 4, GPU 2"):
         resources.require_capacity(ResourceRequest(description="x", bundle={"GPU": 1}, count=7), machines, "t")
 
 
@@ -224,12 +224,12 @@ def test_this_tree_is_packaged_completely_and_small(tmp_path: Path) -> None:
 def test_a_large_tree_and_a_file_with_a_secret_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tree(tmp_path / "tree")
     (root / "weights.bin").write_bytes(os.urandom(2**20))
-    with pytest.raises(ValueError, match=r"1.0 MB, over the limit .* weights.bin"):
+    with pytest.raises(ValueError, match=r"1.0 MB.*weights.bin"):
         package_working_dir(root, tmp_path, max_bytes=2**19)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     (tmp_path / "again").mkdir()
     (root / "notebook.py").write_text(f"key = '{SECRET}'")
-    with pytest.raises(ValueError, match="notebook.py contains the value of AWS_SECRET_ACCESS_KEY") as caught:
+    with pytest.raises(ValueError, match="notebook.py .*AWS_SECRET_ACCESS_KEY") as caught:
         package_working_dir(root, root.parent / "again")
     assert SECRET not in str(caught.value)
 
@@ -257,7 +257,7 @@ def test_a_secret_in_an_argument_is_rejected_without_repeating_it(monkeypatch: p
         (["train", "--set", f"x={SECRET}"], {}),
         ([], {"MLFLOW_TRACKING_URI": f"postgresql://mlflow:{SECRET}@host/mlflow"}),
     ):
-        with pytest.raises(ValueError, match="password|contains the value of AWS_SECRET_ACCESS_KEY") as caught:
+        with pytest.raises(ValueError, match="password|AWS_SECRET_ACCESS_KEY") as caught:
             check_secrets(words, variables)
         assert SECRET not in str(caught.value)
     check_secrets(["preprocess", "s3://b/x"], {"MLFLOW_TRACKING_URI": "http://mlflow:5000"})
@@ -308,7 +308,7 @@ def test_a_job_gets_the_total_resources_of_its_cluster_file() -> None:
 def test_preprocessing_on_gpus_requires_gpus() -> None:
     need = resources.required_resources(parse(["preprocess", "s3://b/c", "s3://b/d", "--set", "encoder.gpus=0.25"]))
     assert need == ResourceRequest(description="preprocess", bundle={"CPU": 1.0, "GPU": 0.25}, count=1)
-    with pytest.raises(ValueError, match="has room for 0"):
+    with pytest.raises(ValueError, match="room for 0"):
         resources.require_capacity(need, [HEAD_ALONE, PLAIN], "plain.yaml")
     resources.require_capacity(need, [HEAD_ALONE, PLAIN, WITH_GPUS], "both.yaml")
 
@@ -435,7 +435,7 @@ def test_a_kubectl_failure_gives_one_message(here: Path, monkeypatch: pytest.Mon
     (here / "kubectl").write_text("#!/bin/sh\necho 'The connection to the server was refused' >&2\nexit 1\n")
     (here / "kubectl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{here}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(RuntimeError, match="kubectl create failed: The connection .* was refused.*current-context"):
+    with pytest.raises(RuntimeError, match="kubectl create .*refused.*current-context"):
         submit.submit_job(
             TRAIN_JOB, parse(["preprocess", "s3://b/c", "s3://b/d", "--set", "workers=0"], "/shared"), shared="/shared"
         )
