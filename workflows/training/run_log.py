@@ -1,7 +1,9 @@
-"""Log of a run: the ranks append to files in the run directory, the driver shows what is new.
+"""Log of a run: the ranks append to files in the run directory, the driver shows new entries.
 
-log.txt     messages as plain lines
-log.jsonl   the same entries for the driver: {"text": message} or a ProgressEvent
+Files in the run directory:
+
+    log.txt     messages as plain lines
+    log.jsonl   the same entries for the driver: {"text": message} or a ProgressEvent
 """
 
 import json

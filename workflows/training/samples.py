@@ -1,7 +1,9 @@
 """Samples of a training run: held-out conditions with the EMA weights, in all trained modes, and their scores.
 
-samples/step-<step>-<mode>-<steps>-steps-clip-<number>.mp4
-looks/step-<step>.json      sample report: metrics, alarms, metrics that are not measured; written last
+Files in the run directory:
+
+    samples/step-<step>-<mode>-<steps>-steps-clip-<number>.mp4
+    looks/step-<step>.json      sample report: metrics, alarms, metrics that are not measured; written last
 """
 
 import time
