@@ -415,7 +415,7 @@ def dataset_schemas(_: "Material") -> Any:
         "rejects": schema_of(REJECTS),
         "sources": schema_of(SOURCES),
         "duplicates": schema_of(DUPLICATES_SCHEMA),
-        "read": {name: columns_for(names) for name, names in presets.MODALITIES.items()},
+        "read": {name: columns_for(spec.modalities) for name, spec in STAGES.items()},
         "reasons": reject_reasons(),
         "histograms": sorted(inspect.HISTOGRAM_COLUMNS),
     }

@@ -30,6 +30,11 @@ CARD = ExportMetadata(
 PROGRESS = Progress(step=3, samples_seen=12, first={"a": 1.0}, last={"a": 0.5})
 
 
+def list_checkpoints(root: str | Path) -> list[Path]:
+    """Return the complete checkpoints in a local folder, oldest first."""
+    return [Path(root, name) for name in CheckpointStore(root).list_complete()]
+
+
 def parts(seed: int):
     net = build_model(CARD.model, seed)
     ema = Ema(build_model(CARD.model, seed + 10), EmaConfig())

@@ -97,11 +97,6 @@ def file_entry(folder: Path, path: Path) -> tuple[str, dict[str, Any]]:
     return path.relative_to(folder).as_posix(), {"size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def list_checkpoints(root: str | Path) -> list[Path]:
-    """Return the complete checkpoints in a local folder, oldest first."""
-    return [Path(root, name) for name in CheckpointStore(root).list_complete()]
-
-
 def checkpoint_root(run_dir: str | Path, to: str | None) -> str | Path:
     """Return the checkpoint root of a run: below ``to`` (``checkpoint.to``) by run name, else in the run directory."""
     return join_uri(to, Path(run_dir).name, "checkpoints") if to else Path(run_dir, "checkpoints")

@@ -16,13 +16,7 @@ from mfcore.types import AUDIO, VIDEO
 from workflows.config.latent_shapes import LatentShapes
 from workflows.config.run import CheckpointConfig, DataConfig, EngineConfig, RunConfig
 from workflows.config.stage_names import Stage
-
-MODALITIES: dict[Stage, tuple[str, ...]] = {
-    "video": (VIDEO,),
-    "audio": (AUDIO,),
-    "joint": (VIDEO, AUDIO),
-    "mutual": (VIDEO, AUDIO),
-}
+from workflows.config.stages import STAGES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +49,7 @@ def _model(stage: Stage, shapes: LatentShapes, size: ModelSize) -> ModelConfig:
                 data_std=size.data_std[m],
                 anchor=shapes.static_channels[m] if size.data_std[m] is not None else 0,
             )
-            for m in MODALITIES[stage]
+            for m in STAGES[stage].modalities
         },
         dim=size.dim,
         layers=size.layers,
@@ -95,7 +89,7 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
         data_std={VIDEO: 0.15, AUDIO: 0.2},
         attention="sdpa",
     )
-    time = TimeConfig(shift={m: size.shift[m] for m in MODALITIES[stage]})
+    time = TimeConfig(shift={m: size.shift[m] for m in STAGES[stage].modalities})
     model, engine = _model(stage, shapes, size), EngineConfig(zero_stage=1, workers=2)
     data = DataConfig(batch=16, chunks=_lengths(shapes, size), whitening={VIDEO: 0.3, AUDIO: 0.5})
     if stage == "mutual":
@@ -145,7 +139,7 @@ def _recipe(
     stage: Stage, shapes: LatentShapes, size: ModelSize, *, batch: int, steps: dict[Stage, int], lr: float
 ) -> RunConfig:
     """Return the recipe of the paper: AdamW 0.9/0.95, decay 0.02, clip 0.5, EMA 0.999, 0.99 in the mutual stage."""
-    time = TimeConfig(shift={m: size.shift[m] for m in MODALITIES[stage]})
+    time = TimeConfig(shift={m: size.shift[m] for m in STAGES[stage].modalities})
     mutual = MutualConfig(
         time=time, guidance=5.0, real_until=1000, free_from=3000, fake_from=3000, dmd_from=3200, dmd_ramp=1000
     )

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.checkpoint_parts import CARD, PROGRESS, parts, writer
+from tests.helpers.checkpoint_parts import CARD, PROGRESS, list_checkpoints, parts, writer
 from tests.helpers.tiny_model import batch
 from workflows.checkpoints.load import find_export, load_export
-from workflows.checkpoints.store import COMPLETE_FILE, CheckpointStore, list_checkpoints
+from workflows.checkpoints.store import COMPLETE_FILE, CheckpointStore
 from workflows.training.checkpointing import CheckpointSaveError, latest_intact_checkpoint, load_training_state
 from workflows.training.progress import Progress
 

@@ -6,6 +6,7 @@ from mfcore.model.config import ModelConfig
 from mfcore.types import AUDIO, VIDEO
 from workflows.config import presets
 from workflows.config.latent_shapes import default_size, geometry_for_preset
+from workflows.config.stages import STAGES
 from workflows.training.cost_estimate import estimate_without_dataset
 
 
@@ -83,10 +84,10 @@ def test_operations_of_a_full_chunk():
 
 
 @pytest.mark.parametrize("preset", presets.PRESETS)
-@pytest.mark.parametrize("stage", presets.MODALITIES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_preset_and_stage_is_estimated_without_memory(preset, stage):
     result = estimate_without_dataset(stage, preset, (), None)
-    assert set(result["costs"]["parameters"]) == {*presets.MODALITIES[stage], "total"}
+    assert set(result["costs"]["parameters"]) == {*STAGES[stage].modalities, "total"}
 
 
 def test_sizes_are_padded_to_the_codec():

@@ -8,10 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.helpers.checkpoint_parts import list_checkpoints
 from tests.helpers.gloo_processes import run_on
 from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.small_training import EVERY_PART_AT_ONCE, SMALL
-from workflows.checkpoints.store import list_checkpoints
 from workflows.training import worker
 from workflows.training.train import train_stage
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.checkpoint_parts import PROGRESS, parts, writer
+from tests.helpers.checkpoint_parts import PROGRESS, list_checkpoints, parts, writer
 from tests.helpers.gloo_processes import run_on
 from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.small_training import EVERY_PART_AT_ONCE, SMALL, killed_at, run
 from workflows.checkpoints.load import find_export, load_weights
-from workflows.checkpoints.store import COMPLETE_FILE, CheckpointStore, list_checkpoints
+from workflows.checkpoints.store import COMPLETE_FILE, CheckpointStore
 from workflows.tracking.tracker import read_json_lines
 from workflows.training import heartbeat, preemption, worker
 from workflows.training.checkpointing import CheckpointSaveError, load_training_state

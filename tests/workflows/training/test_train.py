@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.checkpoint_parts import list_checkpoints
 from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.small_training import EVERY_PART_AT_ONCE, SMALL, killed_at, run
 from workflows.checkpoints.load import load_export, load_metadata, load_weights
-from workflows.checkpoints.store import list_checkpoints
 from workflows.training import worker
 from workflows.training.train import train_stage
 
