@@ -1,7 +1,7 @@
-"""Files with a known clock, made by ffmpeg: every frame carries its number, a patch flashes whenever there is a beep.
+"""Media files with a known clock: frames contain their number, a patch flashes at each beep.
 
-The picture is a still texture with 16 squares that spell the frame number in binary, and the patch; the sound is a
-quiet tone with bursts of 1 kHz.
+The video is a static texture with 16 squares for the frame number in binary, and the patch. The audio is a quiet tone
+with bursts of 1 kHz.
 """
 
 import subprocess
@@ -20,8 +20,10 @@ PATCH = slice(72, 120)  # rows and columns of the patch that flashes
 
 
 def numbered_frames(count: int, flashes: np.ndarray | None = None) -> np.ndarray:
-    """uint8 (count, SIDE, SIDE, 3); frame i spells i in its two upper rows of squares. The patch is bright in the
-    frames of ``flashes`` and the two after each."""
+    """Return uint8 ``(count, SIDE, SIDE, 3)``; frame i shows i in its two upper rows of squares.
+
+    The patch is bright in the frames of `flashes` and the two after each.
+    """
     texture = np.random.default_rng(0).integers(60, 130, (SIDE // 8, SIDE // 8, 3))
     frames = np.repeat(np.kron(texture, np.ones((8, 8, 1)))[None], count, 0).astype(np.uint8)
     for i in range(count):
@@ -34,19 +36,19 @@ def numbered_frames(count: int, flashes: np.ndarray | None = None) -> np.ndarray
 
 
 def read_numbers(frames: np.ndarray) -> np.ndarray:
-    """The number that each decoded frame spells, whatever its size."""
+    """Return the number in each decoded frame, of any size."""
     high, wide = (edge * SQUARE // SIDE for edge in frames.shape[1:3])
-    grey = frames.astype(float).mean(3)
+    gray = frames.astype(float).mean(3)
     numbers = np.zeros(len(frames), int)
     for bit in range(16):
         y, x = bit // 8 * high, bit % 8 * wide
-        middle = grey[:, y + high // 4 : y + high - high // 4, x + wide // 4 : x + wide - wide // 4].mean((1, 2))
+        middle = gray[:, y + high // 4 : y + high - high // 4, x + wide // 4 : x + wide - wide // 4].mean((1, 2))
         numbers |= (middle > 127).astype(int) << bit
     return numbers
 
 
 def find_flashes(frames: np.ndarray) -> np.ndarray:
-    """Numbers of the frames in which the patch lights up."""
+    """Return the numbers of the frames with a new flash."""
     rows, columns = (slice(PATCH.start * n // SIDE, PATCH.stop * n // SIDE) for n in frames.shape[1:3])
     bright = frames[:, rows, columns].mean((1, 2, 3)) > 165
     return np.flatnonzero(bright[1:] & ~bright[:-1]) + 1
@@ -58,7 +60,7 @@ def burst(rate: int) -> np.ndarray:
 
 
 def sound(seconds: float, rate: int = RATE, beeps: np.ndarray = BEEPS) -> np.ndarray:
-    """A quiet tone with a burst from each beep time on."""
+    """Return a quiet tone with a burst from each beep time on."""
     t = np.arange(round(seconds * rate)) / rate
     wave = 0.01 * np.sin(2 * np.pi * 220 * t)
     for beep in beeps:
@@ -69,16 +71,16 @@ def sound(seconds: float, rate: int = RATE, beeps: np.ndarray = BEEPS) -> np.nda
 
 
 def find_beeps(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Start times of the bursts, seconds, by matched filter."""
+    """Return the start times of the bursts in seconds, by matched filter."""
     t = np.arange(round(BURST * rate)) / rate
     window = np.sin(np.pi * t / BURST) ** 2
     pair = [
         np.correlate(wave, window * wave_, "valid") for wave_ in (np.sin(2000 * np.pi * t), np.cos(2000 * np.pi * t))
     ]
     energy = np.hypot(*pair)
-    least = 0.4 * energy.max()
+    threshold = 0.4 * energy.max()
     found = []
-    while energy.max() > max(least, 0.02 * (window**2).sum()):
+    while energy.max() > max(threshold, 0.02 * (window**2).sum()):
         peak = int(energy.argmax())
         found.append(peak / rate)
         energy[max(0, peak - rate // 10) : peak + rate // 10] = 0
@@ -87,15 +89,15 @@ def find_beeps(wave: np.ndarray, rate: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Fixture:
-    """A way to make a file, and what is true of it."""
+    """Settings of a media file, with its expected properties."""
 
     name: str
     fps: tuple[int, int] = (25, 1)  # of the numbered frames; in an interlaced file of its fields
     suffix: str = "mp4"
     audio_late: float = 0.0  # seconds that the sound is shifted against its container clock
     video_late: float = 0.0
-    early: float = 0.0  # seconds that ffmpeg's writer puts the sound too early: that of matroska (version 5.1 at least)
-    # does not add the codec's delay to the timestamps of Opus, and every reader takes it off
+    early: float = 0.0  # seconds by which ffmpeg's writer shifts the audio: the matroska muxer (5.1 and later) does not
+    # add the codec delay to the timestamps of Opus, and every reader subtracts it
     keep: Callable[[int], bool] = lambda n: True  # the frames that are kept; others go without replacement
     every: int = 1  # 2: two numbered frames become the fields of one
     picture: str = "null"  # ffmpeg filter
@@ -113,18 +115,18 @@ class Fixture:
 
     @property
     def step(self) -> float:
-        """Seconds from one numbered frame to the next."""
+        """Return the seconds between numbered frames."""
         return self.fps[1] / self.fps[0]
 
     @property
     def beeps(self) -> np.ndarray:
-        """Each at the time of a frame that is kept."""
+        """Return the beep times, each at a kept frame."""
         kept = np.array(self.kept(round(3 / self.step))) * self.step
         return np.array([kept[np.abs(kept - beep).argmin()] for beep in BEEPS])
 
 
 def make(fixture: Fixture, folder: Path, seconds: float = 3.0) -> Path:
-    """Write the fixture's file: encode at offset 0 into matroska, then copy into its container with the offsets."""
+    """Write the file: encode into matroska, then copy into the container with the offsets."""
     up, down = fixture.fps
     raw, wav = folder / "raw.rgb", folder / "raw.f32"
     flashes = np.round(fixture.beeps / fixture.step).astype(int)

@@ -19,7 +19,7 @@ def write_clip(path: Path, seconds: float, picture: bool = True, heard: bool = T
 
 
 def make_folder(folder: Path) -> Path:
-    """Five sources: two that give clips (one of them two), one too short, one mute, one that is no media."""
+    """Write five sources: two with clips, one too short, one without audio, one text file."""
     folder.mkdir()
     write_clip(folder / "good.mp4", 2.2)
     words = [{"word": "ba", "start": 0.2, "end": 0.4}, {"word": "do", "start": 2.2, "end": 2.4}]
@@ -27,7 +27,7 @@ def make_folder(folder: Path) -> Path:
     write_clip(folder / "long.mp4", 3.2)
     write_clip(folder / "mute.mp4", 2.2, heard=False)
     write_clip(folder / "short.mp4", 0.4)
-    (folder / "text.mp4").write_text("this is no media")
+    (folder / "text.mp4").write_text("not a media file")
     (folder / "notes.md").write_text("not a source")
     return folder
 

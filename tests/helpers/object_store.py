@@ -1,4 +1,4 @@
-"""An S3 server in a process of its own, and a proxy before it that breaks connections as it is told."""
+"""An S3 server in a separate process, and a proxy that injects connection faults."""
 
 import socket
 import struct
@@ -16,17 +16,17 @@ import fsspec
 import pytest
 
 BUCKET = "characters"
-_NO = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+_UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 @contextmanager
 def s3_server(log: Path) -> Generator[int]:
-    """Its port. It holds one empty bucket; the environment names it, as it would name MinIO or Ceph."""
+    """Start a server with one empty bucket, set the environment, and yield its port."""
     port = _free_port()
-    with log.open("w") as said:
-        server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stdout=said, stderr=said)
+    with log.open("w") as output:
+        server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stdout=output, stderr=output)
         try:
-            _wait(f"http://127.0.0.1:{port}")
+            _wait_for_reply(f"http://127.0.0.1:{port}")
             with s3_at(port):
                 fsspec.filesystem("s3").mkdir(BUCKET)
                 yield port
@@ -37,7 +37,7 @@ def s3_server(log: Path) -> Generator[int]:
 
 @contextmanager
 def s3_at(port: int) -> Generator[pytest.MonkeyPatch]:
-    """The environment says that S3 is at this port of this machine."""
+    """Set the environment to an S3 endpoint at a local port."""
     names = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
     names |= {"AWS_ACCESS_KEY_ID": "user", "AWS_SECRET_ACCESS_KEY": "word", "MFCTL_TRACKER": "json"}
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +56,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait(url: str) -> None:
+def _wait_for_reply(url: str) -> None:
     for _ in range(200):
         try:
             urllib.request.urlopen(url, timeout=1).close()
@@ -67,10 +67,10 @@ def _wait(url: str) -> None:
 
 
 class FaultProxy:
-    """Passes TCP connections on; ``fault`` says of each new one what becomes of it.
+    """TCP proxy; `fault` returns the fault of each new connection.
 
-    ``""``: nothing. ``refuse``: reset at once. ``503``: an answer to whatever is asked. ``silent``: no answer, ever.
-    ``torn up N`` and ``torn down N``: reset after N bytes towards the server, or from it.
+    ``""``: none. ``refuse``: reset at once. ``503``: reply 503. ``silent``: never reply. ``torn up N`` and
+    ``torn down N``: reset after N bytes to the server, or from it.
     """
 
     def __init__(self, target: int, fault: Callable[[], str]) -> None:
@@ -88,10 +88,10 @@ class FaultProxy:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self.hang_up()
+        self.reset_all()
 
-    def hang_up(self) -> None:
-        """Reset what is open."""
+    def reset_all(self) -> None:
+        """Reset all open connections."""
         for connection in list(self._open):
             _reset(connection)
         self._open.clear()
@@ -112,15 +112,15 @@ class FaultProxy:
                 _reset(client)
             elif kind == "503":
                 client.recv(1 << 16)
-                client.sendall(_NO)
+                client.sendall(_UNAVAILABLE)
                 client.close()
             elif kind == "silent":
                 while client.recv(1 << 16):
                     pass
             else:
-                self._pass_on(client, kind, int(size))
+                self._forward(client, kind, int(size))
 
-    def _pass_on(self, client: socket.socket, kind: str, size: int) -> None:
+    def _forward(self, client: socket.socket, kind: str, size: int) -> None:
         server = socket.create_connection(("127.0.0.1", self._target))
         self._open.add(server)
         limits = {direction: size if kind == f"torn {direction}" else None for direction in ("up", "down")}
@@ -129,22 +129,22 @@ class FaultProxy:
         _pump(server, client, limits["down"])
 
 
-def _pump(source: socket.socket, sink: socket.socket, most: int | None) -> None:
-    """Bytes from one to the other; behind ``most`` of them both are reset."""
+def _pump(source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+    """Copy bytes; after `limit` bytes, reset both connections."""
     with suppress(OSError):
         while data := source.recv(1 << 14):
-            if most is not None and len(data) > most:
-                sink.sendall(data[:most])
+            if limit is not None and len(data) > limit:
+                sink.sendall(data[:limit])
                 _reset(source)
                 _reset(sink)
                 return
             sink.sendall(data)
-            most = None if most is None else most - len(data)
+            limit = None if limit is None else limit - len(data)
         sink.shutdown(socket.SHUT_WR)
 
 
 def _reset(connection: socket.socket) -> None:
-    """Close so that the other side gets a reset. A thread that reads from it is woken."""
+    """Close with a TCP reset; a thread that reads from the connection continues."""
     with suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.shutdown(socket.SHUT_RD)

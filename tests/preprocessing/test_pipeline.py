@@ -1,4 +1,4 @@
-"""Steps and units: what is cut, what is rejected and why; files are a function of sources and configuration."""
+"""Steps and units: spans, rejects with reasons, and reproducible files."""
 
 import hashlib
 from dataclasses import replace
@@ -68,7 +68,7 @@ def test_a_toy_clip_of_whole_chunks_loses_none(seconds, chunks, tmp_path):
     assert (len(clip.latents["video"]), len(clip.latents["audio"])) == (1 + 3 * chunks, -(-8000 * chunks // 1024))
 
 
-def test_the_last_audio_latent_hears_what_the_source_has_and_silence_behind_it(tmp_path):
+def test_last_audio_latent_covers_source_audio_then_silence(tmp_path):
     wave = (0.3 * np.sin(np.arange(3 * RATE) * 0.2)).astype(np.float32)
     for name, seconds in (("long", 3.0), ("exact", 2.0)):
         heard = wave[: round(seconds * RATE)]
@@ -82,7 +82,7 @@ def test_the_last_audio_latent_hears_what_the_source_has_and_silence_behind_it(t
     assert np.allclose(long.waveform[: 2 * RATE - 1024], exact.waveform[: 2 * RATE - 1024], atol=0.02)
 
 
-def test_sound_ahead_is_read_again(tmp_path):
+def test_peeked_audio_is_read_again(tmp_path):
     path = write_clip(tmp_path / "a.mp4", 3.2)
     with Decoder(path, probe(path), fps=FPS, size=(64, 64), sample_rate=RATE) as decoder:
         decoder.read(24)
@@ -132,7 +132,7 @@ def test_every_bad_clip_has_its_reason(tmp_path):
     assert {name: reason(tmp_path / f"{name}.mp4") for name in expected} == expected
 
 
-def test_clipped_sound_is_rejected_and_loud_sound_is_not():
+def test_clipped_audio_is_rejected_and_loud_audio_is_not():
     wave = sound(2.5, RATE)
     clip = Clip(source=Source(uri="", size=0, fingerprint=""), span=(0, 2.5), frames=None, waveform=wave / wave.max())
     assert check_audio(clip, FilterConfig()).loudness_db == pytest.approx(-19.27, abs=0.01)
@@ -140,16 +140,16 @@ def test_clipped_sound_is_rejected_and_loud_sound_is_not():
         check_audio(replace(clip, waveform=np.clip(150 * wave, -1, 1)), FilterConfig())
 
 
-def test_a_truncated_file_keeps_what_was_whole_or_says_why_not(tmp_path):
+def test_truncated_file_keeps_complete_spans_or_has_a_reason(tmp_path):
     path = write_clip(tmp_path / "whole.mp4", 3.2)
     (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
     found = spans_of(tmp_path / "cut.mp4")
     assert found  # never nothing
-    said = ("unreadable", "corrupt", "decode_error", "too_short", "truncated")
-    assert all(isinstance(f, Clip) or f.reason in said for f in found)
+    reasons = ("unreadable", "corrupt", "decode_error", "too_short", "truncated")
+    assert all(isinstance(f, Clip) or f.reason in reasons for f in found)
 
 
-def test_the_lost_rest_of_a_truncated_file_is_accounted_for(tmp_path):
+def test_lost_rest_of_a_truncated_file_is_a_reject(tmp_path):
     (path,) = write_toyworld(tmp_path / "toy", clips=1, seconds=6)
     data = path.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
@@ -171,7 +171,7 @@ def test_the_lost_rest_of_a_truncated_file_is_accounted_for(tmp_path):
     assert [getattr(found, "reason", "kept") for found in short] == ["kept"]
 
 
-def test_uni_modal_sets_need_only_their_stream(tmp_path):
+def test_unimodal_datasets_need_only_their_stream(tmp_path):
     write_clip(tmp_path / "mute.mp4", 2.2, heard=False)
     write_clip(tmp_path / "sound.mp4", 2.2, picture=False)
     (seen,) = spans_of(tmp_path / "mute.mp4", replace(CONFIG, modality="video"))
@@ -194,7 +194,7 @@ def test_a_crash_in_a_step_is_a_reject(tmp_path, monkeypatch):
     assert only.span == (0.0, 2.041667)
 
 
-def test_a_part_of_a_file_named_by_a_manifest(tmp_path):
+def test_manifest_selects_a_part_of_a_file(tmp_path):
     write_clip(tmp_path / "a.mp4", 4.0)
     (tmp_path / "list.jsonl").write_text('{"uri": "a.mp4", "start": 1.5, "end": 2.6, "caption": "part"}\n')
     (source,) = find_sources([str(tmp_path / "list.jsonl")])
@@ -215,17 +215,17 @@ def test_sources_are_found_in_folders_globs_and_manifests(tmp_path):
         find_sources([str(tmp_path / "missing")])
 
 
-def test_new_sources_become_new_units_and_changed_ones_are_refused():
+def test_new_sources_become_new_units_and_changed_ones_raise():
     sources = [Source(uri=f"file:///{i}", size=i, fingerprint=str(i)) for i in range(5)]
     first = plan_units([], sources[:3], 2, "c")
     grown = plan_units(first, sources, 2, "c")
     assert grown[:2] == first
     assert [len(unit.sources) for unit in grown] == [2, 1, 2]
-    with pytest.raises(ValueError, match="changed since"):
+    with pytest.raises(ValueError, match="new dataset"):
         plan_units(first, [replace(sources[0], fingerprint="other")], 2, "c")
 
 
-def test_a_unit_made_twice_has_the_same_bytes(tmp_path):
+def test_unit_processed_twice_has_equal_bytes(tmp_path):
     units = plan_units([], find_sources([str(make_folder(tmp_path / "media"))]), 5, CONFIG.fingerprint)
 
     def content(place: Path) -> dict[str, str]:
@@ -248,7 +248,7 @@ def test_an_orphaned_worker_publishes_nothing(tmp_path):
     assert store.list_entries() == []
 
 
-def test_a_second_driver_is_refused_and_a_dead_one_replaced(tmp_path):
+def test_second_driver_raises_and_dead_driver_is_replaced(tmp_path):
     store = Store(str(tmp_path / "out"))
     with Lease(store) as first, pytest.raises(ValueError, match="being written by process"):
         Lease(store).__enter__()
@@ -282,7 +282,7 @@ def test_statistics_of_parts_are_those_of_the_whole():
         assert torch.allclose(torch.tensor(got, dtype=torch.float64), want, atol=1e-9)
 
 
-def test_contradictions_are_refused():
+def test_contradictory_settings_raise():
     for wrong in ({"sizes": ((60, 64),)}, {"min_chunks": 30}, {"sources_per_unit": 0}):
         with pytest.raises(ValueError):
             PreprocessConfig(**wrong)

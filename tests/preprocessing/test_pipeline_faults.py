@@ -1,4 +1,4 @@
-"""What goes wrong around a clip: decoders that hang, eat memory or are killed, and a disk that is full."""
+"""Faults: decoders that hang, exhaust memory or are killed, and full disks."""
 
 import os
 import shutil
@@ -39,15 +39,15 @@ def spans(path: Path, config: PreprocessConfig = CONFIG) -> list[Clip | Rejected
     return list(process_source(source, config, build_encoders(config)))
 
 
-def eventually(truth: Callable[[], bool], seconds: float = 20) -> bool:
+def becomes_true(condition: Callable[[], bool], seconds: float = 20) -> bool:
     limit = time.monotonic() + seconds
-    while not truth() and time.monotonic() < limit:
+    while not condition() and time.monotonic() < limit:
         time.sleep(0.02)
-    return truth()
+    return condition()
 
 
-def stand_in(folder: Path, program: str, script: str) -> str:
-    """A folder for PATH in which ``program`` is a script; ``real`` in it is the program itself."""
+def replace_program(folder: Path, program: str, script: str) -> str:
+    """Return a folder for PATH with a script as `program`; ``real`` is the original."""
     folder.mkdir(exist_ok=True)
     body = f"#!/bin/sh\nreal={shutil.which(program)}\n{textwrap.dedent(script)}"
     (folder / program).write_text(body)
@@ -59,19 +59,19 @@ def stand_in(folder: Path, program: str, script: str) -> str:
 
 
 @pytest.mark.parametrize("program", ["ffmpeg", "ffprobe"])
-def test_a_clip_that_hangs_is_rejected_and_the_others_are_not(program, tmp_path, monkeypatch):
+def test_hanging_clip_is_rejected_and_others_are_not(program, tmp_path, monkeypatch):
     script = 'case "$*" in */hangs.mp4*) exec sleep 1001;; esac\nexec $real "$@"\n'
     (tmp_path / "media").mkdir()
     for name, seconds in (("good", 1.2), ("hangs", 1.3)):
         write_clip(tmp_path / "media" / f"{name}.mp4", seconds)
-    monkeypatch.setenv("PATH", stand_in(tmp_path / "bin", program, script))
+    monkeypatch.setenv("PATH", replace_program(tmp_path / "bin", program, script))
     config = replace(CONFIG, stall_seconds=3.0)
     counts = build_dataset([str(tmp_path / "media")], str(tmp_path / "out"), config, progress=lambda *_: None)
     assert (counts["accepted"], counts["rejects_by_reason"]) == (1, {"timeout": 1})
     assert not [p for p in psutil.Process().children(recursive=True) if "1001" in p.cmdline()]
 
 
-def test_a_decoder_that_stops_half_way_loses_only_the_rest(tmp_path):
+def test_decoder_that_stops_loses_only_the_rest(tmp_path):
     path = write_clip(tmp_path / "long.mp4", 10.0)
 
     class Stopped(Decoder):
@@ -88,9 +88,11 @@ def test_a_decoder_that_stops_half_way_loses_only_the_rest(tmp_path):
     assert found[-1].span == pytest.approx((found[-2].span[1] - 1 / 24, 10.0), abs=0.05)
 
 
-def test_complaints_are_no_sign_of_life(tmp_path, monkeypatch):
+def test_error_output_does_not_prevent_the_timeout(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mp4", 1.2)
-    monkeypatch.setenv("PATH", stand_in(tmp_path / "bin", "ffmpeg", "while :; do echo no >&2; sleep 0.1; done\n"))
+    monkeypatch.setenv(
+        "PATH", replace_program(tmp_path / "bin", "ffmpeg", "while :; do echo no >&2; sleep 0.1; done\n")
+    )
     began = time.monotonic()
     with (
         Decoder(path, probe(path), fps=FPS, size=(64, 64), sample_rate=RATE, stall_seconds=1.0) as decoder,
@@ -101,8 +103,8 @@ def test_complaints_are_no_sign_of_life(tmp_path, monkeypatch):
 
 
 @needs_util_linux
-def test_a_memory_bomb_is_rejected_with_the_reason(tmp_path):
-    """A picture of 6,000 x 6,000, no larger than the filters allow, in a file of some kilobytes."""
+def test_file_above_the_memory_limit_is_rejected(tmp_path):
+    """Frames of 6,000 x 6,000, within the filters, in a small file."""
     bomb = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "color=gray:s=6000x6000:r=1:d=1"]
     subprocess.run([*bomb, "-c:v", "png", str(tmp_path / "bomb.mkv")], check=True)
     assert (tmp_path / "bomb.mkv").stat().st_size < 1 << 20
@@ -123,18 +125,18 @@ def test_a_decoder_ends_with_the_process_that_started_it(tmp_path):
         "d = Decoder(sys.argv[1], probe(sys.argv[1]), fps=Fraction(24), size=(64, 64), sample_rate=16000);"
         "print(d._process.pid, flush=True); time.sleep(1000)"
     )
-    environment = os.environ | {"PATH": stand_in(tmp_path / "bin", "ffmpeg", "exec sleep 1002\n")}
+    environment = os.environ | {"PATH": replace_program(tmp_path / "bin", "ffmpeg", "exec sleep 1002\n")}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-c", code, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as owner:
         assert owner.stdout is not None
         child = psutil.Process(int(owner.stdout.readline()))
-        assert eventually(lambda: "1002" in child.cmdline())
+        assert becomes_true(lambda: "1002" in child.cmdline())
         owner.kill()
-    assert eventually(lambda: not child.is_running())
+    assert becomes_true(lambda: not child.is_running())
 
 
-def test_a_killed_decoder_is_asked_again_and_gives_the_same(tmp_path, monkeypatch):
+def test_killed_decoder_is_restarted_with_equal_clips(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "long.mp4", 5.0)
     config = replace(CONFIG, sizes=((256, 256),))
     undisturbed = spans(path, config)
@@ -157,7 +159,7 @@ def test_a_killed_decoder_is_asked_again_and_gives_the_same(tmp_path, monkeypatc
     assert [one.span for one in kept] == [one.span for one in undisturbed[: len(kept)]]
 
 
-def test_pipes_and_broken_links_are_sources_that_cannot_be_read(tmp_path):
+def test_pipes_and_broken_links_are_unreadable(tmp_path):
     folder = tmp_path / "media"
     folder.mkdir()
     write_clip(folder / "good.mp4", 1.2)
@@ -167,7 +169,7 @@ def test_pipes_and_broken_links_are_sources_that_cannot_be_read(tmp_path):
     assert (counts["sources"], counts["accepted"], counts["rejects_by_reason"]) == (3, 1, {"unreadable": 2})
 
 
-def test_without_ffmpeg_the_run_stops(tmp_path, monkeypatch):
+def test_missing_ffmpeg_ends_the_run(tmp_path, monkeypatch):
     write_clip(tmp_path / "good.mp4", 1.2)
     (source,) = find_sources([str(tmp_path / "good.mp4")])
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -186,8 +188,8 @@ def cli(*words: str, before: tuple[str, ...] = (), **environment: str) -> subpro
 
 @needs_util_linux
 @pytest.mark.slow
-def test_no_room_for_a_unit_stops_the_run_and_the_same_command_resumes(tmp_path):
-    """The system refuses files beyond a size, as a full disk does: the first unit fits, the second does not."""
+def test_full_disk_ends_the_run_and_the_same_command_resumes(tmp_path):
+    """A limit on file sizes acts as a full disk: the second unit does not fit."""
     (tmp_path / "media").mkdir()
     write_clip(tmp_path / "media" / "a.mp4", 1.2)
     write_clip(tmp_path / "media" / "b.mp4", 30.0)
@@ -206,8 +208,8 @@ def test_no_room_for_a_unit_stops_the_run_and_the_same_command_resumes(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_a_run_on_ray(tmp_path):
-    """A file system of 300 KB; then it is given more."""
+def test_full_disk_ends_a_run_on_ray(tmp_path):
+    """Use a file system of 300 KB, then a larger one."""
     (tmp_path / "media").mkdir()
     write_clip(tmp_path / "media" / "a.mp4", 1.2)
     write_clip(tmp_path / "media" / "b.mp4", 30.0)
@@ -227,7 +229,7 @@ def test_a_full_disk_stops_a_run_on_ray(tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_folders_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_path, monkeypatch):
+def test_only_scratch_folders_of_dead_processes_are_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with scratch_dir() as folder:
         gone = folder.with_name(folder.name.replace(f"-{os.getpid()}-", "-4194999-"))

@@ -1,4 +1,4 @@
-"""Processes of a run are killed at random, again and again; the dataset is that of a run which nothing disturbed.
+"""Random kills of the processes of a run leave the dataset unchanged.
 
 ``MFCTL_KILLS=50 pytest -m slow tests/preprocessing/test_runner_kills.py`` kills as often as you like.
 """
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Driver:
-    """A ``mfctl preprocess`` and everything that it ever started."""
+    """A ``mfctl preprocess`` process and all processes that it started."""
 
     def __init__(self, media: Path, out: Path, scratch: Path) -> None:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "MFCTL_TRACKER": "json", "OMP_NUM_THREADS": "1"}
@@ -44,7 +44,7 @@ class Driver:
         self._watcher.start()
 
     def _watch(self) -> None:
-        """Children of the dead belong to somebody else: they are written down while their parents live."""
+        """Record children while their parents live; orphans get another parent."""
         root = psutil.Process(self.process.pid)
         while self.process.poll() is None:
             with suppress(psutil.NoSuchProcess):  # a child that ends while it is looked at
@@ -54,7 +54,7 @@ class Driver:
     def victims(self, kind: str) -> list[psutil.Process]:
         if kind == "driver":
             return [psutil.Process(self.process.pid)]
-        return [p for p in list(self.family) if _is(p, kind)]  # a copy: the watcher adds to it meanwhile
+        return [p for p in list(self.family) if _is_kind(p, kind)]  # a copy: the watcher adds to it meanwhile
 
     def wait(self) -> int:
         code = self.process.wait()
@@ -63,12 +63,12 @@ class Driver:
         return code
 
     def survivors(self, seconds: float = 300) -> list[psutil.Process]:
-        """Of the family, after giving them time to notice; agents of a Ray whose driver is gone take a minute."""
+        """Return the processes that remain; agents of Ray may exit a minute after the driver."""
         _, alive = psutil.wait_procs(self.family, timeout=seconds)
         return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
-def _is(process: psutil.Process, kind: str) -> bool:
+def _is_kind(process: psutil.Process, kind: str) -> bool:
     try:
         words = process.cmdline()
     except psutil.Error:
@@ -76,8 +76,8 @@ def _is(process: psutil.Process, kind: str) -> bool:
     return bool(words) and words[0].startswith("ray::Map" if kind == "worker" else "ffmpeg")
 
 
-def strike(driver: Driver, kind: str, draw: random.Random) -> bool:
-    """Kill one of that kind as soon as there is one; whether that happened before the driver ended."""
+def kill_one(driver: Driver, kind: str, draw: random.Random) -> bool:
+    """Kill a process of a kind; return False if the driver ended first."""
     while driver.process.poll() is None:
         if victims := driver.victims(kind):
             try:
@@ -96,11 +96,11 @@ def content(place: Path) -> dict[str, str]:
 
 @pytest.fixture
 def media(tmp_path) -> Path:
-    """Clips enough for all kills, and some that are rejected."""
+    """Write enough clips for all kills, and some that are rejected."""
     folder = tmp_path / "media"
     write_toyworld(folder, clips=2 + KILLS // 5, seconds=8, jobs=1)
     made = sorted(folder.glob("toy*.mp4"))
-    for number in range(4 * KILLS):  # copies with bytes of their own
+    for number in range(4 * KILLS):  # copies with different bytes
         source = made[number % len(made)]
         (folder / f"copy{number:03d}.mp4").write_bytes(source.read_bytes() + bytes([number // 256, number % 256]))
         if (words := source.with_suffix(".json")).exists():
@@ -112,7 +112,7 @@ def media(tmp_path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_random_kills_change_nothing(media, tmp_path):
+def test_random_kills_do_not_change_the_dataset(media, tmp_path):
     draw, struck = random.Random(SEED), []
     (tmp_path / "scratch").mkdir()
     out = tmp_path / "out"
@@ -126,7 +126,7 @@ def test_random_kills_change_nothing(media, tmp_path):
                 time.sleep(0.02)
                 continue
             time.sleep(draw.uniform(0.0, 1.5))
-            if strike(driver, kinds[len(struck)], draw):
+            if kill_one(driver, kinds[len(struck)], draw):
                 struck.append(kinds[len(struck)])
                 if struck[-1] == "driver":
                     break

@@ -1,4 +1,4 @@
-"""Near-duplicates: copies in any dress are found, other characters and other moments are not."""
+"""Near-duplicates: copies are found; other characters and other spans are not."""
 
 import subprocess
 from dataclasses import replace
@@ -28,7 +28,7 @@ COPIES = {
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> Path:
-    """Five characters, two windows each, and four copies of the first."""
+    """Write five characters, two windows each, and four copies of the first."""
     folder = tmp_path_factory.mktemp("alike") / "toy"
     first, *_ = write_toyworld(folder, clips=5, seconds=4, jobs=1)
     for name, how in COPIES.items():
@@ -47,7 +47,7 @@ def sources(dataset: str) -> list[str]:
     return sorted(clip.source_uri.rsplit("/", 1)[1] for clip in open_dataset(dataset))
 
 
-def test_copies_are_left_out_and_characters_are_not(found, media):
+def test_copies_are_excluded_and_characters_are_not(found, media):
     before = sources(found)
     assert inspect_dataset(found)["near_duplicates"] == 0
     counts = inspect_dataset(found, near_duplicates=True, verify=True)
@@ -60,8 +60,8 @@ def test_copies_are_left_out_and_characters_are_not(found, media):
     assert counts["near_duplicates"] == len(COPIES) * windows == len(before) - len(after)
 
 
-def test_thousands_of_copies_cost_thousands_of_comparisons(monkeypatch):
-    """2,000 times one clip, as often another one with a little noise, and 1,000 that are nothing but themselves."""
+def test_comparisons_are_linear_in_the_number_of_copies(monkeypatch):
+    """2,000 copies of a clip, 2,000 noisy copies of another one, and 1,000 unique clips."""
     draw = np.random.default_rng(1)
     one, other, *single = draw.integers(-100, 100, (1002, 1600)).astype(np.int8)
     noisy = [np.clip(other + draw.normal(0, 3, 1600), -127, 127).astype(np.int8) for _ in range(2000)]
@@ -83,7 +83,7 @@ def test_thousands_of_copies_cost_thousands_of_comparisons(monkeypatch):
 
 
 @pytest.mark.slow
-def test_order_and_units_change_nothing(found, media, tmp_path):
+def test_order_and_units_do_not_change_the_result(found, media, tmp_path):
     other = str(tmp_path / "other")
     names = sorted(media.glob("*.m*"), reverse=True)
     for part in (names[:4], names):  # sources in another order, units of other sizes
@@ -95,7 +95,7 @@ def test_order_and_units_change_nothing(found, media, tmp_path):
 
 
 @pytest.mark.slow
-def test_sound_alone_and_picture_alone(media, tmp_path):
+def test_audio_only_and_video_only_duplicates_are_found(media, tmp_path):
     for modality in ("audio", "video"):
         out = str(tmp_path / modality)
         build_dataset([str(media)], out, replace(CONFIG, modality=modality), progress=lambda *_: None)

@@ -1,4 +1,4 @@
-"""A row is what went in, under the columns that FastVideo's t2va data has."""
+"""Rows round-trip and have the columns of the t2va schema of FastVideo."""
 
 import numpy as np
 import pyarrow as pa
@@ -75,12 +75,12 @@ def test_latents_are_stored_channels_first_and_come_back_time_first(tmp_path):
     assert stored["num_frames"] / stored["fps"] == stored["duration_sec"]
 
 
-def test_half_precision_on_request():
+def test_float16_latents_are_stored_if_configured():
     back = from_row(row(clip(), "float16"), chunks=1)
     assert torch.allclose(back.video, clip().latents["video"], atol=2e-3)
 
 
-def test_uni_modal_rows_leave_the_other_columns_null():
+def test_unimodal_rows_leave_the_other_columns_null():
     assert row(clip(("audio",)))["vae_latent_bytes"] is None
     assert row(clip(("audio",)))["first_frame_png"] is None
     assert row(clip(("video",)))["audio_latent_bytes"] is None
@@ -91,7 +91,7 @@ def test_uni_modal_rows_leave_the_other_columns_null():
     ]
 
 
-def test_uni_modal_reading_names_no_column_of_the_other():
+def test_unimodal_reading_names_no_column_of_the_other():
     assert not any("audio" in name for name in columns_for(("video",)))
     assert not any("vae" in name or "png" in name for name in columns_for(("audio",)))
 

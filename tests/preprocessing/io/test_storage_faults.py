@@ -1,4 +1,4 @@
-"""An object store that answers badly, or not at all: a run is complete in the end or says why not, and never half."""
+"""Faults of an object store: a run completes or ends with an error, and can be resumed."""
 
 import hashlib
 import random
@@ -29,7 +29,7 @@ def quiet(*_) -> None: ...
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The port of an S3 server with five sources in it."""
+    """Yield the port of an S3 server with five sources."""
     folder = tmp_path_factory.mktemp("faults")
     make_folder(folder / "media")
     with s3_server(folder / "log") as port:
@@ -51,7 +51,7 @@ def content(place: str) -> dict[str, str]:
 
 
 class Faults:
-    """Of the next connections some, drawn with a seed, go wrong; never more than three in a row."""
+    """Random faults of connections, at most three in a row."""
 
     def __init__(self, kinds: tuple[str, ...], share: float, seed: int = 1) -> None:
         self._draw, self._kinds, self._share, self._row = random.Random(seed), kinds, share, 0
@@ -64,7 +64,7 @@ class Faults:
             return self._draw.choice(self._kinds) if bad else ""
 
 
-def test_a_run_over_a_bad_line_is_the_one_over_a_good_line(server, undisturbed, monkeypatch):
+def test_run_with_connection_faults_equals_run_without(server, undisturbed, monkeypatch):
     monkeypatch.setattr(storage, "READ_TIMEOUT_S", 2)
     kinds = ("refuse", "503", "silent", "torn up 100", "torn up 3000", "torn down 200", "torn down 5000")
     with FaultProxy(server, Faults(kinds, share=0.6)) as proxy:
@@ -75,7 +75,7 @@ def test_a_run_over_a_bad_line_is_the_one_over_a_good_line(server, undisturbed, 
 
 
 @pytest.mark.parametrize("kind", ["refuse", "503", "silent", "torn up 2000"])
-def test_a_store_that_stays_away_stops_the_run_and_the_same_command_resumes(kind, server, undisturbed, monkeypatch):
+def test_unavailable_store_ends_the_run_and_the_same_command_resumes(kind, server, undisturbed, monkeypatch):
     monkeypatch.setattr(storage, "READ_TIMEOUT_S", 2)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     place = f"s3://{BUCKET}/away-{kind.split()[0]}"
@@ -84,7 +84,7 @@ def test_a_store_that_stays_away_stops_the_run_and_the_same_command_resumes(kind
     def after_a_unit(*_) -> None:
         broken.set()
         fsspec.filesystem("s3").clear_instance_cache()
-        proxy.hang_up()
+        proxy.reset_all()
 
     with (
         FaultProxy(server, lambda: kind if broken.is_set() else "") as proxy,
@@ -100,7 +100,7 @@ def test_a_store_that_stays_away_stops_the_run_and_the_same_command_resumes(kind
     assert content(place) == undisturbed
 
 
-def test_a_vanished_bucket_stops_the_run_and_the_same_command_resumes(server, tmp_path):
+def test_missing_bucket_ends_the_run_and_the_same_command_resumes(server, tmp_path):
     for name, seconds in (("a", 2.2), ("b", 2.4)):
         write_clip(tmp_path / f"{name}.mp4", seconds)
     fs = fsspec.filesystem("s3")

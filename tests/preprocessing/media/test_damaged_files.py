@@ -1,4 +1,4 @@
-"""Damaged files: each one is accepted or rejected with a reason; nothing crashes, hangs or stays behind."""
+"""Damaged files are accepted or rejected with a reason, without crashes, hangs or leftovers."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -21,7 +21,7 @@ CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(1), stall_seconds=2
 
 
 def flipped(data: bytes, draw: np.random.Generator) -> bytes:
-    """Some bits turned over, here and there or close together."""
+    """Flip some bits, scattered or close together."""
     out = bytearray(data)
     first = int(draw.integers(len(out)))
     width = int(draw.choice([64, 4096, len(out)]))
@@ -35,7 +35,7 @@ def truncated(data: bytes, draw: np.random.Generator) -> bytes:
 
 
 def swapped(data: bytes, draw: np.random.Generator) -> bytes:
-    """Two boxes of an mp4 in each other's place: of the file, or inside its moov."""
+    """Swap two boxes of an mp4, of the file or inside its moov."""
     boxes = list(_boxes(data))
     a, b = sorted(draw.choice(len(boxes), 2, replace=False))
     boxes[a], boxes[b] = boxes[b], boxes[a]
@@ -52,7 +52,7 @@ def _boxes(data: bytes) -> Iterator[bytes]:
 
 
 def overwritten(data: bytes, draw: np.random.Generator) -> bytes:
-    """A stretch of zeros, of ones or of noise."""
+    """Overwrite a range with zeros, ones or noise."""
     start, length = int(draw.integers(len(data))), int(2 ** draw.uniform(3, 13))
     filling = draw.choice([0, 255, -1])
     some = draw.bytes(length) if filling < 0 else bytes([filling]) * length
@@ -63,7 +63,7 @@ CHANGES = (flipped, truncated, swapped, overwritten)
 
 
 def check(folder: Path, count: int) -> dict[str, int]:
-    """Damage the fixtures ``count`` times; outcomes by reason."""
+    """Damage the fixtures `count` times and count outcomes by reason."""
     write_toyworld(folder / "toy", clips=1, seconds=1.2, jobs=1)
     write_clip(folder / "numbers.mp4", 1.3)
     whole = [path.read_bytes() for path in sorted([*folder.glob("toy/*.mp4"), folder / "numbers.mp4"])]

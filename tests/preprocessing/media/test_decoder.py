@@ -1,4 +1,4 @@
-"""Decoding: any name, any picture, in portions and in part; a decoder that hangs. (What it shows when: test_clock.)"""
+"""Decoding of any file name and format, in chunks and ranges, and of hanging decoders."""
 
 import os
 import subprocess
@@ -29,14 +29,14 @@ def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     "name", ["-dash.mp4", "br[ack]et 'quote' \".mp4", "space at end .mp4", "two\nlines.mp4", "100%d.mp4"]
 )
-def test_any_name(name, tmp_path):
+def test_any_file_name_is_decoded(name, tmp_path):
     path = tmp_path / name
     write_mp4(path, numbered_frames(12), FPS, sound(0.5, RATE), sample_rate=RATE)
     frames, _ = decode_all(path)
     assert list(read_numbers(frames)) == list(range(12))
 
 
-def test_name_that_is_not_utf8(tmp_path):
+def test_file_name_outside_utf8_is_decoded(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
     write_mp4(path, numbered_frames(12), FPS)
     assert probe(path).video is not None
@@ -61,7 +61,7 @@ def _ffmpeg_major() -> int:
     return int(digits) if digits.isdigit() else 99
 
 
-def test_wide_pixels_are_made_square_and_the_picture_cropped_or_padded(tmp_path):
+def test_wide_pixels_become_square_and_frames_are_cropped_or_padded(tmp_path):
     path = tmp_path / "wide.mp4"
     source = "color=gray:s=64x64:r=24:d=0.5,setsar=2,drawbox=x=28:y=0:w=8:h=64:color=white:t=fill"
     subprocess.run(["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i", source, str(path)], check=True)
@@ -74,7 +74,7 @@ def test_wide_pixels_are_made_square_and_the_picture_cropped_or_padded(tmp_path)
     assert padded[0, 32].min() > 100
 
 
-def test_portions_are_the_whole(tmp_path):
+def test_chunks_equal_the_whole(tmp_path):
     path = make(Fixture(name="portions", fps=(30000, 1001)), tmp_path)
     whole, wave = decode_all(path)
     with Decoder(path, probe(path), fps=FPS, size=(64, 64), sample_rate=RATE) as decoder:
@@ -83,7 +83,7 @@ def test_portions_are_the_whole(tmp_path):
     assert np.array_equal(np.concatenate([p[1] for p in parts]), wave)
 
 
-def test_a_span_in_the_middle_is_that_part_of_the_whole(tmp_path):
+def test_span_in_the_middle_equals_that_part_of_the_whole(tmp_path):
     path = make(Fixture(name="middle", fps=(24, 1)), tmp_path, seconds=14.0)
     info = probe(path)
     first = info.start - info.origin
@@ -93,7 +93,7 @@ def test_a_span_in_the_middle_is_that_part_of_the_whole(tmp_path):
     assert np.abs(wave - whole[200000:216000]).max() < 1e-3
 
 
-def test_writer_keeps_picture_and_sound_together(tmp_path):
+def test_writer_keeps_video_and_audio_in_sync(tmp_path):
     path = tmp_path / "out.mp4"
     write_mp4(path, numbered_frames(72), FPS, sound(3.0, RATE), sample_rate=RATE)
     frames, wave = decode_all(path)
@@ -102,7 +102,7 @@ def test_writer_keeps_picture_and_sound_together(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
 
 
-def test_hdr_becomes_a_normal_picture(tmp_path):
+def test_hdr_becomes_sdr(tmp_path):
     path = tmp_path / "hdr.mkv"
     source = "testsrc2=s=320x180:r=24:d=0.5,format=yuv420p10le"
     tags = ["-color_primaries", "bt2020", "-color_trc", "smpte2084", "-colorspace", "bt2020nc"]
@@ -119,7 +119,7 @@ def test_hdr_becomes_a_normal_picture(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", bytes(range(256)) * 20])
-def test_what_is_not_media_is_unreadable(content, tmp_path):
+def test_other_files_are_unreadable(content, tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(content)
     with pytest.raises(MediaError) as caught:
@@ -127,7 +127,7 @@ def test_what_is_not_media_is_unreadable(content, tmp_path):
     assert caught.value.reason == "unreadable"
 
 
-def test_a_decoder_that_gives_nothing_is_stopped(tmp_path, monkeypatch):
+def test_decoder_without_output_is_stopped(tmp_path, monkeypatch):
     path = make(Fixture(name="stalls"), tmp_path)
     info = probe(path)
     slow = tmp_path / "bin"
@@ -142,19 +142,19 @@ def test_a_decoder_that_gives_nothing_is_stopped(tmp_path, monkeypatch):
 
 
 def _pq(nits: float) -> float:
-    """Signal of a luminance (SMPTE ST 2084)."""
+    """Return the signal of a luminance (SMPTE ST 2084)."""
     y = (nits / 10000) ** 0.1593017578125
     return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
 
 
 def _hlg(nits: float) -> float:
-    """Signal of a grey on a display of 1000 nits (ITU-R BT.2100: light of the scene to the power of 1.2)."""
+    """Return the signal of a gray at 1000 nits peak (ITU-R BT.2100, system gamma 1.2)."""
     light = (nits / 1000) ** (1 / 1.2)
     return (3 * light) ** 0.5 if light <= 1 / 12 else 0.17883277 * np.log(12 * light - 0.28466892) + 0.55991073
 
 
 @pytest.mark.parametrize(("transfer", "signal"), [("smpte2084", _pq), ("arib-std-b67", _hlg)])
-def test_hdr_keeps_the_luminance_of_what_sdr_can_show(transfer, signal, tmp_path):
+def test_hdr_keeps_the_luminance_range_of_sdr(transfer, signal, tmp_path):
     levels = [2, 10, 40, 100, 150, 203, 1000]
     grey = np.repeat([round(64 + 876 * signal(n)) for n in levels], 32).astype("<u2")
     picture = np.concatenate([np.tile(grey, 64), np.full(2 * 32 * len(grey) // 2, 512, "<u2")])
@@ -172,7 +172,7 @@ def test_hdr_keeps_the_luminance_of_what_sdr_can_show(transfer, signal, tmp_path
     assert 235 < shown[5] < 255
 
 
-def test_shape_as_seen(tmp_path):
+def test_display_size_includes_rotation_and_pixel_aspect(tmp_path):
     def shown(*options: str) -> tuple[float, float]:
         path = tmp_path / "shape.mp4"
         made = ["-f", "lavfi", "-i", "testsrc2=s=128x64:r=24:d=0.2", *options, str(path)]
@@ -186,7 +186,7 @@ def test_shape_as_seen(tmp_path):
     assert shown("-metadata:s:v", "rotate=90") in ((128, 64), (64, 128))  # newer ffmpeg ignores the tag when writing
 
 
-def test_a_track_is_chosen_by_default_flag_or_by_number(tmp_path):
+def test_audio_track_is_selected_by_default_flag_or_number(tmp_path):
     path = tmp_path / "tracks.mkv"
     tones = [part for f in (300, 600, 900) for part in ("-f", "lavfi", "-i", f"sine=f={f}:d=1")]
     chosen = ["-map", "0", "-map", "1", "-map", "2", "-disposition:a:0", "0", "-disposition:a:1", "default"]

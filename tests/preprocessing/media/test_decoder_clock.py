@@ -1,4 +1,4 @@
-"""The clock: every frame shows the instant it should, sound is where it should be, before and after the codecs.
+"""Clock of decoded media: times of frames and audio, before and after the codecs.
 
 `python tests/preprocessing/media/test_decoder_clock.py` prints the table of
 docs/dev/lab-notes/2026-11-20-preprocessing-clock.md.
@@ -94,7 +94,7 @@ OFTEN = (  # the others belong to the slow tests
 
 
 def truth_of_sound(path: Path) -> float:
-    """Seconds by which the file itself, coded sound and container, puts the sound later than the fixture meant.
+    """Return the seconds by which the audio of the file is later than configured.
 
     Independent of our decoding: every packet is decoded, priming included, and sample 0 is at the first packet's
     timestamp. (A Vorbis decoder gives nothing for its first packet: there the first frame's timestamp.)
@@ -132,7 +132,7 @@ def decode_all(fixture: Fixture, path: Path) -> tuple[np.ndarray, np.ndarray, fl
 
 
 def measure(fixture: Fixture, folder: Path) -> tuple[float, float, float]:
-    """(worst frame error in source frames, worst beep error in s against the fixture, median one against the file)."""
+    """Return the largest frame error (source frames), largest and median beep error (s)."""
     path = make(fixture, folder)
     frames, wave, start = decode_all(fixture, path)
     kept = np.array(fixture.kept(round(3 / fixture.step)))
@@ -156,7 +156,7 @@ def measure(fixture: Fixture, folder: Path) -> tuple[float, float, float]:
 
 
 def after_codecs(fixture: Fixture, folder: Path) -> float:
-    """Median seconds by which sound comes later than it should in the played-back rows of the fixture."""
+    """Return the median audio delay in seconds after the codecs."""
     (folder / "media").mkdir()
     make(fixture, folder / "media")
     media = str(folder / "media" / f"{fixture.name}.{fixture.suffix}")
@@ -173,7 +173,7 @@ def after_codecs(fixture: Fixture, folder: Path) -> float:
 
 
 def allowed(fixture: Fixture) -> float:
-    """10 ms and half an output frame; the frames of a slower source are themselves further from what they show."""
+    """Return the tolerance: 10 ms and half an output frame; more for slower sources."""
     return 0.010 + 0.5 * max(1 / 24, fixture.step * fixture.every)
 
 
@@ -194,7 +194,7 @@ def test_frames_within_half_a_source_frame_and_sound_within_a_millisecond(fixtur
     [f if f.name == "opus_webm_late" else pytest.param(f, marks=pytest.mark.slow) for f in FIXTURES],
     ids=lambda f: f.name,
 )
-def test_sound_and_picture_stay_together_through_the_codecs(fixture, tmp_path):
+def test_audio_and_video_stay_in_sync_through_the_codecs(fixture, tmp_path):
     assert abs(after_codecs(fixture, tmp_path)) < allowed(fixture)
 
 

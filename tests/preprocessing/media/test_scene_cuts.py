@@ -1,4 +1,4 @@
-"""No frame of one scene in another's clip; flashes and switched lights are no cuts."""
+"""Clips contain one scene; flashes and light changes are not cuts."""
 
 import subprocess
 from dataclasses import replace
@@ -22,11 +22,11 @@ from tests.helpers.source_processing import process_source
 FPS, RATE = Fraction(24), 16000
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(2))
 REAL = Path(__file__).parents[4] / "shared" / "media" / "talking"
-LEVELS = (60, 110, 160, 210)  # of one colour channel: by it a frame tells its scene
+LEVELS = (60, 110, 160, 210)  # of one color channel, identifies the scene of a frame
 
 
 def scene(number: int, count: int) -> np.ndarray:
-    """A texture of its own that drifts a little, and blue of one level."""
+    """Return frames of a texture per scene that drifts a little, with one level of blue."""
     texture = np.random.default_rng(number).integers(20, 235, (18, 18, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
     frames = np.stack([texture[at : at + 128, :128] for at in (abs(i % 16 - 8) for i in range(count))])
     frames[..., 2] = LEVELS[number]
@@ -43,7 +43,7 @@ def spans(path: Path, config: PreprocessConfig = CONFIG) -> list[Clip | Rejected
 
 
 def write_scenes(path: Path, lengths: tuple[int, ...], keep: str = "1") -> Path:
-    """Scenes of so many frames; ``keep``: expression of the frames that stay, the others go without replacement."""
+    """Write scenes of these lengths; `keep` is the ffmpeg expression of kept frames."""
     frames = np.concatenate([scene(i, n) for i, n in enumerate(lengths)])
     whole = path.with_suffix(".whole.mp4") if keep != "1" else path
     write_mp4(whole, frames, FPS, sound(len(frames) / FPS, RATE), sample_rate=RATE)
@@ -69,13 +69,13 @@ def test_a_scene_without_whole_chunks_is_counted(tmp_path):
     assert short.span == pytest.approx((63 / 24, 83 / 24), abs=1e-6)
 
 
-def test_scenes_can_be_switched_off(tmp_path):
+def test_scene_cuts_can_be_disabled(tmp_path):
     path = write_scenes(tmp_path / "scenes.mp4", (36, 40))
     whole, *_ = spans(path, replace(CONFIG, scenes=SceneConfig(threshold=None)))
     assert scene_of(whole.frames) == {0, 1}
 
 
-def test_a_flash_is_no_cut_and_a_switched_light_is_none(tmp_path):
+def test_flashes_and_light_changes_are_not_cuts(tmp_path):
     frames = numbered_frames(73, np.array([20, 45]))
     frames[50:] = (frames[50:] * 0.7).astype(np.uint8)
     frames[30:32] = 255
@@ -84,20 +84,20 @@ def test_a_flash_is_no_cut_and_a_switched_light_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("number", [3, 15])
-def test_a_light_that_goes_on_while_everything_moves_is_no_cut(number, tmp_path):
-    """Half a second before its end this character looks away, turns, and stands in another light."""
+def test_light_change_during_motion_is_not_a_cut(number, tmp_path):
+    """The character turns and the light changes half a second before the end."""
     path = write_toy_clip(tmp_path, ToyConfig(seconds=5.0, seed=7), number)
     assert [one.span for one in spans(path, replace(CONFIG, window_seconds=Fraction(5)))] == [(0.0, 5.041667)]
 
 
-def test_a_scene_that_comes_back_at_once_was_interrupted():
+def test_scene_that_returns_at_once_is_not_cut():
     other = np.concatenate([scene(0, 4), scene(1, 3), scene(0, 8)])
     assert SceneCutDetector(SceneConfig(), flash_frames=7).next_cut([4, 7], 0, other) is None
     assert SceneCutDetector(SceneConfig(flash_seconds=0), flash_frames=0).next_cut([4, 7], 0, other) == 4
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real media ../shared/media is not here")
-def test_real_cuts(tmp_path):
+def test_real_scene_cuts_are_found(tmp_path):
     names = ("humo_text_audio2.mp4", "ovi_two_men.mp4", "humo_astronaut.mp4")
     graph = [f"[{i}:v]trim=0:2.9,scale=320:180,setsar=1,fps=25,setpts=PTS-STARTPTS[v{i}]" for i in range(3)]
     graph += ["[v0][v1][v2]concat=n=3[v]"]

@@ -1,4 +1,4 @@
-"""What the user named: every kind of place, any name, parts of files, files with the same content."""
+"""Sources: all kinds of arguments, any file name, parts of files, equal content."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def quiet(*_) -> None: ...
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A clip under every name; all but one are links to the same bytes."""
+    """Write a clip under every name; all but one are links to the same bytes."""
     place = tmp_path_factory.mktemp("names")
     write_clip(place / "first.mp4", 1.2)
     for name in NAMES:
@@ -47,13 +47,13 @@ def test_every_name_is_found_through_folder_glob_and_manifest(folder, tmp_path):
     assert len(find_sources([str(tmp_path / "list.csv")])) == len(NAMES)
 
 
-def test_every_name_goes_through(folder, tmp_path):
+def test_every_name_is_processed(folder, tmp_path):
     counts = build_dataset([str(folder)], str(tmp_path / "out"), replace(CONFIG, keep_duplicates=True), progress=quiet)
     assert (counts["accepted"], counts["rejected"]) == (1 + len(NAMES), 0)
     assert inspect_dataset(str(tmp_path / "out"), verify=True)["verified"]
 
 
-def test_the_same_bytes_again_are_rejected_with_the_name_of_the_kept_one(folder, tmp_path):
+def test_duplicates_are_rejected_with_the_name_of_the_kept_source(folder, tmp_path):
     counts = build_dataset([str(folder)], str(tmp_path / "out"), CONFIG, progress=quiet)
     assert (counts["accepted"], counts["rejects_by_reason"]) == (1, {"duplicate": len(NAMES)})
     kept = open_dataset(str(tmp_path / "out")).clip(0).source_uri
@@ -61,7 +61,7 @@ def test_the_same_bytes_again_are_rejected_with_the_name_of_the_kept_one(folder,
     assert all(row["detail"] == f"same bytes as {kept}" for row in examples)
 
 
-def test_equal_edges_are_no_proof_and_parts_of_one_file_are_no_duplicates(tmp_path):
+def test_equal_edges_and_parts_of_one_file_are_not_duplicates(tmp_path):
     for name, middle in (("a", b"x"), ("b", b"y"), ("c", b"x")):
         (tmp_path / f"{name}.wav").write_bytes(bytes(1 << 17) + middle + bytes(1 << 17))
     sources = find_sources([str(tmp_path)])
@@ -74,7 +74,7 @@ def test_equal_edges_are_no_proof_and_parts_of_one_file_are_no_duplicates(tmp_pa
     assert plan_units([unit], late, 5, "c")[1].sources[0].duplicate_of is None, "it cannot be read"
 
 
-def test_a_part_is_named_exactly_or_refused(tmp_path):
+def test_parts_have_exact_fragments_or_raise(tmp_path):
     write_clip(tmp_path / "a.mp4", 1.2)
 
     def named(**row: object) -> str:
@@ -90,7 +90,7 @@ def test_a_part_is_named_exactly_or_refused(tmp_path):
             named(**wrong)
 
 
-def test_clips_of_the_same_content_are_held_out_alike_wherever_they_lie(tmp_path):
+def test_equal_content_is_held_out_independent_of_its_location(tmp_path):
     for number in range(6):
         write_clip(tmp_path / "one" / f"{number}.mp4", 1.2 + number / 24) if number else None
         if number == 0:

@@ -1,4 +1,4 @@
-"""Subtitles beside a source become words with times."""
+"""Subtitle files become words with times."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def spoken(data: bytes) -> list[tuple[str, float, float]]:
     return [(w.word, w.start, w.end) for w in parse_subtitles(data)]
 
 
-def test_a_line_shares_its_time_by_letters():
+def test_words_share_the_time_of_a_cue_by_letters():
     words = spoken(SRT)
     assert [w for w, _, _ in words] == ["Hi", "there,", "you", "b&b"]
     assert (words[0][1], words[2][2], words[3][1:]) == (1.0, 2.0, (3.5, 4.0))
@@ -26,7 +26,7 @@ def test_a_line_shares_its_time_by_letters():
     assert all(a[2] <= b[1] + 1e-6 for a, b in zip(words, words[1:], strict=False))
 
 
-def test_marks_inside_a_line_are_used():
+def test_times_inside_a_cue_are_used():
     assert spoken(VTT) == [("one", 2.0, 3.0), ("two", 3.0, 4.0)]
 
 
@@ -85,8 +85,8 @@ def test_times_of_words_in_rolling_captions_are_used():
     ]
 
 
-def test_a_line_that_is_spoken_twice_is_kept():
-    """Without rolling captions, equal cues are two sentences; after a pause they always are."""
+def test_repeated_speech_is_kept():
+    """Equal cues are repeated speech without rolling captions, or after a pause."""
     assert [
         w for w, _, _ in spoken(b"1\n00:00:01,000 --> 00:00:02,000\nNo\n\n2\n00:00:02,000 --> 00:00:03,000\nNo\n")
     ] == ["No", "No"]
@@ -95,16 +95,16 @@ def test_a_line_that_is_spoken_twice_is_kept():
     assert len(spoken(late)) == 9
 
 
-def test_wrong_files_say_so():
-    with pytest.raises(ValueError, match="no line with times"):
+def test_invalid_files_raise():
+    with pytest.raises(ValueError, match="00:00:01,000"):
         parse_subtitles(b"hello")
-    with pytest.raises(ValueError, match="ends before"):
+    with pytest.raises(ValueError, match="00:00:01.000"):
         parse_subtitles(b"00:00:02.000 --> 00:00:01.000\nx")
 
 
-def test_they_are_read_beside_the_source_after_json_and_the_manifest(tmp_path):
+def test_manifest_and_json_take_precedence_over_subtitles(tmp_path):
     source = Source(uri=local_uri(tmp_path / "a b.mp4"), size=0, fingerprint="")
-    assert read_sidecar(source).transcript is None  # missing stays missing
+    assert read_sidecar(source).transcript is None  # no sidecar: no transcript
     (tmp_path / "a b.srt").write_bytes(SRT)
     assert read_sidecar(source).transcript[0].word == "Hi"
     (tmp_path / "a b.vtt").write_bytes(VTT)

@@ -1,4 +1,4 @@
-"""The sync step: recorded, judged, mended; a clip whose sound is moved holds only what is real."""
+"""A/V offsets are recorded, filtered and corrected without padding."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -38,11 +38,11 @@ def clip(chunks: int = 6) -> Clip:
     )
 
 
-def says(monkeypatch, offset: float, confidence: float) -> None:
+def set_estimate(monkeypatch, offset: float, confidence: float) -> None:
     monkeypatch.setattr(av_sync, "build_estimator", lambda _: lambda *_: SyncResult(offset, confidence))
 
 
-def test_toy_clips_are_recorded_in_step(tmp_path):
+def test_toy_clips_have_offset_zero(tmp_path):
     (path,) = write_toyworld(tmp_path / "toy", clips=1, seconds=3.1, jobs=1)
     (source,) = find_sources([str(path)])
     (found,) = process_source(source, CONFIG, build_encoders(CONFIG))
@@ -56,19 +56,19 @@ def test_toy_clips_are_recorded_in_step(tmp_path):
 
 def test_thresholds_reject_with_a_reason(monkeypatch):
     for offset, confidence, reason in ((0.0, 1.9, "unsure"), (0.25, 5.0, "out_of_sync"), (-0.25, 5.0, "out_of_sync")):
-        says(monkeypatch, offset, confidence)
+        set_estimate(monkeypatch, offset, confidence)
         with pytest.raises(Rejected) as error:
             check_sync(clip(), STRICT, PLAN, fps=Fraction(24), sample_rate=16000)
         assert (error.value.step, error.value.reason) == ("sync", reason)
-    says(monkeypatch, 0.3, 0.1)
+    set_estimate(monkeypatch, 0.3, 0.1)
     kept = check_sync(clip(), SyncConfig(), PLAN, fps=Fraction(24), sample_rate=16000)  # recorded only
     assert kept.sync == (0.3, 0.1)
     assert kept.waveform[0] == 0
 
 
 @pytest.mark.parametrize("late", [0.24, 0.1, -0.1, -0.24])
-def test_moved_sound_meets_the_picture_and_nothing_is_padded(monkeypatch, late):
-    says(monkeypatch, late, 3.0)
+def test_moved_audio_matches_the_video_without_padding(monkeypatch, late):
+    set_estimate(monkeypatch, late, 3.0)
     before = clip()
     after = check_sync(before, STRICT, PLAN, fps=Fraction(24), sample_rate=16000)
     assert after.sync == (0.0, 3.0)
@@ -77,16 +77,16 @@ def test_moved_sound_meets_the_picture_and_nothing_is_padded(monkeypatch, late):
     assert after.waveform[0] / 16000 == pytest.approx(first / 24 + late, abs=1e-4)
     assert after.waveform[-1] > 0
     assert after.span[0] == pytest.approx(3.0 + first / 24, abs=1e-6)
-    said = attach_text(after).transcript[0]
-    assert said.start + after.span[0] == pytest.approx(4.0 - late, abs=1e-6)  # words move with the sound
+    word = attach_text(after).transcript[0]
+    assert word.start + after.span[0] == pytest.approx(4.0 - late, abs=1e-6)  # words move with the audio
 
 
-def test_a_clip_with_too_little_left_is_rejected():
+def test_too_short_clips_after_moving_are_rejected():
     with pytest.raises(Rejected, match="too_short"):
         shift_audio(clip(2), 0.2, PLAN, fps=Fraction(24), sample_rate=16000)
 
 
-def test_syncnet_is_configured_by_a_file_whose_content_counts(tmp_path):
+def test_syncnet_is_identified_by_the_content_of_its_file(tmp_path):
     torch.save(published(), tmp_path / "syncnet_v2.model")
     config = syncnet_config(str(tmp_path / "syncnet_v2.model"))
     assert (config.min_confidence, config.max_offset, config.shift) == (3.0, 0.24, True)
@@ -101,13 +101,13 @@ def test_syncnet_is_configured_by_a_file_whose_content_counts(tmp_path):
         build_encoders(other)
 
 
-def test_wrong_settings_are_refused(tmp_path):
+def test_invalid_settings_raise(tmp_path):
     for wrong in ("syncnet", "lips", "syncnet:"):
         with pytest.raises(ValueError, match="choose motion"):
             apply_sync_option(CONFIG, wrong)
     with pytest.raises(ValueError, match="cannot be read"):
         apply_sync_option(CONFIG, f"syncnet:{tmp_path / 'none'}")
-    with pytest.raises(ValueError, match="needs weights"):
+    with pytest.raises(ValueError, match="--sync syncnet:FILE"):
         SyncConfig(estimator="syncnet")
     with pytest.raises(ValueError, match="min_confidence"):
         SyncConfig(shift=True)

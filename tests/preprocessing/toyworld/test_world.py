@@ -1,4 +1,4 @@
-"""The toy world is what it says: what was drawn is read back from the mp4 and from the codecs, and mixtures are not."""
+"""Toy world: readers recover the ground truth from mp4 and codecs, and reject mixtures."""
 
 import json
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def syllable_error(read: Sequence[TranscriptWord], transcript: Sequence[Transcri
 
 
 def lateness(opening: np.ndarray, fps: float, sound: np.ndarray, rate: int) -> SyncEstimate:
-    """How much later than the mouth the sound is."""
+    """Return the estimated delay of the audio against the mouth."""
     return sync_offset(opening, fps, sound_envelope(sound, rate, 100), 100, max_lag=0.4)
 
 
@@ -90,7 +90,7 @@ def check_picture(truth: ToyTruth, frames: np.ndarray) -> None:
 # --- the encoded file ------------------------------------------------------------
 
 
-def test_picture_and_sound_survive_the_mp4_and_stay_aligned(world):
+def test_video_and_audio_survive_the_mp4_and_stay_aligned(world):
     for truth, frames, sound in world:
         assert len(frames) == CONFIG.frames == 6 * 24 + 1
         assert psnr(frames, render_frames(truth)) > 28  # color is stored at half the resolution
@@ -100,12 +100,12 @@ def test_picture_and_sound_survive_the_mp4_and_stay_aligned(world):
         assert min(lag, len(reference) - lag) <= 0.002 * 16000
 
 
-def test_picture_reads_exactly(world):
+def test_video_is_read_exactly(world):
     for truth, frames, _ in world:
         check_picture(truth, frames)
 
 
-def test_a_flat_picture_reads_as_something_without_dividing_by_zero():
+def test_flat_frames_do_not_divide_by_zero():
     with np.errstate(divide="raise", invalid="raise"):
         for level in (0, 128, 250, 255):
             read = read_video(np.full((24, 64, 64, 3), level, np.uint8), CONFIG)
@@ -124,7 +124,7 @@ def test_head_mouth_and_face_color_are_measured(world):
         assert len(read.face_color) == CONFIG.half_seconds
 
 
-def test_mouth_moves_with_the_sound_and_a_planted_offset_is_seen(world):
+def test_mouth_follows_the_audio_and_a_shift_is_detected(world):
     for _, frames, sound in world:
         opening = read_video(frames, CONFIG).opening
         assert mouth_correlation(opening, 24, sound, 16000) > 0.9
@@ -136,7 +136,7 @@ def test_mouth_moves_with_the_sound_and_a_planted_offset_is_seen(world):
             assert correlation > 0.9
 
 
-def test_sound_reads_exactly(world):
+def test_audio_is_read_exactly(world):
     errors, times = [], []
     for truth, _, sound in world:
         read = read_audio(sound, 16000, CONFIG)
@@ -153,7 +153,7 @@ def test_sound_reads_exactly(world):
 # --- the codecs ------------------------------------------------------------
 
 
-def test_what_the_codecs_keep_still_reads():
+def test_codec_reconstructions_are_read():
     video, audio = DctCodec(DctConfig(channels=48)), MelCodec()
     errors, quality = [], []
     for index in range(6):
@@ -182,7 +182,7 @@ def test_no_group_of_frames_straddles_a_choice():
 @pytest.mark.parametrize("names", [("gaze", "brows", "hand", "tone"), ("light",)])
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_mixture_of_two_modes_is_not_valid(names, step):
-    """In pixels, and for the tone in the latents of the codec, which is where a model would mix them."""
+    """Mix in pixels, and the tone in codec latents, as a model would."""
     codec, invalid = MelCodec(), {name: [] for name in names}
     for index in range(2):
         truth, frames, sound = rendered(index)
@@ -204,7 +204,7 @@ def test_noise_is_not_valid():
     assert max(c.valid.mean() for name, c in choices.items() if name != "light") < 0.1
 
 
-def test_silence_says_nothing():
+def test_silence_has_no_readings():
     read = read_audio(np.zeros(32000, np.float32), 16000, CONFIG)
     assert read.syllables == ()
     assert not read.tone.present.any()
@@ -233,7 +233,7 @@ def test_choices_are_spread_evenly_and_some_persist():
         assert stays == pytest.approx(STAY_PROBABILITY if name in PERSISTENT else 1 / count, abs=0.05)
 
 
-def test_every_half_second_holds_speech_and_syllables_follow_each_other():
+def test_every_half_second_has_speech_and_ordered_syllables():
     for index in range(50):
         truth = sample_truth(CONFIG, index)
         starts, ends = (np.asarray([w[key] for w in truth.transcript]) for key in ("start", "end"))
@@ -247,7 +247,7 @@ def test_every_half_second_holds_speech_and_syllables_follow_each_other():
 @pytest.mark.parametrize(
     ("size", "fps", "rate"), [(32, Fraction(25), 16000), (48, Fraction(12), 16000), (128, Fraction(30000, 1001), 22050)]
 )
-def test_other_sizes_and_rates_read_as_well(size, fps, rate):
+def test_other_sizes_and_rates_are_read(size, fps, rate):
     config = ToyConfig(size=size, fps=fps, sample_rate=rate, seconds=3, syllables=24)
     for index in range(2):
         truth = sample_truth(config, index)
@@ -262,7 +262,7 @@ def test_other_sizes_and_rates_read_as_well(size, fps, rate):
 @pytest.mark.parametrize(
     "wrong", [{"size": 63}, {"size": 16}, {"fps": 0}, {"sample_rate": 8000}, {"seconds": 0}, {"syllables": 99}]
 )
-def test_impossible_worlds_are_refused(wrong):
+def test_invalid_configurations_raise(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ToyConfig(**wrong)
 
@@ -270,7 +270,7 @@ def test_impossible_worlds_are_refused(wrong):
 # --- the folder ------------------------------------------------------------
 
 
-def test_the_same_command_adds_only_what_is_missing(tmp_path):
+def test_rerun_adds_only_missing_clips(tmp_path):
     seen = []
     first = write_toyworld(tmp_path / "w", clips=1, seconds=1)
     before = first[0].stat().st_mtime_ns
@@ -281,7 +281,7 @@ def test_the_same_command_adds_only_what_is_missing(tmp_path):
     assert not [p.name for p in (tmp_path / "w").iterdir() if p.name.startswith(".")]
 
 
-def test_the_sidecar_tells_caption_transcript_and_truth(tmp_path):
+def test_sidecar_has_caption_transcript_and_truth(tmp_path):
     path = write_toyworld(tmp_path / "w", clips=1, seconds=2, seed=9)[0]
     truth, note = sample_truth(ToyConfig(seconds=2, seed=9), 0), json.loads(path.with_suffix(".json").read_text())
     assert note["caption"] == caption_of(truth)
@@ -291,7 +291,7 @@ def test_the_sidecar_tells_caption_transcript_and_truth(tmp_path):
     assert note["truth"]["pitch_hz"] == VOICES[truth.voice]
 
 
-def test_foreign_folders_are_refused_and_left_alone(tmp_path):
+def test_other_folders_raise_and_stay_unchanged(tmp_path):
     write_toyworld(tmp_path / "w", clips=1, seconds=1)
     with pytest.raises(ValueError, match="seed: 0 -> 1"):
         write_toyworld(tmp_path / "w", clips=1, seconds=1, seed=1)
