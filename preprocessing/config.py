@@ -113,8 +113,10 @@ class PreprocessConfig:
     @property
     def weight_folders(self) -> dict[str, str]:
         """Return the folders of pretrained weights by modality, or "text"."""
-        used = {**{m: {VIDEO: self.video, AUDIO: self.audio}[m] for m in self.modalities}, "text": self.text}
-        return {name: folder for name, part in used.items() if (folder := getattr(part, "folder", ""))}
+        codecs = {VIDEO: self.video, AUDIO: self.audio}
+        used = {**{m: codecs[m] for m in self.modalities}, "text": self.text}
+        folders = {name: getattr(part, "folder", "") for name, part in used.items()}
+        return {name: folder for name, folder in folders.items() if folder}
 
     def resolved(self) -> dict[str, Any]:
         """Return the settings that affect the content of the dataset as plain JSON values."""

@@ -119,7 +119,7 @@ def _check_streams(info: MediaInfo, config: PreprocessConfig) -> None:
 
 
 def cut_source(
-    source: Source, config: PreprocessConfig, plan: SpanPlan, spent: StepTimer
+    source: Source, config: PreprocessConfig, plan: SpanPlan, timer: StepTimer
 ) -> Generator[Clip | Rejected]:
     """Yield the clips of one source: read sidecar files, probe, decode and cut."""
     if source.duplicate_of is not None:
@@ -128,7 +128,7 @@ def cut_source(
     source = read_sidecar(source)
     base, within = split_fragment(source.uri)
     with local_copy(base) as path:
-        with spent.measure("probe"):
+        with timer.measure("probe"):
             info = probe(
                 path, timeout=config.stall_seconds, memory=config.decoder_bytes, audio_track=config.audio_track
             )
@@ -158,19 +158,19 @@ def cut_source(
 
 
 def process_sources(
-    sources: Sequence[Source], config: PreprocessConfig, encoders: Encoders, spent: StepTimer | None = None
+    sources: Sequence[Source], config: PreprocessConfig, encoders: Encoders, timer: StepTimer | None = None
 ) -> Generator[tuple[Source, Clip | Rejected]]:
     """Yield every span of the sources in order, encoded or rejected.
 
     Failures of sources and steps are not raised. With pretrained codecs, consecutive clips of one shape are encoded as
     a batch while the next ones are decoded.
     """
-    spent = spent or StepTimer()
+    timer = timer or StepTimer()
 
     def encode_one(clip: Clip) -> Clip | Rejected:
-        return _run_steps(clip, [("encode", partial(encode_clip, encoders=encoders))], spent)
+        return _run_steps(clip, [("encode", partial(encode_clip, encoders=encoders))], timer)
 
-    prepared = ((source, found) for source in sources for found in prepare_clips(source, config, encoders, spent))
+    prepared = ((source, found) for source in sources for found in prepare_clips(source, config, encoders, timer))
     if config.weight_folders:
         yield from encode_prefetched(prepared, encode_one, encoders, config.encoder)
         return
@@ -179,18 +179,18 @@ def process_sources(
 
 
 def prepare_clips(
-    source: Source, config: PreprocessConfig, encoders: Encoders, spent: StepTimer
+    source: Source, config: PreprocessConfig, encoders: Encoders, timer: StepTimer
 ) -> Iterator[Clip | Rejected]:
     """Yield every span of a source, ready for encoding or rejected."""
     plan, steps = span_plan(config, encoders.timeline), build_clip_steps(config, encoders)
-    clips = _retry_killed(partial(cut_source, source, config, plan, spent))
+    clips = _retry_killed(partial(cut_source, source, config, plan, timer))
     try:
         while True:
-            with spent.measure("decode"):  # time spent waiting for ffmpeg, including probing
+            with timer.measure("decode"):  # time timer waiting for ffmpeg, including probing
                 clip = next(clips, None)
             if clip is None:
                 return
-            yield clip if isinstance(clip, Rejected) else _run_steps(clip, steps, spent)
+            yield clip if isinstance(clip, Rejected) else _run_steps(clip, steps, timer)
     except Rejected as rejected:
         yield rejected
     except MediaError as error:
@@ -220,11 +220,11 @@ def _retry_killed(cut: Callable[[], Generator[Clip | Rejected]]) -> Generator[Cl
                     raise
 
 
-def _run_steps(clip: Clip, steps: Sequence[tuple[str, Callable[[Clip], Clip]]], spent: StepTimer) -> Clip | Rejected:
+def _run_steps(clip: Clip, steps: Sequence[tuple[str, Callable[[Clip], Clip]]], timer: StepTimer) -> Clip | Rejected:
     span = clip.span
     for name, step in steps:
         try:
-            with spent.measure(name):
+            with timer.measure(name):
                 clip = step(clip)
         except Rejected as rejected:
             return Rejected(rejected.step, rejected.reason, rejected.detail, span)

@@ -56,7 +56,8 @@ class Rejected(Exception):
 
     def __init__(self, step: str, reason: str, detail: str = "", span: tuple[float, float] | None = None) -> None:
         super().__init__(f"{step}: {reason} ({detail})")
-        self.step, self.reason, self.detail, self.span = step, reason, detail, span
+        self.step, self.reason = step, reason
+        self.detail, self.span = detail, span
 
 
 Frames = NDArray[np.uint8]

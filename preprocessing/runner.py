@@ -56,19 +56,19 @@ def process_unit(
     config: PreprocessConfig,
     *,
     encoders: Encoders,
-    spent: StepTimer | None = None,
+    timer: StepTimer | None = None,
 ) -> dict[str, Any]:
     """Process a unit, publish its files and its marker; return the marker.
 
     Raise LeaseLostError if another driver has the lease, InfrastructureError if storage fails.
     """
-    spent = spent or StepTimer()
+    timer = timer or StepTimer()
     with scratch_dir() as folder:
         with (
             translate_storage_errors(tempfile.gettempdir(), hint=" (or set TMPDIR to another disk)"),
-            _UnitFiles(folder, config, encoders, spent) as files,
+            _UnitFiles(folder, config, encoders, timer) as files,
         ):
-            for source, clip in process_sources(unit.sources, config, encoders, spent):
+            for source, clip in process_sources(unit.sources, config, encoders, timer):
                 files.add(source, clip)
         verify_lease(store, token)
         published = [
@@ -90,8 +90,9 @@ def process_unit(
 class _UnitFiles:
     """Local files of a unit: accepted clips by shape bucket, and rejects."""
 
-    def __init__(self, folder: Path, config: PreprocessConfig, encoders: Encoders, spent: StepTimer) -> None:
-        self._folder, self._config, self._encoders, self._spent = folder, config, encoders, spent
+    def __init__(self, folder: Path, config: PreprocessConfig, encoders: Encoders, timer: StepTimer) -> None:
+        self._folder, self._config = folder, config
+        self._encoders, self._timer = encoders, timer
         self._sums = {m: RunningMoments.zeros(codec.channels) for m, codec in encoders.codecs.items()}
         self._seconds, self._rejected_sources = 0.0, 0
         self._reasons = Counter[str]()
@@ -103,12 +104,12 @@ class _UnitFiles:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with self._spent.measure("write"):
+        with self._timer.measure("write"):
             self._open.__exit__(*error)
 
     def add(self, source: Source, clip: Clip | Rejected) -> None:
         """Write the row of a clip or reject."""
-        with self._spent.measure("write"):
+        with self._timer.measure("write"):
             if isinstance(clip, Rejected):
                 self._rejects.add(_reject_row(source, clip))
                 self._reasons[clip.reason] += 1
@@ -187,12 +188,13 @@ class _Worker:
         self._encoders = _cached_encoders(config)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        unit, spent = WorkUnit.from_json(row["unit"]), StepTimer()
+        unit = WorkUnit.from_json(row["unit"])
+        timer = StepTimer()
         try:
-            marker = process_unit(unit, self._store, self._token, self._config, encoders=self._encoders, spent=spent)
+            marker = process_unit(unit, self._store, self._token, self._config, encoders=self._encoders, timer=timer)
         except (InfrastructureError, OSError) as error:  # a message: Ray would add long tracebacks
             return {"marker": "null", "spent": "{}", "outage": str(error) or repr(error)}
-        return {"marker": canonical_json(marker), "spent": canonical_json(spent.seconds), "outage": ""}
+        return {"marker": canonical_json(marker), "spent": canonical_json(timer.seconds), "outage": ""}
 
 
 @lru_cache(maxsize=1)
@@ -226,8 +228,8 @@ def process_units(
     if config.workers == 0:
         encoders = _cached_encoders(config)
         for unit in units:
-            spent = StepTimer()
-            on_done(process_unit(unit, store, token, config, encoders=encoders, spent=spent), spent.seconds)
+            timer = StepTimer()
+            on_done(process_unit(unit, store, token, config, encoders=encoders, timer=timer), timer.seconds)
     elif units:
         _run_on_ray(units, store, token, config, on_done=on_done)
         delete_stale_scratch()  # left by workers that were killed

@@ -54,7 +54,8 @@ class _PipeBuffer:
         if self._first + size > len(self._data):
             data = np.empty(max(size + _PIPE_BYTES, _PIPE_BYTES), np.uint8)
             data[: len(self)] = self._data[self._first : self._last]
-            self._data, self._first, self._last = data, 0, len(self)
+            self._last = len(self)
+            self._data, self._first = data, 0
 
     def receive(self, file: int) -> int:
         """Read available bytes; return their count, 0 at the end."""
@@ -116,7 +117,8 @@ class Decoder:
             memory: Memory limit of ffmpeg in bytes.
             cut_score: Record `scene_changes` with a higher score, of 100; None: none.
         """
-        self.fps, self.size, self.sample_rate = fps, size, sample_rate
+        self.fps, self.size = fps, size
+        self.sample_rate = sample_rate
         self.video = info.video if streams[0] else None
         self.audio = info.audio if streams[1] else None
         if self.video is None and self.audio is None:

@@ -40,7 +40,8 @@ class Mp4Writer:
         if size is not None and (size[0] % 2 or size[1] % 2):
             raise ValueError(f"size {size[0]}x{size[1]}: H.264 needs an even height and width")
         self.path = Path(os.path.abspath(os.fspath(path)))
-        self._fps, self._size, self._rate = fps, size, sample_rate
+        self._fps, self._size = fps, size
+        self._sample_rate = sample_rate
         stem = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         self._video, self._sound, self._whole = (Path(f"{stem}.{part}") for part in ("video.mp4", "f32", "tmp.mp4"))
         self._encoder = self._start_encoder() if size is not None else None
@@ -104,7 +105,7 @@ class Mp4Writer:
             streams.append(ffmpeg.input("@video"))
             options["vcodec"] = "copy"
         if self._samples is not None:
-            streams.append(ffmpeg.input("@sound", format="f32le", ar=self._rate, ac=1))
+            streams.append(ffmpeg.input("@sound", format="f32le", ar=self._sample_rate, ac=1))
             options |= {"acodec": "aac", "audio_bitrate": "128k"}
         merged = ffmpeg.output(*streams, "@whole", **options)
         return self._named(merged.global_args("-hide_banner", "-loglevel", "error", "-y").compile())

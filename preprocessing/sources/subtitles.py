@@ -44,7 +44,8 @@ def parse_subtitles(data: bytes) -> tuple[Word, ...]:
     else:
         numbered = _TIMING.sub(lambda found: f"1\n{_timing(found)}", text[first.start() :])
         captions = webvtt.from_buffer(io.StringIO(numbered + "\n\n"), format="srt")
-    words = [word for cue in _without_repeats([_cue(caption) for caption in captions]) for word in _words(cue)]
+    cues = _without_repeats([_cue(caption) for caption in captions])
+    words = [word for cue in cues for word in _words(cue)]
     return tuple(sorted(words, key=lambda word: (word.start, word.end)))
 
 

@@ -114,7 +114,8 @@ class _Window:
     ) -> None:
         self.origin = decoder.start - origin  # seconds of frame 0 after the origin of the source
         self.limit = None if until is None else round((until - self.origin) * decoder.fps)
-        self._decoder, self._source, self._plan = decoder, source, plan
+        self._decoder, self._source = decoder, source
+        self._plan = plan
         self._margin = 0 if scenes.threshold is None else round(scenes.flash_seconds * decoder.fps)
         self._cuts = None if scenes.threshold is None else SceneCutDetector(scenes, self._margin)
         self._position = 0  # frames that were skipped

@@ -139,12 +139,9 @@ def _synthesized(sample_rate: int) -> Array:
     ]
     spans = [(w["start"], w["end"]) for w in words]
     samples = round((words[-1]["end"] + gap) * sample_rate)
-    slices = [
-        _slices(
-            _spectra(synthesize(words, voice, samples=samples, sample_rate=sample_rate, seed=0), sample_rate), spans
-        )
-        for voice in (Voice(pitch=pitch, tones=(tone,)) for pitch in VOICES for tone in range(len(TONES)))
-    ]
+    voices = [Voice(pitch=pitch, tones=(tone,)) for pitch in VOICES for tone in range(len(TONES))]
+    waves = (synthesize(words, voice, samples=samples, sample_rate=sample_rate, seed=0) for voice in voices)
+    slices = [_slices(_spectra(wave, sample_rate), spans) for wave in waves]
     return np.stack(slices, axis=1).reshape(len(VOCABULARY), len(VOICES), len(TONES), _SLICES, _BANDS)
 
 
