@@ -1,4 +1,4 @@
-"""What can be seen and heard in one clip, in a form that can be cut to a window of time and scored.
+"""Features of one clip that metrics are computed from; they can be cut to a time window.
 
 Letters: n frames, K half seconds, d features.
 """
@@ -26,36 +26,39 @@ from preprocessing.toyworld.choices import ChoiceReading
 
 Array = NDArray[np.float64]
 
-ENVELOPE_RATE_HZ = 100.0  # values of a sound envelope per second
-MAX_SYNC_LAG_S = 0.4  # seconds either way in which the sound is searched; the offset of a clip that failed
-HALF_SECOND = 0.5  # seconds of one observation of the toy readers
+ENVELOPE_RATE_HZ = 100.0  # envelope values per second
+MAX_SYNC_LAG_S = 0.4  # search range of A/V offsets; also the offset of a failed clip
+HALF_SECOND = 0.5  # duration of one observation of the toy readers
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkBoundaryEnergy:
-    """Changes from step to step, when they happen, and whether a chunk begins there."""
+    """Change between neighboring steps of a signal, with times in seconds and chunk borders."""
 
     energy: Array
     times: Array
     border: NDArray[np.bool_]
 
     def cut(self, window: TimeWindow) -> "ChunkBoundaryEnergy":
+        """Return the part inside ``window``."""
         keep = (self.times >= window.start) & (self.times < window.end)
         return ChunkBoundaryEnergy(energy=self.energy[keep], times=self.times[keep], border=self.border[keep])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToyVideoFeatures:
-    """What the toy readers see."""
+    """Video features of the toy world."""
 
     opening: Array  # [n] of the mouth
     head: Array  # [n, 2]
-    face: Array  # [K, 3] colour, 0 to 1
-    first_face: Array  # [3] colour in the first frame
+    face: Array  # [K, 3] color, 0 to 1
+    first_face: Array  # [3] color in the first frame
     choices: Mapping[str, ChoiceReading]
 
     def cut(self, window: TimeWindow, fps: float) -> "ToyVideoFeatures":
-        frames, halves = window.slice(fps, len(self.opening)), window.slice(1 / HALF_SECOND, len(self.face))
+        """Return the part inside ``window``."""
+        frames = window.slice(fps, len(self.opening))
+        halves = window.slice(1 / HALF_SECOND, len(self.face))
         return replace(
             self,
             opening=self.opening[frames],
@@ -67,65 +70,71 @@ class ToyVideoFeatures:
 
 @dataclass(frozen=True, kw_only=True)
 class ToyAudioFeatures:
-    """What the toy readers hear."""
+    """Audio features of the toy world."""
 
-    heard: tuple[tuple[str, float], ...]  # syllables and the middles of their times
-    said: tuple[tuple[str, float], ...]  # what was to be said
+    detected: tuple[tuple[str, float], ...]  # detected syllables with mid times
+    expected: tuple[tuple[str, float], ...]  # syllables of the transcript
     tone: ChoiceReading
 
     def cut(self, window: TimeWindow) -> "ToyAudioFeatures":
-        inside = lambda units: tuple(u for u in units if window.start <= u[1] < window.end)
+        """Return the part inside ``window``."""
         halves = window.slice(1 / HALF_SECOND, len(self.tone.mode))
-        return ToyAudioFeatures(heard=inside(self.heard), said=inside(self.said), tone=crop_choice(self.tone, halves))
+        return ToyAudioFeatures(
+            detected=tuple(unit for unit in self.detected if window.start <= unit[1] < window.end),
+            expected=tuple(unit for unit in self.expected if window.start <= unit[1] < window.end),
+            tone=crop_choice(self.tone, halves),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureTrack:
-    """What a network made of a clip; row i belongs to the times from i / rate seconds on."""
+    """Embeddings of a clip by one network; row i starts at i / rate seconds."""
 
     values: NDArray[np.floating[Any]]  # [n, d]
     rate: float
     reference: NDArray[np.floating[Any]] | None = None  # [d] of the first frame
 
     def cut(self, window: TimeWindow) -> "FeatureTrack":
+        """Return the part inside ``window``."""
         return replace(self, values=self.values[window.slice(self.rate, len(self.values))])
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechSegment:
-    """Some seconds of speech, cut where nobody speaks."""
+    """A few seconds of speech, cut between words."""
 
-    at: float  # their middle
-    said: tuple[str, ...]  # what was to be said, words
-    heard: Mapping[str, tuple[str, ...]]  # recogniser -> words
+    at: float  # middle of the segment, seconds
+    expected: tuple[str, ...]  # words of the transcript
+    detected: Mapping[str, tuple[str, ...]]  # recognizer -> words
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClipFeatures:
-    """One clip, or a window of it."""
+    """Features of one clip or of a window of it."""
 
     finite: bool
     fps: float
     sample_rate: int
-    motion: Array | None  # [n] change of grey levels per frame
+    motion: Array | None  # [n] change of gray levels per frame
     sharpness: Array | None  # [n]
-    blocks: BlockStatistics | None  # [n, 64] each: a coarse picture, to find what moves with the sound
+    blocks: BlockStatistics | None  # [n, 64] each: a coarse image for motion sync
     sound: NDArray[np.float32] | None
     seams: Mapping[str, ChunkBoundaryEnergy]
     features: Mapping[str, Array]  # modality -> [K, d]; the toy world only
     picture: ToyVideoFeatures | None
     speech: ToyAudioFeatures | None
-    words: bool = False  # there is something to say, in words
+    words: bool = False  # the transcript has words (toy syllables are none)
     tracks: Mapping[str, FeatureTrack] = field(default_factory=dict[str, FeatureTrack])
     utterances: tuple[SpeechSegment, ...] = ()
 
     @property
     def is_silent(self) -> bool:
+        """Return True if the audio is empty or silent."""
         return self.sound is not None and (not len(self.sound) or rms(self.sound) < QUIET)
 
     @cached_property
     def mouth_sync(self) -> SyncEstimate | None:
-        """Opening of the mouth against loudness; None where no toy reader sees one, or nothing is heard."""
+        """Return the A/V offset of mouth opening and loudness; None outside the toy world or without audio."""
         if self.picture is None or self.sound is None:
             return None
         envelope = sound_envelope(self.sound, self.sample_rate, ENVELOPE_RATE_HZ)
@@ -133,16 +142,19 @@ class ClipFeatures:
 
     @cached_property
     def motion_sync(self) -> SyncResult | None:
-        """What moves in the picture against loudness, for any video."""
+        """Return the A/V offset of motion and loudness; None without video or audio."""
         if self.blocks is None or self.sound is None:
             return None
         return MotionSync(MAX_SYNC_LAG_S).estimate(self.blocks, self.fps, self.sound, self.sample_rate)
 
     def crop(self, window: TimeWindow) -> "ClipFeatures":
-        """The part of a window."""
+        """Return the features inside ``window``."""
         if window.start == 0 and window.end == inf:
             return self
-        motion, sharp, sound, blocks = self.motion, self.sharpness, self.sound, self.blocks
+        motion = self.motion
+        sharp = self.sharpness
+        sound = self.sound
+        blocks = self.blocks
         return replace(
             self,
             motion=None if motion is None else motion[window.slice(self.fps, len(motion))],
@@ -159,4 +171,5 @@ class ClipFeatures:
 
 
 def crop_choice(choice: ChoiceReading, halves: slice) -> ChoiceReading:
+    """Return the half seconds ``halves`` of a reading."""
     return ChoiceReading(**{name: values[halves] for name, values in vars(choice).items()})

@@ -1,4 +1,4 @@
-"""Was a checkpoint trained on what it is tested with? Clips by id, sources by name and by content."""
+"""Find evaluation clips in training sets, by clip id, source name and source content."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,15 @@ class OverlapSummary(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTestOverlap:
-    """What a sweep's prompts share with a checkpoint's training clips."""
+    """Prompts of a sweep that are in the training set of a checkpoint."""
 
     clips: tuple[str, ...]  # ids of prompts
-    sources: Mapping[str, str]  # URI of a prompt's source -> fingerprint of its content
-    unknown: str | None = None  # why it could not be found out
+    sources: Mapping[str, str]  # source URI of a prompt -> fingerprint of the content
+    unknown: str | None = None  # the reason if the overlap is unknown
 
     @property
     def summary(self) -> OverlapSummary:
+        """Return the JSON form."""
         if self.unknown is not None:
             return {"unknown": self.unknown}
         return {"clips": list(self.clips), "sources": dict(self.sources)}
@@ -36,9 +37,16 @@ class TrainTestOverlap:
 def find_train_test_overlap(
     evaluation_set: EvaluationSet, uri: str, trained_on: str | None, held_out: float
 ) -> TrainTestOverlap:
-    """``uri``: dataset of the prompts; ``held_out``: share of its own dataset that the training kept away."""
+    """Return the prompts that are in the training set of a checkpoint.
+
+    Args:
+        evaluation_set: Prompts of the sweep.
+        uri: Dataset of the prompts.
+        trained_on: Dataset of the training; None if it is unknown.
+        held_out: Share of the sources of ``trained_on`` that training did not use.
+    """
     if trained_on is None:
-        return TrainTestOverlap(clips=(), sources={}, unknown="the checkpoint does not say what it was trained with")
+        return TrainTestOverlap(clips=(), sources={}, unknown="the checkpoint does not record its dataset")
     try:
         training, _ = open_dataset(trained_on).split(held_out)
         contents = _contents(trained_on)
@@ -58,17 +66,18 @@ def find_train_test_overlap(
 
 
 def _contents(uri: str) -> dict[str, str]:
-    """URI of every source of a dataset -> fingerprint of its content."""
+    """Return the content fingerprint of every source of a dataset, by URI."""
     return {s.uri: s.fingerprint for unit in read_units(Store(uri)) for s in unit.sources}
 
 
 def overlap_warnings(overlaps: Mapping[str, TrainTestOverlap]) -> Sequence[str]:
-    """A line for each checkpoint (by label) that has seen some of the prompts, or may have."""
+    """Return a warning for each checkpoint (by label) with a known or possible overlap."""
     lines: list[str] = []
     for label, overlap in overlaps.items():
         if overlap.clips:
             names = ", ".join(overlap.clips[:3]) + (" ..." if len(overlap.clips) > 3 else "")
-            lines.append(f"{label} was trained on {len(overlap.clips)} of these clips: {names}; its scores are no test")
+            trained = f"{label} was trained on {len(overlap.clips)} of these clips: {names}"
+            lines.append(f"{trained}. Its scores are not a held-out evaluation")
         elif overlap.unknown is not None:
-            lines.append(f"{label}: overlap with its training set is not known: {overlap.unknown}")
+            lines.append(f"{label}: overlap with its training set is unknown: {overlap.unknown}")
     return lines

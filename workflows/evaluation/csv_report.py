@@ -1,4 +1,4 @@
-"""A sweep as one line per number: what a reviewer loads into a spreadsheet."""
+"""Table of a sweep with one row per metric, for spreadsheets."""
 
 import csv
 from collections.abc import Hashable, Sequence
@@ -12,7 +12,7 @@ from workflows.evaluation.rows import SweepRow
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRow:
-    """One metric of one setting in one window."""
+    """One metric of one setting in one window, averaged over seeds."""
 
     label: str
     mode: str
@@ -24,11 +24,11 @@ class MetricRow:
     value: float | None  # mean over seeds; None: not measured
     spread: float | None  # standard deviation over seeds
     seeds: int
-    clips: int  # of all seeds, the failed ones included
-    failed: int  # of these, counted with the worst score
+    clips: int  # of all seeds, including failed ones
+    failed: int  # clips that count with the worst score
     low: float | None  # of the 90% bootstrap interval over clips, mean over seeds
     high: float | None
-    note: str  # what a number that is not measured needs
+    note: str  # the reason if the metric is not measured
 
 
 def to_rows(rows: Sequence[SweepRow]) -> list[MetricRow]:
@@ -80,7 +80,7 @@ def _metric_row(rows: Sequence[SweepRow], metric: str) -> MetricRow:
 
 
 def write_csv(found: Sequence[MetricRow], path: Path) -> Path:
-    """CSV with a head line; empty where there is no value."""
+    """Write a CSV file with a header; missing values are empty."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(MetricRow)])
         writer.writeheader()

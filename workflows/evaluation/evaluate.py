@@ -1,13 +1,13 @@
-"""``mfctl evaluate``: sweep step counts, modes and guidance of checkpoints on held-out clips.
+"""Sweep step counts, modes and guidance of checkpoints on held-out clips (``mfctl evaluate``).
 
-FOLDER/results.json   one row per (checkpoint, mode, steps, guidance, seed, window); "real" rows are the ceiling
-FOLDER/table.csv      one line per number: value, spread over seeds, clips, failed clips, interval; or what it needs
-FOLDER/report.html    all of it on one page that needs no other file
-FOLDER/rows/          one file per setting: what is there is not generated again
-FOLDER/unfinished/    batches of settings that are not complete yet
-FOLDER/samples/       two clips of every setting, and the real ones as the codec keeps them
-FOLDER/*.png          frontier, seconds, metrics over time, comparison sheet
-FOLDER/mlflow.json    the parent run
+FOLDER/results.json   one row per (checkpoint, mode, steps, guidance, seed, window), and rows of real clips
+FOLDER/table.csv      one row per metric: mean and spread over seeds, clips, failed clips, interval
+FOLDER/report.html    self-contained report
+FOLDER/rows/          one file per finished setting
+FOLDER/unfinished/    batches of unfinished settings
+FOLDER/samples/       two clips per setting, and decoded real clips
+FOLDER/*.png          plots and contact sheet
+FOLDER/mlflow.json    MLflow run ids
 """
 
 import hashlib
@@ -69,14 +69,17 @@ def evaluate_checkpoints(
     mlflow_uri: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Sample, score, plot and log; the same call again does only what is missing.
+    """Sample, score, plot and log a sweep. A repeated call computes only missing results.
 
-    ``data``: default the dataset of the first checkpoint's training, of which the share that it kept away is used; of
-    another one all clips are. ``guidance``: weights of the multi-step mode.
-    ``seconds``: length of the samples, default that of each clip; a longer sample repeats its clip's transcript.
-    ``workers``: of Ray's, each with a network of its own; 1 works in this process. ``weights``: networks that measure,
-    as kind=place. ``precision``: that of the samples; numbers of two precisions are never taken together. ValueError,
-    with nothing written, when a checkpoint or the dataset is missing, they do not fit, or no setting makes sense.
+    Args:
+        data: Dataset; default: the held-out share of the training set of the first checkpoint.
+        guidance: Weights of the multi-step mode; empty: the default.
+        seconds: Length of the samples; default: that of each clip. Longer samples repeat the transcript.
+        workers: Ray actors, each with one network; 1: this process.
+        weights: Feature models as ``kind=path``.
+
+    Raises:
+        ValueError: A checkpoint or the dataset is missing or incompatible, or no setting is valid. Nothing is written.
     """
     evaluated = deduplicate_labels(
         [identify_checkpoint(path, precision=precision) for path in dict.fromkeys(checkpoints)]
@@ -90,7 +93,7 @@ def evaluate_checkpoints(
     )
     metadata = {checkpoint: load_metadata(checkpoint.path) for checkpoint in evaluated}
     for checkpoint, export_metadata in metadata.items():
-        check_compatibility(export_metadata, evaluation_set.meta, checkpoint.path, uri)
+        check_compatibility(export_metadata, evaluation_set.meta, path=checkpoint.path, uri=uri)
     overlaps = {
         s.label: find_train_test_overlap(evaluation_set, uri, _read_run_record(s).get("data"), _held_out_fraction(s))
         for s in evaluated
@@ -131,7 +134,7 @@ def evaluate_checkpoints(
 def _step_count_warnings(
     points: Sequence[SweepPoint], metadata: Mapping[EvaluatedCheckpoint, ExportMetadata]
 ) -> list[str]:
-    """A line for each checkpoint and number of steps that its training does not reach to."""
+    """Return warnings for step counts that the few-step mode is not trained for."""
     found = [
         (s.checkpoint.label, metadata[s.checkpoint].step_count_warning(s.params.mode, s.params.steps)) for s in points
     ]
@@ -139,7 +142,7 @@ def _step_count_warnings(
 
 
 def _read_run_record(checkpoint: EvaluatedCheckpoint) -> Mapping[str, Any]:
-    """``run.json`` of the checkpoint; empty for a bare export."""
+    """Return ``run.json`` of a checkpoint; empty for an export without it."""
     path = find_export(checkpoint.path).parent / "run.json"
     return read_json(path) if path.exists() else {}
 
@@ -147,38 +150,38 @@ def _read_run_record(checkpoint: EvaluatedCheckpoint) -> Mapping[str, Any]:
 def _training_dataset(checkpoint: EvaluatedCheckpoint) -> str:
     uri = _read_run_record(checkpoint).get("data")
     if not uri:
-        raise ValueError(f"{checkpoint.path} does not say what it was trained on: name a dataset with --data DATASET")
+        raise ValueError(f"{checkpoint.path} does not record its dataset. Use --data DATASET.")
     return str(uri)
 
 
 def _held_out_fraction(checkpoint: EvaluatedCheckpoint) -> float:
-    """The share that the training kept away; a smaller share of the same sources lies inside it."""
+    """Return the held-out share of the training; smaller shares are subsets of it."""
     return float(_read_run_record(checkpoint).get("config", {}).get("data", {}).get("held_out", DEFAULT_HELD_OUT_SHARE))
 
 
 def _common_held_out_fraction(evaluated: Sequence[EvaluatedCheckpoint], uri: str) -> float | None:
-    """The share of a dataset that every training on it kept away; None: none of them was on it, all may be used."""
+    """Return the share that all trainings on ``uri`` held out; None without such a training."""
     return min((_held_out_fraction(s) for s in evaluated if _read_run_record(s).get("data") == uri), default=None)
 
 
 @dataclass(kw_only=True)
 class _Sweep:
-    """A sweep at work."""
+    """State of a running sweep."""
 
     evaluation_set: EvaluationSet
     windows: tuple[TimeWindow, ...]
     store: ResultStore
     evaluated: Sequence[EvaluatedCheckpoint]
     feature_models: FeatureModels
-    times: dict[str, float] = field(default_factory=dict[str, float])  # seconds by kind of work
-    reference: ReferenceFeatures = field(init=False)  # known once there is something to do
+    times: dict[str, float] = field(default_factory=dict[str, float])  # seconds per phase
+    reference: ReferenceFeatures = field(init=False)  # set if tasks are pending
 
     @cached_property
     def worker(self) -> EvaluationWorker:
         return EvaluationWorker(self.evaluation_set, self.feature_models)
 
     def run(self, points: Sequence[SweepPoint], progress: ProgressCallback, workers: int) -> None:
-        """Everything that is not there yet."""
+        """Run the points without stored results."""
         pending = [s for s in points if not self.store.is_finished(self._key(s))]
         if not pending:
             progress(0, 0)
@@ -193,24 +196,24 @@ class _Sweep:
     def _run(
         self, pending: Sequence[SweepPoint], executor: SweepExecutor, progress: ProgressCallback, workers: int
     ) -> None:
-        unfinished = {self._key(s): (s, dict[int, TaskResult]()) for s in pending}
         tasks: list[SampleTask] = []
-        for task in (task for s in pending for task in self._tasks(s)):
-            key = self._key(task.point)
-            if (saved := self.store.load_batch(key, task.batch)) is not None:
-                unfinished[key][1][task.batch] = saved
-            else:
-                tasks.append(task)
-        for key in [key for key, (s, finished) in unfinished.items() if len(finished) == len(self._tasks(s))]:
-            self._finish_point(*unfinished.pop(key), workers)  # killed between its last batch and its rows
+        finished_batches: dict[str, dict[int, TaskResult]] = {}
+        for point in pending:
+            of_point = self._tasks(point)
+            stored = {task.batch: self.store.load_batch(self._key(point), task.batch) for task in of_point}
+            finished = {batch: result for batch, result in stored.items() if result is not None}
+            finished_batches[self._key(point)] = finished
+            tasks += [task for task in of_point if task.batch not in finished]
+            if len(finished) == len(of_point):  # interrupted before its rows were stored
+                self._finish_point(point, finished, workers)
         progress(0, len(tasks))
         with self._timed("samples"):
             for done, (task, task_result) in enumerate(executor.map(tasks), start=1):
                 key = self._key(task.point)
-                point, finished = unfinished[key]
+                finished = finished_batches[key]
                 finished[task.batch] = task_result
-                if len(finished) == len(self._tasks(point)):
-                    self._finish_point(point, finished, workers)
+                if len(finished) == len(self._tasks(task.point)):
+                    self._finish_point(task.point, finished, workers)
                 else:
                     self.store.save_batch(key, task.batch, task_result)
                 progress(done, len(tasks))
@@ -219,9 +222,9 @@ class _Sweep:
         return point.key(self.store.scope)
 
     def _tasks(self, point: SweepPoint) -> list[SampleTask]:
-        place = {prompt.number: i for i, prompt in enumerate(self.evaluation_set.prompts)}
+        index = {prompt.number: i for i, prompt in enumerate(self.evaluation_set.prompts)}
         return [
-            SampleTask(point=point, batch=i, prompts=tuple(place[p.number] for p in batch))
+            SampleTask(point=point, batch=i, prompts=tuple(index[p.number] for p in batch))
             for i, batch in enumerate(group_prompts(self.evaluation_set.prompts))
         ]
 
@@ -246,14 +249,20 @@ class _Sweep:
         self.store.save_finished(f"real-{self.store.scope}", result)
 
     def _finish_point(self, point: SweepPoint, finished: Mapping[int, TaskResult], workers: int) -> None:
-        """Score a setting whose batches are all there, and store its rows."""
-        by_prompt = {p: (r, o.length) for o in finished.values() for p, r in zip(o.prompts, o.features, strict=True)}
-        features, lengths = zip(*(by_prompt[p] for p in sorted(by_prompt)), strict=True)
+        """Score a setting with all batches and store its rows."""
+        features: dict[int, ClipFeatures] = {}
+        lengths: dict[int, float] = {}
+        clips: dict[int, bytes] = {}
+        for batch in finished.values():
+            features |= dict(zip(batch.prompts, batch.features, strict=True))
+            lengths |= dict.fromkeys(batch.prompts, batch.length)
+            clips |= batch.samples
+        prompts = sorted(features)
         with self._timed("score"):
-            rows = self._rows(point.columns(workers), features, lengths)
+            rows = self._rows(point.columns(workers), [features[p] for p in prompts], [lengths[p] for p in prompts])
         rows[0]["metrics"] |= finished[0].setting_metrics | _batch_speed(list(finished.values()))
-        name = f"{point.name}-{self._key(point)[:6]}"  # other clips and other weights have files of their own
-        samples = self._write_samples(name, {p: mp4 for o in finished.values() for p, mp4 in o.samples.items()})
+        name = f"{point.name}-{self._key(point)[:6]}"  # unique per clips and weights
+        samples = self._write_samples(name, clips)
         result = SettingResult(digest=point.checkpoint.digest, name=point.name, rows=rows, samples=samples)
         self.store.save_finished(self._key(point), result)
 
@@ -262,23 +271,23 @@ class _Sweep:
     ) -> list[SweepRow]:
         """Return a row for the whole clips, then one for each window that clips reach into."""
         rows: list[SweepRow] = []
-        for one in compute_metrics_by_window(features, lengths, self.windows, self.reference):
+        for window in compute_metrics_by_window(features, lengths, self.windows, self.reference):
             row: SweepRow = {
                 **columns,
-                "window": one.window,
-                "clips": len(one.part),
-                "metrics": one.scores.metrics,
-                "detail": {name: _detail(score) for name, score in one.scores.found.items()},
-                "failures": one.scores.failures,
-                "not_measured": one.scores.not_measured,
+                "window": window.window,
+                "clips": len(window.clips),
+                "metrics": window.scores.metrics,
+                "detail": {name: _detail(score) for name, score in window.scores.found.items()},
+                "failures": window.scores.failures,
+                "not_measured": window.scores.not_measured,
             }
-            if one.window == "all":
-                row["offsets"] = sync_offsets(one.part)
+            if window.window == "all":
+                row["offsets"] = sync_offsets(window.clips)
             rows.append(row)
         return rows
 
     def _write_samples(self, name: str, clips: Mapping[int, bytes]) -> list[str]:
-        """Kept samples, in the order of prompts; paths below the sweep's folder."""
+        """Write samples in the order of prompts and return their paths below the folder of the sweep."""
         with self._timed("files"):
             folder = self.store.folder / "samples"
             folder.mkdir(parents=True, exist_ok=True)
@@ -294,7 +303,7 @@ class _Sweep:
         self.times[kind] = self.times.get(kind, 0.0) + time.perf_counter() - start
 
     def finish(self, name: str, mlflow_uri: str, facts: SweepMetadata) -> dict[str, Any]:
-        """Results, plots, the page and MLflow from all that this folder holds of these checkpoints and clips."""
+        """Write summary, plots, report and MLflow runs from all stored results; return the facts of the sweep."""
         results = self.store.load_all(self.evaluated)
         rows = self.store.write_summary(results)
         with self._timed("plots"):
@@ -322,7 +331,7 @@ class _Sweep:
             "not_measured": {k: v for row in rows if row["window"] == "all" for k, v in row["not_measured"].items()},
             "skipped": facts["skipped"],
             "overlap": facts["overlap"],
-            **({"note": "samples are longer than their clips: transcripts repeat"} if facts["repeated"] else {}),
+            **({"note": "samples are longer than their clips, so transcripts repeat"} if facts["repeated"] else {}),
             "seconds": {kind: round(spent, 2) for kind, spent in self.times.items()},
         }
 
@@ -334,9 +343,9 @@ def _detail(value: MetricValue) -> MetricDetail:
 
 
 def _batch_speed(task_results: Sequence[TaskResult]) -> Numbers:
-    """Seconds of clip per second of computation where many streams run at once."""
-    made = sum(o.length * len(o.prompts) for o in task_results)
+    """Return the clip seconds per second of computation with many parallel streams."""
+    sampled = sum(o.length * len(o.prompts) for o in task_results)
     return {
-        "batch_seconds_per_second": made / sum(o.seconds for o in task_results),
+        "batch_seconds_per_second": sampled / sum(o.seconds for o in task_results),
         "batch_rows": float(max(len(o.prompts) for o in task_results)),
     }

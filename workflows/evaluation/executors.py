@@ -1,11 +1,11 @@
-"""Who does the work of a sweep: this process, or workers of Ray's that each hold a network."""
+"""Executors of a sweep: this process, or Ray actors that each hold one network."""
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, Protocol
 
 import torch
@@ -20,20 +20,20 @@ CompletedTask = tuple[SampleTask, TaskResult]
 
 
 class SweepExecutor(Protocol):
-    """Reads the real clips, then makes and reads samples."""
+    """Extracts the features of real clips, then runs the tasks of a sweep."""
 
     def extract_real_features(self) -> ReferenceFeatures:
-        """What the real clips show to the readers of samples."""
+        """Return the features of the real clips."""
         ...
 
     def map(self, tasks: Sequence[SampleTask]) -> Iterator[CompletedTask]:
-        """Outcomes, as they are finished."""
+        """Yield tasks with their results in order of completion."""
         ...
 
 
 @contextmanager
 def open_executor(worker: EvaluationWorker, workers: int) -> Iterator[SweepExecutor]:
-    """One worker is this process. More are Ray's: in the Ray that is running, else in one started for it."""
+    """Yield a LocalExecutor for one worker, else a RayExecutor on a running or new Ray cluster."""
     if workers == 1:
         yield LocalExecutor(worker)
         return
@@ -49,33 +49,34 @@ def _reference_features(worker: EvaluationWorker, features: Sequence[ClipFeature
 
 
 def _real_batches(worker: EvaluationWorker) -> list[range]:
-    """Places of the real clips, as many at once as of samples."""
+    """Return the indices of the real clips in batches of ``MAX_BATCH_SIZE``."""
     clips = len(worker.evaluation_set.real_clips)
     return [range(at, min(at + MAX_BATCH_SIZE, clips)) for at in range(0, clips, MAX_BATCH_SIZE)]
 
 
 class LocalExecutor:
-    """Checkpoint after checkpoint, batch after batch, in this process."""
+    """Runs tasks in this process, sorted by checkpoint."""
 
     def __init__(self, worker: EvaluationWorker) -> None:
         self._worker = worker
 
     def extract_real_features(self) -> ReferenceFeatures:
+        """Return the features of the real clips."""
         worker = self._worker
         return _reference_features(
-            worker, [r for indices in _real_batches(worker) for r in worker.extract_real_features(indices)]
+            worker, list(chain.from_iterable(map(worker.extract_real_features, _real_batches(worker))))
         )
 
     def map(self, tasks: Sequence[SampleTask]) -> Iterator[CompletedTask]:
+        """Yield tasks with their results, sorted by checkpoint."""
         for _, group in groupby(tasks, key=lambda task: task.point.checkpoint.path):
             yield from _run_checkpoint(self._worker, list(group))
 
 
 def _run_checkpoint(worker: EvaluationWorker, tasks: Sequence[SampleTask]) -> Iterator[CompletedTask]:
-    """One thread samples, another reads the batch before."""
-    setting_metrics = {
-        id(task): worker.measure_once(task.point) for task in tasks if task.is_first
-    }  # while nothing else runs
+    """Sample in this thread while a second thread extracts the features of the previous batch."""
+    # Speed is measured before the second thread starts.
+    setting_metrics = {id(task): worker.measure_once(task.point) for task in tasks if task.is_first}
     with ThreadPoolExecutor(1) as pool, reserve_reader_thread():
         previous: tuple[SampleTask, Future[TaskResult]] | None = None
         for task in tasks:
@@ -89,7 +90,7 @@ def _run_checkpoint(worker: EvaluationWorker, tasks: Sequence[SampleTask]) -> It
 
 @contextmanager
 def reserve_reader_thread() -> Iterator[None]:
-    """Leave a core to the thread that reads: small networks gain nothing from sharing it."""
+    """Use one thread less for torch, so that the feature thread has a core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - 1))
     try:
@@ -99,7 +100,7 @@ def reserve_reader_thread() -> Iterator[None]:
 
 
 class RayExecutor:
-    """Each free worker takes the next piece of work; the longest samples come first."""
+    """Runs tasks on Ray actors; a free actor gets the next task, longest samples first."""
 
     def __init__(self, worker: EvaluationWorker, workers: int) -> None:
         import ray
@@ -107,37 +108,41 @@ class RayExecutor:
         from workflows.utils.ray_runtime import worker_runtime_env
 
         resources = max_resources(ray.cluster_resources())
-        cpus, gpus = (min(1.0, resources.get(kind, 0.0) / workers) for kind in ("CPU", "GPU"))
-        cpus = cpus or 1.0  # a head alone, of no CPUs: a worker that asked for none would run there
+        gpus = min(1.0, resources.get("GPU", 0.0) / workers)
+        cpus = min(1.0, resources.get("CPU", 0.0) / workers)
+        cpus = cpus or 1.0  # an actor without CPUs would be placed on a head node without CPUs
         evaluation_set_ref = ray.put(worker.evaluation_set)
         actor: Any = ray.remote(EvaluationWorker)
         create = actor.options(num_cpus=cpus, num_gpus=gpus, runtime_env=worker_runtime_env())
         self._worker = worker
         self._actors = [create.remote(evaluation_set_ref, worker.feature_models) for _ in range(workers)]
         threads = max(1, (os.cpu_count() or 1) // workers)
-        required, there = {"CPU": cpus, "GPU": gpus}, ray.cluster_resources
-        with report_while_waiting(f"machines for {workers} workers", there, seen=resources_available(required, there)):
+        required = {"CPU": cpus, "GPU": gpus}
+        available = resources_available(required, ray.cluster_resources)
+        with report_while_waiting(f"machines for {workers} workers", ray.cluster_resources, seen=available):
             ray.get([worker.set_num_threads.remote(threads) for worker in self._actors])
 
     def extract_real_features(self) -> ReferenceFeatures:
+        """Return the features of the real clips."""
         features: dict[range, list[ClipFeatures]] = dict(
             self._run_on_actors(
                 _real_batches(self._worker), lambda worker, indices: worker.extract_real_features.remote(indices)
             )
         )
-        return _reference_features(
-            self._worker, [r for indices in sorted(features, key=lambda p: p.start) for r in features[indices]]
-        )
+        in_order = [features[indices] for indices in _real_batches(self._worker)]
+        return _reference_features(self._worker, list(chain.from_iterable(in_order)))
 
     def map(self, tasks: Sequence[SampleTask]) -> Iterator[CompletedTask]:
-        # a long task begun last would keep the other workers waiting
+        """Yield tasks with their results in order of completion."""
+        # long tasks first: one that starts last would delay the end
         order = sorted(tasks, key=lambda t: (t.point.checkpoint.path, -t.point.params.num_function_evaluations))
         yield from self._run_on_actors(order, lambda worker, task: worker.run_task.remote(task))
 
     def _run_on_actors(self, items: Sequence[Any], submit: Callable[[Any, Any], Any]) -> Iterator[tuple[Any, Any]]:
         import ray
 
-        pending, running = deque(items), dict[Any, tuple[Any, Any]]()
+        pending = deque(items)
+        running: dict[Any, tuple[Any, Any]] = {}  # reference of the result -> actor and item
 
         def start(worker: Any) -> None:
             if pending:
@@ -149,5 +154,5 @@ class RayExecutor:
         while running:
             (ready,), _ = ray.wait(list(running))
             worker, item = running.pop(ready)
-            start(worker)  # before the result is used: nobody waits for that
+            start(worker)  # before the caller processes the result
             yield item, ray.get(ready)

@@ -1,4 +1,4 @@
-"""Trained networks that measure, from files the user has: nothing is fetched, and each is optional."""
+"""Pretrained networks for metrics (``--weights``). All are optional and loaded from local files."""
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -13,20 +13,20 @@ from mfcore.metrics.speech import PocketSphinx, SpeechRecognizer, Whisper
 from mfcore.metrics.syncnet import SyncNetSync, load_syncnet
 
 MODEL_KINDS: Mapping[str, str] = {
-    "syncnet": "a file of SyncNet's weights, syncnet_v2.model or safetensors",
+    "syncnet": "a SyncNet weight file, syncnet_v2.model or safetensors",
     "whisper": "a folder of Whisper in transformers' layout",
     "pocketsphinx": "en, after pip install pocketsphinx",
     "videomae": "a folder of VideoMAE in transformers' layout",
     "clap": "a folder of CLAP in transformers' layout",
-    "faces": "a folder of an image network in transformers' layout, trained to tell faces apart",
-    "sounds": "a folder of a sound classifier (AST) in transformers' layout",
+    "faces": "a folder of an image network in transformers' layout, trained for face recognition",
+    "sounds": "a folder of an audio classifier (AST) in transformers' layout",
 }
 
 T = TypeVar("T")
 
 
 def requirement_text(kind: str) -> str:
-    """How a metric says what it lacks."""
+    """Return the message for a model that a metric requires."""
     return f"--weights {kind}=... ({MODEL_KINDS[kind]})"
 
 
@@ -85,17 +85,17 @@ def _device() -> str:
 
 
 def parse_feature_models(texts: Sequence[str]) -> FeatureModels:
-    """From ``kind=place`` each. ValueError for an unknown kind, or a place that does not exist."""
-    places: dict[str, str] = {}
+    """Parse ``kind=path`` options. Raises ValueError for an unknown kind or a missing path."""
+    paths: dict[str, str] = {}
     for text in texts:
-        kind, _, place = text.partition("=")
-        if kind not in MODEL_KINDS or not place:
-            known = "; ".join(f"{k}={what}" for k, what in MODEL_KINDS.items())
-            raise ValueError(f"--weights {text!r}: write KIND=PLACE with one of {known}")
+        kind, _, path = text.partition("=")
+        if kind not in MODEL_KINDS or not path:
+            known = "; ".join(f"{name}={content}" for name, content in MODEL_KINDS.items())
+            raise ValueError(f"--weights {text!r}: not KIND=PLACE. Use one of {known}.")
         if kind == "pocketsphinx":
-            if place != "en" or importlib.util.find_spec("pocketsphinx") is None:
-                raise ValueError(f"--weights {text!r}: the embedded recogniser is {MODEL_KINDS[kind]}")
-        elif not Path(place).exists():
-            raise ValueError(f"--weights {text!r}: {place} does not exist; give {MODEL_KINDS[kind]}")
-        places[kind] = place
-    return FeatureModels(places)
+            if path != "en" or importlib.util.find_spec("pocketsphinx") is None:
+                raise ValueError(f"--weights {text!r}: not available. Use {kind}={MODEL_KINDS[kind]}.")
+        elif not Path(path).exists():
+            raise ValueError(f"--weights {text!r}: {path} does not exist. Give {MODEL_KINDS[kind]}.")
+        paths[kind] = path
+    return FeatureModels(paths)

@@ -1,3 +1,5 @@
+"""Extract features of clips: toy readers, pretrained networks and signal statistics."""
+
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -30,15 +32,13 @@ from workflows.evaluation.feature_models import FeatureModels
 from workflows.evaluation.held_out import EvaluationSet, frame_rate_of
 from workflows.evaluation.signals import DecodedClip
 
-SEGMENT_SECONDS = (
-    5.0  # seconds of speech that a recogniser hears at once, about: windows of time need pieces of their own
-)
-_BAND_EDGES_HZ = (60.0, 400.0, 1200.0, 3000.0, 8000.0)  # Hz, bands of the sound's features
-_MAX_RESIDUAL = 2.0  # residuals of a reading are cut here: what is read nowhere is not infinitely far
+SEGMENT_SECONDS = 5.0  # approximate length of a speech segment; time windows need separate segments
+_BAND_EDGES_HZ = (60.0, 400.0, 1200.0, 3000.0, 8000.0)  # frequency bands of the audio features
+_MAX_RESIDUAL = 2.0  # upper limit of the residual of a choice
 
 
 class FeatureExtractor:
-    """Reads clips of one dataset."""
+    """Extracts features from clips of one dataset."""
 
     def __init__(self, evaluation_set: EvaluationSet, feature_models: FeatureModels | None = None) -> None:
         self._evaluation_set, self._toy = evaluation_set, evaluation_set.toy
@@ -48,6 +48,7 @@ class FeatureExtractor:
         self.sample_rate = codec.config.sample_rate if codec else 16000
 
     def extract(self, clip: DecodedClip) -> ClipFeatures:
+        """Return the features of one clip."""
         frames = None if clip.frames is None else clip.frames.numpy()
         sound = None if clip.sound is None else clip.sound.numpy()
         picture = self._toy_video(frames) if frames is not None and self._toy else None
@@ -73,11 +74,11 @@ class FeatureExtractor:
             tracks=self._tracks(frames, sound),
             utterances=self._speech_segments(sound, clip.words) if sound is not None and not self._toy else (),
         )
-        _ = features_of_clip.mouth_sync, features_of_clip.motion_sync  # here, where workers share the work
+        _ = features_of_clip.mouth_sync, features_of_clip.motion_sync  # computed here, in parallel on the workers
         return features_of_clip
 
     def _tracks(self, frames: NDArray[np.uint8] | None, sound: NDArray[np.float32] | None) -> dict[str, FeatureTrack]:
-        """What the networks at hand see and hear."""
+        """Return the embeddings of all loaded networks."""
         tracks: dict[str, FeatureTrack] = {}
         if frames is not None:
             for name, extract in self._feature_models.video_encoders.items():
@@ -107,10 +108,10 @@ class FeatureExtractor:
             segments.append(
                 SpeechSegment(
                     at=(start + end) / 2,
-                    said=tuple(
+                    expected=tuple(
                         normalize_words(" ".join(w.word for w in words if start <= (w.start + w.end) / 2 < end))
                     ),
-                    heard={
+                    detected={
                         n: tuple(normalize_words(transcribe(part, rate)))
                         for n, transcribe in self._feature_models.speech_recognizers.items()
                     },
@@ -120,9 +121,9 @@ class FeatureExtractor:
 
     def _toy_video(self, frames: NDArray[np.uint8]) -> ToyVideoFeatures:
         assert self._toy is not None
-        # The first frame is read as every other one: as half a second of it.
+        # The first frame is repeated for half a second, the duration of one observation.
         still = np.repeat(frames[:1], int(self._fps * HALF_SECOND) + 1, axis=0)
-        with np.errstate(divide="ignore", invalid="ignore"):  # what is generated may have no contrast at all
+        with np.errstate(divide="ignore", invalid="ignore"):  # generated frames may have no contrast
             seen, first = read_video(frames, self._toy), read_video(still, self._toy)
         return ToyVideoFeatures(
             opening=seen.opening,
@@ -134,11 +135,11 @@ class FeatureExtractor:
 
     def _toy_audio(self, sound: NDArray[np.float32], words: Sequence[Word]) -> ToyAudioFeatures:
         assert self._toy is not None
-        heard = read_audio(sound, self.sample_rate, self._toy)
+        detected = read_audio(sound, self.sample_rate, self._toy)
         return ToyAudioFeatures(
-            heard=tuple((w["word"], (w["start"] + w["end"]) / 2) for w in heard.syllables),
-            said=tuple((w.word, (w.start + w.end) / 2) for w in words),
-            tone=heard.tone,
+            detected=tuple((w["word"], (w["start"] + w["end"]) / 2) for w in detected.syllables),
+            expected=tuple((w.word, (w.start + w.end) / 2) for w in words),
+            tone=detected.tone,
         )
 
     def _boundary_energies(
@@ -146,7 +147,7 @@ class FeatureExtractor:
     ) -> dict[str, ChunkBoundaryEnergy]:
         chunk, seams = float(self._evaluation_set.meta.chunk_seconds), {}
         if frames is not None:
-            # The first frame belongs to what came before: frame j shows the world at j / fps, chunk k ends with it.
+            # The first frame precedes chunk 0: frame j shows time j / fps, and a chunk ends with its last frame.
             seams["pixels"] = _boundary_energy(frames, (np.arange(len(frames)) - 1) / self._fps, chunk)
         if sound is not None:
             envelope = sound_envelope(sound, self.sample_rate, ENVELOPE_RATE_HZ)
@@ -170,17 +171,20 @@ def _boundary_energy(values: Array | NDArray[np.uint8], times: Array, chunk: flo
 
 
 def _split_half_seconds(values: Array, per_half: float, count: int) -> list[Array]:
-    """The parts of ``values`` that belong to each half second; the last one may be short."""
+    """Split ``values`` into half seconds; the last part may be short."""
     edges = np.round(np.arange(count + 1) * per_half).astype(int)
     return [values[a : max(b, a + 1)] for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def _video_vectors(picture: ToyVideoFeatures, motion: Array, frames: NDArray[np.uint8], fps: float) -> Array:
-    """``[K, 8]``: mouth (mean, spread), head, motion, sharpness, colour drift, distance to the modes of the choices."""
+    """Return [K, 8]: mouth (mean, std), head (x, y), motion, sharpness, color drift, residual of the choices."""
     count = len(picture.face)
-    parts = lambda values: _split_half_seconds(values[1:], fps * HALF_SECOND, count)
-    grey = frames[..., 1].astype(np.float32)
-    sharp = np.abs(np.diff(grey, axis=2)).mean((1, 2))
+
+    def parts(values: Array) -> list[Array]:
+        return _split_half_seconds(values[1:], fps * HALF_SECOND, count)
+
+    gray = frames[..., 1].astype(np.float32)
+    sharp = np.abs(np.diff(gray, axis=2)).mean((1, 2))
     residuals = np.mean([np.minimum(c.residual[:count], _MAX_RESIDUAL) for c in picture.choices.values()], axis=0)
     return np.stack(
         [
@@ -197,7 +201,7 @@ def _video_vectors(picture: ToyVideoFeatures, motion: Array, frames: NDArray[np.
 
 
 def _audio_vectors(sound: NDArray[np.float32], sample_rate: int) -> Array:
-    """``[K, 6]``: loudness and its spread in dB, the shares of four bands in dB."""
+    """Return [K, 6]: loudness and its std in dB, shares of four frequency bands in dB."""
     rows: list[list[float]] = []
     for part in _split_half_seconds(
         sound.astype(np.float64), sample_rate * HALF_SECOND, max(1, round(len(sound) / sample_rate / HALF_SECOND))
@@ -214,7 +218,7 @@ def _audio_vectors(sound: NDArray[np.float32], sample_rate: int) -> Array:
 
 
 def split_speech(words: Sequence[Word], seconds: float) -> list[tuple[float, float]]:
-    """Start and end of pieces of about ``PIECE`` seconds, cut between words, that cover a clip."""
+    """Return start and end of segments of about ``SEGMENT_SECONDS``, cut between words, that cover a clip."""
     gaps = [(a.end + b.start) / 2 for a, b in pairwise(words)]
     wanted = np.arange(SEGMENT_SECONDS, seconds - SEGMENT_SECONDS / 2, SEGMENT_SECONDS)
     cuts = sorted({min(gaps, key=lambda gap: abs(gap - at)) for at in wanted}) if gaps else []

@@ -1,4 +1,4 @@
-"""Real clips for a sweep: those whose conditions are prompts, those that make up the reference, and their signals."""
+"""Evaluation set of a sweep: prompts from held-out clips, and reference clips for distances."""
 
 import hashlib
 import re
@@ -19,41 +19,42 @@ from preprocessing.toyworld.voice import VOCABULARY
 from preprocessing.toyworld.world import ToyConfig
 from workflows.checkpoints.model_card import ExportMetadata
 
-REFERENCE_CLIPS = 32  # real clips, none of them a prompt, that distances are measured against
+REFERENCE_CLIPS = 32  # real clips for distances, none of them a prompt
 _TOY_CAPTION = re.compile(r"a character with a \w+ face and \w+ \w+ hair talks in front of a \w+ wall")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A held-out clip and how much is to be generated from its conditions."""
+    """A held-out clip with the length of its sample."""
 
-    clip: ClipTensors  # its transcript repeated where the sample is longer than the clip
-    chunks: int  # to generate
-    number: int  # seeds the noise
+    clip: ClipTensors  # with a repeated transcript if the sample is longer than the clip
+    chunks: int  # of the sample
+    number: int  # seed of the noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
-    """What a sweep generates from and compares with."""
+    """Prompts and reference clips of a sweep."""
 
     prompts: tuple[Prompt, ...]
-    reference: tuple[ClipTensors, ...]  # real clips, others than the prompts' where there are any
+    reference: tuple[ClipTensors, ...]  # real clips for distances; the clips of the prompts if there are no others
     meta: DatasetMetadata
-    toy: ToyConfig | None  # what the toy readers need; None: not the toy world
-    repeated: bool  # transcripts repeat: samples are longer than their clips
-    own_reference: bool = False  # `reference` is the prompts' clips: there were no others
+    toy: ToyConfig | None  # of a toy world dataset, else None
+    repeated: bool  # samples are longer than their clips, so transcripts repeat
+    own_reference: bool = False  # `reference` are the clips of the prompts
 
     @property
     def codecs(self) -> dict[str, Codec]:
+        """Return the codecs of the dataset by modality."""
         return {m: self.meta.codec(m) for m in self.meta.codecs}
 
     @property
     def real_clips(self) -> tuple[ClipTensors, ...]:
-        """The prompts' clips, then the reference."""
+        """Return the clips of the prompts, then the reference clips."""
         return (*(p.clip for p in self.prompts), *self.reference)
 
     def digest(self) -> str:
-        """Of everything that a sample's conditions and its distances depend on."""
+        """Return a hash of the dataset, the prompts and the reference clips."""
         parts = [self.meta.fingerprint, *(f"{p.clip.id}/{p.clip.source_uri}/{p.chunks}" for p in self.prompts)]
         parts += [f"{c.id}/{c.source_uri}" for c in self.reference]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
@@ -62,21 +63,28 @@ class EvaluationSet:
 def select_evaluation_set(
     uri: str, *, clips: int, seconds: float | None, fraction: float | None, reference: int = REFERENCE_CLIPS
 ) -> EvaluationSet:
-    """The first ``clips`` held-out clips of a dataset. ValueError when there is none, or ``seconds`` is no length.
+    """Return the first ``clips`` held-out clips of a dataset as prompts, and other clips as reference.
 
-    ``fraction``: share of its sources that training kept away; None: all of it was kept away. ``reference``: at most so
-    many other clips to measure distances against; the prompts' own where no others are left.
+    Args:
+        uri: Dataset.
+        clips: Largest number of prompts.
+        seconds: Length of the samples; None: the length of each clip.
+        fraction: Share of the sources that training did not use; None: the whole dataset.
+        reference: Largest number of reference clips. Without other clips, the prompts are the reference.
+
+    Raises:
+        ValueError: The dataset has no held-out clip, or ``seconds`` is not positive.
     """
     if seconds is not None and seconds <= 0:
-        raise ValueError(f"--seconds {seconds}: a clip needs a positive length")
+        raise ValueError(f"--seconds {seconds}: the length must be positive")
     dataset = open_dataset(uri)
-    training, held = (None, dataset) if fraction is None else dataset.split(fraction)
-    usable = [i for i, length in enumerate(held.lengths) if length > 0]
+    training, held_out = (None, dataset) if fraction is None else dataset.split(fraction)
+    usable = [i for i, length in enumerate(held_out.lengths) if length > 0]
     if not usable:
-        raise ValueError(f"{uri} has no held-out clip of a whole chunk: preprocess more or longer clips")
-    chosen = [held.clip(i) for i in usable[:clips]]
+        raise ValueError(f"{uri} has no held-out clip of a whole chunk. Preprocess more or longer clips.")
+    chosen = [held_out.clip(i) for i in usable[:clips]]
     wanted = None if seconds is None else ceil(Fraction(seconds).limit_denominator(1000) / dataset.meta.chunk_seconds)
-    others = [held.clip(i) for i in usable[clips : clips + reference]]
+    others = [held_out.clip(i) for i in usable[clips : clips + reference]]
     if training is not None:
         others += [training.clip(i) for i in range(min(len(training), reference - len(others)))]
     others = [clip for clip in others if clip.chunks > 0]
@@ -93,7 +101,9 @@ def select_evaluation_set(
 def _prompt(clip: ClipTensors, chunks: int, number: int, meta: DatasetMetadata) -> Prompt:
     rounds = ceil(chunks / clip.chunks)
     length = clip.chunks * float(meta.chunk_seconds)
-    whole = [i for i, w in enumerate(clip.transcript) if (w.start + w.end) / 2 < length]  # not in a cut-off last chunk
+    whole = [
+        i for i, w in enumerate(clip.transcript) if (w.start + w.end) / 2 < length
+    ]  # a partial last chunk is not generated
     looped = replace(
         clip,
         words=clip.words[whole].repeat(rounds, 1),
@@ -108,7 +118,7 @@ def _prompt(clip: ClipTensors, chunks: int, number: int, meta: DatasetMetadata) 
 
 
 def _toy_config(clips: Sequence[ClipTensors], meta: DatasetMetadata) -> ToyConfig | None:
-    """The toy world is known by its captions and syllables; a dataset does not keep the truth of its sources."""
+    """Return the toy world configuration if captions and words are those of the toy world, else None."""
     words = {w.word for clip in clips for w in clip.transcript}
     if not words <= set(VOCABULARY) or not all(_TOY_CAPTION.fullmatch(clip.caption) for clip in clips):
         return None
@@ -119,22 +129,22 @@ def _toy_config(clips: Sequence[ClipTensors], meta: DatasetMetadata) -> ToyConfi
 
 
 def frame_rate_of(meta: DatasetMetadata) -> Fraction:
-    """Frames per second; 24 for a dataset without a picture."""
+    """Return the frames per second; 24 for a dataset without video."""
     if VIDEO not in meta.clocks:
         return Fraction(24)
     codec: Any = meta.codec(VIDEO)
     return Fraction(codec.config.fps)
 
 
-def check_compatibility(card: ExportMetadata, meta: DatasetMetadata, path: str, uri: str) -> None:
-    """ValueError when a checkpoint cannot be compared with clips of this dataset."""
-    pairs: list[tuple[str, Any, Any]] = [("text", card.text_codec, meta.text_codec)]
-    pairs += [(f"{m} codec", card.codecs[m], meta.codecs.get(m)) for m in card.codecs]
-    pairs += [(f"{m} clock", card.clocks[m], meta.clocks.get(m)) for m in card.clocks]
-    pairs += [("chunk", card.chunk_seconds, meta.chunk_seconds)]
-    for what, theirs, ours in pairs:
-        if theirs != ours:
+def check_compatibility(export: ExportMetadata, dataset: DatasetMetadata, *, path: str, uri: str) -> None:
+    """Raise ValueError if codecs, clocks or chunks of a checkpoint and a dataset differ."""
+    pairs: list[tuple[str, Any, Any]] = [("text", export.text_codec, dataset.text_codec)]
+    pairs += [(f"{m} codec", export.codecs[m], dataset.codecs.get(m)) for m in export.codecs]
+    pairs += [(f"{m} clock", export.clocks[m], dataset.clocks.get(m)) for m in export.clocks]
+    pairs += [("chunk", export.chunk_seconds, dataset.chunk_seconds)]
+    for name, trained, given in pairs:
+        if trained != given:
             raise ValueError(
-                f"{path} and {uri} do not fit: {what} {theirs} there, {ours} here. "
-                "Use --data with a dataset preprocessed as the one it was trained on"
+                f"{path} and {uri} are incompatible: {name} {trained} of the checkpoint, {given} of the dataset. "
+                "Use --data with a dataset that was preprocessed like the training set."
             )

@@ -1,4 +1,4 @@
-"""``report.html`` of a sweep: the numbers, the plots and some samples on one page that needs no other file."""
+"""HTML report of a sweep: metrics, plots and samples in one self-contained file."""
 
 import base64
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from jinja2 import Environment, StrictUndefined, Template
 from workflows.evaluation.csv_report import MetricRow
 from workflows.evaluation.rows import SettingResult, SweepMetadata
 
-MAX_PAGE_BYTES = 24 << 20  # of samples on the page, before base64 makes them a third larger
+MAX_PAGE_BYTES = 24 << 20  # total size of the samples before base64 encoding
 COLUMNS = (  # metric, heading
     ("frechet", "Frechet distance"),
-    ("frechet_bias", "its bias"),
+    ("frechet_bias", "bias of the distance"),
     ("sync", "sync"),
     ("lse_c", "LSE-C"),
     ("sync_within_80ms", "within 80 ms"),
@@ -38,7 +38,7 @@ PLOT_HEADINGS = {  # file name without suffix
     "frontier": "Against network evaluations",
     "seconds": "Against seconds of computation",
     "over_time": "Over the length of a clip",
-    "offsets": "Offsets of sound and picture",
+    "offsets": "A/V offsets",
     "sheet": "The same prompt",
 }
 
@@ -140,7 +140,9 @@ def _samples(folder: Path, results: Sequence[SettingResult]) -> tuple[list[dict[
     samples: list[dict[str, str]] = []
     bytes_left = MAX_PAGE_BYTES
     most = max(len(result["samples"]) for result in results)
-    queue = [(result, result["samples"][i]) for i in range(most) for result in results if len(result["samples"]) > i]
+    queue: list[tuple[SettingResult, str]] = []
+    for i in range(most):
+        queue += [(result, result["samples"][i]) for result in results if len(result["samples"]) > i]
     for result, name in queue:
         file, row = folder / name, result["rows"][0]
         if file.stat().st_size > bytes_left:

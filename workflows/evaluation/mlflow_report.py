@@ -1,4 +1,4 @@
-"""A sweep's plots, and its pages in MLflow: a parent run, and a child run for every setting."""
+"""Plots of a sweep, and its MLflow runs: a parent run and a child run per setting."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ PARAMETERS = ("checkpoint", "mode", "steps", "nfe", "guidance", "seed", "precisi
 def draw_plots(
     results: Sequence[SettingResult], folder: Path, *, fps: Fraction, sample_rate: int, title: str
 ) -> list[Path]:
-    """Frontier, metrics over time (where clips are long enough), comparison sheet."""
+    """Write the plots and the contact sheet of a sweep and return their paths."""
     rows = [row for result in results for row in result["rows"]]
     clips = max(row["clips"] for row in rows)
     paths = [plots.plot_frontier(rows, folder / "frontier.png", f"{title}: quality against evaluations, {clips} clips")]
@@ -36,18 +36,18 @@ def draw_plots(
         )
         for result in _select_for_sheet(results)
     ]
-    offsets = plots.plot_sync_offsets(rows, folder / "offsets.png", f"{title}: offsets of sound and picture")
+    offsets = plots.plot_sync_offsets(rows, folder / "offsets.png", f"{title}: A/V offsets")
     paths += [path for path in (over_time, offsets) if path]
     return [*paths, figures.contact_sheet(strips, folder / "sheet.png", f"{title}: the same prompt in every row")]
 
 
 def _has_several_labels(results: Sequence[SettingResult]) -> bool:
-    """Whether there is more than one checkpoint, or one in more than one precision: their labels tell them apart."""
+    """Return True if the results have several labels: several checkpoints or precisions."""
     return len({result["rows"][0]["label"] for result in results if result["digest"] != "real"}) > 1
 
 
 def _select_for_sheet(results: Sequence[SettingResult]) -> list[SettingResult]:
-    """The real clip, then each checkpoint's modes by step count; the first seed only."""
+    """Return the real clips, then the settings of the first seed by label, mode and evaluations."""
 
     def position(result: SettingResult) -> tuple[bool, str, str, int]:
         row = result["rows"][0]
@@ -84,7 +84,7 @@ def log_sweep_to_mlflow(
     name: str,
     facts: SweepMetadata,
 ) -> str | None:
-    """Put what MLflow does not have yet under the sweep's parent run; its id, None without MLflow."""
+    """Log new results to MLflow and return the id of the parent run; None without MLflow."""
     record = store.folder / SYNC_STATE_FILE
     logged_before = read_json(record) if record.exists() else {}
     same_server = logged_before.get("uri") == uri
@@ -108,7 +108,7 @@ def log_sweep_to_mlflow(
 
 @contextmanager
 def closing_tracker(tracker: Tracker) -> Iterator[Tracker]:
-    """Ends a run, as failed where the block raised."""
+    """Finish the run on exit, as failed if the block raises."""
     try:
         yield tracker
     except BaseException:
@@ -120,7 +120,7 @@ def closing_tracker(tracker: Tracker) -> Iterator[Tracker]:
 def _log_result(
     result: SettingResult, results: Sequence[SettingResult], *, parent: Tracker, store: ResultStore, uri: str
 ) -> None:
-    """A point on the parent's curves and a child run; of the real clips only the samples."""
+    """Log a point of the parent run and a child run; for real clips only the samples."""
     if result["digest"] == "real":
         _log_samples(parent, result, store)
         return
@@ -144,7 +144,7 @@ def _log_result(
 
 
 def _log_point(parent: Tracker, result: SettingResult, results: Sequence[SettingResult]) -> None:
-    """``few/sync`` against the number of evaluations: the UI's own chart of the parent is the frontier."""
+    """Log metrics of the parent run with the number of evaluations as step (``few/sync``): the frontier."""
     with_label = _has_several_labels(results)
     real = next((p["rows"][0]["metrics"] for p in results if p["digest"] == "real"), {})
     row = result["rows"][0]

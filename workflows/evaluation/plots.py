@@ -1,4 +1,4 @@
-"""Pictures: a sweep's frontier, metrics over the length of a clip, a sheet of clips to look at, histograms."""
+"""Plots of a sweep: frontier, quality against time, metrics over the clip, A/V offsets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ _REAL = "#4f4f4f"
 
 
 def plot_frontier(rows: Rows, path: Path, title: str) -> Path:
-    """Quality and speed against network evaluations; a dashed line shows what real clips score."""
+    """Plot quality and speed against function evaluations; a dashed line marks real clips."""
     overall = [row for row in rows if row["window"] == "all"]
     shown = _measured_panels(PANELS, overall)
     figure, axes = panel_grid(len(shown))
@@ -67,7 +67,7 @@ def plot_frontier(rows: Rows, path: Path, title: str) -> Path:
 
 
 def plot_latency(rows: Rows, path: Path, title: str) -> Path | None:
-    """Quality against the seconds that one second of clip takes to make, one stream alone; None where none is timed."""
+    """Plot quality against the real-time factor of a single stream; None without measured speed."""
     timed = [row for row in rows if row["window"] == "all" and "real_time_factor" in row["metrics"]]
     shown = _measured_panels(PANELS[:-1], timed)
     if not shown:
@@ -91,7 +91,7 @@ def plot_latency(rows: Rows, path: Path, title: str) -> Path | None:
 
 
 def plot_sync_offsets(rows: Rows, path: Path, title: str) -> Path | None:
-    """How the offsets of sound and picture are spread, a row of points per setting; None without any."""
+    """Plot the A/V offsets, one row of points per setting; None without offsets."""
     names: list[str] = []
     offsets: list[list[float]] = []
     colors: list[str] = []
@@ -111,7 +111,7 @@ def plot_sync_offsets(rows: Rows, path: Path, title: str) -> Path | None:
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.axvspan(-80, 80, color="#eeeeee", zorder=0)
-    axis.set_xlabel("milliseconds by which the sound is late (grey: two frames at 25 per second); point: median")
+    axis.set_xlabel("audio lag in milliseconds (gray: two frames at 25 fps); point: median")
     axis.set_title(title, fontsize=11, loc="left")
     return save_figure(figure, path)
 
@@ -146,7 +146,7 @@ def _frontier_panel(axis: Axes, rows: Rows, panel: _Panel) -> None:
 
 
 def _log_where_wide(axis: Axes) -> None:
-    """A logarithmic axis where the values span close to a decade."""
+    """Set a logarithmic axis if the values span close to a decade."""
     values = [y for line in axis.get_lines() for y in np.atleast_1d(np.asarray(line.get_ydata(), float))]
     if values and min(values) > 0 and max(values) > 8 * min(values):
         axis.set_yscale("log")
@@ -184,13 +184,16 @@ def _curves(rows: Rows) -> list[_Curve]:
 
 
 def _means(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float]]:
-    """The mean over seeds at every place, in order."""
-    places = sorted({x for x, y in points if y is not None})
-    return [(x, float(np.mean([y for at, y in points if at == x and y is not None]))) for x in places]
+    """Return the mean y per x, sorted by x."""
+    values: dict[float, list[float]] = {}
+    for x, y in points:
+        if y is not None:
+            values.setdefault(x, []).append(y)
+    return [(x, float(np.mean(values[x]))) for x in sorted(values)]
 
 
 def _thin_ticks(ticks: Sequence[int]) -> list[int]:
-    """Ticks that do not run into each other on a logarithmic axis."""
+    """Return the ticks that do not overlap on a logarithmic axis."""
     kept: list[int] = []
     for tick in ticks:
         if not kept or tick >= 1.4 * kept[-1]:
@@ -199,7 +202,7 @@ def _thin_ticks(ticks: Sequence[int]) -> list[int]:
 
 
 def plot_over_time(rows: Rows, path: Path, title: str) -> Path | None:
-    """Metrics by window of time; None when no clip is long enough for two windows."""
+    """Plot metrics by time window; None if no clip reaches a second window."""
     windowed = [row for row in rows if row["window"] != "all" and row["mode"] != "real"]
     windows = sorted({row["window"] for row in windowed}, key=lambda name: float(name.split("-")[0]))
     over_time = [panel for panel in PANELS if panel.metric in OVER_TIME]
@@ -216,7 +219,7 @@ def plot_over_time(rows: Rows, path: Path, title: str) -> Path | None:
 
 
 def _window_panel(axis: Axes, rows: Rows, windows: Sequence[str], metric: str) -> None:
-    """One line per setting, darker with more evaluations."""
+    """Draw one line per setting, darker with more evaluations."""
     for curve in _curves(rows):
         counts = sorted({row["nfe"] for row in curve.rows})
         for nfe in counts:

@@ -1,3 +1,5 @@
+"""Storage of the results of a sweep."""
+
 import json
 import pickle
 from collections.abc import Sequence
@@ -10,54 +12,57 @@ from workflows.utils.json_io import atomic_path, read_json, write_json, write_te
 
 
 def prepare_output_dir(folder: Path) -> None:
-    """Make it an evaluation's. ValueError for one that holds something else: results would be written over it."""
+    """Create the output folder. Raises ValueError if it contains something else than a sweep."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file: name a folder")
+        raise ValueError(f"--out {folder} is a file. Give a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).is_dir() for n in ("rows", "unfinished")):
-        raise ValueError(f"--out {folder} is not empty and holds no evaluation: choose another folder")
-    (folder / "rows").mkdir(parents=True, exist_ok=True)  # at once: the same command goes on wherever it is killed
+        raise ValueError(f"--out {folder} is not empty and contains no sweep. Choose another folder.")
+    (folder / "rows").mkdir(parents=True, exist_ok=True)  # now, so that a rerun recognizes the folder
 
 
 class ResultStore:
-    """The rows of a sweep's folder, and below them the batches of settings that are not finished."""
+    """Stores the rows of finished settings and the batches of unfinished ones."""
 
     def __init__(self, folder: Path, scope: str) -> None:
-        self.folder, self.scope = folder, scope
-        self._parts, self._begun = folder / "rows", folder / "unfinished"
+        self.folder = folder
+        self.scope = scope
+        self._finished = folder / "rows"
+        self._unfinished = folder / "unfinished"
 
     @property
     def path(self) -> Path:
+        """Return the path of the summary."""
         return self.folder / "results.json"
 
     def is_finished(self, key: str) -> bool:
         """Return True if the rows of a setting are stored."""
-        return (self._parts / f"{key}.json").exists()
+        return (self._finished / f"{key}.json").exists()
 
     def save_finished(self, key: str, result: SettingResult) -> None:
         """Write the rows of a setting and delete its batches."""
-        self._parts.mkdir(parents=True, exist_ok=True)
-        write_json(self._parts / f"{key}.json", {"scope": self.scope, "key": key, **result})
-        for path in self._begun.glob(f"{key}-*.pickle"):
+        self._finished.mkdir(parents=True, exist_ok=True)
+        write_json(self._finished / f"{key}.json", {"scope": self.scope, "key": key, **result})
+        for path in self._unfinished.glob(f"{key}-*.pickle"):
             path.unlink()
 
     def save_batch(self, key: str, batch: int, outcome: TaskResult) -> None:
-        """What one batch of a setting gave. Whole or not at all."""
-        self._begun.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self._begun / f"{key}-{batch}.pickle") as temporary:
+        """Write the result of one batch atomically."""
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self._unfinished / f"{key}-{batch}.pickle") as temporary:
             temporary.write_bytes(pickle.dumps(outcome))
 
     def load_batch(self, key: str, batch: int) -> TaskResult | None:
-        """The same, from an earlier run of this command in this folder."""
-        path = self._begun / f"{key}-{batch}.pickle"
+        """Return the result of one batch of an earlier run; None if it is not stored."""
+        path = self._unfinished / f"{key}-{batch}.pickle"
         return pickle.loads(path.read_bytes()) if path.exists() else None
 
-    def load_all(self, subjects: Sequence[EvaluatedCheckpoint]) -> list[StoredSettingResult]:
-        """All that was measured in this folder, of these checkpoints, on these clips; cheapest first.
+    def load_all(self, checkpoints: Sequence[EvaluatedCheckpoint]) -> list[StoredSettingResult]:
+        """Return the results of the checkpoints on the clips of this scope, sorted by function evaluations.
 
-        They have the labels of ``subjects``: another sweep may have called them otherwise.
+        They get the labels of ``checkpoints``, since an earlier sweep may have used other labels.
         """
-        stored: list[StoredSettingResult] = [read_json(path) for path in sorted(self._parts.glob("*.json"))]
-        labels = {(s.digest, s.precision): s.label for s in subjects}
+        stored: list[StoredSettingResult] = [read_json(path) for path in sorted(self._finished.glob("*.json"))]
+        labels = {(s.digest, s.precision): s.label for s in checkpoints}
         wanted = {"real", *(digest for digest, _ in labels)}
         results = [r for r in stored if r["scope"] == self.scope and r["digest"] in wanted]
         for result in results:

@@ -1,4 +1,4 @@
-"""Samples of one setting of a sweep, many rows at once, and how fast one row alone would stream."""
+"""Generate the samples of one setting in batches; measure the speed of a single stream and the history use."""
 
 import resource
 import sys
@@ -25,10 +25,10 @@ from workflows.inference.sampling import SamplingParams
 from workflows.utils.timing import synchronize
 
 MAX_BATCH_SIZE = 16  # clips generated at once
-_TIMED_EVALUATIONS = 24  # evaluations of a single stream, at least two chunks, from which its speed is measured
-_MAX_TIMED_CHUNKS = 4  # chunks
-_HISTORY_CLIPS = 16  # clips on which history use is measured
-_HISTORY_CHUNKS = 8  # chunks of each
+_TIMED_EVALUATIONS = 24  # evaluations of the speed measurement, at least two chunks
+_MAX_TIMED_CHUNKS = 4
+_HISTORY_CLIPS = 16  # clips for the measurement of history use
+_HISTORY_CHUNKS = 8  # chunks per clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +37,13 @@ class SampledBatch:
 
     prompts: tuple[Prompt, ...]
     cond: Condition
-    latents: tuple[dict[str, Tensor], ...]  # per row: raw, the picture's with its first frame
+    latents: tuple[dict[str, Tensor], ...]  # raw, per row; video includes the first frame
     length: Fraction  # seconds
-    seconds: float  # that generation took
+    seconds: float  # sampling time
 
 
 def collate_prompts(pipeline: StreamingPipeline, prompts: Sequence[Prompt]) -> Condition:
-    """First frame, caption, transcript and voice of the prompts, assembled as in training."""
+    """Return the conditions of the prompts, collated as in training."""
     shortest = min(min(p.clip.chunks for p in prompts), prompts[0].chunks)
     return _collate_real(pipeline, prompts, shortest).cond.to(pipeline.device)
 
@@ -57,7 +57,7 @@ def _collate_real(pipeline: StreamingPipeline, prompts: Sequence[Prompt], chunks
 def measure_history_use(
     pipeline: StreamingPipeline, prompts: Sequence[Prompt], params: SamplingParams
 ) -> dict[str, float]:
-    """``history_use_<modality>`` of the mode, on the real clips behind the prompts; nothing where they are too few."""
+    """Return ``history_use_<modality>`` of the mode on the clips of the prompts; empty with fewer than two clips."""
     usable = [p for p in prompts if p.clip.chunks > 1][:_HISTORY_CLIPS]
     if len(usable) < 2:
         return {}
@@ -71,7 +71,7 @@ def measure_history_use(
 
 
 def group_prompts(prompts: Sequence[Prompt]) -> list[tuple[Prompt, ...]]:
-    """Prompts of one length together, at most ``ROWS``."""
+    """Group prompts of equal length into batches of at most ``MAX_BATCH_SIZE``."""
     out: list[tuple[Prompt, ...]] = []
     for _, group in groupby(sorted(prompts, key=lambda p: p.chunks), key=lambda p: p.chunks):
         group = tuple(group)
@@ -82,12 +82,12 @@ def group_prompts(prompts: Sequence[Prompt]) -> list[tuple[Prompt, ...]]:
 def sample_all(
     pipeline: StreamingPipeline, prompts: Sequence[Prompt], params: SamplingParams
 ) -> Iterator[SampledBatch]:
-    """All prompts, those of one length together. A row's noise depends on the seed and its prompt alone."""
+    """Sample all prompts in batches. The noise of a row depends only on the seed and its prompt."""
     return (sample_batch(pipeline, group, params) for group in group_prompts(prompts))
 
 
 def sample_batch(pipeline: StreamingPipeline, prompts: Sequence[Prompt], params: SamplingParams) -> SampledBatch:
-    """Prompts of one length."""
+    """Sample prompts of equal length in one batch."""
     chunks = prompts[0].chunks
     cond = collate_prompts(pipeline, prompts)
     numbers = torch.tensor([VALIDATION_SAMPLE_OFFSET + p.number for p in prompts])
@@ -106,35 +106,38 @@ def sample_batch(pipeline: StreamingPipeline, prompts: Sequence[Prompt], params:
 
 
 def decode_batch(pipeline: StreamingPipeline, batch: SampledBatch) -> list[DecodedClip]:
-    """What the rows of a batch look and sound like."""
+    """Decode the rows of a batch."""
     return decode_latents(pipeline.codecs, batch.latents, [p.clip.transcript for p in batch.prompts], batch.length)
 
 
 def measure_stream_speed(pipeline: StreamingPipeline, prompt: Prompt, params: SamplingParams) -> dict[str, float]:
-    """One stream alone, without decoding; the pass that writes the cache is included.
+    """Measure a single stream without decoding; the pass that writes the KV cache is included.
 
-    ``seconds_per_second``: of clip per second of computation; ``first_chunk_s``: from the call to the first chunk.
+    ``seconds_per_second``: clip seconds per second of computation. ``first_chunk_s``: latency of the first chunk.
     """
     cond = collate_prompts(pipeline, [prompt])
-    start, times = time.perf_counter(), []
-    for _ in pipeline.generate_chunks(
-        cond, max(2, min(_MAX_TIMED_CHUNKS, _TIMED_EVALUATIONS // params.num_function_evaluations)), params
-    ):
+    times: list[float] = []
+    max_chunks = max(2, min(_MAX_TIMED_CHUNKS, _TIMED_EVALUATIONS // params.num_function_evaluations))
+    start = time.perf_counter()
+    for _ in pipeline.generate_chunks(cond, max_chunks, params):
         synchronize()
         end = time.perf_counter()
         times.append(end - start)
         start = end
     rate = float(pipeline.metadata.chunk_seconds) / median(times[1:])
-    return {
+    speed = {
         "seconds_per_second": rate,
         "real_time_factor": 1 / rate,
         "first_chunk_s": times[0],
         "peak_memory_bytes": float(_peak_memory()),
-    } | ({"frames_per_second": rate * float(pipeline.fps)} if VIDEO in pipeline.codecs else {})
+    }
+    if VIDEO in pipeline.codecs:
+        speed["frames_per_second"] = rate * float(pipeline.fps)
+    return speed
 
 
 def _peak_memory() -> int:
-    """Of the device where there is one, else of this process so far, bytes."""
+    """Return the peak memory of the GPU, else of this process, in bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

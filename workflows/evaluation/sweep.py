@@ -1,4 +1,4 @@
-"""What a sweep consists of, and what of it is already done: one small file per setting in the sweep's folder."""
+"""Plan of a sweep: checkpoints and sampling settings."""
 
 import hashlib
 import json
@@ -20,29 +20,30 @@ from workflows.inference.precision import Precision
 from workflows.inference.sampling import SamplingParams, resolve_sampling_params
 from workflows.utils.json_io import read_json
 
-METRICS_VERSION = 3  # raise when a metric changes its meaning: older rows are then measured again
+METRICS_VERSION = 3  # increase it if a metric changes: stored rows are then recomputed
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedCheckpoint:
-    """One checkpoint under test."""
+    """One checkpoint of a sweep."""
 
-    path: str  # as it was named
+    path: str  # as given
     label: str  # short, for plots and file names
     stage: Stage
-    digest: str  # of its weights
-    precision: Precision = "fp32"  # in which it makes samples
+    digest: str  # hash of the weights
+    precision: Precision = "fp32"  # of sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPoint:
-    """One point of the frontier."""
+    """One checkpoint with one setting of the sampling parameters."""
 
     checkpoint: EvaluatedCheckpoint
     params: SamplingParams
 
     @property
     def name(self) -> str:
+        """Return the name of the setting for files and MLflow."""
         params = self.params
         guided = f"-w{params.guidance:g}" if params.guidance != 1 else ""
         seeded = f"-seed{params.seed}" if params.seed else ""
@@ -64,7 +65,7 @@ class SweepPoint:
         }
 
     def key(self, scope: str) -> str:
-        """Of the file that holds its rows: the same weights, clips and settings give the same samples."""
+        """Return the key of the stored rows; equal weights, clips and parameters give equal keys."""
         params = self.params
         parts = (
             scope,
@@ -75,28 +76,29 @@ class SweepPoint:
             params.trust_label,
             params.seed,
         )
-        parts += (
-            () if self.checkpoint.precision == "fp32" else (self.checkpoint.precision,)
-        )  # keys of fp32 do not contain it
+        if self.checkpoint.precision != "fp32":  # keys of fp32 do not contain it
+            parts = (*parts, self.checkpoint.precision)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def identify_checkpoint(path: str, weights: WeightKind = "ema", precision: Precision = "fp32") -> EvaluatedCheckpoint:
-    """A checkpoint's stage, name and digest. ValueError when there is none."""
+    """Return stage, label and digest of a checkpoint. Raises ValueError if there is none."""
     export, metadata = find_export(path), load_metadata(path)
     folder = Path(path)
     if folder.name == "export":
         folder = folder.parent
     label = f"{folder.parent.parent.name}-{folder.name}" if folder.parent.name == "checkpoints" else folder.name
-    label = _safe_name(label) + ("" if precision == "fp32" else f"-{precision}")  # lines and plots go by it
+    label = _safe_name(label) + ("" if precision == "fp32" else f"-{precision}")  # rows and plots are grouped by label
     return EvaluatedCheckpoint(
         path=path, label=label, stage=metadata.stage, digest=_digest(export, weights), precision=precision
     )
 
 
 def deduplicate_labels(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[EvaluatedCheckpoint]:
-    """With labels of their own: of those whose folders have the same name each gets the start of its digest. The same
-    weights under one name are one subject."""
+    """Make labels unique: append the start of the digest where two checkpoints share a label.
+
+    Equal weights with equal labels count once.
+    """
     unique: dict[tuple[str, str], EvaluatedCheckpoint] = {}
     for checkpoint in checkpoints:
         unique.setdefault((checkpoint.label, checkpoint.digest), checkpoint)
@@ -109,8 +111,9 @@ def _safe_name(label: str) -> str:
 
 
 def _digest(export: Path, weights: WeightKind) -> str:
-    """Taken from COMPLETE where it stands beside the export: weights may be large."""
-    files, marker = weight_files(export, weights), export.parent / COMPLETE_FILE
+    """Return the hash of the weights, from the COMPLETE file if there is one: weights may be large."""
+    files = weight_files(export, weights)
+    marker = export.parent / COMPLETE_FILE
     if marker.exists():
         known = cast(Mapping[str, Any], read_json(marker)["files"])
         digests = [str(known[f"export/{file.name}"]["sha256"]) for file in files]
@@ -127,23 +130,23 @@ def plan_sweep(
     guidance: Sequence[float],
     seeds: Sequence[int],
 ) -> tuple[list[SweepPoint], list[str]]:
-    """The settings that make sense, cheapest first, and a line for each combination that is left out.
+    """Return the valid sweep points, and a message for each combination that is skipped.
 
-    ``guidance`` holds the multi-step mode's weights, none: the default; the few-step mode has it built in. ValueError
-    when nothing is left.
+    ``guidance`` applies to the multi-step mode only; empty: the default weight. Raises ValueError for invalid values,
+    or if no point is left.
     """
     known = get_args(Mode)
     if unknown := [m for m in modes if m not in known]:
-        raise ValueError(f"unknown mode {unknown[0]!r}: --modes takes {', '.join(known)}")
+        raise ValueError(f"--modes {unknown[0]}: unknown mode. Use {' or '.join(known)}.")
     if any(not isfinite(w) for w in guidance):
-        raise ValueError(f"--guidance {list(guidance)}: give finite weights; 1 is none")
+        raise ValueError(f"--guidance {list(guidance)}: weights must be finite. Use 1 for no guidance.")
     if not steps or min(steps) < 1:
-        raise ValueError(f"--steps {list(steps)}: give whole numbers above 0")
+        raise ValueError(f"--steps {list(steps)}: step counts must be positive.")
     points, skipped = [], []
     for checkpoint in checkpoints:
         for mode in dict.fromkeys(modes):
             if mode == "few" and checkpoint.stage != "mutual":
-                skipped.append(f"few-step mode of {checkpoint.label}: stage {checkpoint.stage} has not trained it")
+                skipped.append(f"few-step mode of {checkpoint.label}: not trained in stage {checkpoint.stage}")
                 continue
             weights = [1.0] if mode == "few" else list(dict.fromkeys(guidance)) or [None]
             for count, weight, seed in product(sorted(set(steps)), weights, seeds):
@@ -153,6 +156,6 @@ def plan_sweep(
                 points.append(SweepPoint(checkpoint=checkpoint, params=params))
     if not points:
         raise ValueError(
-            f"nothing to evaluate: {'; '.join(skipped)}. Add multi to --modes, or name a mutual checkpoint"
+            f"nothing to evaluate: {'; '.join(skipped)}. Add multi to --modes, or use a mutual checkpoint."
         )
     return points, skipped

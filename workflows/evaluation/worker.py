@@ -1,4 +1,4 @@
-"""Makes and reads samples: one batch of one setting at a time, in this process or in a worker of Ray's."""
+"""Evaluation worker: samples, decodes and extracts features, one batch of one setting at a time."""
 
 import tempfile
 from collections.abc import Sequence
@@ -21,38 +21,38 @@ from workflows.evaluation.signals import DecodedClip, decode_real_clips
 from workflows.evaluation.sweep import EvaluatedCheckpoint, SweepPoint
 from workflows.inference.pipeline import StreamingPipeline
 
-MAX_SAVED_SAMPLES = 2  # clips of every setting that are kept
+MAX_SAVED_SAMPLES = 2  # clips per setting that are stored
 MetricDict = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleTask:
-    """One batch of one setting: what is done, kept and sent to a worker as one."""
+    """One batch of one setting: the unit of work and of storage."""
 
     point: SweepPoint
     batch: int
-    prompts: tuple[int, ...]  # places among the held-out prompts
+    prompts: tuple[int, ...]  # indices of prompts
 
     @property
     def is_first(self) -> bool:
-        """The batch that also brings the setting's speed."""
+        """Return True for the batch that includes the metrics of the setting."""
         return self.batch == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What a task gave."""
+    """Result of a task."""
 
     prompts: tuple[int, ...]
     features: tuple[ClipFeatures, ...]
     length: float  # seconds of each sample
-    seconds: float  # that sampling took
-    samples: dict[int, bytes]  # prompt -> mp4, of those that are kept
-    setting_metrics: MetricDict  # of the setting: speed of a single stream, history use
+    seconds: float  # sampling time
+    samples: dict[int, bytes]  # prompt -> mp4 of the stored samples
+    setting_metrics: MetricDict  # speed of a single stream, history use
 
 
 class EvaluationWorker:
-    """Holds one network at a time: tasks should come checkpoint after checkpoint."""
+    """Runs tasks with one loaded network at a time; tasks should be sorted by checkpoint."""
 
     def __init__(self, evaluation_set: EvaluationSet, feature_models: FeatureModels) -> None:
         self.evaluation_set, self.feature_models = evaluation_set, feature_models
@@ -61,11 +61,13 @@ class EvaluationWorker:
         self._history_use: dict[tuple[EvaluatedCheckpoint, str], MetricDict] = {}
 
     def set_num_threads(self, threads: int) -> None:
+        """Set the number of intra-op threads of torch."""
         import torch
 
         torch.set_num_threads(threads)
 
     def pipeline_for(self, checkpoint: EvaluatedCheckpoint) -> StreamingPipeline:
+        """Return the pipeline of a checkpoint; it replaces the loaded one."""
         if self._pipeline is None or self._pipeline[0] != checkpoint:
             self._pipeline = (
                 checkpoint,
@@ -74,7 +76,7 @@ class EvaluationWorker:
         return self._pipeline[1]
 
     def measure_once(self, point: SweepPoint) -> MetricDict:
-        """What belongs to a setting rather than to a sample: its speed alone, and how its mode reads history."""
+        """Measure what depends on the sweep point only: streaming speed and history use."""
         checkpoint, params = point.checkpoint, point.params
         pipeline, key = self.pipeline_for(checkpoint), (checkpoint, params.mode)
         if key not in self._history_use:
@@ -82,10 +84,11 @@ class EvaluationWorker:
         return measure_stream_speed(pipeline, self.evaluation_set.prompts[0], params) | self._history_use[key]
 
     def sample_batch(self, task: SampleTask) -> SampledBatch:
+        """Generate the latents of a task."""
         return sample_batch(self.pipeline_for(task.point.checkpoint), self._prompts(task), task.point.params)
 
     def extract_features(self, task: SampleTask, batch: SampledBatch, setting_metrics: MetricDict) -> TaskResult:
-        """Decode and read the samples."""
+        """Decode samples and extract their features."""
         clips = decode_batch(self.pipeline_for(task.point.checkpoint), batch)
         prompt_numbers = {p: self.evaluation_set.prompts[p].number for p in task.prompts}
         saved = {p: s for p, s in zip(task.prompts, clips, strict=True) if prompt_numbers[p] < MAX_SAVED_SAMPLES}
@@ -99,17 +102,17 @@ class EvaluationWorker:
         )
 
     def run_task(self, task: SampleTask) -> TaskResult:
-        """All of it."""
+        """Sample, decode and extract the features of a task."""
         setting_metrics = self.measure_once(task.point) if task.is_first else {}
         return self.extract_features(task, self.sample_batch(task), setting_metrics)
 
     def extract_real_features(self, indices: Sequence[int]) -> list[ClipFeatures]:
-        """Some of the real clips, as the codecs keep them."""
+        """Return the features of some real clips after encoding and decoding."""
         clips = decode_real_clips(self.evaluation_set, [self.evaluation_set.real_clips[i] for i in indices])
         return [self.reader.extract(s) for s in clips]
 
     def encode_mp4(self, clip: DecodedClip) -> bytes:
-        """As it plays."""
+        """Return the clip as an mp4 file."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "clip.mp4"
             write_mp4(

@@ -1,4 +1,4 @@
-"""``mfctl generate``: stream chunks from a checkpoint into an mp4 with picture and sound."""
+"""Stream chunks from a checkpoint into an mp4 file (``mfctl generate``)."""
 
 import sys
 import time
@@ -25,10 +25,10 @@ from workflows.inference.sampling import SamplingParams, resolve_sampling_params
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedChunk:
-    """What a chunk adds to the file: signals that have become final."""
+    """Signals that became final with one chunk."""
 
     signals: dict[str, Tensor]
-    seconds: float  # time that sampling and decoding took
+    seconds: float  # time of sampling and decoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +74,11 @@ def generate_clip(
     seconds = prompt.seconds
     target = Path(out)
     if target.suffix.lower() != ".mp4":
-        raise ValueError(f"{target}: the result is an mp4, give it a name that ends in .mp4")
+        raise ValueError(f"{target}: the output is an mp4 file. Use a name that ends in .mp4.")
     if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists: choose another name, or add --overwrite")
+        raise ValueError(f"{target} exists. Choose another name or add --overwrite.")
     if not 0 < seconds < inf:
-        raise ValueError(f"--seconds {seconds}: a clip needs a positive length, and an end")
+        raise ValueError(f"--seconds {seconds}: the length must be positive and finite")
     pipeline = StreamingPipeline.from_checkpoint(checkpoint, runtime.weights, runtime.precision)
     pipeline.enable_optimizations(compile=runtime.compile, graphs=runtime.graphs)
     params = resolve_sampling_params(
@@ -107,14 +107,14 @@ def generate_clip(
         "precision": pipeline.precision,
     }
     return {"path": str(target), **facts, **sampling} | (
-        {"word_times": "allotted from the speaking rate", "transcript": [vars(w) for w in words]} if estimated else {}
+        {"word_times": "estimated from the speaking rate", "transcript": [vars(w) for w in words]} if estimated else {}
     )
 
 
 def decode_stream(
     pipeline: StreamingPipeline, cond: Condition, chunks: int, params: SamplingParams
 ) -> Iterator[DecodedChunk]:
-    """Signals of one row, chunk by chunk; together they equal decoding the whole."""
+    """Yield the decoded signals of row 0 per chunk; their concatenation equals decoding all latents at once."""
     decoders = {m: codec.decoder() for m, codec in pipeline.codecs.items()}
     start = time.perf_counter()
     pending = {VIDEO: decoders[VIDEO].push(pipeline.first_frame_latent(cond, 0))} if VIDEO in decoders else {}
@@ -137,7 +137,7 @@ def _push(
 def stream_to_mp4(
     pipeline: StreamingPipeline, cond: Condition, target: Path, *, chunks: int, params: SamplingParams
 ) -> dict[str, Any]:
-    """Stream row 0 of ``cond`` into an mp4."""
+    """Stream row 0 of ``cond`` into an mp4 file and return its facts."""
     has_video, has_audio = VIDEO in pipeline.codecs, AUDIO in pipeline.codecs
     length = chunks * pipeline.metadata.chunk_seconds + (Fraction(1) / pipeline.fps if has_video else 0)
     samples_left = int(length * pipeline.sample_rate) if has_audio else 0
@@ -154,7 +154,7 @@ def stream_to_mp4(
                 frames += len(chunk.signals[VIDEO])
                 writer.push_frames(chunk.signals[VIDEO].numpy())
             if has_audio:
-                samples = chunk.signals[AUDIO][:samples_left].numpy()  # the last latent may reach beyond the last frame
+                samples = chunk.signals[AUDIO][:samples_left].numpy()  # the last latent may exceed the last frame
                 samples_left -= len(samples)
                 writer.push_samples(samples.astype(np.float32))
     return {

@@ -1,3 +1,5 @@
+"""Read first frame, voice and transcript of a clip from files or text."""
+
 import json
 import re
 from collections.abc import Sequence
@@ -17,18 +19,18 @@ from preprocessing.sources.discovery import parse_transcript
 from preprocessing.sources.subtitles import parse_subtitles
 from workflows.inference.pipeline import StreamingPipeline
 
-SYLLABLES_PER_SECOND = 4.5  # an unhurried speaker
+SYLLABLES_PER_SECOND = 4.5  # a slow speaker
 SUBTITLE_SUFFIXES = (".srt", ".vtt")
-PAUSE_SECONDS = 0.1  # seconds between words whose times are allotted
+PAUSE_SECONDS = 0.1  # seconds between words with estimated times
 
 
 def read_first_frame(path: str | None, pipeline: StreamingPipeline) -> Tensor | None:
-    """An image, or the first frame of a video, scaled to cover the model's picture and cut to its centre."""
+    """Read an image or the first frame of a video, scaled and center-cropped to the frame size."""
     if path is None:
         return None
     file, (height, width) = Path(path), pipeline.frame_size
     if not file.exists():
-        raise ValueError(f"--first-frame {path} does not exist")
+        raise ValueError(f"--first-frame {path}: no such file")
     try:
         with Image.open(file) as image:
             image = image.convert("RGB")
@@ -49,35 +51,37 @@ def _read_first_video_frame(path: str, pipeline: StreamingPipeline) -> Tensor:
     except MediaError as error:
         raise ValueError(f"--first-frame {path} is neither an image nor a video: {error}") from None
     if frames is None or not len(frames):
-        raise ValueError(f"--first-frame {path} holds no picture")
+        raise ValueError(f"--first-frame {path} contains no video.")
     return torch.from_numpy(frames[0].copy())
 
 
 def read_voice(path: str, pipeline: StreamingPipeline) -> Tensor:
-    """The sound of a media file, at most its first 30 seconds."""
+    """Read at most 30 seconds of audio from a media file."""
     if not Path(path).exists():
-        raise ValueError(f"--voice {path} does not exist")
+        raise ValueError(f"--voice {path}: no such file")
     try:
         if probe(path).audio is None:
-            raise ValueError(f"--voice {path} has no sound")
+            raise ValueError(f"--voice {path} has no audio")
         _, sound = decode_range(
             path, start=0.0, end=30.0, fps=Fraction(8), size=(16, 16), sample_rate=pipeline.sample_rate
         )
     except MediaError as error:
         raise ValueError(f"--voice {path} cannot be read: {error}") from None
     if sound is None:
-        raise ValueError(f"--voice {path} has no sound")
+        raise ValueError(f"--voice {path} has no audio")
     return torch.from_numpy(sound.copy())
 
 
 def read_transcript(text_or_path: str | None) -> tuple[list[Word], bool]:
-    """Words with times, and whether the times were allotted: a JSON file or list, subtitles, a text file, or the text
-    itself."""
+    """Return words with times, and True if the times are estimated.
+
+    The input is a JSON list, text, or a file with JSON, subtitles or text.
+    """
     if not text_or_path:
         return [], False
     suffix, is_file = Path(text_or_path[-8:]).suffix.lower(), _is_file(text_or_path)
     if suffix in (".json", ".txt", *SUBTITLE_SUFFIXES) and not is_file and not any(c.isspace() for c in text_or_path):
-        raise ValueError(f"--transcript {text_or_path} does not exist")
+        raise ValueError(f"--transcript {text_or_path}: no such file")
     if is_file and suffix in SUBTITLE_SUFFIXES:
         try:
             return list(parse_subtitles(Path(text_or_path).read_bytes())), False
@@ -86,7 +90,7 @@ def read_transcript(text_or_path: str | None) -> tuple[list[Word], bool]:
     try:
         text = Path(text_or_path).read_text() if is_file else text_or_path
     except UnicodeDecodeError:
-        raise ValueError(f"--transcript {text_or_path} is no text") from None
+        raise ValueError(f"--transcript {text_or_path} is not a text file") from None
     if suffix == ".json" or re.match(r"""\s*(\[\s*(\{|\])|\{\s*")""", text):
         return _parse_json(text), False
     return estimate_word_times(text.split()), True
@@ -96,31 +100,33 @@ def _parse_json(text: str) -> list[Word]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"the transcript is not JSON: {error}") from None
+        raise ValueError(f"--transcript is not valid JSON: {error}") from None
     if isinstance(value, dict):
         if "transcript" not in value:
-            raise ValueError("--transcript: a JSON object has its words under `transcript`, as a list")
+            raise ValueError("--transcript: a JSON object needs the list of words under `transcript`")
         value = value["transcript"]
     words = list(parse_transcript(value, "--transcript") or ())
     for word in words:
         if not -inf < word.start <= word.end < inf:
-            raise ValueError(f"--transcript: the word {word.word!r} goes from {word.start:g} s to {word.end:g} s")
+            raise ValueError(
+                f"--transcript: the times of {word.word!r} are invalid: {word.start:g} s to {word.end:g} s"
+            )
     return words
 
 
 def _is_file(text_or_path: str) -> bool:
     try:
         return Path(text_or_path).is_file()
-    except OSError:  # a text too long to be a name
+    except OSError:  # too long for a file name
         return False
 
 
 def estimate_word_times(words: Sequence[str]) -> list[Word]:
-    """Times from a speaking rate of ``SYLLABLES_PER_SECOND``, a syllable being a run of vowels."""
+    """Estimate times from ``SYLLABLES_PER_SECOND``; a run of vowels is a syllable."""
     timed: list[Word] = []
     start = 0.0
     for word in words:
-        if not any(c.isalnum() for c in word):  # a dash is not said
+        if not any(c.isalnum() for c in word):  # such as a dash
             continue
         length = max(1, len(re.findall(r"[aeiouy]+", word.lower()))) / SYLLABLES_PER_SECOND
         timed.append(Word(word=word, start=round(start, 3), end=round(start + length, 3)))

@@ -1,4 +1,4 @@
-"""A trained network with its codecs: conditions in, chunks of picture and sound out, one after the other."""
+"""Streaming pipeline: a trained network with its codecs, from conditions to chunks of latents."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -29,15 +29,17 @@ from workflows.utils import distributed
 
 
 class NonFiniteActivationError(FloatingPointError):
-    """Numbers inside a network that are not finite, with the block and the chunk where they first are."""
+    """Non-finite activations, with the first block and chunk that contain them."""
 
 
 class StreamingPipeline:
-    """Generates; keeps no state between calls, so one instance serves many clips."""
+    """Generates clips from a checkpoint. It keeps no state between calls."""
 
     def __init__(self, model: nn.Module, metadata: ExportMetadata, precision: Precision = "fp32") -> None:
-        """``precision`` is that of ``model``'s weights, see ``workflows.precision.narrow``."""
-        self.model, self.metadata, self.timeline = model.eval(), metadata, metadata.timeline
+        """Take a model whose weights have ``precision``, see ``cast_weights``."""
+        self.model = model.eval()
+        self.metadata = metadata
+        self.timeline = metadata.timeline
         self.precision: Precision = precision
         self._velocity_model = cast(VelocityModel, model)
         self.codecs: dict[str, Codec] = {
@@ -50,47 +52,48 @@ class StreamingPipeline:
     def from_checkpoint(
         cls, path: str | Path, weights: WeightKind = "ema", precision: Precision | None = "fp32"
     ) -> "StreamingPipeline":
-        """From a run, a checkpoint or an export; on the GPU where there is one. ``precision`` None: as usual there."""
+        """Load a run, a checkpoint or an export, onto the GPU if there is one; precision None: its default."""
         model, metadata = load_export(path, weights)
         precision = precision or default_precision(distributed.local_device())
         return cls(cast_weights(model, precision).to(distributed.local_device()), metadata, precision)
 
     def enable_optimizations(self, *, compile: bool, graphs: bool) -> None:
-        """Stream faster from now on, the same clips. ValueError for what cannot be done here."""
+        """Enable torch.compile or CUDA graphs. Raises ValueError if the device does not support them."""
         check_inference_optimizations(self._device, compile=compile, graphs=graphs)
         self._velocity_model = apply_inference_optimizations(
             cast(AVTransformer, self.model), compile=compile, graphs=graphs
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Where the network is asked something, products are in the streamer's precision."""
+        """Return the autocast context for forward passes."""
         return autocast(self._device, self.precision)
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the network."""
         return self._device
 
     @property
     def fps(self) -> Fraction:
-        """Frames per second of the picture."""
+        """Return the frames per second."""
         codec: Any = self.codecs[VIDEO]
         return Fraction(codec.config.fps)
 
     @property
     def frame_size(self) -> tuple[int, int]:
-        """Height and width of the picture, pixels."""
+        """Return height and width of the frames in pixels."""
         codec: Any = self.codecs[VIDEO]
         height, width = self.metadata.model.branches[VIDEO].size
         return height * codec.config.block, width * codec.config.block
 
     @property
     def sample_rate(self) -> int:
-        """Samples per second of the sound."""
+        """Return the audio sample rate in Hz."""
         codec: Any = self.codecs[AUDIO]
         return int(codec.config.sample_rate)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Latent shape (C, ...) per modality."""
+        """Return the latent shape (C, ...) per modality."""
         branches = self.metadata.model.branches
         return {m: (b.channels, *(b.size if m == VIDEO else ())) for m, b in branches.items()}
 
@@ -102,7 +105,10 @@ class StreamingPipeline:
         first_frame: UInt8[Tensor, "H W 3"] | None = None,
         voice: Float[Tensor, " samples"] | None = None,
     ) -> Condition:
-        """One row. ``voice``: a recording to speak like, cut to one chunk; None lets the network choose a voice."""
+        """Encode the conditions of one clip as a batch of one row.
+
+        ``voice`` is a recording of at least one chunk; its loudest span is used. Without it the voice is random.
+        """
         words = self.text.encode([w.word for w in transcript]) if transcript else torch.zeros(1, self.text.width)
         caption_embedding = self.text.encode_caption(caption)
         has_caption = len(caption_embedding) > 0
@@ -123,7 +129,7 @@ class StreamingPipeline:
         if VIDEO not in self.codecs:
             return None
         if frame is None:
-            raise ValueError("this model draws from a first frame: pass one with --first-frame IMAGE")
+            raise ValueError("the model needs a first frame. Use --first-frame IMAGE.")
         if tuple(frame.shape[:2]) != self.frame_size:
             raise ValueError(f"the first frame must be {self.frame_size} pixels, got {tuple(frame.shape[:2])}")
         latent = self.codecs[VIDEO].encode(frame[None])
@@ -138,7 +144,7 @@ class StreamingPipeline:
         latents = self.codecs[AUDIO].encode(voice)
         if len(latents) < n:
             raise ValueError(
-                f"the reference voice is too short: at least {float(self.metadata.chunk_seconds)} s are needed"
+                f"--voice: the recording is too short. Use at least {float(self.metadata.chunk_seconds)} s."
             )
         return self.metadata.stats[AUDIO].whiten(_loudest_span(latents, voice, n))[None]
 
@@ -152,9 +158,10 @@ class StreamingPipeline:
         samples: Tensor | None = None,
         conds: Iterable[Condition] | None = None,
     ) -> Iterator[dict[str, Stream]]:
-        """Whitened clean chunks, for all rows of ``cond``, as they are finished; row i draws from ``samples[i]``.
+        """Yield the whitened clean latents of each chunk, for all rows of ``cond``.
 
-        ``conds``: the condition of each chunk where caption or transcript change on the way; asked for one by one.
+        The noise of row i depends on ``samples[i]``. ``conds`` gives one condition per chunk, if caption or transcript
+        change; it is read chunk by chunk. Raises NonFiniteActivationError.
         """
         rows = cond.caption.shape[0]
         samples = torch.arange(rows) if samples is None else samples
@@ -178,7 +185,7 @@ class StreamingPipeline:
     def _iterate_in_autocast(
         self, chunks_made: Iterator[tuple[Streams, GeneratedChunk]]
     ) -> Iterator[tuple[Streams, GeneratedChunk]]:
-        """Each is made in the streamer's precision; what is done between them is not."""
+        """Iterate with autocast inside the iterator only, not in the code of the caller."""
         while True:
             with self.autocast():
                 item = next(chunks_made, None)
@@ -189,7 +196,7 @@ class StreamingPipeline:
     def _raise_non_finite(
         self, chunk: GeneratedChunk, start: Streams, levels: Schedule, params: SamplingParams
     ) -> NoReturn:
-        """Make a chunk that is not finite again, looking at every block. NonFiniteActivation names the place."""
+        """Repeat a non-finite chunk with checks after each block, to name the first non-finite one."""
         try:
             for transformer in find_transformers(self.model):
                 transformer.guard = _raise_error
@@ -200,16 +207,16 @@ class StreamingPipeline:
                 transformer.guard = None
         number = int(next(iter(start.values())).chunk[0])
         raise NonFiniteActivationError(
-            f"chunk {number} is not finite, though what leaves its blocks is: look at the head"
+            f"chunk {number} is not finite, but all block outputs are: check the output head"
         )
 
     def denormalize(self, modality: str, whitened: Float[Tensor, "..."], *, head: bool = False) -> Tensor:
-        """Latents as the codec reads them."""
+        """Return latents in the units of the codec."""
         space = 2 if modality == VIDEO else 0
         return self.metadata.stats[modality].restore(whitened.float().cpu(), head=head, space=space)
 
     def first_frame_latent(self, cond: Condition, row: int) -> Tensor:
-        """The raw first-frame latent of a row, (1, C, h, w)."""
+        """Return the raw latent of the first frame of a row, (1, C, h, w)."""
         assert cond.first_frame is not None
         return self.denormalize(VIDEO, cond.first_frame[row : row + 1], head=True)
 
@@ -219,7 +226,7 @@ def _raise_error(message: str) -> NoReturn:
 
 
 def _loudest_span(latents: Tensor, sound: Tensor, n: int) -> Tensor:
-    """The run of ``n`` latents whose sound has the most energy: a pause would say nothing of a voice."""
+    """Return the ``n`` neighboring latents with the most audio energy, to avoid pauses."""
     samples_per_latent = len(sound) // len(latents)
     energy = sound[: samples_per_latent * len(latents)].reshape(len(latents), samples_per_latent).square().mean(1)
     runs = energy.unfold(0, n, 1).sum(1)

@@ -1,4 +1,4 @@
-"""In which numbers networks generate: float32, or bfloat16 for weights, products and what is remembered."""
+"""Inference precision: float32, or bfloat16 for weights, matrix products and the KV cache."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -9,21 +9,21 @@ from torch import nn
 Precision = Literal["fp32", "bf16"]
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FP32_NAME_PARTS = ("levels.", "head.", "table.", "norm", "anchor")  # parts of a name: float32 whatever the others are
+FP32_NAME_PARTS = ("levels.", "head.", "table.", "norm", "anchor")  # parts of names of weights that stay float32
 
 
 def default_precision(device: torch.device) -> Precision:
-    """What is used where nothing is asked for."""
+    """Return bf16 on a GPU, else fp32."""
     return "bf16" if device.type == "cuda" else "fp32"
 
 
 def keep_in_fp32(name: str) -> bool:
-    """Whether the weight of that name stays float32: of noise levels, modulation, norms and output."""
+    """Return True if a weight stays float32: those of noise levels, modulation, norms and output."""
     return any(part in name for part in FP32_NAME_PARTS)
 
 
 def cast_weights(model: nn.Module, precision: Precision) -> nn.Module:
-    """``model`` itself, its weights in that precision: for generating, no longer for training."""
+    """Cast the weights of ``model`` in place, for inference only, and return it."""
     for name, weight in model.named_parameters():
         if not keep_in_fp32(name):
             weight.data = weight.data.to(DTYPES[precision])
@@ -31,5 +31,5 @@ def cast_weights(model: nn.Module, precision: Precision) -> nn.Module:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Inside, products are in that precision; with float32 as whoever calls has them."""
+    """Return the autocast context for ``precision``; float32 leaves the autocast of the caller unchanged."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])

@@ -1,4 +1,4 @@
-"""Measures of a set of clips of any world, each with the worst score for a clip that failed.
+"""Metrics for clips of any kind. A failed clip gets the worst score.
 
 A metric is a function of the clips (or of one window of each) and, if its ``MetricSpec`` says so, of the real clips.
 Each value has a count, the number of failed clips, and a bootstrap interval if clips have separate values.
@@ -21,19 +21,19 @@ FeatureSet = Sequence[ClipFeatures]
 Numbers = dict[str, float]
 
 FRECHET_SHRINKAGE = 0.3  # of covariances: clips are fewer than features
-_DRAWS = 100  # of a Frechet distance's bootstrap; fewer where features are many
-_WIDE = 100  # features from which each draw takes long
-_STILL_MOUTH = 0.05  # a mouth that opens by less than this does not speak
+_DRAWS = 100  # bootstrap draws of a Frechet distance; a fifth for many features
+_MANY_FEATURES = 100  # feature dimension from which draws are slow
+_MIN_MOUTH_RANGE = 0.05  # least range of the opening of a speaking mouth
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricValue:
-    """One number of one row."""
+    """Value of one metric for one set of clips."""
 
     value: float
-    count: int  # clips it was measured on, the failed ones included
+    count: int  # clips, including failed ones
     failed: int = 0  # clips that got the worst score
-    low: float | None = None  # of the 90% bootstrap interval over clips
+    low: float | None = None  # bounds of the 90% bootstrap interval over clips
     high: float | None = None
 
 
@@ -42,20 +42,20 @@ MetricValues = dict[str, MetricValue]
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceFeatures:
-    """What real clips show to the same readers."""
+    """Features of the real clips."""
 
-    prompts: FeatureSet  # the clips whose conditions the samples were made from
+    prompts: FeatureSet  # clips with the conditions of the samples
     reference: FeatureSet  # other real clips
 
 
-def has_still_mouth(reading: ClipFeatures) -> bool:
-    """No mouth, or one that never opens."""
-    return reading.picture is not None and float(np.ptp(reading.picture.opening)) < _STILL_MOUTH
+def has_still_mouth(clip: ClipFeatures) -> bool:
+    """Return True if the clip has no mouth or a mouth that never opens."""
+    return clip.picture is not None and float(np.ptp(clip.picture.opening)) < _MIN_MOUTH_RANGE
 
 
-def is_mute(reading: ClipFeatures) -> bool:
-    """Nothing said although something was to be said."""
-    return reading.speech is not None and bool(reading.speech.said) and not reading.speech.heard
+def is_mute(clip: ClipFeatures) -> bool:
+    """Return True if the transcript has words but no speech was detected."""
+    return clip.speech is not None and bool(clip.speech.expected) and not clip.speech.detected
 
 
 FAILURE_PREDICATES: Mapping[str, Callable[[ClipFeatures], bool]] = {
@@ -67,34 +67,34 @@ FAILURE_PREDICATES: Mapping[str, Callable[[ClipFeatures], bool]] = {
 
 
 def mean_over_clips(
-    part: FeatureSet, value: Callable[[ClipFeatures], float], worst: float, *failures: str
+    clips: FeatureSet, value: Callable[[ClipFeatures], float], worst: float, *failures: str
 ) -> MetricValue:
-    """Mean over clips; ``worst`` for non-finite numbers, one of ``failures``, or where there is no value."""
+    """Return the mean over clips. A clip that is non-finite, fails a predicate or has no value counts as ``worst``."""
     values: list[float] = []
     failed = 0
-    for reading in part:
-        bad = any(FAILURE_PREDICATES[kind](reading) for kind in ("not_finite", *failures))
-        got = worst if bad else value(reading)
-        bad = bad or not np.isfinite(got)
-        failed += bad
-        values.append(worst if bad else got)
+    for clip in clips:
+        is_failed = any(FAILURE_PREDICATES[kind](clip) for kind in ("not_finite", *failures))
+        score = worst if is_failed else value(clip)
+        is_failed = is_failed or not np.isfinite(score)
+        failed += is_failed
+        values.append(worst if is_failed else score)
     found = mean_interval(values)
-    return MetricValue(value=found.value, count=len(part), failed=failed, low=found.low, high=found.high)
+    return MetricValue(value=found.value, count=len(clips), failed=failed, low=found.low, high=found.high)
 
 
-def shared_values(part: FeatureSet, numbers: Mapping[str, float]) -> MetricValues:
-    """Numbers that belong to all clips together."""
-    return {name: MetricValue(value=value, count=len(part)) for name, value in numbers.items()}
+def shared_values(clips: FeatureSet, numbers: Mapping[str, float]) -> MetricValues:
+    """Return values that describe the whole set of clips, without intervals."""
+    return {name: MetricValue(value=value, count=len(clips)) for name, value in numbers.items()}
 
 
 def finite_mean(values: Sequence[float]) -> float:
-    """Of those that are finite; nan without any."""
-    known = [value for value in values if np.isfinite(value)]
-    return float(np.mean(known)) if known else float("nan")
+    """Return the mean of the finite values; nan without any."""
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else float("nan")
 
 
-def motion_sync_metrics(part: FeatureSet) -> MetricValues:
-    """The same for any video: confidence of ``MotionSync`` (worst 0; 1 is chance), and how far its offset is from 0."""
+def motion_sync_metrics(clips: FeatureSet) -> MetricValues:
+    """Return the confidence of ``MotionSync`` (worst 0, chance 1) and its absolute offset in seconds."""
 
     def confidence(r: ClipFeatures) -> float:
         assert r.motion_sync is not None
@@ -105,57 +105,61 @@ def motion_sync_metrics(part: FeatureSet) -> MetricValues:
         return abs(r.motion_sync.offset_sec) if r.motion_sync.confidence else float("nan")
 
     return {
-        "motion_sync": mean_over_clips(part, confidence, 0.0, "silent"),
-        "motion_sync_offset_s": mean_over_clips(part, distance, MAX_SYNC_LAG_S, "silent"),
+        "motion_sync": mean_over_clips(clips, confidence, 0.0, "silent"),
+        "motion_sync_offset_s": mean_over_clips(clips, distance, MAX_SYNC_LAG_S, "silent"),
     }
 
 
-def sync_offsets(part: FeatureSet) -> list[float | None]:
-    """Of each clip: seconds by which the sound comes later than the picture, where they agree best; None: failed.
+def sync_offsets(clips: FeatureSet) -> list[float | None]:
+    """Return the A/V offset per clip in seconds (positive: audio lags); None for a failed clip.
 
-    By the mouth where the toy readers see one, else by the motion of the whole picture.
+    The offset is measured on the mouth in the toy world, else on the motion of the whole frame.
     """
 
-    def signed(reading: ClipFeatures) -> float | None:
-        found = reading.mouth_sync or reading.motion_sync
-        if found is None or any(f(reading) for f in FAILURE_PREDICATES.values()):
+    def signed(clip: ClipFeatures) -> float | None:
+        found = clip.mouth_sync or clip.motion_sync
+        if found is None or any(f(clip) for f in FAILURE_PREDICATES.values()):
             return None
         return None if isinstance(found, SyncResult) and not found.confidence else found.offset_sec
 
-    return [signed(reading) for reading in part]
+    return [signed(clip) for clip in clips]
 
 
-def offset_statistics(part: FeatureSet) -> MetricValues:
-    """The middle of the offsets, how far nine of ten lie from it, and the share within 0.08 s (two frames at 25)."""
-    found = sync_offsets(part)
-    known = np.array([x for x in found if x is not None])
-    failed = len(found) - len(known)
-    made = lambda value: MetricValue(value=value, count=len(found), failed=failed)
-    if not len(known):
-        return {"sync_within_80ms": made(0.0)}
-    middle = float(np.median(known))
+def offset_statistics(clips: FeatureSet) -> MetricValues:
+    """Return the median A/V offset, the 90th percentile of the deviation, and the share within 0.08 s."""
+    found = sync_offsets(clips)
+    finite = np.array([x for x in found if x is not None])
+    failed = len(found) - len(finite)
+
+    def metric(value: float) -> MetricValue:
+        return MetricValue(value=value, count=len(found), failed=failed)
+
+    if not len(finite):
+        return {"sync_within_80ms": metric(0.0)}
+    median = float(np.median(finite))
     return {
-        "sync_offset_median_s": made(middle),
-        "sync_offset_spread_s": made(float(np.quantile(np.abs(known - middle), 0.9))),
-        "sync_within_80ms": made(float((np.abs(known) <= 0.08).sum()) / len(found)),
+        "sync_offset_median_s": metric(median),
+        "sync_offset_spread_s": metric(float(np.quantile(np.abs(finite - median), 0.9))),
+        "sync_within_80ms": metric(float((np.abs(finite) <= 0.08).sum()) / len(found)),
     }
 
 
-def chunk_seam_energy(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
-    """Change across chunk borders over change inside chunks, divided by the same of real clips: 1 = as real ones."""
+def chunk_seam_energy(clips: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+    """Return the seam energy per signal, relative to real clips (1: equal to real clips), and unscaled."""
     numbers: Numbers = {}
-    for name in part[0].seams:
-        ours, theirs = _seam(part, name), _seam(real.prompts, name)
-        numbers[f"seam_{name}"] = ours / theirs if theirs > 0 else float("nan")
-        numbers[f"seam_{name}_raw"] = ours
-    known = [v for k, v in numbers.items() if not k.endswith("_raw") and np.isfinite(v)]
-    return shared_values(part, numbers | ({"seam": float(np.mean(known))} if known else {}))
+    for name in clips[0].seams:
+        ratio = _border_ratio(clips, name)
+        real_ratio = _border_ratio(real.prompts, name)
+        numbers[f"seam_{name}"] = ratio / real_ratio if real_ratio > 0 else float("nan")
+        numbers[f"seam_{name}_raw"] = ratio
+    finite = [v for k, v in numbers.items() if not k.endswith("_raw") and np.isfinite(v)]
+    return shared_values(clips, numbers | ({"seam": float(np.mean(finite))} if finite else {}))
 
 
-def _seam(part: FeatureSet, name: str) -> float:
-    """Pooled over clips; nan where nothing changes inside chunks, or there is no border."""
-    energy = np.concatenate([r.seams[name].energy for r in part])
-    border = np.concatenate([r.seams[name].border for r in part])
+def _border_ratio(clips: FeatureSet, name: str) -> float:
+    """Return the change across chunk borders over the change inside chunks, pooled over clips; nan if undefined."""
+    energy = np.concatenate([r.seams[name].energy for r in clips])
+    border = np.concatenate([r.seams[name].border for r in clips])
     if not border.any() or border.all() or not energy[~border].any():
         return float("nan")
     return float(energy[border].mean() / energy[~border].mean())
@@ -164,45 +168,53 @@ def _seam(part: FeatureSet, name: str) -> float:
 def frechet_metrics(
     name: str, ours: Sequence[NDArray[Any]], theirs: Sequence[NDArray[Any]], shrinkage: float
 ) -> MetricValues:
-    """Frechet distance of the rows of each clip, its interval, and how much of it is due to small numbers.
+    """Return the Frechet distance of the feature rows of clips, with its interval, bias and sample sizes.
 
-    The estimate is biased upwards: compare rows of equal ``_n``; ``_bias`` is its size, and the row of real clips shows
-    the floor. Nothing below two rows on either side.
+    The estimate is biased upwards by about ``_bias``. Compare only values with equal ``_n``; the row of real clips
+    gives the floor. The result is empty with fewer than two feature rows on either side.
     """
-    ours, theirs = ([x for x in part if len(x)] for part in (ours, theirs))
-    rows = [sum(map(len, part)) for part in (ours, theirs)]
-    if min(rows) < 2:
+    ours = [x for x in ours if len(x)]
+    theirs = [x for x in theirs if len(x)]
+    rows = sum(map(len, ours))
+    rows_real = sum(map(len, theirs))
+    if min(rows, rows_real) < 2:
         return {}
-    draws = _DRAWS if ours[0].shape[1] < _WIDE else _DRAWS // 5
+    draws = _DRAWS if ours[0].shape[1] < _MANY_FEATURES else _DRAWS // 5
     found = frechet_interval(ours, theirs, draws=draws, shrinkage=shrinkage)
-    made = lambda value: MetricValue(value=float(value), count=len(ours))
+
+    def metric(value: float) -> MetricValue:
+        return MetricValue(value=float(value), count=len(ours))
+
     return {
         name: MetricValue(value=found.value, count=len(ours), low=found.low, high=found.high),
-        f"{name}_bias": made(frechet_bias(ours, theirs, draws=draws // 5, shrinkage=shrinkage)),
-        f"{name}_n": made(rows[0]),
-        f"{name}_n_real": made(rows[1]),
-        f"{name}_shrinkage": made(shrinkage),
+        f"{name}_bias": metric(frechet_bias(ours, theirs, draws=draws // 5, shrinkage=shrinkage)),
+        f"{name}_n": metric(rows),
+        f"{name}_n_real": metric(rows_real),
+        f"{name}_shrinkage": metric(shrinkage),
     }
 
 
-def motion_and_sharpness(part: FeatureSet) -> MetricValues:
-    """Mean change of grey levels (0 .. 255) from frame to frame; sharpness, also over that of the real clips."""
-    value = lambda values: float(np.mean(values)) if values is not None and len(values) else np.nan
+def motion_and_sharpness(clips: FeatureSet) -> MetricValues:
+    """Return the mean change of gray levels (0 to 255) between frames, and the mean sharpness."""
+
+    def value(values: NDArray[np.float64] | None) -> float:
+        return float(np.mean(values)) if values is not None and len(values) else np.nan
+
     return {
-        "motion": mean_over_clips(part, lambda r: value(r.motion), 0.0),
-        "sharpness": mean_over_clips(part, lambda r: value(r.sharpness), 0.0),
+        "motion": mean_over_clips(clips, lambda r: value(r.motion), 0.0),
+        "sharpness": mean_over_clips(clips, lambda r: value(r.sharpness), 0.0),
     }
 
 
-def motion_and_sharpness_ratio(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
-    """Motion and sharpness over the real clips': 1 = as real ones."""
-    ours, theirs = motion_and_sharpness(part), motion_and_sharpness(real.prompts)
+def motion_and_sharpness_ratio(clips: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+    """Return motion and sharpness relative to real clips (1: equal to real clips)."""
+    ours, theirs = motion_and_sharpness(clips), motion_and_sharpness(real.prompts)
     whole = {k: ours[k].value / theirs[k].value if theirs[k].value > 0 else float("nan") for k in ours}
-    return shared_values(part, {f"{name}_over_real": value for name, value in whole.items()})
+    return shared_values(clips, {f"{name}_over_real": value for name, value in whole.items()})
 
 
-def loudness_metrics(part: FeatureSet) -> MetricValues:
-    """Decibel of full scale; shares of the sound that are cut off, and in which nothing can be heard."""
+def loudness_metrics(clips: FeatureSet) -> MetricValues:
+    """Return loudness in dB of full scale, and the clipped and silent shares of the audio."""
 
     def level(r: ClipFeatures) -> float:
         assert r.sound is not None
@@ -217,7 +229,7 @@ def loudness_metrics(part: FeatureSet) -> MetricValues:
         return silent_fraction(r.sound, r.sample_rate)
 
     return {
-        "loudness_db": mean_over_clips(part, level, -60.0),
-        "clipping": mean_over_clips(part, clipped, 1.0),
-        "silence": mean_over_clips(part, quiet, 1.0),
+        "loudness_db": mean_over_clips(clips, level, -60.0),
+        "clipping": mean_over_clips(clips, clipped, 1.0),
+        "silence": mean_over_clips(clips, quiet, 1.0),
     }

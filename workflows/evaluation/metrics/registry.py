@@ -1,4 +1,7 @@
-"""Scores of a set of clips: every metric says what it needs, and without it is reported as not measured, never as 0."""
+"""Registry of the metrics of a sweep.
+
+Every metric lists its requirements. With an unmet requirement it is reported as not measured, never as 0.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +20,10 @@ from workflows.evaluation.metrics.generic import (
     ReferenceFeatures,
 )
 
-MIN_WINDOW_SECONDS = 1.0  # seconds of a clip that must lie in a window
+MIN_WINDOW_SECONDS = 1.0  # seconds of a clip that must be inside a window
 _TOY = "a toy world dataset"
-_PICTURE = "a checkpoint that makes pictures"
-_SOUND = "a checkpoint that makes sound"
+_VIDEO = "a checkpoint that generates video"
+_AUDIO = "a checkpoint that generates audio"
 _SPEECH = "clips with a transcript"
 _WORDS = "a transcript in words (toy syllables are none)"
 _LIPS = requirement_text("syncnet")
@@ -29,21 +32,21 @@ _NETWORKS = ("videomae", "clap", "faces", "sounds")
 
 @dataclass(frozen=True, kw_only=True)
 class MetricSpec:
-    """One or more related numbers."""
+    """One or more related metrics that are computed together."""
 
     names: tuple[str, ...]
     needs: tuple[str, ...]
     measure: Callable[..., MetricValues]  # of the clips, and of the real clips if needs_reference
     needs_reference: bool = False
 
-    def compute(self, part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+    def compute(self, clips: FeatureSet, real: ReferenceFeatures) -> MetricValues:
         """Return the values for the clips; names without a value are absent."""
-        return self.measure(part, real) if self.needs_reference else self.measure(part)
+        return self.measure(clips, real) if self.needs_reference else self.measure(clips)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSetScores:
-    """What a set of clips scores in one window."""
+    """Metrics of a set of clips in one window."""
 
     found: MetricValues
     not_measured: dict[str, str]  # metric -> "not measured: needs ..."
@@ -51,87 +54,86 @@ class ClipSetScores:
 
     @property
     def metrics(self) -> Numbers:
+        """Return the values without counts and intervals."""
         return {name: score.value for name, score in self.found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowScores:
-    """Some clips in one window of time."""
+    """Clips cut to one time window, with their scores."""
 
-    window: str  # its name; "all": whole clips
-    part: FeatureSet
+    window: str  # name; "all": whole clips
+    clips: FeatureSet
     scores: ClipSetScores
 
 
 def compute_metrics_by_window(
-    part: FeatureSet, lengths: Sequence[float], windows: Sequence[TimeWindow], real: ReferenceFeatures
+    clips: FeatureSet, lengths: Sequence[float], windows: Sequence[TimeWindow], real: ReferenceFeatures
 ) -> list[WindowScores]:
-    """Whole clips, then each window, over those whose ``lengths`` reach a second or more into it."""
+    """Return the scores of whole clips, then of each window that clips reach into by a second or more."""
     made: list[WindowScores] = []
-    for name, window in [("all", TimeWindow(start=0.0)), *((w.name, w) for w in windows)]:
+    named = [("all", TimeWindow(start=0.0)), *((w.name, w) for w in windows)]
+    for name, window in named:
         least = window.start + MIN_WINDOW_SECONDS if name != "all" else 0.0
-        inside = [r.crop(window) for r, length in zip(part, lengths, strict=True) if length >= least]
+        inside = [r.crop(window) for r, length in zip(clips, lengths, strict=True) if length >= least]
         if inside:
-            made.append(WindowScores(window=name, part=inside, scores=compute_metrics(inside, real)))
+            made.append(WindowScores(window=name, clips=inside, scores=compute_metrics(inside, real)))
     return made
 
 
-def compute_metrics(part: FeatureSet, real: ReferenceFeatures) -> ClipSetScores:
-    """All metrics. A number that has no value for these clips counts as not measured."""
-    present = _present(part)
+def compute_metrics(clips: FeatureSet, real: ReferenceFeatures) -> ClipSetScores:
+    """Return all metrics of the clips. A metric that is not finite counts as not measured."""
+    present = _available_inputs(clips)
     found: MetricValues = {}
-    missing: dict[str, str] = {}
+    not_measured: dict[str, str] = {}
     for metric in METRICS:
-        lacking = [need for need in metric.needs if need not in present]
-        scores = {} if lacking else metric.compute(part, real)
-        wanted = ", ".join(lacking) or "longer clips, more of them, or some in which it varies"
+        unmet = [need for need in metric.needs if need not in present]
+        scores = {} if unmet else metric.compute(clips, real)
+        requirement = ", ".join(unmet) or "longer clips, more of them, or some in which it varies"
         for name in metric.names:
             if name in scores and np.isfinite(scores[name].value):
                 found[name] = scores[name]
             else:
-                missing[name] = f"not measured: needs {wanted}"
-    failures = {kind: sum(map(failed, part)) for kind, failed in FAILURE_PREDICATES.items()}
-    failed = sum(any(failed(r) for failed in FAILURE_PREDICATES.values()) for r in part)
-    found["failed"] = MetricValue(value=float(failed), count=len(part), failed=failed)
-    return ClipSetScores(found=found, not_measured=missing, failures=failures)
+                not_measured[name] = f"not measured: needs {requirement}"
+    failures = {kind: sum(map(failed, clips)) for kind, failed in FAILURE_PREDICATES.items()}
+    failed = sum(any(failed(r) for failed in FAILURE_PREDICATES.values()) for r in clips)
+    found["failed"] = MetricValue(value=float(failed), count=len(clips), failed=failed)
+    return ClipSetScores(found=found, not_measured=not_measured, failures=failures)
 
 
-def _present(part: FeatureSet) -> set[str]:
-    first = part[0]
+def _available_inputs(clips: FeatureSet) -> set[str]:
+    first = clips[0]
     found = {_TOY} if first.features else set[str]()
-    found |= {_PICTURE} if first.motion is not None else set()
-    found |= {_SOUND} if first.sound is not None else set()
-    found |= {requirement_text(name) for name in _NETWORKS if name in first.tracks} | (
-        {_LIPS} if "lips" in first.tracks else set()
-    )
-    found |= {requirement_text(name) for r in part for u in r.utterances for name in u.heard}
-    found |= {_WORDS} if any(r.words for r in part) else set()
-    return found | ({_SPEECH} if any(r.speech and r.speech.said for r in part) else set())
+    found |= {_VIDEO} if first.motion is not None else set()
+    found |= {_AUDIO} if first.sound is not None else set()
+    found |= {requirement_text(name) for name in _NETWORKS if name in first.tracks}
+    found |= {_LIPS} if "lips" in first.tracks else set()
+    found |= {requirement_text(name) for r in clips for u in r.utterances for name in u.detected}
+    found |= {_WORDS} if any(r.words for r in clips) else set()
+    return found | ({_SPEECH} if any(r.speech and r.speech.expected for r in clips) else set())
 
 
-_OF_PICTURE = ("seam_pixels", "seam_pixels_raw", "seam_video_latents", "seam_video_latents_raw")
-_OF_SOUND = ("seam_sound", "seam_sound_raw", "seam_audio_latents", "seam_audio_latents_raw")
+_VIDEO_SEAMS = ("seam_pixels", "seam_pixels_raw", "seam_video_latents", "seam_video_latents_raw")
+_AUDIO_SEAMS = ("seam_sound", "seam_sound_raw", "seam_audio_latents", "seam_audio_latents_raw")
 
 
-def _distance(name: str) -> tuple[str, ...]:
-    return (name, *(f"{name}_{part}" for part in ("bias", "n", "n_real", "shrinkage")))
+def _frechet_names(name: str) -> tuple[str, ...]:
+    return name, f"{name}_bias", f"{name}_n", f"{name}_n_real", f"{name}_shrinkage"
 
 
 METRICS = (
-    MetricSpec(names=("sync", "sync_offset_s"), needs=(_TOY, _PICTURE, _SOUND), measure=toyworld.mouth_sync_metrics),
+    MetricSpec(names=("sync", "sync_offset_s"), needs=(_TOY, _VIDEO, _AUDIO), measure=toyworld.mouth_sync_metrics),
     MetricSpec(
-        names=("motion_sync", "motion_sync_offset_s"), needs=(_PICTURE, _SOUND), measure=generic.motion_sync_metrics
+        names=("motion_sync", "motion_sync_offset_s"), needs=(_VIDEO, _AUDIO), measure=generic.motion_sync_metrics
     ),
     MetricSpec(
         names=("sync_offset_median_s", "sync_offset_spread_s", "sync_within_80ms"),
-        needs=(_PICTURE, _SOUND),
+        needs=(_VIDEO, _AUDIO),
         measure=generic.offset_statistics,
     ),
-    MetricSpec(
-        names=("lse_c", "lse_d", "lse_offset_s"), needs=(_PICTURE, _SOUND, _LIPS), measure=pretrained.lse_metrics
-    ),
-    MetricSpec(names=("syllable_error",), needs=(_TOY, _SOUND, _SPEECH), measure=toyworld.syllable_error),
-    MetricSpec(names=("identity_error",), needs=(_TOY, _PICTURE), measure=toyworld.mean_identity_error),
+    MetricSpec(names=("lse_c", "lse_d", "lse_offset_s"), needs=(_VIDEO, _AUDIO, _LIPS), measure=pretrained.lse_metrics),
+    MetricSpec(names=("syllable_error",), needs=(_TOY, _AUDIO, _SPEECH), measure=toyworld.syllable_error),
+    MetricSpec(names=("identity_error",), needs=(_TOY, _VIDEO), measure=toyworld.mean_identity_error),
     MetricSpec(names=("valid",), needs=(_TOY,), measure=toyworld.valid_choices),
     MetricSpec(
         names=("entropy", "entropy_within", "choice_kl"),
@@ -141,48 +143,48 @@ METRICS = (
     ),
     MetricSpec(
         names=("lag1", "lag1_hand", "lag1_light", "lag1_pose"),
-        needs=(_TOY, _PICTURE),
+        needs=(_TOY, _VIDEO),
         measure=toyworld.lag_one_persistence,
     ),
     MetricSpec(names=("seam",), needs=(), measure=generic.chunk_seam_energy, needs_reference=True),
-    MetricSpec(names=_OF_PICTURE, needs=(_PICTURE,), measure=generic.chunk_seam_energy, needs_reference=True),
-    MetricSpec(names=_OF_SOUND, needs=(_SOUND,), measure=generic.chunk_seam_energy, needs_reference=True),
-    MetricSpec(names=_distance("frechet"), needs=(_TOY,), measure=toyworld.toyworld_frechet, needs_reference=True),
+    MetricSpec(names=_VIDEO_SEAMS, needs=(_VIDEO,), measure=generic.chunk_seam_energy, needs_reference=True),
+    MetricSpec(names=_AUDIO_SEAMS, needs=(_AUDIO,), measure=generic.chunk_seam_energy, needs_reference=True),
+    MetricSpec(names=_frechet_names("frechet"), needs=(_TOY,), measure=toyworld.toyworld_frechet, needs_reference=True),
     MetricSpec(
-        names=_distance("frechet_videomae"),
-        needs=(_PICTURE, requirement_text("videomae")),
+        names=_frechet_names("frechet_videomae"),
+        needs=(_VIDEO, requirement_text("videomae")),
         measure=pretrained.videomae_frechet,
         needs_reference=True,
     ),
     MetricSpec(
-        names=_distance("frechet_clap"),
-        needs=(_SOUND, requirement_text("clap")),
+        names=_frechet_names("frechet_clap"),
+        needs=(_AUDIO, requirement_text("clap")),
         measure=pretrained.clap_frechet,
         needs_reference=True,
     ),
     MetricSpec(
         names=("sound_kl",),
-        needs=(_SOUND, requirement_text("sounds")),
+        needs=(_AUDIO, requirement_text("sounds")),
         measure=pretrained.audio_class_kl,
         needs_reference=True,
     ),
     MetricSpec(
-        names=("face_similarity",), needs=(_PICTURE, requirement_text("faces")), measure=pretrained.face_similarity
+        names=("face_similarity",), needs=(_VIDEO, requirement_text("faces")), measure=pretrained.face_similarity
     ),
     MetricSpec(
-        names=("wer", "cer"), needs=(_SOUND, _WORDS, requirement_text("whisper")), measure=pretrained.whisper_errors
+        names=("wer", "cer"), needs=(_AUDIO, _WORDS, requirement_text("whisper")), measure=pretrained.whisper_errors
     ),
     MetricSpec(
         names=("wer_pocketsphinx", "cer_pocketsphinx"),
-        needs=(_SOUND, _WORDS, requirement_text("pocketsphinx")),
+        needs=(_AUDIO, _WORDS, requirement_text("pocketsphinx")),
         measure=pretrained.pocketsphinx_errors,
     ),
-    MetricSpec(names=("motion", "sharpness"), needs=(_PICTURE,), measure=generic.motion_and_sharpness),
+    MetricSpec(names=("motion", "sharpness"), needs=(_VIDEO,), measure=generic.motion_and_sharpness),
     MetricSpec(
         names=("motion_over_real", "sharpness_over_real"),
-        needs=(_PICTURE,),
+        needs=(_VIDEO,),
         measure=generic.motion_and_sharpness_ratio,
         needs_reference=True,
     ),
-    MetricSpec(names=("loudness_db", "clipping", "silence"), needs=(_SOUND,), measure=generic.loudness_metrics),
+    MetricSpec(names=("loudness_db", "clipping", "silence"), needs=(_AUDIO,), measure=generic.loudness_metrics),
 )

@@ -1,4 +1,4 @@
-"""Measures that know the toy world, through its exact readers."""
+"""Metrics of the toy world, computed with its exact readers."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -26,12 +26,12 @@ from workflows.evaluation.metrics.generic import (
     shared_values,
 )
 
-_FAR = 30.0  # real spreads at which features are cut, and what cannot be read is
+_MAX_DEVIATION = 30.0  # limit of standardized features; also the value of unreadable ones
 
 
-def mouth_sync_metrics(part: FeatureSet) -> MetricValues:
-    """Mouth opening against loudness: correlation at offset 0 (worst -1), and how far the best offset is from 0."""
-    mean_of = partial(mean_over_clips, part)
+def mouth_sync_metrics(clips: FeatureSet) -> MetricValues:
+    """Return the correlation of mouth opening and loudness (worst -1) and the absolute best offset in seconds."""
+    mean_of = partial(mean_over_clips, clips)
 
     def correlation(r: ClipFeatures) -> float:
         assert r.picture is not None
@@ -48,116 +48,123 @@ def mouth_sync_metrics(part: FeatureSet) -> MetricValues:
     }
 
 
-def syllable_error(part: FeatureSet) -> MetricValues:
-    """Edit distance of syllables over their number, at most 1 for any one clip: babble is no better than silence."""
+def syllable_error(clips: FeatureSet) -> MetricValues:
+    """Return the edit distance of syllables over their number, limited to 1 per clip (as for silence)."""
     wrong: list[int] = []
-    said: list[int] = []
+    expected: list[int] = []
     failed = 0
-    for reading in part:
-        assert reading.speech is not None
-        wanted, heard = ([name for name, _ in units] for units in (reading.speech.said, reading.speech.heard))
-        bad = not reading.finite or reading.is_silent
-        failed += bad
-        wrong.append(len(wanted) if bad else min(len(wanted), edit_distance(heard, wanted)))
-        said.append(len(wanted))
-    if not any(said):
+    for clip in clips:
+        assert clip.speech is not None
+        wanted = [name for name, _ in clip.speech.expected]
+        detected = [name for name, _ in clip.speech.detected]
+        is_failed = not clip.finite or clip.is_silent
+        failed += is_failed
+        wrong.append(len(wanted) if is_failed else min(len(wanted), edit_distance(detected, wanted)))
+        expected.append(len(wanted))
+    if not any(expected):
         return {}
-    found = mean_interval(wrong, said)
+    found = mean_interval(wrong, expected)
     return {
-        "syllable_error": MetricValue(value=found.value, count=len(part), failed=failed, low=found.low, high=found.high)
+        "syllable_error": MetricValue(
+            value=found.value, count=len(clips), failed=failed, low=found.low, high=found.high
+        )
     }
 
 
-def mean_identity_error(part: FeatureSet) -> MetricValues:
-    """Colour of the face against the first frame's, root mean square over RGB in 0 .. 1 (worst 1)."""
+def mean_identity_error(clips: FeatureSet) -> MetricValues:
+    """Return the RMS difference of the face color to the first frame, RGB in 0 to 1 (worst 1)."""
 
     def error(r: ClipFeatures) -> float:
         assert r.picture is not None
         return float(identity_error(r.picture.face, r.picture.first_face).mean()) if len(r.picture.face) else np.nan
 
-    return {"identity_error": mean_over_clips(part, error, 1.0)}
+    return {"identity_error": mean_over_clips(clips, error, 1.0)}
 
 
-def valid_choices(part: FeatureSet) -> MetricValues:
-    """Share of half seconds whose free choices are all one of the world's modes (worst 0)."""
+def valid_choices(clips: FeatureSet) -> MetricValues:
+    """Return the share of half seconds in which all free choices are valid modes (worst 0)."""
 
     def share(r: ClipFeatures) -> float:
-        return valid_fraction(choices) if (choices := free_choices_of(r)) else float("nan")
+        choices = free_choices_of(r)
+        return valid_fraction(choices) if choices else float("nan")
 
-    # Tone can be read only where there is sound; a picture alone still has its own choices.
-    return {"valid": mean_over_clips(part, share, 0.0, *(() if part[0].picture else ("silent",)))}
+    # Silent clips with video still have visual choices.
+    failures = () if clips[0].picture else ("silent",)
+    return {"valid": mean_over_clips(clips, share, 0.0, *failures)}
 
 
-def choice_entropy(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
-    """Entropy of the valid choices over the real clips', mean of the choices: pooled over clips, and within each.
+def choice_entropy(clips: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+    """Return the entropy of choices relative to real clips, pooled and within clips, and the KL divergence in nats.
 
-    Also the Kullback-Leibler divergence of the real clips' choices from these, nats, half an observation added to each.
-    The first sees modes that are never used, the second clips that are stuck in one. A choice never valid counts as 0.
+    The pooled entropy detects unused modes; the entropy within clips detects clips with a constant mode. A choice that
+    is never valid counts as 0. The divergence adds half an observation to each mode.
     """
     pooled: list[float] = []
     within: list[float] = []
     divergence: list[float] = []
-    for name in free_choices_of(part[0]):
-        ours, theirs = (_modes(x, name) for x in (part, real.prompts))
-        # Equal lengths: the entropy of few observations depends on their number.
+    for name in free_choices_of(clips[0]):
+        ours = _modes(clips, name)
+        theirs = _modes(real.prompts, name)
+        # The entropy of few observations depends on their number, so lengths are equal.
         length = min(map(len, (x for x in (*ours, *theirs) if len(x))), default=0)
         if not length or not any(map(len, theirs)):
             continue
-        spread, wanted = (_mean_entropy(x, name, length) for x in (ours, theirs))
-        within.append(spread / wanted if wanted > 0 else float("nan"))
+        entropy = _mean_entropy(ours, name, length)
+        real_entropy = _mean_entropy(theirs, name, length)
+        within.append(entropy / real_entropy if real_entropy > 0 else float("nan"))
         used, known = np.concatenate(ours), np.concatenate(theirs)
         pooled.append(entropy_ratio(used, known, CHOICES[name]) if len(used) else 0.0)
         counts = [np.bincount(x, minlength=CHOICES[name]) for x in (known, used)]
         divergence.append(kl_divergence(smoothed_distribution(counts[0]), smoothed_distribution(counts[1])))
     return shared_values(
-        part,
+        clips,
         {"entropy": finite_mean(pooled), "entropy_within": finite_mean(within), "choice_kl": finite_mean(divergence)},
     )
 
 
 def _mean_entropy(modes: Sequence[NDArray[np.int64]], name: str, length: int) -> float:
-    """Mean over clips of the entropy of each one's first ``length`` choices, 0 for a clip without any."""
+    """Return the mean over clips of the entropy of the first ``length`` choices; 0 for a clip without choices."""
     return float(np.mean([mode_entropy(x[:length], CHOICES[name]) if len(x) else 0.0 for x in modes]))
 
 
-def free_choices_of(reading: ClipFeatures) -> dict[str, ChoiceReading]:
-    """Choice -> reading, all of the same number of half seconds."""
-    found = dict(reading.picture.choices) if reading.picture else {}
-    if reading.speech:
-        found["tone"] = reading.speech.tone
+def free_choices_of(clip: ClipFeatures) -> dict[str, ChoiceReading]:
+    """Return the readings by choice, cut to the same number of half seconds."""
+    found = dict(clip.picture.choices) if clip.picture else {}
+    if clip.speech:
+        found["tone"] = clip.speech.tone
     count = min((len(c.mode) for c in found.values()), default=0)
     return {name: crop_choice(c, slice(count)) for name, c in found.items()} if count else {}
 
 
-def _modes(part: FeatureSet, name: str) -> list[NDArray[np.int64]]:
-    """The valid modes of each clip."""
-    found = [choices[name] for choices in map(free_choices_of, part) if name in choices]
+def _modes(clips: FeatureSet, name: str) -> list[NDArray[np.int64]]:
+    """Return the valid modes of each clip."""
+    found = [choices[name] for choices in map(free_choices_of, clips) if name in choices]
     return [c.mode[c.valid] for c in found]
 
 
-def lag_one_persistence(part: FeatureSet) -> MetricValues:
-    """Lag-1 correlation, half second to half second: of the head's place, and of the choices that persist.
+def lag_one_persistence(clips: FeatureSet) -> MetricValues:
+    """Return the lag-1 correlation over half seconds, of the head position and of the persistent choices.
 
-    For a choice: how much more often than by chance the mode stays, (same - chance) / (1 - chance).
+    For a choice this is (same - chance) / (1 - chance), with the observed and the chance rate of equal neighbors.
     """
-    numbers: dict[str, float] = {f"lag1_{name}": _stays(part, name) for name in sorted(PERSISTENT)}
-    heads = [_per_half(r) for r in part]
+    numbers: dict[str, float] = {f"lag1_{name}": _mode_persistence(clips, name) for name in sorted(PERSISTENT)}
+    heads = [_head_per_half_second(r) for r in clips]
     steps = min(len(head) for head in heads)
     if steps > 1:
         pose = np.stack([head[:steps] for head in heads])  # [clips, K, 2]
         numbers["lag1_pose"] = float(np.mean([lag_one_correlation(pose[..., axis]) for axis in (0, 1)]))
-    return shared_values(part, numbers | {"lag1": float(np.mean(list(numbers.values())))})
+    return shared_values(clips, numbers | {"lag1": float(np.mean(list(numbers.values())))})
 
 
-def _per_half(reading: ClipFeatures) -> NDArray[np.float64]:
-    assert reading.picture is not None
-    size = round(reading.fps * HALF_SECOND)
-    whole = len(reading.picture.head) // size
-    return reading.picture.head[: whole * size].reshape(whole, size, 2).mean(1)
+def _head_per_half_second(clip: ClipFeatures) -> NDArray[np.float64]:
+    assert clip.picture is not None
+    size = round(clip.fps * HALF_SECOND)
+    whole = len(clip.picture.head) // size
+    return clip.picture.head[: whole * size].reshape(whole, size, 2).mean(1)
 
 
-def _stays(part: FeatureSet, name: str) -> float:
-    chains = [choices[name].mode for choices in map(free_choices_of, part) if name in choices]
+def _mode_persistence(clips: FeatureSet, name: str) -> float:
+    chains = [choices[name].mode for choices in map(free_choices_of, clips) if name in choices]
     same = np.concatenate([chain[1:] == chain[:-1] for chain in chains] or [np.zeros(0)])
     if not len(same):
         return float("nan")
@@ -166,24 +173,27 @@ def _stays(part: FeatureSet, name: str) -> float:
     return float((same.mean() - chance) / (1 - chance)) if chance < 1 else float("nan")
 
 
-def toyworld_frechet(part: FeatureSet, real: ReferenceFeatures) -> MetricValues:
-    """Frechet distance of the features of half seconds, in units of the real spread of each feature."""
-    kinds = tuple(part[0].features)
+def toyworld_frechet(clips: FeatureSet, real: ReferenceFeatures) -> MetricValues:
+    """Return the Frechet distance of half-second features, standardized by the real clips."""
+    kinds = tuple(clips[0].features)
     if not real.reference or not set(kinds) <= real.reference[0].features.keys():
         return {}
-    ours, theirs = ([_joint(r, kinds) for r in x] for x in (part, real.reference))
-    everything = np.concatenate(theirs)
-    if len(everything) < 2:
+    generated = [_joint_features(clip, kinds) for clip in clips]
+    reference = [_joint_features(clip, kinds) for clip in real.reference]
+    pooled = np.concatenate(reference)
+    if len(pooled) < 2:
         return {}
-    middle, unit = everything.mean(0), np.maximum(everything.std(0), 1e-3)
-    ours, theirs = ([_scaled(x, middle, unit) for x in clips] for clips in (ours, theirs))
-    return generic.frechet_metrics("frechet", ours, theirs, generic.FRECHET_SHRINKAGE)
+    mean = pooled.mean(0)
+    std = np.maximum(pooled.std(0), 1e-3)
+    generated = [_standardize(x, mean, std) for x in generated]
+    reference = [_standardize(x, mean, std) for x in reference]
+    return generic.frechet_metrics("frechet", generated, reference, generic.FRECHET_SHRINKAGE)
 
 
-def _scaled(x: NDArray[np.float64], middle: NDArray[np.float64], unit: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.nan_to_num((x - middle) / unit, nan=_FAR).clip(-_FAR, _FAR)
+def _standardize(x: NDArray[np.float64], mean: NDArray[np.float64], std: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.nan_to_num((x - mean) / std, nan=_MAX_DEVIATION).clip(-_MAX_DEVIATION, _MAX_DEVIATION)
 
 
-def _joint(reading: ClipFeatures, kinds: tuple[str, ...]) -> NDArray[np.float64]:
-    count = min(len(reading.features[m]) for m in kinds)
-    return np.concatenate([reading.features[m][:count] for m in kinds], axis=1)
+def _joint_features(clip: ClipFeatures, kinds: tuple[str, ...]) -> NDArray[np.float64]:
+    count = min(len(clip.features[m]) for m in kinds)
+    return np.concatenate([clip.features[m][:count] for m in kinds], axis=1)
