@@ -1,4 +1,4 @@
-"""Random networks with the embedded codecs, as the export folder that generation reads."""
+"""Export folders with random networks and the embedded codecs."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -22,7 +22,7 @@ CHANNELS = {VIDEO: 48, AUDIO: 64}
 
 
 def random_card(stage: Stage) -> ExportMetadata:
-    """A tiny network over 32 x 32 pixels."""
+    """Return the metadata of a tiny network for 32 x 32 pixels."""
     codecs = {VIDEO: DctCodec(DctConfig()), AUDIO: MelCodec()}
     shapes = LatentShapes(
         channels=CHANNELS,
@@ -52,7 +52,7 @@ def random_card(stage: Stage) -> ExportMetadata:
 
 
 def random_export(folder: Path, stage: Stage) -> Path:
-    """``folder/export`` with random weights whose every part matters."""
+    """Write ``folder/export`` with random weights, none of them zero."""
     card = random_card(stage)
     model = build_model(card.model, 0)
     draw = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Clips of the toy world as a sweep reads them, straight from its drawing: no file, no codec loss."""
+"""Rendered toy world clips in the form of a sweep, without files and codec loss."""
 
 from fractions import Fraction
 

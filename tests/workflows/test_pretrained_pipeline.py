@@ -1,4 +1,4 @@
-"""Media to mp4 with pretrained codecs from local folders (tiny random weights): preprocess, train, generate."""
+"""Test preprocessing, training and generation with pretrained codecs of tiny random weights."""
 
 import shutil
 from dataclasses import replace
@@ -39,7 +39,7 @@ STEPS = ("steps=2", "data.batch=2", "data.chunks=[2,2]", "data.held_out=0.3", "e
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """``wan/`` and ``t5/`` as their publishers lay them out; ``stable/vae`` below the folder that is named."""
+    """Write ``wan/``, ``t5/`` and ``stable/vae/`` in the layouts of their publishers."""
     folder = tmp_path_factory.mktemp("models")
     save_wan(folder / "wan")
     save_oobleck(folder / "stable" / "vae")
@@ -69,7 +69,7 @@ def dataset(clips, config, tmp_path_factory) -> str:
     return out
 
 
-def test_rows_hold_the_latents_of_the_named_codecs_on_their_clocks(dataset, models):
+def test_rows_contain_latents_of_the_codecs_on_their_clocks(dataset, models):
     inspect_dataset(dataset, verify=True)
     clips = open_dataset(dataset)
     clip, meta = clips.clip(0), clips.meta
@@ -80,10 +80,10 @@ def test_rows_hold_the_latents_of_the_named_codecs_on_their_clocks(dataset, mode
     assert meta.stats[VIDEO].std[10] == pytest.approx(1.2)  # published, not measured
     assert len(meta.stats[AUDIO].std) == 8
     assert clip.chunks == 2
-    assert str(models) not in str(meta.config)  # the fingerprint is of the weights, not of their place
+    assert str(models) not in str(meta.config)  # the fingerprint depends on the weights, not on the path
 
 
-def test_one_by_one_together_and_while_decoding_are_the_same(clips, config):
+def test_batched_and_single_encoding_are_equal(clips, config):
     config = replace(config, sizes=((32, 32),), encoder=EncoderConfig(batch=3, ahead_bytes=1))
     encoders, sources = build_encoders(config), find_sources([str(clips)])
     together = list(process_sources(sources, config, encoders))
@@ -98,7 +98,7 @@ def test_one_by_one_together_and_while_decoding_are_the_same(clips, config):
         assert all(torch.allclose(found.latents[m], alone.latents[m], atol=1e-4) for m in (VIDEO, AUDIO))
 
 
-def test_a_clip_that_cannot_be_encoded_is_rejected_alone(clips, config, monkeypatch):
+def test_only_the_failing_clip_is_rejected(clips, config, monkeypatch):
     config = replace(config, sizes=((32, 32),))
     encoders, real = build_encoders(config), encode_step._encoded
     sources = [s for s in find_sources([str(clips)]) if "no%20media" not in s.uri]
@@ -114,7 +114,7 @@ def test_a_clip_that_cannot_be_encoded_is_rejected_alone(clips, config, monkeypa
     assert (found[1].step, found[1].reason) == ("encode", "error")
 
 
-def test_the_same_weights_elsewhere_continue_a_dataset_and_others_do_not(dataset, clips, config, models, tmp_path):
+def test_moved_weights_continue_a_dataset_and_other_weights_do_not(dataset, clips, config, models, tmp_path):
     shutil.copytree(models / "wan", tmp_path / "moved")
     moved = apply_codec_options(replace(config, sizes=((32, 32),)), f"wan:{tmp_path / 'moved'}")
     before = {p: p.stat().st_mtime_ns for p in Path(dataset).rglob("*.parquet")}
@@ -126,7 +126,7 @@ def test_the_same_weights_elsewhere_continue_a_dataset_and_others_do_not(dataset
         build_dataset([str(clips)], dataset, other)
 
 
-def test_weights_that_vanished_stop_the_run_and_reject_nothing(clips, config, models, tmp_path):
+def test_missing_weights_stop_the_run_without_rejects(clips, config, models, tmp_path):
     shutil.copytree(models / "wan", tmp_path / "wan")
     gone = apply_codec_options(replace(config, sizes=((32, 32),)), f"wan:{tmp_path / 'wan'}")
     shutil.rmtree(tmp_path / "wan")
@@ -135,7 +135,7 @@ def test_weights_that_vanished_stop_the_run_and_reject_nothing(clips, config, mo
     assert not list((tmp_path / "out").rglob("_done/*"))
 
 
-def test_wrong_names_of_codecs_are_refused(models, tmp_path):
+def test_invalid_codec_names_are_rejected(models, tmp_path):
     for wrong in ({"video": "wan"}, {"video": "oobleck:x"}, {"audio": "dct"}, {"text": "clip:x"}):
         with pytest.raises(ValueError, match="choose one of"):
             apply_codec_options(PreprocessConfig(), **wrong)
@@ -155,7 +155,7 @@ def trained(dataset, tmp_path_factory) -> str:
     return result["run_dir"]
 
 
-def test_a_checkpoint_generates_with_the_codecs_it_remembers(trained, tmp_path, models, monkeypatch):
+def test_checkpoint_generates_with_its_recorded_codecs(trained, tmp_path, models, monkeypatch):
     card = load_metadata(trained)
     assert card.folders == {VIDEO: f"{models}/wan", AUDIO: f"{models}/stable", "text": f"{models}/t5"}
     Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / "first.png")
@@ -175,7 +175,7 @@ def test_a_checkpoint_generates_with_the_codecs_it_remembers(trained, tmp_path, 
     assert info.audio.sample_rate == 44100
 
 
-def test_a_row_plays_back(dataset, tmp_path):
+def test_row_is_reconstructed(dataset, tmp_path):
     clips = open_dataset(dataset)
     facts = reconstruct_clip(dataset, clips.ids[0], str(tmp_path / "row.mp4"))
     assert facts["frames"] == 25
@@ -183,8 +183,8 @@ def test_a_row_plays_back(dataset, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_ray_actors_make_the_same_dataset(dataset, clips, config, tmp_path):
-    """On the CPU, through the same actors that have a share of a GPU elsewhere."""
+def test_ray_actors_build_the_same_dataset(dataset, clips, config, tmp_path):
+    """Use the same Ray actors on the CPU that have a share of a GPU elsewhere."""
     build_dataset(
         [str(clips)], str(tmp_path / "out"), replace(config, sizes=((32, 32),), workers=2), progress=lambda *_: None
     )

@@ -1,4 +1,4 @@
-"""A sweep over random networks of tiny size, from a dataset of toy clips to plots and MLflow."""
+"""Test sweeps over tiny random networks on toy clips, including plots and MLflow."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ QUIET = {"progress": lambda done, of: None, "clips": 2}
 
 
 def export(folder: Path, data: str, stage, **card_changes) -> str:
-    """A random network of two thin layers."""
+    """Export a random network of two thin layers."""
     dataset = open_dataset(data)
     config = presets.build_preset("tiny", stage, latent_shapes_of(dataset))
     config = replace(config, model=replace(config.model, dim=32, layers=2, heads=2))
@@ -54,7 +54,7 @@ def mutual(tmp_path_factory, toy_data) -> str:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, mutual):
-    """One sweep with MLflow."""
+    """Run one sweep with MLflow."""
     out = tmp_path_factory.mktemp("sweep")
     uri = f"sqlite:///{out}/mlflow.db"
     result = evaluate_checkpoints(
@@ -65,12 +65,12 @@ def swept(tmp_path_factory, mutual):
 
 @pytest.fixture
 def numbers_only(monkeypatch):
-    """Neither MLflow nor plots: ``swept`` has them."""
+    """Disable MLflow and plots; ``swept`` covers them."""
     monkeypatch.setattr("workflows.tracking.mlflow_tracker.importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("workflows.evaluation.mlflow_report.draw_plots", lambda *_, **__: [])
 
 
-def test_a_sweep_has_a_row_per_setting_and_window(swept, mutual):
+def test_sweep_has_a_row_per_setting_and_window(swept, mutual):
     rows = json.loads(Path(swept[0]["results"]).read_text())
     made = [row for row in rows if row["mode"] != "real"]
     keys = {(r["mode"], r["steps"], r["nfe"], r["guidance"], r["window"]) for r in made}
@@ -87,7 +87,7 @@ def test_a_sweep_has_a_row_per_setting_and_window(swept, mutual):
     assert all(m["history_use_video"] > 0 and m["history_use_audio"] > 0 for m in whole)
 
 
-def test_the_real_row_is_the_ceiling(swept):
+def test_real_clips_score_best(swept):
     rows = json.loads(Path(swept[0]["results"]).read_text())
     real, *made = [row["metrics"] for row in rows if row["window"] == "all"]
     assert real["sync"] > 0.9
@@ -105,7 +105,7 @@ def test_plots_and_samples_are_files(swept):
     assert all(Path(p).stat().st_size > 1000 for p in [*result["plots"], *result["samples"]])
 
 
-def test_the_page_and_the_table_hold_every_number_or_what_it_needs(swept):
+def test_report_and_table_contain_every_metric_or_its_requirement(swept):
     result, _ = swept
     page = Path(result["report"]).read_text()
     assert page.count("data:image/png;base64,") == 5
@@ -131,7 +131,7 @@ def test_clips_of_the_training_set_are_reported(swept, mutual):
     trained_on = json.loads((Path(mutual).parent / "run.json").read_text())["data"]
     held = select_evaluation_set(trained_on, clips=2, seconds=None, fraction=0.99)
     assert result["overlap"]["mutual"] == {"clips": [], "sources": {}}
-    found = find_train_test_overlap(held, trained_on, trained_on, 0.01)  # nearly everything was trained on
+    found = find_train_test_overlap(held, trained_on, trained_on, 0.01)  # nearly all clips are training clips
     assert set(found.clips) <= {p.clip.id for p in held.prompts} and found.clips
     assert all(len(content) > 8 for content in found.sources.values())
     assert "not a held-out evaluation" in overlap_warnings({"mutual": found})[0]
@@ -139,8 +139,8 @@ def test_clips_of_the_training_set_are_reported(swept, mutual):
     assert "cannot be read" in (gone.unknown or "")
 
 
-def test_of_a_dataset_that_nothing_was_trained_on_every_clip_is_used(tmp_path, toy_data, mutual, numbers_only):
-    """And where no other clips are left, distances are measured against the prompts' own, and that is said."""
+def test_all_clips_of_an_unseen_dataset_are_used(tmp_path, toy_data, mutual, numbers_only):
+    """Without other clips, the reference are the clips of the prompts, and the report mentions it."""
     half = select_evaluation_set(toy_data, clips=3, seconds=None, fraction=None)
     assert len(half.prompts) == 3 and not half.own_reference
     assert not {p.clip.id for p in half.prompts} & {clip.id for clip in half.reference}
@@ -152,11 +152,11 @@ def test_of_a_dataset_that_nothing_was_trained_on_every_clip_is_used(tmp_path, t
     result = evaluate_checkpoints([mutual], data=str(elsewhere), **again)
     assert json.loads(Path(result["results"]).read_text())[-1]["clips"] == len(whole.prompts)
     assert "against 6 of the same clips" in Path(result["report"]).read_text()
-    assert result["overlap"]["mutual"]["clips"], "another place, the same content"
+    assert result["overlap"]["mutual"]["clips"], "equal content in another folder"
 
 
-def test_a_killed_sweep_goes_on_where_it_was(mutual, tmp_path, numbers_only, monkeypatch):
-    """Batches of one clip; killed in the third of four: the first two are not made again."""
+def test_interrupted_sweep_resumes_at_its_batch(mutual, tmp_path, numbers_only, monkeypatch):
+    """Interrupt the third of four batches: the first two are not repeated."""
     monkeypatch.setattr("workflows.evaluation.sampling.MAX_BATCH_SIZE", 1)
     made = []
     sample = EvaluationWorker.sample_batch
@@ -182,7 +182,7 @@ def test_a_killed_sweep_goes_on_where_it_was(mutual, tmp_path, numbers_only, mon
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_workers_of_ray_give_the_same_rows(swept, mutual, tmp_path, numbers_only):
+def test_ray_workers_give_the_same_rows(swept, mutual, tmp_path, numbers_only):
     result, _ = swept
     out = {"out": str(tmp_path / "x"), "windows": "0-1,1-2", **QUIET}
     other = evaluate_checkpoints([mutual], steps=[1, 2], workers=2, **out)
@@ -198,7 +198,7 @@ def test_workers_of_ray_give_the_same_rows(swept, mutual, tmp_path, numbers_only
 
 
 @pytest.mark.slow
-def test_the_page_opens_in_a_browser(swept, tmp_path):
+def test_report_opens_in_a_browser(swept, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs Chromium")
@@ -208,12 +208,10 @@ def test_the_page_opens_in_a_browser(swept, tmp_path):
     subprocess.run([chromium, *flags, Path(result["report"]).as_uri()], check=True, capture_output=True)
     with Image.open(picture) as image:
         assert image.size == (1280, 3600)
-        assert (
-            len(image.convert("RGB").resize((320, 900)).getcolors(1 << 20)) > 500
-        )  # plots and pictures, no blank page
+        assert len(image.convert("RGB").resize((320, 900)).getcolors(1 << 20)) > 500  # not a blank page
 
 
-def test_mlflow_draws_the_frontier(swept):
+def test_mlflow_contains_the_frontier(swept):
     from mlflow import MlflowClient
 
     result, uri = swept
@@ -232,7 +230,7 @@ def test_mlflow_draws_the_frontier(swept):
     assert {a.path for a in client.list_artifacts(parent.info.run_id)} >= {"frontier.png", "sheet.png", "results.json"}
 
 
-def test_the_same_command_again_generates_only_what_is_missing(swept, mutual, monkeypatch):
+def test_repeated_command_generates_only_missing_samples(swept, mutual, monkeypatch):
     result, uri = swept
     monkeypatch.setattr("workflows.evaluation.mlflow_report.draw_plots", lambda *_, **__: [])
     made = []
@@ -262,24 +260,24 @@ def test_equal_settings_give_equal_scores(swept, mutual, tmp_path, numbers_only)
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
-def test_a_longer_sample_repeats_its_transcript_and_says_so(mutual, tmp_path, numbers_only):
+def test_longer_sample_repeats_transcript_with_a_note(mutual, tmp_path, numbers_only):
     result = evaluate_checkpoints([mutual], steps=[1], modes=["few"], seconds=3.4, out=str(tmp_path / "x"), **QUIET)
     assert "transcripts repeat" in result["note"]
     rows = json.loads(Path(result["results"]).read_text())
     assert {row["window"] for row in rows} == {"all", "0-5"}
 
 
-def test_more_few_steps_than_were_trained_are_measured_and_said(tmp_path, toy_data, numbers_only, capsys):
+def test_untrained_step_counts_are_measured_with_a_warning(tmp_path, toy_data, numbers_only, capsys):
     trained_for_two = export(tmp_path, toy_data, "mutual", few_steps=2)
     result = evaluate_checkpoints([trained_for_two], steps=[2, 3], out=str(tmp_path / "x"), **QUIET)
-    said = "mutual: the few-step mode was trained for up to 2 steps per chunk, and 3 steps degrade"
-    assert capsys.readouterr().err.count(said) == 1
-    assert Path(result["report"]).read_text().count(said) == 1
+    warning = "mutual: the few-step mode was trained for up to 2 steps per chunk, and 3 steps degrade"
+    assert capsys.readouterr().err.count(warning) == 1
+    assert Path(result["report"]).read_text().count(warning) == 1
     modes = {(row["mode"], row["steps"]) for row in json.loads(Path(result["results"]).read_text())}
     assert modes >= {("few", 3), ("multi", 3)}
 
 
-def test_a_checkpoint_of_one_modality_reports_what_it_cannot_do(tmp_path, toy_data, numbers_only):
+def test_checkpoint_of_one_modality_reports_unmeasured_metrics(tmp_path, toy_data, numbers_only):
     video = export(tmp_path, toy_data, "video")
     result = evaluate_checkpoints([video], steps=[1], out=str(tmp_path / "x"), **QUIET)
     assert result["not_measured"]["sync"] == "not measured: needs a checkpoint that generates audio"
@@ -289,7 +287,7 @@ def test_a_checkpoint_of_one_modality_reports_what_it_cannot_do(tmp_path, toy_da
     assert "sync" not in metrics
 
 
-def test_bad_input_is_refused_before_anything_is_written(tmp_path, toy_data, mutual):
+def test_invalid_input_is_rejected_before_anything_is_written(tmp_path, toy_data, mutual):
     out = {"out": str(tmp_path / "x")}
     with pytest.raises(ValueError, match="does not exist"):
         evaluate_checkpoints([str(tmp_path / "none")], **out, **QUIET)
@@ -310,7 +308,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, toy_data, mut
     assert not (tmp_path / "x").exists()
 
 
-def test_the_plan_leaves_guidance_to_the_multi_step_mode(mutual):
+def test_plan_uses_guidance_only_in_multi_step_mode(mutual):
     settings, skipped = plan_sweep(
         [identify_checkpoint(mutual)], modes=["few", "multi"], steps=[4, 1, 4], guidance=[5.0, 1.0], seeds=(0, 1)
     )
@@ -329,8 +327,8 @@ def test_the_plan_leaves_guidance_to_the_multi_step_mode(mutual):
     assert len({s.key("scope") for s in [*settings, *narrow]}) == 24
 
 
-def test_samples_in_bfloat16_have_rows_of_their_own(tmp_path, mutual, numbers_only):
-    """Beside those of float32 in the same folder; unasked, an evaluation is in float32 on every machine."""
+def test_bfloat16_samples_have_separate_rows(tmp_path, mutual, numbers_only):
+    """Store rows of both precisions in one folder; the default is float32 on every device."""
     how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
     evaluate_checkpoints([mutual], **how)
     result = evaluate_checkpoints([mutual], precision="bf16", **how)
@@ -343,7 +341,7 @@ def test_samples_in_bfloat16_have_rows_of_their_own(tmp_path, mutual, numbers_on
     assert one["history_use_video"] == pytest.approx(other["history_use_video"], rel=0.2)
     lines = csv.DictReader(Path(result["table"]).read_text().splitlines())
     assert {x["label"] for x in lines} == {"real", "mutual", "mutual-bf16"}
-    run = Seen()
+    run = RecordingTracker()
     parts = [{"digest": "one", "rows": [row]} for row in made] + [{"digest": "real", "rows": [real]}]
     for part in parts[:2]:
         mlflow_report._log_point(run, part, parts)
@@ -351,8 +349,8 @@ def test_samples_in_bfloat16_have_rows_of_their_own(tmp_path, mutual, numbers_on
     assert curves == [{"mutual/few/frechet"}, {"mutual-bf16/few/frechet"}]
 
 
-def test_two_networks_of_one_name_are_two(tmp_path, toy_data, mutual, numbers_only):
-    """Their numbers are in no mean together, and none's samples are written over the other's."""
+def test_checkpoints_with_equal_names_are_kept_apart(tmp_path, toy_data, mutual, numbers_only):
+    """Keep their metrics and sample files separate."""
     how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
     alone = evaluate_checkpoints([mutual], **how)
     other = export(tmp_path / "other", toy_data, "mutual")
@@ -369,7 +367,7 @@ def test_two_networks_of_one_name_are_two(tmp_path, toy_data, mutual, numbers_on
     assert set(alone["samples"]) < set(result["samples"])
 
 
-def test_other_clips_have_samples_of_their_own(tmp_path, mutual, numbers_only):
+def test_other_clips_have_separate_samples(tmp_path, mutual, numbers_only):
     how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
     short = evaluate_checkpoints([mutual], seconds=0.5, **how)
     before = {path: Path(path).read_bytes() for path in short["samples"]}
@@ -379,7 +377,7 @@ def test_other_clips_have_samples_of_their_own(tmp_path, mutual, numbers_only):
     assert (short["clips"], long["clips"]) == (2, 2)
 
 
-def test_a_sweep_that_was_killed_among_its_first_samples_goes_on(tmp_path, mutual, numbers_only, monkeypatch):
+def test_sweep_interrupted_in_its_first_samples_resumes(tmp_path, mutual, numbers_only, monkeypatch):
     how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
 
     def killed(self, name, clips):
@@ -393,7 +391,7 @@ def test_a_sweep_that_was_killed_among_its_first_samples_goes_on(tmp_path, mutua
     assert evaluate_checkpoints([mutual], **how)["rows"] == 4
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path, mutual):
+def test_foreign_folder_is_rejected(tmp_path, mutual):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.html").write_text("mine")
     for place in (tmp_path / "mine", tmp_path / "mine" / "report.html"):
@@ -402,8 +400,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, mutual):
     assert (tmp_path / "mine" / "report.html").read_text() == "mine"
 
 
-class Seen:
-    """A tracker that keeps the names of what it is told."""
+class RecordingTracker:
+    """Tracker that records metric names."""
 
     def __init__(self):
         self.names = []

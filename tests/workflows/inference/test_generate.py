@@ -1,4 +1,4 @@
-"""Generation: a stream of chunks becomes a playable file, and every wrong input one clear message."""
+"""Test generation: streaming into an mp4 file, and the errors of invalid input."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from mfcore.types import AUDIO, VIDEO
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.media.mp4_writer import write_mp4
 from preprocessing.media.probe import probe
-from tests.helpers.op_recorder import tape
+from tests.helpers.op_recorder import record_operators
 from tests.helpers.random_exports import random_export
 from workflows.config.presets import build_preset
 from workflows.inference.generate import ClipPrompt, RuntimeOptions, decode_stream, generate_clip
@@ -63,7 +63,7 @@ def decode_whole(pipeline: StreamingPipeline, cond, chunks) -> dict[str, torch.T
     return signals
 
 
-def test_portions_are_the_whole(exports):
+def test_streamed_signals_equal_whole_decoding(exports):
     """Decoding chunk by chunk equals decoding all latents at once, and so does generating."""
     pipeline = StreamingPipeline.from_checkpoint(exports["mutual"])
     cond, params = one_condition(pipeline), SamplingParams(steps=2)
@@ -75,7 +75,7 @@ def test_portions_are_the_whole(exports):
     assert len(whole[VIDEO]) == 1 + 4 * 12
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(exports):
+def test_row_does_not_depend_on_other_rows(exports):
     pipeline = StreamingPipeline.from_checkpoint(exports["mutual"])
     cond = one_condition(pipeline)
     pair = type(cond)(**{k: torch.cat([v, v]) for k, v in vars(cond).items()})
@@ -86,7 +86,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(exports):
         assert not torch.allclose(b[VIDEO].latents[0], b[VIDEO].latents[1])
 
 
-def test_numbers_that_are_not_finite_are_named_by_block_and_chunk(exports):
+def test_non_finite_values_are_reported_with_block_and_chunk(exports):
     pipeline = StreamingPipeline.from_checkpoint(exports["mutual"])
     cond, params = one_condition(pipeline), SamplingParams(steps=2)
     made = pipeline.generate_chunks(cond, 4, params)
@@ -98,12 +98,12 @@ def test_numbers_that_are_not_finite_are_named_by_block_and_chunk(exports):
     assert pipeline.model.guard is None
     broken[0] = 0.0
     pipeline.model.branch(VIDEO).head.bias[0] = torch.inf
-    with pytest.raises(FloatingPointError, match="chunk 0 is not finite, .* look at the head"):
+    with pytest.raises(FloatingPointError, match="chunk 0 is not finite, .* head"):
         next(pipeline.generate_chunks(cond, 4, SamplingParams(steps=1)))
 
 
-def test_recorded_passes_stream_the_same_clip_and_are_blamed_alike(exports, monkeypatch):
-    """With passes recorded as on a GPU, and played operator by operator."""
+def test_cuda_graphs_stream_the_same_clip_and_report_the_same_errors(exports, monkeypatch):
+    """Record passes as on a GPU and replay them operator by operator."""
     pipeline = StreamingPipeline.from_checkpoint(exports["mutual"])
     cond, params = one_condition(pipeline), SamplingParams(steps=2)
     plain = list(pipeline.generate_chunks(cond, 8, params))
@@ -111,7 +111,8 @@ def test_recorded_passes_stream_the_same_clip_and_are_blamed_alike(exports, monk
         pipeline.enable_optimizations(compile=False, graphs=True)
     monkeypatch.setattr("workflows.inference.pipeline.check_inference_optimizations", lambda *_, **__: None)
     monkeypatch.setattr(
-        "workflows.inference.pipeline.apply_inference_optimizations", lambda net, **_: CUDAGraphModel(net, tape)
+        "workflows.inference.pipeline.apply_inference_optimizations",
+        lambda net, **_: CUDAGraphModel(net, record_operators),
     )
     pipeline.enable_optimizations(compile=False, graphs=True)
     for a, b in zip(plain, pipeline.generate_chunks(cond, 8, params), strict=True):
@@ -123,7 +124,7 @@ def test_recorded_passes_stream_the_same_clip_and_are_blamed_alike(exports, monk
         list(made)
 
 
-def test_an_mp4_with_picture_and_sound(exports, image, voice, tmp_path):
+def test_mp4_has_video_and_audio(exports, image, voice, tmp_path):
     out = tmp_path / "out.mp4"
     facts = generate_clip(
         str(exports["mutual"]),
@@ -141,7 +142,7 @@ def test_an_mp4_with_picture_and_sound(exports, image, voice, tmp_path):
     assert facts["first_chunk_s"] > 0
 
 
-def test_a_clip_in_bfloat16_says_so_and_is_nearly_the_clip(exports, image, tmp_path):
+def test_bfloat16_clip_is_close_to_float32(exports, image, tmp_path):
     facts = {}
     for precision in (None, "fp32", "bf16"):
         out = tmp_path / f"{precision}.mp4"
@@ -165,9 +166,8 @@ def test_a_clip_in_bfloat16_says_so_and_is_nearly_the_clip(exports, image, tmp_p
             assert b[m].latents.dtype == torch.float32 and 0 < gap < 0.1
 
 
-def test_bfloat16_is_the_network_s_alone(exports):
-    """Weights of products, what is remembered and asked; not norms, noise levels and output, nor what the caller does
-    between chunks."""
+def test_bfloat16_is_limited_to_the_network(exports):
+    """Check weights and matrix products; norms, output and the code of the caller stay in float32."""
     pipeline = StreamingPipeline.from_checkpoint(exports["mutual"], precision="bf16")
     block = pipeline.model.branch(VIDEO).block(0)
     assert {block.qkv.weight.dtype, block.mlp[0].weight.dtype} == {torch.bfloat16}
@@ -180,7 +180,7 @@ def test_bfloat16_is_the_network_s_alone(exports):
     assert set(seen) == {torch.bfloat16}
 
 
-def test_equal_seeds_give_equal_files_and_other_seeds_others(exports, image, tmp_path):
+def test_files_are_equal_only_for_equal_seeds(exports, image, tmp_path):
     files = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = tmp_path / f"{name}.mp4"
@@ -191,7 +191,7 @@ def test_equal_seeds_give_equal_files_and_other_seeds_others(exports, image, tmp
     assert files[0] == files[1] != files[2]
 
 
-def test_uni_modal_checkpoints_make_their_own_modality(exports, image, tmp_path):
+def test_unimodal_checkpoints_generate_one_modality(exports, image, tmp_path):
     generate_clip(
         str(exports["video"]), ClipPrompt(first_frame=image, seconds=0.5), out=str(tmp_path / "v.mp4"), steps=1
     )
@@ -210,74 +210,74 @@ def test_only_the_mutual_stage_defaults_to_few_steps(exports, image, tmp_path):
     assert (facts["mode"], facts["nfe"]) == ("multi", 4)  # guidance doubles
 
 
-def test_plain_text_gets_times_and_says_so(exports, tmp_path):
+def test_plain_text_gets_estimated_times(exports, tmp_path):
     facts = generate_clip(
         str(exports["audio"]), ClipPrompt(transcript="Hello there", seconds=0.5), out=str(tmp_path / "a.mp4"), steps=1
     )
-    assert "allotted" in facts["word_times"]
+    assert "estimated" in facts["word_times"]
     hello, there = estimate_word_times(["Hello", "there"])
-    assert (hello.word, there.word) == ("Hello", "there"), "as in a dataset: the text codec knows what is the same"
+    assert (hello.word, there.word) == ("Hello", "there"), "words are not normalized, as in a dataset"
     assert hello.end - hello.start == pytest.approx(2 / 4.5, abs=1e-3)  # two syllables
     assert there.start == pytest.approx(hello.end + 0.1, abs=1e-3)
 
 
-def test_text_is_said_whatever_stands_in_it(tmp_path):
-    words, allotted = read_transcript("[laughs] Yes - no.")
-    assert ([w.word for w in words], allotted) == (["[laughs]", "Yes", "no."], True)
+def test_any_text_is_accepted_as_transcript(tmp_path):
+    words, estimated = read_transcript("[laughs] Yes - no.")
+    assert ([w.word for w in words], estimated) == (["[laughs]", "Yes", "no."], True)
     words, _ = read_transcript("see notes.txt")
     assert [w.word for w in words] == ["see", "notes.txt"]
 
 
 def test_subtitles_keep_their_times(tmp_path):
-    path = tmp_path / "said.srt"
+    path = tmp_path / "words.srt"
     path.write_text("1\n00:00:01,000 --> 00:00:02,000\nHello, you\n")
-    words, allotted = read_transcript(str(path))
+    words, estimated = read_transcript(str(path))
     assert [(w.word, w.start) for w in words] == [("Hello,", 1.0), ("you", pytest.approx(1.667, abs=1e-3))]
-    assert not allotted
+    assert not estimated
 
 
-def test_words_that_come_too_late_are_said(exports, tmp_path, capsys):
+def test_words_after_the_end_give_a_warning(exports, tmp_path, capsys):
     audio = str(exports["audio"])
     generate_clip(audio, ClipPrompt(transcript="ba do ge la so mu", seconds=0.5), out=str(tmp_path / "a.mp4"), steps=1)
     assert "4 of 6 words begin after the end of the clip, at 0.5 s: ge la so mu" in capsys.readouterr().err
 
 
-def test_a_transcript_file_keeps_its_times(tmp_path):
-    path = tmp_path / "said.json"
+def test_transcript_file_keeps_its_times(tmp_path):
+    path = tmp_path / "words.json"
     path.write_text(json.dumps({"transcript": json.loads(WORDS)}))
-    words, allotted = read_transcript(str(path))
-    assert not allotted
+    words, estimated = read_transcript(str(path))
+    assert not estimated
     assert [(w.word, w.start) for w in words] == [("ba", 0.1), ("do", 0.5)]
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"first_frame": None}, "--first-frame"),
-        ({"first_frame": "nowhere.png"}, "nowhere.png does not exist"),
-        ({"transcript": "nowhere.json"}, "nowhere.json does not exist"),
+        ({"first_frame": "nowhere.png"}, "--first-frame nowhere.png"),
+        ({"transcript": "nowhere.json"}, "--transcript nowhere.json"),
         ({"transcript": '[{"wort": "x"}]'}, "transcript"),
         ({"transcript": '{"words": []}'}, "under `transcript`"),
-        ({"transcript": '[{"word": "x", '}, "not JSON"),
-        ({"transcript": '[{"word": "x", "start": 2, "end": 1}]'}, "'x' goes from 2 s to 1 s"),
-        ({"transcript": "nowhere.srt"}, "nowhere.srt does not exist"),
-        ({"seconds": float("inf")}, "an end"),
-        ({"seconds": float("nan")}, "positive"),
-        ({"voice": "nowhere.wav"}, "nowhere.wav does not exist"),
-        ({"seconds": 0.0}, "positive"),
-        ({"mode": "some"}, "choose few or multi"),
+        ({"transcript": '[{"word": "x", '}, "not valid JSON"),
+        ({"transcript": '[{"word": "x", "start": 2, "end": 1}]'}, "2 s to 1 s"),
+        ({"transcript": "nowhere.srt"}, "--transcript nowhere.srt"),
+        ({"seconds": float("inf")}, "--seconds inf"),
+        ({"seconds": float("nan")}, "--seconds nan"),
+        ({"voice": "nowhere.wav"}, "--voice nowhere.wav"),
+        ({"seconds": 0.0}, "--seconds 0"),
+        ({"mode": "some"}, "few or multi"),
     ],
 )
-def test_wrong_input_is_one_message_and_writes_nothing(exports, image, tmp_path, *, change, says):
+def test_invalid_input_is_rejected_before_anything_is_written(exports, image, tmp_path, *, change, message):
     out = tmp_path / "new" / "out.mp4"
     mode = change.get("mode")
     prompt = replace(ClipPrompt(first_frame=image, seconds=0.5), **{k: v for k, v in change.items() if k != "mode"})
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         generate_clip(str(exports["mutual"]), prompt, out=str(out), steps=1, mode=mode)
     assert not out.parent.exists()
 
 
-def test_nothing_is_overwritten(exports, image, tmp_path):
+def test_existing_file_is_not_overwritten(exports, image, tmp_path):
     out = tmp_path / "mine.mp4"
     out.write_text("precious")
     with pytest.raises(ValueError, match="--overwrite"):
@@ -285,7 +285,7 @@ def test_nothing_is_overwritten(exports, image, tmp_path):
     assert out.read_text() == "precious"
 
 
-def test_a_text_file_is_no_first_frame(exports, tmp_path):
+def test_text_file_is_rejected_as_first_frame(exports, tmp_path):
     (tmp_path / "notes.png").write_text("no image")
     with pytest.raises(ValueError, match="neither an image nor a video"):
         generate_clip(
@@ -294,17 +294,17 @@ def test_a_text_file_is_no_first_frame(exports, tmp_path):
 
 
 @pytest.mark.parametrize("steps", [0, -1])
-def test_a_chunk_takes_at_least_one_step(steps):
-    with pytest.raises(ValueError, match=f"--steps {steps}: .*at least 1"):
+def test_step_count_must_be_positive(steps):
+    with pytest.raises(ValueError, match=f"--steps {steps}: "):
         resolve_sampling_params("mutual", mode=None, steps=steps, guidance=None, trust=None, seed=0)
 
 
-def test_more_few_steps_than_were_trained_are_made_and_said(exports, image, tmp_path, capsys):
+def test_untrained_step_counts_give_a_warning(exports, image, tmp_path, capsys):
     model = exports["mutual"] / "model.json"
     place = tmp_path / "export"
     shutil.copytree(exports["mutual"], place)
     card = json.loads(model.read_text())
-    assert card["few_steps"] is None  # of a checkpoint that does not say nothing is said
+    assert card["few_steps"] is None  # unknown: no warning
     for known, steps, mode, warned in ((None, 3, "few", 0), (2, 2, "few", 0), (2, 3, "multi", 0), (2, 3, "few", 1)):
         (place / "model.json").write_text(json.dumps(card | {"few_steps": known}))
         out = tmp_path / f"{known}-{steps}-{mode}.mp4"
@@ -313,7 +313,7 @@ def test_more_few_steps_than_were_trained_are_made_and_said(exports, image, tmp_
         assert out.stat().st_size > 0
 
 
-def test_a_mutual_run_says_how_many_few_steps_it_trains(toy_data):
+def test_mutual_export_contains_its_largest_step_count(toy_data):
     dataset = open_dataset(toy_data)
     config = build_preset("tiny", "mutual", latent_shapes_of(dataset))
     assert make_export_metadata(config, dataset.meta, {}).few_steps == 2**config.objective.finest

@@ -1,6 +1,6 @@
-"""Worse is worse: every metric of a sweep moves one way as noise, blur, desync, drift and other harm grow.
+"""Test that every metric changes monotonically with noise, blur, desync, drift and other degradations.
 
-Networks are played by plain functions of pictures and sound: what is shown is how their vectors are scored.
+Plain functions of frames and audio replace the pretrained networks.
 """
 
 from dataclasses import replace
@@ -46,20 +46,20 @@ def desync(c: DecodedClip, by: float, i: int) -> DecodedClip:
 
 
 def jitter(c: DecodedClip, by: float, i: int) -> DecodedClip:
-    """Every clip by another amount, half of them early."""
+    """Shift every clip by another amount, half of them early."""
     by *= 1 + i // 2
     n = int(by * RATE)
     return desync(c, by, i) if i % 2 else replace(c, sound=torch.cat([c.sound[n:], torch.zeros(n)]))
 
 
 def drift(c: DecodedClip, by: float, i: int) -> DecodedClip:
-    """The colours walk away from the first frame's."""
+    """Drift away from the colors of the first frame."""
     walk = by * torch.linspace(0, 1, FRAMES)[:, None, None, None] * torch.tensor([1.0, -1.0, 0.0])
     return replace(c, frames=(c.frames + walk).clamp(0, 255).byte())
 
 
 def jumps(c: DecodedClip, by: float, i: int) -> DecodedClip:
-    """Every second chunk is brighter and louder, and its latents are elsewhere."""
+    """Brighten every second chunk, make it louder and shift its latents."""
     loud = 1 + by * (torch.arange(len(c.sound)) // (RATE // 2) % 2)
     latents = {}
     for m, x in c.latents.items():
@@ -70,13 +70,13 @@ def jumps(c: DecodedClip, by: float, i: int) -> DecodedClip:
 
 
 def frozen(c: DecodedClip, by: float, i: int) -> DecodedClip:
-    """The first frame for a share ``by`` of the clip."""
+    """Show the first frame for a share ``by`` of the clip."""
     still = round(by * FRAMES)
     return replace(c, frames=torch.cat([c.frames[:1].expand(still, -1, -1, -1), c.frames[still:]]))
 
 
 def scrambled(c: DecodedClip, by: float, i: int) -> DecodedClip:
-    """A share ``by`` of the half seconds from other clips."""
+    """Take a share ``by`` of the half seconds from other clips."""
     swap = [k for k in range(CHUNKS) if (k * 3) % CHUNKS < by * CHUNKS]
     frames = c.frames.clone()
     for k in swap:
@@ -85,7 +85,7 @@ def scrambled(c: DecodedClip, by: float, i: int) -> DecodedClip:
 
 
 def muted(c: DecodedClip, by: float, i: int) -> DecodedClip:
-    """No sound in the first share ``by`` of the clip."""
+    """Silence the first share ``by`` of the clip."""
     return replace(c, sound=c.sound * (torch.arange(len(c.sound)) >= by * len(c.sound)))
 
 
@@ -98,7 +98,7 @@ def louder(c: DecodedClip, by: float, i: int) -> DecodedClip:
 
 
 UP, DOWN = 1, -1
-HARM = (
+DEGRADATIONS = (
     (noise, (40, 120), {"frechet": UP, "identity_error": UP, "motion": UP, "valid": DOWN, "frechet_videomae": UP}),
     (noise, (10, 40), {"sharpness": UP, "sharpness_over_real": UP, "motion_over_real": UP}),
     (
@@ -137,13 +137,13 @@ HARM = (
     (quieter, (0.5, 1.0), {"loudness_db": DOWN}),
     (louder, (0.7, 1.2), {"clipping": UP, "loudness_db": UP}),
 )
-OF_THE_ESTIMATE = ("_bias", "_n", "_n_real", "_shrinkage")  # said beside a distance; no qualities of clips
+ESTIMATE_SUFFIXES = ("_bias", "_n", "_n_real", "_shrinkage")  # properties of the estimate, not of the clips
 
 CLIPS = [real_clip(i) for i in range(3)]
 
 
 def grid(frames, fps):
-    """Colours and contrasts of a coarse grid, per two seconds."""
+    """Return colors and contrasts of a coarse grid, per two seconds."""
     parts = [p.astype(float).reshape(len(p), 2, 32, 2, 32, 3) for p in np.array_split(frames, 2)]
     return np.stack([np.concatenate([p.mean((0, 2, 4)).ravel(), p.std((0, 2, 4)).ravel()]) for p in parts])
 
@@ -163,69 +163,72 @@ def classes(sound, rate):
     return strength / strength.sum(1, keepdims=True)
 
 
-def lips(frames, fps, sound, rate):
-    """How dark the mouth is, and how loud the sound, over five frames each."""
+def lip_embeddings(frames, fps, sound, rate):
+    """Return the darkness of the mouth and the loudness, over five frames each."""
     times = np.arange(int(len(sound) / rate * 25)) / 25
     dark = np.interp(times, np.arange(len(frames)) / fps, -frames[:, 44:54, 26:38].mean((1, 2, 3)))
     loud = sound_envelope(sound, rate, 25.0)[: len(times)]
     return tuple(np.lib.stride_tricks.sliding_window_view((x - x.mean()) / (x.std() + 1e-9), 5) for x in (dark, loud))
 
 
-def ears(sound, rate):
-    """A word for every half second that can be heard."""
+def transcribe(sound, rate):
+    """Return a word for every audible half second."""
     return " ".join(f"w{k}" for k, p in enumerate(np.array_split(sound, 8)) if np.abs(p).max() > 1e-3)
 
 
-class Planted(FeatureModels):
+class FakeFeatureModels(FeatureModels):
     video_encoders = {"videomae": grid, "faces": face}  # noqa: RUF012
     audio_encoders = {"clap": bands, "sounds": classes}  # noqa: RUF012
-    lip_sync_model = staticmethod(lips)
-    speech_recognizers = {"whisper": ears, "pocketsphinx": ears}  # noqa: RUF012
+    lip_sync_model = staticmethod(lip_embeddings)
+    speech_recognizers = {"whisper": transcribe, "pocketsphinx": transcribe}  # noqa: RUF012
 
 
 WORDS = tuple(Word(word=f"w{k}", start=k / 2, end=k / 2 + 0.4) for k in range(CHUNKS))
-TOY, OTHER = FeatureExtractor(evaluation_set(), Planted()), FeatureExtractor(evaluation_set(toy=None), Planted())
-SPOKEN = {name for name in (n for m in METRICS for n in m.names) if name.startswith(("wer", "cer"))}
+TOY, OTHER = (
+    FeatureExtractor(evaluation_set(), FakeFeatureModels()),
+    FeatureExtractor(evaluation_set(toy=None), FakeFeatureModels()),
+)
+SPEECH_METRICS = {name for name in (n for m in METRICS for n in m.names) if name.startswith(("wer", "cer"))}
 
 
-def read(clips, names):
-    if SPOKEN & set(names):
+def extract(clips, names):
+    if SPEECH_METRICS & set(names):
         return [OTHER.extract(replace(c, frames=None, latents={}, words=WORDS)) for c in clips]
     return [TOY.extract(c) for c in clips]
 
 
 @pytest.fixture(scope="module")
 def real() -> ReferenceFeatures:
-    """Distances are from the very clips that are harmed: at first 0."""
+    """Use the undegraded clips as reference, so that distances start at 0."""
     prompts = [TOY.extract(c) for c in CLIPS]
     return ReferenceFeatures(prompts=prompts, reference=prompts)
 
 
-def measured(clips, names, real) -> dict[str, float]:
-    part, found = read(clips, names), {}
+def measure(clips, names, real) -> dict[str, float]:
+    part, found = extract(clips, names), {}
     for metric in METRICS:
         if set(metric.names) & set(names):
             found |= {name: score.value for name, score in metric.compute(part, real).items()}
     return found
 
 
-@pytest.mark.parametrize(("harm", "strengths", "signs"), HARM, ids=lambda x: getattr(x, "__name__", ""))
-def test_worse_is_worse(harm, strengths, signs, real):
-    steps = [measured(CLIPS, signs, real)]
-    steps += [measured([harm(c, by, i) for i, c in enumerate(CLIPS)], signs, real) for by in strengths]
+@pytest.mark.parametrize(("degrade", "strengths", "signs"), DEGRADATIONS, ids=lambda x: getattr(x, "__name__", ""))
+def test_scores_get_worse_with_stronger_degradation(degrade, strengths, signs, real):
+    steps = [measure(CLIPS, signs, real)]
+    steps += [measure([degrade(c, by, i) for i, c in enumerate(CLIPS)], signs, real) for by in strengths]
     for name, sign in signs.items():
         values = [step[name] for step in steps]
         assert all(sign * (after - before) > 0 for before, after in pairwise(values)), (name, values)
 
 
-def test_a_planted_offset_is_found_within_one_audio_frame(real):
+def test_known_offset_is_measured_within_one_audio_frame(real):
     for by in (0.04, 0.1, 0.32):
-        found = measured([desync(c, by, 0) for c in CLIPS], ["sync_offset_median_s"], real)
+        found = measure([desync(c, by, 0) for c in CLIPS], ["sync_offset_median_s"], real)
         assert abs(found["sync_offset_median_s"] - by) < AUDIO_CODEC.config.hop / RATE
 
 
-def test_no_metric_is_left_out():
-    shown = {name for _, _, signs in HARM for name in signs}
-    wanted = {name for metric in METRICS for name in metric.names if not name.endswith(OF_THE_ESTIMATE)}
-    assert wanted <= shown, wanted - shown
+def test_every_metric_has_a_degradation():
+    covered = {name for _, _, signs in DEGRADATIONS for name in signs}
+    required = {name for metric in METRICS for name in metric.names if not name.endswith(ESTIMATE_SUFFIXES)}
+    assert required <= covered, required - covered
     assert {VIDEO, AUDIO} == CLIPS[0].latents.keys()

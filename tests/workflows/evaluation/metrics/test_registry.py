@@ -1,4 +1,4 @@
-"""Scores on clips whose truth is known: real ones are near perfect. That worse is worse: ``test_truths``."""
+"""Test the scores of clips with known properties. See ``test_monotonicity`` for degraded clips."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def perfect(real):
     return compute_metrics(real.prompts, real).metrics
 
 
-def test_real_clips_score_as_real_ones(perfect):
+def test_real_clips_get_perfect_scores(perfect):
     assert perfect["sync"] > 0.95
     assert perfect["sync_offset_s"] < 0.005
     assert perfect["syllable_error"] < 0.02
@@ -53,7 +53,7 @@ def test_real_clips_score_as_real_ones(perfect):
     assert perfect["lag1_pose"] > 0.7
 
 
-def test_late_sound_is_found_and_costs_sync(clips, real, perfect):
+def test_late_audio_is_detected_and_lowers_sync(clips, real, perfect):
     delay = int(0.12 * WORLD.sample_rate)
     late = [replace(c, sound=torch.cat([torch.zeros(delay), c.sound[:-delay]])) for c in clips]
     found = compute_metrics(read(late), real).metrics
@@ -62,7 +62,7 @@ def test_late_sound_is_found_and_costs_sync(clips, real, perfect):
     assert found["syllable_error"] < 0.05  # it is still the same speech
 
 
-def test_sound_of_another_clip_is_neither_in_sync_nor_what_was_to_be_said(clips, real):
+def test_audio_of_another_clip_lowers_sync_and_raises_syllable_error(clips, real):
     swapped = [replace(c, sound=clips[i - 1].sound) for i, c in enumerate(clips)]
     found = compute_metrics(read(swapped), real).metrics
     assert found["sync"] < 0.4
@@ -70,15 +70,15 @@ def test_sound_of_another_clip_is_neither_in_sync_nor_what_was_to_be_said(clips,
     assert found["valid"] == 1
 
 
-def test_shuffled_sound_is_in_sync_by_chance_only(clips, real):
-    """Every clip with the sound of every other one: what is left is the correlation of two strangers."""
+def test_shuffled_audio_is_in_sync_only_by_chance(clips, real):
+    """Combine every clip with the audio of every other clip: only chance correlation remains."""
     orders = [[replace(c, sound=clips[i - k].sound) for i, c in enumerate(clips)] for k in range(1, len(clips))]
     found = [compute_metrics(read(order), real) for order in orders]
     assert abs(np.mean([f.metrics["sync"] for f in found])) < 0.2
     assert np.mean([f.metrics["sync_within_80ms"] for f in found]) < 0.55  # 0.16 of 0.8 s, and peaks at the middle
 
 
-def test_every_number_has_its_clips_and_its_failures(clips, real):
+def test_every_metric_has_counts_failures_and_interval(clips, real):
     silent = replace(clips[0], sound=torch.zeros_like(clips[0].sound))
     found = compute_metrics(read([silent, *clips[1:]]), real).found
     assert (found["sync"].count, found["sync"].failed) == (len(clips), 1)
@@ -91,8 +91,8 @@ def test_every_number_has_its_clips_and_its_failures(clips, real):
     assert found["frechet_bias"].value > 0
 
 
-def test_speech_is_heard_in_pieces_that_belong_to_windows(clips):
-    """A recogniser that hears loudness: pieces are cut between words, and cover the clip."""
+def test_speech_is_transcribed_in_segments_within_windows(clips):
+    """Use a recognizer that detects loudness: segments are cut between words and cover the clip."""
     spoken = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot"]
     spoken += ["golf", "hotel", "india", "juliet", "kilo", "lima"]
     words = tuple(Word(word=word, start=i + 0.1, end=i + 0.8) for i, word in enumerate(spoken))
@@ -115,8 +115,8 @@ def test_speech_is_heard_in_pieces_that_belong_to_windows(clips):
     assert first.metrics["wer"] == 0
 
 
-def test_chunks_of_other_clips_break_continuity(clips, real, perfect):
-    """Each half second from another clip: every chunk is real, what persists does not."""
+def test_chunks_of_other_clips_lower_persistence(clips, real, perfect):
+    """Take each half second from another clip: every chunk is real, but nothing persists."""
     n = len(clips)
     chunk = lambda i, k: clips[(i + k) % n].frames[1 + 12 * k : 13 + 12 * k]
     hybrid = [
@@ -128,7 +128,7 @@ def test_chunks_of_other_clips_break_continuity(clips, real, perfect):
     assert found["identity_error"] > 10 * perfect["identity_error"]
 
 
-def test_one_gesture_for_ever_is_valid_but_has_no_entropy(clips, real):
+def test_constant_gesture_is_valid_without_entropy(clips, real):
     still = [replace(c, frames=c.frames[:1].expand(97, -1, -1, -1).contiguous()) for c in clips]
     found = compute_metrics(read(still), real)
     assert found.metrics["entropy_within"] < 0.35  # the tone of the voice is still free
@@ -138,7 +138,7 @@ def test_one_gesture_for_ever_is_valid_but_has_no_entropy(clips, real):
     assert found.metrics["sync"] == -1
 
 
-def test_a_failed_clip_gets_the_worst_score_and_is_counted(clips, real, perfect):
+def test_failed_clip_gets_worst_score_and_is_counted(clips, real, perfect):
     silent = replace(clips[0], sound=torch.zeros_like(clips[0].sound))
     broken = replace(clips[1], finite=False)
     found = compute_metrics(read([silent, broken, *clips[2:]]), real)
@@ -151,7 +151,7 @@ def test_a_failed_clip_gets_the_worst_score_and_is_counted(clips, real, perfect)
     assert found.metrics["valid"] == pytest.approx(5 / 6)
 
 
-def test_everything_non_finite_scores_without_a_crash(clips, real):
+def test_non_finite_clips_are_scored(clips, real):
     grey = [
         replace(c, frames=torch.full_like(c.frames, 127), sound=torch.zeros_like(c.sound), finite=False) for c in clips
     ]
@@ -161,20 +161,20 @@ def test_everything_non_finite_scores_without_a_crash(clips, real):
     assert all(np.isfinite(list(found.values())))
 
 
-def test_one_modality_says_what_the_rest_needs(clips, real):
+def test_missing_modality_is_reported_as_requirement(clips, real):
     videos = [replace(c, sound=None, latents={VIDEO: c.latents[VIDEO]}) for c in clips]
     found = compute_metrics(read(videos), real)
-    assert found.not_measured["sync"] == "not measured: needs a checkpoint that makes sound"
-    assert found.not_measured["seam_sound"] == "not measured: needs a checkpoint that makes sound"
+    assert found.not_measured["sync"] == "not measured: needs a checkpoint that generates audio"
+    assert found.not_measured["seam_sound"] == "not measured: needs a checkpoint that generates audio"
     assert {"identity_error", "valid", "entropy", "frechet", "seam_pixels", "lag1"} <= found.metrics.keys()
     sounds = [replace(c, frames=None, latents={AUDIO: c.latents[AUDIO]}) for c in clips]
     found = compute_metrics(read(sounds), real)
-    assert found.not_measured["identity_error"] == "not measured: needs a checkpoint that makes pictures"
+    assert found.not_measured["identity_error"] == "not measured: needs a checkpoint that generates video"
     assert {"syllable_error", "valid", "frechet", "seam_sound", "loudness_db"} <= found.metrics.keys()
     assert not found.metrics.keys() & found.not_measured.keys()
 
 
-def test_other_worlds_are_scored_without_toy_readers(clips):
+def test_other_datasets_are_scored_without_toy_readers(clips):
     reader = FeatureExtractor(evaluation_set(toy=None))
     part = [reader.extract(clip) for clip in clips]
     found = compute_metrics(part, ReferenceFeatures(prompts=part, reference=part))
@@ -182,8 +182,8 @@ def test_other_worlds_are_scored_without_toy_readers(clips):
     assert {"motion_sync", "seam", "loudness_db", "motion"} <= found.metrics.keys()
 
 
-def test_a_window_sees_its_own_time_only(clips, real):
-    """Sound that stops after two seconds is silence in the second window, and perfect in the first."""
+def test_window_uses_only_its_time_range(clips, real):
+    """Stop the audio after two seconds: the first window is perfect and the second is silent."""
     cut = [replace(c, sound=c.sound * (torch.arange(len(c.sound)) < 2 * WORLD.sample_rate)) for c in clips]
     part = read(cut)
     first, second = (compute_metrics([r.crop(TimeWindow(start=a, end=a + 2)) for r in part], real) for a in (0, 2))
