@@ -1,6 +1,6 @@
 """Metrics for clips of any kind. A failed clip gets the worst score.
 
-A metric is a function of the clips (or of one window of each) and, if its ``MetricSpec`` says so, of the real clips.
+A metric is a function of the clips or of one window of each. With ``needs_reference`` it also gets the real clips.
 Each value has a count, the number of failed clips, and a bootstrap interval if clips have separate values.
 """
 

@@ -25,7 +25,7 @@ _TOY = "a toy world dataset"
 _VIDEO = "a checkpoint that generates video"
 _AUDIO = "a checkpoint that generates audio"
 _SPEECH = "clips with a transcript"
-_WORDS = "a transcript in words (toy syllables are none)"
+_WORDS = "a transcript with words (toy syllables do not count)"
 _LIPS = requirement_text("syncnet")
 _NETWORKS = ("videomae", "clap", "faces", "sounds")
 
