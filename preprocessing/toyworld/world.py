@@ -62,7 +62,7 @@ _BLINK = 0.14  # seconds
 class ToyConfig:
     """Size, rates and seed of a toy world. `fps` may be any argument of ``Fraction``."""
 
-    size: int = 64  # side of the square picture, pixels; even
+    size: int = 64  # side of a square frame in pixels, even
     fps: Fraction = Fraction(24)
     sample_rate: int = 16000  # Hz
     seconds: float = 10.0

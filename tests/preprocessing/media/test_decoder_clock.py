@@ -27,7 +27,7 @@ UNEVEN = lambda n: (n % 7) * (n % 5) < 9
 X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-crf", "10", "-pix_fmt")
 MPEG2 = ("-c:v", "mpeg2video", "-q:v", "2", "-pix_fmt", "yuv420p", "-flags", "+ildct+ilme", "-g", "12")
 PCM = ("-c:a", "pcm_s16le")
-CENTRE = ("-af", "pan=5.1|FC=c0|FL=0*c0|FR=0*c0|LFE=0*c0|BL=0*c0|BR=0*c0")
+CENTER = ("-af", "pan=5.1|FC=c0|FL=0*c0|FR=0*c0|LFE=0*c0|BL=0*c0|BR=0*c0")
 HDR = ("-color_primaries", "bt2020", "-colorspace", "bt2020nc", "-color_trc")
 
 FIXTURES = [
@@ -68,7 +68,7 @@ FIXTURES = [
             sound=(*PCM, "-ar", "8000")),
     Fixture(name="stereo_96_khz_mov", suffix="mov", sound=(*PCM, "-ar", "96000", "-ac", "2")),
     Fixture(name="stereo_192_khz_mkv", suffix="mkv", sound=(*PCM, "-ar", "192000", "-ac", "2")),
-    Fixture(name="surround_centre_only", suffix="mov", sound=(*PCM, "-ar", "48000", *CENTRE)),
+    Fixture(name="surround_centre_only", suffix="mov", sound=(*PCM, "-ar", "48000", *CENTER)),
     Fixture(name="surround_aac", sound=("-c:a", "aac", "-ac", "6")),
     Fixture(name="opus_mkv", suffix="mkv", direct=True, sound=("-c:a", "libopus"), early=0.0065),
     Fixture(name="opus_webm_late", suffix="webm", direct=True, audio_late=0.08, sound=("-c:a", "libopus"), early=0.0065,
