@@ -184,7 +184,9 @@ def mel_filterbank(sample_rate: int, window: int, mels: int) -> Float64[np.ndarr
     """Return triangles of height 1, evenly spaced on the HTK mel scale, 2595 log10(1 + f / 700), up to Nyquist."""
     top = 2595 * np.log10(1 + sample_rate / 2 / 700)
     corners = 700 * (10 ** (np.linspace(0, top, mels + 2) / 2595) - 1)
-    low, peak, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    low = corners[:-2, None]
+    peak = corners[1:-1, None]
+    high = corners[2:, None]
     bins = np.linspace(0, sample_rate / 2, window // 2 + 1)
     bank = np.maximum(0, np.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)))
     if (bank.sum(1) == 0).any():

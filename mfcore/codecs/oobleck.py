@@ -140,7 +140,8 @@ class OobleckDecoder:
     """Streaming decoder; its delay is the look-ahead of the model."""
 
     def __init__(self, model: Any, device: torch.device, hop: int) -> None:
-        self._model, self._device, self._hop = model, device, hop
+        self._model, self._device = model, device
+        self._hop = hop
         self._before, self._after = receptive_field(model.config.downsampling_ratios[::-1])
         self._kept: Tensor = torch.zeros(
             0, model.config.decoder_input_channels

@@ -98,7 +98,10 @@ class Whisper:
             device=self._model.device,
         )
         result = recognizer(wave, return_timestamps="word" if has_alignment else True, generate_kwargs=GREEDY)
-        return [word for chunk in result["chunks"] for word in _split_phrase(chunk, seconds)]
+        words: list[tuple[str, float, float]] = []
+        for phrase in result["chunks"]:
+            words += _split_phrase(phrase, seconds)
+        return words
 
     def _transcribe(self, wave: NDArray[np.float32]) -> str:
         features = self._processor(wave, sampling_rate=RATE, return_tensors="pt").input_features

@@ -25,7 +25,9 @@ from torch.nn.functional import interpolate, pad
 from mfcore.metrics.av_sync import SyncResult
 from mfcore.metrics.speech import resample
 
-FPS, RATE, FACE = 25, 16000, 224
+FPS = 25  # frames per second
+RATE = 16000  # samples per second
+FACE = 224  # pixels
 _WINDOW = 5  # frames
 _SHIFT = 15  # frames, as in LatentSync
 _WINDOWS = 16  # per batch: 20 MB of pixels
@@ -183,6 +185,8 @@ def _triangles() -> NDArray[np.float64]:
     top = 2595 * np.log10(1 + RATE / 2 / 700)
     corners = np.floor(513 * 700 * (10 ** (np.linspace(0, top, 28) / 2595) - 1) / RATE)
     bins = np.arange(257)
-    low, peak, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    low = corners[:-2, None]
+    peak = corners[1:-1, None]
+    high = corners[2:, None]
     rise, fall = (bins - low) / np.maximum(peak - low, 1), (high - bins) / np.maximum(high - peak, 1)
     return np.where((bins >= low) & (bins < peak), rise, np.where((bins >= peak) & (bins < high), fall, 0.0))

@@ -21,7 +21,8 @@ def denoise_in_one_step(
 
     An ablation: samplers that re-noise x_0 predictions end a rollout like this. A flow map finishes its schedule.
     """
-    t, r = (constant_levels(exit_state, {m: line[j] for m, line in plan.items()}) for j in (exit_step, -1))
+    t = constant_levels(exit_state, {m: levels[exit_step] for m, levels in plan.items()})
+    r = constant_levels(exit_state, {m: levels[-1] for m, levels in plan.items()})
     return dict(solver_step(context, exit_state, t, r, mode="few"))
 
 

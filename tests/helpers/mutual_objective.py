@@ -1,5 +1,6 @@
 """Networks, batches and recorded calls for tests of the mutual objective."""
 
+import itertools
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,16 +61,16 @@ class Call:
         if not self.x:
             return [("sink", as_numbers(self.cond.first_frame[i])) for i in range(self.rows)]
         flags = as_numbers(self.cond.caption_mask, self.cond.words_mask)
-        return [
-            (self.store, flags, as_numbers(*(part for m in self.x for part in self._chunk(m, i, k))))
-            for i in range(self.rows)
-            for k in range(self.chunks)
-        ]
+        inputs = []
+        for row, chunk in itertools.product(range(self.rows), range(self.chunks)):
+            parts = itertools.chain(*(self._chunk(m, row, chunk) for m in self.x))
+            inputs.append((self.store, flags, as_numbers(*parts)))
+        return inputs
 
-    def _chunk(self, m: str, row: int, k: int) -> tuple[torch.Tensor, ...]:
+    def _chunk(self, m: str, row: int, chunk: int) -> tuple[torch.Tensor, ...]:
         stream = self.x[m]
-        here = stream.chunk == stream.chunk[0] + k
-        return stream.latents[row, here], self.t[m][row, k], self.r[m][row, k]
+        in_chunk = stream.chunk == stream.chunk[0] + chunk
+        return stream.latents[row, in_chunk], self.t[m][row, chunk], self.r[m][row, chunk]
 
 
 @dataclass

@@ -238,7 +238,8 @@ def test_edit_distance(heard: str, spoken: str, distance: int):
 def test_edit_distance_equals_the_plain_dynamic_program():
     draw = rng(3)
     for _ in range(200):
-        heard, spoken = ([f"w{i}" for i in draw.integers(0, 5, draw.integers(0, 12))] for _ in range(2))
+        heard = [f"w{i}" for i in draw.integers(0, 5, draw.integers(0, 12))]
+        spoken = [f"w{i}" for i in draw.integers(0, 5, draw.integers(0, 12))]
         assert edit_distance(heard, spoken) == plain_edit_distance(heard, spoken)
         heard, spoken = "".join(heard), "".join(spoken)
         assert edit_distance(heard, spoken) == plain_edit_distance(heard, spoken)

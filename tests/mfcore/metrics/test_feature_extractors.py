@@ -98,7 +98,8 @@ def test_divergence_of_known_distributions():
 
 def test_history_use_of_the_multi_step_mode_agrees_with_the_objective():
     """Without the first chunk, which has no history and equal errors."""
-    model, data, time = network(), batch(rows=3), TimeConfig(shift={VIDEO: 3.0, AUDIO: 1.0})
+    model, data = network(), batch(rows=3)
+    time = TimeConfig(shift={VIDEO: 3.0, AUDIO: 1.0})
     ours, theirs = mode_history_use(model, data, time, mode="multi", trust=None), history_use(model, data, time, 0)
     for m, value in theirs.items():
         assert (ours[m] - 1) * (value - 1) >= 0

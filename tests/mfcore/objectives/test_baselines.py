@@ -83,7 +83,8 @@ def test_self_forcing_does_not_depend_on_the_clip():
 
 def test_the_gradient_of_a_forced_sample_starts_at_the_exit_step():
     """As in a rollout: the gradient is that of the calls from the exit state on, with history as data."""
-    net, data, info = trio()["student"], four(), at_step(LATE)
+    net, data = trio()["student"], four()
+    info = at_step(LATE)
     config = replace(CONFIG, rows=("forced",), finest_rows=(True,), rollout_steps=(4,))
     draws = replace(draw_step(config, data.streams, info), exit_step=2)
     own = write_histories(config, net, data, draws=draws, info=info, samples="distilled").samples
@@ -94,7 +95,8 @@ def test_the_gradient_of_a_forced_sample_starts_at_the_exit_step():
     )
     again = own.exit_state
     for j in (2, 3):
-        t, r = (constant_levels(again, {m: line[i] for m, line in draws.plan.items()}) for i in (j, j + 1))
+        t = constant_levels(again, {m: levels[j] for m, levels in draws.plan.items()})
+        r = constant_levels(again, {m: levels[j + 1] for m, levels in draws.plan.items()})
         again = solver_step(history, again, t, r, mode="few")
     assert_same_gradient(own.streams, again, net)
 

@@ -91,7 +91,8 @@ def test_louder_audio_does_not_change_the_gradient_of_the_video():
 
 def test_normalization_is_per_sample_chunk_and_modality():
     chunk = torch.tensor([3, 3, 4])
-    v_real, v_fake, v_sample = torch.ones(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+    v_real = torch.ones(2, 3, 4)
+    v_fake, v_sample = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
     v_real[1], v_real[0, 2] = 8.0, 4.0
     g = normalized_score_difference(v_real, v_fake, v_sample, chunk, floor=1e-3)
     torch.testing.assert_close(g, torch.ones(2, 3, 4))
@@ -126,7 +127,8 @@ def test_a_slow_fake_score_makes_the_student_overshoot(ratio, overshoot, toleran
     ``ratio`` times as fast as the first.
     """
     student, fake = (torch.tensor(1.0, requires_grad=True) for _ in range(2))
-    noise, floor, rate = normal(16, 1, 4, seed=0), 100.0, 0.02
+    noise = normal(16, 1, 4, seed=0)
+    floor, rate = 100.0, 0.02
     noise = torch.cat([noise, -noise])  # its mean is exactly 0
     eps, lowest = {AUDIO: noise.roll(1, 0)}, 0.0
     for _ in range(400):
@@ -148,12 +150,13 @@ def test_a_sample_has_the_gradient_of_its_last_steps_on_a_history_that_is_data(e
     net, data = network(), batch(chunks=4)
     starts = list(noise_starts(TIMELINE, SHAPES, range(4), seed=0, samples=data.samples, like=data.cond.caption))
     chunks = list(rollout(DenoiserContext(model=net, cond=data.cond), starts, PLAN, exit_step=exit_step))
-    made, stash = join_chunks(c.clean for c in chunks), join_chunks(c.exit_state for c in chunks)
-    assert not any(s.latents.requires_grad for s in stash.values())
+    made, exit_state = join_chunks(c.clean for c in chunks), join_chunks(c.exit_state for c in chunks)
+    assert not any(s.latents.requires_grad for s in exit_state.values())
     history = {m: s.with_latents(s.latents.detach()) for m, s in made.items()}
-    again, context = stash, DenoiserContext(model=net, cond=data.cond).append_history(history, None).detach()
+    again, context = exit_state, DenoiserContext(model=net, cond=data.cond).append_history(history, None).detach()
     for j in range(exit_step, 4):
-        t, r = (constant_levels(again, {m: line[i] for m, line in PLAN.items()}) for i in (j, j + 1))
+        t = constant_levels(again, {m: levels[j] for m, levels in PLAN.items()})
+        r = constant_levels(again, {m: levels[j + 1] for m, levels in PLAN.items()})
         again = solver_step(context, again, t, r, mode="few")
     assert_same_gradient(made, again, net)
 
@@ -163,11 +166,14 @@ def test_the_gradient_of_a_jump_is_that_of_its_single_call():
     net, data = network(), batch(chunks=4)
     starts = list(noise_starts(TIMELINE, SHAPES, range(4), seed=0, samples=data.samples, like=data.cond.caption))
     chunks = list(rollout(DenoiserContext(model=net, cond=data.cond), starts, PLAN, exit_step=1))
-    stash, history = join_chunks(c.exit_state for c in chunks), join_chunks(c.clean for c in chunks)
+    exit_state, history = join_chunks(c.exit_state for c in chunks), join_chunks(c.clean for c in chunks)
     context = DenoiserContext(model=net, cond=data.cond).append_history(history, None).detach()
-    t, r = (constant_levels(stash, {m: line[i] for m, line in PLAN.items()}) for i in (1, -1))
-    again = solver_step(context, {m: s.with_latents(s.latents.detach()) for m, s in stash.items()}, t, r, mode="few")
-    assert_same_gradient(denoise_in_one_step(context, stash, PLAN, 1), again, net)
+    t = constant_levels(exit_state, {m: levels[1] for m, levels in PLAN.items()})
+    r = constant_levels(exit_state, {m: levels[-1] for m, levels in PLAN.items()})
+    again = solver_step(
+        context, {m: s.with_latents(s.latents.detach()) for m, s in exit_state.items()}, t, r, mode="few"
+    )
+    assert_same_gradient(denoise_in_one_step(context, exit_state, PLAN, 1), again, net)
 
 
 def test_a_jump_is_one_call_and_equals_the_schedule_for_a_flow_map():
@@ -178,10 +184,10 @@ def test_a_jump_is_one_call_and_equals_the_schedule_for_a_flow_map():
         calls.append(float(r[AUDIO][0, 0]))
         return inner(x, t, r, cond, cache=cache, store=store, trust=trust)
 
-    stash = {AUDIO: stream(normal(2, 1, 3, seed=0))}
-    landed = denoise_in_one_step(DenoiserContext(model=counting, cond=condition(2)), stash, PLAN, 1)
+    exit_state = {AUDIO: stream(normal(2, 1, 3, seed=0))}
+    landed = denoise_in_one_step(DenoiserContext(model=counting, cond=condition(2)), exit_state, PLAN, 1)
     assert calls == [0.0]
-    x = stash
+    x = exit_state
     for j in (1, 2, 3):
         t, r = (constant_levels(x, {AUDIO: PLAN[AUDIO][i]}) for i in (j, j + 1))
         x = solver_step(DenoiserContext(model=inner, cond=condition(2)), x, t, r, mode="few")

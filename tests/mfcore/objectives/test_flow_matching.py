@@ -81,7 +81,8 @@ def test_a_summary_separates_the_first_chunks_from_the_last():
 
 
 def test_a_sample_has_the_same_terms_in_any_batch():
-    model, data, objective = network(), batch(rows=3), FlowMatchingObjective(FlowMatchingConfig(time=TIME))
+    model, data = network(), batch(rows=3)
+    objective = FlowMatchingObjective(FlowMatchingConfig(time=TIME))
     whole = objective({"student": model}, data, START)["student"]
     index = torch.tensor([2, 0])
     part = objective({"student": model}, data.rows(index), START)["student"]
@@ -95,7 +96,9 @@ def test_history_use_needs_another_clip():
 
 
 # A world of known uncertainty: a face (first frame) fixes the mean of every video and audio latent.
-WIDTH, SPREAD, CHUNKS = 4, 0.3, 2
+WIDTH = 4
+SPREAD = 0.3
+CHUNKS = 2
 
 
 def faces(number: int, rows: int = 16) -> AVBatch:

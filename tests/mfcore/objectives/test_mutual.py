@@ -235,24 +235,22 @@ def test_a_further_update_uses_the_updated_weights():
 
 def test_phases_start_in_order():
     config = replace(CONFIG, real_until=2, free_from=4, fake_from=6, dmd_from=8, dmd_ramp=4)
-    models, data, expected_terms = (
-        trio(),
-        four(),
-        ({"flow_matching": 4, "shortcut": 4}, {"flow_matching": 2, "shortcut": 4}),
-    )
+    models, data = trio(), four()
+    real_only, mixed = {"flow_matching": 4, "shortcut": 4}, {"flow_matching": 2, "shortcut": 4}
     kinds = {step: [config.row_kind(i, step) for i in range(4)] for step in (1, 2, 3, 4)}
     assert kinds[1] == ["real"] * 4
     assert kinds[2] == kinds[3] == ["real", "coupled", "coupled", "coupled"]
     assert kinds[4] == ["real", "free", "coupled", "free"]
-    for step, expected in ((1, expected_terms[0]), (5, expected_terms[1])):
+    for step, expected in ((1, real_only), (5, mixed)):
         terms = run(config, models, data, step)
         assert found(terms["student"]) == expected
         assert "fake" not in terms
-    watching = run(config, models, data, 7)  # the fake score learns alone
-    assert found(watching["student"]) == expected_terms[1]
-    assert found(watching["fake"]) == {"fake_score": 2}
-    weights = {s: next(t.weight for t in run(config, models, data, s)["student"] if t.name == "dmd") for s in (8, 20)}
-    assert weights == pytest.approx({8: 1 / 12, 20: 1 / 3})
+    fake_alone = run(config, models, data, 7)
+    assert found(fake_alone["student"]) == mixed
+    assert found(fake_alone["fake"]) == {"fake_score": 2}
+    for step, weight in ((8, 1 / 12), (20, 1 / 3)):
+        dmd = next(t for t in run(config, models, data, step)["student"] if t.name == "dmd")
+        assert dmd.weight == pytest.approx(weight)
     assert [config.dmd_scale(s) for s in (7, 8, 9, 10, 11, 12)] == [0, 0.25, 0.5, 0.75, 1, 1]
 
 
@@ -270,7 +268,8 @@ def test_draws_that_shape_control_flow_depend_on_the_step_alone():
         watched = Watched(network(layers=1))
         run(config, models | {"student": watched}, four(first), step)
         rolled = [c for c in watched.calls if c.chunks == 1]  # chunk by chunk
-        levels = [(c.store, *(round(float(v[AUDIO][0, 0]), 5) for v in (c.t, c.r))) for c in rolled]
+        level = lambda levels: round(float(levels[AUDIO][0, 0]), 5)
+        levels = [(c.store, level(c.t), level(c.r)) for c in rolled]
         return [levels, [(c.store, c.chunks, c.rows) for c in watched.calls]]
 
     seen = [calls(step, first=0) for step in range(4)]
@@ -297,7 +296,11 @@ def test_a_setting_changes_its_own_terms_and_no_other(setting, terms):
     def values(**changes) -> dict[str, torch.Tensor]:
         config = replace(CONFIG, rollout_steps=(4,), **changes)
         out = [run(config, trio(), four(), step) for step in (0, 1, 2)]
-        return {f"{t.key}/{i}": t.values.detach() for i, some in enumerate(out) for ts in some.values() for t in ts}
+        values: dict[str, torch.Tensor] = {}
+        for i, terms_of in enumerate(out):
+            for term in itertools.chain(*terms_of.values()):
+                values[f"{term.key}/{i}"] = term.values.detach()
+        return values
 
     before, after = values(), values(**setting)
     assert {key.split("/")[0] for key in before if not torch.equal(before[key], after[key])} == terms

@@ -76,7 +76,8 @@ class Plane(nn.Module):
     ):
         if not x:
             return {}, EmptyCache()
-        at, level, gap = x[AUDIO].latents, t[AUDIO][..., None], (t[AUDIO] - r[AUDIO])[..., None]
+        at, level = x[AUDIO].latents, t[AUDIO][..., None]
+        gap = (t[AUDIO] - r[AUDIO])[..., None]
         waves = torch.cat(
             [(k * math.pi * gap).sin() for k in (0.5, 1, 2, 4)] + [(k * math.pi * level).sin() for k in (0.5, 1, 2, 4)],
             -1,
