@@ -1,4 +1,4 @@
-"""Run one function on all ranks, under Ray Train or as plain processes; return the result of rank 0."""
+"""Run one function on all ranks, under Ray Train or as plain processes."""
 
 import pickle
 import tempfile
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def run_on_ranks(function: Callable[[A], R], argument: A, engine: EngineConfig, *, on_ray: bool) -> R:
-    """Return ``function(argument)`` of rank 0 after a run on ``engine.max_workers`` ranks; both must be picklable."""
+    """Run picklable ``function(argument)`` on all ranks of ``engine``; return rank 0's result."""
     if on_ray:
         return _on_ray(function, argument, engine)
     if engine.max_workers == 1:

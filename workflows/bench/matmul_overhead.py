@@ -1,4 +1,4 @@
-"""Time of a forward pass relative to its matrix products: norms, rotations, modulation, copies, Python."""
+"""Time of a forward pass over the time of its matrix products and attention."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +47,7 @@ class _MatmulRecorder(TorchDispatchMode):
 
 @contextmanager
 def record_layer_inputs(model: Any) -> Iterator[list[tuple[Any, ...]]]:
-    """Yield a list that receives the arguments of every ``model.run_layer`` call inside the block."""
+    """Yield a list that receives the arguments of every ``model.run_layer`` call."""
     inputs: list[tuple[Any, ...]] = []
     run_layer = model.run_layer
 
@@ -64,7 +64,7 @@ def record_layer_inputs(model: Any) -> Iterator[list[tuple[Any, ...]]]:
 
 @torch.no_grad()
 def measure_matmul_overhead(config: RunConfig, batch: AVBatch, rounds: int) -> MatmulOverhead:
-    """Return the overhead for a training batch with a filled KV cache; work and products are interleaved."""
+    """Return the overhead for a training batch with a filled KV cache (interleaved rounds)."""
     device = batch.cond.caption.device
     model: Any = build_initial_network(config, {}).to(device).eval()
     t = constant_levels(batch.streams, dict.fromkeys(batch.streams, 0.5))

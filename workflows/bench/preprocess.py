@@ -1,4 +1,4 @@
-"""Time the pipeline, ffmpeg alone and a plain Ray Data pipeline, interleaved (``mfctl bench preprocess``).
+"""Time the pipeline against ffmpeg and plain Ray Data (``mfctl bench preprocess``).
 
 The limit is ffmpeg that decodes and scales the same files to the null muxer, one process per worker. Ratios compare
 measurements of one round, so that other load on the machine affects both. CPU seconds exclude other load.
@@ -40,7 +40,7 @@ class Measurement:
 def bench_preprocess(
     folder: str, *, config: PreprocessConfig, workers: int, rounds: int, with_plain: bool = True
 ) -> dict[str, Any]:
-    """Return medians over the rounds, as printed by ``--json``. Raises ValueError without media files."""
+    """Return medians over the rounds, as in ``--json``. Raises ValueError without media files."""
     paths = [local_path(source.uri) for source in find_sources([folder])]
     config = replace(config, workers=workers, sources_per_unit=1, keep_duplicates=True)
     variants: dict[str, Callable[[], Measurement]] = {

@@ -26,7 +26,7 @@ class MemoryBenchRow(TypedDict):
 
 
 def bench_memory(*, few: int, many: int, workers: int) -> dict[str, Any]:
-    """Return the memory for ``few`` and for ``many`` one-second clips, in bytes, and their ratio."""
+    """Return the memory for ``few`` and ``many`` one-second clips, in bytes, and their ratio."""
     rows = {clips: _measure(clips, workers) for clips in (few, many)}
     ratio = rows[many]["rss_bytes"] / rows[few]["rss_bytes"]
     by_clips = {str(clips): row for clips, row in rows.items()}

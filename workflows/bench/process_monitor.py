@@ -37,7 +37,10 @@ class ProcessTreeCpuClock:
         self._unreaped: dict[int, int] = defaultdict(int)  # by parent: ticks of ended processes in no account yet
 
     def read(self) -> float:
-        """Return the CPU seconds so far. Use between the last reading and the end of a process may be missed."""
+        """Return the CPU seconds so far.
+
+        Use between the last reading and the end of a process may be missed.
+        """
         now: dict[tuple[int, float], _CpuAccount] = {}
         me = psutil.Process()
         for process in [me, *me.children(recursive=True)]:

@@ -9,7 +9,7 @@ from workflows.inference.precision import keep_in_fp32
 
 
 def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> AVTransformer:
-    """Return a network in evaluation mode with matrices of std 1 / sqrt(fan in) and ones elsewhere.
+    """Return an evaluation network with matrices of std 1 / sqrt(fan in) and ones elsewhere.
 
     Noise-level embeddings, output projections, modulation and norms stay float32.
     """

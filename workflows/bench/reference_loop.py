@@ -60,7 +60,7 @@ class ReferenceLoop:
         self._optimizers = {name: build_adamw(net, self._optims[name]) for name, net in nets.items()}
 
     def run(self, batches: Iterable[list[AVBatch]], first: int, steps: int) -> list[LossTerm]:
-        """Train on ``batches`` from step ``first`` of a stage of ``steps``; return the terms of the last step."""
+        """Train from step ``first`` of a stage of ``steps``; return the terms of the last step."""
         seen: list[LossTerm] = []
         for step, micros in enumerate(batches, first):
             if self._fake_score_updates:
@@ -142,7 +142,7 @@ def reference_loop(config: RunConfig) -> ReferenceLoop:
 
 
 def full_copy_loop(config: RunConfig) -> RunConfig:
-    """Return the configuration of the mutual stage with a full copy of the student as fake score."""
+    """Return the mutual stage's configuration with a full copy as fake score."""
     assert isinstance(config.objective, MutualConfig)
     return replace(
         config, fake=replace(config.fake, rank=None), objective=replace(config.objective, share_history=False)

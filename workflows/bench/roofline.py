@@ -59,7 +59,7 @@ class _AttentionFlopCounter(TorchFunctionMode):
 
 
 def _ignore_attention_kernels() -> dict[Any, Any]:
-    """Return a mapping that disables torch's own counts of attention kernels, which ignore masks."""
+    """Return a mapping that disables torch's counts of attention kernels, which ignore masks."""
     aten = torch.ops.aten
     kernels = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
     names = [*kernels, *(f"{kernel}_backward" for kernel in kernels)]
@@ -85,7 +85,7 @@ def allocated_bytes(device: torch.device) -> int:
 
 
 def live_tensor_bytes() -> int:
-    """Return the bytes of all tensors that Python tracks and of their gradients; shared storage counts once."""
+    """Return the bytes of all tensors and gradients; shared storage counts once."""
     storages: dict[int, int] = {}
     for candidate in gc.get_objects():
         # isinstance() triggers warnings of proxies; fake tensors of torch.compile have no storage
@@ -100,7 +100,7 @@ def live_tensor_bytes() -> int:
 
 @contextmanager
 def track_bytes_at_step() -> Iterator[list[int]]:
-    """Yield a list that receives ``live_tensor_bytes()`` at every optimizer step: no activations are alive then."""
+    """Yield a list that receives ``live_tensor_bytes()`` at every optimizer step."""
     gc.collect()
     bytes_at_step: list[int] = []
     handle = register_optimizer_step_pre_hook(lambda *_: bytes_at_step.append(live_tensor_bytes()))

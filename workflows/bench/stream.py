@@ -82,7 +82,7 @@ def bench_stream(
     graphs: bool = False,
     sets: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return what ``--json`` prints. Raises ValueError for invalid options or insufficient memory."""
+    """Return what ``--json`` prints. Raises ValueError for bad options or too little memory."""
     plan = plan_stream_bench(
         preset=preset,
         size=size,
@@ -147,7 +147,7 @@ def memory_parts(plan: StreamBenchPlan) -> dict[str, int]:
 
 
 def check_feasible(plan: StreamBenchPlan) -> None:
-    """Raise ValueError before allocation if a switch does not apply or weights and caches do not fit."""
+    """Raise ValueError if a switch does not apply or weights and caches exceed memory."""
     check_inference_optimizations(plan.device, compile=plan.compile, graphs=plan.graphs)
     order = [name for name in reversed(presets.PRESETS) if name != plan.preset]
     smaller = order[list(reversed(presets.PRESETS)).index(plan.preset) :]
@@ -165,7 +165,7 @@ def check_feasible(plan: StreamBenchPlan) -> None:
 
 
 def chunk_workload(plan: StreamBenchPlan) -> ChunkWorkload:
-    """Return the workload of a typical chunk; audio counts differ by one between chunks and are averaged."""
+    """Return the workload of a typical chunk; latent counts are averaged over chunks."""
     timeline, branches = plan.timeline, plan.model.branches
     tokens: dict[str, int] = {}
     sink = 0
@@ -205,7 +205,7 @@ def measure(plan: StreamBenchPlan) -> dict[str, Any]:
 def measure_switch_speedup(
     plan: StreamBenchPlan, net: AVTransformer, model: VelocityModel, cond: Condition
 ) -> dict[str, Any]:
-    """Return the speedup of --compile and --graphs (interleaved chunks) and the largest difference of latents."""
+    """Return the speedup of --compile and --graphs, and the largest difference of latents."""
     if not (plan.compile or plan.graphs):
         return {"switch_speedup": None}
     code = net.code
@@ -225,7 +225,7 @@ def measure_switch_speedup(
 
 
 def measure_cache_speedup(plan: StreamBenchPlan, net: AVTransformer, cond: Condition) -> dict[str, Any]:
-    """Return the speedup of the KV cache for chunk ``CACHED_AT``, against recomputing the prefix (interleaved)."""
+    """Return the speedup of the KV cache over recomputing the prefix, at chunk ``CACHED_AT``."""
     prefix = sum(plan.timeline.count(m, CACHED_AT) * b.tokens for m, b in plan.model.branches.items())
     if prefix > MAX_PREFIX_TOKENS:
         return {

@@ -27,7 +27,7 @@ def latent_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def noise_condition(model: ModelConfig, timeline: Timeline, device: torch.device) -> Condition:
-    """Return random conditions; ``VISIBLE_WORDS`` words are within reach of every chunk of a stream."""
+    """Return random conditions with ``VISIBLE_WORDS`` words within reach of every chunk."""
     shapes, draw = latent_shapes(model), torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=draw)
     always = torch.tensor([-1e9, 1e9], dtype=torch.float64).expand(1, VISIBLE_WORDS, 2)  # the midpoint counts
@@ -107,7 +107,7 @@ class StreamRunner:
 def measure_decode_ms(
     geometry: LatentGeometry, shapes: Mapping[str, tuple[int, ...]], timeline: Timeline, *, rounds: int
 ) -> dict[str, float] | None:
-    """Return the median milliseconds per chunk and modality; None for codecs with pretrained weights."""
+    """Return median milliseconds per chunk and modality; None for pretrained codecs."""
     if geometry != EMBEDDED:
         return None
     codecs = {VIDEO: DctCodec(), AUDIO: MelCodec()}

@@ -1,4 +1,4 @@
-"""Time training steps: Ray Train and DeepSpeed against a reference loop and the FLOP limit (``mfctl bench train``).
+"""Time training steps against a reference loop and the FLOP limit (``mfctl bench train``).
 
 One run measures all variants in the same processes, interleaved (``workflows.bench.train_worker``):
 
@@ -90,7 +90,7 @@ def bench_config(
     sets: Sequence[str],
     size: tuple[int, int] | None = None,
 ) -> RunConfig:
-    """Return the preset with equal steps: clips of one length, the mutual stage in its last phase."""
+    """Return the preset with equal steps: one clip length, last phase of the mutual stage."""
     if workers < 1 or tokens < 1:
         raise ValueError(f"--workers and --tokens must be at least 1, got {workers} and {tokens}")
     config = presets.build_preset(preset, stage, geometry_for_preset(preset).shapes(size or default_size(preset)))
@@ -109,7 +109,7 @@ def bench_config(
 
 
 def _rows(config: RunConfig, tokens: int) -> int:
-    """Return the clips per rank with at least ``tokens``: whole cycles of row kinds, whole micro-batches."""
+    """Return the clips per rank with at least ``tokens``, in whole row cycles and micro-batches."""
     timeline = synthetic_data.synthetic_collator(config.model).timeline
     chunks = config.data.chunks[1]
     per_clip = sum(timeline.count(m, chunks) * branch.tokens for m, branch in config.model.branches.items())
@@ -122,7 +122,7 @@ def _gpu() -> bool:
 
 
 def available_variants(config: RunConfig, names: Sequence[str]) -> tuple[dict[str, Variant], dict[str, str]]:
-    """Return the variants this machine can run, the reference loop first, and the reasons against the others."""
+    """Return the variants this machine can run, reference loop first, and the missing ones."""
     others = OTHER_VARIANTS | (MUTUAL_VARIANTS if config.stage == "mutual" else {})
     known = (*VARIANTS, *others)
     if odd := [name for name in names if name not in known]:
@@ -149,7 +149,7 @@ def _installed(name: str) -> bool:
 
 
 def summarize(plan: TrainBenchPlan, measured: TrainBenchResult, missing: Mapping[str, str]) -> dict[str, Any]:
-    """Return what ``--json`` prints: medians over the rounds, seconds per step, per rank unless noted."""
+    """Return what ``--json`` prints: medians over the rounds, in seconds per step."""
     config, world = plan.config, plan.config.engine.max_workers
     step_s = {name: median(t.step_s for t in turns) for name, turns in measured.turns.items()}
     overhead = {name: _over_bare(measured, name, "step_s") for name in step_s if name != REFERENCE_VARIANT}

@@ -1,4 +1,4 @@
-"""Worker of ``mfctl bench train``: all variants run the same steps, interleaved, on every rank.
+"""Worker of ``mfctl bench train``: all variants run the same steps, interleaved.
 
 Rounds of a few steps alternate between the variants (A B C A B C), so that other load affects all alike. A variant is
 compared with the reference loop of the same round. Variants with an engine run ``workflows.training.loop`` with the

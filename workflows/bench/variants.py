@@ -52,7 +52,7 @@ class StepRunner(Protocol):
         ...
 
     def loss(self) -> float:
-        """Return the loss of the last step over all ranks. Collective; called outside of the timed section."""
+        """Return the loss of the last step over all ranks. Collective, not timed."""
         ...
 
 

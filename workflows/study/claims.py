@@ -23,7 +23,7 @@ class Claim:
 
 
 def check_claims(table: ResultTable, max_steps: int) -> list[Claim]:
-    """Return the claims that the available rows can decide, each on the common seeds of its methods.
+    """Return the claims that the rows can decide, each on the common seeds of its methods.
 
     ``max_steps``: step count of the quality mode.
     """

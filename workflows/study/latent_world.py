@@ -1,4 +1,4 @@
-"""Synthetic world of talking characters: latents with known factors, which can be read back exactly.
+"""Synthetic world of talking characters: latents with factors that can be read exactly.
 
 A clip consists of factors over time, mixed into latents by a fixed rotation per modality. The inverse rotation recovers
 the factors. Transcript, first frame and history leave some factors of a chunk open:

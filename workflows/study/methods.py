@@ -43,7 +43,7 @@ def _at_once(config: StudyConfig) -> StudyConfig:
 
 
 def _less_free(config: StudyConfig) -> StudyConfig:
-    """Halve the free rows; the finest level stays on all real rows, no coupled and half of the free rows."""
+    """Halve the free rows; the shares of rows with the finest level are unchanged."""
     cycle = [("real", True), ("free", False), ("coupled", False), ("real", True)]
     cycle += [("coupled", False), ("free", True), ("real", True), ("coupled", False)]
     return _changed(config, rows=tuple(kind for kind, _ in cycle), finest_rows=tuple(finest for _, finest in cycle))

@@ -64,7 +64,7 @@ class RealStatistics:
 
 
 def chunk_choices(factors: ClipFactors) -> tuple[Tensor, Tensor]:
-    """Return the choice per chunk (B, K, 5), and if all latents of the chunk are near it (B, K, 5)."""
+    """Return choices per chunk (B, K, 5), and if all latents are near them (B, K, 5)."""
     video, audio = factors.by_chunk(VIDEO), factors.by_chunk(AUDIO)
     picks: list[Tensor] = []
     valid: list[Tensor] = []
@@ -78,7 +78,7 @@ def chunk_choices(factors: ClipFactors) -> tuple[Tensor, Tensor]:
 
 
 def chunk_features(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> np.ndarray:
-    """Return one row per clip and chunk: the mean of every factor and the step of pose across the border before it.
+    """Return per clip and chunk the factor means and the step of pose across the border before.
 
     Identity is relative to the first frame and voice to the nearest voice. The absolute values vary between clips and
     would hide drift.
@@ -113,7 +113,7 @@ def real_statistics(seed: int, clips: int = 512, chunks: int = 20) -> RealStatis
 def score_window(
     streams: Mapping[str, Stream], truth: GroundTruth, window: TimeWindow, ref: RealStatistics
 ) -> dict[str, float]:
-    """Return all metrics of one window; nan if a metric does not apply. Non-finite latents count as the worst."""
+    """Return all metrics of one window; nan if undefined. Non-finite latents count as worst."""
     factors = ClipFactors.from_latents(streams)
     non_finite = ~(torch.isfinite(factors.video).flatten(1).all(1) & torch.isfinite(factors.audio).flatten(1).all(1))
     factors = ClipFactors(
@@ -188,7 +188,7 @@ def _voice_error(factors: ClipFactors, truth: GroundTruth, first: int, last: int
 
 
 def _voice_entropy(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> float:
-    """Return the normalized entropy of voices over clips: 1 uniform, 0 one for all; nan with one voice."""
+    """Return the normalized entropy of voices over clips: 1 uniform; nan with one voice."""
     voices = len(truth.voices)
     if voices == 1:
         return float("nan")
@@ -197,7 +197,7 @@ def _voice_entropy(factors: ClipFactors, truth: GroundTruth, first: int, last: i
 
 
 def _voice_changes(factors: ClipFactors, truth: GroundTruth, first: int, last: int) -> float:
-    """Return the share of clips with another nearest voice at the end of the window than in the first second."""
+    """Return the share of clips with another voice at the window's end than at the start."""
     start = _latents_of_chunks(factors.audio, AUDIO, 0, VOICE_CHUNKS)[..., latent_world.VOICE].mean(1)
     end = _latents_of_chunks(factors.audio, AUDIO, last - 1, last)[..., latent_world.VOICE].mean(1)
     return float((_nearest(start, truth) != _nearest(end, truth)).float().mean())
@@ -208,7 +208,7 @@ def _nearest(voice: Float[Tensor, "*B 2"], truth: GroundTruth) -> Int64[Tensor, 
 
 
 def _syllable_error(factors: ClipFactors, truth: GroundTruth, window: TimeWindow) -> float:
-    """Return the share of syllables ending in the window with formants nearest to another syllable or silence."""
+    """Return the share of syllables ending in the window with wrong nearest formants."""
     at = latent_world.latent_midpoints(AUDIO, factors.chunks).float().expand(len(truth.end), -1).contiguous()
     now = torch.searchsorted(truth.end, at, right=True).clamp_max(truth.end.shape[1] - 1)
     batch, syllables = truth.end.shape

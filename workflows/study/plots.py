@@ -34,7 +34,7 @@ _COLORS = {name: f"C{number}" for number, name in enumerate(BASELINES)} | {"join
 
 
 def draw_plots(rows: Rows, folder: Path) -> list[Path]:
-    """Write ``frontier.png``, and ``drift.png`` and ``ablations.png`` if there are rows; return the paths."""
+    """Write ``frontier.png``, ``drift.png`` and ``ablations.png`` if rows exist; return paths."""
     windows = sorted({row["window"] for row in rows}, key=lambda w: float(w.split("-")[0]))
     lines = _group_rows(rows)
     table = {series: own for series, own in lines.items() if series.method not in ABLATIONS}

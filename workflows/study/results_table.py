@@ -148,7 +148,7 @@ class ResultTable:
         return seed_statistic(value(cost) for cost in self.costs[method])
 
     def history_use(self, method: str, modality: str) -> SeedStatistic:
-        """Return the loss on another clip's history over the loss on the true history (multi-step mode)."""
+        """Return the loss on another clip's history over that on the true history."""
         return self.cost(method, lambda c: c["history_use"][modality])
 
 

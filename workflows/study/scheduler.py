@@ -41,7 +41,7 @@ COST_COLUMNS = {"method", "seed", "steps", "history_use", "state_bytes", "cpu_se
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Parse ``--seeds``: ``3`` means seeds 0 to 2, ``3,4`` means these two. Raises ValueError otherwise."""
+    """Parse ``--seeds`` (``3``: 0 to 2; ``3,4``: these). Raises ValueError for other text."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts if part.strip() or len(parts) == 1):
         raise ValueError(f"--seeds {text}: not a count or a list. Give a count such as 3, or seeds such as 3,4,5")
@@ -53,7 +53,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def select_methods(names: Sequence[str], seeds: Sequence[int]) -> dict[str, Sequence[int]]:
-    """Return the seeds of each method: all for core methods and methods in ``names``, else the first.
+    """Return the seeds per method: all for core and named methods, else the first.
 
     Raises ValueError for unknown names.
     """
@@ -105,7 +105,7 @@ def _differences(path: Path, config: StudyConfig, *, ignore: Collection[str] = (
 
 
 def import_networks(config: StudyConfig, source: Path, out: Path, methods: dict[str, Sequence[int]]) -> int:
-    """Copy trained networks of ``methods`` from another study; return their number. Existing ones are kept.
+    """Copy missing trained networks from another study; return their number.
 
     Raises ValueError if ``config`` differs in settings of the training; settings of sampling may differ.
     """

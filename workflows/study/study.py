@@ -40,7 +40,7 @@ def run_study(
     tracking: str,
     networks: str | None = None,
 ) -> dict[str, Any]:
-    """Run the pending tasks of a study in ``out``; write and log results, page and plots; return a summary.
+    """Run the pending tasks in ``out``, publish the results, and return a summary.
 
     Failed tasks are listed in ``failed`` with their errors; the page covers the others. ``networks``: folder of another
     study to copy trained networks from.
@@ -126,7 +126,7 @@ def _draw_plots(rows: Sequence[StudyRow], folder: Path) -> list[Path]:
 def _log_to_tracker(
     folder: Path, table: ResultTable, files: Sequence[Path], *, uri: str, settings: dict[str, Any]
 ) -> str | None:
-    """Log a parent run with the page, and a child run per method and mode with NFE as step; return the parent's ID.
+    """Log the page and a child run per method and mode (step: NFE); return the parent's ID.
 
     ``mlflow.json`` records what the store has: the same store receives changes only, another one everything.
     """

@@ -1,4 +1,6 @@
-"""Study tasks: training of one method, or scores of one sampling setting. A task is done when its file exists.
+"""Study tasks: training of one method, or scores of one sampling setting.
+
+A task is done when its file exists.
 
 ```text
 OUT/study.json                         configuration; a different one is rejected
@@ -92,7 +94,7 @@ class StudyTask:
 
 
 def plan_tasks(config: StudyConfig, methods: dict[str, Sequence[int]]) -> list[StudyTask]:
-    """Return all tasks of a study of ``methods`` (name -> seeds), seed by seed, dependencies first."""
+    """Return all tasks of ``methods`` (name -> seeds), seed by seed, dependencies first."""
     tasks: list[StudyTask] = []
     for s in sorted(set().union(*methods.values())):
         names = [name for name, seeds in methods.items() if s in seeds]
@@ -130,7 +132,7 @@ class DeadlineReached(Exception):
 
 
 def run_task(config: StudyConfig, out: Path, task: StudyTask, *, device: str, deadline: float) -> None:
-    """Run one task. Raises DeadlineReached at ``deadline`` (as ``time.time()``), with the progress saved."""
+    """Run one task. Raises DeadlineReached (progress is saved) at the time ``deadline``."""
     if task.kind == "train":
         _train(config, out, task, device=device, deadline=deadline)
     else:
@@ -138,7 +140,7 @@ def run_task(config: StudyConfig, out: Path, task: StudyTask, *, device: str, de
 
 
 def pending_tasks(out: Path, tasks: Sequence[StudyTask]) -> list[StudyTask]:
-    """Return the tasks to run, in order, including finished trainings with missing weights that others need."""
+    """Return the tasks to run, including finished trainings with missing but needed weights."""
     pending = {task for task in tasks if not task.is_done(out)}
     for task in reversed(tasks):  # dependencies precede their dependents
         if task in pending and task.dependency and not task.is_ready(out):

@@ -1,4 +1,4 @@
-"""Training of one study network: plain PyTorch, synthetic clips drawn per step, resumable at any step."""
+"""Training of one study network in plain PyTorch, resumable at any step."""
 
 import copy
 from collections.abc import Mapping
@@ -108,7 +108,7 @@ class Trainer:
         return {f"gradient_norm/{name}": self.engines[name].step(lr)}
 
     def state_bytes(self) -> int:
-        """Return the bytes of weights, gradients and two moments of the trained networks, EMA and teacher.
+        """Return the bytes of weights, gradients and moments of all networks.
 
         All are float32. A low-rank fake score counts its low-rank terms only.
         """
