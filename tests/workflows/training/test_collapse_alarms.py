@@ -120,7 +120,7 @@ class TestHistoryUseMonitor:
         assert not wrong
         numbers, wrong = watch.measure(LinearGaussian(0.07, 0.0, 1.0))
         assert numbers["alarm/history_use/audio"] < 1.5
-        assert "of what it was" in wrong["history_use/audio"]
+        assert "at the start of the run" in wrong["history_use/audio"]
 
     def test_the_first_value_is_kept_across_restarts(self, tmp_path):
         HistoryUseMonitor(tmp_path, [linear_clips(64, 16, 0)], self.TIME, 0).measure(LinearGaussian(0.95, 0.0, 0.1))
@@ -139,7 +139,7 @@ class TestHistoryUseMonitor:
         (lambda c: louder(c, 0.0), "loudness is 0.00 of the data's"),
         (lambda c: louder(c, 0.6), "loudness is 0.36 of the data's"),
         (lambda c: louder(c, float("nan")), "loudness is nan of the data's"),
-        (lambda c: replace(c, finite=False), "not finite"),
+        (lambda c: replace(c, finite=False), "non-finite"),
     ],
 )
 def test_a_planted_collapse_raises_an_alarm(real, collapse, expected):
@@ -173,7 +173,7 @@ def test_a_low_fake_score_loss_raises_an_alarm():
         assert gap.measure(fine) == ({"alarm/fake_over_real/video": pytest.approx(0.9)}, {})
     easy = fine | {"fake_score/video/t0": 0.6, "fake_score/video/t3": 0.4}
     words = [gap.measure(easy)[1] for _ in range(10)]
-    assert words[0] == {}, "one batch is no alarm"
+    assert words[0] == {}, "one batch raises no alarm"
     assert "0.20 of the loss on real clips" in words[-1]["fake_over_real/video"]
     assert gap.measure({"flow_matching/video": 1.0})[0] == {}
 
