@@ -563,7 +563,7 @@ def corpus(folder: Path) -> Any:
 
 
 def checks() -> Any:
-    """Return the result of ``mfctl doctor``, whose programs are not run."""
+    """Return the result of ``mfctl doctor`` without its external programs."""
 
     def run(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 0, stdout="1.0\n", stderr="")
@@ -575,7 +575,7 @@ def checks() -> Any:
 
 
 def jobs(folder: Path) -> Any:
-    """Return the results of ``mfctl status`` with one job whose server is a stub, and the record of the job."""
+    """Return the results of ``mfctl status`` with one job and a stub server, and the record of the job."""
 
     class Client:
         def get_job_info(self, job: str) -> Any:
@@ -725,7 +725,7 @@ class Material:
 
     @cached_property
     def toy_dataset(self) -> dict[str, Any]:
-        """Preprocess the toy world and a file that is no media; return the command's result."""
+        """Preprocess the toy world and a file that is not media; return the command's result."""
         damaged = self.folder / "damaged"
         damaged.mkdir()
         (damaged / "pointer.mp4").write_text("a pointer, not a clip\n")

@@ -154,7 +154,7 @@ class MotionSync:
     pressure) and moves when the sound changes (motion energy against the change of pressure). The score of a lag is the
     root of the mean squared correlation of the two, over the three best blocks, so other motion does not hide the
     mouth. ``confidence`` is the best score over the highest score by chance: of the audio reversed in time, and of the
-    audio rotated by more than two lags. 1 or less is no evidence. On 6 s of drawn talking heads it is 1.36 to 2.3; with
+    audio rotated by more than two lags. 1 or less shows nothing. On 6 s of drawn talking heads it is 1.36 to 2.3; with
     the audio of another clip at most 1.10 in 95 of 100, and 1.36 in the worst of 240.
     """
 

@@ -43,7 +43,7 @@ def run(stage, runs, data, *extra, sets=(), **kwargs):
 
 
 def killed_at(step: int):
-    """Return a launcher whose process dies while it prepares the batch of ``step``."""
+    """Return a launcher that dies while it prepares the batch of ``step``."""
 
     def launch(job):
         class Dying(worker.TrainingBatchLoader):

@@ -72,11 +72,21 @@ def evaluate_checkpoints(
     """Sample, score, plot and log a sweep. A repeated call computes only missing results.
 
     Args:
+        checkpoints: Runs, checkpoints or export folders.
         data: Dataset; default: the held-out share of the training set of the first checkpoint.
+        steps: Solver steps per chunk.
+        modes: "few", "multi".
         guidance: Weights of the multi-step mode; empty: the default.
+        clips: Held-out clips per setting.
         seconds: Length of the samples; default: that of each clip. Longer samples repeat the transcript.
+        out: Output folder; default: below the run of the first checkpoint.
+        seeds: Seeds of the noise.
+        windows: Parts of the clips, in seconds, that are scored separately.
         workers: Ray actors, each with one network; 1: this process.
         weights: Feature models as ``kind=path``.
+        precision: Precision of weights and products.
+        mlflow_uri: Tracking store; default: that of the environment.
+        progress: Called with the number of finished and of all tasks.
 
     Raises:
         ValueError: A checkpoint or the dataset is missing or incompatible, or no setting is valid. Nothing is written.

@@ -52,9 +52,12 @@ class ResultStore:
             temporary.write_bytes(pickle.dumps(outcome))
 
     def load_batch(self, key: str, batch: int) -> TaskResult | None:
-        """Return the result of one batch of an earlier run; None if it is not stored."""
+        """Return the result of one batch of an earlier run; None if it is not stored or cannot be read."""
         path = self._unfinished / f"{key}-{batch}.pickle"
-        return pickle.loads(path.read_bytes()) if path.exists() else None
+        try:
+            return pickle.loads(path.read_bytes()) if path.exists() else None
+        except (AttributeError, EOFError, ImportError, pickle.UnpicklingError):
+            return None  # written by a version with other class names, or cut off: the batch is sampled again
 
     def load_all(self, checkpoints: Sequence[EvaluatedCheckpoint]) -> list[StoredSettingResult]:
         """Return the results of the checkpoints on the clips of this scope, sorted by function evaluations.

@@ -36,7 +36,7 @@ class StreamingPipeline:
     """Generates clips from a checkpoint. It keeps no state between calls."""
 
     def __init__(self, model: nn.Module, metadata: ExportMetadata, precision: Precision = "fp32") -> None:
-        """Take a model whose weights have ``precision``, see ``cast_weights``."""
+        """Take a model with weights in ``precision``, see ``cast_weights``."""
         self.model = model.eval()
         self.metadata = metadata
         self.timeline = metadata.timeline

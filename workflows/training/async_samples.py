@@ -78,7 +78,7 @@ def evaluate_snapshot(folder: Path, run_dir: Path, timeout: float = SNAPSHOT_TIM
 
 
 def unevaluated_snapshots(run_dir: Path) -> list[Path]:
-    """Return the snapshots whose run or validation task was killed before their evaluation."""
+    """Return the snapshots that were not evaluated before their run or validation task was killed."""
     return sorted((run_dir / "ray").glob(f"*/{_NAME}*"))
 
 

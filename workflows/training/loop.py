@@ -76,7 +76,7 @@ class TrainingLoop:
     heartbeat: Callable[[int, str], object] = lambda step, activity: None
     # called on all ranks after each step with the metrics about to be logged; returns more metrics
     on_step_end: Callable[[Progress, Mapping[str, float]], dict[str, float]] = lambda progress, metrics: {}
-    # context that records the first block of each network whose activations are non-finite
+    # context that records the first block with non-finite activations of each network
     record_non_finite: Callable[[], AbstractContextManager[Mapping[str, str]]] = lambda: nullcontext({})
     meter: ThroughputMeter = field(default_factory=ThroughputMeter)
 
@@ -131,7 +131,7 @@ class TrainingLoop:
     def _backward(self, micro: AVBatch, rounds: Iterator[dict[str, list[LossTerm]]]) -> MicroBatchResult | None:
         """Compute the next round of a micro-batch; None if there is none.
 
-        Engines average gradients over the ranks, whose shards may differ in size. So each micro-batch is weighted by
+        Engines average gradients over the ranks, and shards may differ in size. So each micro-batch is weighted by
         its part of the global batch. Where rows differ in kind, each micro-batch has them in equal parts. Ranks with
         the same clips count as one: the mean over them is the gradient of a whole clip.
         """

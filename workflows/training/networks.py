@@ -36,7 +36,7 @@ class TrainingNetworks:
 
     @contextmanager
     def record_non_finite(self) -> Iterator[dict[str, str]]:
-        """Record, by network, the first block whose activations are non-finite while the block runs."""
+        """Record, by network, the first block with non-finite activations inside the context."""
         first: dict[str, str] = {}
         # the EMA comes last: it may be part of the fake score too
         parts = [

@@ -1,6 +1,6 @@
 """Few-step training on a ring of eight modes: four Euler steps blur between them, four few steps must not.
 
-The clips' chunks are independent points in the plane, so that history is no help and only few-step training counts.
+The clips' chunks are independent points in the plane, so that history does not help and only few-step training counts.
 """
 
 import copy

@@ -43,7 +43,7 @@ def test_asynchronous_samples_equal_inline_ones(tmp_path, toy_data):
         worker.run_worker(job, snapshots=SnapshotWriter(job.run_dir / "ray" / "it", job.metadata, given.append))
         evaluate_snapshot(given[0], job.run_dir)
 
-    result = train_stage("video", data=toy_data, sets=SETS, runs_dir=tmp_path / "aside", run="v", launch=launch)
+    result = train_stage("video", data=toy_data, sets=SETS, runs_dir=tmp_path / "async", run="v", launch=launch)
     ours, theirs = sample_metrics(result), sample_metrics(plain)
     assert list(ours) == list(theirs) == [2, 4]
     for step, numbers in theirs.items():
@@ -136,7 +136,7 @@ LEADER = """if True:
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the leading process has a GPU of its own here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the leading process has a GPU here")
 def test_the_last_samples_are_generated_on_a_machine_with_a_gpu(tmp_path):
     """The driver of a training on a cluster is on the head, without a GPU."""
     root = str(Path(__file__).parents[3])

@@ -68,7 +68,7 @@ class Engine(Protocol):
 
 
 def build_engine(module: nn.Module, optim: OptimConfig, config: EngineConfig) -> Engine:
-    """Return the engine of one network, whose weights must be equal on all ranks."""
+    """Return the engine of one network. Its weights must be equal on all ranks."""
     if config.kind == "torch":
         return TorchEngine(module, optim, config)
     return DeepSpeedEngine(module, optim, config)
