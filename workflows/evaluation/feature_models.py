@@ -15,7 +15,7 @@ from mfcore.metrics.syncnet import SyncNetSync, load_syncnet
 MODEL_KINDS: Mapping[str, str] = {
     "syncnet": "a SyncNet weight file, syncnet_v2.model or safetensors",
     "whisper": "a folder of Whisper in transformers' layout",
-    "pocketsphinx": "en, after pip install pocketsphinx",
+    "pocketsphinx": "en, with the extra: pip install -e .[speech]",
     "videomae": "a folder of VideoMAE in transformers' layout",
     "clap": "a folder of CLAP in transformers' layout",
     "faces": "a folder of an image network in transformers' layout, trained for face recognition",

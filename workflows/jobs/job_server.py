@@ -34,7 +34,8 @@ def connect(address: str) -> Any:
     os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")  # no warning about the archive
     from ray.job_submission import JobSubmissionClient
 
-    logging.disable(logging.INFO)  # Ray logs every excluded file
+    for module in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # Ray logs every excluded file
     _check_server(address)
     try:
         client = JobSubmissionClient(address)

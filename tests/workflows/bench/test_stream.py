@@ -168,9 +168,9 @@ def test_inapplicable_switches_are_rejected(monkeypatch):
         bench_stream(device="cpu", compile=True)
     with pytest.raises(ValueError, match="needs a compiler"):
         bench_train(sets=["engine.compile=true"], variants=["ray_torch"])
-    with pytest.raises(ValueError, match=r"leave it off, or set engine\.zero_stage"):
+    with pytest.raises(ValueError, match=r"set engine\.compile=false, or engine\.zero_stage"):
         bench_train(sets=["engine.compile=true", "engine.zero_stage=3"])
     with pytest.raises(ValueError, match=r"engine\.sequence 2 must divide engine\.workers, a number: got 1"):
         bench_train(sets=["engine.sequence=2"])
-    with pytest.raises(ValueError, match=r"engine\.sequence 3 shares out heads: it must divide model\.heads 4"):
+    with pytest.raises(ValueError, match=r"engine\.sequence 3 splits attention heads: it must divide model\.heads 4"):
         bench_train(workers=3, sets=["engine.sequence=3"])

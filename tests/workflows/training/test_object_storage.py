@@ -103,7 +103,7 @@ def media(s3, tmp_path_factory) -> str:
 def test_a_missing_bucket_of_media_is_one_clear_message(media):
     with pytest.raises(ValueError, match="no media files in s3://nowhere/media"):
         find_sources(["s3://nowhere/media"])
-    with pytest.raises(InfrastructureError, match=r"s3://nowhere/set: there is no such bucket"):
+    with pytest.raises(InfrastructureError, match=r"s3://nowhere/set: no such bucket"):
         build_dataset([media], "s3://nowhere/set", SHORT, progress=lambda *_: None)
 
 

@@ -80,7 +80,7 @@ def test_folders_that_do_not_fit_are_errors_with_the_reason(folder, tmp_path):
         describe_wan_import(config(folder, mlp_ratio=3.0))
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     (tmp_path / "a.safetensors").touch()
-    with pytest.raises(ValueError, match="is a FluxTransformer2DModel: name the folder"):
+    with pytest.raises(ValueError, match="is a FluxTransformer2DModel: name the diffusers folder"):
         describe_wan_import(config(tmp_path))
     branches = {VIDEO: BranchConfig(channels=48, size=(4, 4), patch=(2, 2), data_std=None)}
     with pytest.raises(ValueError, match=r"embed\.weight \(48, 64\) there, \(48, 192\) here"):

@@ -108,7 +108,7 @@ def test_missing_weights_are_reported(tmp_path, toy_data):
 
 
 def test_missing_feature_models_are_an_error_before_the_run(tmp_path, toy_data):
-    with pytest.raises(ValueError, match="does not exist; give a folder of CLAP"):
+    with pytest.raises(ValueError, match="/nowhere does not exist. Give a folder of CLAP"):
         train_stage("video", data=toy_data, sets=(*SETS, "sample_weights=[clap=/nowhere]"), runs_dir=tmp_path, run="v")
     assert not (tmp_path / "v").exists()
 

@@ -101,7 +101,7 @@ def test_a_dry_run_without_data_estimates_a_preset(tmp_path, preset, billions):
 
 
 def test_missing_inputs_are_reported(tmp_path, data):
-    with pytest.raises(ValueError, match=r"finished video run .*mfctl train --stage video"):
+    with pytest.raises(ValueError, match=r"finished video run.*mfctl train --stage video"):
         run("joint", tmp_path, data)
     with pytest.raises(ValueError, match="unknown preset 'tny'"):
         run("video", tmp_path, data, preset="tny")
