@@ -17,7 +17,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
 # Tests of pure functions: no child processes, no media files, no training.
-FAST := tests/mfcore/test_*.py tests/mfcore/codecs/test_embedded_codecs.py tests/mfcore/metrics tests/preprocessing/sources tests/preprocessing/dataset/test_schema.py tests/workflows/config tests/workflows/data/test_batch_sampler.py tests/workflows/jobs/test_submit.py tests/test_architecture.py tests/test_documentation.py tests/test_repository.py
+FAST := $(filter-out tests/mfcore/test_device.py,$(wildcard tests/mfcore/test_*.py)) tests/mfcore/codecs/test_embedded_codecs.py tests/mfcore/metrics tests/preprocessing/sources tests/preprocessing/dataset/test_schema.py tests/workflows/config tests/workflows/data/test_batch_sampler.py tests/workflows/jobs/test_submit.py tests/test_architecture.py tests/test_documentation.py tests/test_repository.py
 
 .PHONY: help venv ffmpeg demo test test-fast test-slow check format clean
 

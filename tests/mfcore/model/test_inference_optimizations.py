@@ -44,6 +44,7 @@ def assert_compiled_equals_eager(backend: str, changes: dict, tolerance: float, 
         torch.testing.assert_close(answers[1][name], value, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_a_block_compiles_to_one_graph():
     """Use backend ``eager``, which fails on a graph break."""
     assert_compiled_equals_eager("eager", {"layers": 3}, 1e-6, VIDEO)

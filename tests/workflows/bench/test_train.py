@@ -58,6 +58,7 @@ def test_state_bytes_are_weights_gradients_two_moments_and_ema(joint):
     assert exact <= joint["model_state_bytes"]["torch"] < 1.03 * exact
 
 
+@pytest.mark.slow
 def test_mutual_stage_is_measured_against_dmd_and_a_full_copy():
     low = [*SMALL, "fake.rank=1", "objective.fake_updates=2", "objective.share_history=true"]
     result = bench_train(

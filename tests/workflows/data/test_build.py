@@ -238,6 +238,7 @@ def test_clips_of_deleted_sources_stay_with_a_note(tmp_path, capsys):
     assert "1 sources of this dataset no longer exist" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_build_requests_no_memory_from_ray(tmp_path):
     """An autoscaler may see only the CPUs of a machine type; a task that requests memory is then never scheduled."""
     write_toyworld(tmp_path / "media", clips=4, seconds=2.0, size=32, jobs=1)

@@ -586,6 +586,7 @@ class TestRuns:
         planned = plan_tasks(replace(small(), guidance=1.0), select_methods(["teacher_forcing"], [0]))
         assert len({task.name for task in planned}) == len(planned)
 
+    @pytest.mark.slow
     def test_failed_task_skips_only_its_dependents(self, tmp_path):
         begun = tmp_path / "seed-0" / "mutual" / "step.json"
         claim_study_dir(small(), tmp_path)

@@ -137,6 +137,7 @@ LEADER = """if True:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the leading process has a GPU here")
+@pytest.mark.slow
 def test_the_last_samples_are_generated_on_a_machine_with_a_gpu(tmp_path):
     """The driver of a training on a cluster is on the head, without a GPU."""
     root = str(Path(__file__).parents[3])

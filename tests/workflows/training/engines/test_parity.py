@@ -145,6 +145,7 @@ def on_one() -> dict[str, torch.Tensor]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow
 def test_every_engine_on_two_processes_equals_one_plain_process(on_one, on_two, name):
     expected = on_one[RUNS[name].stage]
     assert difference(losses(on_two.losses[name]), losses(expected)) < 1e-5
