@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from mfcore.errors import UserInputError
 from mfcore.types import VelocityModel
 
 
@@ -24,7 +25,7 @@ class EmaConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
-            raise ValueError(f"the EMA decay must be in [0, 1), got {self.decay}")
+            raise UserInputError(f"the EMA decay must be in [0, 1), got {self.decay}")
 
 
 def ema_decay(config: EmaConfig, step: int) -> float:
@@ -100,7 +101,9 @@ class Ema:
         """Load an average. Raises ValueError if its names differ from those of the network."""
         if state.keys() != self._weights.keys():
             names = sorted(state.keys() ^ self._weights.keys())[:3]
-            raise ValueError(f"this is the average of another network: {', '.join(names)} ... are missing or unknown")
+            raise UserInputError(
+                f"this is the average of another network: {', '.join(names)} ... are missing or unknown"
+            )
         for name, weight in self._weights.items():
             for own, new in self.storage.places(weight, state[name]):
                 own.copy_(new)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mfcore.device import to_device_of
+from mfcore.errors import UserInputError
 from mfcore.types import AUDIO, NoiseLevels, Stream, Streams
 
 
@@ -47,7 +48,7 @@ class TimeConfig:
 
     def __post_init__(self) -> None:
         if any(s <= 0 for s in self.shift.values()):
-            raise ValueError(f"time shifts must be positive, got {self.shift}")
+            raise UserInputError(f"time shifts must be positive, got {self.shift}")
 
 
 def training_times(config: TimeConfig, draws: Float[Tensor, "*batch 3"], modality: str) -> Float[Tensor, "*batch"]:

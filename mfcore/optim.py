@@ -6,6 +6,8 @@ from math import cos, pi
 import torch
 from torch import nn
 
+from mfcore.errors import UserInputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -20,7 +22,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.clip <= 0 or self.warm_up < 0 or not 0 <= self.final <= 1:
-            raise ValueError(f"an optimizer needs lr > 0, clip > 0, warm_up >= 0 and final in [0, 1]; got {self}")
+            raise UserInputError(f"an optimizer needs lr > 0, clip > 0, warm_up >= 0 and final in [0, 1]; got {self}")
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

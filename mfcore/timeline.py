@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from mfcore.errors import UserInputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentClock:
@@ -29,7 +31,7 @@ class LatentClock:
 
     def __post_init__(self) -> None:
         if self.rate <= 0 or not 0 <= self.offset * self.rate < 1 or self.head < 0:
-            raise ValueError(f"a latent clock needs rate > 0, 0 <= offset < 1 / rate, head >= 0; got {self}")
+            raise UserInputError(f"a latent clock needs rate > 0, 0 <= offset < 1 / rate, head >= 0; got {self}")
 
     def start(self, index: int) -> Fraction:
         """Return the start of latent ``index`` (head not counted) in seconds."""
@@ -50,7 +52,7 @@ class Timeline:
     def __post_init__(self) -> None:
         for name, clock in self.clocks.items():
             if clock.rate * self.chunk_seconds < 1:
-                raise ValueError(
+                raise UserInputError(
                     f"a chunk of {float(self.chunk_seconds)} s holds no whole {name} latent at {float(clock.rate)} per "
                     "second: choose a longer chunk"
                 )

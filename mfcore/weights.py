@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from mfcore.errors import UserInputError
+
 Weights = Mapping[str, Tensor]
 SHARD_BYTES = 5_000_000_000  # default size limit of a file
 
@@ -52,7 +54,7 @@ def load_strict(module: nn.Module, weights: Weights, source: str) -> None:
     if unknown:
         parts.append(f"{', '.join(unknown)} unknown")
     if parts:
-        raise ValueError(f"{source} is of another network: {'; '.join(parts)}")
+        raise UserInputError(f"{source} is of another network: {'; '.join(parts)}")
     check_shapes(own, weights, source)
     module.load_state_dict(dict(weights))
 
@@ -65,4 +67,4 @@ def check_shapes(own: Weights, others: Weights, source: str) -> None:
         if w.shape != own[name].shape
     ]
     if wrong:
-        raise ValueError(f"{source} is of another size ({len(wrong)} weights): {'; '.join(wrong)}")
+        raise UserInputError(f"{source} is of another size ({len(wrong)} weights): {'; '.join(wrong)}")

@@ -10,6 +10,7 @@ from mfcore.codecs.dct import DctConfig
 from mfcore.codecs.factory import AudioConfig, VideoConfig
 from mfcore.codecs.mel import MelConfig
 from mfcore.codecs.t5 import T5Config
+from mfcore.errors import UserInputError
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.io.hashing import canonical_json, content_hash
 from preprocessing.media.probe import DECODER_BYTES
@@ -54,23 +55,25 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         if not self.sizes:
-            raise ValueError("sizes is empty: give at least one height and width, such as 64x64")
+            raise UserInputError("sizes is empty: give at least one height and width, such as 64x64")
         for height, width in self.sizes:
             if height % self.video.block or width % self.video.block or height % 2 or width % 2 or not height * width:
-                raise ValueError(
+                raise UserInputError(
                     f"size {height}x{width}: height and width must be even multiples of video.block={self.video.block}"
                 )
         if self.min_chunks < 1 or self.min_chunks * self.chunk_seconds > self.window_seconds:
-            raise ValueError(
+            raise UserInputError(
                 f"min_chunks={self.min_chunks} of {float(self.chunk_seconds)} s do not fit into window_seconds="
                 f"{float(self.window_seconds)}. Set fewer chunks or a longer window"
             )
         if self.audio_track is not None and self.audio_track < 0:
-            raise ValueError(f"audio_track={self.audio_track} is negative: the first track is 0")
+            raise UserInputError(f"audio_track={self.audio_track} is negative: the first track is 0")
         if self.sources_per_unit < 1 or (self.workers is not None and self.workers < 0) or self.text_width < 1:
-            raise ValueError("sources_per_unit and text_width must be at least 1, workers at least 0")
+            raise UserInputError("sources_per_unit and text_width must be at least 1, workers at least 0")
         if self.decoder_bytes < _MIN_DECODER_BYTES or self.stall_seconds <= 0:
-            raise ValueError(f"decoder_bytes must be at least {_MIN_DECODER_BYTES} (64 MiB), stall_seconds positive")
+            raise UserInputError(
+                f"decoder_bytes must be at least {_MIN_DECODER_BYTES} (64 MiB), stall_seconds positive"
+            )
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from mfcore.errors import UserInputError
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.schema import REJECTS, RowWriter, to_row
 from preprocessing.dataset.units import WorkUnit
@@ -278,9 +279,9 @@ def worker_count(units: int, config: PreprocessConfig, limits: Mapping[str, floa
     if gpus and (cpus or limits.get("GPU")):  # a head node without CPUs does not report limits
         fit = floor(min(float(units), limits.get("GPU", 0.0) / gpus + 1e-9))
     if not fit:
-        raise ValueError(f"encoder.gpus={gpus}: Ray sees no such share of a GPU. Set encoder.gpus=0 to use the CPU")
+        raise UserInputError(f"encoder.gpus={gpus}: Ray sees no such share of a GPU. Set encoder.gpus=0 to use the CPU")
     if config.workers is None and cpus < 1:
-        raise ValueError("this cluster has no CPU yet, and its limit is unknown: set workers=N")
+        raise UserInputError("this cluster has no CPU yet, and its limit is unknown: set workers=N")
     return int(min(units, fit, config.workers or cpus))
 
 

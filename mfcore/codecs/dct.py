@@ -20,6 +20,7 @@ from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
 from mfcore.codecs.base import Codec
+from mfcore.errors import UserInputError
 from mfcore.timeline import LatentClock, video_clock
 
 # BT.601 full range, rows Y, Cb, Cr of an RGB triple. A unit error of Y, Cb and Cr is a squared RGB error of 3.0, 3.3
@@ -52,9 +53,9 @@ class DctConfig:
     def __post_init__(self) -> None:
         max_channels = 3 * self.block**2
         if self.block < 1 or self.group < 1 or self.fps <= 0:
-            raise ValueError(f"block, group and fps must be positive; got {self}")
+            raise UserInputError(f"block, group and fps must be positive; got {self}")
         if not 1 <= self.channels <= max_channels:
-            raise ValueError(f"channels={self.channels}: use 1 to {max_channels} for block={self.block}")
+            raise UserInputError(f"channels={self.channels}: use 1 to {max_channels} for block={self.block}")
 
 
 class DctCodec(Codec):
@@ -107,7 +108,7 @@ class DctCodec(Codec):
         height, width = signal.shape[1:3]
         block = self.config.block
         if height % block or width % block or 0 in (height, width):
-            raise ValueError(f"frame size {width}x{height}: scale or crop both edges to multiples of {block}")
+            raise UserInputError(f"frame size {width}x{height}: scale or crop both edges to multiples of {block}")
 
 
 class DctDecoder:

@@ -12,6 +12,7 @@ from mfcore.codecs.mel import MelCodec, MelConfig
 from mfcore.codecs.oobleck import OobleckCodec, OobleckConfig
 from mfcore.codecs.t5 import T5Config, T5TextEncoder
 from mfcore.codecs.wan import WanCodec, WanConfig
+from mfcore.errors import UserInputError
 from mfcore.timeline import LatentClock
 
 VideoConfig = DctConfig | WanConfig
@@ -40,13 +41,15 @@ def codec_from_id(
     try:
         config = _config_of(name, numbers, rate=clock.rate, weights=weights, folder=folder)
     except KeyError:
-        raise ValueError(
+        raise UserInputError(
             f"unknown codec {codec_id!r}: supported are dct-v1, mel-v1, wan-v1 and oobleck-v1. Update mfctl, or encode "
             "the data again"
         ) from None
     codec = codec_from_config(config, device)
     if codec.id != codec_id:
-        raise ValueError(f"codec {codec_id!r} is of another version (this one is {codec.id!r}). Encode the data again")
+        raise UserInputError(
+            f"codec {codec_id!r} is of another version (this one is {codec.id!r}). Encode the data again"
+        )
     return codec
 
 
@@ -69,4 +72,4 @@ def text_codec_from_id(codec_id: str, folder: str = "", device: torch.device | s
         return HashedWordEncoder(width=int(match[2]), version=int(match[1]))
     if match := re.fullmatch(r"t5-v1/d(\d+)/([0-9a-f]+)", codec_id):
         return T5TextEncoder(T5Config(width=int(match[1]), weights=match[2], folder=folder), device)
-    raise ValueError(f"unknown text codec {codec_id!r}: supported are words-v1, words-v2 and t5-v1")
+    raise UserInputError(f"unknown text codec {codec_id!r}: supported are words-v1, words-v2 and t5-v1")

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mfcore.codecs.base import TextCodec
+from mfcore.errors import UserInputError
 
 _WORD_WEIGHT = 1.0  # relative to the n-grams
 _MAX_NGRAM = 4  # characters
@@ -31,9 +32,11 @@ class HashedWordEncoder(TextCodec):
     def __init__(self, width: int = 64, version: int = 2) -> None:
         """Version 1, of older datasets, has different vectors for "Hello," and "hello"."""
         if version not in (1, 2):
-            raise ValueError(f"version={version} of hashed words: use 1 or 2")
+            raise UserInputError(f"version={version} of hashed words: use 1 or 2")
         if width < 8:
-            raise ValueError(f"width={width}: use at least 8 to distinguish words; 64 suffices for about 1000 words")
+            raise UserInputError(
+                f"width={width}: use at least 8 to distinguish words; 64 suffices for about 1000 words"
+            )
         self.id = f"words-v{version}/d{width}"
         self.width, self.version = width, version
 
@@ -65,7 +68,7 @@ class HashedWordEncoder(TextCodec):
     def _encode_word(self, word: str) -> Float[Tensor, " D"]:
         word = _normalize(word).strip()
         if not word:
-            raise ValueError("a transcript or caption has an empty word: remove it")
+            raise UserInputError("a transcript or caption has an empty word: remove it")
         if self.version > 1:
             word = _strip_punctuation(word)
         spelling = torch.stack([_direction(f"gram {gram}", self.width) for gram in _ngrams(word)]).sum(0)

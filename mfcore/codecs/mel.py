@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from mfcore.codecs.base import Codec
 from mfcore.codecs.dct import dct_matrix
 from mfcore.codecs.phase_reconstruction import PhaseDecoder, StftFrames
+from mfcore.errors import UserInputError
 from mfcore.timeline import LatentClock, audio_clock
 
 # Power of silence, added before the logarithm and subtracted after it. Power is relative to the window energy: a sine
@@ -56,11 +57,13 @@ class MelConfig:
 
     def __post_init__(self) -> None:
         if min(self.sample_rate, self.mels, self.group) < 1 or self.iterations < 0:
-            raise ValueError(f"sample_rate, mels and group must be positive, iterations not negative; got {self}")
+            raise UserInputError(f"sample_rate, mels and group must be positive, iterations not negative; got {self}")
         if not 1 <= self.channels <= self.group * self.mels:
-            raise ValueError(f"channels={self.channels}: choose 1 to group * mels = {self.group * self.mels}")
+            raise UserInputError(f"channels={self.channels}: choose 1 to group * mels = {self.group * self.mels}")
         if self.group * self.hop < self.window - self.hop:
-            raise ValueError(f"a latent must be as long as the overlap of its windows: raise group or hop; got {self}")
+            raise UserInputError(
+                f"a latent must be as long as the overlap of its windows: raise group or hop; got {self}"
+            )
 
     @property
     def samples(self) -> int:
@@ -190,7 +193,9 @@ def mel_filterbank(sample_rate: int, window: int, mels: int) -> Float64[np.ndarr
     bins = np.linspace(0, sample_rate / 2, window // 2 + 1)
     bank = np.maximum(0, np.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)))
     if (bank.sum(1) == 0).any():
-        raise ValueError(f"{mels} mel bands are too many for a window of {window} samples. Lower mels or raise window")
+        raise UserInputError(
+            f"{mels} mel bands are too many for a window of {window} samples. Lower mels or raise window"
+        )
     return bank
 
 

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 from mfcore.codecs.base import Codec
 from mfcore.codecs.pretrained import compute_device, locate_weights, model_folder, read_config, weights_digest
+from mfcore.errors import UserInputError
 from mfcore.timeline import LatentClock, audio_clock
 
 _CLASS = "AutoencoderOobleck"
@@ -44,7 +45,7 @@ def oobleck_config_from_folder(folder: str) -> OobleckConfig:
     model_config = read_config(path / "config.json")
     ratios = model_config.get("downsampling_ratios", (2, 4, 4, 8, 8))
     if any(ratio % 2 for ratio in ratios):
-        raise ValueError(f"{path} has odd strides {ratios}: use a model with even strides")
+        raise UserInputError(f"{path} has odd strides {ratios}: use a model with even strides")
     return OobleckConfig(
         channels=int(model_config.get("decoder_input_channels", 64)),
         sample_rate=int(model_config.get("sampling_rate", 44100)),

@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import torch
 
+from mfcore.errors import UserInputError
+
 CODECS_ENV = "MFCTL_CODECS"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16  # parts of a weights file that are hashed, instead of gigabytes
 
@@ -26,7 +28,7 @@ def model_folder(folder: str, inside: str, kinds: Sequence[str], what: str) -> P
     for path in (Path(folder), Path(folder, inside)):
         if (config := path / "config.json").is_file() and model_kind(read_config(config)) in kinds:
             return path
-    raise ValueError(
+    raise UserInputError(
         f"{folder} contains no {what}: name the folder with config.json and safetensors, or its parent with {inside}/"
     )
 
@@ -36,7 +38,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise UserInputError(f"{path} is not valid JSON: {error}") from None
 
 
 def model_kind(config: dict[str, Any]) -> str:
@@ -51,7 +53,7 @@ def weights_digest(folder: Path, more: Sequence[Path] = ()) -> str:
     """
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise ValueError(f"{folder} contains no .safetensors: convert pickled weights to safetensors")
+        raise UserInputError(f"{folder} contains no .safetensors: convert pickled weights to safetensors")
     config = {k: v for k, v in read_config(folder / "config.json").items() if not k.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in [*weights, *sorted(more)]:
@@ -85,7 +87,7 @@ def locate_weights(weights: str, hint: str, digest_of: Callable[[str], str], cod
         except (OSError, ValueError):
             continue  # folder of another model
     reason = f"{hint} does not contain them" if hint else "no folder is known"
-    raise ValueError(
+    raise UserInputError(
         f"cannot find the weights of codec {codec_id}: {reason}. Set {CODECS_ENV} to their folder "
         f"(separate several by {os.pathsep!r})"
     )

@@ -23,6 +23,7 @@ from mfcore.codecs.pretrained import (
     read_config,
     weights_digest,
 )
+from mfcore.errors import UserInputError
 
 _KINDS = ("umt5", "t5")
 _MAX_TOKENS = 512  # per caption, as in Wan; longer captions are truncated
@@ -110,7 +111,7 @@ class T5TextEncoder(TextCodec):
         Raises ValueError for an empty word.
         """
         if any(not word.strip() for word in words):
-            raise ValueError("a transcript or caption has an empty word: remove it")
+            raise UserInputError("a transcript or caption has an empty word: remove it")
         unique = list(dict.fromkeys(words))
         parts = [unique[i : i + _BATCH_WORDS] for i in range(0, len(unique), _BATCH_WORDS)]
         vectors: list[Tensor] = []

@@ -29,6 +29,7 @@ from mfcore.codecs.pretrained import (
     weights_digest,
 )
 from mfcore.codecs.stats import LatentStats
+from mfcore.errors import UserInputError
 from mfcore.timeline import LatentClock, video_clock
 
 _CLASS = "AutoencoderKLWan"
@@ -48,7 +49,7 @@ class WanConfig:
 
     def __post_init__(self) -> None:
         if self.fps <= 0 or self.group != _GROUP or min(self.channels, self.block) < 1:
-            raise ValueError(f"Wan needs positive fps, channels and block, and group={_GROUP}; got {self}")
+            raise UserInputError(f"Wan needs positive fps, channels and block, and group={_GROUP}; got {self}")
 
 
 def wan_config_from_folder(folder: str, fps: Fraction = Fraction(24)) -> WanConfig:
@@ -57,7 +58,7 @@ def wan_config_from_folder(folder: str, fps: Fraction = Fraction(24)) -> WanConf
     model_config = read_config(path / "config.json")
     temporal = 2 ** sum(model_config.get("temperal_downsample", (False, True, True)))
     if temporal != _GROUP:
-        raise ValueError(f"{path} has {temporal} frames per latent: use a Wan autoencoder with {_GROUP}")
+        raise UserInputError(f"{path} has {temporal} frames per latent: use a Wan autoencoder with {_GROUP}")
     return WanConfig(
         channels=int(model_config.get("z_dim", 16)),
         block=2 ** (len(model_config.get("dim_mult", (1, 2, 4, 4))) - 1) * int(model_config.get("patch_size") or 1),
@@ -147,7 +148,7 @@ class WanCodec(Codec):
         height, width = signals.shape[2:4]
         block = self.config.block
         if height % block or width % block or 0 in (height, width):
-            raise ValueError(f"frame size {width}x{height}: scale or crop both edges to multiples of {block}")
+            raise UserInputError(f"frame size {width}x{height}: scale or crop both edges to multiples of {block}")
 
 
 class WanDecoder:

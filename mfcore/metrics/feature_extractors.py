@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from mfcore.errors import UserInputError
 from mfcore.metrics.speech import resample
 
 SEGMENT = 2.0  # seconds
@@ -73,7 +74,7 @@ class FaceEncoder:
         self._model = _load("AutoModel", folder).to(device)
         self._norm, self._device = _pixel_statistics(folder), device
         if not isinstance(getattr(self._model.config, "image_size", None), int):
-            raise ValueError(f"{folder} is not an image network: config.json has no image_size")
+            raise UserInputError(f"{folder} is not an image network: config.json has no image_size")
 
     @torch.inference_mode()
     def __call__(self, frames: Frames, fps: float) -> Features:
@@ -135,15 +136,15 @@ class AudioSegmenter:
 def _load(name: str, folder: str) -> Any:
     """Load a transformers class from a local folder. Raises ValueError if the folder has no such model."""
     if importlib.util.find_spec("transformers") is None:
-        raise ValueError(f"{name} needs transformers: pip install 'mutual-forcing[pretrained]'")
+        raise UserInputError(f"{name} needs transformers: pip install 'mutual-forcing[pretrained]'")
     import transformers
 
     if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is not a folder: name the folder with config.json and weights of {name}")
+        raise UserInputError(f"{folder} is not a folder: name the folder with config.json and weights of {name}")
     try:
         loaded = getattr(transformers, name).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"cannot load {name} from {folder}: {str(error).splitlines()[0]}") from None
+        raise UserInputError(f"cannot load {name} from {folder}: {str(error).splitlines()[0]}") from None
     return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
 
 

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from scipy.signal import resample_poly
 
+from mfcore.errors import UserInputError
+
 RATE = 16000  # input of the recognizers, samples per second
 GREEDY = {"do_sample": False, "num_beams": 1}  # deterministic
 Units = Sequence[Hashable]
@@ -42,7 +44,7 @@ def normalize_words(text: str) -> list[str]:
 def _english_normalizer() -> Any:
     """Return the normalizer without the table of British spellings, which only published checkpoints contain."""
     if importlib.util.find_spec("transformers") is None:
-        raise ValueError("word error rates need transformers: pip install 'mutual-forcing[speech]'")
+        raise UserInputError("word error rates need transformers: pip install 'mutual-forcing[speech]'")
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
     return EnglishTextNormalizer({})
@@ -63,14 +65,14 @@ class Whisper:
 
     def __init__(self, folder: str, device: str = "cpu") -> None:
         if importlib.util.find_spec("transformers") is None:
-            raise ValueError("Whisper needs transformers: pip install 'mutual-forcing[pretrained]'")
+            raise UserInputError("Whisper needs transformers: pip install 'mutual-forcing[pretrained]'")
         from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
         try:
             self._processor: Any = WhisperProcessor.from_pretrained(folder, local_files_only=True)
             model: Any = WhisperForConditionalGeneration.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{folder} is not a Whisper model: {str(error).splitlines()[0]}") from None
+            raise UserInputError(f"{folder} is not a Whisper model: {str(error).splitlines()[0]}") from None
         self._model, self._device = model.to(device).eval(), device
 
     @torch.inference_mode()
@@ -128,7 +130,7 @@ class PocketSphinx:
     def __init__(self) -> None:
         for package in ("pocketsphinx", "transformers"):  # transformers normalizes the words
             if importlib.util.find_spec(package) is None:
-                raise ValueError(f"PocketSphinx needs {package}: pip install 'mutual-forcing[speech]'")
+                raise UserInputError(f"PocketSphinx needs {package}: pip install 'mutual-forcing[speech]'")
         from pocketsphinx import Decoder  # pyright: ignore
 
         self._decoder: Any = Decoder(samprate=RATE, loglevel="FATAL")

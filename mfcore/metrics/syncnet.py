@@ -22,6 +22,7 @@ from scipy.fft import dct
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
+from mfcore.errors import UserInputError
 from mfcore.metrics.av_sync import SyncResult
 from mfcore.metrics.speech import resample
 
@@ -92,13 +93,13 @@ def load_syncnet(path: str | Path) -> SyncNet:
     try:
         state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"cannot read SyncNet weights from {path}: {str(error).splitlines()[0]}") from None
+        raise UserInputError(f"cannot read SyncNet weights from {path}: {str(error).splitlines()[0]}") from None
     network = SyncNet()
     expected = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
     weights: dict[str, Tensor] = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     wrong = sorted(expected.keys() ^ weights.keys()) or [k for k in expected if expected[k].shape != weights[k].shape]
     if wrong:
-        raise ValueError(f"{path} is not SyncNet: {len(wrong)} tensors are missing or differ, such as {wrong[0]}")
+        raise UserInputError(f"{path} is not SyncNet: {len(wrong)} tensors are missing or differ, such as {wrong[0]}")
     network.load_state_dict(weights, strict=False)
     return network.eval().requires_grad_(False)
 

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from math import ceil, inf
 
+from mfcore.errors import UserInputError
+
 DEFAULT_WINDOWS = "0-5,5-15,15-25,25-60,60-120"
 """Windows of METHOD 9: papers test 25 s, drift appears later."""
 
@@ -19,7 +21,7 @@ class TimeWindow:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end:
-            raise ValueError(f"time window {self.start} to {self.end} s is empty: give 0 <= start < end")
+            raise UserInputError(f"time window {self.start} to {self.end} s is empty: give 0 <= start < end")
 
     @property
     def name(self) -> str:
@@ -40,7 +42,9 @@ def parse_windows(text: str) -> tuple[TimeWindow, ...]:
 def _parse(text: str) -> TimeWindow:
     match = _FORM.fullmatch(text)
     if match is None:
-        raise ValueError(f"invalid time window '{text}': write start-end in seconds, such as 0-5, or 60- for the rest")
+        raise UserInputError(
+            f"invalid time window '{text}': write start-end in seconds, such as 0-5, or 60- for the rest"
+        )
     start, end = match.groups()
     return TimeWindow(start=float(start), end=inf if end is None else float(end))
 

@@ -11,12 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mfcore.errors import UserInputError
 from mfcore.model.block import Block
 
 MAX_RECOMPILES = 64  # of one part: training, streaming, sink, each with and without gradient
 
 
-class CompilerNotFoundError(ValueError):
+class CompilerNotFoundError(UserInputError):
     """Missing requirement of torch.compile on this machine."""
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mfcore.errors import UserInputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class BranchConfig:
@@ -18,11 +20,11 @@ class BranchConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.anchor <= self.channels:
-            raise ValueError(f"anchor={self.anchor}: latents have {self.channels} channels")
+            raise UserInputError(f"anchor={self.anchor}: latents have {self.channels} channels")
         if self.anchor and self.data_std is None:
-            raise ValueError("anchor is the mean of a preconditioned output: it needs a data_std")
+            raise UserInputError("anchor is the mean of a preconditioned output: it needs a data_std")
         if self.size[0] % self.patch[0] or self.size[1] % self.patch[1]:
-            raise ValueError(f"latent size {self.size} is not a multiple of the patch {self.patch}")
+            raise UserInputError(f"latent size {self.size} is not a multiple of the patch {self.patch}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -64,22 +66,22 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if not self.branches:
-            raise ValueError("a model needs at least one branch: video, audio or both")
+            raise UserInputError("a model needs at least one branch: video, audio or both")
         if self.dim % self.heads or (self.dim // self.heads) % 8:
-            raise ValueError(
+            raise UserInputError(
                 f"dim {self.dim} / heads {self.heads} must be a multiple of 8 (rotary: half time, quarters space)"
             )
         if self.heads % self.key_heads or not 1 <= self.transcript_heads <= self.heads:
-            raise ValueError(
+            raise UserInputError(
                 f"kv_heads {self.kv_heads} must divide heads {self.heads}, word_heads {self.word_heads} must be "
                 "between 1 and heads"
             )
         if self.local_start and self.layout == "wan":
-            raise ValueError(
+            raise UserInputError(
                 "model.local_start=true is not available in the layout of Wan: its weights are local by training"
             )
         if self.window_chunks < 1:
-            raise ValueError("the attention window must hold at least one chunk of history")
+            raise UserInputError("the attention window must hold at least one chunk of history")
 
     @property
     def head_dim(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mfcore.errors import UserInputError
 from mfcore.model.compile import EAGER, check_compiler, compile_block
 from mfcore.model.kv_cache import LayeredKVCache
 from mfcore.model.ring_cache import RingKVCache
@@ -57,7 +58,7 @@ class _Graph:
 def check_inference_optimizations(device: torch.device, *, compile: bool, graphs: bool) -> None:
     """Raise ValueError if an optimization has no effect on ``device`` or lacks a requirement."""
     if graphs and device.type != "cuda":
-        raise ValueError(f"--graphs records CUDA graphs, and this stream runs on the {device.type}: leave it out")
+        raise UserInputError(f"--graphs records CUDA graphs, and this stream runs on the {device.type}: leave it out")
     if compile:
         check_compiler(device)
 

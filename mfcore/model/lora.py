@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfcore.errors import UserInputError
 from mfcore.rng import generator
 
 
@@ -24,9 +25,11 @@ class FakeScoreConfig:
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
-            raise ValueError(f"fake.rank must be at least 1, or null for a full copy of the network; got {self.rank}")
+            raise UserInputError(
+                f"fake.rank must be at least 1, or null for a full copy of the network; got {self.rank}"
+            )
         if self.gain <= 0:
-            raise ValueError(f"fake.gain must be positive, got {self.gain}")
+            raise UserInputError(f"fake.gain must be positive, got {self.gain}")
 
 
 class LoRALinear(nn.Module):

@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.nn.functional import all_to_all_single
 
+from mfcore.errors import UserInputError
+
 
 class SequenceGroup:
     """Ranks that share tokens with this rank. Copies of a network share one group."""
@@ -33,7 +35,7 @@ class SequenceGroup:
     def counts(self, tokens: int) -> list[int]:
         """Return the tokens of each rank. Raises ValueError if a rank would have none."""
         if tokens < self.size:
-            raise ValueError(
+            raise UserInputError(
                 f"{tokens} tokens cannot be shared by {self.size} ranks: set engine.sequence to {tokens} or less"
             )
         share, remainder = divmod(tokens, self.size)

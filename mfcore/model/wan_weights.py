@@ -12,6 +12,7 @@ import torch
 from einops import EinopsError, rearrange
 from torch import Tensor
 
+from mfcore.errors import UserInputError
 from mfcore.model.config import ModelConfig
 from mfcore.types import VIDEO
 from mfcore.weights import Weights, branch_weights, check_shapes
@@ -38,13 +39,15 @@ def map_wan_weights(wan: Weights, own: Weights, config: ModelConfig) -> WeightMa
     """
     grouped = config.key_heads != config.heads
     if config.layout != "wan" or grouped or VIDEO not in config.branches:
-        raise ValueError(
+        raise UserInputError(
             "Wan's weights fit a network with a video branch, model.layout=wan and as many kv_heads as heads: "
             "use --preset base"
         )
     rules = [(f"branches.{VIDEO}.{name}", names, convert) for name, names, convert in _rules(config)]
     if missing := sorted({name for _, names, _ in rules for name in names} - wan.keys()):
-        raise ValueError(f"no weights of a Wan text-to-video transformer of {config.layers} layers: {missing} missing")
+        raise UserInputError(
+            f"no weights of a Wan text-to-video transformer of {config.layers} layers: {missing} missing"
+        )
     kept = branch_weights(own, VIDEO)
     converted: dict[str, Tensor] = {}
     misshaped: dict[str, Tensor] = {}

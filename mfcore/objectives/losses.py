@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mfcore.device import to_device_of
+from mfcore.errors import UserInputError
 from mfcore.types import AVBatch, VelocityModel
 
 LEVEL_BINS = 4
@@ -92,7 +93,7 @@ def total_loss(terms: Iterable[LossTerm]) -> Tensor:
     """Return the scalar loss: sum over terms of weight * mean over samples and chunks."""
     parts = [term.weight * term.values.mean() for term in terms if term.values.numel()]
     if not parts:
-        raise ValueError("the objective returned no loss term: check its weights and rows")
+        raise UserInputError("the objective returned no loss term: check its weights and rows")
     return torch.stack(parts).sum()
 
 

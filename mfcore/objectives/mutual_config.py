@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mfcore.errors import UserInputError
 from mfcore.flow import TimeConfig
 from mfcore.objectives.shortcut import BaseRule
 
@@ -39,27 +40,27 @@ class MutualConfig:
 
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.finest_rows):
-            raise ValueError("rows and finest_rows describe one cycle: give them equal lengths")
+            raise UserInputError("rows and finest_rows describe one cycle: give them equal lengths")
         if max(self.strengths) > self.finest:
-            raise ValueError(
+            raise UserInputError(
                 f"strengths {self.strengths} exceed the ShortCut depth: use values up to finest={self.finest}"
             )
         if any(s & (s - 1) or s > 2**self.finest for s in self.rollout_steps):
-            raise ValueError(
+            raise UserInputError(
                 f"rollout_steps {self.rollout_steps}: ShortCut trains powers of two up to {2**self.finest} steps"
             )
         if not self.depth_power > 0:
-            raise ValueError(
+            raise UserInputError(
                 f"depth_power {self.depth_power}: use a value above 0, at most 1 (equal shares of coarse levels)"
             )
         if "forced" in self.rows and {"free", "literal"} & set(self.rows):
-            raise ValueError(
+            raise UserInputError(
                 f"rows {self.rows}: forced rows cut the loop that free and literal rows close. Use one of them"
             )
         if self.fake_updates < 1:
-            raise ValueError(f"fake_updates {self.fake_updates}: the fake score needs at least one update per step")
+            raise UserInputError(f"fake_updates {self.fake_updates}: the fake score needs at least one update per step")
         if self.dmd_from < self.fake_from:
-            raise ValueError(
+            raise UserInputError(
                 f"dmd_from {self.dmd_from}: the fake score must train first. Use fake_from={self.fake_from} or later"
             )
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from mfcore.codecs.base import Codec
 from mfcore.codecs.factory import codec_from_id
 from mfcore.codecs.stats import LatentStats
+from mfcore.errors import UserInputError
 from mfcore.timeline import LatentClock, Timeline
 from mfcore.types import VIDEO
 from preprocessing.dataset.schema import SCHEMA_VERSION, ClipTensors, columns_for, from_row, latent_counts
@@ -78,9 +79,9 @@ def read_metadata_json(store: Store) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(store.read("_dataset.json"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{store.uri} is not a dataset. Build one with `mfctl preprocess MEDIA DATASET`") from None
+        raise UserInputError(f"{store.uri} is not a dataset. Build one with `mfctl preprocess MEDIA DATASET`") from None
     if facts["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(
+        raise UserInputError(
             f"{store.uri} has schema version {facts['schema_version']}, this mfctl reads {SCHEMA_VERSION}. "
             "Preprocess the sources again"
         )
@@ -152,7 +153,7 @@ class ClipDataset:
         """Return the position of a clip. Raise ValueError if it does not exist."""
         ids = self.ids
         if clip_id not in ids:
-            raise ValueError(f"no clip {clip_id!r} in {self._store.uri}. Existing ids: {', '.join(ids[:3])}, ...")
+            raise UserInputError(f"no clip {clip_id!r} in {self._store.uri}. Existing ids: {', '.join(ids[:3])}, ...")
         return ids.index(clip_id)
 
     def clip(self, i: int) -> ClipTensors:
@@ -201,7 +202,7 @@ class ClipDataset:
         """
         order = sorted({entry.content for entry in self._entries}, key=_share)
         if not 0 < fraction < 1 or len(order) < 2:
-            raise ValueError(
+            raise UserInputError(
                 f"cannot hold out {fraction} of {len(order)} sources: use a share in (0, 1) and at least two"
             )
         held_out = {content for content in order[:-1] if _share(content) < fraction} or {order[0]}
@@ -228,9 +229,9 @@ def open_dataset(uri: str, modalities: Sequence[str] | None = None) -> ClipDatas
     meta = parse_metadata(facts)
     wanted = meta.modalities if modalities is None else tuple(modalities)
     if missing := [m for m in wanted if m not in meta.clocks]:
-        raise ValueError(f"{uri} has no {missing[0]}: it was built with --modality {facts['config']['modality']}")
+        raise UserInputError(f"{uri} has no {missing[0]}: it was built with --modality {facts['config']['modality']}")
     if not facts["complete"]:
-        raise ValueError(f"{uri} is unfinished. Run the same `mfctl preprocess` command again")
+        raise UserInputError(f"{uri} is unfinished. Run the same `mfctl preprocess` command again")
     dropped = excluded_ids(store)
     with ThreadPoolExecutor(PARALLEL_OPENS) as pool:
         files = list(pool.map(partial(_read_entries, store, timeline=meta.timeline(wanted)), _clip_files(store)))

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mfcore.errors import UserInputError
 from preprocessing.dataset.schema import SOURCES
 from preprocessing.io.hashing import canonical_json, content_hash
 from preprocessing.io.storage import Store
@@ -94,7 +95,7 @@ def plan_units(
         if source.uri not in by_uri:
             fresh.append(source)
         elif by_uri[source.uri].fingerprint != source.fingerprint:
-            raise ValueError(
+            raise UserInputError(
                 f"{source.uri} changed since it entered the dataset. Restore the file, or write to a new dataset"
             )
     if not keep_duplicates:

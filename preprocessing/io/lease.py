@@ -14,6 +14,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
+from mfcore.errors import UserInputError
 from preprocessing.io.errors import InfrastructureError
 from preprocessing.io.processes import process_start_time
 from preprocessing.io.storage import Store
@@ -50,10 +51,10 @@ class Lease:
         if not self._store.create_exclusive(LOCK, self._content()):
             holder = _live_holder(_read(self._store))
             if holder is not None:
-                raise ValueError(f"{self._store.uri} is being written by {holder}. Wait for it, or stop it")
+                raise UserInputError(f"{self._store.uri} is being written by {holder}. Wait for it, or stop it")
             self._store.remove(LOCK)
             if not self._store.create_exclusive(LOCK, self._content()):
-                raise ValueError(f"{self._store.uri}: another driver took the lease just now. Try again later")
+                raise UserInputError(f"{self._store.uri}: another driver took the lease just now. Try again later")
         self._renewer.start()
         return self
 

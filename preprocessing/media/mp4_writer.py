@@ -10,6 +10,7 @@ from typing import IO, Any, Self
 import ffmpeg
 import numpy as np
 
+from mfcore.errors import UserInputError
 from preprocessing.records import Frames, Waveform
 
 
@@ -36,9 +37,9 @@ class Mp4Writer:
     ) -> None:
         """Open a writer: `fps` and `size` (even height, width) for video, `sample_rate` for audio."""
         if (fps is None) != (size is None) or (fps is None and sample_rate is None):
-            raise ValueError("an mp4 needs fps and size for video, sample_rate for audio, or all three")
+            raise UserInputError("an mp4 needs fps and size for video, sample_rate for audio, or all three")
         if size is not None and (size[0] % 2 or size[1] % 2):
-            raise ValueError(f"size {size[0]}x{size[1]}: H.264 needs an even height and width")
+            raise UserInputError(f"size {size[0]}x{size[1]}: H.264 needs an even height and width")
         self.path = Path(os.path.abspath(os.fspath(path)))
         self._fps, self._size = fps, size
         self._sample_rate = sample_rate
@@ -78,7 +79,7 @@ class Mp4Writer:
         assert self._encoder is not None, "this mp4 was opened without video"
         assert self._encoder.stdin is not None
         if frames.shape[1:] != (*(self._size or ()), 3) or frames.dtype != np.uint8:
-            raise ValueError(f"expected uint8 frames of {self._size}, got {frames.dtype} {frames.shape}")
+            raise UserInputError(f"expected uint8 frames of {self._size}, got {frames.dtype} {frames.shape}")
         self._encoder.stdin.write(np.ascontiguousarray(frames).tobytes())
 
     def push_samples(self, samples: Waveform) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mfcore.errors import UserInputError
 from preprocessing.records import Frames
 
 _POINTS = 36  # compared on the shorter side; with fewer, a moving object outweighs the scene
@@ -33,7 +34,7 @@ class SceneConfig:
 
     def __post_init__(self) -> None:
         if (self.threshold is not None and not 0 < self.threshold < 100) or self.flash_seconds < 0:
-            raise ValueError(
+            raise UserInputError(
                 f"scenes.threshold={self.threshold} must be between 0 and 100, or null for no cuts; "
                 f"scenes.flash_seconds={self.flash_seconds} must not be negative"
             )

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mfcore.errors import UserInputError
 from preprocessing.records import Word
 from preprocessing.sources.discovery import SOUND_SUFFIXES, VIDEO_SUFFIXES
 from preprocessing.sources.subtitles import distribute_words
@@ -45,7 +46,7 @@ def _panda_rows(video: Path, row: Mapping[str, str], where: str) -> Iterator[Row
         times, captions = ast.literal_eval(row["timestamp"]), ast.literal_eval(row["caption"])
         spans = [(_seconds(start), _seconds(end)) for start, end in times]
     except (KeyError, SyntaxError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: timestamp and caption are not lists as in Panda-70M ({error})") from None
+        raise UserInputError(f"{where}: timestamp and caption are not lists as in Panda-70M ({error})") from None
     for (start, end), caption in zip(spans, captions, strict=True):
         yield _row(video, caption=caption, start=start, end=end)
 
@@ -89,12 +90,12 @@ CORPORA: dict[str, Callable[[Path], Iterator[Row]]] = {
 def write_manifest(layout: str, folder: str, out: str) -> int:
     """Write the manifest of a corpus to a new ``.jsonl`` and return its row count."""
     if layout not in CORPORA:
-        raise ValueError(f"unknown layout {layout!r}: use one of {', '.join(CORPORA)}")
+        raise UserInputError(f"unknown layout {layout!r}: use one of {', '.join(CORPORA)}")
     if not Path(folder).is_dir() or not out.endswith(".jsonl") or Path(out).exists():
-        raise ValueError(f"expected a folder ({folder}) and a .jsonl file that does not exist yet ({out})")
+        raise UserInputError(f"expected a folder ({folder}) and a .jsonl file that does not exist yet ({out})")
     rows = [json.dumps(row, ensure_ascii=False) for row in CORPORA[layout](Path(folder).resolve())]
     if not rows:
-        raise ValueError(
+        raise UserInputError(
             f"{folder} has no files in the layout {layout}. See docs/guides/prepare-data.md for the layouts"
         )
     Path(out).write_text("\n".join(rows) + "\n", encoding="utf-8", errors="surrogateescape")
@@ -114,7 +115,7 @@ def _with_json(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[Path, 
         try:
             facts = json.loads(sidecar.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{sidecar} is not JSON: {error}") from None
+            raise UserInputError(f"{sidecar} is not JSON: {error}") from None
         if isinstance(facts, dict):
             yield path, facts
 
@@ -125,7 +126,7 @@ def _timed_words(facts: Mapping[str, Any], keys: tuple[str, ...], path: Path) ->
     if text is None:
         return None
     if not isinstance(facts.get("duration"), int | float):
-        raise ValueError(f"{path.with_suffix('.json')} has a text and no duration: add `duration` in seconds")
+        raise UserInputError(f"{path.with_suffix('.json')} has a text and no duration: add `duration` in seconds")
     return distribute_words(text, 0.0, float(facts["duration"]))
 
 

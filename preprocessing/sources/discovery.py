@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote
 
 import pyarrow.parquet as pq
 
+from mfcore.errors import UserInputError
 from preprocessing.io.errors import translate_storage_errors
 from preprocessing.io.storage import filesystem_for, is_remote, local_path, local_uri
 from preprocessing.records import Source, Word
@@ -50,7 +51,9 @@ def find_sources(arguments: Iterable[str]) -> list[Source]:
     for argument in arguments:
         sources = list(_find(argument))
         if not sources:
-            raise ValueError(f"no media files in {argument}: expected suffixes such as {', '.join(VIDEO_SUFFIXES[:5])}")
+            raise UserInputError(
+                f"no media files in {argument}: expected suffixes such as {', '.join(VIDEO_SUFFIXES[:5])}"
+            )
         for source in sources:
             found.setdefault(source.uri, source)
     return [found[uri] for uri in sorted(found)]
@@ -69,7 +72,7 @@ def _find(argument: str) -> Iterator[Source]:
     elif matches := sorted(glob.glob(path, recursive=True)):
         yield from (_local(p) for p in matches if os.path.isfile(p))
     else:
-        raise ValueError(f"no such file or folder: {argument}")
+        raise UserInputError(f"no such file or folder: {argument}")
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -140,7 +143,7 @@ def _manifest(path: str, suffix: str) -> Iterator[Source]:
             where = f"{path}, row {number}"
             uri = row.get("uri") or row.get("path")
             if not uri:
-                raise ValueError(f"{where}: no `uri`. A manifest needs this column")
+                raise UserInputError(f"{where}: no `uri`. A manifest needs this column")
             yield _manifest_source(row, str(uri), folder, where=where)
 
 
@@ -159,11 +162,11 @@ def _manifest_source(row: Mapping[str, Any], uri: str, folder: str, *, where: st
     if is_remote(uri) or is_remote(folder):
         source = next(_remote(uri if is_remote(uri) else f"{folder}/{uri}"), None)
         if source is None:
-            raise ValueError(f"{where}: no such object: {uri}")
+            raise UserInputError(f"{where}: no such object: {uri}")
     else:
         path = local_path(uri) if uri.startswith("file://") else os.path.join(folder, uri)
         if not os.path.isfile(path):
-            raise ValueError(f"{where}: no such file: {uri}")
+            raise UserInputError(f"{where}: no such file: {uri}")
         source = _local(path)
     return replace(source, uri=source.uri + _fragment(row, where), caption=caption, transcript=words)
 
@@ -176,10 +179,10 @@ def _fragment(row: Mapping[str, Any], where: str) -> str:
     try:
         start, end = (None if value in (None, "") else float(value) for value in bounds)
     except (TypeError, ValueError):
-        raise ValueError(f"{where}: start={bounds[0]!r} and end={bounds[1]!r} must be seconds") from None
+        raise UserInputError(f"{where}: start={bounds[0]!r} and end={bounds[1]!r} must be seconds") from None
     start = start or 0.0
     if not 0 <= start < (inf if end is None else end) <= inf:
-        raise ValueError(f"{where}: start={start} and end={end} are not a span. Set 0 <= start < end")
+        raise UserInputError(f"{where}: start={start} and end={end} are not a span. Set 0 <= start < end")
     return f"#t={_seconds(start)},{'' if end is None else _seconds(end)}"
 
 
@@ -195,7 +198,7 @@ def parse_transcript(value: Any, where: str) -> tuple[Word, ...] | None:
         entries = json.loads(value) if isinstance(value, str) else value
         return tuple(Word(word=str(w["word"]), start=float(w["start"]), end=float(w["end"])) for w in entries)
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{where}: transcript {value!r:.80} is not a list of {{word, start, end}}") from error
+        raise UserInputError(f"{where}: transcript {value!r:.80} is not a list of {{word, start, end}}") from error
 
 
 def display_name(uri: str) -> str:

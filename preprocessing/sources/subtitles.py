@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import webvtt
 
+from mfcore.errors import UserInputError
 from preprocessing.records import Word
 
 _TIME = r"(?:(\d+):)?(\d{1,2}):(\d{2})[,.](\d{1,3})"
@@ -38,7 +39,7 @@ def parse_subtitles(data: bytes) -> tuple[Word, ...]:
     text = data.decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n").lstrip()
     first = _TIMING.search(text)
     if first is None:
-        raise ValueError("no line with times, such as 00:00:01,000 --> 00:00:02,500")
+        raise UserInputError("no line with times, such as 00:00:01,000 --> 00:00:02,500")
     if text.startswith("WEBVTT"):
         captions = webvtt.from_buffer(io.StringIO(_TIMING.sub(_timing, text)))
     else:
@@ -53,7 +54,7 @@ def _timing(found: re.Match[str]) -> str:
     """Return a line of times with all digits. Raise ValueError if the end is before the start."""
     start, end = _seconds(found.groups()[:4]), _seconds(found.groups()[4:])
     if end < start:
-        raise ValueError(f"a line ends before it starts: {found.group().strip()}")
+        raise UserInputError(f"a line ends before it starts: {found.group().strip()}")
     return f"{_stamp(start)} --> {_stamp(end)}"
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from math import ceil
 from typing import Literal
 
+from mfcore.errors import UserInputError
 from mfcore.metrics.av_sync import MotionSync, SyncEstimator
 from mfcore.metrics.syncnet import SyncNetSync, load_syncnet
 from preprocessing.io.hashing import sha256_file
@@ -34,9 +35,9 @@ class SyncConfig:
 
     def __post_init__(self) -> None:
         if self.estimator == "syncnet" and not self.weights:
-            raise ValueError("sync.estimator=syncnet needs weights: use --sync syncnet:FILE")
+            raise UserInputError("sync.estimator=syncnet needs weights: use --sync syncnet:FILE")
         if self.shift and self.min_confidence is None:
-            raise ValueError(
+            raise UserInputError(
                 "sync.shift needs sync.min_confidence: set it, so that only reliable offsets are corrected"
             )
 
@@ -52,7 +53,7 @@ def _digest(file: str) -> str:
     try:
         return sha256_file(file)[:12]
     except OSError as error:
-        raise ValueError(f"the weights of SyncNet, {file}, cannot be read: {error.strerror}") from None
+        raise UserInputError(f"the weights of SyncNet, {file}, cannot be read: {error.strerror}") from None
 
 
 @cache
@@ -61,7 +62,9 @@ def build_estimator(config: SyncConfig) -> SyncEstimator | None:
     if config.estimator != "syncnet":
         return MotionSync() if config.estimator == "motion" else None
     if _digest(config.file) != config.weights:
-        raise ValueError(f"{config.file} has other weights than the dataset was built with. Restore the original file")
+        raise UserInputError(
+            f"{config.file} has other weights than the dataset was built with. Restore the original file"
+        )
     return SyncNetSync(load_syncnet(config.file))
 
 

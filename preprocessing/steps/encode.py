@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mfcore.codecs.base import Codec, TextCodec
 from mfcore.codecs.stats import LatentStats
+from mfcore.errors import UserInputError
 from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.io.prefetch import group_consecutive, prefetch
@@ -44,7 +45,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.gpus < 0 or self.ahead_bytes < 1:
-            raise ValueError(f"encoder.batch and ahead_bytes must be at least 1, gpus at least 0: {self}")
+            raise UserInputError(f"encoder.batch and ahead_bytes must be at least 1, gpus at least 0: {self}")
 
 
 def encode_clip(clip: Clip, encoders: Encoders) -> Clip:

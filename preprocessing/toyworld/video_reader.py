@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mfcore.errors import UserInputError
 from preprocessing.toyworld import renderer
 from preprocessing.toyworld.choices import ChoiceReading, make_reading, nearest_mode
 from preprocessing.toyworld.renderer import (
@@ -61,7 +62,7 @@ def read_video(frames: NDArray[np.uint8], config: ToyConfig) -> VideoReadings:
     half = frame_half_seconds(len(frames), config.fps)
     groups = _groups(half, float(config.fps) / 2)
     if frames.shape[1] != frames.shape[2] or not groups:
-        raise ValueError(f"frames {frames.shape} at {config.fps} fps: need square frames of at least half a second")
+        raise UserInputError(f"frames {frames.shape} at {config.fps} fps: need square frames of at least half a second")
     video = _Video(frames)
     wall = np.median(video.box((16, 48, 0, 3.6)), axis=1)
     background, light = _read_wall(np.stack([wall[g].mean(0) for g in groups]))

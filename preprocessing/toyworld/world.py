@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mfcore.errors import UserInputError
 from preprocessing.media.mp4_writer import write_mp4
 from preprocessing.toyworld import renderer
 from preprocessing.toyworld.renderer import (
@@ -72,15 +73,15 @@ class ToyConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "fps", Fraction(self.fps))
         if not (32 <= self.size <= 512) or self.size % 2:
-            raise ValueError(f"size {self.size}: use an even size from 32 to 512 pixels")
+            raise UserInputError(f"size {self.size}: use an even size from 32 to 512 pixels")
         if self.fps < 8 or self.fps > 120:
-            raise ValueError(f"fps {self.fps}: use 8 to 120; a syllable lasts 0.2 s")
+            raise UserInputError(f"fps {self.fps}: use 8 to 120; a syllable lasts 0.2 s")
         if self.sample_rate < MIN_SAMPLE_RATE:
-            raise ValueError(f"sample_rate {self.sample_rate}: use at least {MIN_SAMPLE_RATE} Hz")
+            raise UserInputError(f"sample_rate {self.sample_rate}: use at least {MIN_SAMPLE_RATE} Hz")
         if not 1 <= self.seconds <= 3600:
-            raise ValueError(f"seconds {self.seconds}: use 1 to 3600 per clip")
+            raise UserInputError(f"seconds {self.seconds}: use 1 to 3600 per clip")
         if not 12 <= self.syllables <= len(VOCABULARY):
-            raise ValueError(f"syllables {self.syllables}: use 12 to {len(VOCABULARY)}")
+            raise UserInputError(f"syllables {self.syllables}: use 12 to {len(VOCABULARY)}")
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -288,7 +289,7 @@ def write_toyworld(
     configuration or other files; nothing is overwritten.
     """
     if clips < 1:
-        raise ValueError(f"clips {clips}: use at least 1")
+        raise UserInputError(f"clips {clips}: use at least 1")
     config = ToyConfig(
         size=size, fps=Fraction(fps), sample_rate=sample_rate, seconds=seconds, seed=seed, syllables=syllables
     )
@@ -308,7 +309,7 @@ def _prepare_folder(out: Path, config: ToyConfig) -> None:
     note = out / _NOTE
     if not note.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} has files that are not of a toy world. Use a new or empty folder")
+            raise UserInputError(f"{out} has files that are not of a toy world. Use a new or empty folder")
         out.mkdir(parents=True, exist_ok=True)
         _write_text(note, json.dumps(wanted, indent=1))
         return
@@ -316,7 +317,7 @@ def _prepare_folder(out: Path, config: ToyConfig) -> None:
     if found != wanted:
         changed = {k: (found.get(k), wanted.get(k)) for k in {*found, *wanted} if found.get(k) != wanted.get(k)}
         differences = ", ".join(f"{k}: {old} -> {new}" for k, (old, new) in sorted(changed.items()))
-        raise ValueError(f"{out} has a toy world of another configuration ({differences}). Use another folder")
+        raise UserInputError(f"{out} has a toy world of another configuration ({differences}). Use another folder")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from mfcore.errors import UserInputError
 from mfcore.model.compile import EAGER
 from mfcore.model.config import ModelConfig
 from mfcore.model.cuda_graphs import apply_inference_optimizations, check_inference_optimizations
@@ -112,12 +113,12 @@ def plan_stream_bench(
 ) -> StreamBenchPlan:
     """Resolve the options. Raises ValueError for counts that are too small or a missing GPU."""
     if min(steps, rounds) < 1 or chunks < EARLY_CHUNKS + 2:
-        raise ValueError(
+        raise UserInputError(
             f"--steps and --rounds must be at least 1, --chunks at least {EARLY_CHUNKS + 2}, "
             f"got {steps}, {rounds}, {chunks}"
         )
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here. Omit --device to measure the CPU")
+        raise UserInputError("--device cuda: torch finds no CUDA device here. Omit --device to measure the CPU")
     chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size = size or default_size(preset)
     geometry = geometry_for_preset(preset)

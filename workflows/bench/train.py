@@ -24,6 +24,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from mfcore.errors import UserInputError
 from mfcore.model.compile import check_compiler
 from mfcore.objectives.mutual_config import MutualConfig
 from workflows.bench import synthetic_data
@@ -63,7 +64,7 @@ def bench_train(
     ``profile`` adds operator tables of the reference loop and the last variant. Raises ValueError for invalid options.
     """
     if rounds < 1 or turn < 1:
-        raise ValueError(f"--rounds and --turn must be at least 1, got {rounds} and {turn}")
+        raise UserInputError(f"--rounds and --turn must be at least 1, got {rounds} and {turn}")
     config = bench_config(stage=stage, preset=preset, workers=workers, tokens=tokens, sets=sets, size=size)
     require_training_memory(config, "cuda" if config.engine.use_gpu else "cpu")
     chosen, missing = available_variants(config, variants)
@@ -92,7 +93,7 @@ def bench_config(
 ) -> RunConfig:
     """Return the preset with equal steps: one clip length, last phase of the mutual stage."""
     if workers < 1 or tokens < 1:
-        raise ValueError(f"--workers and --tokens must be at least 1, got {workers} and {tokens}")
+        raise UserInputError(f"--workers and --tokens must be at least 1, got {workers} and {tokens}")
     config = presets.build_preset(preset, stage, geometry_for_preset(preset).shapes(size or default_size(preset)))
     if isinstance(config.objective, MutualConfig):
         whole = replace(config.objective, real_until=0, free_from=0, fake_from=0, dmd_from=0, dmd_ramp=1)
@@ -102,7 +103,7 @@ def bench_config(
     config = replace(config, data=data, engine=replace(config.engine, workers=workers, use_gpu=_gpu()))
     config = serialization.apply_overrides(config, serialization.parse_overrides(sets))
     if config.data.chunks[1] > CHUNKS:
-        raise ValueError(
+        raise UserInputError(
             f"the clips of the bench hold {CHUNKS} chunks, got data.chunks={config.data.chunks}. Lower data.chunks"
         )
     return replace(config, data=replace(config.data, batch=config.data_parallel_size * _rows(config, tokens)))
@@ -126,7 +127,7 @@ def available_variants(config: RunConfig, names: Sequence[str]) -> tuple[dict[st
     others = OTHER_VARIANTS | (MUTUAL_VARIANTS if config.stage == "mutual" else {})
     known = (*VARIANTS, *others)
     if odd := [name for name in names if name not in known]:
-        raise ValueError(f"unknown variant {odd[0]!r} of stage {config.stage}: choose from {', '.join(known)}")
+        raise UserInputError(f"unknown variant {odd[0]!r} of stage {config.stage}: choose from {', '.join(known)}")
     chosen, missing = {REFERENCE_VARIANT: Variant()}, dict[str, str]()
     for name in (name for name in known if name in names and name != REFERENCE_VARIANT):
         if name in others:

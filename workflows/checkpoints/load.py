@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mfcore.errors import UserInputError
 from mfcore.model.transformer import build_model
 from mfcore.weights import load_strict
 from preprocessing.io.storage import Store, is_remote
@@ -34,7 +35,7 @@ def find_export(path: str | Path) -> Path:
         return _download_export(str(path))
     folder = Path(path)
     if not folder.exists():
-        raise ValueError(f"{folder} does not exist: name a run, such as runs/mutual, or a checkpoint inside one")
+        raise UserInputError(f"{folder} does not exist: name a run, such as runs/mutual, or a checkpoint inside one")
     if (folder / METADATA_FILE).exists():
         return folder
     if (folder / RUN_FILE).exists() and not (folder / "export").exists():
@@ -44,9 +45,9 @@ def find_export(path: str | Path) -> Path:
         return _latest_export(folder / "checkpoints", folder)
     if (folder / "export" / METADATA_FILE).exists():
         if not (folder / COMPLETE_FILE).exists():
-            raise ValueError(f"{folder} is not complete (its writer died): use another checkpoint of the run")
+            raise UserInputError(f"{folder} is not complete (its writer died): use another checkpoint of the run")
         return folder / "export"
-    raise ValueError(
+    raise UserInputError(
         f"{folder} is neither a run, a checkpoint nor an export: it has no checkpoints/ and no {METADATA_FILE}"
     )
 
@@ -55,7 +56,7 @@ def _latest_export(root: str | Path, run: str | Path) -> Path:
     store = CheckpointStore(root)
     found = store.list_complete()
     if not found:
-        raise ValueError(f"{run} has no complete checkpoint yet: run its `mfctl train` command to the end")
+        raise UserInputError(f"{run} has no complete checkpoint yet: run its `mfctl train` command to the end")
     return store.download(found[-1], "export/") / "export"
 
 
@@ -69,7 +70,9 @@ def _download_export(uri: str) -> Path:
         return CheckpointStore(root).download(name, "export/") / "export"
     if "checkpoints" in store.list_entries():
         return _latest_export(join_uri(uri, "checkpoints"), uri)
-    raise ValueError(f"{uri} is neither a run, a complete checkpoint nor an export: name one that `mfctl train` wrote")
+    raise UserInputError(
+        f"{uri} is neither a run, a complete checkpoint nor an export: name one that `mfctl train` wrote"
+    )
 
 
 def load_metadata(path: str | Path) -> ExportMetadata:
@@ -78,7 +81,7 @@ def load_metadata(path: str | Path) -> ExportMetadata:
     try:
         return serialization.from_dict(ExportMetadata, read_json(export / METADATA_FILE))
     except ValueError as error:
-        raise ValueError(f"{export / METADATA_FILE} cannot be read: {error}") from None
+        raise UserInputError(f"{export / METADATA_FILE} cannot be read: {error}") from None
 
 
 def weight_files(export: Path, weights: WeightKind) -> list[Path]:
@@ -91,10 +94,10 @@ def weight_files(export: Path, weights: WeightKind) -> list[Path]:
         return [whole]
     found = sorted(export.glob(f"{weights}-*-of-*.safetensors"))
     if not found:
-        raise ValueError(f"{whole} does not exist: name a checkpoint that has {weights} weights")
+        raise UserInputError(f"{whole} does not exist: name a checkpoint that has {weights} weights")
     expected = int(found[0].stem.rsplit("-", 1)[1])
     if len(found) != expected:
-        raise ValueError(
+        raise UserInputError(
             f"{export} has {len(found)} of the {expected} files of its {weights} weights: copy all of them"
         )
     return found
@@ -107,7 +110,7 @@ def load_weights(path: str | Path, weights: WeightKind = "ema") -> dict[str, Ten
         try:
             loaded |= load_file(file)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from None
+            raise UserInputError(f"{file} cannot be read: {error}") from None
     return loaded
 
 

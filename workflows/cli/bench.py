@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mfcore.errors import UserInputError
 from workflows.cli import output
 from workflows.cli.options import ConfigOverrides, JsonFlag, PresetName, parse_ints, parse_size, parse_sizes
 from workflows.cli.traits import command
@@ -183,7 +184,7 @@ def preprocess(
             few, many = sorted(parse_ints(memory, "--memory", least=1))
             return preprocess_memory.bench_memory(few=few, many=many, workers=processes)
         if not folder:
-            raise ValueError("name a folder of media files, or --memory FEW,MANY")
+            raise UserInputError("name a folder of media files, or --memory FEW,MANY")
         config = apply_overrides(PreprocessConfig(), {"sizes": parse_sizes(size, "--size")} | parse_overrides(sets))
         return bench_preprocess(folder, config=config, workers=processes, rounds=rounds, with_plain=plain)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mfcore.errors import UserInputError
 from workflows.cli import output
 from workflows.cli.options import JsonFlag
 
@@ -122,7 +123,7 @@ def stop(
         from workflows.jobs import submit
 
         if (job is None) != head:
-            raise ValueError("name one thing to stop: `mfctl stop JOB` or `mfctl stop --head`")
+            raise UserInputError("name one thing to stop: `mfctl stop JOB` or `mfctl stop --head`")
         return submit.stop_local_heads() if job is None else submit.stop_job(job)
 
     output.run_command(work, as_json=json)

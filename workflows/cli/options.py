@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from mfcore.errors import UserInputError
 from workflows.utils import environment
 
 CONFIGURATION = "Configuration"
@@ -66,7 +67,7 @@ def parse_ints(text: str, option: str, *, least: int) -> list[int]:
     parts = text.split(",")
     for part in parts:
         if not part.strip().isdecimal() or int(part) < least:
-            raise ValueError(f"{option} takes whole numbers from {least} up separated by commas, got {part!r}")
+            raise UserInputError(f"{option} takes whole numbers from {least} up separated by commas, got {part!r}")
     return [int(part) for part in parts]
 
 
@@ -75,7 +76,7 @@ def parse_floats(text: str, option: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}: {error}") from None
+        raise UserInputError(f"{option} takes numbers separated by commas, got {text!r}: {error}") from None
 
 
 def parse_sizes(text: str, option: str) -> list[list[int]]:
@@ -83,7 +84,7 @@ def parse_sizes(text: str, option: str) -> list[list[int]]:
     parts = [part.strip().lower().split("x") for part in text.split(",")]
     for part in parts:
         if len(part) != 2 or not all(edge.isdecimal() for edge in part):
-            raise ValueError(f"{option} takes height x width pairs such as 192x336,336x192, got {'x'.join(part)!r}")
+            raise UserInputError(f"{option} takes height x width pairs such as 192x336,336x192, got {'x'.join(part)!r}")
     return [[int(edge) for edge in part] for part in parts]
 
 
@@ -91,5 +92,5 @@ def parse_size(text: str, option: str) -> tuple[int, int]:
     """Parse ``192x336`` to (192, 336); ValueError names the option."""
     found = parse_sizes(text, option)
     if len(found) != 1:
-        raise ValueError(f"{option} takes one height x width such as 192x336, got {text!r}")
+        raise UserInputError(f"{option} takes one height x width such as 192x336, got {text!r}")
     return found[0][0], found[0][1]

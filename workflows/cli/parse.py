@@ -7,6 +7,7 @@ from typing import Any
 
 from typer.exceptions import Exit, TyperException
 
+from mfcore.errors import UserInputError
 from workflows.cli.traits import traits_of
 from workflows.jobs.command import ParsedCommand
 from workflows.utils import environment
@@ -19,7 +20,7 @@ def parse_command(root_command: Any, argv: Sequence[str], base: str | None = Non
     the command would reject its arguments.
     """
     if not argv:
-        raise ValueError(
+        raise UserInputError(
             "nothing to submit: the command is missing. Add it after --, e.g. mfctl submit cluster/local.yaml -- doctor"
         )
     command, names, rest = _find_command(root_command, argv)
@@ -27,7 +28,7 @@ def parse_command(root_command: Any, argv: Sequence[str], base: str | None = Non
         try:
             values = command.make_context(" ".join(["mfctl", *names]), rest).params
         except TyperException as error:
-            raise ValueError(f"mfctl {' '.join(names)}: {error.format_message()}") from error
+            raise UserInputError(f"mfctl {' '.join(names)}: {error.format_message()}") from error
         except Exit:  # --help
             values = {}
         traits = traits_of(command.callback)
@@ -47,7 +48,7 @@ def _find_command(root_command: Any, argv: Sequence[str]) -> tuple[Any, list[str
     while commands := getattr(command, "commands", None):
         if not rest or rest[0] not in commands:
             known = ", ".join(commands)
-            raise ValueError(
+            raise UserInputError(
                 f"`mfctl {' '.join(argv)}` is not a command. Use {' '.join(['mfctl', *names])} with one of {known}"
             )
         names.append(rest.pop(0))

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mfcore.errors import UserInputError
 from workflows.cli import output
 from workflows.cli.options import ConfigOverrides, DryRunFlag, JsonFlag
 from workflows.cli.traits import command
@@ -95,7 +96,7 @@ def study(
 def _scope(quick: bool, preset: str | None, seeds: str | None, methods: str | None) -> dict[str, Any]:
     """Return preset, seeds and methods: the given values, or the defaults with or without ``--quick``."""
     if quick and preset not in (None, "quick"):
-        raise ValueError(
+        raise UserInputError(
             f"--quick contradicts --preset {preset}: --quick is the preset quick. Remove one of the two options"
         )
     defaults = ("quick", "1", "quick") if quick else ("toy-study", "3", "all")

@@ -7,6 +7,7 @@ from math import ceil
 
 from mfcore.codecs.dct import DctCodec
 from mfcore.codecs.mel import MelCodec
+from mfcore.errors import UserInputError
 from mfcore.model.config import ModelConfig
 from mfcore.timeline import LatentClock, Timeline, audio_clock, video_clock
 from mfcore.types import AUDIO, VIDEO
@@ -49,7 +50,7 @@ class LatentGeometry:
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return height and width rounded up to a multiple that codec and patches accept, pixels."""
         if min(size) < 1:
-            raise ValueError(f"frame size {size[0]}x{size[1]}: both edges must be positive")
+            raise UserInputError(f"frame size {size[0]}x{size[1]}: both edges must be positive")
         height, width = (self.multiple * ceil(edge / self.multiple) for edge in size)
         return height, width
 
@@ -107,7 +108,7 @@ def geometry_of_model(model: ModelConfig) -> LatentGeometry:
     for known in (EMBEDDED, WAN_2_2, WAN_2_1):
         if known.text_dim == model.text_dim and all(known.channels[m] == b.channels for m, b in model.branches.items()):
             return known
-    raise ValueError("no known codec has these latent channels and text width: keep the values of the preset")
+    raise UserInputError("no known codec has these latent channels and text width: keep the values of the preset")
 
 
 def default_size(preset: str) -> tuple[int, int]:

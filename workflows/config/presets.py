@@ -6,6 +6,7 @@ from math import gcd
 from typing import Literal
 
 from mfcore.ema import EmaConfig
+from mfcore.errors import UserInputError
 from mfcore.flow import TimeConfig
 from mfcore.model.config import BranchConfig, ModelConfig
 from mfcore.model.lora import FakeScoreConfig
@@ -217,5 +218,5 @@ PRESETS: dict[str, Callable[[Stage, LatentShapes], RunConfig]] = {
 def build_preset(name: str, stage: Stage, shapes: LatentShapes) -> RunConfig:
     """Return the configuration of a preset; ValueError for an unknown name."""
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+        raise UserInputError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name](stage, shapes)

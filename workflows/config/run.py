@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from mfcore.ema import EmaConfig
+from mfcore.errors import UserInputError
 from mfcore.model.config import ModelConfig
 from mfcore.model.lora import FakeScoreConfig
 from mfcore.objectives.flow_matching import FlowMatchingConfig
@@ -27,7 +28,9 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
-            raise ValueError(f"checkpoint.every and checkpoint.keep must be at least 1, got {self.every}, {self.keep}")
+            raise UserInputError(
+                f"checkpoint.every and checkpoint.keep must be at least 1, got {self.every}, {self.keep}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +54,17 @@ class DataConfig:
     def __post_init__(self) -> None:
         counts = (self.batch, self.micro or 1, self.shuffle, self.held_out_clips, self.prefetch)
         if min(counts) < 1 or self.micro == 0:
-            raise ValueError(
+            raise UserInputError(
                 "data.batch, data.micro, data.shuffle, data.held_out_clips and data.prefetch must be at least 1, got "
                 f"{self.batch}, {self.micro}, {self.shuffle}, {self.held_out_clips} and {self.prefetch}"
             )
         if not 1 <= self.chunks[0] <= self.chunks[1]:
-            raise ValueError(f"data.chunks must be (fewest, most) with 1 <= fewest <= most, got {self.chunks}")
+            raise UserInputError(f"data.chunks must be (fewest, most) with 1 <= fewest <= most, got {self.chunks}")
         if not 0 < self.held_out < 1:
-            raise ValueError(f"data.held_out must be between 0 and 1, got {self.held_out}")
+            raise UserInputError(f"data.held_out must be between 0 and 1, got {self.held_out}")
         chances = (self.drop_both, self.drop_caption, self.drop_words, self.drop_voice)
         if min(chances) < 0 or max(chances) > 1 or sum(chances[:3]) > 1:
-            raise ValueError(
+            raise UserInputError(
                 f"data.drop_both, drop_caption, drop_words and drop_voice are {chances}: each must be in [0, 1], "
                 "and the first three must sum to at most 1"
             )
@@ -85,9 +88,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_workers <= self.max_workers:
-            raise ValueError(f"engine.workers is a number or [fewest, most], at least 1: got {self.workers}")
+            raise UserInputError(f"engine.workers is a number or [fewest, most], at least 1: got {self.workers}")
         if self.offload_optimizer and (self.kind == "torch" or self.zero_stage == 0):
-            raise ValueError(
+            raise UserInputError(
                 f"engine.offload_optimizer needs ZeRO: got {self.kind}, stage {self.zero_stage}. Set "
                 "engine.kind=deepspeed and engine.zero_stage to 1, 2 or 3"
             )
@@ -96,11 +99,11 @@ class EngineConfig:
             or self.min_workers % self.sequence
             or (self.sequence > 1 and self.min_workers != self.max_workers)
         ):
-            raise ValueError(
+            raise UserInputError(
                 f"engine.sequence {self.sequence} must divide engine.workers, a number: got {self.workers}"
             )
         if self.compile and (self.kind, self.zero_stage) == ("deepspeed", 3):
-            raise ValueError(
+            raise UserInputError(
                 "engine.compile cannot fuse weights that ZeRO-3 gathers one by one: set engine.compile=false, or "
                 "engine.zero_stage to 2 or less"
             )
@@ -161,39 +164,41 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.init_video and self.stage != "video":
-            raise ValueError(f"init_video is for stage video: stage {self.stage} starts from finished runs (--from)")
+            raise UserInputError(
+                f"init_video is for stage video: stage {self.stage} starts from finished runs (--from)"
+            )
         if self.sample_every < 0 or self.sample_clips < 1:
-            raise ValueError(
+            raise UserInputError(
                 f"sample_every must be at least 0 and sample_clips at least 1, got {self.sample_every}, "
                 f"{self.sample_clips}"
             )
         if self.steps < 1 or self.log_every < 1 or self.eval_every < 1 or self.skip_nonfinite < 0:
-            raise ValueError(
+            raise UserInputError(
                 f"steps {self.steps}, log_every {self.log_every} and eval_every {self.eval_every} must be at least 1, "
                 f"skip_nonfinite {self.skip_nonfinite} at least 0"
             )
         mutual = isinstance(self.objective, MutualConfig)
         if mutual != (self.stage == "mutual"):
-            raise ValueError(f"stage {self.stage} does not train with {type(self.objective).__name__}")
+            raise UserInputError(f"stage {self.stage} does not train with {type(self.objective).__name__}")
         if mutual and self.fake_optim is None:
-            raise ValueError("stage mutual needs fake_optim, the optimizer of the fake-score network")
+            raise UserInputError("stage mutual needs fake_optim, the optimizer of the fake-score network")
         if isinstance(self.objective, MutualConfig) and self.objective.share_history and self.fake.rank is None:
-            raise ValueError(
+            raise UserInputError(
                 "objective.share_history lets the fake score use the teacher's keys and values, which a full copy does "
                 "not match: set fake.rank, or objective.share_history=false"
             )
         if self.data.batch < self.data_parallel_size * self.rows_per_cycle:
-            raise ValueError(
+            raise UserInputError(
                 f"data.batch {self.data.batch} is too small for engine.workers {self.engine.max_workers}: "
                 f"each of them needs at least {self.rows_per_cycle} clips"
             )
         if self.model.heads % self.engine.sequence or self.model.key_heads % self.engine.sequence:
-            raise ValueError(
+            raise UserInputError(
                 f"engine.sequence {self.engine.sequence} splits attention heads: it must divide model.heads "
                 f"{self.model.heads} and model.kv_heads {self.model.key_heads}"
             )
         if self.data.batch % self.rows_per_cycle or (self.data.micro or self.rows_per_cycle) % self.rows_per_cycle:
-            raise ValueError(
+            raise UserInputError(
                 f"data.batch {self.data.batch} and data.micro {self.data.micro} must hold whole cycles of the "
                 f"{self.rows_per_cycle} row kinds of the mutual stage: make them multiples of {self.rows_per_cycle}"
             )

@@ -10,6 +10,8 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from mfcore.errors import UserInputError
+
 T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid")
 
@@ -24,7 +26,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     try:
         return TypeAdapter(_strict(kind)).validate_python(values)
     except ValidationError as error:
-        raise ValueError(_explain(error)) from None
+        raise UserInputError(_explain(error)) from None
 
 
 def apply_overrides(config: T, values: Mapping[str, Any]) -> T:
@@ -38,11 +40,13 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
+        raise UserInputError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the configuration {path} is neither YAML nor JSON: {error}") from None
+        raise UserInputError(f"the configuration {path} is neither YAML nor JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must contain settings by name, such as `steps: 200`, not a {type(values).__name__}")
+        raise UserInputError(
+            f"{path} must contain settings by name, such as `steps: 200`, not a {type(values).__name__}"
+        )
     return cast(dict[str, Any], values)
 
 
@@ -56,12 +60,12 @@ def parse_overrides(sets: Sequence[str]) -> dict[str, Any]:
         path, equals, value = text.partition("=")
         names = path.strip().removeprefix("train.").split(".")
         if not equals or not all(names):
-            raise ValueError(f"--set {text!r} is not of the form a.b=value, such as optim.lr=1e-3")
+            raise UserInputError(f"--set {text!r} is not of the form a.b=value, such as optim.lr=1e-3")
         parent = out
         for name in names[:-1]:
             parent = parent.setdefault(name, {})
             if not isinstance(parent, dict):
-                raise ValueError(f"--set {text!r} sets a part of {name!r}, which another --set replaces as a whole")
+                raise UserInputError(f"--set {text!r} sets a part of {name!r}, which another --set replaces as a whole")
         parent[names[-1]] = _parse_value(text, value)
     return out
 
@@ -71,7 +75,7 @@ def _parse_value(text: str, value: str) -> Any:
     try:
         return yaml.safe_load(value) if value.strip() else ""
     except yaml.YAMLError:
-        raise ValueError(f"--set {text!r}: its value is not YAML; quote it, or close its brackets") from None
+        raise UserInputError(f"--set {text!r}: its value is not YAML; quote it, or close its brackets") from None
 
 
 def diff(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -103,7 +107,7 @@ def _check_names(config: Any, values: Mapping[str, Any], prefix: str) -> None:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"choose one of {', '.join(sorted(known))}"
-            raise ValueError(f"unknown setting {prefix}{name}: {hint}")
+            raise UserInputError(f"unknown setting {prefix}{name}: {hint}")
         inner = getattr(config, name) if is_dataclass(config) else config[name]
         if isinstance(value, Mapping) and (is_dataclass(inner) or isinstance(inner, Mapping)):
             _check_names(inner, cast(Mapping[str, Any], value), f"{prefix}{name}.")

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mfcore.errors import UserInputError
 from mfcore.rng import PADDING_SAMPLE, VALIDATION_SAMPLE_OFFSET, generator
 from mfcore.types import AVBatch
 from preprocessing.dataset.reader import ClipDataset
@@ -53,7 +54,7 @@ class RankShard:
         """Return the rows of this rank; ranks differ by at most one unit. Raises ValueError for an empty shard."""
         units = batch // self.unit
         if batch % self.unit or units < self.world:
-            raise ValueError(
+            raise UserInputError(
                 f"cannot split a global batch of {batch} clips over {self.world} workers in units of {self.unit}: set "
                 f"data.batch to a multiple of {self.unit} that is at least {self.world * self.unit}"
             )
@@ -92,7 +93,7 @@ class TrainingBatchLoader:
         min_chunks, max_chunks = config.chunks
         buckets = make_buckets(clips.lengths, shapes, min_chunks=min_chunks, max_chunks=max_chunks, batch=config.batch)
         if not buckets:
-            raise ValueError(
+            raise UserInputError(
                 f"no training clip holds {config.chunks[0]} chunks (the longest of {len(clips.lengths)} has "
                 f"{max(clips.lengths, default=0)}): preprocess longer clips or lower data.chunks"
             )
@@ -156,7 +157,7 @@ def _select_validation_clips(clips: ClipSplit, config: DataConfig) -> list[int]:
     """Return the longest clips of the most frequent shape, so that one short clip does not shorten all."""
     usable = [i for i, length in enumerate(clips.lengths) if length >= config.chunks[0]]
     if not usable:
-        raise ValueError(f"no held-out clip has {config.chunks[0]} chunks: add longer clips or raise data.held_out")
+        raise UserInputError(f"no held-out clip has {config.chunks[0]} chunks: add longer clips or raise data.held_out")
     if clips.shapes is not None:
         shapes = clips.shapes
         commonest, _ = Counter(shapes[i] for i in usable).most_common(1)[0]

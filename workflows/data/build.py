@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from mfcore.errors import UserInputError
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.reader import read_metadata_json
 from preprocessing.dataset.schema import SCHEMA_VERSION
@@ -113,7 +114,7 @@ def _check_named_files(arguments: Sequence[str]) -> None:
             try:
                 probe(argument)
             except MediaError as error:
-                raise ValueError(
+                raise UserInputError(
                     f"{argument} is not readable media ({error.detail}): name a video or audio file"
                 ) from error
 
@@ -126,12 +127,14 @@ def _read_existing_metadata(store: Store, config: PreprocessConfig) -> dict[str,
     if not store.exists(DATASET_FILE):
         others = [name for name in store.list_entries() if name != LOCK and not name.startswith(TEMPORARY)]
         if others:
-            raise ValueError(f"{store.uri} is not empty and no dataset (it holds {others[0]}): choose another --out")
+            raise UserInputError(
+                f"{store.uri} is not empty and no dataset (it holds {others[0]}): choose another --out"
+            )
         return {}
     metadata = read_metadata_json(store)
     if metadata["fingerprint"] != config.fingerprint:
         changes = "\n  ".join(diff(metadata["config"], config.resolved()))
-        raise ValueError(
+        raise UserInputError(
             f"{store.uri} was made with another configuration:\n  {changes}\n"
             "choose another --out, or use the configuration it was made with"
         )

@@ -6,6 +6,7 @@ from typing import Any
 from mfcore.codecs.oobleck import oobleck_config_from_folder
 from mfcore.codecs.t5 import t5_config_from_folder
 from mfcore.codecs.wan import wan_config_from_folder
+from mfcore.errors import UserInputError
 from preprocessing.config import PreprocessConfig
 from preprocessing.steps.av_sync import syncnet_config
 from preprocessing.steps.transcribe import whisper_config
@@ -27,7 +28,7 @@ def apply_codec_options(
             parts[option] = readers[kind](resolve_path(folder))
         elif name not in (None, embedded):
             known = ", ".join([embedded, *(f"{kind}:DIR" for kind in readers)])
-            raise ValueError(f"--{'text' if option == 'text' else f'codec-{option}'} {name}: choose one of {known}")
+            raise UserInputError(f"--{'text' if option == 'text' else f'codec-{option}'} {name}: choose one of {known}")
     return replace(config, **parts)
 
 
@@ -37,7 +38,7 @@ def apply_sync_option(config: PreprocessConfig, sync: str | None) -> PreprocessC
     if kind == "syncnet" and file:
         return replace(config, sync=syncnet_config(resolve_path(file)))
     if sync not in (None, "motion", "off"):
-        raise ValueError(f"--sync {sync}: choose motion, syncnet:FILE or off")
+        raise UserInputError(f"--sync {sync}: choose motion, syncnet:FILE or off")
     return replace(config, sync=replace(config.sync, estimator=None)) if sync == "off" else config
 
 
@@ -47,5 +48,5 @@ def apply_transcript_option(config: PreprocessConfig, transcribe: str | None) ->
     if kind == "whisper" and folder:
         return replace(config, whisper=whisper_config(resolve_path(folder)))
     if transcribe not in (None, "off"):
-        raise ValueError(f"--transcribe {transcribe}: choose whisper:DIR or off")
+        raise UserInputError(f"--transcribe {transcribe}: choose whisper:DIR or off")
     return config

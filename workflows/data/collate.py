@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mfcore.codecs.stats import LatentStats
+from mfcore.errors import UserInputError
 from mfcore.rng import uniform_rows
 from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO, AVBatch, Condition, Stream
@@ -104,7 +105,7 @@ class BatchCollator:
 def _latents(clip: LatentClip, modality: str) -> Tensor:
     latents = clip.video if modality == VIDEO else clip.audio
     if latents is None:
-        raise ValueError(f"clip {clip.id} has no {modality} latents: a {modality} branch needs another dataset")
+        raise UserInputError(f"clip {clip.id} has no {modality} latents: a {modality} branch needs another dataset")
     return latents
 
 

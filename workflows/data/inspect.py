@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from mfcore.errors import UserInputError
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.dataset.near_duplicates import find_duplicates
 from preprocessing.dataset.reader import ClipDataset, excluded_ids, open_dataset, read_metadata_json
@@ -58,11 +59,11 @@ def inspect_dataset(
         near_duplicates: find clips that look, move and sound like another one, and exclude them from now on.
     """
     if sheet is not None and (Path(sheet).exists() or not Path(sheet).absolute().parent.is_dir()):
-        raise ValueError(f"--sheet {sheet}: choose a new file in an existing folder")
+        raise UserInputError(f"--sheet {sheet}: choose a new file in an existing folder")
     store = Store(dataset)
     metadata = read_metadata_json(store)
     if not metadata["complete"]:
-        raise ValueError(f"{dataset} is unfinished: run the same `mfctl preprocess` command again")
+        raise UserInputError(f"{dataset} is unfinished: run the same `mfctl preprocess` command again")
     summary = dataset_counts(metadata)
     summary |= {"modality": metadata["config"]["modality"], "codecs": metadata["codecs"], "clocks": metadata["clocks"]}
     if verify:
@@ -95,7 +96,7 @@ def _verify(store: Store, metadata: dict[str, Any]) -> None:
             problems = diff(metadata["counts"], again, "counts.")
     if problems:
         lines = "\n  ".join(problems[:20])
-        raise ValueError(f"{store.uri} is inconsistent:\n  {lines}\nremove it and preprocess its sources again")
+        raise UserInputError(f"{store.uri} is inconsistent:\n  {lines}\nremove it and preprocess its sources again")
 
 
 def _files(store: Store, kind: str) -> list[str]:

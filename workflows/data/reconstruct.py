@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mfcore.errors import UserInputError
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.dataset.reader import ClipDataset, open_dataset
 from preprocessing.media.mp4_writer import write_mp4
@@ -18,7 +19,7 @@ def reconstruct_clip(dataset: str, clip_id: str, out: str, overwrite: bool = Fal
     Raises ValueError if ``out`` exists and ``overwrite`` is false.
     """
     if os.path.exists(out) and not overwrite:
-        raise ValueError(f"{out} exists: choose another --out, or add --overwrite")
+        raise UserInputError(f"{out} exists: choose another --out, or add --overwrite")
     clips = open_dataset(dataset)
     clip = clips.clip(clips.index(clip_id))
     frames, sound = decode_latents(clips, clip.video, VIDEO), decode_latents(clips, clip.audio, AUDIO)

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mfcore.errors import UserInputError
 from mfcore.metrics.windows import DEFAULT_WINDOWS, TimeWindow, parse_windows
 from workflows.checkpoints.load import find_export, load_metadata
 from workflows.checkpoints.model_card import ExportMetadata
@@ -160,7 +161,7 @@ def _read_run_record(checkpoint: EvaluatedCheckpoint) -> Mapping[str, Any]:
 def _training_dataset(checkpoint: EvaluatedCheckpoint) -> str:
     uri = _read_run_record(checkpoint).get("data")
     if not uri:
-        raise ValueError(f"{checkpoint.path} does not record its dataset. Use --data DATASET.")
+        raise UserInputError(f"{checkpoint.path} does not record its dataset. Use --data DATASET.")
     return str(uri)
 
 

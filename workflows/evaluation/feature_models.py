@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mfcore.codecs.pretrained import compute_device
+from mfcore.errors import UserInputError
 from mfcore.metrics.feature_extractors import CLAP, AudioClassifier, AudioEncoder, FaceEncoder, VideoEncoder, VideoMAE
 from mfcore.metrics.lip_sync_error import LipEmbeddingModel
 from mfcore.metrics.speech import PocketSphinx, SpeechRecognizer, Whisper
@@ -91,11 +92,11 @@ def parse_feature_models(texts: Sequence[str]) -> FeatureModels:
         kind, _, path = text.partition("=")
         if kind not in MODEL_KINDS or not path:
             known = "; ".join(f"{name}={content}" for name, content in MODEL_KINDS.items())
-            raise ValueError(f"--weights {text!r}: not KIND=PLACE. Use one of {known}.")
+            raise UserInputError(f"--weights {text!r}: not KIND=PLACE. Use one of {known}.")
         if kind == "pocketsphinx":
             if path != "en" or importlib.util.find_spec("pocketsphinx") is None:
-                raise ValueError(f"--weights {text!r}: not available. Use {kind}={MODEL_KINDS[kind]}.")
+                raise UserInputError(f"--weights {text!r}: not available. Use {kind}={MODEL_KINDS[kind]}.")
         elif not Path(path).exists():
-            raise ValueError(f"--weights {text!r}: {path} does not exist. Give {MODEL_KINDS[kind]}.")
+            raise UserInputError(f"--weights {text!r}: {path} does not exist. Give {MODEL_KINDS[kind]}.")
         paths[kind] = path
     return FeatureModels(paths)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mfcore.codecs.base import Codec
+from mfcore.errors import UserInputError
 from mfcore.types import VIDEO
 from preprocessing.dataset.reader import DatasetMetadata, open_dataset
 from preprocessing.dataset.schema import ClipTensors
@@ -76,12 +77,12 @@ def select_evaluation_set(
         ValueError: The dataset has no held-out clip, or ``seconds`` is not positive.
     """
     if seconds is not None and seconds <= 0:
-        raise ValueError(f"--seconds {seconds}: the length must be positive")
+        raise UserInputError(f"--seconds {seconds}: the length must be positive")
     dataset = open_dataset(uri)
     training, held_out = (None, dataset) if fraction is None else dataset.split(fraction)
     usable = [i for i, length in enumerate(held_out.lengths) if length > 0]
     if not usable:
-        raise ValueError(f"{uri} has no held-out clip of a whole chunk. Preprocess more or longer clips.")
+        raise UserInputError(f"{uri} has no held-out clip of a whole chunk. Preprocess more or longer clips.")
     chosen = [held_out.clip(i) for i in usable[:clips]]
     wanted = None if seconds is None else ceil(Fraction(seconds).limit_denominator(1000) / dataset.meta.chunk_seconds)
     others = [held_out.clip(i) for i in usable[clips : clips + reference]]
@@ -144,7 +145,7 @@ def check_compatibility(export: ExportMetadata, dataset: DatasetMetadata, *, pat
     pairs += [("chunk", export.chunk_seconds, dataset.chunk_seconds)]
     for name, trained, given in pairs:
         if trained != given:
-            raise ValueError(
+            raise UserInputError(
                 f"{path} and {uri} are incompatible: {name} {trained} of the checkpoint, {given} of the dataset. "
                 "Use --data with a dataset that was preprocessed like the training set."
             )

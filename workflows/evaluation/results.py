@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
+from mfcore.errors import UserInputError
 from workflows.evaluation.rows import SettingResult, StoredSettingResult, SweepRow
 from workflows.evaluation.sweep import EvaluatedCheckpoint
 from workflows.evaluation.worker import TaskResult
@@ -14,9 +15,9 @@ from workflows.utils.json_io import atomic_path, read_json, write_json, write_te
 def prepare_output_dir(folder: Path) -> None:
     """Create the output folder. Raises ValueError if it contains something else than a sweep."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file. Give a folder.")
+        raise UserInputError(f"--out {folder} is a file. Give a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).is_dir() for n in ("rows", "unfinished")):
-        raise ValueError(f"--out {folder} is not empty and contains no sweep. Choose another folder.")
+        raise UserInputError(f"--out {folder} is not empty and contains no sweep. Choose another folder.")
     (folder / "rows").mkdir(parents=True, exist_ok=True)  # now, so that a rerun recognizes the folder
 
 

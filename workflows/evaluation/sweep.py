@@ -10,6 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from mfcore.errors import UserInputError
 from mfcore.solver import Mode
 from preprocessing.io.hashing import sha256_file
 from workflows.checkpoints.load import WeightKind, find_export, load_metadata, weight_files
@@ -137,11 +138,11 @@ def plan_sweep(
     """
     known = get_args(Mode)
     if unknown := [m for m in modes if m not in known]:
-        raise ValueError(f"--modes {unknown[0]}: unknown mode. Use {' or '.join(known)}.")
+        raise UserInputError(f"--modes {unknown[0]}: unknown mode. Use {' or '.join(known)}.")
     if any(not isfinite(w) for w in guidance):
-        raise ValueError(f"--guidance {list(guidance)}: weights must be finite. Use 1 for no guidance.")
+        raise UserInputError(f"--guidance {list(guidance)}: weights must be finite. Use 1 for no guidance.")
     if not steps or min(steps) < 1:
-        raise ValueError(f"--steps {list(steps)}: step counts must be positive.")
+        raise UserInputError(f"--steps {list(steps)}: step counts must be positive.")
     points, skipped = [], []
     for checkpoint in checkpoints:
         for mode in dict.fromkeys(modes):
@@ -155,7 +156,7 @@ def plan_sweep(
                 )
                 points.append(SweepPoint(checkpoint=checkpoint, params=params))
     if not points:
-        raise ValueError(
+        raise UserInputError(
             f"nothing to evaluate: {'; '.join(skipped)}. Add multi to --modes, or use a mutual checkpoint."
         )
     return points, skipped

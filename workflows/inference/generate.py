@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mfcore.errors import UserInputError
 from mfcore.solver import Mode
 from mfcore.types import AUDIO, VIDEO, Condition, Stream
 from preprocessing.media.mp4_writer import Mp4Writer
@@ -74,11 +75,11 @@ def generate_clip(
     seconds = prompt.seconds
     target = Path(out)
     if target.suffix.lower() != ".mp4":
-        raise ValueError(f"{target}: the output is an mp4 file. Use a name that ends in .mp4.")
+        raise UserInputError(f"{target}: the output is an mp4 file. Use a name that ends in .mp4.")
     if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists. Choose another name or add --overwrite.")
+        raise UserInputError(f"{target} exists. Choose another name or add --overwrite.")
     if not 0 < seconds < inf:
-        raise ValueError(f"--seconds {seconds}: the length must be positive and finite")
+        raise UserInputError(f"--seconds {seconds}: the length must be positive and finite")
     pipeline = StreamingPipeline.from_checkpoint(checkpoint, runtime.weights, runtime.precision)
     pipeline.enable_optimizations(compile=runtime.compile, graphs=runtime.graphs)
     params = resolve_sampling_params(

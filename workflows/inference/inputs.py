@@ -12,6 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from mfcore.errors import UserInputError
 from preprocessing.media.decoder import decode_range
 from preprocessing.media.probe import MediaError, probe
 from preprocessing.records import Word
@@ -30,7 +31,7 @@ def read_first_frame(path: str | None, pipeline: StreamingPipeline) -> Tensor | 
         return None
     file, (height, width) = Path(path), pipeline.frame_size
     if not file.exists():
-        raise ValueError(f"--first-frame {path}: no such file")
+        raise UserInputError(f"--first-frame {path}: no such file")
     try:
         with Image.open(file) as image:
             image = image.convert("RGB")
@@ -49,26 +50,26 @@ def _read_first_video_frame(path: str, pipeline: StreamingPipeline) -> Tensor:
             path, start=0.0, end=1.0, fps=pipeline.fps, size=pipeline.frame_size, sample_rate=16000
         )
     except MediaError as error:
-        raise ValueError(f"--first-frame {path} is neither an image nor a video: {error}") from None
+        raise UserInputError(f"--first-frame {path} is neither an image nor a video: {error}") from None
     if frames is None or not len(frames):
-        raise ValueError(f"--first-frame {path} contains no video.")
+        raise UserInputError(f"--first-frame {path} contains no video.")
     return torch.from_numpy(frames[0].copy())
 
 
 def read_voice(path: str, pipeline: StreamingPipeline) -> Tensor:
     """Read at most 30 seconds of audio from a media file."""
     if not Path(path).exists():
-        raise ValueError(f"--voice {path}: no such file")
+        raise UserInputError(f"--voice {path}: no such file")
     try:
         if probe(path).audio is None:
-            raise ValueError(f"--voice {path} has no audio")
+            raise UserInputError(f"--voice {path} has no audio")
         _, sound = decode_range(
             path, start=0.0, end=30.0, fps=Fraction(8), size=(16, 16), sample_rate=pipeline.sample_rate
         )
     except MediaError as error:
-        raise ValueError(f"--voice {path} cannot be read: {error}") from None
+        raise UserInputError(f"--voice {path} cannot be read: {error}") from None
     if sound is None:
-        raise ValueError(f"--voice {path} has no audio")
+        raise UserInputError(f"--voice {path} has no audio")
     return torch.from_numpy(sound.copy())
 
 
@@ -81,16 +82,16 @@ def read_transcript(text_or_path: str | None) -> tuple[list[Word], bool]:
         return [], False
     suffix, is_file = Path(text_or_path[-8:]).suffix.lower(), _is_file(text_or_path)
     if suffix in (".json", ".txt", *SUBTITLE_SUFFIXES) and not is_file and not any(c.isspace() for c in text_or_path):
-        raise ValueError(f"--transcript {text_or_path}: no such file")
+        raise UserInputError(f"--transcript {text_or_path}: no such file")
     if is_file and suffix in SUBTITLE_SUFFIXES:
         try:
             return list(parse_subtitles(Path(text_or_path).read_bytes())), False
         except ValueError as error:
-            raise ValueError(f"--transcript {text_or_path}: {error}") from None
+            raise UserInputError(f"--transcript {text_or_path}: {error}") from None
     try:
         text = Path(text_or_path).read_text() if is_file else text_or_path
     except UnicodeDecodeError:
-        raise ValueError(f"--transcript {text_or_path} is not a text file") from None
+        raise UserInputError(f"--transcript {text_or_path} is not a text file") from None
     if suffix == ".json" or re.match(r"""\s*(\[\s*(\{|\])|\{\s*")""", text):
         return _parse_json(text), False
     return estimate_word_times(text.split()), True
@@ -100,15 +101,15 @@ def _parse_json(text: str) -> list[Word]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"--transcript is not valid JSON: {error}") from None
+        raise UserInputError(f"--transcript is not valid JSON: {error}") from None
     if isinstance(value, dict):
         if "transcript" not in value:
-            raise ValueError("--transcript: a JSON object needs the list of words under `transcript`")
+            raise UserInputError("--transcript: a JSON object needs the list of words under `transcript`")
         value = value["transcript"]
     words = list(parse_transcript(value, "--transcript") or ())
     for word in words:
         if not -inf < word.start <= word.end < inf:
-            raise ValueError(
+            raise UserInputError(
                 f"--transcript: the times of {word.word!r} are invalid: {word.start:g} s to {word.end:g} s"
             )
     return words

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mfcore.codecs.base import Codec
 from mfcore.codecs.factory import codec_from_id, text_codec_from_id
+from mfcore.errors import UserInputError
 from mfcore.model.cuda_graphs import apply_inference_optimizations, check_inference_optimizations
 from mfcore.model.ring_cache import to_ring_cache
 from mfcore.model.transformer import AVTransformer, find_transformers
@@ -129,9 +130,9 @@ class StreamingPipeline:
         if VIDEO not in self.codecs:
             return None
         if frame is None:
-            raise ValueError("the model needs a first frame. Use --first-frame IMAGE.")
+            raise UserInputError("the model needs a first frame. Use --first-frame IMAGE.")
         if tuple(frame.shape[:2]) != self.frame_size:
-            raise ValueError(f"the first frame must be {self.frame_size} pixels, got {tuple(frame.shape[:2])}")
+            raise UserInputError(f"the first frame must be {self.frame_size} pixels, got {tuple(frame.shape[:2])}")
         latent = self.codecs[VIDEO].encode(frame[None])
         return self.metadata.stats[VIDEO].whiten(latent, head=True, space=2)
 
@@ -143,7 +144,7 @@ class StreamingPipeline:
             return torch.zeros(1, n, self.codecs[AUDIO].channels)
         latents = self.codecs[AUDIO].encode(voice)
         if len(latents) < n:
-            raise ValueError(
+            raise UserInputError(
                 f"--voice: the recording is too short. Use at least {float(self.metadata.chunk_seconds)} s."
             )
         return self.metadata.stats[AUDIO].whiten(_loudest_span(latents, voice, n))[None]

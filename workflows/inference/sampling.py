@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mfcore.errors import UserInputError
 from mfcore.solver import Mode, num_function_evaluations
 
 DEFAULT_MULTI_STEPS = 50
@@ -21,9 +22,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps {self.steps}: must be positive")
+            raise UserInputError(f"steps {self.steps}: must be positive")
         if self.mode not in ("few", "multi"):
-            raise ValueError(f"mode {self.mode!r}: unknown. Use few or multi.")
+            raise UserInputError(f"mode {self.mode!r}: unknown. Use few or multi.")
 
     @property
     def num_function_evaluations(self) -> int:
@@ -44,7 +45,7 @@ def resolve_sampling_params(
     Raises ValueError for an invalid mode or fewer than one step.
     """
     if steps is not None and steps < 1:
-        raise ValueError(f"--steps {steps}: must be positive")
+        raise UserInputError(f"--steps {steps}: must be positive")
     mode = mode or ("few" if stage == "mutual" else "multi")
     return SamplingParams(
         mode=mode,

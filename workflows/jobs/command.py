@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mfcore.errors import UserInputError
+
 PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 SECRET_ENV = (
     "AWS_SECRET_ACCESS_KEY",
@@ -59,19 +61,19 @@ def check_paths(command: ParsedCommand, target: str, shared: str | None) -> None
     for option, path in command.paths.items():
         local = path.removeprefix("file://") if "://" not in path or path.startswith("file://") else None
         if local is not None and not _is_below(local, shared):
-            raise ValueError(
+            raise UserInputError(
                 f"{option} is a path of this machine, not of {target}. Use an s3:// or gs:// URI, or --shared DIR "
                 "(mounted on all machines) and a path below it"
             )
     if command.writes_runs and shared is None:
-        raise ValueError(
+        raise UserInputError(
             f"{command.verb} writes its runs into a folder that all machines of {target} must have mounted. Add "
             "--shared DIR, e.g. --shared /shared, where the files of cluster/ mount one"
         )
     if command.writes_runs and os.environ.get("MFCTL_TRACKER") != "json":
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if uri is None or uri.startswith(("sqlite:", "file:")) or "://" not in uri:
-            raise ValueError(
+            raise UserInputError(
                 f"MLFLOW_TRACKING_URI={uri or '(not set: a SQLite file)'} cannot be written from several machines. "
                 "Start the server of cluster/mlflow and set MLFLOW_TRACKING_URI to its http:// address, or set "
                 "MFCTL_TRACKER=json to run without MLflow"
@@ -89,19 +91,19 @@ def check_secrets(argv: Sequence[str], variables: Mapping[str, str]) -> None:
     """
     for name, value in variables.items():
         if PASSWORD_IN_URL.search(value):
-            raise ValueError(
+            raise UserInputError(
                 f"{name} contains a password, which everyone who sees the job could read. Remove it and give it to "
                 "the machines by reference (see cluster/README.md, Credentials)"
             )
     secrets = secret_values()
     for argument in argv:
         if PASSWORD_IN_URL.search(argument):
-            raise ValueError(
+            raise UserInputError(
                 "the command contains a URL with a password, which everyone who sees the job could read. Remove it"
             )
         for name, value in secrets.items():
             if value in argument:
-                raise ValueError(
+                raise UserInputError(
                     f"the command contains the value of {name}, which everyone who sees the job could read. Remove it"
                 )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from mfcore.errors import UserInputError
 from preprocessing.io.errors import InfrastructureError
 from workflows.jobs.local_head import LOOPBACK, ping_job_server
 from workflows.jobs.resources import MachineType, merge_equal
@@ -62,7 +63,7 @@ def _check_server(address: str) -> None:
         with socket.create_connection((url.hostname or "", port), timeout=CONNECT_TIMEOUT_S):
             pass
     except ValueError as error:
-        raise ValueError(f"{address} is not a cluster address ({error}). Use http://host:8265") from error
+        raise UserInputError(f"{address} is not a cluster address ({error}). Use http://host:8265") from error
     except OSError as error:
         raise ClusterUnreachable(f"no Ray job server responds at {address} ({error}). {_REMEDY}") from error
     if url.scheme.startswith("http") and not ping_job_server(address, CONNECT_TIMEOUT_S):
@@ -164,12 +165,12 @@ def check_versions(cluster: ClusterInfo, target: str, python: str | None) -> Non
     import ray
 
     if _minor(cluster.ray) != _minor(ray.__version__):
-        raise ValueError(
+        raise UserInputError(
             f"{target} runs Ray {cluster.ray}, this machine {ray.__version__}. Install the same version on both "
             "(constraints.txt has the tested one; `ray up` installs it)"
         )
     if python is None and _minor(cluster.python) != _minor(platform.python_version()):
-        raise ValueError(
+        raise UserInputError(
             f"{target} runs Python {cluster.python}, this machine {platform.python_version()}. Use the same version on "
             f"both (make PYTHON=python{_minor(cluster.python)} venv), or --python PATH with an interpreter of the "
             "cluster that has everything in constraints.txt"

@@ -24,6 +24,7 @@ import jsonschema
 import psutil
 import yaml
 
+from mfcore.errors import UserInputError
 from workflows.utils.environment import DEFAULT_ENV, find_free_ports
 from workflows.utils.json_io import write_json
 
@@ -66,10 +67,10 @@ def load_cluster_file(path: str) -> dict:
         config = yaml.safe_load(Path(path).read_text())
         jsonschema.validate(config, _ray_schema())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise UserInputError(f"{path} is not YAML: {error}") from error
     except jsonschema.ValidationError as error:
         where = ".".join(str(part) for part in error.absolute_path) or "top level"
-        raise ValueError(f"{path} is not a Ray cluster file: {error.message} (at {where})") from error
+        raise UserInputError(f"{path} is not a Ray cluster file: {error.message} (at {where})") from error
     return config
 
 

@@ -6,6 +6,7 @@ from math import floor, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mfcore.errors import UserInputError
 from workflows.jobs.command import ParsedCommand
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def require_capacity(need: ResourceRequest | None, machines: Sequence[MachineTyp
     has = (
         "; ".join(f"{kind.name}: up to {kind.max_count} with {_format(kind.resources)}" for kind in machines) or "none"
     )
-    raise ValueError(
+    raise UserInputError(
         f"{need.description} needs {need.count} processes with {_format(need.bundle)} each, and {target} has room for "
         f"{found} (machines: {has}). Request less (--set engine.workers=N), or add machines to the cluster file"
     )

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mfcore.errors import UserInputError
 from preprocessing.io.ray_resources import PROMISED_RESOURCES_ENV
 from workflows.jobs import job_server, kuberay, resources
 from workflows.jobs import local_head as heads
@@ -64,7 +65,9 @@ def submit_job(
         ValueError: before the submission, if the target cannot run the command.
     """
     if not (ROOT / "pyproject.toml").exists():
-        raise ValueError(f"submit packages a checkout, and {ROOT} is not one. Run it from a clone (`make venv` there)")
+        raise UserInputError(
+            f"submit packages a checkout, and {ROOT} is not one. Run it from a clone (`make venv` there)"
+        )
     parsed_target = parse_target(target)
     shared = os.path.normpath(shared) if shared else None
     if parsed_target.kind in ("elsewhere", "rayjob"):
@@ -162,7 +165,7 @@ def _submit_rayjob(target: Target, command: ParsedCommand, shared: str | None, *
     import ray
 
     if version and version != ray.__version__:
-        raise ValueError(
+        raise UserInputError(
             f"{target.name} has rayVersion {version}, this machine {ray.__version__}. Rebuild the image with it"
         )
     variables = _environment(shared, elsewhere=True) | _promised_resources(target)
@@ -345,7 +348,7 @@ def _find_job(job_id: str) -> SubmittedJob:
     known = {job.id: job for job in _jobs()}
     if job_id not in known:
         listed = ", ".join(known) or "none"
-        raise ValueError(f"no job {job_id} was submitted from {base_directory()}. Known jobs: {listed}")
+        raise UserInputError(f"no job {job_id} was submitted from {base_directory()}. Known jobs: {listed}")
     return known[job_id]
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import psutil
 import yaml
 
+from mfcore.errors import UserInputError
 from workflows.jobs import local_head as heads
 from workflows.jobs.job_server import ClusterUnreachable
 from workflows.jobs.resources import MachineType, machine_types_of_cluster_file, machine_types_of_ray_cluster
@@ -50,12 +51,12 @@ def parse_target(name: str) -> Target:
     """Return the target of an address or a file; ValueError for anything else."""
     if "://" in name:
         if not name.startswith(("http://", "https://", "ray://")):
-            raise ValueError(
+            raise UserInputError(
                 f"{name} is not a cluster address. Use http://host:8265, ray://host:10001 or a cluster file"
             )
         return Target(name=name, kind="server")
     if not Path(name).is_file():
-        raise ValueError(f"{name} does not exist. Use a cluster file (cluster/local.yaml) or an address")
+        raise UserInputError(f"{name} does not exist. Use a cluster file (cluster/local.yaml) or an address")
     manifest = _load_rayjob(name)
     if manifest:
         return Target(name=name, kind="rayjob", config=manifest)
@@ -74,7 +75,7 @@ def _load_rayjob(name: str) -> dict[str, Any] | None:
         return jobs[0]
     kinds = [d["kind"] for d in documents if "kind" in d]
     if kinds:
-        raise ValueError(
+        raise UserInputError(
             f"{name} contains a {kinds[0]}, which is not a target. Use a RayJob (cluster/kuberay/rayjob-train.yaml), "
             "or the address of a running RayCluster: kubectl port-forward service/mutual-forcing-head-svc 8265, then "
             "http://127.0.0.1:8265"

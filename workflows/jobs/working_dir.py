@@ -4,6 +4,7 @@ import logging
 import zipfile
 from pathlib import Path
 
+from mfcore.errors import UserInputError
 from workflows.jobs.command import secret_values
 
 EXCLUDED = (
@@ -53,7 +54,7 @@ def _check_size(packed: zipfile.ZipFile, size: int, max_bytes: int) -> None:
     if size > max_bytes:
         largest = sorted(packed.infolist(), key=lambda info: -info.compress_size)[:3]
         named = ", ".join(f"{info.filename} ({info.compress_size / 2**20:.1f} MB)" for info in largest)
-        raise ValueError(
+        raise UserInputError(
             f"the working tree packs into {size / 2**20:.1f} MB, over the limit of {max_bytes / 2**20:.0f} MB; "
             f"largest: {named}. Move these files below runs/ or data/, or add them to .gitignore"
         )
@@ -65,6 +66,6 @@ def _check_content(packed: zipfile.ZipFile) -> None:
         content = packed.read(info) if secrets else b""
         for name, value in secrets.items():
             if value in content:
-                raise ValueError(
+                raise UserInputError(
                     f"{info.filename} contains the value of {name}. Remove it or add the file to .gitignore"
                 )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from mfcore.ema import EmaConfig
+from mfcore.errors import UserInputError
 from mfcore.flow import TimeConfig
 from mfcore.metrics.windows import parse_windows
 from mfcore.model.config import BranchConfig, ModelConfig
@@ -78,29 +79,29 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         if self.voices < 1:
-            raise ValueError(f"voices={self.voices}: must be at least 1")
+            raise UserInputError(f"voices={self.voices}: must be at least 1")
         if not 0 <= self.long_clips <= self.clips or self.long_seconds < self.seconds:
-            raise ValueError(
+            raise UserInputError(
                 f"long_clips={self.long_clips} of clips={self.clips}, long_seconds={self.long_seconds:g} after "
                 f"seconds={self.seconds:g}: long_clips must be in 0..clips and long_seconds at least seconds"
             )
         if not self.counts or min(self.counts) < 1 or list(self.counts) != sorted(set(self.counts)):
-            raise ValueError(
+            raise UserInputError(
                 f"counts={list(self.counts)}: give distinct step counts in ascending order, each at least 1"
             )
         longest = self.long_seconds if self.long_clips else self.seconds
         for window in parse_windows(self.windows):
             if window.end > longest:
-                raise ValueError(
+                raise UserInputError(
                     f"windows: {window.name} ends after the longest clip ({longest:g} s). Raise long_seconds"
                 )
             if window.end - window.start < 2 * latent_world.CHUNK_SECONDS:
-                raise ValueError(
+                raise UserInputError(
                     f"windows: {window.name} is shorter than two chunks ({2 * latent_world.CHUNK_SECONDS} s)"
                 )
         begins = max(self.method.real_until, self.method.free_from, self.method.fake_from, self.method.dmd_from)
         if begins >= self.steps:
-            raise ValueError(
+            raise UserInputError(
                 f"steps={self.steps}: the last phase begins at step {begins}. Raise steps, or lower "
                 "method.real_until, free_from, fake_from and dmd_from"
             )
@@ -132,4 +133,4 @@ def study_preset(name: str) -> StudyConfig:
         return StudyConfig()
     if name == "quick":
         return _quick()
-    raise ValueError(f"unknown study preset {name!r}: choose toy-study or quick")
+    raise UserInputError(f"unknown study preset {name!r}: choose toy-study or quick")

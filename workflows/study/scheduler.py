@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 import torch
 
+from mfcore.errors import UserInputError
 from workflows.config.serialization import diff
 from workflows.study.config import SAMPLING, StudyConfig
 from workflows.study.methods import GROUPS, METHODS
@@ -44,11 +45,11 @@ def parse_seeds(text: str) -> list[int]:
     """Parse ``--seeds`` (``3``: 0 to 2; ``3,4``: these). Raises ValueError for other text."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts if part.strip() or len(parts) == 1):
-        raise ValueError(f"--seeds {text}: not a count or a list. Give a count such as 3, or seeds such as 3,4,5")
+        raise UserInputError(f"--seeds {text}: not a count or a list. Give a count such as 3, or seeds such as 3,4,5")
     which = [int(part) for part in parts if part.strip()]
     seeds = which if len(parts) > 1 else list(range(which[0]))
     if not seeds:
-        raise ValueError(f"--seeds {text}: no seed. Give at least one")
+        raise UserInputError(f"--seeds {text}: no seed. Give at least one")
     return sorted(set(seeds))
 
 
@@ -64,7 +65,7 @@ def select_methods(names: Sequence[str], seeds: Sequence[int]) -> dict[str, Sequ
             wanted[method] = seeds if whole else seeds[:1]
     unknown = [name for name in wanted if name not in METHODS]
     if unknown:
-        raise ValueError(f"unknown method {', '.join(unknown)}: choose from {', '.join([*GROUPS, *METHODS])}")
+        raise UserInputError(f"unknown method {', '.join(unknown)}: choose from {', '.join([*GROUPS, *METHODS])}")
     return wanted
 
 
@@ -74,19 +75,21 @@ def claim_study_dir(config: StudyConfig, out: Path) -> None:
     if path.exists():
         differences = _differences(path, config)
         if differences:
-            raise ValueError(
+            raise UserInputError(
                 f"{out} holds a study with other settings ({'; '.join(differences)}): choose a new folder with --out"
             )
         return
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file. --out must name a folder")
+        raise UserInputError(f"{out} is a file. --out must name a folder")
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no study: choose a new folder with --out")
+        raise UserInputError(f"{out} is not empty and holds no study: choose a new folder with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(config))
     except OSError as error:
-        raise ValueError(f"cannot write a study to {out}: {error.strerror}. Choose another folder with --out") from None
+        raise UserInputError(
+            f"cannot write a study to {out}: {error.strerror}. Choose another folder with --out"
+        ) from None
 
 
 def _differences(path: Path, config: StudyConfig, *, ignore: Collection[str] = ()) -> list[str]:
@@ -97,7 +100,7 @@ def _differences(path: Path, config: StudyConfig, *, ignore: Collection[str] = (
     except ValueError:
         stored = None
     if not isinstance(stored, dict):
-        raise ValueError(f"{path} is not the configuration of a study: choose a new folder with --out")
+        raise UserInputError(f"{path} is not the configuration of a study: choose a new folder with --out")
     for settings in (stored, wanted):
         for key in ignore:
             settings.pop(key, None)
@@ -111,10 +114,10 @@ def import_networks(config: StudyConfig, source: Path, out: Path, methods: dict[
     """
     path = source / "study.json"
     if not path.exists():
-        raise ValueError(f"{source} holds no study. --networks must name the folder of a study")
+        raise UserInputError(f"{source} holds no study. --networks must name the folder of a study")
     differences = _differences(path, config, ignore=SAMPLING)
     if differences:
-        raise ValueError(
+        raise UserInputError(
             f"the networks in {source} were trained with other settings ({'; '.join(differences)}). "
             f"Give the same settings with --set; only {', '.join(SAMPLING)} may differ"
         )
@@ -156,7 +159,7 @@ def run_tasks(
 ) -> StudyOutcome:
     """Run the pending tasks. If a task fails, only the tasks that depend on it are skipped."""
     if minutes is not None and minutes <= 0:
-        raise ValueError(f"--minutes {minutes:g}: must be positive. Omit --minutes for no limit")
+        raise UserInputError(f"--minutes {minutes:g}: must be positive. Omit --minutes for no limit")
     claim_study_dir(config, out)
     deadline = float("inf") if minutes is None else time.time() + 60 * minutes
     pending = pending_tasks(out, plan_tasks(config, methods))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mfcore.errors import UserInputError
 from workflows.config import serialization
 from workflows.study.claims import check_claims
 from workflows.study.config import study_preset
@@ -49,9 +50,9 @@ def run_study(
     try:
         torch.device(device)
     except RuntimeError:
-        raise ValueError(f"--device {device}: unknown device. Give cpu, cuda or cuda:1") from None
+        raise UserInputError(f"--device {device}: unknown device. Give cpu, cuda or cuda:1") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch finds no GPU. Omit --device to run on the CPU")
+        raise UserInputError(f"--device {device}: torch finds no GPU. Omit --device to run on the CPU")
     wanted = select_methods([name.strip() for name in methods], parse_seeds(seeds))
     if dry_run:
         return {"config": serialization.to_dict(config), "methods": {m: list(s) for m, s in wanted.items()}}

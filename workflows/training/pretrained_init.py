@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mfcore.errors import UserInputError
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import AVTransformer
 from mfcore.model.wan_weights import WeightMapping, map_wan_weights
@@ -49,7 +50,7 @@ def _read(folder: str, config: ModelConfig, *, meta: bool) -> dict[str, Tensor]:
     root = root / "transformer" if (root / "transformer").is_dir() else root
     files = sorted(root.glob("*.safetensors"))
     if not files or not (root / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json with *.safetensors: {FOLDER_HINT}")
+        raise UserInputError(f"{folder} has no config.json with *.safetensors: {FOLDER_HINT}")
     _check_architecture(folder, json.loads((root / "config.json").read_text()), config)
     weights: dict[str, Tensor] = {}
     for path in files:
@@ -59,18 +60,18 @@ def _read(folder: str, config: ModelConfig, *, meta: bool) -> dict[str, Tensor]:
                     shape = file.get_slice(name).get_shape()
                     weights[name] = torch.empty(shape, device="meta") if meta else file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
+            raise UserInputError(f"{path} cannot be read: {error}") from None
     return weights
 
 
 def _check_architecture(folder: str, found: dict[str, Any], config: ModelConfig) -> None:
     """Raise ValueError for settings that tensor shapes cannot reveal."""
     if found.get("_class_name") != "WanTransformer3DModel":
-        raise ValueError(f"{folder} is a {found.get('_class_name')}: {FOLDER_HINT}")
+        raise UserInputError(f"{folder} is a {found.get('_class_name')}: {FOLDER_HINT}")
     expected = {**REQUIRED_WAN_CONFIG, "num_attention_heads": config.heads, "attention_head_dim": config.head_dim}
     differences = [f"{k} {found[k]} there, {v} here" for k, v in expected.items() if k in found and found[k] != v]
     if differences:
-        raise ValueError(f"{folder} has another architecture: {'; '.join(differences)}")
+        raise UserInputError(f"{folder} has another architecture: {'; '.join(differences)}")
 
 
 def _table(mapping: WeightMapping) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mfcore.errors import UserInputError
 from mfcore.model.config import ModelConfig
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.dataset.reader import ClipDataset, DatasetMetadata, open_dataset
@@ -73,7 +74,7 @@ def resolve_run(
     Raises ValueError for an invalid configuration, or a missing dataset or parent run.
     """
     if run is not None and (not run or run in (".", "..") or Path(run).name != run):
-        raise ValueError(f"--run {run!r} is not a folder name. Use a name without slashes; runs are in {runs}")
+        raise UserInputError(f"--run {run!r} is not a folder name. Use a name without slashes; runs are in {runs}")
     path = runs / run / RUN_FILE if run else None
     existing = read_json(path) if path and path.exists() else {}
     named = list(init_from) or list(existing.get("from", {}).values())
@@ -82,7 +83,7 @@ def resolve_run(
     )
     dataset = open_dataset(uri, STAGES[stage].modalities)
     if not len(dataset):
-        raise ValueError(f"{uri} has no accepted clip. Run `mfctl inspect {uri}` for the reasons")
+        raise UserInputError(f"{uri} has no accepted clip. Run `mfctl inspect {uri}` for the reasons")
     config = presets.build_preset(preset, stage, latent_shapes_of(dataset))
     if config_file:
         config = serialization.apply_overrides(config, serialization.load_config_file(config_file))
@@ -93,7 +94,7 @@ def resolve_run(
         )
     parse_feature_models(config.sample_weights)  # raises ValueError for missing folders
     if config.stage != stage:
-        raise ValueError(f"--stage {stage} contradicts the setting stage={config.stage}")
+        raise UserInputError(f"--stage {stage} contradicts the setting stage={config.stage}")
     request = ResolvedRun(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / (run or ""))
     name = run or f"{stage}-{_digest(request)}"
     return ResolvedRun(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / name)
@@ -109,7 +110,7 @@ def collect_errors(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, 
         except ValueError as error:
             errors.append(str(error))
     if errors:
-        raise ValueError("; ".join(errors))
+        raise UserInputError("; ".join(errors))
     return found[0], found[1]
 
 
@@ -117,7 +118,7 @@ def latest_dataset(runs: Path) -> str:
     """Return the latest finished dataset under ``runs``. Raise ValueError if there is none."""
     found = [p for depth in range(3) for p in runs.glob("*/" * depth + "_dataset.json") if read_json(p).get("complete")]
     if not found:
-        raise ValueError(
+        raise UserInputError(
             f"no finished dataset under {runs}. Run `mfctl preprocess SRC {runs}/dataset`, "
             "or name one with --data DATASET"
         )
@@ -137,7 +138,7 @@ def find_parents(stage: Stage, named: Sequence[str], runs: Path) -> dict[Stage, 
             except ValueError as error:
                 missing.append(str(error))
     if missing:
-        raise ValueError("; ".join(missing))
+        raise UserInputError("; ".join(missing))
     return {parent: parents[parent] for parent in plan.parents}
 
 
@@ -148,7 +149,7 @@ def _named_export(name: str, runs: Path) -> Path:
     if not path.exists() and (runs / name).exists():
         path = runs / name
     if (path / RUN_FILE).exists() and not (path / "export").is_dir() and final_progress(path) is None:
-        raise ValueError(f"the run {path} is not finished. Run its command again, or name one of its checkpoints")
+        raise UserInputError(f"the run {path} is not finished. Run its command again, or name one of its checkpoints")
     return find_export(path)
 
 
@@ -158,7 +159,7 @@ def _latest_export(stage: Stage, parent: Stage, runs: Path) -> Path:
         p.parent for p in outcomes if final_progress(p.parent) and read_json(p.parent / RUN_FILE)["stage"] == parent
     ]
     if not done:
-        raise ValueError(
+        raise UserInputError(
             f"stage {stage} starts from a finished {parent} run, and {runs} has none. "
             f"Run `mfctl train --stage {parent}` first, or name one with --from RUN"
         )
@@ -232,22 +233,22 @@ def _check_parent(
     stage: Stage, path: Path, metadata: ExportMetadata, *, config: RunConfig, meta: DatasetMetadata
 ) -> None:
     if metadata.stage != stage:
-        raise ValueError(
+        raise UserInputError(
             f"{path} is of stage {metadata.stage}; stage {config.stage} starts from {_describe_parents(config.stage)}"
         )
     mine, theirs = _size(config.model), _size(metadata.model)
     if mine != theirs or any(config.model.branches[m] != b for m, b in metadata.model.branches.items()):
         differences = [f"{k} {theirs[k]} there, {mine[k]} here" for k in mine if mine[k] != theirs[k]]
         text = "; ".join(differences) or "its branches differ"
-        raise ValueError(f"{path} has another size: {text}. Use the same --preset and --set for both")
+        raise UserInputError(f"{path} has another size: {text}. Use the same --preset and --set for both")
     for m in metadata.codecs:
         if metadata.codecs[m] != meta.codecs.get(m) or metadata.clocks[m] != meta.clocks.get(m):
-            raise ValueError(
+            raise UserInputError(
                 f"{path} was trained on {m} latents of {metadata.codecs[m]}, this dataset has {meta.codecs.get(m)}. "
                 "Preprocess with the same codec settings"
             )
     if metadata.chunk_seconds != meta.chunk_seconds or metadata.text_codec != meta.text_codec:
-        raise ValueError(
+        raise UserInputError(
             f"{path} was trained with chunks of {float(metadata.chunk_seconds)} s and text of {metadata.text_codec}, "
             f"this dataset has {float(meta.chunk_seconds)} s and {meta.text_codec}. Preprocess with the same settings"
         )
@@ -267,8 +268,8 @@ def check_parents(stage: Stage, found: Sequence[tuple[Stage, Path]]) -> dict[Sta
     parents: dict[Stage, Path] = {}
     for parent, path in found:
         if parent not in STAGES[stage].parents:
-            raise ValueError(f"{path} is of stage {parent}; stage {stage} starts from {_describe_parents(stage)}")
+            raise UserInputError(f"{path} is of stage {parent}; stage {stage} starts from {_describe_parents(stage)}")
         if parent in parents:
-            raise ValueError(f"--from names two {parent} runs, {parents[parent]} and {path}. Choose one")
+            raise UserInputError(f"--from names two {parent} runs, {parents[parent]} and {path}. Choose one")
         parents[parent] = path
     return parents

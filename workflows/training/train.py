@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from mfcore.errors import UserInputError
 from preprocessing.io.lease import Lease
 from preprocessing.io.storage import Store
 from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
@@ -90,7 +91,7 @@ def train_stage(
         RuntimeError: The training failed or was interrupted.
     """
     if stage not in STAGES:
-        raise ValueError(f"unknown stage {stage!r}. Choose one of {', '.join(STAGES)}")
+        raise UserInputError(f"unknown stage {stage!r}. Choose one of {', '.join(STAGES)}")
     runs = Path(environment.resolve_path(str(runs_dir)))
     try:
         request = resolve_run(
@@ -154,7 +155,7 @@ def _check_record(request: ResolvedRun) -> None:
     path = request.run_dir / RUN_FILE
     if not path.exists():
         if request.run_dir.exists() and any(p.name != "_lock" for p in request.run_dir.iterdir()):
-            raise ValueError(f"{request.run_dir} exists and is not a training run. Choose another name with --run")
+            raise UserInputError(f"{request.run_dir} exists and is not a training run. Choose another name with --run")
         return
     _require_equal_records(f"the run {request.run_dir}", read_json(path), request.record())
 
@@ -174,7 +175,7 @@ def _require_equal_records(what: str, existing: Mapping[str, Any], record: Mappi
     existing = {key: value for key, value in existing.items() if key in record}
     if lines := serialization.diff(immutable_settings(existing), immutable_settings(record)):
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
-        raise ValueError(
+        raise UserInputError(
             f"{what} has other settings: {'; '.join(lines[:4])}{more}. "
             "Use these settings to resume it, or another --run name for a new run"
         )

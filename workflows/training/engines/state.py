@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mfcore.errors import UserInputError
 from workflows.utils import distributed
 
 
@@ -51,7 +52,7 @@ class ShardedStateReader:
     def __init__(self, folder: Path, name: str) -> None:
         files = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
         if not files:
-            raise ValueError(f"{folder} has no state of the network {name!r}")
+            raise UserInputError(f"{folder} has no state of the network {name!r}")
         self._files: dict[str, Any] = {}
         self.steps = 0
         for path in files:
@@ -73,11 +74,13 @@ class ShardedStateReader:
         saved = {key.removeprefix("weight/"): h for key, h in self._files.items() if key.startswith("weight/")}
         if saved.keys() != shapes.keys():
             differences = sorted(saved.keys() ^ shapes.keys())[:3]
-            raise ValueError(f"{self._folder} has the state of another network: {', '.join(differences)} ... differ")
+            raise UserInputError(
+                f"{self._folder} has the state of another network: {', '.join(differences)} ... differ"
+            )
         for name, handle in saved.items():
             shape = tuple(handle.get_slice(f"weight/{name}").get_shape())
             if shape != tuple(shapes[name]):
-                raise ValueError(f"{self._folder}: {name} is {shape} there and {tuple(shapes[name])} here")
+                raise UserInputError(f"{self._folder}: {name} is {shape} there and {tuple(shapes[name])} here")
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
