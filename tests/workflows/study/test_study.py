@@ -17,11 +17,12 @@ from mfcore.metrics.windows import TimeWindow
 from mfcore.rollout import rollout
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.published_study import published_study_dir
+from tests.helpers.small_study import small_study
 from workflows.cli.study import _scope
 from workflows.study import latent_world, plots, tasks
 from workflows.study import study as study_report
 from workflows.study.claims import check_claims
-from workflows.study.config import StudyConfig, study_preset
+from workflows.study.config import study_preset
 from workflows.study.latent_world import read_factors, sample_clips
 from workflows.study.methods import ABLATIONS, BASELINES, GROUPS, METHODS
 from workflows.study.metrics import real_statistics, score_window
@@ -377,27 +378,6 @@ class TestPlots:
         assert [p.name for p in plots.draw_plots(longer, tmp_path)] == ["frontier.png", "ablations.png"]
 
 
-def small() -> StudyConfig:
-    whole = study_preset("quick")
-    return replace(
-        whole,
-        model=replace(whole.model, dim=16, layers=1, heads=1),
-        joint_batch=4,
-        joint_chunks=(3,),
-        joint_steps=3,
-        batch=4,
-        chunks=(3,),
-        steps=4,
-        method=replace(whole.method, real_until=1, free_from=2, fake_from=2, dmd_from=3, dmd_ramp=1),
-        counts=(1, 2),
-        clips=3,
-        seconds=3.0,
-        long_clips=1,
-        long_seconds=4.0,
-        windows="0-1,1-3,3-4",
-    )
-
-
 def everything(out):
     """Return scores and costs without values that depend on the clock."""
     rows = load_scores(out)
@@ -434,7 +414,7 @@ class TestRuns:
             worker.wait(20)
 
     def test_resumed_study_equals_uninterrupted_study(self, tmp_path):
-        config, methods = small(), select_methods(["mutual"], [0])
+        config, methods = small_study(), select_methods(["mutual"], [0])
         for task in plan_tasks(config, methods):
             run_task(config, tmp_path / "whole", task, device="cpu", deadline=float("inf"))
         stops = 0
@@ -451,7 +431,7 @@ class TestRuns:
     @pytest.mark.parametrize("gone", ["seed-*/*/weights.safetensors", "seed-*/*/**/*.safetensors", "seed-*/*/st*"])
     def test_deleted_weights_are_trained_again_if_needed(self, tmp_path, gone):
         """Rows and costs may be kept without weights and states."""
-        config, planned = small(), plan_tasks(small(), select_methods(["mutual"], [0]))
+        config, planned = small_study(), plan_tasks(small_study(), select_methods(["mutual"], [0]))
         for task in planned:
             run_task(config, tmp_path, task, device="cpu", deadline=float("inf"))
         before = everything(tmp_path)
@@ -468,7 +448,7 @@ class TestRuns:
         assert all(cost["cpu_seconds"] > 0 for cost in load_costs(tmp_path))
 
     def test_every_method_trains(self, tmp_path):
-        config = small()
+        config = small_study()
         run_task(config, tmp_path, StudyTask(kind="train", method="joint", seed=0), device="cpu", deadline=float("inf"))
         for name in BASELINES:
             task = StudyTask(kind="train", method=name, seed=0)
@@ -521,7 +501,7 @@ class TestRuns:
             score,
         ]:
             if not task.is_done(tmp_path):
-                run_task(small(), tmp_path, task, device="cpu", deadline=float("inf"))
+                run_task(small_study(), tmp_path, task, device="cpu", deadline=float("inf"))
         assert labels == [None if label is None else {label}] * 2  # long and short clips
 
     def test_ablations_are_scored_at_four_and_eight_steps(self):
@@ -531,11 +511,15 @@ class TestRuns:
 
     def test_ablations_train(self, tmp_path):
         run_task(
-            small(), tmp_path, StudyTask(kind="train", method="joint", seed=0), device="cpu", deadline=float("inf")
+            small_study(),
+            tmp_path,
+            StudyTask(kind="train", method="joint", seed=0),
+            device="cpu",
+            deadline=float("inf"),
         )
         for name in ("low_rank", "online_targets"):
             task = StudyTask(kind="train", method=name, seed=0)
-            run_task(small(), tmp_path, task, device="cpu", deadline=float("inf"))
+            run_task(small_study(), tmp_path, task, device="cpu", deadline=float("inf"))
             assert task.is_done(tmp_path)
 
     def test_groups_expand_to_methods(self):
@@ -556,7 +540,7 @@ class TestRuns:
             parse_seeds(text)
 
     def test_other_settings_are_rejected(self, tmp_path):
-        config = small()
+        config = small_study()
         late = run_tasks(config, tmp_path, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9)
         assert not late.done
         with pytest.raises(ValueError, match="steps: 4 -> 9"):
@@ -580,28 +564,30 @@ class TestRuns:
     )
     def test_invalid_settings_are_rejected_before_training(self, change, message):
         with pytest.raises(ValueError, match=message):
-            replace(small(), **change)
+            replace(small_study(), **change)
 
     def test_guidance_of_one_adds_no_tasks(self):
-        planned = plan_tasks(replace(small(), guidance=1.0), select_methods(["teacher_forcing"], [0]))
+        planned = plan_tasks(replace(small_study(), guidance=1.0), select_methods(["teacher_forcing"], [0]))
         assert len({task.name for task in planned}) == len(planned)
 
     @pytest.mark.slow
     def test_failed_task_skips_only_its_dependents(self, tmp_path):
         begun = tmp_path / "seed-0" / "mutual" / "step.json"
-        claim_study_dir(small(), tmp_path)
+        claim_study_dir(small_study(), tmp_path)
         begun.parent.mkdir(parents=True)
         begun.write_text("{")
         lines = []
         methods = select_methods(["mutual", "teacher_forcing"], [0])
-        outcome = run_tasks(small(), tmp_path, methods, workers=2, device="cpu", minutes=None, log=lines.append)
+        outcome = run_tasks(small_study(), tmp_path, methods, workers=2, device="cpu", minutes=None, log=lines.append)
         assert outcome.done
         assert list(outcome.failed) == ["seed-0-mutual"]
         assert str(begun) in outcome.failed["seed-0-mutual"]
         assert any("Skipped 3 dependent tasks" in line for line in lines)
         assert {one["method"] for one in load_scores(tmp_path)} == {"real", "joint", "teacher_forcing"}
         begun.unlink()  # the remedy of the message
-        assert run_tasks(small(), tmp_path, methods, workers=2, device="cpu", minutes=None) == StudyOutcome(done=True)
+        assert run_tasks(small_study(), tmp_path, methods, workers=2, device="cpu", minutes=None) == StudyOutcome(
+            done=True
+        )
 
     @pytest.mark.parametrize("text", ["[{", "[]", "{}", '[{"metrics": {}}]', '["row"]'])
     def test_corrupt_score_file_is_named(self, tmp_path, text):
@@ -617,14 +603,14 @@ class TestRuns:
     def test_folder_with_other_files_is_rejected(self, tmp_path, text):
         (tmp_path / "study.json").write_text(text)
         with pytest.raises(ValueError, match="choose a new folder"):
-            claim_study_dir(small(), tmp_path)
+            claim_study_dir(small_study(), tmp_path)
         assert (tmp_path / "study.json").read_text() == text
 
     def test_file_as_output_folder_is_rejected(self, tmp_path):
         (tmp_path / "notes").write_text("mine")
         for place in (tmp_path / "notes", tmp_path / "notes" / "study"):
             with pytest.raises(ValueError, match="--out"):
-                claim_study_dir(small(), place)
+                claim_study_dir(small_study(), place)
 
     @pytest.mark.parametrize(
         ("given", "found"),
@@ -650,10 +636,10 @@ class TestRuns:
 
     def test_zero_minutes_are_rejected(self, tmp_path):
         with pytest.raises(ValueError, match="--minutes 0"):
-            run_tasks(small(), tmp_path, {}, workers=1, device="cpu", minutes=0)
+            run_tasks(small_study(), tmp_path, {}, workers=1, device="cpu", minutes=0)
 
     def test_imported_networks_are_sampled_with_other_settings(self, tmp_path):
-        config, (here, there) = small(), (tmp_path / "here", tmp_path / "there")
+        config, (here, there) = small_study(), (tmp_path / "here", tmp_path / "there")
         claim_study_dir(config, here)
         for name in ("joint", "mutual", "literal"):
             run_task(config, here, StudyTask(kind="train", method=name, seed=0), device="cpu", deadline=float("inf"))
@@ -678,7 +664,7 @@ class TestRuns:
         assert [sum("4 Euler" in claim.claim for claim in check_claims(table, most)) for most in (50, 4)] == [2, 0]
 
     def test_networks_with_other_training_settings_are_rejected(self, tmp_path):
-        config, (here, there) = small(), (tmp_path / "here", tmp_path / "there")
+        config, (here, there) = small_study(), (tmp_path / "here", tmp_path / "there")
         with pytest.raises(ValueError, match="holds no study"):
             import_networks(config, here, there, {"mutual": range(1)})
         assert not run_tasks(config, here, {"mutual": range(1)}, workers=1, device="cpu", minutes=1e-9).done
