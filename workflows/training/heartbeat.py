@@ -64,7 +64,7 @@ class Heartbeat:
             }
             text = json.dumps(status)
             with suppress(OSError):  # a missing heartbeat must not stop the training
-                write_text_atomically(self._path, text)
+                write_text_atomically(self._path, text, durable=False)
             if stop.wait(self._interval):
                 return
 

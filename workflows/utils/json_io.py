@@ -1,11 +1,10 @@
 """Small files that are written whole or not at all, and JSON read with a clear error."""
 
 import json
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from preprocessing.io.durable_files import atomic_path, make_folders
 
 _NO_DEFAULT: Any = object()
 
@@ -28,25 +27,16 @@ def corrupt_file_error(path: Path) -> ValueError:
     return ValueError(f"{path} is damaged: move it away, and the same command makes it again")
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``; rename it to ``path`` on success, delete it on failure."""
-    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def write_text_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a text file into an existing folder; a reader sees the old or the new content.
 
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text file into an existing folder; a reader sees the old or the new content."""
-    with atomic_path(path) as temporary:
+    ``durable``: flush it to disk, so that it survives power loss.
+    """
+    with atomic_path(path, durable=durable) as temporary:
         temporary.write_text(text)
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
-    """Write ``value`` as JSON, atomically; missing parent folders are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``value`` as JSON, atomically and durably; missing parent folders are created."""
+    make_folders(path.parent)
     write_text_atomically(path, json.dumps(value, indent=indent) + "\n")
