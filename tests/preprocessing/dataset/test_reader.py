@@ -157,3 +157,27 @@ def test_unreadable_datasets_raise(place, tmp_path):
     build_dataset([str(place / "media" / "good.mp4")], str(tmp_path / "video"), video, progress=quiet)
     with pytest.raises(ValueError, match="--modality video"):
         open_dataset(str(tmp_path / "video"), ("audio",))
+
+
+def test_the_digest_depends_on_clips_and_not_on_files(tmp_path):
+    """Growth, other content and exclusions change it; the grouping of sources into units does not."""
+    media = tmp_path / "media"
+    media.mkdir()
+    for name, seconds in (("a", 1.2), ("b", 1.3), ("c", 1.4)):
+        write_clip(media / f"{name}.mp4", seconds)
+    digests = {}
+    for per_unit in (1, 3):
+        config = replace(CONFIG, sources_per_unit=per_unit)
+        build_dataset([str(media)], str(tmp_path / f"out{per_unit}"), config, progress=quiet)
+        digests[per_unit] = open_dataset(str(tmp_path / f"out{per_unit}")).digest
+    assert digests[1] == digests[3]
+    assert open_dataset(str(tmp_path / "out1"), ("audio",)).digest == digests[1]
+    write_clip(media / "d.mp4", 1.5)
+    build_dataset([str(media)], str(tmp_path / "out3"), replace(CONFIG, sources_per_unit=3), progress=quiet)
+    grown = open_dataset(str(tmp_path / "out3"))
+    assert grown.digest != digests[3]
+    pq.write_table(pa.table({"id": [grown.ids[0]]}), tmp_path / "out3" / "_duplicates.parquet")
+    assert open_dataset(str(tmp_path / "out3")).digest not in (grown.digest, digests[3])
+    write_clip(media / "a.mp4", 1.6)
+    build_dataset([str(media)], str(tmp_path / "other"), CONFIG, progress=quiet)
+    assert open_dataset(str(tmp_path / "other")).digest != grown.digest
