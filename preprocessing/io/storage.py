@@ -77,6 +77,16 @@ class Store:
         return bool(self._fs.exists(self._full(name)))
 
     @_translating_errors(bucket=False)
+    def size(self, name: str) -> int | None:
+        """Return the size of a file in bytes; None if it is absent."""
+        if self.remote:
+            self._fs.invalidate_cache()
+        try:
+            return int(self._fs.info(self._full(name))["size"])
+        except FileNotFoundError:
+            return None
+
+    @_translating_errors(bucket=False)
     def list_entries(self) -> list[str]:
         """Return the sorted names of files and folders in the store; empty if it is absent."""
         if self.remote:
