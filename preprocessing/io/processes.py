@@ -52,9 +52,13 @@ def _is_installed(program: str) -> bool:
 @contextmanager
 def scratch_dir() -> Generator[Path]:
     """Yield a temporary folder; `delete_stale_scratch` removes it if this process is killed."""
-    name = f"mfctl-{_host_digest()}-{os.getpid()}-{process_start_time(os.getpid()) or 0}-"
-    with tempfile.TemporaryDirectory(prefix=name) as folder:
+    with tempfile.TemporaryDirectory(prefix=scratch_prefix()) as folder:
         yield Path(folder)
+
+
+def scratch_prefix() -> str:
+    """Return the start of the names of this process's temporary folders, at most 34 characters."""
+    return f"mfctl-{_host_digest()}-{os.getpid()}-{process_start_time(os.getpid()) or 0}-"
 
 
 def delete_stale_scratch() -> None:
