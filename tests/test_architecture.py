@@ -57,6 +57,11 @@ def sources(*folders: str) -> Iterator[Path]:
         yield from sorted((ROOT / folder).rglob("*.py"))
 
 
+def test_wrong_input_has_its_own_class() -> None:
+    """Raise mfcore.errors.UserInputError for wrong input: any other ValueError is reported as an internal error."""
+    assert [str(p) for p in sources("preprocessing", "workflows") if "raise ValueError(" in p.read_text()] == []
+
+
 def test_public_class_names_are_unique() -> None:
     places: dict[str, list[str]] = defaultdict(list)
     for path in sources(*PACKAGES):

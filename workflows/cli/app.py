@@ -5,10 +5,13 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage or wrong input. See ``output.py`` for the contract of the output streams.
 """
 
+import sys
+
 import typer
 
-from workflows.cli import bench, evaluate, jobs, study
+from workflows.cli import bench, evaluate, jobs, output, study
 from workflows.cli.data import inspect, manifest, preprocess, reconstruct, toyworld
+from workflows.cli.errors import describe_error
 from workflows.cli.generate import generate
 from workflows.cli.system import demo, doctor, mlflow
 from workflows.cli.train import train
@@ -39,6 +42,18 @@ app.add_typer(jobs.app)
 
 def main() -> None:
     """Run the command line: entry point of `mfctl` and of `python -m workflows.cli`."""
-    environment.apply_defaults()
-    environment.chdir_to_base()
-    app(prog_name="mfctl")
+    try:
+        output.check_stdout()
+        environment.apply_defaults()
+        environment.chdir_to_base()
+        try:
+            app(prog_name="mfctl")
+        finally:
+            output.write_stdout("")  # flush help texts here, where a failure is reported
+    except BrokenPipeError:
+        output.discard_stdout()
+        sys.exit(1)
+    except Exception as error:  # outside of commands, which report their own errors
+        message, code = describe_error(error)
+        output.print_error(message)
+        sys.exit(code)

@@ -3,13 +3,13 @@
 0 done, 1 failed, 2 wrong usage or wrong input.
 """
 
+import errno
 import json
 import math
 import os
 import sys
-import traceback
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from typing import Any, NoReturn
 
@@ -17,18 +17,11 @@ import typer
 import yaml
 
 from preprocessing.io.errors import InfrastructureError
+from workflows.cli.errors import describe_error
 
-FAILED, WRONG_INPUT = 1, 2
-USER_ERRORS = (
-    ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    NotADirectoryError,
-    IsADirectoryError,
-    PermissionError,
-)
-TRACEBACK = "MFCTL_TRACEBACK"
-"""Variable that adds the traceback to input errors."""
+
+class OutputError(InfrastructureError):
+    """Standard output cannot be written."""
 
 
 def run_command(
@@ -53,53 +46,78 @@ def run_command(
                 result = work()
         else:
             result = work()
-    except KeyboardInterrupt:
-        exit_with_error("interrupted. Run the same command again to resume", FAILED, as_json=as_json)
-    except Exception as error:
-        exit_with_error(*describe_error(error), as_json=as_json)
-    else:
         print_result(result, as_json=as_json, render=render)
-        if code is not None and code(result):
-            raise typer.Exit(code(result))
-
-
-def describe_error(error: Exception) -> tuple[str, int]:
-    """Return the message for the user and the exit code.
-
-    Prints the traceback of a failure, unless it is an input error or an infrastructure error: their messages contain
-    the fix.
-    """
-    wrong_input = isinstance(error, USER_ERRORS) and not _from_ray_worker(error)
-    if not (wrong_input or isinstance(error, InfrastructureError)) or os.environ.get(TRACEBACK):
-        traceback.print_exception(error)
-    return str(error) or type(error).__name__, WRONG_INPUT if wrong_input else FAILED
-
-
-def _from_ray_worker(error: Exception) -> bool:
-    """Return True for the error of a Ray worker, which is a failure whatever its type.
-
-    Ray raises a class derived from both RayError and the class of the error in the worker. RayError is compared by
-    name: importing ray takes seconds, and most commands run without it.
-    """
-    return any((kind.__module__, kind.__name__) == ("ray.exceptions", "RayError") for kind in type(error).__mro__)
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise  # the reader has closed the pipe: typer exits silently with 1
+        message, exit_code = describe_error(error)
+        exit_with_error(message, exit_code, as_json=as_json)
+    if code is not None and code(result):
+        raise typer.Exit(code(result))
 
 
 def exit_with_error(message: str, code: int, *, as_json: bool) -> NoReturn:
     """Print the error, as JSON too with ``as_json``, and exit with the code."""
-    print(f"error: {message}", file=sys.stderr)
+    print_error(message)
     if as_json:
-        print(json.dumps({"error": message, "exit_code": code}), flush=True)
+        with suppress(OutputError):
+            write_stdout(json.dumps({"error": message, "exit_code": code}) + "\n")
     raise typer.Exit(code)
 
 
+def print_error(message: str) -> None:
+    """Print one error message; characters that the terminal cannot encode are escaped."""
+    if sys.stderr is None:
+        return
+    encoding = sys.stderr.encoding or "utf-8"
+    printable = f"error: {message}".encode(encoding, "backslashreplace").decode(encoding)
+    with suppress(OSError):
+        print(printable, file=sys.stderr, flush=True)
+
+
 def print_result(result: Any, *, as_json: bool, render: Callable[[Any], str] | None = None) -> None:
-    """Print the result as one JSON line, or as text."""
+    """Print the result as one JSON line, or as text. Raises OutputError."""
     if as_json:
-        print(json.dumps(to_json_types(result)), flush=True)
+        text = json.dumps(to_json_types(result)) + "\n"
     elif render is not None:
-        print(render(result), flush=True)
+        text = render(result) + "\n"
     else:
-        print(yaml.safe_dump(to_json_types(result), sort_keys=False, allow_unicode=True, width=120), end="", flush=True)
+        text = yaml.safe_dump(to_json_types(result), sort_keys=False, allow_unicode=True, width=120)
+    write_stdout(text)
+
+
+def write_stdout(text: str) -> None:
+    """Write and flush ``text``; characters that standard output cannot encode are escaped.
+
+    Raises:
+        BrokenPipeError: the reader has closed the pipe.
+        OutputError: standard output cannot be written, such as on a full disk.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_stdout()
+        raise OutputError(
+            f"cannot write the result to standard output: {error.strerror}. Redirect it elsewhere"
+        ) from error
+
+
+def discard_stdout() -> None:
+    """Send what standard output has buffered to the null device: the interpreter flushes it at exit."""
+    with suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
+
+
+def check_stdout() -> None:
+    """Raise OutputError if file descriptor 1 is closed: the next opened file would receive the output."""
+    if sys.stdout is None:
+        raise OutputError("standard output is closed. Redirect it to a file or to /dev/null")
 
 
 def to_json_types(value: Any) -> Any:

@@ -6,6 +6,7 @@ import typer
 
 from mfcore.errors import UserInputError
 from workflows.cli import output
+from workflows.cli.errors import FAILED
 from workflows.cli.options import ConfigOverrides, DryRunFlag, JsonFlag
 from workflows.cli.traits import command
 from workflows.utils import environment
@@ -88,9 +89,7 @@ def study(
             networks=networks,
         )
 
-    output.run_command(
-        work, as_json=json, render=_report, code=lambda result: output.FAILED if result.get("failed") else 0
-    )
+    output.run_command(work, as_json=json, render=_report, code=lambda result: FAILED if result.get("failed") else 0)
 
 
 def _scope(quick: bool, preset: str | None, seeds: str | None, methods: str | None) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def demo(
 def mlflow(
     *,
     host: Annotated[str, typer.Option(help="Address of the server.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the server.")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the server.")] = 5000,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and exit.")] = False,
 ) -> None:
     """Open the MLflow UI on the store of the runs: MLFLOW_TRACKING_URI, or runs/mlflow.db.
@@ -63,14 +63,19 @@ def mlflow(
     Example: mfctl mlflow --port 5001
     """
     store = environment.tracking_uri()
-    words = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--host", host, "--port", str(port)]
+    words = [sys.executable, "-m", "mlflow", "ui", "--host", host, "--port", str(port)]
+    # the store is not an argument: every user of the machine can read the arguments of a process, and it may have a
+    # password. Job workers (8 processes, 2 GB) serve evaluations of language models only
+    variables = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    shown = environment.hide_passwords(store)
     if dry_run:
-        print(shlex.join(words))
+        assignments = [f"{name}={environment.hide_passwords(value)}" for name, value in variables.items()]
+        output.write_stdout(shlex.join([*assignments, *words]) + "\n")
         return
     print(
-        f"MLflow on http://{host}:{port}, store {store}. Press Ctrl-C to stop it. "
+        f"MLflow on http://{host}:{port}, store {shown}. Press Ctrl-C to stop it. "
         "For charts choose 'Model training' at the top left; the browser keeps the choice",
         file=sys.stderr,
         flush=True,
     )
-    os.execv(sys.executable, words)
+    os.execve(sys.executable, words, {**os.environ, **variables})

@@ -1,17 +1,18 @@
 """Environment of all processes: defaults for Ray and MLflow, base directory, tracking URI, free ports."""
 
 import os
+import re
 import socket
 from contextlib import ExitStack
 from pathlib import Path
+
+from mfcore.errors import UserInputError
 
 DEFAULT_ENV = {
     # no telemetry
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    # ray.init() may store a token that a later head requires and a job client does not send: use one explicit mode
-    "RAY_AUTH_MODE": "disabled",
     # Ray's default of 15 starves workers when other processes run
     "RAY_worker_niceness": "0",
     # the next default of Ray; setting it silences a warning
@@ -29,7 +30,10 @@ def apply_defaults() -> None:
 
 def base_directory() -> Path:
     """Return the base of relative paths; a submitted job runs in a copy, its paths refer to the original tree."""
-    return Path(os.environ.get(CWD_ENV) or Path.cwd()).absolute()
+    try:
+        return Path(os.environ.get(CWD_ENV) or Path.cwd()).absolute()
+    except FileNotFoundError:
+        raise UserInputError("the current directory was deleted. Change to an existing one, e.g. cd ~") from None
 
 
 def chdir_to_base() -> None:
@@ -40,8 +44,18 @@ def chdir_to_base() -> None:
 
 
 def resolve_path(path: str) -> str:
-    """Return an absolute path; a URI is unchanged."""
-    return path if "://" in path else os.path.normpath(base_directory() / Path(path).expanduser())
+    """Return an absolute path; a URI is unchanged. Raises UserInputError for the home folder of an unknown user."""
+    if "://" in path:
+        return path
+    try:
+        return os.path.normpath(base_directory() / Path(path).expanduser())
+    except RuntimeError:
+        raise UserInputError(f"{path}: no user of this name has a home folder. Write the whole path") from None
+
+
+def hide_passwords(text: str) -> str:
+    """Return ``text`` with the passwords of all URIs in it replaced by ``***``."""
+    return re.sub(r"(\w://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
 
 
 def resolve_existing_path(path: str) -> str:
