@@ -28,7 +28,15 @@ from numpy.typing import NDArray
 from preprocessing.io.processes import limit_process
 from preprocessing.media.ffmpeg_filters import audio_filters, scene_filters, video_filters
 from preprocessing.media.mp4_writer import file_url
-from preprocessing.media.probe import DECODER_BYTES, KILL_SIGNALS, STALL_SECONDS, MediaError, MediaInfo, probe
+from preprocessing.media.probe import (
+    DECODER_BYTES,
+    INPUT_LIMITS,
+    KILL_SIGNALS,
+    STALL_SECONDS,
+    MediaError,
+    MediaInfo,
+    probe,
+)
 from preprocessing.records import Frames, Waveform
 
 SEEK_MARGIN = 10.0  # seconds decoded and dropped before a span, so that a coarse seek cannot land behind its start
@@ -136,7 +144,7 @@ class Decoder:
         (audio_read, audio_write), (scene_read, scene_write) = os.pipe(), os.pipe()
         seek = self.start - info.origin - SEEK_MARGIN
         coarse = {"ss": f"{seek:.3f}", "noaccurate_seek": None} if seek > 0 else {}
-        source = ffmpeg.input(_INPUT, copyts=None, reinit_filter=0, threads=1, **coarse)
+        source = ffmpeg.input(_INPUT, copyts=None, reinit_filter=0, threads=1, **INPUT_LIMITS, **coarse)
         outputs: list[Any] = []
         large = {"flush_packets": 0, "blocksize": _PIPE_BYTES}  # the default of 32 KiB per write is slow
         if self.video:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,10 @@ STALL_SECONDS = 60.0
 DECODER_BYTES = 4 << 30  # memory of ffmpeg: 16 reference frames of 8K in 10 bits, and HDR
 # Exit codes of ffmpeg after a signal from outside; it turns SIGTERM into 255.
 KILL_SIGNALS = {-signal.SIGKILL: signal.SIGKILL, -signal.SIGTERM: signal.SIGTERM, 255: signal.SIGTERM}
+# Demuxers of the accepted suffixes. Others open the files that a text names (hls, dash, concat, sdp).
+_DEMUXERS = "mov,matroska,avi,flv,mpegts,mpeg,mpegvideo,m4v,asf,ogg,wav,flac,mp3,aac"
+INPUT_LIMITS = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
+"""Options of ffmpeg and ffprobe for an input: accepted demuxers, no protocol but local files."""
 _NO_MEMORY = ("Cannot allocate memory", "get_buffer() failed")
 
 
@@ -92,6 +97,7 @@ def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float, memory:
         "frame=stream_index,best_effort_timestamp_time,pts_time,interlaced_frame"
     )
     command = ["ffprobe", "-v", "error", "-of", "json", "-show_entries", wanted, "-show_frames"]
+    command += [word for name, value in INPUT_LIMITS.items() for word in (f"-{name}", value)]
     command += ["-read_intervals", packets, "-i", file_url(path)]
     try:
         done = subprocess.run(
@@ -111,12 +117,20 @@ def _ffprobe(path: str | os.PathLike[str], packets: str, timeout: float, memory:
         raise MediaError("memory", f"its first frames need more than {memory >> 20} MiB to decode")
     facts: dict[str, Any] = json.loads(done.stdout or b"{}")
     if not facts.get("streams"):
-        raise MediaError("unreadable", errors[-1].split(": ")[-1] if errors else "no streams")
+        raise MediaError("unreadable", _unreadable(errors))
     if 0 < len(facts.get("frames", [])) < 2 * len(errors):  # encrypted or damaged: an error for every other frame
         raise MediaError(
             "corrupt", f"{len(errors)} decoding errors in {len(facts['frames'])} frames: {errors[-1][-100:]}"
         )
     return facts
+
+
+def _unreadable(errors: Sequence[str]) -> str:
+    """Return why ffprobe found no streams."""
+    for line in errors:
+        if refused := re.match(r"\[(\w+)[, @].*\] Format not on whitelist", line):
+            return f"the content has the format {refused[1]}, which is not accepted"
+    return errors[-1].split(": ")[-1] if errors else "no streams"
 
 
 def _first_times(facts: dict[str, Any]) -> dict[int, float]:
