@@ -41,9 +41,9 @@ def parts(seed: int):
     return {"student": build_engine(net, OptimConfig(), EngineConfig(kind="torch", workers=1))}, ema
 
 
-def writer(root: Path | str, engines, ema, keep: int = 2, *, ours: bool = True) -> CheckpointWriter:
+def writer(root: Path | str | CheckpointStore, engines, ema, keep: int = 2, *, ours: bool = True) -> CheckpointWriter:
     return CheckpointWriter(
-        CheckpointStore(root),
+        root if isinstance(root, CheckpointStore) else CheckpointStore(root),
         engines=engines,
         ema=ema,
         metadata=CARD,

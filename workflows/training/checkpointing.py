@@ -10,9 +10,9 @@ import contextlib
 import json
 import logging
 import secrets
-import tempfile
+import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from mfcore.ema import Ema
 from mfcore.weights import shard_weights
-from workflows.checkpoints.layout import METADATA_FILE
+from preprocessing.io.durable_files import flush_file, flush_folder
+from preprocessing.io.processes import delete_stale_scratch, scratch_dir
+from workflows.checkpoints.layout import METADATA_FILE, RUN_FILE
 from workflows.checkpoints.model_card import ExportMetadata
 from workflows.checkpoints.store import COMPLETE_FILE, CheckpointStore, file_entry
 from workflows.config import serialization
@@ -61,8 +63,8 @@ class _Content:
             save_file(weights, folder / "export" / name)
             files.append(folder / "export" / name)
         write_json(folder / "export" / METADATA_FILE, serialization.to_dict(self.metadata))
-        write_json(folder / "run.json", self.record)
-        return [*files, folder / "export" / METADATA_FILE, folder / "run.json"]
+        write_json(folder / RUN_FILE, self.record)
+        return [*files, folder / "export" / METADATA_FILE, folder / RUN_FILE]
 
 
 class CheckpointWriter:
@@ -75,6 +77,7 @@ class CheckpointWriter:
         self._store, self._engines, self._ema, self._metadata = store, engines, ema, metadata
         self._record, self._keep, self._may_write = record, keep, may_write
         self._pending: _Writing | None = None
+        delete_stale_scratch()  # shares of uploads that were killed
         if distributed.get_rank() == 0 and may_write():
             self._store.delete_incomplete()
         self._attempt = distributed.broadcast_from_rank_zero(
@@ -105,8 +108,7 @@ class CheckpointWriter:
             raise RuntimeError("the run now belongs to another driver: this one stops")
         self._store.store.remove_folder(f"{name}/{PARTS_DIR}")
         self._store.store.write(f"{name}/{COMPLETE_FILE}", json.dumps({"files": files}, indent=1).encode())
-        for old in self._store.list_complete()[: -self._keep]:
-            self._store.delete(old)
+        self._store.delete_old(name, self._keep)
 
     @property
     def has_failed(self) -> bool:
@@ -125,9 +127,18 @@ class CheckpointWriter:
         self._pending = None
         if errors:
             raise CheckpointSaveError(
-                f"the checkpoint {self._store.uri_of(pending.name)} could not be written: {'; '.join(errors)}. The "
-                "previous one is intact. Fix the cause, then run the same command to resume from there"
+                f"the checkpoint {self._store.uri_of(pending.name)} could not be written: {'; '.join(errors)}. "
+                f"Fix the cause, then run the same command. {self._resume_point()}"
             )
+
+    def _resume_point(self) -> str:
+        saved = distributed.broadcast_from_rank_zero(self._last_complete() if distributed.get_rank() == 0 else None)
+        return f"It resumes from {saved}" if saved else "It starts from the beginning: no checkpoint is complete"
+
+    def _last_complete(self) -> str | None:
+        with contextlib.suppress(OSError, RuntimeError):  # the storage may be the cause
+            return next((self._store.uri_of(name) for name in reversed(self._store.list_complete())), None)
+        return None
 
     def close(self) -> None:
         """Wait a limited time for the threads, after an error when other ranks may not respond."""
@@ -171,6 +182,7 @@ class _Writing:
         except BaseException as error:  # the training loop raises it on all ranks
             self.error = f"rank {self._rank}: {type(error).__name__}: {error}"
             with contextlib.suppress(Exception):  # the storage may fail again; the error is kept above
+                self._delete_files()
                 self._write_part({"error": self.error})
         finally:
             self.written.set()
@@ -179,15 +191,27 @@ class _Writing:
         """Write the files of this rank and return their entries; for object storage through a temporary folder."""
         if not self._store.is_remote:
             folder = Path(self._store.uri_of(self.name))
-            return dict(file_entry(folder, path) for path in content.write(folder))
-        with tempfile.TemporaryDirectory(prefix="mfctl-save-") as folder:
+            paths = content.write(folder)
+            _flush(folder, paths)
+            return dict(file_entry(folder, path) for path in paths)
+        with scratch_dir() as folder:
             entries: dict[str, Any] = {}
-            for path in content.write(Path(folder)):
-                file, facts = file_entry(Path(folder), path)
+            for path in content.write(folder):
+                file, facts = file_entry(folder, path)
                 self._store.store.upload(path, f"{self.name}/{file}")
                 path.unlink()
                 entries[file] = facts
             return entries
+
+    def _delete_files(self) -> None:
+        """Delete the files of this rank after a failure: on a full disk, the outcome of the run needs their space."""
+        if self._store.is_remote:
+            return
+        folder = Path(self._store.uri_of(self.name))
+        for path in (folder / "state").glob(f"*-{self._rank:05d}-of-*"):
+            path.unlink()
+        if self._rank == 0:
+            shutil.rmtree(folder / "export", ignore_errors=True)
 
     def _write_part(self, part: Mapping[str, Any]) -> None:
         self._store.store.write(f"{self.name}/{PARTS_DIR}/{self._rank:05d}.json", json.dumps(part).encode())
@@ -205,6 +229,14 @@ class _Writing:
                 return
             files |= part["files"]
         self._finish(self.name, files)
+
+
+def _flush(folder: Path, paths: Sequence[Path]) -> None:
+    """Flush files and the names of their folders to disk: after power loss, a complete checkpoint has its content."""
+    for path in paths:
+        flush_file(path)
+    for parent in {*(path.parent for path in paths), folder, folder.parent, folder.parent.parent}:
+        flush_folder(parent)
 
 
 def _gather_errors(error: str | None) -> list[str]:
@@ -228,7 +260,7 @@ def load_training_state(store: CheckpointStore, name: str, engines: Mapping[str,
     if distributed.is_local_rank_zero():
         store.download(name, "state/")
     distributed.barrier()
-    state = store.download(name, "state/") / "state"
+    state = store.download(name, "state/", verify=False) / "state"  # verified above
     for key, engine in engines.items():
         engine.load(state, key)
     ema_state = ShardedStateReader(state, "ema")
@@ -236,4 +268,4 @@ def load_training_state(store: CheckpointStore, name: str, engines: Mapping[str,
     distributed.barrier()
     if distributed.is_local_rank_zero():
         store.drop_local_copy(name, "state")
-    return serialization.from_dict(Progress, store.read_json(name, "run.json")["progress"])
+    return serialization.from_dict(Progress, store.read_json(name, RUN_FILE)["progress"])

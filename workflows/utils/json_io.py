@@ -1,11 +1,13 @@
 """Small files that are written whole or not at all, and JSON read with a clear error."""
 
 import json
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from preprocessing.io.durable_files import atomic_path, make_folders
 
+_LOGGER = logging.getLogger(__name__)
 _NO_DEFAULT: Any = object()
 
 
@@ -20,6 +22,20 @@ def read_json(path: Path, *, default: Any = _NO_DEFAULT) -> Any:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise corrupt_file_error(path) from None
+
+
+def read_intact_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file; None without the file. A damaged one is logged and counts as absent."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        content = None
+    if isinstance(content, dict):
+        return cast(dict[str, Any], content)
+    _LOGGER.warning(f"{path} is damaged ({path.stat().st_size} bytes) and counts as absent")
+    return None
 
 
 def corrupt_file_error(path: Path) -> ValueError:

@@ -1,6 +1,11 @@
 """A checkpoint exists if COMPLETE does, and rebuilds the network without other files."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +17,7 @@ from tests.helpers.tiny_model import batch
 from workflows.checkpoints.load import find_export, load_export
 from workflows.checkpoints.store import COMPLETE_FILE, CheckpointStore
 from workflows.training.checkpointing import CheckpointSaveError, latest_intact_checkpoint, load_training_state
+from workflows.training.engines.state import StateShard
 from workflows.training.progress import Progress
 
 
@@ -54,7 +60,7 @@ def test_an_export_is_found_in_a_run_a_checkpoint_or_itself(tmp_path, place):
 def test_partial_checkpoints_are_ignored_and_old_ones_deleted(tmp_path):
     engines, ema = parts(0)
     root = tmp_path / "checkpoints"
-    (root / "000000000099-dead" / "export").mkdir(parents=True)
+    (root / "000000000099-deaddead" / "export").mkdir(parents=True)
     with pytest.raises(ValueError, match="no complete checkpoint"):
         find_export(tmp_path)
     for n in (1, 2, 3):
@@ -82,6 +88,74 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path, caplog):
     victim.write_bytes(data)
     assert latest_intact_checkpoint(CheckpointStore(tmp_path)) == before.name
     assert "raw.safetensors is damaged" in caplog.messages[0]
+
+
+def test_damaged_checkpoints_do_not_count_for_keep(tmp_path):
+    """Otherwise each new checkpoint, older by samples, would be removed as soon as it is complete."""
+    engines, ema = parts(0)
+    newest = saved(tmp_path, engines, ema, replace(PROGRESS, step=8, samples_seen=32))
+    (newest / "run.json").write_bytes(b"")
+    store = CheckpointStore(tmp_path)
+    assert latest_intact_checkpoint(store) is None
+    saver = writer(store, engines, ema, keep=1)
+    for step in (2, 4):
+        place = Path(saver.save(replace(PROGRESS, step=step, samples_seen=4 * step)))
+        saver.wait()
+        assert (place / COMPLETE_FILE).exists()
+    assert latest_intact_checkpoint(CheckpointStore(tmp_path)) == place.name
+    last = Path(saver.save(replace(PROGRESS, step=8, samples_seen=32)))
+    saver.wait()
+    assert list_checkpoints(tmp_path) == [last], "of two attempts at one step, the damaged one is removed"
+    assert not newest.exists()
+
+
+def test_a_checkpoint_is_on_disk_before_its_marker(tmp_path, monkeypatch):
+    """Power loss after the rename of COMPLETE must not leave empty files."""
+    flushed: list[int] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(os.fstat(fd).st_ino) or real(fd))
+    engines, ema = parts(0)
+    folder = saved(tmp_path / "run" / "checkpoints", engines, ema)
+    marker = flushed.index((folder / COMPLETE_FILE).stat().st_ino)
+    paths = [p for p in folder.rglob("*") if p.name != COMPLETE_FILE]
+    assert len(paths) == 8
+    for path in [*paths, folder, folder.parent, folder.parent.parent]:
+        assert flushed.index(path.stat().st_ino) < marker, path
+    assert folder.stat().st_ino in flushed[marker:], "the name of COMPLETE"
+
+
+def test_a_killed_upload_leaves_no_temporary_files_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    root = f"memory://killed-{tmp_path.name}"
+    script = (
+        "import os, signal; from preprocessing.io.storage import Store\n"
+        "from tests.helpers.checkpoint_parts import PROGRESS, parts, writer\n"
+        "Store.upload = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"saver = writer({root!r}, *parts(0)); saver.save(PROGRESS); saver.wait()"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, check=False, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob("mfctl-*/state/*.safetensors"))
+    writer(root, *parts(0))
+    assert not list(tmp_path.glob("mfctl-*"))
+
+
+def test_a_full_disk_is_freed_for_the_outcome_of_the_run(tmp_path, monkeypatch):
+    def full_disk(self, folder, name):
+        path = write(self, folder, name)
+        if name == "student":
+            raise OSError(28, "No space left on device")
+        return path
+
+    engines, ema = parts(0)
+    write = StateShard.write
+    monkeypatch.setattr(StateShard, "write", full_disk)
+    saver = writer(tmp_path, engines, ema)
+    saver.save(PROGRESS)
+    with pytest.raises(CheckpointSaveError, match="It starts from the beginning: no checkpoint is complete"):
+        saver.wait()
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(("make", "message"), [(False, "does not exist"), (True, "neither a run, a checkpoint nor")])
