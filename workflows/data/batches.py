@@ -5,7 +5,7 @@ from (seed, step) and equal on all ranks. All other draws of a row use its sampl
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -135,9 +135,13 @@ def _load_fn(clips: ClipSplit) -> LoadFn[LatentClip]:
 def validation_batches(
     clips: ClipSplit, collator: BatchCollator, config: DataConfig, *, seed: int, shard: RankShard
 ) -> list[AVBatch]:
-    """Return this rank's shard of the fixed evaluation: held-out clips with all conditions and constant noise."""
-    chosen = _select_validation_clips(clips, config)
-    chunks = min(config.chunks[1], *(clips.lengths[i] for i in chosen))
+    """Return this rank's shard of the fixed evaluation: held-out clips with all conditions and constant noise.
+
+    The end of each clip is its reference voice, unless clips have no more than the fewest chunks of training.
+    """
+    room = {length: collator.max_chunks_with_voice(length) for length in set(clips.lengths)}
+    chosen = _select_validation_clips(clips, config, room)
+    chunks = max(config.chunks[0], min(config.chunks[1], *(room[clips.lengths[i]] for i in chosen)))
     rows = [(clip, VALIDATION_SAMPLE_OFFSET + n) for n, clip in enumerate(chosen)]
     rows += [(chosen[0], PADDING_SAMPLE)] * (-len(rows) % shard.world)
     own = rows[shard.rows(len(rows))]
@@ -153,8 +157,11 @@ def validation_batches(
     ]
 
 
-def _select_validation_clips(clips: ClipSplit, config: DataConfig) -> list[int]:
-    """Return the longest clips of the most frequent shape, so that one short clip does not shorten all."""
+def _select_validation_clips(clips: ClipSplit, config: DataConfig, room: Mapping[int, int]) -> list[int]:
+    """Return the clips with most room of the most frequent shape, so that one short clip does not shorten all.
+
+    ``room``: chunks that leave audio for a reference voice, by clip length.
+    """
     usable = [i for i, length in enumerate(clips.lengths) if length >= config.chunks[0]]
     if not usable:
         raise UserInputError(f"no held-out clip has {config.chunks[0]} chunks: add longer clips or raise data.held_out")
@@ -162,7 +169,7 @@ def _select_validation_clips(clips: ClipSplit, config: DataConfig) -> list[int]:
         shapes = clips.shapes
         commonest, _ = Counter(shapes[i] for i in usable).most_common(1)[0]
         usable = [i for i in usable if shapes[i] == commonest]
-    return sorted(usable, key=lambda i: -min(clips.lengths[i], config.chunks[1]))[: config.held_out_clips]
+    return sorted(usable, key=lambda i: -min(room[clips.lengths[i]], config.chunks[1]))[: config.held_out_clips]
 
 
 def clip_split(dataset: ClipDataset) -> ClipSplit:

@@ -57,12 +57,20 @@ class BatchCollator:
     timeline: Timeline
     stats: Mapping[str, LatentStats]
 
-    def collate(self, clips: Sequence[LatentClip], chunks: int, samples: Tensor, seed: int) -> AVBatch:
-        """Return the first ``chunks`` chunks of every clip; (seed, sample number) selects the reference voice."""
+    def collate(
+        self, clips: Sequence[LatentClip], chunks: int, samples: Tensor, seed: int, *, target_chunks: int | None = None
+    ) -> AVBatch:
+        """Return the first ``chunks`` chunks of every clip; (seed, sample number) selects the reference voice.
+
+        The voice comes from after the first ``target_chunks`` chunks (default: ``chunks``), which a network is to
+        produce. Rows without enough audio there have no voice.
+        """
         streams = {m: self._stream(m, clips, chunks) for m in self.timeline.clocks}
         captions, caption_mask = pad_rows([clip.caption_embedding for clip in clips])
         words, words_mask = pad_rows([clip.words for clip in clips])
-        voice = self._voices(clips, chunks, samples, seed) if AUDIO in streams else None
+        voice, voice_mask = None, None
+        if AUDIO in streams:
+            voice, voice_mask = self._voices(clips, target_chunks or chunks, samples, seed)
         cond = Condition(
             caption=captions,
             caption_mask=caption_mask,
@@ -71,7 +79,7 @@ class BatchCollator:
             word_times=pad_rows([clip.word_times.double() for clip in clips])[0],
             first_frame=self._first_frames(clips) if VIDEO in streams else None,
             voice=voice,
-            voice_mask=None if voice is None else torch.ones(len(clips), dtype=torch.bool),
+            voice_mask=voice_mask,
         )
         return AVBatch(streams=streams, cond=cond, samples=samples)
 
@@ -89,17 +97,25 @@ class BatchCollator:
         first = torch.stack([_latents(clip, VIDEO)[0] for clip in clips])
         return self.stats[VIDEO].whiten(first.float(), head=True, space=first.ndim - 2)
 
-    def _voices(self, clips: Sequence[LatentClip], chunks: int, samples: Tensor, seed: int) -> Tensor:
-        """Return one chunk of audio per clip, from after the trained chunks if the clip is long enough."""
-        n, trained = self.timeline.count(AUDIO, 1), self.timeline.count(AUDIO, chunks)
+    def max_chunks_with_voice(self, chunks: int) -> int:
+        """Return how many of ``chunks`` chunks leave audio for a reference voice; all of them without audio."""
+        if AUDIO not in self.timeline.clocks:
+            return chunks
+        most = self.timeline.count(AUDIO, chunks) - self.timeline.count(AUDIO, 1)
+        return max((k for k in range(1, chunks) if self.timeline.count(AUDIO, k) <= most), default=0)
+
+    def _voices(self, clips: Sequence[LatentClip], target: int, samples: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return one chunk of audio per clip from after the ``target`` chunks, and True where the clip has one."""
+        n, first = self.timeline.count(AUDIO, 1), self.timeline.count(AUDIO, target)
         draws = uniform_rows(seed, "voice", samples, 1)[:, 0].tolist()
         voices: list[Tensor] = []
         for clip, draw in zip(clips, draws, strict=True):
             sound = _latents(clip, AUDIO)
-            first = trained if len(sound) - trained >= n else 0
             start = first + int(draw * (len(sound) - n - first + 1))
-            voices.append(sound[start : start + n])
-        return self.stats[AUDIO].whiten(torch.stack(voices).float())
+            voices.append(sound[start : start + n] if len(sound) - n >= first else sound.new_zeros(0, *sound.shape[1:]))
+        mask = torch.tensor([len(voice) > 0 for voice in voices])
+        whitened = [self.stats[AUDIO].whiten(voice.float()) for voice in voices]
+        return pad_rows(whitened, width=n)[0], mask
 
 
 def _latents(clip: LatentClip, modality: str) -> Tensor:
@@ -109,9 +125,9 @@ def _latents(clip: LatentClip, modality: str) -> Tensor:
     return latents
 
 
-def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack rows of different lengths, zero-padded to a width of at least one; return them and their mask."""
-    width = max(1, *(len(row) for row in rows))
+def pad_rows(rows: Sequence[Tensor], width: int = 1) -> tuple[Tensor, Tensor]:
+    """Stack rows of different lengths, zero-padded to at least ``width``; return them and their mask."""
+    width = max(width, *(len(row) for row in rows))
     out = rows[0].new_zeros(len(rows), width, *rows[0].shape[1:])
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):

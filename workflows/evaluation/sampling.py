@@ -43,15 +43,16 @@ class SampledBatch:
 
 
 def collate_prompts(pipeline: StreamingPipeline, prompts: Sequence[Prompt]) -> Condition:
-    """Return the conditions of the prompts, collated as in training."""
-    shortest = min(min(p.clip.chunks for p in prompts), prompts[0].chunks)
-    return _collate_real(pipeline, prompts, shortest).cond.to(pipeline.device)
+    """Return the conditions of prompts of equal length. Clips no longer than their sample give no reference voice."""
+    return _collate_real(pipeline, prompts, 1, target_chunks=prompts[0].chunks).cond.to(pipeline.device)
 
 
-def _collate_real(pipeline: StreamingPipeline, prompts: Sequence[Prompt], chunks: int) -> AVBatch:
+def _collate_real(
+    pipeline: StreamingPipeline, prompts: Sequence[Prompt], chunks: int, *, target_chunks: int | None = None
+) -> AVBatch:
     collator = BatchCollator(timeline=pipeline.timeline, stats=pipeline.metadata.stats)
     numbers = torch.tensor([VALIDATION_SAMPLE_OFFSET + p.number for p in prompts])
-    return collator.collate([p.clip for p in prompts], chunks, numbers, 0)
+    return collator.collate([p.clip for p in prompts], chunks, numbers, 0, target_chunks=target_chunks)
 
 
 def measure_history_use(

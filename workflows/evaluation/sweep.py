@@ -21,7 +21,7 @@ from workflows.inference.precision import Precision
 from workflows.inference.sampling import SamplingParams, resolve_sampling_params
 from workflows.utils.json_io import read_json
 
-METRICS_VERSION = 4  # increase it if a metric changes: stored rows are then recomputed
+METRICS_VERSION = 5  # increase it if a metric changes: stored rows are then recomputed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import torch
 
 from mfcore.rng import PADDING_SAMPLE, VALIDATION_SAMPLE_OFFSET
 from mfcore.types import AUDIO, VIDEO, AVBatch
-from tests.helpers.memory_clips import ASSEMBLY, STATS, TIMELINE, RowGroupClips, clips
+from tests.helpers.memory_clips import ASSEMBLY, STATS, TIMELINE, FakeClip, RowGroupClips, clips
 from workflows.config.run import DataConfig
 from workflows.data.batches import RankShard, TrainingBatchLoader, validation_batches
 from workflows.data.collate import apply_condition_dropout
@@ -100,7 +100,7 @@ def test_lengths_are_drawn_per_step_and_short_clips_do_not_shorten_long_ones():
 
 
 def test_a_short_clip_does_not_shorten_the_evaluation():
-    source = RowGroupClips([3, 6, 6, 4, 6, 6], [4, 4, 4, 4, 2, 4], group=1)
+    source = RowGroupClips([3, 7, 7, 4, 7, 7], [4, 4, 4, 4, 2, 4], group=1)
     config = DataConfig(batch=4, chunks=(3, 6), held_out_clips=3)
     (batch,) = validation_batches(source.clips(), ASSEMBLY, config, seed=7, shard=RankShard(rank=0, world=1))
     assert batch.chunks == 6
@@ -117,6 +117,46 @@ def test_latents_are_whitened_with_the_given_statistics():
     voice = STATS[AUDIO].restore(batch.cond.voice[0])
     rest = clip.audio[TIMELINE.count(AUDIO, 3) :]
     assert any(torch.allclose(voice, rest[i : i + len(voice)], atol=1e-6) for i in range(len(rest))), "unseen sound"
+
+
+def _targets_of_voice(latents: torch.Tensor, voice: torch.Tensor) -> bool:
+    """Return True if the latents (n, C) contain the voice (m, C) as consecutive latents."""
+    runs = latents.unfold(0, len(voice), 1).transpose(1, 2) if len(latents) >= len(voice) else latents[:0, None]
+    return bool((runs == voice).flatten(1).all(1).any())
+
+
+@pytest.mark.parametrize("length", range(1, 13))
+def test_the_voice_is_never_part_of_the_target(length):
+    """For all clip lengths and chunk counts. Rows without other sound have no voice."""
+    clip, rows = FakeClip(length, length), 16
+    left = len(clip.audio)
+    for chunks in range(1, length + 1):
+        batch = ASSEMBLY.collate([clip] * rows, chunks, torch.arange(rows), 0)
+        stream = batch.streams[AUDIO].latents
+        for latents, voice, given in zip(stream, batch.cond.voice, batch.cond.voice_mask.tolist(), strict=True):
+            assert not _targets_of_voice(latents, voice)
+            assert given == (left - len(latents) >= len(voice)), "a voice wherever there is sound for one"
+            assert given or not voice.any()
+    held = ASSEMBLY.collate([clip], 1, torch.tensor([0]), 0, target_chunks=length)
+    assert not held.cond.voice_mask.any(), "target of a sample that is longer than the collated chunks"
+
+
+def test_training_and_held_out_batches_hide_the_target_from_the_voice():
+    config = DataConfig(batch=4, chunks=(3, 9), held_out_clips=8, drop_voice=0.0)
+    source = RowGroupClips([3, 4, 6, 7, 8] * 4, [4] * 20, group=1)
+    loader = TrainingBatchLoader(source.clips(), ASSEMBLY, config, seed=7, shard=RankShard(rank=0, world=1))
+    seen = [loader.micro_batches(step)[0] for step in range(40)]
+    assert {bool(b.cond.voice_mask.any()) for b in seen} == {True, False}
+    shard = RankShard(rank=0, world=1)
+    for lengths in ([7, 8, 9], [6, 6], [3, 3], [12, 12]):
+        held = RowGroupClips(lengths, [4] * len(lengths), group=1).clips()
+        (batch,) = validation_batches(held, ASSEMBLY, config, seed=7, shard=shard)
+        assert bool(batch.cond.voice_mask.all()) == (lengths != [3, 3]), "the held-out loss is one with a voice"
+        assert batch.chunks >= 3
+        seen.append(batch)
+    for batch in seen:
+        for latents, voice in zip(batch.streams[AUDIO].latents, batch.cond.voice, strict=True):
+            assert not _targets_of_voice(latents, voice)
 
 
 def test_conditions_are_dropped_at_the_configured_rates():
