@@ -109,8 +109,8 @@ from workflows.training.collapse_alarms import (
 )
 from workflows.training.cost_estimate import estimate_without_dataset
 from workflows.training.heartbeat import HEARTBEAT_DIR, Heartbeat
-from workflows.training.loop import STUDENT
 from workflows.training.metrics import ThroughputMeter
+from workflows.training.optimization_step import STUDENT
 from workflows.training.preemption import STOP_FILE
 from workflows.training.resolve import IMMUTABLE_EXCEPTIONS, MUTABLE_SETTINGS
 from workflows.training.samples import DRIFT_METRICS, FOLDER, LOOKS, SampleReport, final_samples, sampling_modes

@@ -1,9 +1,9 @@
 """Training of one study network in plain PyTorch, resumable at any step."""
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,14 +11,15 @@ from torch import nn
 
 from mfcore.ema import Ema
 from mfcore.model.lora import LoRAModel
-from mfcore.objectives.losses import Objective, StepInfo, summarize_terms, total_loss
-from mfcore.optim import OptimConfig, learning_rate
+from mfcore.objectives.losses import Objective, StepInfo, summarize_terms
+from mfcore.optim import OptimConfig
 from mfcore.rng import uniform_rows
-from mfcore.types import AVBatch, VelocityModel
+from mfcore.types import AVBatch
 from workflows.config.run import EngineConfig
 from workflows.study import latent_world
 from workflows.study.config import StudyConfig
 from workflows.training.engines.base import Engine, NonFiniteError, build_engine
+from workflows.training.optimization_step import OptimizationStep, StepResult
 from workflows.utils.json_io import read_json, write_json
 
 STEP_FILE = "step.json"  # last saved step
@@ -54,58 +55,45 @@ class Trainer:
         teacher: nn.Module | None = None,
     ) -> None:
         self.config = config
-        self.objective = objective
         self.seed = seed
         self.steps = steps
         self.ema = Ema(student, config.ema)
         self._teacher = teacher
         self.device = next(student.parameters()).device
-        self.optims = {"student": optim}
+        optims = {"student": optim}
         nets = {"student": student}
         if "fake" in objective.needs:
             nets["fake"] = copy.deepcopy(student)
             if config.fake.rank is not None:
                 nets["fake"] = LoRAModel(self.ema.module, config.fake, seed)
-            self.optims["fake"] = replace(optim, lr=optim.lr * config.fake_ratio, final=config.fake_final)
+            optims["fake"] = replace(optim, lr=optim.lr * config.fake_ratio, final=config.fake_final)
         plain = EngineConfig(kind="torch", workers=1)
-        self.engines: dict[str, Engine] = {n: build_engine(net, self.optims[n], plain) for n, net in nets.items()}
-        self.models: Mapping[str, VelocityModel] = {n: e.module for n, e in self.engines.items()} | {
-            "ema": teacher or self.ema.model  # pyright: ignore[reportAssignmentType]
-        }
+        self.engines: dict[str, Engine] = {n: build_engine(net, optims[n], plain) for n, net in nets.items()}
+        average: Any = teacher or self.ema.model
+        self._optimization = OptimizationStep(
+            engines=self.engines,
+            optims=optims,
+            ema=self.ema,
+            objective=objective,
+            models={"ema": average} | {n: e.module for n, e in self.engines.items()},
+            steps=steps,
+            batch=config.batch,
+        )
         self.step = 0
 
     def train_step(self, *, with_metrics: bool = True) -> dict[str, float]:
         """Run one step of every network; return term means and gradient norms before clipping.
 
-        ``with_metrics=False`` skips the means; each one synchronizes with the GPU.
+        ``with_metrics=False`` returns nothing: each mean synchronizes with the GPU. Raises NonFiniteError.
         """
         batch = training_batch(self.config, self.seed, self.step).to(self.device)
         info = StepInfo(seed=self.seed, step=self.step, stage_step=self.step)
-        metrics: dict[str, float] = {}
-        student_moves = False
-        for terms in self.objective.rounds(self.models, batch, info):
-            for name, own in terms.items():
-                if not own:  # in the first DMD phase, only the fake score is trained
-                    continue
-                loss = total_loss(own)
-                if not torch.isfinite(loss):
-                    raise NonFiniteError(f"step {self.step}: loss of network {name!r} is {float(loss)}")
-                self.engines[name].backward(loss)
-                if with_metrics:
-                    means = summarize_terms(own)
-                    metrics |= {key: value for key, value in means.items() if key.count("/") == 1}
-            student_moves = student_moves or bool(terms.get("student"))
-            if terms.get("fake"):
-                metrics |= self._move("fake")
-        if student_moves:
-            metrics |= self._move("student")
-        self.ema.update(self.engines["student"].weights(), self.step)
+        result = self._optimization.run([batch], info, lambda results: not self._optimization.has_non_finite(results))
+        if not result.is_finite:
+            losses = ", ".join(result.rounds[-1][0].non_finite_losses)
+            raise NonFiniteError(f"step {self.step}: {losses or 'a gradient'} is not finite. Lower the learning rate")
         self.step += 1
-        return metrics
-
-    def _move(self, name: str) -> dict[str, float]:
-        lr = learning_rate(self.optims[name], self.step, self.steps)
-        return {f"gradient_norm/{name}": self.engines[name].step(lr)}
+        return _metrics(result) if with_metrics else {}
 
     def state_bytes(self) -> int:
         """Return the bytes of weights, gradients and moments of all networks.
@@ -140,6 +128,15 @@ class Trainer:
         self.ema.load_state_dict(load_file(state / "ema.safetensors", device=str(self.device)))
         for name, engine in self.engines.items():
             engine.load(state, name)
+
+
+def _metrics(result: StepResult) -> dict[str, float]:
+    """Return the means of all terms, of the latest round with each term, and the gradient norms."""
+    metrics: dict[str, float] = {}
+    for (found,) in result.rounds:
+        for own in found.terms.values():
+            metrics |= {key: value for key, value in summarize_terms(own).items() if key.count("/") == 1}
+    return metrics | {f"gradient_norm/{name}": norm for name, norm in result.norms.items()}
 
 
 def _remove(folder: Path) -> None:

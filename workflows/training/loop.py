@@ -1,7 +1,7 @@
 """The training loop. It depends on Protocols of engine, objective, tracker and saver, and on no stage."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,21 +11,20 @@ import torch
 from torch import Tensor
 
 from mfcore.ema import Ema
-from mfcore.objectives.losses import LossTerm, Objective, StepInfo, summarize_terms, total_loss
-from mfcore.optim import OptimConfig, learning_rate
+from mfcore.errors import UserInputError
+from mfcore.objectives.losses import LossTerm, Objective, StepInfo, summarize_terms
+from mfcore.optim import OptimConfig
 from mfcore.rng import PADDING_SAMPLE
-from mfcore.types import AVBatch, VelocityModel
+from mfcore.types import AVBatch
 from workflows.config.run import RunConfig
 from workflows.tracking.tracker import STEP_KEY, Tracker
 from workflows.training.engines.base import Engine, NonFiniteError
 from workflows.training.metrics import ThroughputMeter, progress_event
+from workflows.training.optimization_step import MicroBatchResult, Models, OptimizationStep, StepResult
 from workflows.training.progress import Progress
 from workflows.utils import distributed
 
 _LOGGER = logging.getLogger(__name__)
-STUDENT = "student"  # the network that is trained; the others help to train it
-
-Models = Mapping[str, VelocityModel]
 
 
 class CheckpointSaver(Protocol):
@@ -47,15 +46,6 @@ class CheckpointSaver(Protocol):
 
 class TrainingInterrupted(RuntimeError):
     """The run ended early on a stop request, after a checkpoint. Raised on all ranks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatchResult:
-    """Losses of one round of a micro-batch."""
-
-    micro: AVBatch
-    terms: dict[str, list[LossTerm]]  # detached, by network
-    rest: Iterator[dict[str, list[LossTerm]]]  # further rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +83,9 @@ class TrainingLoop:
         progress = self._evaluate_initial(start) if start.step == 0 else start
         for micros in batches:
             self.meter.batch_ready()
-            passes = self._compute(micros, progress.step)
-            bad, must_stop = self._sync(passes, progress.step)
-            bad, metrics = self._update(progress, passes, bad=bad)
-            progress = self._count(progress, bad=bad)
-            progress = self._report(progress, [] if bad else passes, metrics)
+            result, must_stop = self._step(progress, micros)
+            progress = self._count(progress, skipped=not result.is_finite)
+            progress = self._report(progress, result)
             self._save(progress, must_stop=must_stop)
             self.heartbeat(progress.step, "fetching the batch of")
             self.meter.step_end()
@@ -117,86 +105,76 @@ class TrainingLoop:
         _LOGGER.info(progress_event(self.config.stage, self.config.steps, progress, {}))
         return progress
 
-    def _compute(self, micros: Sequence[AVBatch], step: int) -> list[MicroBatchResult]:
-        """Compute the losses and gradients of the first round."""
+    @cached_property
+    def _optimization(self) -> OptimizationStep:
+        return OptimizationStep(
+            engines=self.engines,
+            optims=self.optims,
+            ema=self.ema,
+            objective=self.objective,
+            models=self.models,
+            steps=self.config.steps,
+            batch=self.config.data.batch,
+            shards=distributed.get_world_size() // self.config.engine.sequence,
+        )
+
+    def _step(self, progress: Progress, micros: Sequence[AVBatch]) -> tuple[StepResult, bool]:
+        """Update the weights, or skip a non-finite step. Return the losses, and if a rank must stop."""
+        step, group = progress.step, self.config.engine.sequence  # group: ranks with the same clips
         self.heartbeat(step, "computing")
-        info, models = StepInfo(seed=self.config.seed, step=step, stage_step=step), self.models
-        passes = [self._backward(micro, self.objective.rounds(models, micro, info)) for micro in micros]
         samples = sum(len(m.samples) for m in micros)
         tokens = sum(count_tokens(self.config, m) for m in micros)
-        group = self.config.engine.sequence  # ranks with the same clips
         self.meter.count(samples / group, tokens / group)
-        return [p for p in passes if p]
+        stops: list[bool] = []
 
-    def _backward(self, micro: AVBatch, rounds: Iterator[dict[str, list[LossTerm]]]) -> MicroBatchResult | None:
-        """Compute the next round of a micro-batch; None if there is none.
+        def is_finite(results: Sequence[MicroBatchResult]) -> bool:
+            if not any(found.terms for found in results):
+                raise UserInputError(
+                    f"stage {self.config.stage}, step {step}: the objective returned no loss term. Check its weights "
+                    "and rows"
+                )
+            bad, must_stop = self._sync(results, step)
+            stops.append(must_stop)
+            return not bad
 
-        Engines average gradients over the ranks, and shards may differ in size. So each micro-batch is weighted by
-        its part of the global batch. Where rows differ in kind, each micro-batch has them in equal parts. Ranks with
-        the same clips count as one: the mean over them is the gradient of a whole clip.
-        """
-        shards = distributed.get_world_size() // self.config.engine.sequence
-        if (terms := next(rounds, None)) is None:
-            return None
-        for name, own in terms.items():
-            weight = len(micro.samples) * shards / self.config.data.batch
-            self.engines[name].backward(total_loss(own) * weight)
-        detached = {name: [replace(t, values=t.values.detach()) for t in own] for name, own in terms.items()}
-        return MicroBatchResult(micro=micro, terms=detached, rest=rounds)
+        result = self._optimization.run(micros, self._info(step), is_finite)
+        if not result.is_finite:
+            self._skip_step(progress, result, self._locate(micros, step))
+        return result, any(stops)
 
-    def _sync(self, passes: Sequence[MicroBatchResult], step: int) -> tuple[bool, bool]:
-        """Return, equal on all ranks, if a number of the step is non-finite and if a rank must stop.
+    def _info(self, step: int) -> StepInfo:
+        return StepInfo(seed=self.config.seed, step=step, stage_step=step)
+
+    def _sync(self, results: Sequence[MicroBatchResult], step: int) -> tuple[bool, bool]:
+        """Return, equal on all ranks, if a number of the round is non-finite and if a rank must stop.
 
         Raises the error of the saver if a rank could not write its part of a checkpoint.
         """
         self.heartbeat(step, "waiting for the others")
-        bad, must_stop, unsaved = sync_flags(
-            passes, self.engines, must_stop=bool(self.stop_reason()), save_failed=self.saver.has_failed
-        )
+        bad = self._optimization.has_non_finite(results)
+        rest = torch.tensor([bool(self.stop_reason()), self.saver.has_failed], device=bad.device)
+        is_bad, must_stop, unsaved = distributed.all_reduce_any(torch.cat([bad[None], rest]))
         self.heartbeat(step, "updating")
         if unsaved:
             self.saver.wait()  # raises
-        return bad, must_stop
-
-    def _update(
-        self, progress: Progress, first: Sequence[MicroBatchResult], *, bad: bool
-    ) -> tuple[bool, dict[str, float]]:
-        """Update the weights, or skip the step. Return if it was skipped, and learning rates and gradient norms.
-
-        The fake score moves first, and again with each further round. The student moves once, and its EMA last.
-        """
-        passes, metrics = first, dict[str, float]()
-        while not bad:
-            metrics |= self._step_optimizers(progress.step, [name for name in passes[0].terms if name != STUDENT])
-            results = [self._backward(own.micro, own.rest) for own in passes]
-            again = [result for result in results if result]
-            if not again:
-                metrics |= self._step_optimizers(progress.step, [STUDENT])
-                self.ema.update(self.engines[STUDENT].weights(), progress.step)
-                return False, metrics
-            bad, _ = self._sync(again, progress.step)
-            passes = again
-        self._skip_step(progress, passes, names=list(first[0].terms), blocks=self._locate(first, progress.step))
-        return True, {}
+        return is_bad, must_stop
 
     @torch.no_grad()
-    def _locate(self, passes: Sequence[MicroBatchResult], step: int) -> list[str]:
+    def _locate(self, micros: Sequence[AVBatch], step: int) -> list[str]:
         """Return the blocks and chunks of this rank with the first non-finite numbers, by another forward pass."""
-        info = StepInfo(seed=self.config.seed, step=step, stage_step=step)
         with self.record_non_finite() as found:
-            for own in passes:
-                next(self.objective.rounds(self.models, own.micro, info), None)
+            for micro in micros:
+                next(self.objective.rounds(self.models, micro, self._info(step)), None)
         return [f"{name}: {text}" for name, text in found.items()]
 
-    def _skip_step(
-        self, progress: Progress, passes: Sequence[MicroBatchResult], *, names: Sequence[str], blocks: list[str]
-    ) -> None:
+    def _skip_step(self, progress: Progress, result: StepResult, blocks: Sequence[str]) -> None:
         """Discard the gradients of a non-finite step. Raise NonFiniteError after ``skip_nonfinite`` such steps."""
-        engines = {name: self.engines[name] for name in names}
-        local = [describe_non_finite(p, self.clip_ids) for p in passes if not _is_finite(p.terms)]
+        first, last = result.rounds[0], result.rounds[-1]
+        engines = {name: self.engines[name] for name in first[0].terms}
+        local = [describe_non_finite(found, self.clip_ids) for found in last if found.non_finite_losses]
         gradients = [f"the gradient of {n}" for n, engine in engines.items() if bool(engine.has_non_finite_gradient)]
         if gradients and not local:
-            clips = [clip for p in passes for clip in self.clip_ids(p.micro.samples)]
+            clips = [clip for found in last for clip in self.clip_ids(found.micro.samples)]
             local = [f"{', '.join(gradients)} on clips {', '.join(clips)}"]
         found = _join_by_rank([*local, *blocks])
         text = f"stage {self.config.stage}, step {progress.step}: not finite: {found}"
@@ -210,27 +188,20 @@ class TrainingLoop:
         for engine in engines.values():
             engine.discard_gradients()
 
-    def _step_optimizers(self, step: int, names: Sequence[str]) -> dict[str, float]:
-        """Run one optimizer step of each of these networks. Return gradient norms and learning rates."""
-        rates = {name: learning_rate(self.optims[name], step, self.config.steps) for name in names}
-        norms = {name: self.engines[name].step(rate) for name, rate in rates.items()}
-        return {f"grad_norm/{n}": v for n, v in norms.items()} | {f"lr/{n}": v for n, v in rates.items()}
-
-    def _count(self, progress: Progress, *, bad: bool) -> Progress:
+    def _count(self, progress: Progress, *, skipped: bool) -> Progress:
         step = progress.step + 1
-        skipped = progress.skipped + int(bad)
-        return replace(progress, step=step, samples_seen=step * self.config.data.batch, skipped=skipped)
+        samples = step * self.config.data.batch
+        return replace(progress, step=step, samples_seen=samples, skipped=progress.skipped + int(skipped))
 
-    def _report(
-        self, progress: Progress, passes: Sequence[MicroBatchResult], update_metrics: Mapping[str, float]
-    ) -> Progress:
+    def _report(self, progress: Progress, result: StepResult) -> Progress:
         """Log, evaluate and generate samples where they are due. Return the progress with the latest evaluation."""
         config, step = self.config, progress.step
         is_last, metrics = step == config.steps, dict[str, float]()
         if step % config.log_every == 0 or is_last:
-            terms = gather_terms(term for p in passes for own in p.terms.values() for term in own)
+            first = result.rounds[0] if result.is_finite else []
+            terms = gather_terms(term for found in first for own in found.terms.values() for term in own)
             speed = self.meter.collect((config.steps - step) * config.data.batch)
-            metrics = summarize_terms(terms) | dict(update_metrics) | speed
+            metrics = summarize_terms(terms) | update_metrics(result) | speed
         if step % config.eval_every == 0 or is_last:
             with self.meter.exclude():
                 progress = replace(progress, last=self.evaluate(self.models))
@@ -267,16 +238,12 @@ def count_tokens(config: RunConfig, batch: AVBatch) -> int:
     return sum(counts)
 
 
-def sync_flags(
-    passes: Sequence[MicroBatchResult], engines: Mapping[str, Engine], *, must_stop: bool, save_failed: bool
-) -> list[bool]:
-    """Return, true on all ranks if on any: a non-finite loss or gradient, a stop request, a failed save."""
-    losses = [t.values for p in passes for own in p.terms.values() for t in own if t.values.numel()]
-    bad = torch.stack([~torch.isfinite(values).all() for values in losses]).any()
-    for engine in engines.values():
-        bad = bad | engine.has_non_finite_gradient
-    rest = torch.tensor([must_stop, save_failed], device=bad.device)
-    return distributed.all_reduce_any(torch.cat([bad[None], rest]))
+def update_metrics(result: StepResult) -> dict[str, float]:
+    """Return gradient norms and learning rates under their logged names; nothing for a skipped step."""
+    if not result.is_finite:
+        return {}
+    norms = {f"grad_norm/{name}": norm for name, norm in result.norms.items()}
+    return norms | {f"lr/{name}": rate for name, rate in result.rates.items()}
 
 
 def _join_by_rank(texts: list[str]) -> str:
@@ -287,14 +254,9 @@ def _join_by_rank(texts: list[str]) -> str:
 
 def describe_non_finite(found: MicroBatchResult, name_clips: Callable[[Tensor], list[str]]) -> str:
     """Return the non-finite losses and the clips of their micro-batch as text."""
-    keys = [t.key for own in found.terms.values() for t in own if not torch.isfinite(t.values).all()]
-    samples = found.micro.samples
+    samples, losses = found.micro.samples, ", ".join(found.non_finite_losses)
     clips = ", ".join(name_clips(samples))
-    return f"the loss {', '.join(keys)} on clips {clips} (samples {int(samples[0])}..{int(samples[-1])})"
-
-
-def _is_finite(terms: Mapping[str, list[LossTerm]]) -> bool:
-    return all(bool(torch.isfinite(t.values).all()) for own in terms.values() for t in own)
+    return f"the loss {losses} on clips {clips} (samples {int(samples[0])}..{int(samples[-1])})"
 
 
 def crosses_interval(samples: int, batch: int, every: int) -> bool:
