@@ -6,6 +6,9 @@ The vector of a word is a pseudo-random direction of the word plus the normalize
 n-grams, n = 1 to 4, over the word between boundary marks. Equal words have equal vectors. Words without common letters
 are nearly orthogonal (cosine 0 +- 1 / sqrt(D)), similar spellings are closer. The mean square over the elements of a
 vector is 1.
+
+An entry ``/hh/`` or ``/hh/hello`` of a transcript is the phoneme ``hh``, at the start of a word in the second form. Its
+vector is the pseudo-random direction of the phoneme alone: phonemes are nearly orthogonal, and the word has no effect.
 """
 
 import hashlib
@@ -23,6 +26,7 @@ from mfcore.errors import UserInputError
 _WORD_WEIGHT = 1.0  # relative to the n-grams
 _MAX_NGRAM = 4  # characters
 _POSITION_WEIGHT = 0.5  # relative to the word
+_PHONEME = re.compile(r"/([a-z]+)/")
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")  # letters and digits, apostrophes inside
 
 
@@ -70,6 +74,8 @@ class HashedWordEncoder(TextCodec):
         if not word:
             raise UserInputError("a transcript or caption has an empty word: remove it")
         if self.version > 1:
+            if phoneme := _PHONEME.match(word):
+                return _direction(f"phoneme {phoneme[1]}", self.width)
             word = _strip_punctuation(word)
         spelling = torch.stack([_direction(f"gram {gram}", self.width) for gram in _ngrams(word)]).sum(0)
         return _normalize_rows(_WORD_WEIGHT * _direction(f"word {word}", self.width) + _normalize_rows(spelling))

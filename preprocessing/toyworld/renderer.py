@@ -75,7 +75,8 @@ _WIDTH = {"a": 5.6, "e": 7.2, "i": 8.8, "o": 3.8, "": 6.0}  # half width of the 
 _TEETH = {"b": 0.0, "d": 0.45, "g": 0.0, "m": 0.0, "l": 0.3, "s": 0.9, "": 0.0}  # share of the opening, from above
 _TONGUES = {"b": 0.0, "d": 0.0, "g": 1.0, "m": 0.0, "l": 1.0, "s": 0.0, "": 0.0}
 _LIP = {"b": 1.2, "d": 1.2, "g": 1.2, "m": 2.3, "l": 1.2, "s": 1.2, "": 1.2}  # thickness of the lips
-_MOUTH_TABLES = ((_WIDTH, 1), (_TEETH, 0), (_TONGUES, 0), (_LIP, 0))  # with the letter that keys them
+_MOUTH_TABLES = {"width": (_WIDTH, 1), "teeth": (_TEETH, 0), "tongue": (_TONGUES, 0), "lip": (_LIP, 0)}
+"""Table of each field, with the letter of a syllable that keys it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,10 @@ class Pose:
     head: Array  # [n, 2] displacement of the head, units
     lid: Array  # [n] 0 = eyes open, 1 = closed
     opening: Array  # [n] of the mouth, 0 to 1
-    syllable: NDArray[np.int64]  # [n] position in VOCABULARY, -1 = mouth at rest
+    width: Array  # [n] half width of the mouth, units
+    teeth: Array  # [n] visible share of the opening, from above
+    tongue: Array  # [n] visibility
+    lip: Array  # [n] thickness of the lips, units
     gaze: NDArray[np.int64]  # [n]
     brows: NDArray[np.int64]  # [n]
     hand: NDArray[np.int64]  # [n]
@@ -107,9 +111,18 @@ def draw_still(n: int, **changes: NDArray[np.generic]) -> Pose:
     """Return the pose of a character at rest for `n` frames, with some fields replaced."""
     zeros = np.zeros(n, np.float32)
     whole = np.zeros(n, np.int64)
-    rest = {"head": np.zeros((n, 2), np.float32), "lid": zeros, "opening": zeros, "syllable": whole - 1}
+    rest = {"head": np.zeros((n, 2), np.float32), "lid": zeros, "opening": zeros, **syllable_mouths(whole - 1)}
     free = {"gaze": whole, "brows": whole, "hand": whole, "light": whole + len(LIGHTS) - 1}
     return Pose(**(rest | free | changes))  # pyright: ignore[reportArgumentType]
+
+
+def syllable_mouths(syllable: NDArray[np.int64]) -> dict[str, Array]:
+    """Return the fields of `Pose` for the mouths of syllables ``[n]``: positions in VOCABULARY, -1 = at rest."""
+    names = [*VOCABULARY, ""]
+    return {
+        field: np.asarray([table[name[letter : letter + 1]] for name in names], np.float32)[syllable]
+        for field, (table, letter) in _MOUTH_TABLES.items()
+    }
 
 
 def draw_frames(size: int, look: Appearance, pose: Pose) -> NDArray[np.uint8]:
@@ -236,8 +249,9 @@ def _draw_brows(board: _Board, pose: Pose) -> None:
 
 def _draw_mouth(board: _Board, pose: Pose) -> None:
     cx, cy = _at(pose, 0, MOUTH)
-    names = [*VOCABULARY, ""]
-    width, teeth, tongue, lip = (_by_letter(t, names, k)[pose.syllable] for t, k in _MOUTH_TABLES)
+    width, teeth, tongue, lip = (
+        values.astype(np.float32)[:, None, None] for values in (pose.width, pose.teeth, pose.tongue, pose.lip)
+    )
     half = (0.3 + _OPEN * pose.opening).astype(np.float32)[:, None, None]
     box = (18, 46, 34, 56)
 
@@ -251,11 +265,6 @@ def _draw_mouth(board: _Board, pose: Pose) -> None:
     board.paint(box, _THROAT, throat)
     board.paint(box, _TONGUE, lambda x, y: tongue * throat(x, y) * board.cover(cy + 0.25 * half - y))
     board.paint(box, _TOOTH, lambda x, y: (teeth > 0) * throat(x, y) * board.cover(y - cy + half * (1 - 2 * teeth)))
-
-
-def _by_letter(table: dict[str, float], names: list[str], position: int) -> Array:
-    """Return table entries ``[names, 1, 1]`` by one letter of each syllable; "" is at rest."""
-    return np.asarray([table[name[position : position + 1]] for name in names], np.float32)[:, None, None]
 
 
 def _draw_hand(board: _Board, pose: Pose) -> None:

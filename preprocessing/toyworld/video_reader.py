@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mfcore.errors import UserInputError
+from preprocessing.speech.phonemes import REST, VISEMES
 from preprocessing.toyworld import renderer
 from preprocessing.toyworld.choices import ChoiceReading, make_reading, nearest_mode
 from preprocessing.toyworld.renderer import (
@@ -79,7 +80,7 @@ def read_video(frames: NDArray[np.uint8], config: ToyConfig) -> VideoReadings:
     skin = np.concatenate([aligned.relative(_mirror(_CHEEKS, s)) for s in (-1, 1)], axis=1)
     return VideoReadings(
         head=head.astype(np.float64) / 64,
-        opening=_read_opening(aligned, look),
+        opening=_read_opening(aligned, look, config.voice),
         look=look,
         face_color=np.stack([np.median(skin[g], axis=(0, 1)) for g in groups]).astype(np.float64),
         choices={
@@ -251,22 +252,31 @@ def _hands(size: int, look: Appearance) -> NDArray[np.float64]:
 
 
 @lru_cache(maxsize=16)
-def _mouths(size: int, face: int) -> Array:
-    """Return mouths of all syllables and at rest in all openings, ``[shapes, openings, P]``."""
-    shapes, levels = len(VOCABULARY) + 1, len(_OPENINGS)
+def _mouths(size: int, face: int, voice: str) -> Array:
+    """Return mouths of all syllables, or all visemes, and at rest in all openings, ``[shapes, openings, P]``."""
+    looks = _viseme_mouths() if voice == "english" else renderer.syllable_mouths(np.arange(-1, len(VOCABULARY)))
+    shapes, levels = len(looks["width"]), len(_OPENINGS)
     pose = renderer.draw_still(
         shapes * levels,
-        syllable=np.repeat(np.arange(-1, shapes - 1), levels),
         opening=np.tile(_OPENINGS, shapes),
+        **{name: np.repeat(values, levels) for name, values in looks.items()},
     )
     drawn = renderer.draw_frames(size, replace(_DEFAULT_LOOK, face=face), pose)
     return _Video(drawn).relative(_MOUTH).reshape(shapes, levels, -1)
 
 
-def _read_opening(aligned: _Video, look: Appearance) -> NDArray[np.float64]:
+def _viseme_mouths() -> dict[str, Array]:
+    shapes = dict.fromkeys([REST, *VISEMES.values()])
+    return {
+        name: np.asarray([getattr(shape, name) for shape in shapes], np.float32)
+        for name in ("width", "teeth", "tongue", "lip")
+    }
+
+
+def _read_opening(aligned: _Video, look: Appearance, voice: str) -> NDArray[np.float64]:
     """Return the mouth opening per frame: the nearest drawn mouth, refined by a parabola."""
     seen = aligned.relative(_MOUTH).reshape(len(aligned.frames), -1)
-    drawn = _mouths(aligned.size, look.face)
+    drawn = _mouths(aligned.size, look.face, voice)
     shapes, levels, _ = drawn.shape
     flat = drawn.reshape(shapes * levels, -1)
     cost = (np.square(flat).sum(1) - 2 * seen @ flat.T).reshape(-1, shapes, levels)

@@ -18,13 +18,18 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import ceil, floor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
 from preprocessing.media.mp4_writer import write_mp4
-from preprocessing.toyworld import renderer
+from preprocessing.records import Word
+from preprocessing.speech import flite
+from preprocessing.speech.phonemes import mouth_track
+from preprocessing.toyworld import english, renderer
+from preprocessing.toyworld.english import SpokenSentence
 from preprocessing.toyworld.renderer import (
     BACKGROUNDS,
     BROWS,
@@ -69,6 +74,8 @@ class ToyConfig:
     seconds: float = 10.0
     seed: int = 0
     syllables: int = 16  # size of the vocabulary
+    voice: Literal["syllables", "english"] = "syllables"
+    held_out: bool = False  # English sentences that no training world contains
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fps", Fraction(self.fps))
@@ -76,12 +83,21 @@ class ToyConfig:
             raise UserInputError(f"size {self.size}: use an even size from 32 to 512 pixels")
         if self.fps < 8 or self.fps > 120:
             raise UserInputError(f"fps {self.fps}: use 8 to 120; a syllable lasts 0.2 s")
-        if self.sample_rate < MIN_SAMPLE_RATE:
-            raise UserInputError(f"sample_rate {self.sample_rate}: use at least {MIN_SAMPLE_RATE} Hz")
+        check_range("sample_rate", self.sample_rate, MIN_SAMPLE_RATE, 384_000)
+        check_range("seed", self.seed, 0, 2**63 - 1)
         if not 1 <= self.seconds <= 3600:
             raise UserInputError(f"seconds {self.seconds}: use 1 to 3600 per clip")
+        if self.voice not in ("syllables", "english"):
+            raise UserInputError(f"voice {self.voice!r}: use syllables or english")
+        if self.held_out and self.voice != "english":
+            raise UserInputError("held_out: only the English voice has held-out sentences. Use it with voice english")
         if not 12 <= self.syllables <= len(VOCABULARY):
             raise UserInputError(f"syllables {self.syllables}: use 12 to {len(VOCABULARY)}")
+
+    @property
+    def choices(self) -> dict[str, int]:
+        """Return the number of modes of each free choice; English has no free tone."""
+        return {name: modes for name, modes in CHOICES.items() if name != "tone" or self.voice == "syllables"}
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -127,6 +143,12 @@ class ToyTruth:
     first: Mapping[str, int]  # choices in the first frame
     blinks: tuple[float, ...]  # seconds at which they start
     sway: tuple[Sway, ...]
+    sentences: tuple[SpokenSentence, ...] = ()  # of the English voice
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """Return the transcript as records."""
+        return tuple(Word(**w) for w in self.transcript)
 
     @property
     def frame_times(self) -> NDArray[np.float64]:
@@ -144,13 +166,18 @@ def sample_truth(config: ToyConfig, index: int) -> ToyTruth:
     rng = np.random.default_rng([config.seed, index])
     tables = {"face": FACES, "shape": SHAPES, "hair": HAIRS, "style": STYLES, "background": BACKGROUNDS}
     look = Appearance(**{name: int(rng.integers(len(table))) for name, table in tables.items()})
-    chains = {name: _chain(rng, modes, config.half_seconds + 1, name in PERSISTENT) for name, modes in CHOICES.items()}
+    chains = {
+        name: _chain(rng, modes, config.half_seconds + 1, name in PERSISTENT) for name, modes in config.choices.items()
+    }
+    voice = int(rng.integers(len(VOICES)))
+    sentences, transcript = _draw_speech(rng, config, voice)
     return ToyTruth(
         config=config,
         index=index,
         look=look,
-        voice=int(rng.integers(len(VOICES))),
-        transcript=_draw_transcript(rng, config),
+        voice=voice,
+        transcript=transcript,
+        sentences=sentences,
         choices={name: chain[1:] for name, chain in chains.items()},
         first={name: chain[0] for name, chain in chains.items() if name != "tone"},
         blinks=tuple(
@@ -183,6 +210,15 @@ def _chain(rng: np.random.Generator, modes: int, length: int, persistent: bool) 
     return tuple(chain)
 
 
+def _draw_speech(
+    rng: np.random.Generator, config: ToyConfig, voice: int
+) -> tuple[tuple[SpokenSentence, ...], tuple[TranscriptWord, ...]]:
+    if config.voice == "syllables":
+        return (), _draw_transcript(rng, config)
+    sentences, words = english.draw_sentences(rng, seconds=config.seconds, voice=voice, held_out=config.held_out)
+    return sentences, tuple(TranscriptWord(word=w.word, start=w.start, end=w.end) for w in words)
+
+
 def _draw_transcript(rng: np.random.Generator, config: ToyConfig) -> tuple[TranscriptWord, ...]:
     """Draw syllables of 0.2 to 0.28 s in groups of one to three, with pauses between the groups."""
     words: list[TranscriptWord] = []
@@ -206,19 +242,26 @@ def caption_of(truth: ToyTruth) -> str:
 def render_frames(truth: ToyTruth) -> NDArray[np.uint8]:
     """Return the frames, uint8 ``[n, size, size, 3]`` RGB; frame j is at j / fps."""
     times = truth.frame_times
-    opening, entry, _ = speech_envelope(truth.transcript, times)
-    names = np.asarray([VOCABULARY.index(w["word"]) for w in truth.transcript] + [-1])
     half = frame_half_seconds(len(times), truth.config.fps)
     free = {name: np.asarray([*truth.choices[name], first])[half] for name, first in truth.first.items()}
     sway = [np.sin(2 * np.pi * s.frequency * times + s.phase)[:, None] * [s.x, s.y] for s in truth.sway]
     pose = Pose(
         head=np.sum(sway, axis=0).astype(np.float32),
         lid=_lid(truth.blinks, times),
-        opening=opening.astype(np.float32),
-        syllable=names[entry],
+        **_mouths(truth),
         **free,
     )
     return renderer.draw_frames(truth.config.size, truth.look, pose)
+
+
+def _mouths(truth: ToyTruth) -> dict[str, NDArray[np.float32]]:
+    """Return opening and shape of the mouth per frame."""
+    if truth.config.voice == "english":
+        track = mouth_track(truth.words, truth.frame_times)
+        return {name: values.astype(np.float32) for name, values in track.items()}
+    opening, entry, _ = speech_envelope(truth.transcript, truth.frame_times)
+    names = np.asarray([VOCABULARY.index(w["word"]) for w in truth.transcript] + [-1])
+    return {"opening": opening.astype(np.float32), **renderer.syllable_mouths(names[entry])}
 
 
 def _lid(blinks: tuple[float, ...], times: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -231,8 +274,12 @@ def _lid(blinks: tuple[float, ...], times: NDArray[np.float64]) -> NDArray[np.fl
 def render_audio(truth: ToyTruth) -> NDArray[np.float32]:
     """Return the audio, float32 ``[samples]`` mono."""
     config = truth.config
-    voice = Voice(pitch=VOICES[truth.voice], tones=truth.choices["tone"])
     seed = config.seed * 1_000_003 + truth.index
+    if config.voice == "english":
+        return english.render_speech(
+            truth.sentences, voice=truth.voice, samples=config.samples, sample_rate=config.sample_rate, seed=seed
+        )
+    voice = Voice(pitch=VOICES[truth.voice], tones=truth.choices["tone"])
     return synthesize(truth.transcript, voice, samples=config.samples, sample_rate=config.sample_rate, seed=seed)
 
 
@@ -252,7 +299,6 @@ def write_clip(out_dir: Path, config: ToyConfig, index: int) -> Path:
 
 
 def _sidecar(truth: ToyTruth) -> dict[str, object]:
-    opening, _, _ = speech_envelope(truth.transcript, truth.frame_times)
     looks = {name: getattr(truth.look, name) for name in ("face", "shape", "hair", "style", "background")}
     return {
         "caption": caption_of(truth),
@@ -261,13 +307,19 @@ def _sidecar(truth: ToyTruth) -> dict[str, object]:
             "index": truth.index,
             "look": looks,
             "voice": truth.voice,
-            "pitch_hz": VOICES[truth.voice],
+            **_spoken(truth),
             "choices": {name: list(chain) for name, chain in truth.choices.items()},
             "first": dict(truth.first),
             "blinks": list(truth.blinks),
-            "mouth_opening": [round(float(o), 4) for o in opening],
+            "mouth_opening": [round(float(o), 4) for o in _mouths(truth)["opening"]],
         },
     }
+
+
+def _spoken(truth: ToyTruth) -> dict[str, object]:
+    if truth.config.voice == "syllables":
+        return {"pitch_hz": VOICES[truth.voice]}
+    return {"speaker": flite.VOICES[truth.voice], "sentences": [asdict(s) for s in truth.sentences]}
 
 
 def write_toyworld(
@@ -280,6 +332,8 @@ def write_toyworld(
     sample_rate: int = 16000,
     seed: int = 0,
     syllables: int = 16,
+    voice: Literal["syllables", "english"] = "syllables",
+    held_out: bool = False,
     jobs: int | None = None,
     progress_callback: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
@@ -291,8 +345,17 @@ def write_toyworld(
     if clips < 1:
         raise UserInputError(f"clips {clips}: use at least 1")
     config = ToyConfig(
-        size=size, fps=Fraction(fps), sample_rate=sample_rate, seconds=seconds, seed=seed, syllables=syllables
+        size=size,
+        fps=Fraction(fps),
+        sample_rate=sample_rate,
+        seconds=seconds,
+        seed=seed,
+        syllables=syllables,
+        voice=voice,
+        held_out=held_out,
     )
+    if voice == "english":
+        flite.require_flite()
     _prepare_folder(out, config)
     paths: list[Path] = []
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
@@ -306,6 +369,8 @@ def write_toyworld(
 def _prepare_folder(out: Path, config: ToyConfig) -> None:
     """Create the folder of a world. Raise ValueError if it has other content."""
     wanted = {"version": VERSION, **asdict(config), "fps": str(config.fps)}
+    if config.voice == "syllables":  # worlds of before the English voice have no such fields
+        del wanted["voice"], wanted["held_out"]
     note = out / _NOTE
     if not note.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -29,14 +29,21 @@ SOURCES_HELP = "Media files, folders, globs, s3:// prefixes or manifests (csv, j
 def toyworld(
     out: OutputPath,
     *,
-    clips: Annotated[int, typer.Option(min=1, help="Number of clips.")] = 256,
+    clips: Annotated[int, typer.Option(min=1, max=10_000_000, help="Number of clips.")] = 256,
     seconds: Annotated[float, typer.Option(help="Length of a clip in seconds.")] = 10.0,
     size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 64,
     fps: Annotated[int, typer.Option(help="Frames per second.")] = 24,
     sample_rate: Annotated[int, typer.Option(help="Audio samples per second.")] = 16000,
     seed: Annotated[int, typer.Option(help="Seed; clip i is a function of the seed and i.")] = 0,
+    voice: Annotated[
+        Literal["syllables", "english"],
+        typer.Option(help="Invented syllables, or English sentences, which need the program flite."),
+    ] = "syllables",
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Speak the English sentences that no training world contains.")
+    ] = False,
     jobs: Annotated[
-        int, typer.Option(min=1, show_default="number of CPUs", help="Concurrent renderers.")
+        int, typer.Option(min=1, max=1024, show_default="number of CPUs", help="Concurrent renderers.")
     ] = os.cpu_count() or 1,
     json: JsonFlag = False,
 ) -> None:
@@ -57,6 +64,8 @@ def toyworld(
                 fps=fps,
                 sample_rate=sample_rate,
                 seed=seed,
+                voice=voice,
+                held_out=held_out,
                 jobs=jobs,
                 progress_callback=show,
             )

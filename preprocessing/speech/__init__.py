@@ -1,0 +1,1 @@
+"""English speech: text to phonemes with times, a speech synthesizer, and sentences to speak."""
