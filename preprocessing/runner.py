@@ -7,7 +7,6 @@ through Ray; frames stay in the worker.
 import hashlib
 import json
 import logging
-import os
 import re
 import tempfile
 from collections import Counter
@@ -22,11 +21,13 @@ import torch
 
 from mfcore.errors import UserInputError
 from preprocessing.config import PreprocessConfig
+from preprocessing.dataset.repair import try_marker
 from preprocessing.dataset.schema import REJECTS, RowWriter, to_row
 from preprocessing.dataset.units import WorkUnit
 from preprocessing.io.errors import InfrastructureError, translate_storage_errors
 from preprocessing.io.hashing import canonical_json, content_hash
-from preprocessing.io.lease import verify_lease
+from preprocessing.io.lease import upload_fenced, verify_lease, write_fenced
+from preprocessing.io.local_ray import start_ray
 from preprocessing.io.processes import delete_stale_scratch, scratch_dir
 from preprocessing.io.ray_resources import max_resources, report_while_waiting, resources_available
 from preprocessing.io.storage import Store
@@ -73,7 +74,7 @@ def process_unit(
                 files.add(source, clip)
         verify_lease(store, token)
         published = [
-            _publish(store, file.path, kind=kind, name=f"{kind}/{unit.name}{suffix}.parquet", rows=file.rows)
+            _publish(store, token, file, kind=kind, name=f"{kind}/{unit.name}{suffix}.parquet")
             for kind, suffix, file in files.written()
         ]
     marker = {
@@ -83,8 +84,7 @@ def process_unit(
         "sources": len(unit.sources),
         **files.counts(),
     }
-    verify_lease(store, token)
-    store.write(unit.marker, canonical_json(marker).encode())
+    write_fenced(store, token, unit.marker, canonical_json(marker).encode())
     return marker
 
 
@@ -167,13 +167,14 @@ def _reject_row(source: Source, rejected: Rejected) -> dict[str, Any]:
     }
 
 
-def _publish(store: Store, local: Path, *, kind: str, name: str, rows: int) -> dict[str, Any] | None:
+def _publish(store: Store, token: str, file: RowWriter, *, kind: str, name: str) -> dict[str, Any] | None:
     """Upload a file and return its entry in the marker; None without rows."""
-    if rows == 0:
+    if file.rows == 0:
         return None
-    data = local.read_bytes()
-    store.upload(local, name)
-    return {"kind": kind, "name": name, "rows": rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    data = file.path.read_bytes()
+    upload_fenced(store, token, file.path, name)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return {"kind": kind, "name": name, "rows": file.rows, "bytes": len(data), "sha256": sha256}
 
 
 # ----------------------------------------------------------------------------------------------------------- all units
@@ -192,7 +193,10 @@ class _Worker:
         unit = WorkUnit.from_json(row["unit"])
         timer = StepTimer()
         try:
-            marker = process_unit(unit, self._store, self._token, self._config, encoders=self._encoders, timer=timer)
+            # a block of several units is repeated if its worker dies: finished ones have a marker
+            marker = try_marker(self._store, unit.marker) or process_unit(
+                unit, self._store, self._token, self._config, encoders=self._encoders, timer=timer
+            )
         except (InfrastructureError, OSError) as error:  # a message: Ray would add long tracebacks
             return {"marker": "null", "spent": "{}", "outage": str(error) or repr(error)}
         return {"marker": canonical_json(marker), "spent": canonical_json(timer.seconds), "outage": ""}
@@ -240,7 +244,7 @@ def process_units(
 def _run_on_ray(
     units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig, *, on_done: OnUnitDone
 ) -> None:
-    _start_ray()
+    start_ray()
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -283,14 +287,3 @@ def worker_count(units: int, config: PreprocessConfig, limits: Mapping[str, floa
     if config.workers is None and cpus < 1:
         raise UserInputError("this cluster has no CPU yet, and its limit is unknown: set workers=N")
     return int(min(units, fit, config.workers or cpus))
-
-
-def _start_ray() -> None:
-    """Start Ray without output in this process, or connect to the cluster of RAY_ADDRESS."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # ray.init would leave a token that a later head requires
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves workers next to other processes
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 
+from preprocessing.io.local_ray import TOKEN_FILE
 from tests.helpers.run_log import logged_steps
 from workflows.checkpoints.layout import OUTCOME_FILE
 from workflows.data.inspect import inspect_dataset
@@ -71,11 +71,11 @@ CONFIG: dict[str, Any] = {
 def head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[heads.LocalHead]:
     """Start a head with 0 CPUs and one of Ray's two autoscalers, on free ports."""
     ports = heads._free_ports()
-    gcs = f"{ray.util.get_node_ip_address()}:{ports['MFCTL_RAY_PORT']}"  # the default of the provider is port 6379
+    gcs = f"127.0.0.1:{ports['MFCTL_RAY_PORT']}"  # the default of the provider is port 6379
     temp = tempfile.mkdtemp(prefix="mfctl-", dir="/tmp")
     config = tmp_path_factory.mktemp("fake") / "cluster.json"
     config.write_text(json.dumps(CONFIG | {"provider": CONFIG["provider"] | {"gcs_address": gcs, "machines": temp}}))
-    environment = heads._start_environment() | {heads.TEMP_ENV: temp, "RAY_FAKE_CLUSTER": "1", "PYTHONPATH": str(ROOT)}
+    environment = heads._start_environment(temp) | {"RAY_FAKE_CLUSTER": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE, "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     if request.param:
         environment |= {"RAY_enable_autoscaler_v2": request.param, "RAY_CLOUD_INSTANCE_ID": HEAD_NODE}
@@ -104,7 +104,7 @@ class NodeMonitor:
         self.head, self.seen = head, set[str]()
         from ray.job_submission import JobSubmissionClient
 
-        self.client = JobSubmissionClient(head.address)
+        self.client = JobSubmissionClient(head.address, headers={"Authorization": f"Bearer {head.token}"})
 
     def kinds(self) -> list[str]:
         alive = [node for node in query_cluster(self.client).nodes if not node["is_head_node"]]
@@ -132,6 +132,7 @@ def start_submit(head: heads.LocalHead, shared: Path, words: list[str], log: Pat
     elsewhere.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "workflows.cli", "submit", "--json", "--shared", str(shared)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MFCTL_TRACKER": "json", "OMP_NUM_THREADS": "1"}
+    environment["RAY_AUTH_TOKEN_PATH"] = f"{head.temp}/{TOKEN_FILE}"
     return subprocess.Popen(
         [*command, "--python", sys.executable, head.address, "--", *words],
         cwd=elsewhere,

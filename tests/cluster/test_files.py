@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ RAY_FILES = ("local.yaml", "onprem.yaml", "aws.yaml", "gcp.yaml")
 CLOUDS = ("aws.yaml", "gcp.yaml")
 RAY_JOBS = sorted(path.name for path in (CLUSTER / "kuberay").glob("rayjob-*.yaml"))
 CRDS = ROOT.parent / "shared" / "data" / "kuberay"
+RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 ELSEWHERE = "no CRDs of KubeRay in ../shared/data/kuberay: only known fields of Ray and Kubernetes were checked"
 
 
@@ -53,7 +55,11 @@ def test_rays_loader_accepts_the_file(name: str) -> None:
     assert len(starts) == 1 and "--dashboard-host=127.0.0.1" in starts[0], "the job server is on the loopback"
     if name != "local.yaml":
         assert "--autoscaling-config" in starts[0]
-        assert all("RAY_AUTH_MODE=" in c and "--disable-usage-stats" in c for c in commands if "ray start" in c)
+        assert all("RAY_AUTH_MODE=token" in c and "--disable-usage-stats" in c for c in commands if "ray start" in c)
+        assert load(name)["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+        assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"]
+    else:
+        assert "--node-ip-address=127.0.0.1" in starts[0]
 
 
 def ray_schema() -> dict[str, Any]:
@@ -91,6 +97,7 @@ def test_aws_machines_are_private_encrypted_and_require_metadata_tokens() -> Non
         assert node["MetadataOptions"]["HttpTokens"] == "required"
         assert node["BlockDeviceMappings"][0]["Ebs"]["Encrypted"] is True
         assert node["SubnetIds"] and "NetworkInterfaces" not in node
+        assert node["SecurityGroupIds"], "Ray would make a group that opens port 22 to the world"
 
 
 def test_gcp_machines_have_no_external_address() -> None:
@@ -123,7 +130,8 @@ def test_ray_starts_every_machine_type_on_simulated_aws(monkeypatch: pytest.Monk
         subnet = ec2.create_subnet(VpcId=vpc, CidrBlock="10.0.1.0/24", AvailabilityZone="us-east-1a")["Subnet"][
             "SubnetId"
         ]
-        config = with_subnet(prepared("aws.yaml"), subnet)
+        group = ec2.create_security_group(GroupName="mutual-forcing", Description="a", VpcId=vpc)["GroupId"]
+        config = with_network(prepared("aws.yaml"), subnet, group)
         validate_config(config)
         resolved = amazon.bootstrap_aws(config)
         provider = AWSNodeProvider(resolved["provider"], "mutual-forcing")
@@ -134,14 +142,21 @@ def test_ray_starts_every_machine_type_on_simulated_aws(monkeypatch: pytest.Monk
             made = provider.create_node(node, {"ray-user-node-type": name, "ray-cluster-name": "mutual-forcing"}, 1)
             assert len(made) == 1, name
         machines = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
+        rules = [
+            (g["GroupName"], rule)
+            for g in ec2.describe_security_groups()["SecurityGroups"]
+            for rule in g["IpPermissions"]
+        ]
     assert len(machines) == 3
     assert all("PublicIpAddress" not in machine for machine in machines)
+    assert all([g["GroupId"] for g in machine["SecurityGroups"]] == [group] for machine in machines)
+    assert not [(name, rule) for name, rule in rules if rule.get("IpRanges")], "no port is open to an address"
     assert sorted(m.get("InstanceLifecycle", "on demand") for m in machines) == ["on demand", "spot", "spot"]
 
 
-def with_subnet(config: dict[str, Any], subnet: str) -> dict[str, Any]:
+def with_network(config: dict[str, Any], subnet: str, group: str) -> dict[str, Any]:
     for kind in config["available_node_types"].values():
-        kind["node_config"]["SubnetIds"] = [subnet]
+        kind["node_config"] |= {"SubnetIds": [subnet], "SecurityGroupIds": [group]}
     return config
 
 
@@ -219,13 +234,25 @@ def test_kuberay_pods_are_unprivileged_and_share_one_folder(name: str) -> None:
     spec = load(f"kuberay/{name}")["spec"]
     spec = spec.get("rayClusterSpec", spec)
     assert spec["rayVersion"] == ray.__version__ == pins()["ray"]
+    assert spec["authOptions"] == {"mode": "token"}, "KubeRay makes a token and gives it to every container"
+    pods = [group["template"] for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]
+    pods += [load(f"kuberay/{name}")["spec"].get("submitterPodTemplate", pods[0])]
+    for pod in pods:
+        assert pod["metadata"]["labels"] == {"app": "mutual-forcing"}, "the network policy selects it"
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["spec"]["containers"]:
+            assert container["securityContext"] == RESTRICTED
+            assert "RAY_AUTH_MODE" not in str(container.get("env")), "KubeRay sets it"
+    assert [c["name"] for pod in pods for c in pod["spec"]["containers"] if "envFrom" in c] == [
+        "ray-head" if i == 0 else "ray-worker" for i in range(len(spec["workerGroupSpecs"]) + 1)
+    ] + (["ray-head"] if name == "raycluster.yaml" else []), "the pod that submits the job has no keys"
+    check_kubernetes_token(spec)
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
-        pod = group["template"]["spec"]
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        container = pod["containers"][0]
+        container = group["template"]["spec"]["containers"][0]
         assert {"name": "shared", "mountPath": "/shared"} in container["volumeMounts"]
         assert container["resources"]["limits"] == container["resources"]["requests"]
-        assert {"name": "RAY_AUTH_MODE", "value": "disabled"} in container["env"]
         assert group.get("minReplicas", 0) == 0
     claim = load("kuberay/storage.yaml")
     assert (
@@ -233,6 +260,36 @@ def test_kuberay_pods_are_unprivileged_and_share_one_folder(name: str) -> None:
         == spec["headGroupSpec"]["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
     )
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def check_kubernetes_token(spec: dict[str, Any]) -> None:
+    """Check that only the container of the autoscaler has access to the API of Kubernetes."""
+    assert spec["autoscalerOptions"]["securityContext"] == RESTRICTED
+    (mount,) = spec["autoscalerOptions"]["volumeMounts"]
+    assert mount["mountPath"] == "/var/run/secrets/kubernetes.io/serviceaccount"
+    head = spec["headGroupSpec"]["template"]["spec"]
+    (volume,) = (v for v in head["volumes"] if v["name"] == mount["name"])
+    assert [next(iter(source)) for source in volume["projected"]["sources"]] == [
+        "serviceAccountToken",
+        "configMap",
+        "downwardAPI",
+    ]
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        for container in group["template"]["spec"]["containers"]:
+            assert mount["name"] not in {m["name"] for m in container["volumeMounts"]}
+
+
+def test_the_network_policy_admits_the_pods_and_the_operator_only() -> None:
+    policy = load("kuberay/network-policy.yaml")
+    assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+    own = {"matchLabels": {"app": "mutual-forcing"}}
+    assert policy["spec"]["podSelector"] == own
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    inside, operator = policy["spec"]["ingress"]
+    assert inside == {"from": [{"podSelector": own}]}
+    (source,) = operator["from"]
+    assert source["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+    assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
 
 
 @pytest.mark.parametrize("name", RAY_JOBS)
@@ -314,6 +371,23 @@ def test_images_are_pinned_and_unprivileged(name: str) -> None:
     assert installs and all(re.search(r"(-r|-c) constraints.txt|--no-deps", text) for text in installs)
 
 
+def test_the_image_has_no_development_tools(tmp_path: Path) -> None:
+    """Run the command of the Dockerfile that lists the packages."""
+    (run,) = [text for word, text in instructions(CLUSTER / "Dockerfile") if word == "RUN" and "requirements" in text]
+    found = re.search(r'python (-c ".*") > requirements.txt', run)
+    assert found is not None
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    command = f"{sys.executable} {found[1]}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = done.stdout.splitlines()
+    assert set(project["dependencies"]) <= set(installed)
+    names = {re.split(r"[\[>=<]", line)[0] for line in installed}
+    tools = {"pytest", "pytest-timeout", "pytest-xdist", "ruff", "pyright", "import-linter", "moto", "beartype"}
+    assert not names & tools
+    assert "-c constraints.txt -r requirements.txt" in run and "-r constraints.txt" not in run
+
+
 def test_the_image_has_all_packages_and_the_build_context_no_more() -> None:
     packages = {
         name.split(".")[0]
@@ -352,12 +426,17 @@ def test_mlflow_server_listens_on_loopback_and_reads_passwords_from_files() -> N
     assert "secrets/" in ignored
     script = (CLUSTER / "mlflow" / "serve.sh").read_text()
     assert all(f"/run/secrets/{name}" in script for name in compose["secrets"])
+    assert set(compose["services"]) == {"postgres", "mlflow"}, "artifacts are in a volume"
+    assert "artifacts:/artifacts" in compose["services"]["mlflow"]["volumes"]
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
 def test_kubernetes_server_declares_its_mounts() -> None:
     documents = list(yaml.safe_load_all((CLUSTER / "mlflow" / "kubernetes.yaml").read_text()))
-    assert [d["kind"] for d in documents] == ["Namespace", "Deployment", "Service"]
+    assert [d["kind"] for d in documents] == ["Namespace", "Deployment", "Service", "NetworkPolicy"]
+    (source,) = documents[3]["spec"]["ingress"][0]["from"]
+    assert source["podSelector"] == {"matchLabels": {"app": "mutual-forcing"}}
+    assert documents[3]["spec"]["podSelector"]["matchLabels"] == documents[2]["spec"]["selector"]
     pod = documents[1]["spec"]["template"]["spec"]
     container = pod["containers"][0]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
@@ -384,6 +463,29 @@ def test_policies_allow_named_actions_on_named_resources(name: str) -> None:
         assert not [action for action in statement["Action"] if "*" in action]
         reads = all(action.split(":")[1].startswith("Describe") for action in statement["Action"])
         assert statement["Resource"] != "*" or reads, "only Describe actions apply to all resources"
+
+
+def test_the_head_starts_machines_of_this_cluster_only() -> None:
+    """Bound by tag, machine type, region, subnet, security group and role."""
+    config = load("aws.yaml")
+    workers = [kind["node_config"] for name, kind in config["available_node_types"].items() if name != "head"]
+    region, cluster = config["provider"]["region"], config["cluster_name"]
+    statements = json.loads((CLUSTER / "aws" / "head-policy.json").read_text())["Statement"]
+    starts = [statement for statement in statements if "ec2:RunInstances" in statement["Action"]]
+    (machines,) = (statement for statement in starts if any(":instance/" in r for r in statement["Resource"]))
+    limits = machines["Condition"]["StringEquals"]
+    assert limits["aws:RequestTag/ray-cluster-name"] == cluster
+    assert set(limits["ec2:InstanceType"]) == {node["InstanceType"] for node in workers}
+    resources_of_starts = [resource for statement in starts for resource in statement["Resource"]]
+    assert all(resource.startswith(f"arn:aws:ec2:{region}:") for resource in resources_of_starts)
+    for kind, key in (("subnet", "SubnetIds"), ("security-group", "SecurityGroupIds")):
+        (resource,) = (r for r in resources_of_starts if f":{kind}/" in r)
+        assert {resource.rsplit("/", 1)[1]} == {i for node in workers for i in node[key]}
+    for statement in statements:
+        if {"ec2:CreateTags", "ec2:TerminateInstances"} & set(statement["Action"]):
+            assert cluster in statement["Condition"]["StringEquals"].values()
+    (role,) = (statement for statement in statements if "iam:PassRole" in statement["Action"])
+    assert role["Condition"]["StringEquals"]["iam:PassedToService"] == "ec2.amazonaws.com"
 
 
 def test_bucket_policy_allows_lookup_of_a_missing_dataset() -> None:

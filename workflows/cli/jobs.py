@@ -36,6 +36,9 @@ def submit(
         str | None,
         typer.Option(metavar="FOLDER", help="Folder mounted on all machines; runs and relative paths are below it."),
     ] = None,
+    untracked: Annotated[
+        bool, typer.Option("--untracked", help="Package files that git neither tracks nor ignores, too.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Run an mfctl command as a Ray job, follow its logs and end with its exit code.
@@ -49,7 +52,7 @@ def submit(
 
         base = os.path.normpath(shared) if shared else None
         command = parse_command(context.find_root().command, argv, base)
-        return submit_job(target, command, detach=detach, python=python, shared=base)
+        return submit_job(target, command, detach=detach, python=python, shared=base, untracked=untracked)
 
     output.run_command(work, as_json=json, code=lambda done: done["exit_code"] or 0)
 

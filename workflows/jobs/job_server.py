@@ -15,7 +15,9 @@ import psutil
 
 from mfcore.errors import UserInputError
 from preprocessing.io.errors import InfrastructureError
-from workflows.jobs.local_head import LOOPBACK, ping_job_server
+from preprocessing.io.local_ray import find_token
+from workflows.jobs.local_head import LOOPBACK, find_head_token, ping_job_server
+from workflows.jobs.records import state_dir
 from workflows.jobs.resources import MachineType, merge_equal
 
 NODES = "/api/v0/nodes?detail=true&limit=10000"
@@ -30,7 +32,11 @@ class ClusterUnreachable(InfrastructureError):
 def connect(address: str) -> Any:
     """Return Ray's client of the job server at ``http://host:8265`` or of the cluster ``ray://host:10001``.
 
-    Raises ClusterUnreachable if no Ray job server replies in time.
+    It sends the token of the local head at this address, else the token of Ray's variables or of the user's file.
+
+    Raises:
+        ClusterUnreachable: if no Ray job server replies in time.
+        UserInputError: if the server rejects the token.
     """
     os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")  # no warning about the archive
     from ray.job_submission import JobSubmissionClient
@@ -38,9 +44,17 @@ def connect(address: str) -> Any:
     for module in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # Ray logs every excluded file
     _check_server(address)
+    token = find_head_token(address, state_dir()) or find_token()
+    if token and address.startswith("ray://"):  # reads the variables only
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
-        client = JobSubmissionClient(address)
+        client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
     except (ConnectionError, RuntimeError) as error:
+        if "Authentication" in str(error):
+            raise UserInputError(
+                f"{address} {'rejects the token' if token else 'requires a token'}. Set RAY_AUTH_TOKEN_PATH to the "
+                "file with the token of this cluster (default: ~/.ray/auth_token)"
+            ) from error
         raise ClusterUnreachable(
             f"no Ray job server responds at {address} ({_first_line(error)}). {_REMEDY}"
         ) from error

@@ -2,6 +2,7 @@
 
 Each head has a separate temporary folder. Every process of the head has that folder in its command line, its
 environment or its open files. ``stop`` selects the processes by it; ``ray stop`` would end every Ray on the machine.
+The folder also holds the token of the head: only processes of this user can read it, and only its holders are clients.
 """
 
 import fcntl
@@ -25,6 +26,7 @@ import psutil
 import yaml
 
 from mfcore.errors import UserInputError
+from preprocessing.io.local_ray import TOKEN_FILE, token_environment, write_token
 from workflows.utils.environment import DEFAULT_ENV, find_free_ports
 from workflows.utils.json_io import write_json
 
@@ -48,6 +50,12 @@ class LocalHead:
         """Return True if the GCS, the raylet and the job server respond."""
         names = {process.name() for process in head_processes(self.temp)}
         return names >= HEAD_PROCESS_NAMES and ping_job_server(self.address)
+
+    @property
+    def token(self) -> str:
+        """The token of its clients; "" if the head is gone."""
+        file = Path(self.temp, TOKEN_FILE)
+        return file.read_text() if file.exists() else ""
 
 
 def ping_job_server(address: str, limit_s: float = 5.0) -> bool:
@@ -107,6 +115,12 @@ def stop_heads(state: Path) -> list[str]:
     return stopped
 
 
+def find_head_token(address: str, state: Path) -> str:
+    """Return the token of the head recorded in ``state`` with this job server; "" if there is none."""
+    heads = [load_record(record) for record in state.glob("*.json")]
+    return next((head.token for head in heads if head and head.address == address.rstrip("/")), "")
+
+
 def load_record(record: Path) -> LocalHead | None:
     """Load the record of a head; None if there is none."""
     return LocalHead(**json.loads(record.read_text())) if record.exists() else None
@@ -163,13 +177,13 @@ def _signal(process: psutil.Process, send: Callable[[psutil.Process], None]) -> 
 
 
 def _start(config: dict) -> LocalHead:
-    """Run the start commands of the file with free ports and a new temporary folder; wait for the job server."""
+    """Run the start commands of the file with free ports, a new temporary folder and token; wait for the job server."""
     ports = _free_ports()
     # short: it holds Unix sockets, with paths of at most 107 bytes
     temp = tempfile.mkdtemp(prefix="mfctl-", dir="/tmp")
     address = f"http://127.0.0.1:{ports['MFCTL_DASHBOARD_PORT']}"
     head = LocalHead(cluster=config["cluster_name"], address=address, temp=temp)
-    environment = _start_environment() | ports | {TEMP_ENV: temp}
+    environment = _start_environment(temp) | ports
     try:
         for command in config.get("head_start_ray_commands", []):
             _run_start_command(command, environment)
@@ -200,11 +214,11 @@ def _run_start_command(command: str, environment: dict[str, str]) -> None:
             raise RuntimeError(f"the head did not start: `{command}` ended with exit code {code}:\n{output.read()}")
 
 
-def _start_environment() -> dict[str, str]:
-    """Return the environment of a head: this interpreter first on PATH, no address of another cluster."""
-    environment = DEFAULT_ENV | dict(os.environ)
+def _start_environment(temp: str) -> dict[str, str]:
+    """Return the environment of a head: its folder and a new token in it, this interpreter, no other cluster."""
+    environment = DEFAULT_ENV | dict(os.environ) | token_environment(write_token(Path(temp))) | {TEMP_ENV: temp}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"):
         environment.pop(name, None)
     return environment
 

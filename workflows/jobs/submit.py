@@ -48,6 +48,7 @@ def submit_job(
     detach: bool = False,
     python: str | None = None,
     shared: str | None = None,
+    untracked: bool = False,
 ) -> dict:
     """Run the command as a job on the target and follow its logs until it ends.
 
@@ -57,6 +58,7 @@ def submit_job(
         detach: return after the submission.
         python: interpreter on the cluster; default: this one on this machine, else ``python``.
         shared: folder that all machines of the target have mounted; relative paths are below it.
+        untracked: package files that git does not track, too.
 
     Returns:
         job, address, command, status, exit_code (None while the job runs) and message.
@@ -89,6 +91,7 @@ def submit_job(
                 interpreter=python or (sys.executable if parsed_target.kind == "here" else "python"),
                 variables=variables,
                 driver=resources.driver_resources(command, machines),
+                untracked=untracked,
             )
         print(f"job {job.id} on {job.address}", file=sys.stderr)
         return _summary(client, job) if detach else _follow(client, job)
@@ -143,10 +146,11 @@ def _start(
     interpreter: str,
     variables: dict[str, str],
     driver: Mapping[str, float],
+    untracked: bool,
 ) -> SubmittedJob:
     entrypoint = [interpreter, "-m", "workflows.cli", *command.argv]
     with tempfile.TemporaryDirectory(prefix="mfctl-") as folder:
-        archive = package_working_dir(ROOT, Path(folder))
+        archive = package_working_dir(ROOT, Path(folder), untracked=untracked)
         name = _submit_when_ready(client, entrypoint, {"working_dir": str(archive), "env_vars": variables}, driver)
     job = SubmittedJob(
         id=name,

@@ -1,26 +1,26 @@
 """Ray sessions, and the settings of Ray Train and Ray workers that all commands share."""
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from preprocessing.io.local_ray import start_ray
 from workflows.utils import environment
 
 
 @contextmanager
 def ray_session(workers: int) -> Iterator[None]:
-    """Use the running Ray, or start one in this process for the context, with a CPU for each of ``workers``."""
+    """Use the Ray of this process, or start one for the context, with a CPU for each of ``workers``.
+
+    A submitted job joins its cluster, which has a fixed size.
+    """
     environment.apply_defaults()
     import ray
 
     started = not ray.is_initialized()
-    if started:
-        # a submitted job joins its cluster, which has a fixed size
-        cpus = None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, workers)
-        ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    start_ray(num_cpus=max(os.cpu_count() or 1, workers))
     try:
         yield
     finally:

@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from preprocessing.io.local_ray import TOKEN_FILE, write_token
 from tests.helpers.parsed_command import parse
+from tests.helpers.ray_access import listening_addresses
 from workflows.jobs import local_head, submit
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,7 +43,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_local_cluster_file_is_valid_and_local() -> None:
     config = local_head.load_cluster_file(str(LOCAL))
     assert local_head.is_local(config)
-    assert "RAY_AUTH_MODE=" in config["head_start_ray_commands"][0]
+    assert "--node-ip-address=127.0.0.1" in config["head_start_ray_commands"][0]
     assert "--dashboard-agent-listen-port=" in config["head_start_ray_commands"][0]
 
 
@@ -73,7 +78,7 @@ def test_the_job_uses_the_folder_and_store_of_the_user(here: Path) -> None:
     variables = submit._environment(None, elsewhere=False)
     assert variables["MFCTL_CWD"] == str(here)
     assert variables["MLFLOW_TRACKING_URI"] == f"sqlite:///{here}/runs/mlflow.db"
-    assert variables["RAY_AUTH_MODE"] == "disabled"
+    assert not [name for name in variables if "AUTH" in name], "a job has the mode and the token of its cluster"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +125,57 @@ def test_a_job_runs_on_a_new_head_and_returns_its_exit_code(folder: Path) -> Non
     assert mfctl("logs", failed, cwd=folder).returncode == 0
     assert mfctl("logs", "--follow", failed, cwd=folder).returncode == 2, "exit code of the job"
     assert '"name": "mlflow store"' in mfctl("logs", result["job"], cwd=folder).stdout
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(480)
+def test_a_head_serves_clients_with_its_token_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detached = json.loads(mfctl("submit", "--json", "--detach", str(LOCAL), "--", "doctor", cwd=folder).stdout)
+    head = local_head.load_record(folder / "runs/cluster/mfctl-local.json")
+    assert head is not None
+    token = Path(head.temp, TOKEN_FILE)
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and stat.S_IMODE(Path(head.temp).stat().st_mode) == 0o700
+    processes = local_head.head_processes(head.temp)
+    assert listening_addresses([p.pid for p in processes]) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    (gcs,) = (p for p in processes if p.name() == "gcs_server")
+    ports = [c.laddr.port for c in gcs.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    (server,) = (p.cmdline() for p in processes if "ray.util.client.server" in p.cmdline())
+    (client,) = (word.split("=")[1] for word in server if word.startswith("--port="))
+    ways = f"127.0.0.1:{ports[0]}", head.address, f"127.0.0.1:{client}"
+    wrong = write_token(folder)
+    for variables, expected in (
+        ({"RAY_AUTH_MODE": "disabled"}, "Auth|ray client connection timeout"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)}, "Auth|ray client connection timeout"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}, "^$"),
+    ):
+        for way, error in access(*ways, **variables).items():
+            assert re.search(expected, error), (way, variables, error)
+    wrong.unlink()
+
+    other = folder / "other"  # has no record of the head
+    other.mkdir()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(other / "none"))
+    rejected = mfctl("submit", head.address, "--", "doctor", cwd=other)
+    assert rejected.returncode == 2 and "requires a token. Set RAY_AUTH_TOKEN_PATH" in rejected.stderr, rejected.stderr
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    assert mfctl("submit", head.address, "--", "doctor", cwd=other).returncode == 0
+    mfctl("stop", detached["job"], cwd=folder)
+
+
+def access(*ways: str, **variables: str) -> dict[str, str]:
+    """Try to use a head in a new process; return the error of each way."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.ray_access", *ways],
+        cwd=ROOT,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.cluster

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mfcore.errors import UserInputError
 from preprocessing.io.ray_resources import PROMISED_RESOURCES_ENV
 from tests.helpers.parsed_command import parse
 from workflows.cli.app import app
@@ -183,33 +185,32 @@ def test_other_kubernetes_files_are_rejected_by_kind() -> None:
 # ------------------------------------------------------------------------------------------- content of a submission
 
 
-def tree(folder: Path) -> Path:
-    """Write a small checkout that contains secrets."""
-    files = {
-        "workflows/a.py": "print()",
-        "runs/x/log": "r",
-        "data/y": "d",
-        ".env": SECRET,
-        "deep/.env.local": SECRET,
-        "deep/id_rsa": SECRET,
-        "deep/my.pem": SECRET,
-        "aws_credentials.json": SECRET,
-        "cluster/mlflow/secrets/s3": SECRET,
-        "ignored.txt": "i",
-        ".gitignore": "ignored.txt\n",
-    }
+def checkout(folder: Path) -> Path:
+    """Write a small checkout with a changed, a deleted, an ignored and an untracked file."""
+    files = {"workflows/a.py": "print()", "deleted.py": "", "runs/x/log": "r", ".gitignore": "runs/\nignored.txt\n"}
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+    for words in (("init", "-q"), ("add", ".")):
+        subprocess.run(["git", "-C", str(folder), *words], check=True)
+    (folder / "workflows" / "a.py").write_text("print(1)")
+    (folder / "deleted.py").unlink()
+    (folder / "ignored.txt").write_text("i")
+    (folder / "note.txt").write_text("n")
     return folder
 
 
-def test_runs_data_and_keys_are_not_packaged(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with zipfile.ZipFile(package_working_dir(tree(tmp_path / "tree"), tmp_path / "out")) as packed:
-        names = {info.filename for info in packed.infolist() if not info.is_dir()}
-        assert names == {"workflows/a.py", ".gitignore"}
-        assert all(SECRET.encode() not in packed.read(name) for name in names)
+def test_tracked_files_are_packaged_and_others_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = checkout(tmp_path / "tree"), tmp_path / "out"
+    out.mkdir()
+    with zipfile.ZipFile(package_working_dir(root, out)) as packed:
+        assert sorted(packed.namelist()) == [".gitignore", "workflows/a.py"]
+        assert packed.read("workflows/a.py") == b"print(1)", "with local changes"
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: 1 untracked files are not part of the job, e.g. note.txt. Use `git add` or")
+    with zipfile.ZipFile(package_working_dir(root, out, untracked=True)) as packed:
+        assert sorted(packed.namelist()) == [".gitignore", "note.txt", "workflows/a.py"]
+    assert capsys.readouterr().err == ""
 
 
 def test_this_tree_is_packaged_completely_and_small(tmp_path: Path) -> None:
@@ -221,17 +222,106 @@ def test_this_tree_is_packaged_completely_and_small(tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith((".git/", "runs/", ".venv"))]
 
 
-def test_a_large_tree_and_a_file_with_a_secret_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tree(tmp_path / "tree")
-    (root / "weights.bin").write_bytes(os.urandom(2**20))
-    with pytest.raises(ValueError, match=r"1.0 MB.*weights.bin"):
-        package_working_dir(root, tmp_path, max_bytes=2**19)
+KEY_FILES = [
+    "s3.env",
+    "prod.env",
+    ".env",
+    ".env.local",
+    ".envrc",
+    "kubeconfig",
+    ".kube/config",
+    "service-account.json",
+    "gcp-key.json",
+    "id_rsa",
+    "id_ecdsa",
+    "id_dsa",
+    "id_ed25519",
+    "cert.p12",
+    "my.pfx",
+    "my.pem",
+    "tls.key",
+    ".npmrc",
+    ".pypirc",
+    ".netrc",
+    ".pgpass",
+    ".docker/config.json",
+    ".aws/config",
+    ".ssh/config",
+    ".vault-token",
+    "token.txt",
+    ".huggingface/token",
+    "terraform.tfstate",
+    "passwords.txt",
+    "aws_keys.csv",
+    "rootkey.csv",
+    ".boto",
+    ".s3cfg",
+    "secret.yaml",
+    "auth_token",
+    "aws_credentials.json",
+    "cluster/mlflow/secrets/s3",
+    "deep/Prod.ENV",
+]
+
+
+@pytest.mark.parametrize("name", KEY_FILES)
+def test_a_file_with_the_name_of_a_key_is_rejected(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "tree"
+    (root / name).parent.mkdir(parents=True)
+    (root / name).write_text("x")
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    with pytest.raises(UserInputError, match="git tracks no file"):
+        package_working_dir(root, tmp_path)
+    (root / "a.py").write_text("")
+    subprocess.run(["git", "-C", str(root), "add", "a.py"], check=True)
+    with zipfile.ZipFile(package_working_dir(root, tmp_path)) as packed:
+        assert packed.namelist() == ["a.py"], "untracked files stay here"
+    with pytest.raises(UserInputError, match=rf"^{re.escape(name)} has the name .*gitignore"):
+        package_working_dir(root, tmp_path, untracked=True)
+    subprocess.run(["git", "-C", str(root), "add", "--force", "."], check=True)
+    with pytest.raises(UserInputError, match=rf"^{re.escape(name)} has the name .*git rm --cached"):
+        package_working_dir(root, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("key = " + "AKIA" + 16 * "Q", "an AWS access key"),
+        ("AWS_SECRET_" + "ACCESS_KEY=" + 40 * "b", "an AWS secret key"),
+        ("-----BEGIN RSA " + "PRIVATE KEY-----", "a private key"),
+        (f"key = '{SECRET}'", "the value of AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_a_file_with_the_content_of_a_key_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, kind: str
+) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    (tmp_path / "again").mkdir()
-    (root / "notebook.py").write_text(f"key = '{SECRET}'")
-    with pytest.raises(ValueError, match="notebook.py .*AWS_SECRET_ACCESS_KEY") as caught:
-        package_working_dir(root, root.parent / "again")
-    assert SECRET not in str(caught.value)
+    root = checkout(tmp_path / "tree")
+    (root / "workflows" / "a.py").write_text(text)
+    with pytest.raises(UserInputError, match=f"^workflows/a.py contains {kind}") as caught:
+        package_working_dir(root, tmp_path)
+    assert text not in str(caught.value) and SECRET not in str(caught.value)
+
+
+def test_a_large_tree_and_a_link_out_of_it_are_rejected(tmp_path: Path) -> None:
+    root = checkout(tmp_path / "tree")
+    (root / "weights.bin").write_bytes(os.urandom(2**20))
+    with pytest.raises(UserInputError, match=r"1.0 MB.*weights.bin"):
+        package_working_dir(root, tmp_path, untracked=True, max_bytes=2**19)
+    (root / "weights.bin").unlink()
+    (root / "weights.bin").symlink_to("/etc/hostname")
+    with pytest.raises(UserInputError, match="weights.bin is a link to /etc/hostname, outside the checkout"):
+        package_working_dir(root, tmp_path, untracked=True)
+
+
+def test_a_folder_without_git_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.py").write_text("")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(UserInputError, match=r"is not a usable git checkout: .*Clone the repository, or run `git init"):
+        package_working_dir(tmp_path, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserInputError, match="git is not installed"):
+        package_working_dir(tmp_path, tmp_path)
 
 
 def test_credentials_are_forwarded_by_reference_only(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
