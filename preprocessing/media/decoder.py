@@ -6,28 +6,37 @@ frame, or audio sample without video. It becomes frame 0 and sample 0 of the out
 nearest to ``start + j / fps``, so the error is at most half a source frame, also at variable rates. Late audio is
 preceded by silence, early audio is cut, gaps above 5 ms are filled with silence, drifting audio is stretched.
 
+One ffmpeg process decodes both streams. It closes the pipe of a stream at the end of the file only. If a stream ends
+early, starts late or is stored apart from the other, the pictures or the audio in between would all have to be kept. A
+second process then decodes the audio, so that each stream is read on demand.
+
 Each child process runs without a shell or terminal, has a memory limit, ends with its parent and is killed after
-``stall_seconds`` without output. A process killed from outside raises ``MediaError(killed)``; it is not an early end.
+``stall_seconds`` without output or ``wall_seconds`` in all. A process killed from outside raises
+``MediaError(killed)``; it is not an early end.
 """
 
 import fcntl
 import os
+import re
 import selectors
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
+from math import inf
 from types import TracebackType
 from typing import IO, Any, Self
 
 import ffmpeg
 import numpy as np
-from numpy.typing import NDArray
+import psutil
 
 from preprocessing.io.processes import limit_process
-from preprocessing.media.ffmpeg_filters import audio_filters, scene_filters, video_filters
+from preprocessing.media.ffmpeg_filters import audio_filters, gap_filter, scene_filters, video_filters
 from preprocessing.media.mp4_writer import file_url
+from preprocessing.media.pipe_buffer import PIPE_BYTES, PipeBuffer
 from preprocessing.media.probe import (
     DECODER_BYTES,
     INPUT_LIMITS,
@@ -40,51 +49,13 @@ from preprocessing.media.probe import (
 from preprocessing.records import Frames, Waveform
 
 SEEK_MARGIN = 10.0  # seconds decoded and dropped before a span, so that a coarse seek cannot land behind its start
-_PIPE_BYTES = 1 << 20
+MAX_SURPLUS_BYTES = 1 << 26  # of one stream beyond what is wanted, while the other one is awaited
+GAP_SECONDS = 600.0  # longest time without a frame or sample; a longer one is a broken timestamp
 _ERROR_BYTES = 1 << 20  # stderr that is kept
 _TRAILING_AUDIO_BYTES = 1 << 24  # audio that is kept after the end of the video
+_ALL = {"video": sys.maxsize, "audio": sys.maxsize}
+_TIMESTAMP = re.compile(r"-?\d+\.\d{6}")  # line that the filters print at a gap
 _INPUT = "@input"  # placeholder for the file name: ffmpeg-python cannot hash names outside UTF-8
-
-
-class _PipeBuffer:
-    """Bytes of one pipe, read without copies. Views that `peek` returned are never overwritten."""
-
-    def __init__(self) -> None:
-        self._data = np.empty(_PIPE_BYTES, np.uint8)
-        self._first = self._last = 0
-        self.received = 0
-
-    def __len__(self) -> int:
-        return self._last - self._first
-
-    def reserve(self, size: int) -> None:
-        """Reserve contiguous room for `size` unread bytes."""
-        if self._first + size > len(self._data):
-            data = np.empty(max(size + _PIPE_BYTES, _PIPE_BYTES), np.uint8)
-            data[: len(self)] = self._data[self._first : self._last]
-            self._last = len(self)
-            self._data, self._first = data, 0
-
-    def receive(self, file: int) -> int:
-        """Read available bytes; return their count, 0 at the end."""
-        if self._last == len(self._data):
-            self.reserve(len(self) + _PIPE_BYTES)
-        count = os.readv(file, [self._data[self._last : self._last + _PIPE_BYTES].data])
-        self._last += count
-        self.received += count
-        return count
-
-    def peek(self, size: int) -> NDArray[np.uint8]:
-        """Return up to `size` unread bytes; they remain unread."""
-        return self._data[self._first : min(self._last, self._first + size)]
-
-    def drop(self, size: int) -> None:
-        """Count `size` bytes as read."""
-        self._first = min(self._last, self._first + size)
-
-    def truncate(self, size: int) -> None:
-        """Discard the unread bytes after the first `size`."""
-        self._last = min(self._last, self._first + size)
 
 
 class Decoder:
@@ -107,6 +78,8 @@ class Decoder:
         fit: str = "crop",
         start: float | None = None,
         stall_seconds: float = STALL_SECONDS,
+        wall_seconds: float = inf,
+        gap_seconds: float = GAP_SECONDS,
         memory: int = DECODER_BYTES,
         cut_score: float | None = None,
     ) -> None:
@@ -122,6 +95,8 @@ class Decoder:
             fit: Treatment of other aspect ratios, "crop" or "pad".
             start: Timestamp of output instant 0, not before the first frame; None: that of the first frame.
             stall_seconds: Timeout without output.
+            wall_seconds: Time limit since the start of the decoder.
+            gap_seconds: Longest time without a frame or sample; see `gap`.
             memory: Memory limit of ffmpeg in bytes.
             cut_score: Record `scene_changes` with a higher score, of 100; None: none.
         """
@@ -133,36 +108,30 @@ class Decoder:
             raise MediaError("no_stream", "neither video nor audio to decode")
         first = self.video.start if self.video else self.audio.start if self.audio else 0.0
         self.start = first if start is None else max(first, start)
+        self._path, self._info, self._fit = path, info, fit
         self._stall, self._memory = stall_seconds, memory
+        self._wall, self._gap = wall_seconds, gap_seconds
+        self._cut_score = cut_score
         self._frame = 0  # frames read so far
         self._last_output = time.monotonic()  # when video or audio last arrived
-        self._buffers = {name: _PipeBuffer() for name in ("video", "audio", "error", "scene")}
+        self._deadline = self._last_output + wall_seconds
+        self._selector, self._open = selectors.DefaultSelector(), set[str]()
+        self._buffers = {name: PipeBuffer() for name in ("video", "audio", "error", "scene", "unused", "audio_error")}
+        self._peeked = dict.fromkeys(_ALL, 0)  # bytes that were last peeked at
+        self._repeated = 0  # bytes of audio that the second process decodes again
+        self._bytes_read = 0  # by the process that is awaited, when it last stalled
         self._cuts: list[int] = []
-        self._spawn(path, info, fit, cut_score)
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._pipes: list[IO[bytes]] = []
+        self._streams: dict[str, IO[bytes]] = {}  # pipes of video and audio
+        self._process = self._start_process({"video": self.video is not None, "audio": self.audio is not None})
 
-    def _spawn(self, path: str | os.PathLike[str], info: MediaInfo, fit: str, cut_score: float | None) -> None:
+    def _start_process(self, decoded: Mapping[str, bool], *, error: str = "error") -> "subprocess.Popen[bytes]":
+        """Start ffmpeg for some streams and register its pipes; `error` names that of its messages."""
         (audio_read, audio_write), (scene_read, scene_write) = os.pipe(), os.pipe()
-        seek = self.start - info.origin - SEEK_MARGIN
-        coarse = {"ss": f"{seek:.3f}", "noaccurate_seek": None} if seek > 0 else {}
-        source = ffmpeg.input(_INPUT, copyts=None, reinit_filter=0, threads=1, **INPUT_LIMITS, **coarse)
-        outputs: list[Any] = []
-        large = {"flush_packets": 0, "blocksize": _PIPE_BYTES}  # the default of 32 KiB per write is slow
-        if self.video:
-            chain = video_filters(self.video, fps=self.fps, size=self.size, fit=fit, start=self.start)
-            if cut_score is not None:
-                chain += "," + scene_filters(rf"pipe\:{scene_write}", cut_score)
-            outputs.append(
-                source[str(self.video.index)].output("pipe:1", format="rawvideo", vf=chain, threads=1, **large)
-            )
-        if self.audio:
-            chain = audio_filters(self.sample_rate, self.start)
-            outputs.append(
-                source[str(self.audio.index)].output(f"pipe:{audio_write}", format="f32le", af=chain, **large)
-            )
-        flags = ("-hide_banner", "-nostdin", "-loglevel", "error", "-filter_threads", "1")
-        command = ffmpeg.merge_outputs(*outputs).global_args(*flags).compile()
-        self._process = subprocess.Popen(
-            limit_process([file_url(path) if word == _INPUT else word for word in command], self._memory),
+        command = self._command(decoded, f"pipe:{audio_write}", rf"pipe\:{scene_write}")
+        process = subprocess.Popen(
+            limit_process(command, self._memory),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -172,15 +141,55 @@ class Decoder:
         )
         for write_end in (audio_write, scene_write):
             os.close(write_end)
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         audio, scene = (os.fdopen(end, "rb", buffering=0) for end in (audio_read, scene_read))
-        self._pipes: list[IO[bytes]] = [self._process.stdout, audio, self._process.stderr, scene]
-        self._selector, self._open = selectors.DefaultSelector(), set(self._buffers)
-        for name, pipe in zip(self._buffers, self._pipes, strict=True):
-            self._selector.register(pipe, selectors.EVENT_READ, name)
-        with suppress(OSError):  # above the system limit, the pipe keeps its size
-            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self.processes.append(process)
+        self._pipes += [process.stdout, audio, process.stderr, scene]
+        if decoded["video"]:
+            self._register(process.stdout, "video")
+            self._register(scene, "scene")
+            with suppress(OSError):  # above the system limit, the pipe keeps its size
+                fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        if decoded["audio"]:
+            self._register(audio, "audio")
+        self._register(process.stderr, error)
+        return process
+
+    def _register(self, pipe: IO[bytes], name: str) -> None:
+        self._selector.register(pipe, selectors.EVENT_READ, name)
+        if name in _ALL:
+            self._streams[name] = pipe
+        self._open.add(name)
+
+    def _command(self, decoded: Mapping[str, bool], audio_target: str, scene_target: str) -> list[str]:
+        seek = self.start - self._info.origin - SEEK_MARGIN
+        coarse = {"ss": f"{seek:.3f}", "noaccurate_seek": None} if seek > 0 else {}
+        source = ffmpeg.input(_INPUT, copyts=None, reinit_filter=0, threads=1, **INPUT_LIMITS, **coarse)
+        outputs: list[Any] = []
+        large = {"flush_packets": 0, "blocksize": PIPE_BYTES}  # the default of 32 KiB per write is slow
+        if decoded["video"] and self.video:
+            chain = gap_filter("select", self._gap, self.start, report=True) + ","
+            chain += video_filters(self.video, fps=self.fps, size=self.size, fit=self._fit, start=self.start)
+            if self._cut_score is not None:
+                chain += "," + scene_filters(scene_target, self._cut_score)
+            outputs.append(
+                source[str(self.video.index)].output("pipe:1", format="rawvideo", vf=chain, threads=1, **large)
+            )
+        if decoded["audio"] and self.audio:
+            chain = gap_filter("aselect", self._gap, self.start, report=self.video is None) + ","
+            chain += audio_filters(self.sample_rate, self.start)
+            outputs.append(source[str(self.audio.index)].output(audio_target, format="f32le", af=chain, **large))
+        flags = ("-hide_banner", "-nostdin", "-loglevel", "error", "-filter_threads", "1")
+        command = ffmpeg.merge_outputs(*outputs).global_args(*flags).compile()
+        return [file_url(self._path) if word == _INPUT else word for word in command]
+
+    def _split(self) -> None:
+        """Decode the audio in a second process from its start; discard that of the first process."""
+        self._selector.modify(self._streams["audio"], selectors.EVENT_READ, "unused")
+        self._open.add("unused")
+        self._repeated = self._buffers["audio"].received
+        self._start_process({"video": False, "audio": True}, error="audio_error")
 
     def __enter__(self) -> Self:
         return self
@@ -190,9 +199,10 @@ class Decoder:
 
     def close(self) -> None:
         """Stop ffmpeg and close its pipes."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
         self._selector.close()
         for pipe in self._pipes:
             pipe.close()
@@ -202,21 +212,28 @@ class Decoder:
         lines = self.stderr_lines()
         # with reinit_filter=0, ffmpeg drops the audio when its format changes: an error here
         changed = [line for line in lines if "on the fly is not supported" in line and "audio" in line]
-        code = self._exit_code()
-        if code in KILL_SIGNALS:
-            raise MediaError("killed", f"ffmpeg was ended from outside with {KILL_SIGNALS[code].name}")
-        if code == 0 and not changed:
+        codes = [self._exit_code(process) for process in self.processes]
+        if codes[0] == 0 and not changed:
             return None
-        return (changed or lines or [f"ffmpeg ended with code {code}"])[-1]
+        return (changed or lines or [f"ffmpeg ended with code {codes[0]}"])[-1]
 
     def stderr_lines(self) -> list[str]:
         """Read to the end of the file. Return the lines of stderr of ffmpeg."""
         self._last_output = time.monotonic()
         while self._open:
-            self._pump()
+            self._pump(_ALL)
             for name in ("video", "audio", "scene"):
                 self._buffers[name].drop(len(self._buffers[name]))
-        return _lines(self._buffers["error"])
+        return [line for line in _lines(self._buffers["error"]) if not _TIMESTAMP.fullmatch(line)]
+
+    @property
+    def gap(self) -> float | None:
+        """Return the timestamp after a gap of more than `gap_seconds` that ends the decoded part, in seconds.
+
+        None without a gap, or if later timestamps continue before the gap. Complete at the end of the file only.
+        """
+        stamps = [float(line) for line in _lines(self._buffers["error"]) if _TIMESTAMP.fullmatch(line)]
+        return stamps[-1] if stamps and stamps[-1] >= 0 else None
 
     @property
     def end_seconds(self) -> float:
@@ -228,7 +245,7 @@ class Decoder:
     def scene_changes(self) -> Sequence[int]:
         """Return the numbers of the frames peeked at so far that differ much from their predecessor."""
         while any(key.data == "scene" for key, _ in self._selector.select(0)):
-            self._pump()
+            self._pump(self._peeked)
         output = self._buffers["scene"].peek(len(self._buffers["scene"])).tobytes()
         complete = output[: output.rfind(b"\n") + 1]
         self._buffers["scene"].drop(len(complete))
@@ -291,11 +308,23 @@ class Decoder:
         """Read pipes until the buffers have the wanted bytes or the streams have ended."""
         for name, size in wanted.items():
             self._buffers[name].reserve(size)
+            self._peeked[name] = size
         self._last_output = time.monotonic()
-        while any(len(self._buffers[name]) < size and name in self._open for name, size in wanted.items()):
-            self._pump()
-        if any(len(self._buffers[name]) < size for name, size in wanted.items()):
+        while missing := {name for name in self._lacking(wanted) if name in self._open}:
+            self._pump(wanted)
+            if missing and len(self.processes) == 1 and self._surplus() > MAX_SURPLUS_BYTES:
+                self._split()
+        if self._lacking(wanted):
             self._check_end()
+
+    def _lacking(self, wanted: Mapping[str, int]) -> list[str]:
+        return [name for name, size in wanted.items() if len(self._buffers[name]) < size]
+
+    def _surplus(self) -> int:
+        """Return the unread bytes of a stream beyond what was last peeked at, while both are decoded together."""
+        if not {"video", "audio"} <= self._open:
+            return 0
+        return max(len(self._buffers[name]) - size for name, size in self._peeked.items())
 
     def _check_end(self) -> None:
         """Raise MediaError(killed) after the end of a stream if ffmpeg was ended from outside.
@@ -303,37 +332,95 @@ class Decoder:
         ffmpeg closes a stream when it is decoded; the end of its standard error marks its exit. Until then the other
         streams are read. ffmpeg is alive if one of them exceeds the size of a pipe.
         """
+        if len(self.processes) > 1:
+            for name, error, process in zip(_ALL, ("error", "audio_error"), self.processes, strict=True):
+                while name not in self._open and error in self._open:
+                    self._pump({})
+                if error not in self._open:
+                    self._exit_code(process)
+            return
         pictures, sound = self._buffers["video"].received, len(self._buffers["audio"])
-        while "error" in self._open and self._buffers["video"].received - pictures < 4 * _PIPE_BYTES:
-            self._pump()
+        while "error" in self._open and self._buffers["video"].received - pictures < 4 * PIPE_BYTES:
+            self._pump(_ALL)
             self._buffers["audio"].truncate(sound + _TRAILING_AUDIO_BYTES)
-        if "error" not in self._open and (code := self._exit_code()) in KILL_SIGNALS:
-            raise MediaError("killed", f"ffmpeg was ended from outside with {KILL_SIGNALS[code].name}")
+        if "error" not in self._open:
+            self._exit_code(self._process)
 
-    def _exit_code(self) -> int:
-        """Return the exit code of ffmpeg after it closed its streams."""
+    def _exit_code(self, process: "subprocess.Popen[bytes]") -> int:
+        """Return the exit code of a process that closed its streams. Raise MediaError if it was ended from outside."""
         try:
-            return self._process.wait(self._stall)
+            code = process.wait(self._stall)
         except subprocess.TimeoutExpired:
             self.close()
             raise MediaError("timeout", f"ffmpeg did not exit within {self._stall:.0f} s") from None
+        if code in KILL_SIGNALS:
+            raise MediaError("killed", f"ffmpeg was ended from outside with {KILL_SIGNALS[code].name}")
+        return code
 
-    def _pump(self) -> None:
-        """Read the pipes into the buffers. Raise MediaError after `stall_seconds` without output."""
-        ready = self._selector.select(max(0.0, self._last_output + self._stall - time.monotonic()))
-        if not ready:
-            self.close()
-            raise MediaError("timeout", f"no output of ffmpeg for {self._stall:.0f} s")
-        for key, _ in ready:
-            if self._buffers[key.data].receive(key.fd) == 0:
+    def _pump(self, wanted: Mapping[str, int]) -> None:
+        """Read the pipes into the buffers; of separate processes, up to the `wanted` bytes of each stream.
+
+        Raise MediaError after `stall_seconds` without output, or at the time limit.
+        """
+        if len(self.processes) > 1:
+            self._listen(wanted)
+        for key, _ in self._wait_for_output():
+            if self._receive(key.data, key.fd) == 0:
                 self._selector.unregister(key.fileobj)
                 self._open.discard(key.data)
-            elif key.data in ("video", "audio"):
-                self._last_output = time.monotonic()
-        self._buffers["error"].truncate(_ERROR_BYTES)
+
+    def _listen(self, wanted: Mapping[str, int]) -> None:
+        """Listen to the streams that lack some of the `wanted` bytes; the processes of the others wait."""
+        for name, pipe in self._streams.items():
+            listening = pipe in self._selector.get_map()
+            if name in self._open and len(self._buffers[name]) < wanted.get(name, 0):
+                if not listening:
+                    self._selector.register(pipe, selectors.EVENT_READ, name)
+            elif listening:
+                self._selector.unregister(pipe)
+
+    def _wait_for_output(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """Return the pipes with output. Raise MediaError after `stall_seconds` without any, or at the time limit."""
+        now = time.monotonic()
+        ready: list[tuple[selectors.SelectorKey, int]] = []
+        if now < self._deadline:
+            ready = self._selector.select(max(0.0, min(self._last_output + self._stall, self._deadline) - now))
+        if time.monotonic() >= self._deadline:
+            self.close()
+            raise MediaError("time_limit", f"decoding took more than {self._wall:.0f} s")
+        if not ready and not self._is_reading():
+            self.close()
+            raise MediaError("timeout", f"no output of ffmpeg for {self._stall:.0f} s")
+        return ready
+
+    def _is_reading(self) -> bool:
+        """Return True if the process of audio alone has read more of the file: it may pass a part without audio."""
+        if self.video is not None and len(self.processes) == 1:
+            return False
+        try:
+            position = psutil.Process(self.processes[-1].pid).io_counters().read_chars
+        except (psutil.Error, AttributeError):  # ended, or a system without these counters
+            return False
+        moved, self._bytes_read = position > self._bytes_read, position
+        self._last_output = time.monotonic()
+        return moved
+
+    def _receive(self, name: str, file: int) -> int:
+        """Read a pipe into its buffer. Return the bytes read, 0 at the end."""
+        buffer = self._buffers[name]
+        count = buffer.receive(file, self._repeated if name == "audio" else 0)
+        if name == "audio":
+            self._repeated -= min(count, self._repeated)
+        if name == "unused":
+            buffer.drop(len(buffer))
+        if name in ("error", "audio_error"):
+            buffer.truncate(_ERROR_BYTES)
+        elif name != "scene" and count:
+            self._last_output = time.monotonic()
+        return count
 
 
-def _lines(buffer: _PipeBuffer) -> list[str]:
+def _lines(buffer: PipeBuffer) -> list[str]:
     return buffer.peek(len(buffer)).tobytes().decode("utf-8", "replace").strip().splitlines()
 
 

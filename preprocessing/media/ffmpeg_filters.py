@@ -61,6 +61,17 @@ def _tone_map(info: VideoInfo) -> list[str]:
     ]
 
 
+def gap_filter(name: str, seconds: float, start: float, *, report: bool) -> str:
+    """Return the filter `name` (select or aselect) that drops frames more than `seconds` after the last one kept.
+
+    The first frame is compared with `start`. With `report`, stderr has the timestamp of the first frame of each series
+    that is dropped, and -1 after a series.
+    """
+    entering, leaving = ("print(max(0,t),16)", "print(-1,16)") if report else ("0", "0")
+    late = f"gt(t-if(isnan(prev_selected_t),{start:.6f},prev_selected_t),{seconds:.6f})"
+    return f"{name}='if({late},if(ld(0),0,0*({entering}+st(0,1))),if(ld(0),1+0*({leaving}+st(0,0)),1))'"
+
+
 def scene_filters(target: str, threshold: float) -> str:
     """Return filters that write the numbers of frames with a scene score above `threshold`."""
     chosen = f"key={CUT_SCORE}:value={threshold}:function=greater"

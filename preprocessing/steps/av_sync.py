@@ -43,7 +43,11 @@ class SyncConfig:
 
 
 def syncnet_config(file: str) -> SyncConfig:
-    """Return a SyncNet configuration with the thresholds of LatentSync for a weights file."""
+    """Return a SyncNet configuration with the thresholds of LatentSync for a weights file.
+
+    Raises UserInputError if the file has other content.
+    """
+    load_syncnet(file)
     return SyncConfig(
         estimator="syncnet", min_confidence=3.0, max_offset=6 / 25, shift=True, weights=_digest(file), file=file
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mfcore.codecs.base import Codec, TextCodec
 from mfcore.codecs.stats import LatentStats
-from mfcore.errors import UserInputError
+from mfcore.errors import check_range
 from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.io.prefetch import group_consecutive, prefetch
@@ -44,8 +44,9 @@ class EncoderConfig:
     ahead_bytes: int = 1 << 30  # decoded clips that wait for encoding, per worker
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.gpus < 0 or self.ahead_bytes < 1:
-            raise UserInputError(f"encoder.batch and ahead_bytes must be at least 1, gpus at least 0: {self}")
+        check_range("encoder.batch", self.batch, 1, 10**4)
+        check_range("encoder.gpus", self.gpus, 0, 1)
+        check_range("encoder.ahead_bytes", self.ahead_bytes, 1, 2**50)
 
 
 def encode_clip(clip: Clip, encoders: Encoders) -> Clip:

@@ -42,8 +42,10 @@ def _audio_features(sound: NDArray[np.float32], sample_rate: int) -> NDArray[np.
     edges = np.linspace(0, len(sound), _MOMENTS + 1).astype(int)
     powers = np.zeros((_MOMENTS, 8))
     for i, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
-        spectrum = np.abs(np.fft.rfft(sound[start:end])) ** 2 / max(1, end - start)
-        at = np.searchsorted(np.fft.rfftfreq(max(1, end - start), 1 / sample_rate), _BANDS)
+        if start == end:  # fewer samples than moments
+            continue
+        spectrum = np.abs(np.fft.rfft(sound[start:end])) ** 2 / (end - start)
+        at = np.searchsorted(np.fft.rfftfreq(end - start, 1 / sample_rate), _BANDS)
         powers[i] = [spectrum[a:b].sum() for a, b in zip(at, at[1:], strict=False)]
     floor = max(powers.max() * 1e-5, 1e-12)
     levels = np.log(powers + floor)

@@ -74,9 +74,11 @@ def _level(values: NDArray[np.uint8], share: float) -> int:
 
 
 def check_audio(clip: Clip, config: FilterConfig) -> Clip:
-    """Return the clip with its audio level. Raise Rejected for silent or clipped audio."""
+    """Return the clip with its audio level. Raise Rejected without samples, for silent and for clipped audio."""
     if clip.waveform is None:
         return clip
+    if not len(clip.waveform):
+        raise Rejected("filter", "no_audio_samples", "the audio of the source has no sample in this span")
     level = 20 * np.log10(np.sqrt(np.mean(np.square(clip.waveform, dtype=np.float64))) + 1e-10)
     if config.silence_db is not None and level < config.silence_db:
         raise Rejected("filter", "silent", f"{level:.1f} dBFS")

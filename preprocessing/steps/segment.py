@@ -143,8 +143,8 @@ class _Window:
         """Return the first `chunks` of a portion with the audio that their latents describe."""
         samples = self._plan.samples[chunks]
         sound = portion.sound
-        if sound is not None and len(sound) < samples:
-            sound = self._decoder.peek_audio(samples)
+        if sound is not None and (len(sound) < samples or not len(self._decoder.peek_audio(samples))):
+            sound = self._decoder.peek_audio(samples)  # empty: not the silence that follows the end of the audio
         return self._clip(portion, self._plan.frames[chunks], sound, samples)
 
     def whole(self, portion: _Portion) -> Clip:
