@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from mfcore.ema import EmaConfig
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
 from mfcore.flow import TimeConfig
 from mfcore.metrics.windows import parse_windows
 from mfcore.model.config import BranchConfig, ModelConfig
@@ -34,6 +34,9 @@ def _settings() -> MutualConfig:
 
 SAMPLING = ("guidance", "counts", "clips", "seconds", "long_clips", "long_seconds", "windows")
 """Settings that training does not depend on."""
+
+MAX_COUNT = 1_000_000  # of steps, clips, chunks and seconds
+MAX_GUIDANCE = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +81,7 @@ class StudyConfig:
     windows: str = "0-5,5-15,15-25,25-60"
 
     def __post_init__(self) -> None:
-        if self.voices < 1:
-            raise UserInputError(f"voices={self.voices}: must be at least 1")
+        self._check_ranges()
         if not 0 <= self.long_clips <= self.clips or self.long_seconds < self.seconds:
             raise UserInputError(
                 f"long_clips={self.long_clips} of clips={self.clips}, long_seconds={self.long_seconds:g} after "
@@ -105,6 +107,20 @@ class StudyConfig:
                 f"steps={self.steps}: the last phase begins at step {begins}. Raise steps, or lower "
                 "method.real_until, free_from, fake_from and dmd_from"
             )
+
+    def _check_ranges(self) -> None:
+        for name in ("voices", "joint_steps", "joint_batch", "steps", "batch", "clips"):
+            check_range(name, getattr(self, name), 1, MAX_COUNT)
+        for name in ("joint_chunks", "chunks"):
+            lengths: tuple[int, ...] = getattr(self, name)
+            if not lengths:
+                raise UserInputError(f"{name}=[]: give at least one clip length in chunks")
+            for length in lengths:
+                check_range(name, length, 1, MAX_COUNT)
+        for name in ("seconds", "long_seconds", "fake_ratio"):
+            check_range(name, getattr(self, name), 0, MAX_COUNT, above=True)
+        check_range("fake_final", self.fake_final, 0, 1)
+        check_range("guidance", self.guidance, 0, MAX_GUIDANCE)
 
     @property
     def shift(self) -> dict[str, float]:

@@ -37,6 +37,8 @@ from workflows.study.trainer import STEP_FILE
 from workflows.utils.json_io import corrupt_file_error, read_json, write_json
 
 POLL_SECONDS = 1.0
+MAX_SEEDS = 1000  # number of seeds
+MAX_SEED = 1_000_000_000
 ROW_COLUMNS = {"method", "mode", "steps", "nfe", "guidance", "seed", "window"}
 COST_COLUMNS = {"method", "seed", "steps", "history_use", "state_bytes", "cpu_seconds", "seconds"}
 
@@ -47,6 +49,9 @@ def parse_seeds(text: str) -> list[int]:
     if not all(part.strip().isdecimal() for part in parts if part.strip() or len(parts) == 1):
         raise UserInputError(f"--seeds {text}: not a count or a list. Give a count such as 3, or seeds such as 3,4,5")
     which = [int(part) for part in parts if part.strip()]
+    most = MAX_SEED if len(parts) > 1 else MAX_SEEDS
+    if max(which, default=0) > most:
+        raise UserInputError(f"--seeds {text}: too large. Give a count or seeds up to {most}")
     seeds = which if len(parts) > 1 else list(range(which[0]))
     if not seeds:
         raise UserInputError(f"--seeds {text}: no seed. Give at least one")
@@ -158,8 +163,6 @@ def run_tasks(
     log: Callable[[str], object] = print,
 ) -> StudyOutcome:
     """Run the pending tasks. If a task fails, only the tasks that depend on it are skipped."""
-    if minutes is not None and minutes <= 0:
-        raise UserInputError(f"--minutes {minutes:g}: must be positive. Omit --minutes for no limit")
     claim_study_dir(config, out)
     deadline = float("inf") if minutes is None else time.time() + 60 * minutes
     pending = pending_tasks(out, plan_tasks(config, methods))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
 from workflows.config import serialization
 from workflows.study.claims import check_claims
 from workflows.study.config import study_preset
@@ -25,6 +25,7 @@ from workflows.tracking.mlflow_tracker import mlflow_enabled, open_tracker
 from workflows.utils.json_io import read_json, write_json
 
 EXPERIMENT = "study"
+MAX_MINUTES = 525_600  # one year
 
 
 def run_study(
@@ -47,6 +48,7 @@ def run_study(
     study to copy trained networks from.
     """
     config = serialization.apply_overrides(study_preset(preset), serialization.parse_overrides(sets))
+    check_range("--minutes", minutes, 0, MAX_MINUTES, above=True)
     try:
         torch.device(device)
     except RuntimeError:
