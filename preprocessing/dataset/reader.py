@@ -21,6 +21,7 @@ from mfcore.errors import UserInputError
 from mfcore.timeline import LatentClock, Timeline
 from mfcore.types import VIDEO
 from preprocessing.dataset.schema import SCHEMA_VERSION, ClipTensors, columns_for, from_row, latent_counts
+from preprocessing.io.parquet import read_table
 from preprocessing.io.storage import Store
 
 CACHE_BYTES = 256 << 20  # of cached row groups
@@ -76,8 +77,13 @@ def parse_metadata(facts: Mapping[str, Any]) -> DatasetMetadata:
 
 def read_metadata_json(store: Store) -> dict[str, Any]:
     """Return the JSON of ``_dataset.json``. Raise ValueError for another schema or no dataset."""
+    facts: dict[str, Any]
     try:
-        facts: dict[str, Any] = json.loads(store.read("_dataset.json"))
+        facts = json.loads(store.read("_dataset.json"))
+    except ValueError:
+        raise UserInputError(
+            f"{store.uri}/_dataset.json is damaged. Run the same `mfctl preprocess` command again to repair it"
+        ) from None
     except (FileNotFoundError, NotADirectoryError):
         raise UserInputError(f"{store.uri} is not a dataset. Build one with `mfctl preprocess MEDIA DATASET`") from None
     if facts["schema_version"] != SCHEMA_VERSION:
@@ -243,23 +249,38 @@ def open_dataset(uri: str, modalities: Sequence[str] | None = None) -> ClipDatas
         raise UserInputError(f"{uri} is unfinished. Run the same `mfctl preprocess` command again")
     dropped = excluded_ids(store)
     with ThreadPoolExecutor(PARALLEL_OPENS) as pool:
-        files = list(pool.map(partial(_read_entries, store, timeline=meta.timeline(wanted)), _clip_files(store)))
+        markers = pool.map(partial(read_marker, store), store.list_files("_done"))
+        names = [file["name"] for marker in markers for file in marker["files"] if file["kind"] == "clips"]
+        files = list(pool.map(partial(_read_entries, store, timeline=meta.timeline(wanted)), names))
     entries = [entry for file in files for entry in file if entry.id not in dropped]
     return ClipDataset(store, meta, sorted(entries, key=lambda p: p.id), wanted)
 
 
-def _clip_files(store: Store) -> list[str]:
-    markers = (json.loads(store.read(name)) for name in store.list_files("_done"))
-    return [file["name"] for marker in markers for file in marker["files"] if file["kind"] == "clips"]
+def read_marker(store: Store, name: str) -> dict[str, Any]:
+    """Return the marker in a file. Raise UserInputError if it is damaged."""
+    try:
+        return json.loads(store.read(name))
+    except ValueError:
+        raise damaged_file_error(store, name) from None
+
+
+def damaged_file_error(store: Store, name: str) -> UserInputError:
+    """Return the error for a file of a dataset that cannot be read."""
+    return UserInputError(
+        f"{store.uri}/{name} is damaged. Run the same `mfctl preprocess` command again to make it again"
+    )
 
 
 def _read_entries(store: Store, name: str, timeline: Timeline) -> list[_ClipEntry]:
-    """Return the index entries of one file without reading latents."""
-    with store.open(name) as handle:
-        file = pq.ParquetFile(handle)
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        names = ["id", "source_uri", "source_content", "vae_latent_shape", "audio_latent_shape"]
-        table = file.read(names, use_threads=False)
+    """Return the index entries of one file without reading latents. Raise UserInputError if it is damaged."""
+    try:
+        with store.open(name) as handle:
+            file = pq.ParquetFile(handle)
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            names = ["id", "source_uri", "source_content", "vae_latent_shape", "audio_latent_shape"]
+            table = file.read(names, use_threads=False)
+    except (pa.ArrowInvalid, FileNotFoundError):
+        raise damaged_file_error(store, name) from None
     where = ((group, row) for group, size in enumerate(sizes) for row in range(size))
     return [
         _ClipEntry(
@@ -283,12 +304,4 @@ def excluded_ids(store: Store) -> set[str]:
     if not store.exists("_duplicates.parquet"):
         return set()
     with store.open("_duplicates.parquet") as file:
-        return set(_table(file, ["id"])["id"].to_pylist())
-
-
-def _table(file: Any, names: list[str]) -> pa.Table:
-    """Read columns of a Parquet file on this thread.
-
-    A thread of Arrow could release the file object during interpreter shutdown, which aborts the process.
-    """
-    return pq.read_table(file, columns=names, use_threads=False, pre_buffer=False)
+        return set(read_table(file, ["id"])["id"].to_pylist())

@@ -9,21 +9,28 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mfcore.errors import UserInputError
+from preprocessing.dataset.reader import PARALLEL_OPENS, damaged_file_error, read_marker
 from preprocessing.dataset.schema import SOURCES
 from preprocessing.io.hashing import canonical_json, content_hash
+from preprocessing.io.lease import write_fenced
+from preprocessing.io.parquet import read_table
 from preprocessing.io.storage import Store
 from preprocessing.records import Source, Word
 from preprocessing.sources.discovery import has_same_content
 
 SOURCES_FILE = "_sources.parquet"
+UNKNOWN = ""  # fingerprint of a source that was recovered from clips and no longer exists
 DATASET_FILE = "_dataset.json"
+_MARKERS_AHEAD = 1024  # read before the first one is used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +72,21 @@ def _source(row: Mapping[str, Any]) -> Source:
 
 
 def read_units(store: Store) -> list[WorkUnit]:
-    """Return the planned units in order."""
+    """Return the planned units in order; none without a table of sources.
+
+    Raise UserInputError if the table is damaged or has a unit whose name is a path.
+    """
     if not store.exists(SOURCES_FILE):
         return []
-    with store.open(SOURCES_FILE) as file:
-        rows = pq.read_table(file).to_pylist()
-    grouped: dict[str, list[Source]] = {}
-    for row in rows:
-        grouped.setdefault(row["unit"], []).append(_source(row))
+    try:
+        rows = read_table(io.BytesIO(store.read(SOURCES_FILE))).to_pylist()
+        grouped: dict[str, list[Source]] = {}
+        for row in rows:
+            grouped.setdefault(row["unit"], []).append(_source(row))
+    except (pa.ArrowInvalid, KeyError):
+        raise damaged_file_error(store, SOURCES_FILE) from None
+    if wrong := next((name for name in grouped if "/" in name or name in ("", ".", "..")), None):
+        raise UserInputError(f"{store.uri}/{SOURCES_FILE}: {wrong!r} is not the name of a unit. Remove the dataset")
     return [WorkUnit(name=name, sources=tuple(sources)) for name, sources in grouped.items()]
 
 
@@ -94,7 +108,7 @@ def plan_units(
     for source in sources:
         if source.uri not in by_uri:
             fresh.append(source)
-        elif by_uri[source.uri].fingerprint != source.fingerprint:
+        elif by_uri[source.uri].fingerprint not in (source.fingerprint, UNKNOWN):
             raise UserInputError(
                 f"{source.uri} changed since it entered the dataset. Restore the file, or write to a new dataset"
             )
@@ -125,12 +139,18 @@ def _mark_duplicates(known: Sequence[Source], fresh: Sequence[Source]) -> list[S
     return marked
 
 
-def write_units(store: Store, units: Sequence[WorkUnit]) -> None:
-    """Write ``_sources.parquet``."""
+def write_units(store: Store, units: Sequence[WorkUnit], token: str) -> None:
+    """Write ``_sources.parquet`` as the holder of the lease `token`."""
     rows = [asdict(source) | {"unit": unit.name} for unit in units for source in unit.sources]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=SOURCES), buffer)
-    store.write(SOURCES_FILE, buffer.getvalue())
+    write_fenced(store, token, SOURCES_FILE, buffer.getvalue())
+
+
+def planned_names(store: Store) -> list[str]:
+    """Return the names of the units in ``_sources.parquet`` in order."""
+    column = read_table(io.BytesIO(store.read(SOURCES_FILE)), ["unit"])["unit"].to_pylist()
+    return list(dict.fromkeys(column))
 
 
 def finished_units(store: Store) -> set[str]:
@@ -139,8 +159,11 @@ def finished_units(store: Store) -> set[str]:
 
 
 def read_markers(store: Store, units: Iterable[WorkUnit]) -> Iterator[dict[str, Any]]:
-    """Yield the markers of finished units."""
-    return (json.loads(store.read(unit.marker)) for unit in units)
+    """Yield the markers of finished units in order, read in parallel. Raise UserInputError for a damaged one."""
+    names = [unit.marker for unit in units]
+    with ThreadPoolExecutor(PARALLEL_OPENS) as pool:
+        for at in range(0, len(names), _MARKERS_AHEAD):
+            yield from pool.map(partial(read_marker, store), names[at : at + _MARKERS_AHEAD])
 
 
 # --------------------------------------------------------------------------------------------------------- accounting
@@ -193,13 +216,15 @@ def verify_dataset(store: Store) -> list[str]:
     """Recompute checksums and counts from the files. Return one message per error."""
     units = read_units(store)
     done = finished_units(store)
-    errors = [
-        f"unit {u.name} is unfinished: run the same preprocess command again" for u in units if u.name not in done
-    ]
+    errors = [f"unit {u.name} is unfinished" for u in units if u.name not in done]
     errors += [f"_done/{name}.json belongs to no unit" for name in sorted(done - {u.name for u in units})]
     expected: set[str] = set()
     for unit in (u for u in units if u.name in done):
-        marker = json.loads(store.read(unit.marker))
+        try:
+            marker = read_marker(store, unit.marker)
+        except UserInputError:
+            errors.append(f"{unit.marker} is damaged")
+            continue
         expected |= {file["name"] for file in marker["files"]}
         errors += _verify_unit(store, unit, marker)
     present = {name for folder in ("clips", "rejects") for name in store.list_files(folder)}
@@ -217,10 +242,10 @@ def _verify_unit(store: Store, unit: WorkUnit, marker: Mapping[str, Any]) -> lis
             continue
         data = store.read(file["name"])
         if hashlib.sha256(data).hexdigest() != file["sha256"]:
-            errors.append(f"{file['name']} does not have the checksum of its marker")
+            errors.append(f"{file['name']} does not have the checksum of its marker: remove it")
             continue
         names = ["source_uri"] if file["kind"] == "clips" else ["uri", "reason"]
-        table = pq.read_table(io.BytesIO(data), columns=names)
+        table = read_table(io.BytesIO(data), names)
         rows[file["kind"]] += table.num_rows
         uris.update(table[names[0]].to_pylist())
         reasons.update(table["reason"].to_pylist() if file["kind"] == "rejects" else [])

@@ -1,10 +1,11 @@
 """Files in a local folder or under s3://, through fsspec.
 
-Names in a store are relative, with forward slashes. A file is either absent or complete. Local files are written next
-to their target and renamed; S3 objects appear when their upload ends. A killed process may leave local temporary files,
-which `Store.delete_temporary` removes.
+Names in a store are relative, with forward slashes, and cannot lead out of it. A file is either absent or complete.
+Local files are written next to their target, flushed and renamed; S3 objects appear when their upload ends. A killed
+process may leave local temporary files, which `Store.delete_temporary` removes.
 """
 
+import errno
 import os
 import secrets
 import shutil
@@ -18,10 +19,13 @@ from urllib.parse import quote_from_bytes, unquote, unquote_to_bytes
 
 import fsspec
 
+from mfcore.errors import UserInputError
+from preprocessing.io.durable_files import TEMPORARY, atomic_path, flush_file, flush_folder, make_folders
 from preprocessing.io.errors import InfrastructureError, translate_storage_errors
 from preprocessing.io.processes import scratch_dir
 
-TEMPORARY = ".tmp-"
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL, errno.EACCES)
+_LOST_RACE = ("PreconditionFailed", "ConditionalRequestConflict")  # codes of S3
 READ_TIMEOUT_S = 20  # after which a connection to an object store is closed
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -58,8 +62,14 @@ def _translating_errors(
     return decorate
 
 
+def _nothing() -> None: ...
+
+
 class Store:
-    """Local folder or prefix in object storage. Raises InfrastructureError if storage fails."""
+    """Local folder or prefix in object storage. Raises InfrastructureError if storage fails.
+
+    Every method raises UserInputError for a name that leads out of the store.
+    """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri if is_remote(uri) else os.path.abspath(local_path(uri) if uri.startswith("file://") else uri)
@@ -67,6 +77,10 @@ class Store:
         self._fs, self._root = filesystem_for(self.uri)
 
     def _full(self, name: str) -> str:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise UserInputError(
+                f"{self.uri} has a file that names {name!r}, which is outside of it. Remove the file that names it"
+            )
         return f"{self._root.rstrip('/')}/{name}"
 
     @_translating_errors(bucket=False)
@@ -77,86 +91,129 @@ class Store:
         return bool(self._fs.exists(self._full(name)))
 
     @_translating_errors(bucket=False)
-    def size(self, name: str) -> int | None:
-        """Return the size of a file in bytes; None if it is absent."""
-        if self.remote:
-            self._fs.invalidate_cache()
-        try:
-            return int(self._fs.info(self._full(name))["size"])
-        except FileNotFoundError:
-            return None
-
-    @_translating_errors(bucket=False)
     def list_entries(self) -> list[str]:
         """Return the sorted names of files and folders in the store; empty if it is absent."""
-        if self.remote:
-            self._fs.invalidate_cache()
-        if not self._fs.exists(self._root):
-            return []
-        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False))
+        return sorted(str(entry["name"]).rstrip("/").rsplit("/", 1)[-1] for entry in self._entries(self._root))
 
     @_translating_errors(bucket=False)
     def read(self, name: str) -> bytes:
         """Return the content of a file. Raise FileNotFoundError if it is absent."""
-        with self.open(name) as file:
-            return file.read()
+        return self._fs.cat_file(self._full(name))
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file for reading; it is seekable."""
         return self._fs.open(self._full(name), "rb")
 
-    @_translating_errors(bucket=False)
     def list_files(self, folder: str) -> list[str]:
         """Return the sorted names of the complete files directly in a folder; empty if it is absent."""
+        return sorted(self.list_sizes(folder))
+
+    @_translating_errors(bucket=False)
+    def list_sizes(self, folder: str) -> dict[str, int]:
+        """Return the bytes of the complete files directly in a folder by name, from one listing."""
+        found = {str(entry["name"]).rsplit("/", 1)[1]: entry for entry in self._entries(self._full(folder))}
+        return {
+            f"{folder}/{name}": entry["size"]
+            for name, entry in found.items()
+            if name and not name.startswith(TEMPORARY)
+        }
+
+    def _entries(self, full: str) -> list[dict[str, Any]]:
         if self.remote:
             self._fs.invalidate_cache()
-        full = self._full(folder)
-        if not self._fs.exists(full):
+        try:
+            return self._fs.ls(full, detail=True)
+        except FileNotFoundError:
             return []
-        names = (str(path).rsplit("/", 1)[1] for path in self._fs.ls(full, detail=False))
-        return sorted(f"{folder}/{name}" for name in names if name and not name.startswith(TEMPORARY))
 
     @_translating_errors(bucket=True)
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file, replacing one of that name."""
-        if self.remote:
-            self._fs.pipe_file(self._full(name), data)
-            return
-        with self._replacing(name) as temporary:
-            temporary.write_bytes(data)
+    def write(self, name: str, data: bytes, *, before_publish: Callable[[], None] | None = None) -> None:
+        """Write a file, replacing one of that name.
+
+        `before_publish` is called when the content is ready and flushed, just before it replaces the file. Its
+        exceptions keep the old file. With it, raise FileExistsError if another process replaced the file meanwhile, in
+        S3, and FileNotFoundError if another process deleted the temporary file, in a local store.
+        """
+        full = self._full(name)
+        if not self.remote:
+            with self._replacing(name, before_publish) as temporary:
+                temporary.write_bytes(data)
+        elif before_publish is None:
+            self._fs.pipe_file(full, data)
+        else:
+            version = self._version(full)
+            before_publish()
+            if not self._put_if(full, data, version):
+                raise FileExistsError(f"{self.uri}/{name} was replaced by another process")
 
     @_translating_errors(bucket=True)
-    def upload(self, local: Path, name: str) -> None:
-        """Copy a local file into the store, replacing one of that name."""
-        if self.remote:
-            self._fs.put_file(str(local), self._full(name))
-            stored = self._fs.info(self._full(name), refresh=True)["size"]
-            if stored != local.stat().st_size:
-                raise InfrastructureError(
-                    f"{self.uri}/{name}: only {stored} of {local.stat().st_size} bytes were stored. Try again"
-                )
+    def upload(self, local: Path, name: str, *, before_publish: Callable[[], None] | None = None) -> None:
+        """Copy a local file into the store, replacing one of that name. `before_publish`: as in `write`."""
+        if not self.remote:
+            with self._replacing(name, before_publish) as temporary:
+                shutil.copyfile(local, temporary)
             return
-        with self._replacing(name) as temporary:
-            shutil.copyfile(local, temporary)
+        (before_publish or _nothing)()
+        self._fs.put_file(str(local), self._full(name))
+        stored = self._fs.info(self._full(name), refresh=True)["size"]
+        if stored != local.stat().st_size:
+            raise InfrastructureError(
+                f"{self.uri}/{name}: only {stored} of {local.stat().st_size} bytes were stored. Try again"
+            )
 
     @_translating_errors(bucket=True)
     def create_exclusive(self, name: str, data: bytes) -> bool:
-        """Write a file unless it exists; return True if written. Not atomic in object storage."""
+        """Write a file unless it exists; return True if written. Of several processes, one succeeds."""
         if self.remote:
-            if self.exists(name):
-                return False
-            self.write(name, data)
-            return True
+            return self._put_if(self._full(name), data, None)
         target = Path(self._full(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(target.parent)
         temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(4)}")
         temporary.write_bytes(data)
+        flush_file(temporary)
         try:
-            os.link(temporary, target)  # atomic: fails if the name exists
+            return _link_or_create(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @_translating_errors(bucket=True)
+    def replace_exclusive(self, name: str, old: bytes, new: bytes) -> bool:
+        """Replace the content `old` of a file by `new` of equal length; return True if it was replaced.
+
+        Return False if the file is absent or has another content: a file that was removed is never created again.
+        """
+        full = self._full(name)
+        try:
+            if not self.remote:
+                return _rewrite(full, old, new)
+            version = self._version(full)
+            return version is not None and self._fs.cat_file(full) == old and self._put_if(full, new, version)
+        except FileNotFoundError:
+            return False
+
+    def _version(self, full: str) -> str | None:
+        """Return the ETag of an object, "" in stores without ETags; None if it is absent."""
+        self._fs.invalidate_cache()
+        try:
+            return self._fs.info(full).get("ETag", "")
+        except FileNotFoundError:
+            return None
+
+    def _put_if(self, full: str, data: bytes, version: str | None) -> bool:
+        """Write an object if it has this version (None: is absent); return True if written."""
+        condition: dict[str, str] = {"mode": "create"} if version is None else {"IfMatch": version} if version else {}
+        try:
+            self._fs.pipe_file(full, data, **condition)
         except FileExistsError:
             return False
-        finally:
-            temporary.unlink()
+        except FileNotFoundError:
+            if not version:
+                raise
+            return False
+        except OSError as error:
+            if any(f"({code})" in str(error.__cause__) for code in _LOST_RACE):
+                return False
+            raise
         return True
 
     @_translating_errors(bucket=True)
@@ -168,12 +225,8 @@ class Store:
     @_translating_errors(bucket=False)
     def download(self, name: str, local: Path) -> None:
         """Copy a file to a local path, completely or not at all."""
-        temporary = local.with_name(f"{TEMPORARY}{secrets.token_hex(4)}")
-        try:
+        with atomic_path(local) as temporary:
             self._fs.get_file(self._full(name), str(temporary))
-            os.replace(temporary, local)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @_translating_errors(bucket=True)
     def remove_folder(self, name: str) -> None:
@@ -185,21 +238,47 @@ class Store:
 
     @_translating_errors(bucket=True)
     def delete_temporary(self) -> None:
-        """Remove temporary files that killed processes left in a local store."""
+        """Remove temporary files of a local store, also those that a paused process is about to publish."""
         if not self.remote and os.path.isdir(self._root):
             for path in Path(self._root).glob(f"**/{TEMPORARY}*"):
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     @contextmanager
-    def _replacing(self, name: str) -> Generator[Path]:
+    def _replacing(self, name: str, before_publish: Callable[[], None] | None) -> Generator[Path]:
         target = Path(self._full(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{target.name}")
-        try:
+        make_folders(target.parent)
+        with atomic_path(target, before_replace=before_publish or _nothing) as temporary:
             yield temporary
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+
+def _link_or_create(temporary: Path, target: Path) -> bool:
+    """Give `temporary` a second name; return False if it exists. Copy it where hard links are not supported."""
+    try:
+        os.link(temporary, target)  # atomic: fails if the name exists
+    except FileExistsError:
+        return temporary.stat().st_nlink == 2  # NFS may repeat a request that succeeded
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        try:
+            with target.open("xb") as file:
+                file.write(temporary.read_bytes())
+        except FileExistsError:
+            return False
+        flush_file(target)
+    flush_folder(target.parent)
+    return True
+
+
+def _rewrite(path: str, old: bytes, new: bytes) -> bool:
+    """Overwrite a file in place; the name may be removed or taken by another file meanwhile, without harm."""
+    assert len(old) == len(new)
+    with open(path, "r+b", buffering=0) as file:
+        if file.read() != old:
+            return False
+        file.seek(0)
+        file.write(new)
+    return True
 
 
 @contextmanager

@@ -12,18 +12,18 @@ from typing import Any
 from mfcore.errors import UserInputError
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.reader import read_metadata_json
+from preprocessing.dataset.repair import discard_units, read_known_units, scan_units, try_marker
 from preprocessing.dataset.schema import SCHEMA_VERSION
 from preprocessing.dataset.units import (
     DATASET_FILE,
     DatasetCounts,
     WorkUnit,
-    finished_units,
     plan_units,
+    planned_names,
     read_markers,
-    read_units,
     write_units,
 )
-from preprocessing.io.lease import LOCK, Lease
+from preprocessing.io.lease import LOCK, Lease, LeaseLostError, write_fenced
 from preprocessing.io.storage import TEMPORARY, Store, is_remote, local_path
 from preprocessing.media.probe import MediaError, probe
 from preprocessing.pipeline import build_encoders
@@ -51,7 +51,7 @@ def build_dataset(
     if an argument is not readable media, if ``out`` is not a dataset or has another configuration, or if another
     driver holds its lease.
     """
-    found = find_sources(sources)
+    found = list(find_sources(sources))
     _check_named_files(sources)
     store = Store(out)
     metadata = _read_existing_metadata(store, config)
@@ -62,8 +62,8 @@ def build_dataset(
         fingerprint=config.fingerprint,
         keep_duplicates=config.keep_duplicates,
     )
-    units = plan(read_units(store))
     if dry_run:
+        units = plan(read_known_units(store, set(), found)[0])
         return {
             "sources": len(found),
             "units": len(units),
@@ -72,15 +72,21 @@ def build_dataset(
         }
     with Lease(store) as lease:
         store.delete_temporary()
-        # plan again: another driver may have finished units before this one got the lease
-        known = read_units(store)
+        # read again: another driver may have finished units before this one got the lease
+        metadata = _read_existing_metadata(store, config)
+        scan = scan_units(store)
+        known, lost = read_known_units(store, scan.whole, found)
+        _report_missing_sources([*known, *lost])
         units = plan(known)
-        _report_missing_sources(known)
-        missing = [unit for unit in units if unit.name not in finished_units(store)]
-        if missing or not metadata.get("complete"):
-            _write_metadata(store, config, {"complete": False})
+        if {unit.name for unit in lost} - {unit.name for unit in units}:
+            units = plan([*known, *lost])
+        missing = [unit for unit in units if unit.name not in scan.whole]
+        stale = scan.present - {unit.name for unit in units if unit.name in scan.whole}
+        if missing or stale or len(units) > len(known) or not metadata.get("complete"):
+            _write_metadata(store, config, {"complete": False, "lease": lease.token}, token=lease.token)
+            discard_units(store, lease.token, stale)
             if len(units) > len(known):
-                write_units(store, units)
+                write_units(store, units, lease.token)
             _run(
                 missing,
                 units,
@@ -90,7 +96,7 @@ def build_dataset(
                 progress=progress,
                 spent=spent if spent is not None else {},
             )
-            _finish(store, config, units)
+            _finish(store, config, units, token=lease.token)
     return dataset_counts(read_metadata_json(store))
 
 
@@ -125,13 +131,20 @@ def _read_existing_metadata(store: Store, config: PreprocessConfig) -> dict[str,
     Raises ValueError if ``config`` cannot continue it.
     """
     if not store.exists(DATASET_FILE):
-        others = [name for name in store.list_entries() if name != LOCK and not name.startswith(TEMPORARY)]
+        others = [name for name in store.list_entries() if not name.startswith((LOCK, TEMPORARY))]
         if others:
             raise UserInputError(
                 f"{store.uri} is not empty and no dataset (it holds {others[0]}): choose another --out"
             )
         return {}
-    metadata = read_metadata_json(store)
+    try:
+        metadata = read_metadata_json(store)
+    except UserInputError as error:
+        if "is damaged" not in str(error):
+            raise
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+        _check_markers(store, config)
+        return {}
     if metadata["fingerprint"] != config.fingerprint:
         changes = "\n  ".join(diff(metadata["config"], config.resolved()))
         raise UserInputError(
@@ -141,7 +154,19 @@ def _read_existing_metadata(store: Store, config: PreprocessConfig) -> dict[str,
     return metadata
 
 
-def _write_metadata(store: Store, config: PreprocessConfig, more: dict[str, Any]) -> None:
+def _check_markers(store: Store, config: PreprocessConfig) -> None:
+    """Raise UserInputError if the first whole marker is of another configuration."""
+    for name in store.list_files("_done"):
+        if marker := try_marker(store, name):
+            if marker["fingerprint"] != config.fingerprint:
+                raise UserInputError(
+                    f"{store.uri} was made with another configuration, of fingerprint {marker['fingerprint']} instead "
+                    f"of {config.fingerprint}: choose another --out, or use the configuration it was made with"
+                )
+            return
+
+
+def _write_metadata(store: Store, config: PreprocessConfig, more: dict[str, Any], *, token: str) -> None:
     encoders = build_encoders(config)
     metadata = {
         "schema_version": SCHEMA_VERSION,
@@ -157,7 +182,7 @@ def _write_metadata(store: Store, config: PreprocessConfig, more: dict[str, Any]
         "chunk_seconds": str(config.chunk_seconds),
         **more,
     }
-    store.write(DATASET_FILE, json.dumps(metadata, indent=1, sort_keys=True).encode())
+    write_fenced(store, token, DATASET_FILE, json.dumps(metadata, indent=1, sort_keys=True).encode())
 
 
 def _run(
@@ -184,8 +209,10 @@ def _run(
         process_units(missing, store, token, config, on_done=on_done)
 
 
-def _finish(store: Store, config: PreprocessConfig, units: Sequence[WorkUnit]) -> None:
+def _finish(store: Store, config: PreprocessConfig, units: Sequence[WorkUnit], *, token: str) -> None:
     """Write statistics and counts from the markers of all units, in order: a function of the units alone."""
+    if planned_names(store) != [unit.name for unit in units]:
+        raise LeaseLostError(f"{store.uri} was extended by another driver. Run the same command again")
     totals, sums = DatasetCounts(), dict[str, RunningMoments]()
     for marker in read_markers(store, units):
         totals.add(marker)
@@ -198,7 +225,7 @@ def _finish(store: Store, config: PreprocessConfig, units: Sequence[WorkUnit]) -
         "counts": totals.counts(),
         "stats": {m: vars(s) for m, s in stats.items() if s is not None},
     }
-    _write_metadata(store, config, summary)
+    _write_metadata(store, config, summary, token=token)
 
 
 def dataset_counts(metadata: Mapping[str, Any]) -> dict[str, Any]:

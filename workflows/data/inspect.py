@@ -96,7 +96,10 @@ def _verify(store: Store, metadata: dict[str, Any]) -> None:
             problems = diff(metadata["counts"], again, "counts.")
     if problems:
         lines = "\n  ".join(problems[:20])
-        raise UserInputError(f"{store.uri} is inconsistent:\n  {lines}\nremove it and preprocess its sources again")
+        raise UserInputError(
+            f"{store.uri} is inconsistent:\n  {lines}\n"
+            "Run the same `mfctl preprocess` command again: it makes missing and incomplete files again"
+        )
 
 
 def _files(store: Store, kind: str) -> list[str]:

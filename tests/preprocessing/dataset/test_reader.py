@@ -1,5 +1,6 @@
 """Reading datasets: fixed order, selected columns, and a split that is stable under growth."""
 
+import json
 from dataclasses import replace
 from fractions import Fraction
 
@@ -160,24 +161,21 @@ def test_unreadable_datasets_raise(place, tmp_path):
 
 
 def test_the_digest_depends_on_clips_and_not_on_files(tmp_path):
-    """Growth, other content and exclusions change it; the grouping of sources into units does not."""
-    media = tmp_path / "media"
-    media.mkdir()
-    for name, seconds in (("a", 1.2), ("b", 1.3), ("c", 1.4)):
-        write_clip(media / f"{name}.mp4", seconds)
-    digests = {}
-    for per_unit in (1, 3):
-        config = replace(CONFIG, sources_per_unit=per_unit)
-        build_dataset([str(media)], str(tmp_path / f"out{per_unit}"), config, progress=quiet)
-        digests[per_unit] = open_dataset(str(tmp_path / f"out{per_unit}")).digest
-    assert digests[1] == digests[3]
-    assert open_dataset(str(tmp_path / "out1"), ("audio",)).digest == digests[1]
-    write_clip(media / "d.mp4", 1.5)
-    build_dataset([str(media)], str(tmp_path / "out3"), replace(CONFIG, sources_per_unit=3), progress=quiet)
-    grown = open_dataset(str(tmp_path / "out3"))
-    assert grown.digest != digests[3]
-    pq.write_table(pa.table({"id": [grown.ids[0]]}), tmp_path / "out3" / "_duplicates.parquet")
-    assert open_dataset(str(tmp_path / "out3")).digest not in (grown.digest, digests[3])
-    write_clip(media / "a.mp4", 1.6)
-    build_dataset([str(media)], str(tmp_path / "other"), CONFIG, progress=quiet)
-    assert open_dataset(str(tmp_path / "other")).digest != grown.digest
+    """Growth, other content and exclusions change it; the files that hold the clips do not."""
+    out = tmp_path / "one"
+    first = open_dataset(write_dataset(out)).digest
+    assert open_dataset(str(out), ("audio",)).digest == first
+    assert open_dataset(write_dataset(tmp_path / "grown", clips=25)).digest != first
+    table = pq.read_table(out / "clips" / "u0.parquet")
+    pq.write_table(pa.table({"id": ["clip-003"]}), out / "_duplicates.parquet")
+    assert open_dataset(str(out)).digest != first
+    (out / "_duplicates.parquet").unlink()
+    for name, part in (("u0", table.slice(10)), ("u1", table.slice(0, 10))):
+        pq.write_table(part, out / "clips" / f"{name}.parquet")
+        marker = {"unit": name, "files": [{"kind": "clips", "name": f"clips/{name}.parquet"}]}
+        (out / "_done" / f"{name}.json").write_text(json.dumps(marker))
+    assert open_dataset(str(out)).digest == first
+    others = pa.array(["other", *table["source_content"].to_pylist()[1:10]])
+    changed = table.slice(0, 10).set_column(table.column_names.index("source_content"), "source_content", others)
+    pq.write_table(changed, out / "clips" / "u1.parquet")
+    assert open_dataset(str(out)).digest != first

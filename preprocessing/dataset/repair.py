@@ -1,0 +1,140 @@
+"""Find what a crash, a power loss or an earlier driver left of a dataset, so that `mfctl preprocess` continues from it.
+
+A damaged marker and a marker whose files are missing or have another size count as absent. Units that the table of
+sources has lost are recovered from their clips and rejects.
+"""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from mfcore.errors import UserInputError
+from preprocessing.dataset.units import UNKNOWN, WorkUnit, read_units
+from preprocessing.io.lease import verify_lease
+from preprocessing.io.parquet import read_table
+from preprocessing.io.storage import Store
+from preprocessing.records import Source
+
+_FOLDERS = ("clips", "rejects")
+_FILE = re.compile(r"\w+/(\d{6,}-[0-9a-f]{8})(?:-[^/]*)?\.parquet")
+_MARKER = re.compile(r"_done/(\d{6,}-[0-9a-f]{8})\.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitScan:
+    """Names of the units that have files in a dataset."""
+
+    whole: set[str]  # a marker, and all files of it
+    present: set[str]  # any file
+
+
+def scan_units(store: Store) -> UnitScan:
+    """Find whole units from one listing per folder; print a warning for each marker that does not count.
+
+    Local markers are read and the sizes of their files compared. Objects in S3 are whole or absent: there, markers are
+    not read, and a unit needs a file and no empty one.
+    """
+    sizes = {name: size for folder in _FOLDERS for name, size in store.list_sizes(folder).items()}
+    smallest: dict[str, int] = {}  # file of each unit, in bytes
+    for name, size in sizes.items():
+        if match := _FILE.fullmatch(name):
+            smallest[match[1]] = min(size, smallest.get(match[1], size))
+    whole: set[str] = set()
+    present = set(smallest)
+    for name, size in store.list_sizes("_done").items():
+        match = _MARKER.fullmatch(name)
+        if not match:
+            continue
+        unit = match[1]
+        present.add(unit)
+        if not store.remote:
+            error = _marker_error(store, name, sizes)
+        else:
+            error = "" if size and smallest.get(unit) else f"{name} or a file of its unit is empty or missing"
+        if not error:
+            whole.add(unit)
+        else:
+            print(f"warning: {store.uri}/{error}: unit {unit} is processed again", file=sys.stderr, flush=True)
+    return UnitScan(whole=whole, present=present)
+
+
+def _marker_error(store: Store, name: str, sizes: Mapping[str, int]) -> str:
+    """Return why a marker does not count, "" if it does. `sizes`: bytes of the files of the dataset."""
+    marker = try_marker(store, name)
+    if marker is None:
+        return f"{name} is damaged"
+    for file in marker["files"]:
+        if sizes.get(file["name"]) != file["bytes"]:
+            return f"{file['name']} has {sizes.get(file['name'], 'no')} bytes instead of {file['bytes']}"
+    return ""
+
+
+def try_marker(store: Store, name: str) -> dict[str, Any] | None:
+    """Return the marker in a file; None if it is absent or damaged."""
+    try:
+        marker = json.loads(store.read(name))
+        good = all({"name", "bytes", "kind"} <= file.keys() for file in marker["files"]) and "accepted" in marker
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return marker if good else None
+
+
+def read_known_units(store: Store, whole: set[str], found: Sequence[Source]) -> tuple[list[WorkUnit], list[WorkUnit]]:
+    """Return the units of the table of sources and those that it has lost but that are whole.
+
+    A lost unit that shares a source with another unit is not returned.
+    """
+    try:
+        known = read_units(store)
+    except UserInputError as error:
+        if "is damaged" not in str(error):
+            raise
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+        known = []
+    taken = {source.uri for unit in known for source in unit.sources}
+    by_uri = {source.uri: source for source in found}
+    lost: list[WorkUnit] = []
+    for name in sorted(whole - {unit.name for unit in known}):
+        unit = _recover_unit(store, name, by_uri)
+        uris = {source.uri for source in unit.sources} if unit else set[str]()
+        if unit and not uris & taken:
+            lost.append(unit)
+            taken |= uris
+    return known, lost
+
+
+def _recover_unit(store: Store, name: str, found: Mapping[str, Source]) -> WorkUnit | None:
+    """Return a unit with the sources of its clips and rejects; None if they cannot be read."""
+    marker = try_marker(store, f"_done/{name}.json")
+    uris: dict[str, None] = {}
+    try:
+        for file in marker["files"] if marker else ():
+            column = "source_uri" if file["kind"] == "clips" else "uri"
+            uris |= dict.fromkeys(read_table(io.BytesIO(store.read(file["name"])), [column])[column].to_pylist())
+    except (pa.ArrowInvalid, FileNotFoundError):
+        return None
+    order = {uri: number for number, uri in enumerate(found)}
+    sources = [
+        found.get(uri) or Source(uri=uri, size=0, fingerprint=UNKNOWN)
+        for uri in sorted(uris, key=lambda uri: (order.get(uri, len(order)), uri))
+    ]
+    return WorkUnit(name=name, sources=tuple(sources)) if sources else None
+
+
+def discard_units(store: Store, token: str, names: set[str]) -> None:
+    """Remove the markers of units, then their files, as the holder of the lease."""
+    if not names:
+        return
+    verify_lease(store, token)
+    for name in sorted(names):
+        store.remove(f"_done/{name}.json")
+    files = [name for folder in _FOLDERS for name in store.list_files(folder)]
+    for name in files:
+        if (match := _FILE.fullmatch(name)) and match[1] in names:
+            store.remove(name)
