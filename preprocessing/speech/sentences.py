@@ -84,7 +84,7 @@ HELD_OUT = (
     "They are planning a long journey around the world.",
     "Turn left at the corner and walk straight ahead.",
     "Fresh bread smells better than anything else.",
-    "A good friend will always tell the truth.",
+    "A good friend will always speak the truth.",
     "The concert begins at half past seven.",
     "Our computer learned to speak in one night.",
     "Her grandfather built this house with his own hands.",
