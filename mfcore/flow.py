@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mfcore.device import to_device_of
-from mfcore.errors import UserInputError
+from mfcore.errors import check_range
 from mfcore.types import AUDIO, NoiseLevels, Stream, Streams
 
 
@@ -47,8 +47,11 @@ class TimeConfig:
     independent: bool = False  # draw a separate level per modality instead of one shared by both
 
     def __post_init__(self) -> None:
-        if any(s <= 0 for s in self.shift.values()):
-            raise UserInputError(f"time shifts must be positive, got {self.shift}")
+        for modality, shift in self.shift.items():
+            check_range(f"shift.{modality}", shift, 0, 1000, above=True)
+        check_range("logit_mean", self.logit_mean, -20, 20)
+        check_range("logit_std", self.logit_std, 0, 20, above=True)
+        check_range("uniform_share", self.uniform_share, 0, 1)
 
 
 def training_times(config: TimeConfig, draws: Float[Tensor, "*batch 3"], modality: str) -> Float[Tensor, "*batch"]:

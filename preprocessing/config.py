@@ -10,17 +10,19 @@ from mfcore.codecs.dct import DctConfig
 from mfcore.codecs.factory import AudioConfig, VideoConfig
 from mfcore.codecs.mel import MelConfig
 from mfcore.codecs.t5 import T5Config
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.io.hashing import canonical_json, content_hash
 from preprocessing.media.probe import DECODER_BYTES
 from preprocessing.media.scene_cuts import SceneConfig
+from preprocessing.records import SourceLimits
 from preprocessing.steps.av_sync import SyncConfig
 from preprocessing.steps.encode import EncoderConfig
 from preprocessing.steps.quality_filters import FilterConfig
 from preprocessing.steps.transcribe import WhisperConfig
 
 MODALITIES = {"paired": (VIDEO, AUDIO), "video": (VIDEO,), "audio": (AUDIO,)}
+MAX_SIDE = 8192  # pixels of an encoded frame, the longest side that decoders are tested with
 _MIN_DECODER_BYTES = 1 << 26  # memory of ffmpeg without frames
 _ASPECT_TOLERANCE = 0.01  # relative difference below which aspect ratios are equal
 
@@ -46,6 +48,7 @@ class PreprocessConfig:
     scenes: SceneConfig = field(default_factory=SceneConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
+    limits: SourceLimits = field(default_factory=SourceLimits)
     keep_duplicates: bool = False  # keep sources with equal bytes
     latent_dtype: Literal["float32", "float16"] = "float32"
     sources_per_unit: int = 16  # sources per work unit
@@ -56,23 +59,24 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         if not self.sizes:
             raise UserInputError("sizes is empty: give at least one height and width, such as 64x64")
+        for name, most in (("chunk_seconds", 60), ("window_seconds", 3600), ("stall_seconds", 86400)):
+            check_range(name, getattr(self, name), 0, most, above=True)
+        for name, most in (("min_chunks", 10**6), ("text_width", 65536), ("sources_per_unit", 10**6)):
+            check_range(name, getattr(self, name), 1, most)
+        check_range("workers", self.workers, 0, 10**5)
+        check_range("audio_track", self.audio_track, 0, 10**4)
+        check_range("decoder_bytes", self.decoder_bytes, _MIN_DECODER_BYTES, 2**50)
         for height, width in self.sizes:
-            if height % self.video.block or width % self.video.block or height % 2 or width % 2 or not height * width:
+            check_range("sizes", min(height, width), 1, MAX_SIDE)
+            check_range("sizes", max(height, width), 1, MAX_SIDE)
+            if height % self.video.block or width % self.video.block or height % 2 or width % 2:
                 raise UserInputError(
                     f"size {height}x{width}: height and width must be even multiples of video.block={self.video.block}"
                 )
-        if self.min_chunks < 1 or self.min_chunks * self.chunk_seconds > self.window_seconds:
+        if self.min_chunks * self.chunk_seconds > self.window_seconds:
             raise UserInputError(
                 f"min_chunks={self.min_chunks} of {float(self.chunk_seconds)} s do not fit into window_seconds="
                 f"{float(self.window_seconds)}. Set fewer chunks or a longer window"
-            )
-        if self.audio_track is not None and self.audio_track < 0:
-            raise UserInputError(f"audio_track={self.audio_track} is negative: the first track is 0")
-        if self.sources_per_unit < 1 or (self.workers is not None and self.workers < 0) or self.text_width < 1:
-            raise UserInputError("sources_per_unit and text_width must be at least 1, workers at least 0")
-        if self.decoder_bytes < _MIN_DECODER_BYTES or self.stall_seconds <= 0:
-            raise UserInputError(
-                f"decoder_bytes must be at least {_MIN_DECODER_BYTES} (64 MiB), stall_seconds positive"
             )
 
     @property
@@ -133,5 +137,11 @@ class PreprocessConfig:
 
     @property
     def fingerprint(self) -> str:
-        """Return the hash of the resolved configuration."""
-        return content_hash(self.resolved())
+        """Return the hash of the resolved configuration.
+
+        Default limits are not part of it: datasets from before the limits can be extended.
+        """
+        values = self.resolved()
+        if self.limits == SourceLimits():
+            del values["limits"]
+        return content_hash(values)

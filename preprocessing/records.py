@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mfcore.errors import UserInputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Word:
@@ -15,6 +17,24 @@ class Word:
     word: str
     start: float
     end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceLimits:
+    """Limits of time and text of one source; what exceeds them is rejected."""
+
+    wall_seconds: float = 21600.0  # from the start of its decoder to the last clip
+    claimed_seconds: float = 86400.0  # length in the header, or of the part that is used
+    decoded_frames: int = 2_592_000  # frames of the dataset's frame rate; 30 hours at 24 per second
+    gap_seconds: float = 600.0  # time without a frame or sample
+    sidecar_bytes: int = 1 << 24  # of each file with text
+    caption_letters: int = 10_000
+    transcript_letters: int = 10_000  # of one clip
+
+    def __post_init__(self) -> None:
+        wrong = [f"limits.{name}={value}" for name, value in vars(self).items() if not value > 0]
+        if wrong:
+            raise UserInputError(f"{', '.join(wrong)}: must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +47,7 @@ class Source:
     caption: str | None = None  # from a manifest; None: use the sidecar
     transcript: tuple[Word, ...] | None = None
     duplicate_of: str | None = None  # URI of an earlier source with the same bytes
+    world: str = ""  # synthetic world that the sidecar names, such as toyworld/1; empty: none
 
 
 @dataclass(frozen=True, kw_only=True)

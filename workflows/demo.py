@@ -239,7 +239,7 @@ def summarize(
         "sweep": [sweep_row(row) for row in whole_clip_rows(sweep) if row["mode"] != "real"],
         "real": [sweep_row(row) for row in whole_clip_rows(sweep) if row["mode"] == "real"],
         "joint": [sweep_row(row) for row in whole_clip_rows(joint_sweep) if row["mode"] != "real"],
-        "mlflow_uri": os.environ["MLFLOW_TRACKING_URI"],
+        "mlflow_uri": environment.hide_passwords(os.environ["MLFLOW_TRACKING_URI"]),
         "mlflow_parent_run": sweep["mlflow_parent_run"],
         "samples": samples,
         "plots": [str(p) for p in sweep["plots"]],

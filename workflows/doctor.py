@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
-from workflows.utils.environment import tracking_uri
+from workflows.utils.environment import hide_passwords, tracking_uri
 
 GIB = 2**30
 DISK_FOR_DEMO = 3 * GIB
@@ -130,7 +129,7 @@ def mlflow_store() -> CheckResult:
     uri = tracking_uri()
     name = "mlflow store"
     if not uri.startswith("sqlite:///"):
-        return CheckResult(name=name, state="ok", detail=f"{_without_password(uri)} (a server: not contacted)")
+        return CheckResult(name=name, state="ok", detail=f"{hide_passwords(uri)} (a server: not contacted)")
     database = Path(uri.removeprefix("sqlite:///"))
     path = database if database.exists() else next(p for p in database.parents if p.exists())
     if os.access(path, os.W_OK):
@@ -193,8 +192,3 @@ def _imported(name: str, program: str) -> CheckResult:
 
 def _output(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
-
-
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return uri if parts.password is None else parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

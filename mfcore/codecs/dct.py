@@ -20,7 +20,7 @@ from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
 from mfcore.codecs.base import Codec
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
 from mfcore.timeline import LatentClock, video_clock
 
 # BT.601 full range, rows Y, Cb, Cr of an RGB triple. A unit error of Y, Cb and Cr is a squared RGB error of 3.0, 3.3
@@ -52,8 +52,9 @@ class DctConfig:
 
     def __post_init__(self) -> None:
         max_channels = 3 * self.block**2
-        if self.block < 1 or self.group < 1 or self.fps <= 0:
-            raise UserInputError(f"block, group and fps must be positive; got {self}")
+        check_range("block", self.block, 1, 256)
+        check_range("group", self.group, 1, 64)
+        check_range("fps", self.fps, 0, 1000, above=True)
         if not 1 <= self.channels <= max_channels:
             raise UserInputError(f"channels={self.channels}: use 1 to {max_channels} for block={self.block}")
 

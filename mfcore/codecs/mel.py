@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from mfcore.codecs.base import Codec
 from mfcore.codecs.dct import dct_matrix
 from mfcore.codecs.phase_reconstruction import PhaseDecoder, StftFrames
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
 from mfcore.timeline import LatentClock, audio_clock
 
 # Power of silence, added before the logarithm and subtracted after it. Power is relative to the window energy: a sine
@@ -56,8 +56,10 @@ class MelConfig:
     iterations: int = 10  # of the phase reconstruction, decoder only
 
     def __post_init__(self) -> None:
-        if min(self.sample_rate, self.mels, self.group) < 1 or self.iterations < 0:
-            raise UserInputError(f"sample_rate, mels and group must be positive, iterations not negative; got {self}")
+        check_range("sample_rate", self.sample_rate, 1, 768_000)
+        for name, most in (("window", 65536), ("hop", 65536), ("mels", 4096), ("group", 1024)):
+            check_range(name, getattr(self, name), 1, most)
+        check_range("iterations", self.iterations, 0, 10**4)
         if not 1 <= self.channels <= self.group * self.mels:
             raise UserInputError(f"channels={self.channels}: choose 1 to group * mels = {self.group * self.mels}")
         if self.group * self.hop < self.window - self.hop:

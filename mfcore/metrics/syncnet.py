@@ -8,7 +8,6 @@ up to 15 frames, of the minimal mean distance. The confidence is the median dist
 trained on tight crops of one face; its confidence is low on other videos.
 """
 
-import pickle
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -92,8 +91,11 @@ def load_syncnet(path: str | Path) -> SyncNet:
     """
     try:
         state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserInputError(f"cannot read SyncNet weights from {path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # torch.load raises almost any class for a file of another kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserInputError(f"cannot read SyncNet weights from {path}: {reason}. Name the checkpoint file") from None
+    if not isinstance(state, dict):
+        raise UserInputError(f"{path} is not SyncNet: it contains a {type(state).__name__}. Name the checkpoint file")
     network = SyncNet()
     expected = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
     weights: dict[str, Tensor] = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}

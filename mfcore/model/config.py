@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +67,24 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.branches:
             raise UserInputError("a model needs at least one branch: video, audio or both")
+        for name, most in (("dim", 65536), ("layers", 1024), ("heads", 4096), ("text_dim", 65536)):
+            check_range(name, getattr(self, name), 1, most)
+        check_range("window_chunks", self.window_chunks, 1, 10**6)
+        check_range("kv_heads", self.kv_heads, 1, self.heads)
+        check_range("word_heads", self.word_heads, 1, self.heads)
+        for name, most in (("mlp_ratio", 64), ("chunk_seconds", 60), ("rope_seconds_scale", 1000)):
+            check_range(name, getattr(self, name), 0, most, above=True)
+        check_range("word_horizon_seconds", self.word_horizon_seconds, 0, 3600)
         if self.dim % self.heads or (self.dim // self.heads) % 8:
             raise UserInputError(
                 f"dim {self.dim} / heads {self.heads} must be a multiple of 8 (rotary: half time, quarters space)"
             )
-        if self.heads % self.key_heads or not 1 <= self.transcript_heads <= self.heads:
-            raise UserInputError(
-                f"kv_heads {self.kv_heads} must divide heads {self.heads}, word_heads {self.word_heads} must be "
-                "between 1 and heads"
-            )
+        if self.heads % self.key_heads:
+            raise UserInputError(f"kv_heads={self.kv_heads}: use a divisor of heads={self.heads}")
         if self.local_start and self.layout == "wan":
             raise UserInputError(
                 "model.local_start=true is not available in the layout of Wan: its weights are local by training"
             )
-        if self.window_chunks < 1:
-            raise UserInputError("the attention window must hold at least one chunk of history")
 
     @property
     def head_dim(self) -> int:
@@ -102,6 +105,16 @@ class ModelConfig:
     def mlp_width(self) -> int:
         """Hidden width of the feed-forward part."""
         return round(self.dim * self.mlp_ratio)
+
+    @property
+    def layer_norm_eps(self) -> float:
+        """Number added to the variance in layer norms."""
+        return 1e-6 if self.layout == "wan" else 1e-5
+
+    @property
+    def caption_extra(self) -> int:
+        """Tokens before those of a caption: a null token, and in the layout of Wan a padding token."""
+        return 2 if self.layout == "wan" else 1
 
     @property
     def level_features(self) -> int:

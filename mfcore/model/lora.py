@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
 from mfcore.rng import generator
 
 
@@ -28,8 +28,7 @@ class FakeScoreConfig:
             raise UserInputError(
                 f"fake.rank must be at least 1, or null for a full copy of the network; got {self.rank}"
             )
-        if self.gain <= 0:
-            raise UserInputError(f"fake.gain must be positive, got {self.gain}")
+        check_range("gain", self.gain, 0, 1e6, above=True)
 
 
 class LoRALinear(nn.Module):

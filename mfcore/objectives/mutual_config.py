@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
 from mfcore.flow import TimeConfig
 from mfcore.objectives.shortcut import BaseRule
 
@@ -41,6 +41,20 @@ class MutualConfig:
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.finest_rows):
             raise UserInputError("rows and finest_rows describe one cycle: give them equal lengths")
+        if not self.rows or not self.strengths or not self.rollout_steps:
+            raise UserInputError("rows, strengths and rollout_steps need at least one entry each")
+        check_range("finest", self.finest, 1, 16)
+        check_range("strengths", min(self.strengths), 0, self.finest)
+        check_range("rollout_steps", min(self.rollout_steps), 1, 2**self.finest)
+        check_range("depth_power", self.depth_power, 0, 1, above=True)
+        check_range("guidance", self.guidance, 0, 100)
+        check_range("shortcut_weight", self.shortcut_weight, 0, 1e6)
+        check_range("dmd_weight", self.dmd_weight, 0, 1e6)
+        check_range("dmd_floor", self.dmd_floor, 0, 1e6, above=True)
+        check_range("fake_updates", self.fake_updates, 1, 1000)
+        for name in ("real_until", "free_from", "fake_from", "dmd_from"):
+            check_range(name, getattr(self, name), 0, 10**9)
+        check_range("dmd_ramp", self.dmd_ramp, 1, 10**9)
         if max(self.strengths) > self.finest:
             raise UserInputError(
                 f"strengths {self.strengths} exceed the ShortCut depth: use values up to finest={self.finest}"
@@ -49,16 +63,10 @@ class MutualConfig:
             raise UserInputError(
                 f"rollout_steps {self.rollout_steps}: ShortCut trains powers of two up to {2**self.finest} steps"
             )
-        if not self.depth_power > 0:
-            raise UserInputError(
-                f"depth_power {self.depth_power}: use a value above 0, at most 1 (equal shares of coarse levels)"
-            )
         if "forced" in self.rows and {"free", "literal"} & set(self.rows):
             raise UserInputError(
                 f"rows {self.rows}: forced rows cut the loop that free and literal rows close. Use one of them"
             )
-        if self.fake_updates < 1:
-            raise UserInputError(f"fake_updates {self.fake_updates}: the fake score needs at least one update per step")
         if self.dmd_from < self.fake_from:
             raise UserInputError(
                 f"dmd_from {self.dmd_from}: the fake score must train first. Use fake_from={self.fake_from} or later"

@@ -69,6 +69,7 @@ CLIPS = pa.schema(
         pa.field("loudness_db", pa.float64()),
         pa.field("transcript_source", pa.string()),  # manifest, sidecar, whisper/...; null: no transcript
         pa.field("fingerprint", pa.binary()),  # for near-duplicates
+        pa.field("world", pa.string()),  # synthetic world, such as toyworld/1; null: none, or an older dataset
     ],
     metadata={"mfctl_schema_version": str(SCHEMA_VERSION)},
 )
@@ -97,7 +98,7 @@ SOURCES = pa.schema(
 )
 
 _COMMON = [
-    *("id", "caption", "source_uri", "span_start_sec", "transcript"),
+    *("id", "caption", "source_uri", "span_start_sec", "transcript", "world"),
     *(f"{name}_{part}" for name in ("text_embedding", "transcript_embedding") for part in ("bytes", "shape", "dtype")),
 ]
 _MODALITY_COLUMNS = {
@@ -127,6 +128,7 @@ class ClipTensors:
     first_frame_png: bytes | None
     source_uri: str
     span_start_sec: float
+    world: str | None = None  # synthetic world of the clip
 
 
 # ---------------------------------------------------------------------------------------------------------- clip -> row
@@ -185,6 +187,7 @@ def to_row(
         "source_content": clip.content,
         "source_fps": clip.source_fps,
         "loudness_db": clip.loudness_db,
+        "world": clip.source.world or None,
     }
 
 
@@ -253,6 +256,7 @@ def from_row(row: dict[str, Any], chunks: int) -> ClipTensors:
         first_frame_png=row.get("first_frame_png"),
         source_uri=row["source_uri"],
         span_start_sec=row["span_start_sec"],
+        world=row.get("world"),  # older datasets lack the column
     )
 
 

@@ -298,9 +298,15 @@ def write_clip(out_dir: Path, config: ToyConfig, index: int) -> Path:
     return path
 
 
+def world_name(config: ToyConfig) -> str:
+    """Return the name and version of a world, which sidecars and datasets record."""
+    return f"toyworld{'' if config.voice == 'syllables' else f'-{config.voice}'}/{VERSION}"
+
+
 def _sidecar(truth: ToyTruth) -> dict[str, object]:
     looks = {name: getattr(truth.look, name) for name in ("face", "shape", "hair", "style", "background")}
     return {
+        "world": world_name(truth.config),
         "caption": caption_of(truth),
         "transcript": list(truth.transcript),
         "truth": {

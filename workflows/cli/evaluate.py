@@ -19,7 +19,7 @@ Checkpoints = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        parser=environment.resolve_path,
+        parser=environment.resolve_dataset,
         metavar="DATASET",
         show_default="dataset of the first checkpoint",
         help="Dataset of the held-out clips.",

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share, and parsers of option values."""
 
+from math import isfinite
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ OUTPUT = "Output"
 # Paths become absolute here, once: Ray workers have other current directories. URIs stay unchanged.
 OutputPath = Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="OUT", help="Output folder.")]
 DatasetUri = Annotated[
-    str, typer.Argument(parser=environment.resolve_path, metavar="DATASET", help="Dataset: folder or s3:// prefix.")
+    str, typer.Argument(parser=environment.resolve_dataset, metavar="DATASET", help="Dataset: folder or s3:// prefix.")
 ]
 CheckpointPath = Annotated[
     str,
@@ -74,9 +75,12 @@ def parse_ints(text: str, option: str, *, least: int) -> list[int]:
 def parse_floats(text: str, option: str) -> list[float]:
     """Parse numbers separated by commas; ValueError names the option and the text."""
     try:
-        return [float(part) for part in text.split(",")]
+        values = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise UserInputError(f"{option} takes numbers separated by commas, got {text!r}: {error}") from None
+    if not all(isfinite(value) for value in values):
+        raise UserInputError(f"{option} takes finite numbers, got {text!r}")
+    return values
 
 
 def parse_sizes(text: str, option: str) -> list[list[int]]:

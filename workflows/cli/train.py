@@ -19,7 +19,7 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            parser=environment.resolve_path,
+            parser=environment.resolve_dataset,
             metavar="DATASET",
             rich_help_panel=INPUTS,
             show_default="newest finished dataset under runs/",

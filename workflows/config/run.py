@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from mfcore.ema import EmaConfig
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
 from mfcore.model.config import ModelConfig
 from mfcore.model.lora import FakeScoreConfig
 from mfcore.objectives.flow_matching import FlowMatchingConfig
@@ -27,10 +27,8 @@ class CheckpointConfig:
     to: str | None = None  # path or URI (s3://bucket/prefix) for checkpoints by run name; None: the run directory
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise UserInputError(
-                f"checkpoint.every and checkpoint.keep must be at least 1, got {self.every}, {self.keep}"
-            )
+        check_range("checkpoint.every", self.every, 1, 10**12)
+        check_range("checkpoint.keep", self.keep, 1, 10**6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +50,16 @@ class DataConfig:
     # deviation that is divided out, per modality; default 1: each channel has deviation 1. Later stages inherit it.
 
     def __post_init__(self) -> None:
-        counts = (self.batch, self.micro or 1, self.shuffle, self.held_out_clips, self.prefetch)
-        if min(counts) < 1 or self.micro == 0:
-            raise UserInputError(
-                "data.batch, data.micro, data.shuffle, data.held_out_clips and data.prefetch must be at least 1, got "
-                f"{self.batch}, {self.micro}, {self.shuffle}, {self.held_out_clips} and {self.prefetch}"
-            )
+        for name, most in (("batch", 10**6), ("micro", 10**6), ("shuffle", 10**6), ("held_out_clips", 10**6)):
+            check_range(f"data.{name}", getattr(self, name), 1, most)
+        check_range("data.prefetch", self.prefetch, 1, 1000)
         if not 1 <= self.chunks[0] <= self.chunks[1]:
             raise UserInputError(f"data.chunks must be (fewest, most) with 1 <= fewest <= most, got {self.chunks}")
-        if not 0 < self.held_out < 1:
-            raise UserInputError(f"data.held_out must be between 0 and 1, got {self.held_out}")
+        check_range("data.held_out", self.held_out, 0, 0.99, above=True)
+        for modality, exponent in self.whitening.items():
+            check_range(f"data.whitening.{modality}", exponent, 0, 1)
         chances = (self.drop_both, self.drop_caption, self.drop_words, self.drop_voice)
-        if min(chances) < 0 or max(chances) > 1 or sum(chances[:3]) > 1:
+        if not all(0 <= chance <= 1 for chance in chances) or sum(chances[:3]) > 1:
             raise UserInputError(
                 f"data.drop_both, drop_caption, drop_words and drop_voice are {chances}: each must be in [0, 1], "
                 "and the first three must sum to at most 1"
@@ -87,6 +83,9 @@ class EngineConfig:
     max_failures: int = 2  # restarts from the latest checkpoint before the run fails
 
     def __post_init__(self) -> None:
+        check_range("engine.workers", self.max_workers, 1, 10**5)
+        check_range("engine.sequence", self.sequence, 1, 1024)
+        check_range("engine.max_failures", self.max_failures, -1, 10**6)
         if not 1 <= self.min_workers <= self.max_workers:
             raise UserInputError(f"engine.workers is a number or [fewest, most], at least 1: got {self.workers}")
         if self.offload_optimizer and (self.kind == "torch" or self.zero_stage == 0):
@@ -95,8 +94,7 @@ class EngineConfig:
                 "engine.kind=deepspeed and engine.zero_stage to 1, 2 or 3"
             )
         if (
-            self.sequence < 1
-            or self.min_workers % self.sequence
+            self.min_workers % self.sequence
             or (self.sequence > 1 and self.min_workers != self.max_workers)
         ):
             raise UserInputError(
@@ -167,16 +165,12 @@ class RunConfig:
             raise UserInputError(
                 f"init_video is for stage video: stage {self.stage} starts from finished runs (--from)"
             )
-        if self.sample_every < 0 or self.sample_clips < 1:
-            raise UserInputError(
-                f"sample_every must be at least 0 and sample_clips at least 1, got {self.sample_every}, "
-                f"{self.sample_clips}"
-            )
-        if self.steps < 1 or self.log_every < 1 or self.eval_every < 1 or self.skip_nonfinite < 0:
-            raise UserInputError(
-                f"steps {self.steps}, log_every {self.log_every} and eval_every {self.eval_every} must be at least 1, "
-                f"skip_nonfinite {self.skip_nonfinite} at least 0"
-            )
+        check_range("seed", self.seed, 0, 2**63 - 1)
+        for name in ("steps", "log_every", "eval_every"):
+            check_range(name, getattr(self, name), 1, 10**9)
+        check_range("sample_every", self.sample_every, 0, 10**12)
+        check_range("sample_clips", self.sample_clips, 1, 10**4)
+        check_range("skip_nonfinite", self.skip_nonfinite, 0, 10**9)
         mutual = isinstance(self.objective, MutualConfig)
         if mutual != (self.stage == "mutual"):
             raise UserInputError(f"stage {self.stage} does not train with {type(self.objective).__name__}")

@@ -2,8 +2,10 @@
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -32,6 +34,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
 def apply_overrides(config: T, values: Mapping[str, Any]) -> T:
     """Return ``config`` with nested ``values`` replaced; ValueError for an unknown name."""
     _check_names(config, values, "")
+    _check_finite(values, "")
     return from_dict(type(config), _merge(to_dict(config), values))
 
 
@@ -113,6 +116,18 @@ def _check_names(config: Any, values: Mapping[str, Any], prefix: str) -> None:
             _check_names(inner, cast(Mapping[str, Any], value), f"{prefix}{name}.")
 
 
+def _check_finite(value: Any, name: str) -> None:
+    """Raise UserInputError for infinity or NaN at any depth."""
+    if isinstance(value, Mapping):
+        for key, item in cast(Mapping[str, Any], value).items():
+            _check_finite(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for item in cast(Sequence[Any], value):
+            _check_finite(item, name)
+    elif isinstance(value, float) and not isfinite(value):
+        raise UserInputError(f"{name}={value}: use a finite number")
+
+
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
@@ -157,5 +172,7 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"] if not str(part).endswith("Config"))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
+        if where and re.match(r"[\w.]+=", message) and not message.startswith(where):
+            return f"{where}.{message}"
         return message
     return f"setting {where}: {message}, got {first['input']!r}"

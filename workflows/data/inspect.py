@@ -29,7 +29,7 @@ from workflows.data.build import dataset_counts
 from workflows.data.reconstruct import decode_latents
 from workflows.tracking.mlflow_tracker import open_tracker
 from workflows.utils import figures
-from workflows.utils.environment import tracking_uri
+from workflows.utils.environment import hide_passwords, tracking_uri
 
 HISTOGRAM_COLUMNS = {"duration_sec": "duration, s", "source_fps": "frames per second of the source",
            "sync_offset_sec": "sound after picture, s", "loudness_db": "loudness, dBFS"}  # fmt: skip
@@ -242,7 +242,7 @@ def log_dataset_to_mlflow(dataset: str, spent: Mapping[str, float], runs_dir: st
     try:
         return _log_run(dataset, spent, runs_dir)
     except Exception as error:  # server unreachable, store of another version, ...
-        print(f"warning: the dataset is not logged to MLflow: {error}", file=sys.stderr)
+        print(f"warning: the dataset is not logged to MLflow: {hide_passwords(str(error))}", file=sys.stderr)
         return None
 
 

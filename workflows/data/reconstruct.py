@@ -1,16 +1,15 @@
 """Decode one row of a dataset to an mp4 file."""
 
-import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mfcore.errors import UserInputError
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.dataset.reader import ClipDataset, open_dataset
 from preprocessing.media.mp4_writer import write_mp4
+from workflows.utils.output_file import check_output_file
 
 
 def reconstruct_clip(dataset: str, clip_id: str, out: str, overwrite: bool = False) -> dict[str, Any]:
@@ -18,8 +17,7 @@ def reconstruct_clip(dataset: str, clip_id: str, out: str, overwrite: bool = Fal
 
     Raises ValueError if ``out`` exists and ``overwrite`` is false.
     """
-    if os.path.exists(out) and not overwrite:
-        raise UserInputError(f"{out} exists: choose another --out, or add --overwrite")
+    check_output_file(out, suffix=".mp4", overwrite=overwrite)
     clips = open_dataset(dataset)
     clip = clips.clip(clips.index(clip_id))
     frames, sound = decode_latents(clips, clip.video, VIDEO), decode_latents(clips, clip.audio, AUDIO)

@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 from mfcore.codecs.base import Codec
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
 from mfcore.types import VIDEO
 from preprocessing.dataset.reader import DatasetMetadata, open_dataset
 from preprocessing.dataset.schema import ClipTensors
 from preprocessing.records import Word
 from preprocessing.toyworld.voice import VOCABULARY
-from preprocessing.toyworld.world import ToyConfig
+from preprocessing.toyworld.world import ToyConfig, world_name
 from workflows.checkpoints.model_card import ExportMetadata
 
 REFERENCE_CLIPS = 32  # real clips for distances, none of them a prompt
-_TOY_CAPTION = re.compile(r"a character with a \w+ face and \w+ \w+ hair talks in front of a \w+ wall")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +75,7 @@ def select_evaluation_set(
     Raises:
         ValueError: The dataset has no held-out clip, or ``seconds`` is not positive.
     """
-    if seconds is not None and seconds <= 0:
-        raise UserInputError(f"--seconds {seconds}: the length must be positive")
+    check_range("--seconds", seconds, 0, 86_400, above=True)
     dataset = open_dataset(uri)
     training, held_out = (None, dataset) if fraction is None else dataset.split(fraction)
     usable = [i for i, length in enumerate(held_out.lengths) if length > 0]
@@ -119,14 +117,22 @@ def _prompt(clip: ClipTensors, chunks: int, number: int, meta: DatasetMetadata) 
 
 
 def _toy_config(clips: Sequence[ClipTensors], meta: DatasetMetadata) -> ToyConfig | None:
-    """Return the toy world configuration if captions and words are those of the toy world, else None."""
+    """Return the toy world configuration if all clips are of the toy world with syllables, else None."""
     words = {w.word for clip in clips for w in clip.transcript}
-    if not words <= set(VOCABULARY) or not all(_TOY_CAPTION.fullmatch(clip.caption) for clip in clips):
+    worlds = {clip.world for clip in clips}
+    is_toy = _has_toy_text(clips) if worlds == {None} else worlds == {world_name(ToyConfig())}
+    if not is_toy or not words <= set(VOCABULARY):
         return None
     if VIDEO in meta.clocks and any(height != width for height, width in meta.config["sizes"]):
         return None
     spoken = max((VOCABULARY.index(word) + 1 for word in words), default=0)
     return ToyConfig(fps=frame_rate_of(meta), syllables=max(12, spoken))
+
+
+def _has_toy_text(clips: Sequence[ClipTensors]) -> bool:
+    """Return True if all captions are those of the toy world: datasets of earlier versions do not record the world."""
+    pattern = re.compile(r"a character with a \w+ face and \w+ \w+ hair talks in front of a \w+ wall")
+    return all(pattern.fullmatch(clip.caption) for clip in clips)
 
 
 def frame_rate_of(meta: DatasetMetadata) -> Fraction:

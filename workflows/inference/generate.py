@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, inf
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfcore.errors import UserInputError
+from mfcore.errors import check_range
 from mfcore.solver import Mode
 from mfcore.types import AUDIO, VIDEO, Condition, Stream
 from preprocessing.media.mp4_writer import Mp4Writer
@@ -21,7 +21,10 @@ from workflows.checkpoints.load import WeightKind
 from workflows.inference.inputs import read_first_frame, read_transcript, read_voice
 from workflows.inference.pipeline import StreamingPipeline
 from workflows.inference.precision import Precision
-from workflows.inference.sampling import SamplingParams, resolve_sampling_params
+from workflows.inference.sampling import MAX_GUIDANCE, MAX_STEPS, SamplingParams, resolve_sampling_params
+from workflows.utils.output_file import check_output_file
+
+MAX_SECONDS = 86_400  # of a clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +77,11 @@ def generate_clip(
     runtime = runtime or RuntimeOptions()
     seconds = prompt.seconds
     target = Path(out)
-    if target.suffix.lower() != ".mp4":
-        raise UserInputError(f"{target}: the output is an mp4 file. Use a name that ends in .mp4.")
-    if target.exists() and not overwrite:
-        raise UserInputError(f"{target} exists. Choose another name or add --overwrite.")
-    if not 0 < seconds < inf:
-        raise UserInputError(f"--seconds {seconds}: the length must be positive and finite")
+    check_output_file(target, suffix=".mp4", overwrite=overwrite)
+    check_range("--seconds", seconds, 0, MAX_SECONDS, above=True)
+    check_range("--steps", steps, 1, MAX_STEPS)
+    check_range("--guidance", guidance, 0, MAX_GUIDANCE)
+    check_range("--trust", trust, 0, 1)
     pipeline = StreamingPipeline.from_checkpoint(checkpoint, runtime.weights, runtime.precision)
     pipeline.enable_optimizations(compile=runtime.compile, graphs=runtime.graphs)
     params = resolve_sampling_params(

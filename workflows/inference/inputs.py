@@ -37,6 +37,8 @@ def read_first_frame(path: str | None, pipeline: StreamingPipeline) -> Tensor | 
             image = image.convert("RGB")
     except UnidentifiedImageError:
         return _read_first_video_frame(path, pipeline)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # cut, damaged or absurdly large
+        raise UserInputError(f"--first-frame {path} cannot be read: {error}. Use an intact image.") from None
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
 from mfcore.solver import Mode, num_function_evaluations
 
 DEFAULT_MULTI_STEPS = 50
 DEFAULT_GUIDANCE = 1.5  # of the multi-step mode
 DEFAULT_FEW_STEPS = 4
+MAX_STEPS = 10_000
+MAX_GUIDANCE = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +23,9 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserInputError(f"steps {self.steps}: must be positive")
+        check_range("steps", self.steps, 1, MAX_STEPS)
+        check_range("guidance", self.guidance, 0, MAX_GUIDANCE)
+        check_range("trust", self.trust, 0, 1)
         if self.mode not in ("few", "multi"):
             raise UserInputError(f"mode {self.mode!r}: unknown. Use few or multi.")
 
@@ -44,12 +47,10 @@ def resolve_sampling_params(
 
     Raises ValueError for an invalid mode or fewer than one step.
     """
-    if steps is not None and steps < 1:
-        raise UserInputError(f"--steps {steps}: must be positive")
     mode = mode or ("few" if stage == "mutual" else "multi")
     return SamplingParams(
         mode=mode,
-        steps=steps or (DEFAULT_FEW_STEPS if mode == "few" else DEFAULT_MULTI_STEPS),
+        steps=steps if steps is not None else (DEFAULT_FEW_STEPS if mode == "few" else DEFAULT_MULTI_STEPS),
         guidance=guidance if guidance is not None else (1.0 if mode == "few" else DEFAULT_GUIDANCE),
         trust=trust,
         seed=seed,

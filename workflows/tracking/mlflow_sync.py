@@ -32,7 +32,8 @@ from workflows.tracking.tracker import (
     Tracker,
     iter_json_lines,
 )
-from workflows.utils.json_io import write_text_atomically
+from workflows.utils.environment import hide_passwords
+from workflows.utils.json_io import read_intact_json, write_text_atomically
 
 SYNC_STATE_FILE = "mlflow.json"
 START_SECONDS = 15.0  # limit for the first attempt at the start of a run
@@ -53,7 +54,7 @@ _LOGGER = logging.getLogger(__name__)
 class SyncState:
     """Content of ``mlflow.json``."""
 
-    uri: str
+    uri: str  # without a password
     key: str  # tag of the run, so that a repeated creation finds it
     run: str | None = None  # MLflow's run id
     metrics: int = 0  # bytes of metrics.jsonl that were sent
@@ -66,11 +67,12 @@ class SyncState:
 def load_sync_state(folder: Path, uri: str) -> SyncState:
     """Return what ``uri`` has received of the log in ``folder``; a new state for another server."""
     path = folder / SYNC_STATE_FILE
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    if stored.get("uri") != uri:
+    stored = read_intact_json(path) or {}
+    shown = hide_passwords(uri)
+    if hide_passwords(stored.get("uri", "")) != shown:
         stored = {}
     known: dict[str, Any] = {f.name: stored[f.name] for f in fields(SyncState) if f.name in stored}
-    return replace(SyncState(uri=uri, key=secrets.token_hex(16)), **known)
+    return replace(SyncState(uri=shown, key=secrets.token_hex(16)), **known | {"uri": shown})
 
 
 def save_sync_state(folder: Path, sent: SyncState) -> None:
@@ -131,6 +133,7 @@ class SyncThread(threading.Thread):
     ) -> None:  # fmt: skip
         super().__init__(name="mlflow", daemon=True)
         self.sent = load_sync_state(folder, uri)
+        self._uri = uri
         self.error: str | None = None  # of the latest attempt, if it failed
         self._folder = folder
         self._experiment = experiment
@@ -218,7 +221,7 @@ class SyncThread(threading.Thread):
     def _send(self) -> None:
         client = self._connect()
         if not self.sent.params and (self._folder / PARAMS).exists():
-            client.params(json.loads((self._folder / PARAMS).read_text()))
+            client.params(read_intact_json(self._folder / PARAMS) or {})
             self._save_state(params=True)
         for entries, end in read_batches(self._folder / METRICS, self.sent.metrics):
             new = drop_repeated_steps(entries, self.sent.last_step)
@@ -237,7 +240,7 @@ class SyncThread(threading.Thread):
         if self._client is None:
             sent = self.sent
             self._client = MlflowTracker(
-                sent.uri, experiment=self._experiment, name=self._name, run_id=sent.run, tags=self._tags
+                self._uri, experiment=self._experiment, name=self._name, run_id=sent.run, tags=self._tags
             )
             self._save_state(run=self._client.run_id, status=None)
             self._samples_seen = self._client.samples_seen  # entries with a lost response have arrived
@@ -314,5 +317,5 @@ def open_durable_tracker(
 
 def first_line(error: Exception) -> str:
     """Return the message of an error in one line of at most 160 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = hide_passwords(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 160 else f"{text[:157]}..."

@@ -18,6 +18,8 @@ DEFAULT_ENV = {
     # the next default of Ray; setting it silences a warning
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+OBJECT_STORES = ("s3", "gs", "memory")  # schemes of datasets; memory: tests
+MAX_NAME_BYTES = 240  # of a file or folder; file systems allow 255, and temporary names add a suffix
 CWD_ENV = "MFCTL_CWD"
 """Variable of a submitted job: the working directory of the user's command."""
 
@@ -47,6 +49,10 @@ def resolve_path(path: str) -> str:
     """Return an absolute path; a URI is unchanged. Raises UserInputError for the home folder of an unknown user."""
     if "://" in path:
         return path
+    if longest := next((part for part in path.split("/") if len(os.fsencode(part)) > MAX_NAME_BYTES), None):
+        raise UserInputError(
+            f"the name {longest[:40]}... has {len(os.fsencode(longest))} bytes. Use at most {MAX_NAME_BYTES}"
+        )
     try:
         return os.path.normpath(base_directory() / Path(path).expanduser())
     except RuntimeError:
@@ -56,6 +62,19 @@ def resolve_path(path: str) -> str:
 def hide_passwords(text: str) -> str:
     """Return ``text`` with the passwords of all URIs in it replaced by ``***``."""
     return re.sub(r"(\w://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
+
+
+def resolve_dataset(path: str) -> str:
+    """Return an absolute path, or the URI of a bucket. Raises UserInputError for another URI."""
+    scheme, separator, rest = path.partition("://")
+    if not separator or scheme == "file":
+        return resolve_path(path)
+    if scheme not in OBJECT_STORES:
+        known = ", ".join(f"{name}://" for name in OBJECT_STORES)
+        raise UserInputError(f"{path}: a dataset is in a folder or in object storage ({known}). Choose one of these")
+    if not rest.partition("/")[0]:
+        raise UserInputError(f"{path} names no bucket. Write {scheme}://bucket/prefix")
+    return path
 
 
 def resolve_existing_path(path: str) -> str:

@@ -11,7 +11,7 @@ from workflows.cli.app import app
 from workflows.cli.traits import traits_of
 from workflows.utils import environment
 
-PATH_PARSERS = (environment.resolve_path, environment.resolve_existing_path)
+PATH_PARSERS = (environment.resolve_path, environment.resolve_existing_path, environment.resolve_dataset)
 
 
 def functions(command: Any, name: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:

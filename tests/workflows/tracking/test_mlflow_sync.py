@@ -266,3 +266,17 @@ def test_a_real_server_that_is_killed_suspended_and_absent_at_the_end(tmp_path, 
         assert max(waited) < 0.5
     finally:
         server.signal(signal.SIGKILL)
+
+
+def test_a_password_reaches_neither_the_files_of_the_run_nor_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("workflows.tracking.mlflow_sync.FLUSH_SECONDS", 0.1)
+    uri = "http://ann:hunter2@127.0.0.1:1"
+    tracker = open_durable_tracker(tmp_path, uri=uri, experiment="e", tags={})
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish()
+    files = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert "hunter2" not in files + caplog.text
+    assert "http://ann:***@127.0.0.1:1" in files
+    assert load_sync_state(tmp_path, uri).key in files, "the same server continues"
