@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 from preprocessing.config import PreprocessConfig
 from preprocessing.io.storage import local_path
@@ -37,9 +37,29 @@ class Measurement:
     peak_rss_bytes: int
 
 
+class PreprocessBenchRow(TypedDict):
+    """Result of ``mfctl bench preprocess``, as printed by ``--json``; ratios are costs of others over ours."""
+
+    workers: int
+    rounds: int
+    clips: int
+    clips_per_s: float
+    source_seconds_per_s: float
+    ratio_to_limit: float
+    ratio_to_limit_spread: list[float]  # least and most
+    ratio_to_limit_cpu: float
+    ratio_to_plain_ray_data: float | None
+    ratio_to_plain_ray_data_cpu: float | None
+    bar: float  # least accepted ratio_to_limit
+    wall_s: dict[str, float]  # by variant
+    cpu_s: dict[str, float]  # by variant
+    peak_rss_bytes: int
+    share_by_step: dict[str, float]
+
+
 def bench_preprocess(
     folder: str, *, config: PreprocessConfig, workers: int, rounds: int, with_plain: bool = True
-) -> dict[str, Any]:
+) -> PreprocessBenchRow:
     """Return medians over the rounds, as in ``--json``. Raises ValueError without media files."""
     paths = [local_path(source.uri) for source in find_sources([folder])]
     config = replace(config, workers=workers, sources_per_unit=1, keep_duplicates=True)
@@ -108,7 +128,7 @@ def _timed(work: Callable[[], Mapping[str, Any]], spent: Mapping[str, float]) ->
     )
 
 
-def _summary(measured: Mapping[str, Sequence[Measurement]], workers: int, rounds: int) -> dict[str, Any]:
+def _summary(measured: Mapping[str, Sequence[Measurement]], workers: int, rounds: int) -> PreprocessBenchRow:
     ours = measured["ours"]
     wall = median(each.wall_s for each in ours)
     spent = {name: sum(each.spent.get(name, 0.0) for each in ours) for name in ours[0].spent}
@@ -139,7 +159,7 @@ def _summary(measured: Mapping[str, Sequence[Measurement]], workers: int, rounds
     }
 
 
-def format_table(result: Mapping[str, Any]) -> str:
+def format_table(result: PreprocessBenchRow) -> str:
     """Format the result as a text table."""
     low, high = result["ratio_to_limit_spread"]
     lines = [

@@ -2,11 +2,10 @@
 
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from preprocessing.config import PreprocessConfig
 from workflows.bench.process_monitor import ProcessTreeMonitor
@@ -16,7 +15,7 @@ from workflows.utils.ray_runtime import ray_session
 MAX_GROWTH = 1.10  # memory for many clips over memory for few
 
 
-class MemoryBenchRow(TypedDict):
+class DatasetBuildMemory(TypedDict):
     """Memory of one dataset build."""
 
     sources: int
@@ -25,7 +24,16 @@ class MemoryBenchRow(TypedDict):
     object_store_bytes: int
 
 
-def bench_memory(*, few: int, many: int, workers: int) -> dict[str, Any]:
+class MemoryBenchRow(TypedDict):
+    """Result of ``mfctl bench preprocess --memory``, as printed by ``--json``."""
+
+    workers: int
+    clips: dict[str, DatasetBuildMemory]  # by requested number of clips
+    memory_ratio: float
+    bar: float  # largest accepted memory_ratio
+
+
+def bench_memory(*, few: int, many: int, workers: int) -> MemoryBenchRow:
     """Return the memory for ``few`` and ``many`` one-second clips, in bytes, and their ratio."""
     rows = {clips: _measure(clips, workers) for clips in (few, many)}
     ratio = rows[many]["rss_bytes"] / rows[few]["rss_bytes"]
@@ -33,7 +41,7 @@ def bench_memory(*, few: int, many: int, workers: int) -> dict[str, Any]:
     return {"workers": workers, "clips": by_clips, "memory_ratio": ratio, "bar": MAX_GROWTH}
 
 
-def _measure(clips: int, workers: int) -> MemoryBenchRow:
+def _measure(clips: int, workers: int) -> DatasetBuildMemory:
     config = PreprocessConfig(window_seconds=Fraction(1), sources_per_unit=1, workers=workers, keep_duplicates=True)
     with tempfile.TemporaryDirectory(prefix="mfctl-bench-") as folder, ray_session(workers):
         media = Path(folder, "media")
@@ -47,7 +55,7 @@ def _measure(clips: int, workers: int) -> MemoryBenchRow:
     return {"sources": sources, "accepted": counts["accepted"], "rss_bytes": rss, "object_store_bytes": store}
 
 
-def format_table(result: Mapping[str, Any]) -> str:
+def format_table(result: MemoryBenchRow) -> str:
     """Format the result as a text table."""
     lines = [
         f"{row['accepted']:7d} clips of {row['sources']} source(s): {row['rss_bytes'] / 1e6:.0f} MB, "

@@ -7,7 +7,7 @@ stream, late against early chunks (interleaved), and one chunk with against with
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median, quantiles
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict
 
 import torch
 
@@ -70,6 +70,67 @@ class StreamBenchPlan:
         return self.geometry.timeline(tuple(self.model.branches))
 
 
+class SwitchSpeedup(TypedDict):
+    """Speedup of --compile and --graphs."""
+
+    switch_speedup: float | None  # None: neither is given
+    switch_gap: NotRequired[float]  # largest difference of latents
+
+
+class CacheSpeedup(TypedDict):
+    """Speedup of the KV cache over recomputing the prefix."""
+
+    cached_speedup: float | None  # None: not measured
+    cached_speedup_prefix_once: NotRequired[float]
+    cached_gap: NotRequired[float]  # largest difference of latents
+    not_compared: NotRequired[str]  # reason
+
+
+class StreamBenchRow(SwitchSpeedup, CacheSpeedup):
+    """Result of ``mfctl bench stream``, as printed by ``--json``."""
+
+    preset: str
+    device: str
+    precision: str
+    threads: int
+    size: list[int]  # height, width in pixels
+    padded: list[int]
+    steps: int
+    compile: bool
+    graphs: bool
+    cache_passes: int
+    chunks: int
+    window_chunks: int
+    tokens_per_chunk: int
+    fps: float
+    fps_ceiling: float  # at the rate of large matrix products
+    paper_fps: float | None
+    over_paper: float | None
+    seconds_per_second: float
+    first_chunk_s: float
+    chunk_ms_p50: float
+    chunk_ms_p99: float
+    late_over_early: float
+    memory_late_over_early: float
+    peak_memory_bytes: int
+    gflop_per_chunk: float
+    flops_per_s: float
+    matmul_flops_per_s: float
+    ratio_to_matmul: float
+    decode_ms: dict[str, float] | None  # by modality
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamTimings:
+    """Seconds and rates of all measurements of a stream."""
+
+    first: list[float]  # seconds of the first chunk
+    chunks: list[float]  # seconds per chunk after the window is full
+    ratios: list[float]  # late over early chunk
+    rates: list[float]  # FLOPs per second of large matrix products
+    memory_growth: float  # bytes at the end over bytes after EARLY_CHUNKS
+
+
 def bench_stream(
     *,
     preset: str = "tiny",
@@ -82,7 +143,7 @@ def bench_stream(
     compile: bool = False,
     graphs: bool = False,
     sets: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> StreamBenchRow:
     """Return what ``--json`` prints. Raises ValueError for bad options or too little memory."""
     plan = plan_stream_bench(
         preset=preset,
@@ -178,7 +239,7 @@ def chunk_workload(plan: StreamBenchPlan) -> ChunkWorkload:
     return ChunkWorkload(tokens=tokens, seen=seen, caption=CAPTION_TOKENS, words=VISIBLE_WORDS)
 
 
-def measure(plan: StreamBenchPlan) -> dict[str, Any]:
+def measure(plan: StreamBenchPlan) -> StreamBenchRow:
     """Run all measurements; return the result."""
     rates = [roofline.matmul_flops_per_s(plan.device, plan.dtype)]
     net = random_network(plan.model, plan.device, plan.dtype)
@@ -197,15 +258,20 @@ def measure(plan: StreamBenchPlan) -> dict[str, Any]:
     turns = [(late.time_chunks(1)[0], early.time_chunks(1)[0]) for _ in range(plan.rounds)]
     del late, early
     rates.append(roofline.matmul_flops_per_s(plan.device, plan.dtype))
-    timings = {"first": first_s, "chunks": times[EARLY_CHUNKS:], "ratios": [a / b for a, b in turns], "rates": rates}
-    return summarize(
-        plan, timings, growth, measure_switch_speedup(plan, net, model, cond) | measure_cache_speedup(plan, net, cond)
+    timings = StreamTimings(
+        first=first_s,
+        chunks=times[EARLY_CHUNKS:],
+        ratios=[a / b for a, b in turns],
+        rates=rates,
+        memory_growth=growth,
     )
+    switches = measure_switch_speedup(plan, net, model, cond)
+    return summarize(plan, timings, switches, measure_cache_speedup(plan, net, cond))
 
 
 def measure_switch_speedup(
     plan: StreamBenchPlan, net: AVTransformer, model: VelocityModel, cond: Condition
-) -> dict[str, Any]:
+) -> SwitchSpeedup:
     """Return the speedup of --compile and --graphs, and the largest difference of latents."""
     if not (plan.compile or plan.graphs):
         return {"switch_speedup": None}
@@ -225,7 +291,7 @@ def measure_switch_speedup(
     return {"switch_speedup": median(ratios), "switch_gap": gap}
 
 
-def measure_cache_speedup(plan: StreamBenchPlan, net: AVTransformer, cond: Condition) -> dict[str, Any]:
+def measure_cache_speedup(plan: StreamBenchPlan, net: AVTransformer, cond: Condition) -> CacheSpeedup:
     """Return the speedup of the KV cache over recomputing the prefix, at chunk ``CACHED_AT``."""
     prefix = sum(plan.timeline.count(m, CACHED_AT) * b.tokens for m, b in plan.model.branches.items())
     if prefix > MAX_PREFIX_TOKENS:
@@ -264,10 +330,10 @@ def _max_difference(one: Mapping[str, Stream], other: Mapping[str, Stream]) -> f
 
 
 def summarize(
-    plan: StreamBenchPlan, timings: Mapping[str, Sequence[float]], growth: float, compared: Mapping[str, Any]
-) -> dict[str, Any]:
+    plan: StreamBenchPlan, timings: StreamTimings, switches: SwitchSpeedup, cache: CacheSpeedup
+) -> StreamBenchRow:
     """Return the result as printed by ``--json``: medians over the rounds."""
-    chunk_s, rate = median(timings["chunks"]), median(timings["rates"])
+    chunk_s, rate = median(timings.chunks), median(timings.rates)
     frames = float(FPS) * plan.model.chunk_seconds
     flops = chunk_flops(plan.model, chunk_workload(plan), plan.steps)
     paper = PAPER_FPS.get(plan.size)
@@ -290,24 +356,25 @@ def summarize(
         "paper_fps": paper,
         "over_paper": None if paper is None else frames / chunk_s / paper,
         "seconds_per_second": plan.model.chunk_seconds / chunk_s,
-        "first_chunk_s": median(timings["first"]),
+        "first_chunk_s": median(timings.first),
         "chunk_ms_p50": 1e3 * chunk_s,
-        "chunk_ms_p99": 1e3 * quantiles(timings["chunks"], n=100)[98],
-        "late_over_early": median(timings["ratios"]),
-        "memory_late_over_early": growth,
+        "chunk_ms_p99": 1e3 * quantiles(timings.chunks, n=100)[98],
+        "late_over_early": median(timings.ratios),
+        "memory_late_over_early": timings.memory_growth,
         "peak_memory_bytes": timing.peak_bytes(),
         "gflop_per_chunk": flops / 1e9,
         "flops_per_s": flops / chunk_s,
         "matmul_flops_per_s": rate,
         "ratio_to_matmul": flops / chunk_s / rate,
-        **compared,
+        **switches,
+        **cache,
         "decode_ms": measure_decode_ms(plan.geometry, latent_shapes(plan.model), plan.timeline, rounds=plan.rounds),
     }
 
 
-def format_table(result: Mapping[str, Any]) -> str:
+def format_table(result: StreamBenchRow) -> str:
     """Format the result as a text table."""
-    size, padded = ("x".join(map(str, result[key])) for key in ("size", "padded"))
+    size, padded = ("x".join(map(str, edges)) for edges in (result["size"], result["padded"]))
     paper = (
         f"{result['paper_fps']:g} ({result['over_paper']:.2f} times)" if result["paper_fps"] else "none at this size"
     )
@@ -318,7 +385,7 @@ def format_table(result: Mapping[str, Any]) -> str:
     if switches:
         gain.append(
             f"{' and '.join(switches):24} {result['switch_speedup']:9.2f} times the speed without; difference "
-            f"{result['switch_gap']:.0e}"
+            f"{result.get('switch_gap', 0.0):.0e}"
         )
     lines = [
         f"preset {result['preset']} at {size} (padded to {padded}), {result['steps']} steps and one cache pass, "
@@ -334,11 +401,11 @@ def format_table(result: Mapping[str, Any]) -> str:
         f"{'operations':24} {result['flops_per_s'] / 1e9:9.1f} GFLOP/s, {result['ratio_to_matmul']:.1%} of large "
         f"matrix products ({result['matmul_flops_per_s'] / 1e9:.1f}); {result['gflop_per_chunk']:.2f} GFLOP per chunk",
         *gain,
-        result["not_compared"]
+        result.get("not_compared", "")
         if speedup is None
         else f"{'with the cache':24} {speedup:9.1f} times the speed without at chunk {CACHED_AT}, "
-        f"{result['cached_speedup_prefix_once']:.1f} times with the prefix computed once per chunk; "
-        f"difference {result['cached_gap']:.0e}",
+        f"{result.get('cached_speedup_prefix_once', 0.0):.1f} times with the prefix computed once per chunk; "
+        f"difference {result.get('cached_gap', 0.0):.0e}",
         f"{'decoding per chunk':24} "
         + (", ".join(f"{m} {ms:.1f} ms" for m, ms in decode.items()) if decode else "not measured: needs weights"),
     ]

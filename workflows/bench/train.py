@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from statistics import median
-from typing import Any, Literal, cast
+from typing import Literal, TypedDict, cast
 
 import torch
 
@@ -45,6 +45,41 @@ MUTUAL_VARIANTS = {"dmd5": Variant(dmd=5), "dmd1": Variant(dmd=1), "full_copy": 
 OTHER_VARIANTS = {"compiled": Variant(compiled=True)}  # of every stage
 
 
+class TrainBenchRow(TypedDict):
+    """Result of ``mfctl bench train``, as printed by ``--json``; mappings are by variant."""
+
+    stage: Stage
+    workers: int
+    threads: int
+    batch: int  # clips per step over all ranks
+    tokens: int  # per step and rank
+    parameters: int
+    rounds: int
+    steps_per_turn: int
+    step_s: dict[str, float]  # median seconds per step
+    step_s_spread: dict[str, list[float]]  # least and most
+    overhead: dict[str, float]  # step time over that of the reference loop
+    overhead_spread: dict[str, list[float]]
+    overhead_cpu: dict[str, float]
+    overhead_zero1: float | None
+    bar: float | None  # largest accepted overhead_zero1; None: steps are too short
+    data_wait_share: float
+    data_wait_share_by_variant: dict[str, float]
+    tokens_per_s: dict[str, float]
+    flops: int  # per step and rank
+    matmul_flops_per_s: float
+    forward_over_products: float
+    block_over_products: float
+    limit_s: float  # seconds per step at the rate of large matrix products
+    mfu: float
+    mfu_by_variant: dict[str, float]
+    model_state_bytes: dict[str, int]
+    peak_memory_bytes: int
+    loss_gap: dict[str, float]
+    not_measured: dict[str, str]
+    profiles: dict[str, str]
+
+
 def bench_train(
     *,
     stage: Stage = "joint",
@@ -57,7 +92,7 @@ def bench_train(
     variants: Sequence[str] = VARIANTS,
     profile: bool = False,
     sets: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> TrainBenchRow:
     """Return step times of all variants, their ratios to the reference loop, and the limit.
 
     ``size``: height, width in pixels. ``tokens``: minimum per rank and step. ``turn``: steps of a variant per round.
@@ -149,7 +184,7 @@ def _installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def summarize(plan: TrainBenchPlan, measured: TrainBenchResult, missing: Mapping[str, str]) -> dict[str, Any]:
+def summarize(plan: TrainBenchPlan, measured: TrainBenchResult, missing: Mapping[str, str]) -> TrainBenchRow:
     """Return what ``--json`` prints: medians over the rounds, in seconds per step."""
     config, world = plan.config, plan.config.engine.max_workers
     step_s = {name: median(t.step_s for t in turns) for name, turns in measured.turns.items()}
@@ -207,7 +242,7 @@ def _gap(measured: TrainBenchResult, name: str) -> float:
     return max(abs(own.loss - bare.loss) / abs(bare.loss) for own, bare in pairs)
 
 
-def format_table(result: Mapping[str, Any]) -> str:
+def format_table(result: TrainBenchRow) -> str:
     """Format the result as a text table."""
     lines = [
         f"stage {result['stage']}: {result['parameters'] / 1e6:.1f}M parameters, {result['workers']} worker(s) with "
@@ -227,7 +262,7 @@ def format_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(result: Mapping[str, Any], name: str) -> str:
+def _row(result: TrainBenchRow, name: str) -> str:
     low, high = result["step_s_spread"][name]
     least, most = result["overhead_spread"].get(name, (1.0, 1.0))
     return (

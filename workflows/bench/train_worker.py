@@ -58,7 +58,12 @@ def run_rank(plan: TrainBenchPlan) -> TrainBenchResult:
         torch.set_num_threads(plan.threads)
     batches = synthetic_batches(plan.config)
     first = [to_device(batches.micro_batches(step)) for step in range(PROBE_STEPS)]
-    dense = replace(plan.config, model=replace(plan.config.model, attention="sdpa"))  # equal useful FLOPs
+    # equal useful FLOPs; the FLOP counter cannot look into compiled blocks
+    dense = replace(
+        plan.config,
+        model=replace(plan.config.model, attention="sdpa"),
+        engine=replace(plan.config.engine, compile=False),
+    )
     flops = roofline.count_flops(lambda: reference_loop(dense).run(first[:1], 0, 1))
     runners: dict[str, VariantRunner] = {}
     state_bytes: dict[str, int] = {}

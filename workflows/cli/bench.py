@@ -16,6 +16,13 @@ app = typer.Typer(name="bench", help="Measure speed on this hardware next to its
 
 MEASUREMENT = "Measurement"
 EXECUTION = "Execution"
+FrameSize = Annotated[
+    str | None,
+    typer.Option(metavar="HxW", show_default="64x64 for tiny, else 192x336", help="Frame size in pixels."),
+]
+Rounds = Annotated[
+    int, typer.Option(min=1, rich_help_panel=MEASUREMENT, help="Interleaved measurement rounds of each variant.")
+]
 DEFAULT_VARIANTS = "bare,ray_torch,ray_zero0,ray_zero1,ray_zero2,ray_zero3"
 
 
@@ -24,15 +31,12 @@ def train(
     *,
     preset: PresetName = "tiny",
     stage: Annotated[Stage, typer.Option(help="Training stage to time.")] = "joint",
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="HxW", show_default="64x64 for tiny, else 192x336", help="Frame size in pixels."),
-    ] = None,
+    size: FrameSize = None,
     workers: Annotated[int, typer.Option(help="Processes: one per GPU, or CPU processes.")] = 1,
     tokens: Annotated[
         int, typer.Option(rich_help_panel=MEASUREMENT, help="Minimum latent tokens per rank and step.")
     ] = 3000,
-    rounds: Annotated[int, typer.Option(rich_help_panel=MEASUREMENT, help="Measurement rounds of each variant.")] = 5,
+    rounds: Rounds = 5,
     turn: Annotated[int, typer.Option(rich_help_panel=MEASUREMENT, help="Optimizer steps per round.")] = 3,
     variants: Annotated[
         str, typer.Option(metavar="A,B", rich_help_panel=MEASUREMENT, help="Variants to compare with the bare loop.")
@@ -81,13 +85,10 @@ def train(
 def stream(
     *,
     preset: PresetName = "tiny",
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="HxW", show_default="64x64 for tiny, else 192x336", help="Frame size in pixels."),
-    ] = None,
+    size: FrameSize = None,
     steps: Annotated[int, typer.Option(help="Network evaluations per chunk.")] = 4,
     chunks: Annotated[int, typer.Option(rich_help_panel=MEASUREMENT, help="Chunks of the long stream.")] = 500,
-    rounds: Annotated[int, typer.Option(rich_help_panel=MEASUREMENT, help="Interleaved measurement rounds.")] = 15,
+    rounds: Rounds = 15,
     device: Annotated[
         Literal["cpu", "cuda"] | None,
         typer.Option(rich_help_panel=EXECUTION, show_default="cuda if available", help="Device."),
@@ -149,9 +150,7 @@ def preprocess(
         ),
     ] = None,
     *,
-    rounds: Annotated[
-        int, typer.Option(min=1, rich_help_panel=MEASUREMENT, help="Measurement rounds of each variant.")
-    ] = 3,
+    rounds: Rounds = 3,
     workers: Annotated[int | None, typer.Option(min=1, show_default="one per CPU", help="Processes.")] = None,
     size: Annotated[str, typer.Option(metavar="HxW", help="Frame size in pixels.")] = "144x256",
     plain: Annotated[

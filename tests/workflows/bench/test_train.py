@@ -143,3 +143,11 @@ def test_ray_with_zero1_adds_at_most_five_percent(workers):
     assert max(result["loss_gap"].values()) < 1e-4
     assert result["bar"] is not None and result["overhead_zero1"] <= result["bar"]
     assert result["data_wait_share"] <= 0.02
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_measured():
+    result = bench_train(stage="joint", tokens=50, rounds=1, turn=1, sets=(*SMALL, "engine.compile=true"))
+    assert list(result["step_s"]) == ["bare", "torch"]
+    assert result["loss_gap"]["torch"] < 1e-4
+    assert result["flops"] > 0
