@@ -34,24 +34,24 @@ def start_ray(*, num_cpus: int | None = None) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves workers next to other processes
-    remote = "RAY_ADDRESS" in os.environ
-    if remote and find_token():  # a cluster without tokens ignores it
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if not remote:
-        os.environ.pop("RAY_AUTH_TOKEN", None)  # precedes the file
-        os.environ |= token_environment(_private_folder() / TOKEN_FILE)
     import ray
 
     if ray.is_initialized():
         return
     quiet: Any = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    if remote:
+    if "RAY_ADDRESS" in os.environ:
+        if find_token():  # a cluster without tokens ignores it
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        _reload_environment()
         ray.init(**quiet)
     else:
-        _apply_token_environment()
-        # "local": without it Ray connects to any head that has run on this machine
-        folder = str(_private_folder() / "r")  # Ray lets all users write there
-        ray.init("local", num_cpus=num_cpus, _node_ip_address="127.0.0.1", _temp_dir=folder, **quiet)
+        folder = _private_folder()
+        os.environ.pop("RAY_AUTH_TOKEN", None)  # precedes the file
+        os.environ |= token_environment(folder / TOKEN_FILE)
+        _reload_environment()
+        _use_loopback()
+        # "local": without it Ray connects to any head that has run on this machine. "r": Ray lets all users write there
+        ray.init("local", num_cpus=num_cpus, _node_ip_address="127.0.0.1", _temp_dir=str(folder / "r"), **quiet)
     _interrupt_on_sigterm()
 
 
@@ -100,15 +100,20 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _apply_token_environment() -> None:
-    """Make a Ray that was imported before use the token environment."""
+def _reload_environment() -> None:
+    """Make Ray read the variables of authentication again: it reads them when it is imported."""
     from ray import _raylet
-    from ray._private import ray_constants
 
     native: Any = _raylet
-    ray_constants.ENABLE_RAY_CLUSTER = False
     native.Config.initialize("")
     native.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _use_loopback() -> None:
+    """Do in this process what the variable of ``token_environment`` does in new ones."""
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def _interrupt_on_sigterm() -> None:

@@ -81,6 +81,7 @@ def prepare(folder: Path) -> None:
     sh("ip link set lo up; ip link add br0 type bridge; ip link set br0 up; ip addr add 10.0.0.1/24 dev br0")
     Path("/mnt/sshd_config").write_text(SSHD)
     sh(mount_home_commands("operator"))
+    sh("umask 077; mkdir -p ~/.ray; openssl rand -hex 32 > ~/.ray/auth_token")
     text = (ROOT / "cluster" / "onprem.yaml").read_text()
     for old, new in (("ssh_user: ubuntu", "ssh_user: root"), ("/shared", SHARED)):
         assert old in text
@@ -209,6 +210,6 @@ def run_scenario() -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ["PATH"] = f"{Path(sys.executable).parent}:/usr/sbin:{os.environ['PATH']}"
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"
     prepare(Path(sys.argv[1]))
     print(json.dumps(run_scenario()))

@@ -23,9 +23,9 @@ RESCALE_INTERVAL_S = 30.0  # seconds between checks for more workers in elastic 
 def run_on_ray(job: TrainingJob) -> None:
     """Run the job on Ray Train, on the running Ray cluster or one started in this process.
 
-    After the death of a worker, all restart from the latest checkpoint, up to ``engine.max_failures`` times. With
-    ``engine.workers = [fewest, most]`` the number follows the free resources. Ray Train then restarts all workers from
-    the latest checkpoint.
+    After the death of a worker, all restart from the latest checkpoint, up to ``engine.max_failures`` times.
+    Preemptions do not count, and their number is not limited. With ``engine.workers = [fewest, most]`` the number of
+    workers follows the free resources. Ray Train then restarts all workers from the latest checkpoint.
     """
     # the handler comes after ray.init, which installs another one
     with ray_session(job.config.engine.max_workers), preemption.forward_sigterm(job.run_dir, job.token):
@@ -68,7 +68,7 @@ def _fit(job: TrainingJob) -> None:
         run_config=train_run_config(
             job.token,  # Ray's storage accepts ASCII only, a run may have any name
             str(job.run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=job.config.engine.max_failures),
+            failure_config=FailureConfig(max_failures=job.config.engine.max_failures, max_preemption_failures=-1),
         ),
     )
     resources = ", ".join(f"{name} {amount:g}" for name, amount in (scaling.resources_per_worker or {}).items())
@@ -170,7 +170,8 @@ def _worker_function() -> Callable[[dict[str, Any]], None]:
 
         from ray.train.v2._internal.execution.context import get_train_context
 
-        from workflows.training.ray_launcher import open_snapshot_writer, set_worker_threads
+        from workflows.training.loop import TrainingInterrupted
+        from workflows.training.ray_launcher import open_snapshot_writer, preemption_error, set_worker_threads
         from workflows.training.worker import run_worker
 
         def preemption_reason() -> str:
@@ -180,9 +181,23 @@ def _worker_function() -> Callable[[dict[str, Any]], None]:
 
         set_worker_threads()
         job = pickle.loads(settings["job"])
-        run_worker(job, preemption_reason, open_snapshot_writer(job.metadata) if settings["async_samples"] else None)
+        snapshots = open_snapshot_writer(job.metadata) if settings["async_samples"] else None
+        try:
+            run_worker(job, preemption_reason, snapshots)
+        except TrainingInterrupted as error:
+            raise preemption_error(error) from None
 
     return train
+
+
+def preemption_error(error: Exception) -> Exception:
+    """Return the error with which Ray Train restarts a run without counting a failure.
+
+    Ray Train counts an error of a worker as a failure, also after a preemption notice, unless it is of this kind.
+    """
+    from ray.exceptions import RayActorError
+
+    return RayActorError(error_msg=str(error), preempted=True)
 
 
 def _torch_config(backend: str) -> Any:

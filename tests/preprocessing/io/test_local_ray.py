@@ -39,7 +39,7 @@ def session() -> Iterator[dict[str, Any]]:
     process = subprocess.Popen(
         [sys.executable, "-c", SESSION],
         cwd=ROOT,
-        env=environment | {"RAY_AUTH_MODE": "disabled"},  # does not weaken a Ray of ours
+        env=environment | {"RAY_AUTH_MODE": "disabled"},  # does not weaken a new Ray
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -130,3 +130,33 @@ def test_each_token_is_new_and_private(tmp_path: Path) -> None:
     assert len(made) == 2
     with pytest.raises(FileExistsError):
         local_ray.write_token(tmp_path / "a")
+
+
+WAITING = """
+import time
+from preprocessing.io.local_ray import start_ray
+start_ray(num_cpus=1)
+import ray
+task = ray.remote(lambda: time.sleep(100))
+reference = task.remote()
+print("ready", flush=True)
+try:
+    ray.get(reference)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    raise SystemExit(1)
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_command_as_sigint_does() -> None:
+    """Without our handler the process aborts (-6) and prints a native stack."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    output, errors = process.communicate(timeout=90)
+    assert (process.returncode, output) == (1, "interrupted\n"), errors
+    assert "SIGTERM" not in errors and "Traceback" not in errors and "stack" not in errors.lower(), errors
