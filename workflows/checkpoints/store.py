@@ -131,7 +131,7 @@ class CheckpointStore:
                 self.store.remove_folder(name)
 
     def delete_old(self, newest: str, keep: int) -> None:
-        """Remove all but the ``keep`` latest complete checkpoints, and damaged ones that ``newest`` supersedes."""
+        """Remove all but the ``keep`` latest complete checkpoints, and damaged ones up to the samples of ``newest``."""
         for name in [name for name in self.damaged if samples_of(name) <= samples_of(newest)]:
             self.delete(name)
         for name in self.list_complete()[:-keep]:
@@ -190,7 +190,7 @@ def matches_entry(path: Path, entry: Mapping[str, Any], *, content: bool = True)
 
 
 def matching_entries(paths: Sequence[Path], entries: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Return `matches_entry` of several files, whose contents are read in parallel."""
+    """Return the results of `matches_entry` for several files, read in parallel."""
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         return list(pool.map(matches_entry, paths, entries))
 

@@ -4,7 +4,6 @@ Distillation can collapse to static, silent clips while the losses look normal. 
 run. Active alarms are in ``alarms.json`` of the run, and at its end in ``outcome.json``.
 """
 
-import json
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from mfcore.timeline import Timeline
 from mfcore.types import MODALITIES, AVBatch, VelocityModel
 from workflows.evaluation.signals import DecodedClip
 from workflows.utils import distributed
-from workflows.utils.json_io import write_json
+from workflows.utils.json_io import read_intact_json, write_json
 
 _LOGGER = logging.getLogger(__name__)
 ALARMS = "alarms.json"
@@ -173,9 +172,10 @@ class HistoryUseMonitor:
     def _load_baseline(self, use: dict[str, float]) -> dict[str, float]:
         if distributed.get_rank() != 0:
             return use
-        if not self._path.exists():
+        baseline = read_intact_json(self._path)
+        if baseline is None:
             write_json(self._path, use, indent=None)
-        return json.loads(self._path.read_text())
+        return baseline or use
 
 
 class FakeScoreRatio:
@@ -238,5 +238,4 @@ def active_alarms(run_dir: Path) -> list[str]:
 
 def read_alarms(run_dir: Path) -> dict[str, dict[str, str]]:
     """Return the active alarms of a run by source and name."""
-    path = run_dir / ALARMS
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_intact_json(run_dir / ALARMS) or {}

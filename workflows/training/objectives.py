@@ -11,7 +11,7 @@ from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.optim import learning_rate
 from workflows.config.run import RunConfig
 
-NEVER = 1 << 40  # step that no run reaches
+NEVER = 10**9  # step that no run reaches; the largest that settings accept
 
 
 def build_objective(config: RunConfig) -> Objective:

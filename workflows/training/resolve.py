@@ -1,6 +1,7 @@
 """Resolve a ``mfctl train`` command: configuration, dataset, parent runs, and the settings that are fixed on resume."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +15,18 @@ from preprocessing.io.storage import is_remote
 from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
 from workflows.checkpoints.load import find_export, load_metadata
 from workflows.checkpoints.model_card import ExportMetadata
+from workflows.checkpoints.store import CheckpointStore
 from workflows.config import presets, serialization
 from workflows.config.latent_shapes import LatentShapes
 from workflows.config.run import RunConfig
 from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES
 from workflows.evaluation.feature_models import parse_feature_models
+from workflows.training.dataset_check import dataset_record
 from workflows.training.objectives import max_few_steps
 from workflows.training.progress import Progress
 from workflows.utils import environment
-from workflows.utils.json_io import read_json
+from workflows.utils.json_io import read_intact_json
 
 MUTABLE_SETTINGS = (
     *("engine", "checkpoint", "log_every", "sample_every", "sample_clips", "sample_weights", "skip_nonfinite"),
@@ -33,6 +36,7 @@ MUTABLE_SETTINGS = (
 IMMUTABLE_EXCEPTIONS = ("engine.precision",)
 """Exceptions to MUTABLE_SETTINGS."""
 
+_LOGGER = logging.getLogger(__name__)
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -53,7 +57,7 @@ class ResolvedRun:
             "stage": self.config.stage,
             "config": serialization.to_dict(self.config),
             "data": self.data,
-            "dataset": {"fingerprint": self.dataset.meta.fingerprint, "clips": len(self.dataset)},
+            "dataset": dataset_record(self.dataset),
             "from": {stage: str(path) for stage, path in self.parents.items()},
         }
 
@@ -68,18 +72,21 @@ def resolve_run(
     config_file: str | None,
     run: str | None,
     runs: Path,
+    count_only: bool = False,
 ) -> ResolvedRun:
     """Complete a command: from the record of the run if it exists, else with the latest dataset and runs.
 
+    With ``count_only`` the latest runs are optional: parents that are missing or do not fit are left out.
+
     Raises ValueError for an invalid configuration, or a missing dataset or parent run.
     """
-    if run is not None and (not run or run in (".", "..") or Path(run).name != run):
-        raise UserInputError(f"--run {run!r} is not a folder name. Use a name without slashes; runs are in {runs}")
-    path = runs / run / RUN_FILE if run else None
-    existing = read_json(path) if path and path.exists() else {}
+    if run is not None:
+        _check_run_name(run, runs)
+    existing = read_run_record(runs / run) if run else {}
     named = list(init_from) or list(existing.get("from", {}).values())
     parents, uri = collect_errors(
-        lambda: find_parents(stage, named, runs), lambda: str(data or existing.get("data") or latest_dataset(runs))
+        lambda: find_parents(stage, named, runs, optional=count_only),
+        lambda: str(data or existing.get("data") or latest_dataset(runs)),
     )
     dataset = open_dataset(uri, STAGES[stage].modalities)
     if not len(dataset):
@@ -93,11 +100,33 @@ def resolve_run(
             config, checkpoint=replace(config.checkpoint, to=environment.resolve_path(config.checkpoint.to))
         )
     parse_feature_models(config.sample_weights)  # raises ValueError for missing folders
+    _check_lengths(config, dataset, uri)
+    if count_only and not named:
+        parents = {p: path for p, path in parents.items() if _parent_fits(p, path, config, dataset.meta)}
     if config.stage != stage:
         raise UserInputError(f"--stage {stage} contradicts the setting stage={config.stage}")
     request = ResolvedRun(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / (run or ""))
     name = run or f"{stage}-{_digest(request)}"
     return ResolvedRun(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / name)
+
+
+def _check_run_name(run: str, runs: Path) -> None:
+    """Raise UserInputError unless ``run`` can be the name of a folder and fits into one line of a log."""
+    if not run or run in (".", "..") or Path(run).name != run or not run.isprintable():
+        raise UserInputError(
+            f"--run {run!r} is not a folder name. Use printable characters without slashes; runs are in {runs}"
+        )
+    if len(run.encode()) > environment.MAX_NAME_BYTES:
+        raise UserInputError(f"--run {run[:40]}... is too long. Use at most {environment.MAX_NAME_BYTES} bytes")
+
+
+def _check_lengths(config: RunConfig, dataset: ClipDataset, uri: str) -> None:
+    """Raise UserInputError if no clip is as long as the shortest training clip."""
+    if (longest := max(dataset.lengths)) < config.data.chunks[0]:
+        raise UserInputError(
+            f"data.chunks={list(config.data.chunks)}: the longest clip of {uri} has {longest} chunks. Lower it, "
+            "or preprocess longer clips"
+        )
 
 
 def collect_errors(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
@@ -116,7 +145,8 @@ def collect_errors(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, 
 
 def latest_dataset(runs: Path) -> str:
     """Return the latest finished dataset under ``runs``. Raise ValueError if there is none."""
-    found = [p for depth in range(3) for p in runs.glob("*/" * depth + "_dataset.json") if read_json(p).get("complete")]
+    places = [p for depth in range(3) for p in runs.glob("*/" * depth + "_dataset.json")]
+    found = [p for p in places if (read_intact_json(p) or {}).get("complete")]
     if not found:
         raise UserInputError(
             f"no finished dataset under {runs}. Run `mfctl preprocess SRC {runs}/dataset`, "
@@ -125,8 +155,11 @@ def latest_dataset(runs: Path) -> str:
     return str(max(found, key=lambda p: p.stat().st_mtime).parent)
 
 
-def find_parents(stage: Stage, named: Sequence[str], runs: Path) -> dict[Stage, Path]:
-    """Return the export folder of a run for each parent stage: named, else the latest finished one under ``runs``."""
+def find_parents(stage: Stage, named: Sequence[str], runs: Path, *, optional: bool = False) -> dict[Stage, Path]:
+    """Return the export folder of a run for each parent stage: named, else the latest finished one under ``runs``.
+
+    Raises UserInputError for a missing one, unless ``optional``.
+    """
     plan = STAGES[stage]
     exports = [_named_export(name, runs) for name in named]
     parents = check_parents(stage, [(load_metadata(export).stage, export) for export in exports])
@@ -137,9 +170,9 @@ def find_parents(stage: Stage, named: Sequence[str], runs: Path) -> dict[Stage, 
                 parents[parent] = _latest_export(stage, parent, runs)
             except ValueError as error:
                 missing.append(str(error))
-    if missing:
+    if missing and not optional:
         raise UserInputError("; ".join(missing))
-    return {parent: parents[parent] for parent in plan.parents}
+    return {parent: parents[parent] for parent in plan.parents if parent in parents}
 
 
 def _named_export(name: str, runs: Path) -> Path:
@@ -155,9 +188,7 @@ def _named_export(name: str, runs: Path) -> Path:
 
 def _latest_export(stage: Stage, parent: Stage, runs: Path) -> Path:
     outcomes = [p for depth in (1, 2) for p in runs.glob("*/" * depth + OUTCOME_FILE)]
-    done = [
-        p.parent for p in outcomes if final_progress(p.parent) and read_json(p.parent / RUN_FILE)["stage"] == parent
-    ]
+    done = [p.parent for p in outcomes if final_progress(p.parent) and read_run_record(p.parent).get("stage") == parent]
     if not done:
         raise UserInputError(
             f"stage {stage} starts from a finished {parent} run, and {runs} has none. "
@@ -166,8 +197,29 @@ def _latest_export(stage: Stage, parent: Stage, runs: Path) -> Path:
     return find_export(max(done, key=lambda path: (path / OUTCOME_FILE).stat().st_mtime))
 
 
+def read_run_record(run_dir: Path) -> dict[str, Any]:
+    """Return ``run.json``; if it is damaged, that of the latest checkpoint in the run directory; {} without any."""
+    record = read_intact_json(run_dir / RUN_FILE)
+    if record is None and (run_dir / RUN_FILE).exists():
+        record = latest_checkpoint_record(CheckpointStore(run_dir / "checkpoints"))[1]
+    return record or {}
+
+
+def latest_checkpoint_record(store: CheckpointStore) -> tuple[str, dict[str, Any]]:
+    """Return the name and ``run.json`` of the latest checkpoint whose record is intact; "" and {} without any."""
+    for name in reversed(store.list_complete()):
+        try:
+            return name, store.read_json(name, RUN_FILE)
+        except (FileNotFoundError, ValueError):
+            _LOGGER.warning(f"{store.uri_of(name)}/{RUN_FILE} is damaged or missing")
+    return "", {}
+
+
 def _digest(request: ResolvedRun) -> str:
-    return hashlib.sha256(repr(immutable_settings(request.record())).encode()).hexdigest()[:8]
+    """Return the part of a run's name that depends on its settings. The digest of the clips is no part of it."""
+    settings = immutable_settings(request.record())
+    del settings["dataset.digest"]
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
 
 
 def immutable_settings(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +236,7 @@ def immutable_settings(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def final_progress(run_dir: Path) -> Progress | None:
     """Return the final progress of a finished run, else None."""
-    outcome = read_json(run_dir / OUTCOME_FILE, default={})
+    outcome = read_intact_json(run_dir / OUTCOME_FILE) or {}
     return serialization.from_dict(Progress, outcome["progress"]) if "progress" in outcome else None
 
 
@@ -227,6 +279,15 @@ def make_export_metadata(config: RunConfig, meta: DatasetMetadata, parents: Mapp
         dataset=meta.fingerprint,
         few_steps=max_few_steps(config.objective),
     )
+
+
+def _parent_fits(stage: Stage, path: Path, config: RunConfig, meta: DatasetMetadata) -> bool:
+    """Return True if a run can be the parent of ``config``."""
+    try:
+        _check_parent(stage, path, load_metadata(path), config=config, meta=meta)
+    except UserInputError:
+        return False
+    return True
 
 
 def _check_parent(

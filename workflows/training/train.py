@@ -13,6 +13,7 @@ All checks run before the first file is written. A run is a folder:
 
 import importlib.metadata
 import logging
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,8 @@ from mfcore.errors import UserInputError
 from preprocessing.io.lease import Lease
 from preprocessing.io.storage import Store
 from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
-from workflows.checkpoints.store import CheckpointStore, checkpoint_root, join_uri
+from workflows.checkpoints.load import verify_export, weight_files
+from workflows.checkpoints.store import CheckpointStore, checkpoint_root, join_uri, samples_of
 from workflows.config import serialization
 from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES, headline_loss
@@ -31,6 +33,7 @@ from workflows.tracking.mlflow_sync import has_backlog
 from workflows.training import cost_estimate
 from workflows.training.async_samples import evaluate_remaining, unevaluated_snapshots
 from workflows.training.collapse_alarms import AlarmStore, active_alarms
+from workflows.training.dataset_check import dataset_record, describe_changed_clips
 from workflows.training.heartbeat import HEARTBEAT_DIR, monitor_heartbeats
 from workflows.training.loop import TrainingInterrupted
 from workflows.training.pretrained_init import describe_wan_import
@@ -40,6 +43,7 @@ from workflows.training.resolve import (
     ResolvedRun,
     final_progress,
     immutable_settings,
+    latest_checkpoint_record,
     make_export_metadata,
     resolve_run,
 )
@@ -48,7 +52,7 @@ from workflows.training.sample_callback import SampleReportPublisher
 from workflows.training.samples import report_path
 from workflows.training.worker import TrainingJob, open_training_tracker
 from workflows.utils import environment
-from workflows.utils.json_io import read_json, write_json
+from workflows.utils.json_io import read_intact_json, read_json, write_json
 
 _LOGGER = logging.getLogger(__name__)
 LaunchFn = Callable[[TrainingJob], None]
@@ -103,8 +107,9 @@ def train_stage(
             config_file=config_file,
             run=run,
             runs=runs,
+            count_only=dry_run,
         )
-    except ValueError as missing:
+    except UserInputError as missing:
         if dry_run and not data and not init_from:
             return cost_estimate.estimate_without_dataset(stage, preset, sets, config_file) | {"missing": str(missing)}
         raise
@@ -117,10 +122,15 @@ def train_stage(
             "costs": cost_estimate.estimate_costs(request.config, metadata.timeline),
             **start,
         }
+    if launch is None:
+        _check_gpu(request)
     with redirect_logs(logging.StreamHandler()):
         if start:
             _LOGGER.info(start["init_video"])
         _check_record(request)
+        if final_progress(request.run_dir) is None:
+            for export in request.parents.values():
+                verify_export(export, weight_files(export, "ema"))
         with _lease(request.run_dir) as lease, _checkpoint_lease(request):
             if final_progress(request.run_dir) is None:
                 _check_checkpoint(request)
@@ -129,6 +139,7 @@ def train_stage(
                     config=request.config,
                     metadata=metadata,
                     data=request.data,
+                    dataset=dataset_record(request.dataset),
                     parents=request.parents,
                     run_dir=request.run_dir,
                     tracking_uri=environment.tracking_uri(runs),
@@ -137,6 +148,19 @@ def train_stage(
                 _launch(job, launch or run_on_ray)
             _conclude(request, sample, environment.tracking_uri(runs), on_ray=launch is None)
     return _result(request)
+
+
+def _check_gpu(request: ResolvedRun) -> None:
+    """Raise UserInputError if the run needs GPUs that a Ray of this machine alone can never have."""
+    if not request.config.engine.use_gpu or "RAY_ADDRESS" in os.environ or final_progress(request.run_dir) is not None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserInputError(
+            "engine.use_gpu=true: this machine has no CUDA device. Set engine.use_gpu=false, or run the command on a "
+            "cluster with `mfctl submit`"
+        )
 
 
 def _launch(job: TrainingJob, launch: LaunchFn) -> None:
@@ -153,27 +177,36 @@ def _launch(job: TrainingJob, launch: LaunchFn) -> None:
 def _check_record(request: ResolvedRun) -> None:
     """Raise ValueError if the run exists with other settings."""
     path = request.run_dir / RUN_FILE
-    if not path.exists():
-        if request.run_dir.exists() and any(p.name != "_lock" for p in request.run_dir.iterdir()):
+    existing = read_intact_json(path)
+    if existing is None:
+        others = [p for p in request.run_dir.glob("*") if not p.name.startswith("_lock")]
+        if not path.exists() and others:
             raise UserInputError(f"{request.run_dir} exists and is not a training run. Choose another name with --run")
         return
-    _require_equal_records(f"the run {request.run_dir}", read_json(path), request.record())
+    _require_equal_records(f"the run {request.run_dir}", existing, request.record(), request.data)
 
 
 def _check_checkpoint(request: ResolvedRun) -> None:
     """Raise ValueError if the checkpoint has other settings or data. Runs may share the checkpoint root."""
     store = CheckpointStore(checkpoint_root(request.run_dir, request.config.checkpoint.to))
-    if saved := store.list_complete():
+    name, existing = latest_checkpoint_record(store)
+    if existing:
         record = {key: request.record()[key] for key in ("stage", "config", "dataset")}  # paths may differ
-        _require_equal_records(
-            f"the checkpoint {store.uri_of(saved[-1])}", store.read_json(saved[-1], RUN_FILE), record
-        )
+        _require_equal_records(f"the checkpoint {store.uri_of(name)}", existing, record, request.data)
 
 
-def _require_equal_records(what: str, existing: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Raise ValueError if two records differ in a setting that is fixed on resume."""
+def _require_equal_records(what: str, existing: Mapping[str, Any], record: Mapping[str, Any], data: str) -> None:
+    """Raise UserInputError if two records differ in a setting that is fixed on resume, or in the clips of ``data``."""
     existing = {key: value for key, value in existing.items() if key in record}
-    if lines := serialization.diff(immutable_settings(existing), immutable_settings(record)):
+    before, now = immutable_settings(existing), immutable_settings(record)
+    if "dataset.digest" not in before:  # written by an earlier version
+        now.pop("dataset.digest", None)
+    lines = serialization.diff(before, now)
+    if lines and all(line.startswith(("dataset.clips:", "dataset.digest:")) for line in lines):
+        raise UserInputError(
+            describe_changed_clips(data, existing["dataset"], record["dataset"], since=f"{what} was written")
+        )
+    if lines:
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
         raise UserInputError(
             f"{what} has other settings: {'; '.join(lines[:4])}{more}. "
@@ -209,7 +242,7 @@ def _version(name: str) -> str | None:
 
 def _raise_if_failed(run_dir: Path, token: str) -> None:
     """Raise the error of the outcome of this driver's workers."""
-    outcome = read_json(run_dir / OUTCOME_FILE, default={})
+    outcome = read_intact_json(run_dir / OUTCOME_FILE) or {}
     if outcome.get("token") != token:
         raise RuntimeError(f"the workers of {run_dir} ended without an outcome. See their log above")
     if "error" in outcome:
@@ -242,6 +275,12 @@ def _conclude(request: ResolvedRun, sample: SampleFn | None, uri: str, *, on_ray
         _LOGGER.warning(f"ALARM active at the end of {run_dir}: {'; '.join(outcome['alarms'])}. Check its samples")
 
 
+def _final_checkpoint(store: CheckpointStore, progress: Progress) -> str:
+    """Return the checkpoint of the last step, else the latest one; a damaged one may have more samples."""
+    complete = store.list_complete()
+    return next((name for name in complete if samples_of(name) == progress.samples_seen), complete[-1])
+
+
 def _result(request: ResolvedRun) -> dict[str, Any]:
     """Return the content of ``--json``."""
     outcome = read_json(request.run_dir / OUTCOME_FILE)
@@ -258,7 +297,7 @@ def _result(request: ResolvedRun) -> dict[str, Any]:
             "held_out_first": progress.first,
             "held_out_last": progress.last,
         },
-        "checkpoint": store.uri_of(store.list_complete()[-1]),
+        "checkpoint": store.uri_of(_final_checkpoint(store, progress)),
         "mlflow_run": outcome["mlflow_run"],
         "samples": outcome.get("samples", []),
         "alarms": outcome.get("alarms", []),

@@ -1,16 +1,17 @@
 """Training on one rank, under Ray Train or in this process."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mfcore.ema import Ema
+from mfcore.errors import UserInputError
 from mfcore.model.compile import CompilerNotFoundError
 from mfcore.types import AVBatch
-from preprocessing.dataset.reader import open_dataset
+from preprocessing.dataset.reader import ClipDataset, open_dataset
 from preprocessing.io.lease import LeaseLostError, verify_lease
 from preprocessing.io.prefetch import prefetch
 from preprocessing.io.storage import Store
@@ -27,8 +28,14 @@ from workflows.tracking.mlflow_sync import open_durable_tracker
 from workflows.tracking.tracker import PARAMS, NullTracker, Tracker
 from workflows.training import preemption
 from workflows.training.async_samples import SnapshotWriter
-from workflows.training.checkpointing import CheckpointWriter, latest_intact_checkpoint, load_training_state
+from workflows.training.checkpointing import (
+    CheckpointSaveError,
+    CheckpointWriter,
+    latest_intact_checkpoint,
+    load_training_state,
+)
 from workflows.training.collapse_alarms import HistoryUseMonitor
+from workflows.training.dataset_check import DatasetChangedError, dataset_record, describe_changed_clips
 from workflows.training.engines.base import NonFiniteError
 from workflows.training.heartbeat import HEARTBEAT_DIR, Heartbeat
 from workflows.training.loop import (
@@ -57,6 +64,7 @@ class TrainingJob:
     config: RunConfig
     metadata: ExportMetadata
     data: str  # URI of the dataset
+    dataset: Mapping[str, Any]  # its record when the run began, see ``dataset_check``
     parents: dict[Stage, Path]
     run_dir: Path
     tracking_uri: str
@@ -89,7 +97,11 @@ def _run_worker(job: TrainingJob, preemption_reason: Callable[[], str], snapshot
     try:
         monitor = PreemptionMonitor(job.run_dir, job.token, preemption_reason)
         progress = _train(job, tracker=tracker, heartbeat=heartbeat, stop_reason=monitor, snapshots=snapshots)
-    except (NonFiniteError, InsufficientMemoryError, CompilerNotFoundError) as error:
+    except (NonFiniteError, InsufficientMemoryError, CompilerNotFoundError, DatasetChangedError) as error:
+        _finish(job, tracker, {"error": str(error)})
+    except CheckpointSaveError as error:
+        if not distributed.broadcast_from_rank_zero(_owns_run(job)):
+            raise  # the outcome belongs to the driver that took over
         _finish(job, tracker, {"error": str(error)})
     except TrainingInterrupted as error:
         if any(distributed.all_gather_object(preemption_reason())):
@@ -112,6 +124,7 @@ def _train(
     snapshots: SnapshotWriter | None,
 ) -> Progress:
     config, device = job.config, distributed.local_device()
+    train, held_out, collator = _splits(job)
     require_training_memory_on_all_ranks(config)
     networks = build_training_networks(config, build_initial_network(config, job.parents).to(device))
     engines, ema = networks.engines, networks.ema
@@ -120,7 +133,6 @@ def _train(
     if saved := latest_intact_checkpoint(store):
         start = load_training_state(store, saved, engines, ema)
         _LOGGER.info(f"{config.stage} resumes at step {start.step} on {distributed.get_world_size()} workers")
-    train, held_out, collator = _splits(job)
     sequence = config.engine.sequence
     shard = RankShard(
         rank=distributed.get_rank() // sequence,
@@ -202,10 +214,23 @@ def _sample_callback(
 
 
 def _splits(job: TrainingJob) -> tuple[ClipSplit, ClipSplit, BatchCollator]:
-    plan, config = STAGES[job.config.stage], job.config.data
-    train, held_out = open_dataset(job.data, plan.modalities).split(config.held_out)
+    train, held_out = _open_dataset(job).split(job.config.data.held_out)
     collator = BatchCollator(timeline=job.metadata.timeline, stats=job.metadata.stats)
     return clip_split(train), clip_split(held_out), collator
+
+
+def _open_dataset(job: TrainingJob) -> ClipDataset:
+    """Return the dataset. Raise DatasetChangedError, on all ranks, if it is not that of the start of the run."""
+    dataset, problem = None, None
+    try:
+        dataset = open_dataset(job.data, STAGES[job.config.stage].modalities)
+        problem = describe_changed_clips(job.data, job.dataset, dataset_record(dataset), since="the run began")
+    except UserInputError as error:  # unfinished: it is being extended
+        problem = str(error)
+    problems = [text for text in distributed.all_gather_object(problem) if text]
+    if dataset is None or problems:
+        raise DatasetChangedError(problems[0])
+    return dataset
 
 
 def _checkpoint_record(job: TrainingJob, tracker: Tracker, progress: Progress) -> dict[str, Any]:
