@@ -1,11 +1,11 @@
 """Storage of the results of a sweep."""
 
 import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
 from mfcore.errors import UserInputError
+from workflows.evaluation.batch_file import read_batch, write_batch
 from workflows.evaluation.rows import SettingResult, StoredSettingResult, SweepRow
 from workflows.evaluation.sweep import EvaluatedCheckpoint
 from workflows.evaluation.worker import TaskResult
@@ -43,22 +43,18 @@ class ResultStore:
         """Write the rows of a setting and delete its batches."""
         self._finished.mkdir(parents=True, exist_ok=True)
         write_json(self._finished / f"{key}.json", {"scope": self.scope, "key": key, **result})
-        for path in self._unfinished.glob(f"{key}-*.pickle"):
+        for path in self._unfinished.glob(f"{key}-*"):
             path.unlink()
 
     def save_batch(self, key: str, batch: int, outcome: TaskResult) -> None:
         """Write the result of one batch atomically."""
         self._unfinished.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self._unfinished / f"{key}-{batch}.pickle") as temporary:
-            temporary.write_bytes(pickle.dumps(outcome))
+        with atomic_path(self._unfinished / f"{key}-{batch}.safetensors") as temporary:
+            write_batch(temporary, outcome)
 
     def load_batch(self, key: str, batch: int) -> TaskResult | None:
         """Return the result of one batch of an earlier run; None if it is not stored or cannot be read."""
-        path = self._unfinished / f"{key}-{batch}.pickle"
-        try:
-            return pickle.loads(path.read_bytes()) if path.exists() else None
-        except (AttributeError, EOFError, ImportError, pickle.UnpicklingError):
-            return None  # written by a version with other class names, or cut off: the batch is sampled again
+        return read_batch(self._unfinished / f"{key}-{batch}.safetensors")
 
     def load_all(self, checkpoints: Sequence[EvaluatedCheckpoint]) -> list[StoredSettingResult]:
         """Return the results of the checkpoints on the clips of this scope, sorted by function evaluations.
@@ -69,6 +65,12 @@ class ResultStore:
         labels = {(s.digest, s.precision): s.label for s in checkpoints}
         wanted = {"real", *(digest for digest, _ in labels)}
         results = [r for r in stored if r["scope"] == self.scope and r["digest"] in wanted]
+        for path in (Path(name) for result in results for name in result["samples"]):
+            if path.is_absolute() or ".." in path.parts:
+                raise UserInputError(
+                    f"{self._finished} has a row that names the sample {str(path)!r}, outside of {self.folder}. "
+                    "Remove the row"
+                )
         for result in results:
             first = result["rows"][0]
             if "precision" not in first:  # real clips
