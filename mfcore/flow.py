@@ -42,7 +42,7 @@ class TimeConfig:
 
     shift: dict[str, float]  # time shift per modality; 1: none
     logit_mean: float = 0.0  # mean of the logit-normal of training times
-    logit_std: float = 1.0
+    logit_std: float = 1.0  # its standard deviation
     uniform_share: float = 0.1  # share of training times uniform on (0, 1] before the shift
     independent: bool = False  # draw a separate level per modality instead of one shared by both
 

@@ -14,7 +14,7 @@ class OptimConfig:
     """Optimizer of one network. Defaults are those of the paper (METHOD 5)."""
 
     lr: float = 5e-5  # peak learning rate
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of the moments of AdamW
     weight_decay: float = 0.02  # on weights of linear layers only
     clip: float = 0.5  # largest gradient norm
     warm_up: int = 100  # steps of linear warm-up

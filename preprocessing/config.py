@@ -50,7 +50,7 @@ class PreprocessConfig:
     sync: SyncConfig = field(default_factory=SyncConfig)
     limits: SourceLimits = field(default_factory=SourceLimits)
     keep_duplicates: bool = False  # keep sources with equal bytes
-    latent_dtype: Literal["float32", "float16"] = "float32"
+    latent_dtype: Literal["float32", "float16"] = "float32"  # of stored latents
     sources_per_unit: int = 16  # sources per work unit
     stall_seconds: float = 60.0  # timeout of a decoder without output
     decoder_bytes: int = DECODER_BYTES  # memory limit of one decoder

@@ -72,7 +72,7 @@ from workflows.bench.matmul_overhead import MatmulOverhead
 from workflows.bench.variants import RoundTiming, Variant
 from workflows.checkpoints.layout import METADATA_FILE, OUTCOME_FILE, RUN_FILE
 from workflows.checkpoints.store import COMPLETE_FILE
-from workflows.cli import output
+from workflows.cli import errors, output
 from workflows.cli.app import app
 from workflows.config import presets, serialization
 from workflows.config.latent_shapes import geometry_for_preset
@@ -228,13 +228,13 @@ def command_line(_: "Material") -> Any:
         "name": app.info.name,
         "commands": described(get_command(app)),
         "exit codes": {
-            "failed": output.FAILED,
-            "wrong input": output.WRONG_INPUT,
+            "failed": errors.FAILED,
+            "wrong input": errors.WRONG_INPUT,
             "exit code of a job unknown": kuberay.UNKNOWN_EXIT,
         },
         "environment variables": {
             "working directory": environment.CWD_ENV,
-            "traceback": output.TRACEBACK,
+            "traceback": errors.TRACEBACK,
             "resources of a cluster": PROMISED_RESOURCES_ENV,
             "temporary folder of a head": local_head.TEMP_ENV,
             "ports of a head": list(local_head.PORTS),
@@ -541,7 +541,7 @@ def quick_results(material: "Material") -> Any:
         "manifest": corpus(material.folder),
         "doctor": checks(),
         "status": jobs(material.folder),
-        "error": types_of(mfctl("inspect", "nowhere", code=output.WRONG_INPUT)),
+        "error": types_of(mfctl("inspect", "nowhere", code=errors.WRONG_INPUT)),
     }
 
 

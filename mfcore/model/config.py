@@ -48,8 +48,8 @@ class ModelConfig:
 
     branches: dict[str, BranchConfig]
     dim: int  # width of a branch
-    layers: int
-    heads: int
+    layers: int  # transformer layers
+    heads: int  # attention heads
     kv_heads: int | None = None  # heads of keys and values, shared by groups of query heads; None: as many
     word_heads: int | None = None  # heads that read the transcript; None: all
     mlp_ratio: float = 4.0  # feed-forward width over dim

@@ -23,8 +23,8 @@ class MutualConfig:
     strengths: tuple[int, ...] = (3, 4, 5)  # coupled history at s = shift(2^-k), k drawn per step
     rollout_steps: tuple[int, ...] = (4, 8)  # few-step calls per chunk of free history, drawn per step
     guidance: float = 2.0  # weight of guidance, trained into the few-step mode
-    shortcut_weight: float = 2 / 3
-    dmd_weight: float = 1 / 3
+    shortcut_weight: float = 2 / 3  # of the ShortCut loss
+    dmd_weight: float = 1 / 3  # of the DMD loss
     dmd_floor: float = 1e-3  # lower bound of the normalizer of the DMD gradient
     trust_label: bool = True  # label history with its strength
     base: BaseRule = "midpoint"  # ShortCut target at the finest level

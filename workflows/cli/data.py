@@ -22,29 +22,39 @@ from workflows.cli.traits import command
 from workflows.utils import environment, progress
 
 MODELS = "Codecs and models"
+CPUS = os.cpu_count() or 1
 SOURCES_HELP = "Media files, folders, globs, s3:// prefixes or manifests (csv, jsonl, parquet)."
+
+
+Clips = Annotated[int, typer.Option(min=1, max=10_000_000, help="Number of clips.")]
+Seconds = Annotated[float, typer.Option(help="Length of a clip in seconds.")]
+Size = Annotated[int, typer.Option(help="Width and height in pixels.")]
+Fps = Annotated[int, typer.Option(help="Frames per second.")]
+SampleRate = Annotated[int, typer.Option(help="Audio samples per second.")]
+Seed = Annotated[int, typer.Option(help="Seed; clip i is a function of the seed and i.")]
+Voice = Annotated[
+    Literal["syllables", "english"],
+    typer.Option(help="Invented syllables, or English sentences, which need the program flite."),
+]
+HeldOut = Annotated[
+    bool, typer.Option("--held-out", help="Speak the English sentences that no training world contains.")
+]
+Jobs = Annotated[int, typer.Option(min=1, max=1024, show_default="number of CPUs", help="Concurrent renderers.")]
 
 
 @command(paths=("out",))
 def toyworld(
     out: OutputPath,
     *,
-    clips: Annotated[int, typer.Option(min=1, max=10_000_000, help="Number of clips.")] = 256,
-    seconds: Annotated[float, typer.Option(help="Length of a clip in seconds.")] = 10.0,
-    size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 64,
-    fps: Annotated[int, typer.Option(help="Frames per second.")] = 24,
-    sample_rate: Annotated[int, typer.Option(help="Audio samples per second.")] = 16000,
-    seed: Annotated[int, typer.Option(help="Seed; clip i is a function of the seed and i.")] = 0,
-    voice: Annotated[
-        Literal["syllables", "english"],
-        typer.Option(help="Invented syllables, or English sentences, which need the program flite."),
-    ] = "syllables",
-    held_out: Annotated[
-        bool, typer.Option("--held-out", help="Speak the English sentences that no training world contains.")
-    ] = False,
-    jobs: Annotated[
-        int, typer.Option(min=1, max=1024, show_default="number of CPUs", help="Concurrent renderers.")
-    ] = os.cpu_count() or 1,
+    clips: Clips = 256,
+    seconds: Seconds = 10.0,
+    size: Size = 64,
+    fps: Fps = 24,
+    sample_rate: SampleRate = 16000,
+    seed: Seed = 0,
+    voice: Voice = "syllables",
+    held_out: HeldOut = False,
+    jobs: Jobs = CPUS,
     json: JsonFlag = False,
 ) -> None:
     """Write mp4 clips of talking characters with known truth.
@@ -74,64 +84,73 @@ def toyworld(
     output.run_command(work, as_json=json)
 
 
+Sources = Annotated[list[str], typer.Argument(parser=environment.resolve_path, metavar="SRC...", help=SOURCES_HELP)]
+Modality = Annotated[
+    Literal["paired", "video", "audio"] | None,
+    typer.Option(show_default="paired", help="Required streams of a clip."),
+]
+Sizes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HxW,HxW",
+        show_default="64x64",
+        help="Sizes of encoded frames in pixels; each source gets the nearest shape.",
+    ),
+]
+AudioTrack = Annotated[
+    int | None,
+    typer.Option(min=0, show_default="the one that the file marks", help="Audio stream of each file; 0 is the first."),
+]
+CodecVideo = Annotated[
+    str | None,
+    typer.Option(metavar="dct|wan:DIR", rich_help_panel=MODELS, show_default="dct", help="Video codec."),
+]
+CodecAudio = Annotated[
+    str | None,
+    typer.Option(metavar="mel|oobleck:DIR", rich_help_panel=MODELS, show_default="mel", help="Audio codec."),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        metavar="words|t5:DIR",
+        rich_help_panel=MODELS,
+        show_default="words",
+        help="Text encoder of captions and transcripts.",
+    ),
+]
+Sync = Annotated[
+    str | None,
+    typer.Option(
+        metavar="motion|syncnet:FILE|off",
+        rich_help_panel=MODELS,
+        show_default="motion, recorded only",
+        help="Estimator of the A/V offset.",
+    ),
+]
+Transcribe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="whisper:DIR|off",
+        rich_help_panel=MODELS,
+        show_default="off",
+        help="ASR model for clips without a transcript.",
+    ),
+]
+
+
 @command(paths=("sources", "out", "config"))
 def preprocess(
-    sources: Annotated[list[str], typer.Argument(parser=environment.resolve_path, metavar="SRC...", help=SOURCES_HELP)],
+    sources: Sources,
     out: DatasetUri,
     *,
-    modality: Annotated[
-        Literal["paired", "video", "audio"] | None,
-        typer.Option(show_default="paired", help="Required streams of a clip."),
-    ] = None,
-    sizes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HxW,HxW",
-            show_default="64x64",
-            help="Sizes of encoded frames in pixels; each source gets the nearest shape.",
-        ),
-    ] = None,
-    audio_track: Annotated[
-        int | None,
-        typer.Option(
-            min=0, show_default="the one that the file marks", help="Audio stream of each file; 0 is the first."
-        ),
-    ] = None,
-    codec_video: Annotated[
-        str | None,
-        typer.Option(metavar="dct|wan:DIR", rich_help_panel=MODELS, show_default="dct", help="Video codec."),
-    ] = None,
-    codec_audio: Annotated[
-        str | None,
-        typer.Option(metavar="mel|oobleck:DIR", rich_help_panel=MODELS, show_default="mel", help="Audio codec."),
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="words|t5:DIR",
-            rich_help_panel=MODELS,
-            show_default="words",
-            help="Text encoder of captions and transcripts.",
-        ),
-    ] = None,
-    sync: Annotated[
-        str | None,
-        typer.Option(
-            metavar="motion|syncnet:FILE|off",
-            rich_help_panel=MODELS,
-            show_default="motion, recorded only",
-            help="Estimator of the A/V offset.",
-        ),
-    ] = None,
-    transcribe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="whisper:DIR|off",
-            rich_help_panel=MODELS,
-            show_default="off",
-            help="ASR model for clips without a transcript.",
-        ),
-    ] = None,
+    modality: Modality = None,
+    sizes: Sizes = None,
+    audio_track: AudioTrack = None,
+    codec_video: CodecVideo = None,
+    codec_audio: CodecAudio = None,
+    text: Text = None,
+    sync: Sync = None,
+    transcribe: Transcribe = None,
     sets: ConfigOverrides,
     config: ConfigFile = None,
     dry_run: DryRunFlag = False,

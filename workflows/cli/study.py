@@ -16,55 +16,64 @@ SCOPE = "Scope"
 EXECUTION = "Execution"
 
 
+Out = Annotated[str, typer.Option(parser=environment.resolve_path, metavar="DIR", help="Folder of the study.")]
+Preset = Annotated[
+    Literal["toy-study", "quick"] | None,
+    typer.Option(show_default="toy-study", help="Sizes of network, budget and sweep."),
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Preset quick with 3 methods and 1 seed, unless given; runs for minutes.")
+]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|A,B",
+        rich_help_panel=SCOPE,
+        help="Number of seeds, or a list, for core and named methods; other methods use the first.",
+        show_default="3",
+    ),
+]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B",
+        rich_help_panel=SCOPE,
+        show_default="all",
+        help="Methods: all, core, ablations, quick, or names of rows.",
+    ),
+]
+Device = Annotated[str, typer.Option(rich_help_panel=EXECUTION, help="Device: cpu, cuda, cuda:1.")]
+Workers = Annotated[int, typer.Option(min=1, rich_help_panel=EXECUTION, help="Concurrent processes.")]
+Networks = Annotated[
+    str | None,
+    typer.Option(
+        parser=environment.resolve_path,
+        metavar="DIR",
+        rich_help_panel=EXECUTION,
+        help="Other study with trained networks to reuse.",
+    ),
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=EXECUTION,
+        help="Time budget in minutes: no task starts after it. Rerun the same command to continue.",
+    ),
+]
+
+
 @command(writes_runs=True, driver_only=True, paths=("out", "networks"))
 def study(
     *,
-    out: Annotated[
-        str, typer.Option(parser=environment.resolve_path, metavar="DIR", help="Folder of the study.")
-    ] = DEFAULT_STUDY_DIR,
-    preset: Annotated[
-        Literal["toy-study", "quick"] | None,
-        typer.Option(show_default="toy-study", help="Sizes of network, budget and sweep."),
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Preset quick with 3 methods and 1 seed, unless given; runs for minutes.")
-    ] = False,
-    seeds: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|A,B",
-            rich_help_panel=SCOPE,
-            help="Number of seeds, or a list, for core and named methods; other methods use the first.",
-            show_default="3",
-        ),
-    ] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B",
-            rich_help_panel=SCOPE,
-            show_default="all",
-            help="Methods: all, core, ablations, quick, or names of rows.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(rich_help_panel=EXECUTION, help="Device: cpu, cuda, cuda:1.")] = "cpu",
-    workers: Annotated[int, typer.Option(min=1, rich_help_panel=EXECUTION, help="Concurrent processes.")] = 2,
-    networks: Annotated[
-        str | None,
-        typer.Option(
-            parser=environment.resolve_path,
-            metavar="DIR",
-            rich_help_panel=EXECUTION,
-            help="Other study with trained networks to reuse.",
-        ),
-    ] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=EXECUTION,
-            help="Time budget in minutes: no task starts after it. Rerun the same command to continue.",
-        ),
-    ] = None,
+    out: Out = DEFAULT_STUDY_DIR,
+    preset: Preset = None,
+    quick: Quick = False,
+    seeds: Seeds = None,
+    methods: Methods = None,
+    device: Device = "cpu",
+    workers: Workers = 2,
+    networks: Networks = None,
+    minutes: Minutes = None,
     sets: ConfigOverrides,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,

@@ -12,49 +12,56 @@ from workflows.utils import environment
 INPUTS = "Inputs"
 
 
+Stage = Annotated[Literal["video", "audio", "joint", "mutual"], typer.Option(help="Training stage.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        parser=environment.resolve_dataset,
+        metavar="DATASET",
+        rich_help_panel=INPUTS,
+        show_default="newest finished dataset under runs/",
+        help="Dataset: folder or s3:// prefix.",
+    ),
+]
+InitFrom = Annotated[
+    list[str],
+    typer.Option(
+        "--from",
+        parser=environment.resolve_existing_path,
+        metavar="RUN",
+        default_factory=list,
+        show_default=False,
+        rich_help_panel=INPUTS,
+        help="Finished parent run, repeatable (default: the latest ones under runs/).",
+    ),
+]
+InitVideoFrom = Annotated[
+    str | None,
+    typer.Option(
+        parser=environment.resolve_path,
+        metavar="DIR",
+        rich_help_panel=INPUTS,
+        help="Folder of Wan video weights to start from (stage video, preset base).",
+    ),
+]
+Run = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        show_default="stage and digest of the configuration",
+        help="Name of the run; the name of an existing run resumes it.",
+    ),
+]
+
+
 @command(writes_runs=True, paths=("data", "init_from", "init_video_from", "config"))
 def train(
     *,
-    stage: Annotated[Literal["video", "audio", "joint", "mutual"], typer.Option(help="Training stage.")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            parser=environment.resolve_dataset,
-            metavar="DATASET",
-            rich_help_panel=INPUTS,
-            show_default="newest finished dataset under runs/",
-            help="Dataset: folder or s3:// prefix.",
-        ),
-    ] = None,
-    init_from: Annotated[
-        list[str],
-        typer.Option(
-            "--from",
-            parser=environment.resolve_existing_path,
-            metavar="RUN",
-            default_factory=list,
-            show_default=False,
-            rich_help_panel=INPUTS,
-            help="Finished parent run, repeatable (default: the latest ones under runs/).",
-        ),
-    ],
-    init_video_from: Annotated[
-        str | None,
-        typer.Option(
-            parser=environment.resolve_path,
-            metavar="DIR",
-            rich_help_panel=INPUTS,
-            help="Folder of Wan video weights to start from (stage video, preset base).",
-        ),
-    ] = None,
-    run: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            show_default="stage and digest of the configuration",
-            help="Name of the run; the name of an existing run resumes it.",
-        ),
-    ] = None,
+    stage: Stage,
+    data: Data = None,
+    init_from: InitFrom,
+    init_video_from: InitVideoFrom = None,
+    run: Run = None,
     preset: PresetName = "tiny",
     sets: ConfigOverrides,
     config: ConfigFile = None,

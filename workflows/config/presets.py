@@ -73,6 +73,24 @@ def _lengths(shapes: LatentShapes, size: ModelSize) -> tuple[int, int]:
     return min(3, shapes.chunks), max(1, min(size.longest, shapes.chunks))
 
 
+def _tiny_mutual(time: TimeConfig) -> MutualConfig:
+    """Return the objective of the mutual stage of the preset ``tiny``."""
+    return MutualConfig(
+        time=time,
+        finest=3,  # finer levels, which no sampler uses, cost training time
+        strengths=(2, 3),
+        rollout_steps=(4,),
+        guidance=1.25,
+        shortcut_weight=2.0,  # its loss is near 0.03, flow matching near 0.5
+        dmd_weight=0.02,  # its normalized gradient has order 1 and would dominate both
+        real_until=115,  # a rollout triples the step time
+        free_from=120,
+        fake_from=120,
+        dmd_from=128,
+        dmd_ramp=5,
+    )
+
+
 def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
     """Return the preset for the toy world on a CPU: minutes of training.
 
@@ -98,20 +116,7 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
             stage=stage,
             steps=140,
             model=model,
-            objective=MutualConfig(
-                time=time,
-                finest=3,  # finer levels, which no sampler uses, cost training time
-                strengths=(2, 3),
-                rollout_steps=(4,),
-                guidance=1.25,
-                shortcut_weight=2.0,  # its loss is near 0.03, flow matching near 0.5
-                dmd_weight=0.02,  # its normalized gradient has order 1 and would dominate both
-                real_until=115,  # a rollout triples the step time
-                free_from=120,
-                fake_from=120,
-                dmd_from=128,
-                dmd_ramp=5,
-            ),
+            objective=_tiny_mutual(time),
             optim=OptimConfig(lr=2e-3, warm_up=10, final=0.05),
             fake_optim=OptimConfig(lr=2e-3, warm_up=5),
             ema=EmaConfig(decay=0.9),
@@ -189,7 +194,8 @@ def base(stage: Stage, shapes: LatentShapes) -> RunConfig:
         data_std={VIDEO: None, AUDIO: 0.5},  # the output of Wan is the velocity
         layout="wan",
         word_heads=3,
-        rope_seconds_scale=6.0,  # Wan positions are latent numbers: 24 fps, four frames per latent
+        # a unit per latent, as in Wan; Wan 2.1 learned 16 fps, so a latent has 2/3 of its motion
+        rope_seconds_scale=6.0,
     )
     steps: dict[Stage, int] = {"video": 200_000, "audio": 200_000, "joint": 100_000, "mutual": 20_000}
     config = _recipe(stage, shapes, size, batch=128, steps=steps, lr=1e-4)

@@ -70,7 +70,7 @@ class DataConfig:
 class EngineConfig:
     """Engine, precision and workers of a run."""
 
-    kind: Literal["deepspeed", "torch"] = "deepspeed"
+    kind: Literal["deepspeed", "torch"] = "deepspeed"  # training engine
     zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards: nothing, moments, + gradients, + weights
     precision: Literal["fp32", "bf16"] = "fp32"  # of the network's arithmetic; weights and moments stay float32
     offload_optimizer: bool = False  # float32 weights and moments in CPU memory, updated there; ZeRO 1 to 3
@@ -78,7 +78,7 @@ class EngineConfig:
     compile: bool = False  # blocks through torch.compile; ZeRO 0 to 2
     sequence: int = 1  # processes that share the tokens of the same clips (Ulysses); divides workers and heads
     workers: int | tuple[int, int] = 2  # one per GPU, or CPU processes that share the cores; (fewest, most): elastic
-    use_gpu: bool = False
+    use_gpu: bool = False  # one GPU per worker
     resource: str | None = None  # custom Ray resource that each worker requires, to select machines
     max_failures: int = 2  # restarts from the latest checkpoint before the run fails
 
@@ -93,10 +93,7 @@ class EngineConfig:
                 f"engine.offload_optimizer needs ZeRO: got {self.kind}, stage {self.zero_stage}. Set "
                 "engine.kind=deepspeed and engine.zero_stage to 1, 2 or 3"
             )
-        if (
-            self.min_workers % self.sequence
-            or (self.sequence > 1 and self.min_workers != self.max_workers)
-        ):
+        if self.min_workers % self.sequence or (self.sequence > 1 and self.min_workers != self.max_workers):
             raise UserInputError(
                 f"engine.sequence {self.sequence} must divide engine.workers, a number: got {self.workers}"
             )
@@ -140,8 +137,8 @@ class EngineConfig:
 class RunConfig:
     """Configuration of one run; with the dataset and the parent runs it determines every number."""
 
-    stage: Stage
-    seed: int = 0
+    stage: Stage  # training stage; set by --stage
+    seed: int = 0  # of initialization and of every random draw
     steps: int  # optimizer steps of the stage
     model: ModelConfig
     init_video: str | None = None  # diffusers folder of Wan video weights to start from; stage video

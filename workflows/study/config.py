@@ -58,13 +58,13 @@ class StudyConfig:
             word_horizon_seconds=0.5,
         )
     )
-    voices: int = latent_world.VOICES
+    voices: int = latent_world.VOICES  # voices of the world
     joint_steps: int = 3000  # shared by all methods of a seed
     joint_batch: int = 16  # clips per step
     joint_chunks: tuple[int, ...] = (6, 10)  # clip lengths, drawn per step
     joint_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, warm_up=50, final=0.05, clip=1.0))
     steps: int = 1000  # per method, from the joint network
-    batch: int = 32
+    batch: int = 32  # clips per step
     chunks: tuple[int, ...] = (3, 6)  # short: cost of a rollout grows with its chunks
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-3, warm_up=20, final=0.1, clip=1.0))
     fake: FakeScoreConfig = field(default_factory=FakeScoreConfig)
@@ -77,8 +77,8 @@ class StudyConfig:
     clips: int = 128  # generated per score task
     seconds: float = 25.0  # length of a clip
     long_clips: int = 32  # clips with long_seconds
-    long_seconds: float = 60.0
-    windows: str = "0-5,5-15,15-25,25-60"
+    long_seconds: float = 60.0  # length of long clips
+    windows: str = "0-5,5-15,15-25,25-60"  # scored windows in seconds
 
     def __post_init__(self) -> None:
         self._check_ranges()

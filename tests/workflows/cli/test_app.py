@@ -5,12 +5,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from workflows import doctor
@@ -215,28 +212,3 @@ def test_doctor_reports_a_complete_installation() -> None:
     assert {"torch", "ray", "deepspeed", "mlflow", "ffmpeg"} <= {
         c["name"] for c in report["checks"] if c["state"] == "ok"
     }
-
-
-def options_by_command(command: Any, name: str = "mfctl") -> Iterator[tuple[str, set[str]]]:
-    """Yield the name and the options of every command."""
-    for child in getattr(command, "commands", {}).items():
-        yield from options_by_command(child[1], f"{name} {child[0]}")
-    if not hasattr(command, "commands"):
-        yield (
-            name,
-            {
-                option
-                for parameter in command.params
-                for option in parameter.opts + parameter.secondary_opts
-                if option.startswith("--")
-            },
-        )
-
-
-def test_the_reference_page_has_every_command_and_option() -> None:
-    page = (ROOT / "docs/reference/cli.md").read_text()
-    sections = dict(re.findall(r"^### `(mfctl [a-z ]*[a-z])[^`]*`\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL))
-    for name, options in options_by_command(get_command(app)):
-        rows = re.findall(r"^\| (.*?) \| .*", sections[name], re.MULTILINE)
-        text = " ".join([*rows, *re.findall(r"`(--[a-z-]+)` is an alias", sections[name])])
-        assert options == set(re.findall(r"--[a-z-]+", text)), name
