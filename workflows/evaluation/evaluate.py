@@ -102,7 +102,7 @@ def evaluate_checkpoints(
     evaluation_set = select_evaluation_set(
         uri, clips=clips, seconds=seconds, fraction=_common_held_out_fraction(evaluated, uri)
     )
-    metadata = {checkpoint: load_metadata(checkpoint.path) for checkpoint in evaluated}
+    metadata = {checkpoint: load_metadata(checkpoint.source) for checkpoint in evaluated}
     for checkpoint, export_metadata in metadata.items():
         check_compatibility(export_metadata, evaluation_set.meta, path=checkpoint.path, uri=uri)
     overlaps = {
@@ -154,7 +154,7 @@ def _step_count_warnings(
 
 def _read_run_record(checkpoint: EvaluatedCheckpoint) -> Mapping[str, Any]:
     """Return ``run.json`` of a checkpoint; empty for an export without it."""
-    path = find_export(checkpoint.path).parent / "run.json"
+    path = find_export(checkpoint.source).parent / "run.json"
     return read_json(path) if path.exists() else {}
 
 

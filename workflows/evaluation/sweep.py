@@ -13,7 +13,7 @@ from typing import Any, cast, get_args
 from mfcore.errors import UserInputError
 from mfcore.solver import Mode
 from preprocessing.io.hashing import sha256_file
-from workflows.checkpoints.load import WeightKind, find_export, load_metadata, weight_files
+from workflows.checkpoints.load import WeightKind, find_export, load_metadata, locate_export, weight_files
 from workflows.checkpoints.store import COMPLETE_FILE
 from workflows.config.stage_names import Stage
 from workflows.evaluation.rows import SettingColumns
@@ -29,6 +29,7 @@ class EvaluatedCheckpoint:
     """One checkpoint of a sweep."""
 
     path: str  # as given
+    source: str  # path or URI of the checkpoint or export; of a run, that of the start of the sweep
     label: str  # short, for plots and file names
     stage: Stage
     digest: str  # hash of the weights
@@ -84,14 +85,21 @@ class SweepPoint:
 
 def identify_checkpoint(path: str, weights: WeightKind = "ema", precision: Precision = "fp32") -> EvaluatedCheckpoint:
     """Return stage, label and digest of a checkpoint. Raises ValueError if there is none."""
-    export, metadata = find_export(path), load_metadata(path)
+    source = locate_export(path)
+    export = find_export(source)
+    metadata = load_metadata(source)
     folder = Path(path)
     if folder.name == "export":
         folder = folder.parent
     label = f"{folder.parent.parent.name}-{folder.name}" if folder.parent.name == "checkpoints" else folder.name
     label = _safe_name(label) + ("" if precision == "fp32" else f"-{precision}")  # rows and plots are grouped by label
     return EvaluatedCheckpoint(
-        path=path, label=label, stage=metadata.stage, digest=_digest(export, weights), precision=precision
+        path=path,
+        source=source,
+        label=label,
+        stage=metadata.stage,
+        digest=_digest(export, weights),
+        precision=precision,
     )
 
 
@@ -112,7 +120,7 @@ def _safe_name(label: str) -> str:
 
 
 def _digest(export: Path, weights: WeightKind) -> str:
-    """Return the hash of the weights, from the COMPLETE file if there is one: weights may be large."""
+    """Return the hash of the weights, from the COMPLETE file if there is one: loading compares them with it."""
     files = weight_files(export, weights)
     marker = export.parent / COMPLETE_FILE
     if marker.exists():

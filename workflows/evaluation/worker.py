@@ -71,7 +71,7 @@ class EvaluationWorker:
         if self._pipeline is None or self._pipeline[0] != checkpoint:
             self._pipeline = (
                 checkpoint,
-                StreamingPipeline.from_checkpoint(checkpoint.path, precision=checkpoint.precision),
+                StreamingPipeline.from_checkpoint(checkpoint.source, precision=checkpoint.precision),
             )
         return self._pipeline[1]
 
