@@ -127,6 +127,10 @@ class T5TextEncoder(TextCodec):
         batch = self.tokenizer([caption], truncation=True, max_length=_MAX_TOKENS, return_tensors="pt")
         return self._states(batch)[0].cpu()
 
+    def encode_empty(self) -> Float[Tensor, "1 D"]:
+        """Return the float32 vector of the end token alone: the empty prompt of pretrained networks."""
+        return self._states(self.tokenizer([""], return_tensors="pt"))[0].cpu()
+
     def _means(self, words: Sequence[str]) -> Float[Tensor, "L D"]:
         """Return the mean over the subwords of each word, without the end token."""
         batch = self.tokenizer(list(words), padding=True, return_tensors="pt")

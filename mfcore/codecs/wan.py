@@ -101,12 +101,12 @@ class WanCodec(Codec):
 
     @cached_property
     def model(self) -> Any:
-        """AutoencoderKLWan of diffusers on the device, bfloat16 on a GPU. Raises ValueError if it is not found."""
+        """AutoencoderKLWan of diffusers on the device, in float32. Raises ValueError if it is not found."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
         model: Any = AutoencoderKLWan.from_pretrained(
             self._folder,
-            torch_dtype=compute_dtype(self.device),
+            torch_dtype=torch.float32,  # latents are computed once and stored
             local_files_only=True,
             use_safetensors=True,
             low_cpu_mem_usage=False,
@@ -152,7 +152,7 @@ class WanCodec(Codec):
 
 
 class WanDecoder:
-    """Streaming decoder: one latent at a time over the causal feature cache."""
+    """Streaming decoder: one latent at a time over the causal feature cache, in bfloat16 on a GPU."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
@@ -175,9 +175,11 @@ class WanDecoder:
     @torch.inference_mode()
     def _decode_latent(self, latent: Float[Tensor, "C h w"]) -> UInt8[Tensor, "f H W 3"]:
         z = latent[None, :, None].to(self._device, self._model.dtype)
-        x = self._model.decoder(
-            self._model.post_quant_conv(z), feat_cache=self._cache, feat_idx=[0], first_chunk=not self._started
-        )
+        dtype = compute_dtype(self._device)
+        with torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32):
+            x = self._model.decoder(
+                self._model.post_quant_conv(z), feat_cache=self._cache, feat_idx=[0], first_chunk=not self._started
+            )
         self._started = True
         edge = self._model.config.patch_size or 1
         pixels = rearrange(x[0].float(), "(r q p) f h w -> f (h p) (w q) r", p=edge, q=edge)

@@ -17,7 +17,7 @@ from mfcore.model.config import ModelConfig
 from mfcore.model.kv_cache import KeyValue
 from mfcore.model.rope import Rotation, rotate
 
-RMS_EPS, LAYER_EPS = 1e-6, 1e-5  # added to the variance
+RMS_EPS = 1e-6  # added to the mean square
 KEYS_VALUES = "b n (two h e) -> two b n h e"
 
 
@@ -89,10 +89,13 @@ class Modulation:
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokens:
-    """Embedded conditions of one branch. Token 0 is a learned null token, so no softmax is empty."""
+    """Embedded conditions of one branch. Token 0 is a learned null token, so no softmax is empty.
 
-    caption: Float[Tensor, "B 1+L d"]
-    caption_mask: Float[Tensor, "B 1 1 1+L"]  # added to logits
+    Captions have p tokens before their own: the null token, and in the layout of Wan a padding token.
+    """
+
+    caption: Float[Tensor, "B p+L d"]
+    caption_mask: Float[Tensor, "B 1 1 p+L"]  # added to logits
     words: Float[Tensor, "B 1+W d"]
     words_mask: Float[Tensor, "B 1 N 1+W"]  # added to logits: words near the time of each token
     words_rotation: Rotation  # W words
@@ -122,7 +125,7 @@ class TextAttention(nn.Module):
         self.norm_words_q, self.norm_words_k = (PerHeadRMSNorm(config.head_dim, offset=True) for _ in range(2))
         self.out = nn.Linear(dim + transcript_width, dim)
 
-    def project_caption(self, caption: Float[Tensor, "B 1+L d"]) -> KeyValue:
+    def project_caption(self, caption: Float[Tensor, "B p+L d"]) -> KeyValue:
         """Return keys and values of the caption tokens."""
         k, v = rearrange(self.caption(caption), KEYS_VALUES, two=2, e=self.head_dim)
         return KeyValue(transpose_heads(self.norm_caption_k(k)), transpose_heads(v))
@@ -146,10 +149,10 @@ class TextAttention(nn.Module):
 
 
 def modulate(
-    x: Float[Tensor, "B N d"], shift: Float[Tensor, "B R 1 d"], scale: Float[Tensor, "B R 1 d"]
+    x: Float[Tensor, "B N d"], shift: Float[Tensor, "B R 1 d"], scale: Float[Tensor, "B R 1 d"], *, eps: float
 ) -> Float[Tensor, "B N d"]:
     """Apply layer norm without weights, then the scale (centered at 1) and shift of the noise level."""
-    y = F.layer_norm(x, x.shape[-1:], eps=LAYER_EPS).unflatten(1, (shift.shape[1], -1))
+    y = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
     return torch.addcmul(shift, y, scale).flatten(1, 2)
 
 
@@ -166,7 +169,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        dim, self.head_dim = config.dim, config.head_dim
+        dim, self.head_dim, self.eps = config.dim, config.head_dim, config.layer_norm_eps
         keys = config.key_heads * config.head_dim
         self.widths = [dim, keys, keys]
         self.table = ModulationTable(6, dim)
@@ -175,7 +178,7 @@ class Block(nn.Module):
             query_key_norm(config, heads, offset=config.local_start) for heads in (config.heads, config.key_heads)
         )
         self.out = nn.Linear(dim, dim)
-        self.norm_text = nn.LayerNorm(dim, eps=LAYER_EPS)
+        self.norm_text = nn.LayerNorm(dim, eps=self.eps)
         self.text = TextAttention(config)
         self.mlp = nn.Sequential(
             nn.Linear(dim, config.mlp_width), nn.GELU(approximate="tanh"), nn.Linear(config.mlp_width, dim)
@@ -192,7 +195,7 @@ class Block(nn.Module):
 
     def project(self, x: Float[Tensor, "B N d"], mod: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, N, H, e), normed unrotated keys and values (both B, N, G, e)."""
-        qkv = self.qkv(modulate(x, mod.shift, mod.scale))
+        qkv = self.qkv(modulate(x, mod.shift, mod.scale, eps=self.eps))
         q, k, v = (split_heads(part, self.head_dim) for part in qkv.split(self.widths, dim=-1))
         return self.norm_q(q), self.norm_k(k), v
 
@@ -209,4 +212,4 @@ class Block(nn.Module):
         merged = merge_heads(attended).contiguous()  # only for contiguous input the bias is fused
         x = gated(x, mod.gate, self.out(merged))
         x = x + self.text(self.norm_text(x), text, text_keys or self.text.project_text(text))
-        return gated(x, mod.mlp_gate, self.mlp(modulate(x, mod.mlp_shift, mod.mlp_scale)))
+        return gated(x, mod.mlp_gate, self.mlp(modulate(x, mod.mlp_shift, mod.mlp_scale, eps=self.eps)))

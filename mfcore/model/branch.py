@@ -27,6 +27,7 @@ NOISE_SCALE = 1000.0  # noise levels in [0, 1] are embedded like the integer ste
 DURATION_SCALE = 100.0
 PHASE_FREQUENCIES = 4  # highest number of waves per chunk in the phase of a latent
 FEW_WORDS = 32  # longest transcript that every pass reads as a whole
+WAN_CAPTION_TOKENS = 512  # Wan attends to captions padded with zero vectors to this length
 
 
 def fourier_features(x: Float[Tensor, "*batch"], scale: float, features: int) -> Float[Tensor, "*batch f"]:
@@ -95,7 +96,10 @@ class LevelEmbedding(nn.Module):
 
 
 class TextInput(nn.Module):
-    """Projection of caption and transcript to the width of the branch, after a learned null token each."""
+    """Projection of caption and transcript to the width of the branch, after a learned null token each.
+
+    In the layout of Wan the null token of the caption is the empty prompt, and a padding token precedes the caption.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -104,19 +108,21 @@ class TextInput(nn.Module):
         self.refine = nn.Sequential(nn.GELU(approximate="tanh"), nn.Linear(dim, dim)) if wan else nn.Identity()
         self.words = nn.Linear(config.text_dim + DURATION_FEATURES, dim)
         self.nothing = nn.Embedding(2, dim)
+        self.padding = config.caption_extra - 1
 
     def forward(
-        self, cond: Condition, caption: Float[Tensor, "B 1+L d"] | None = None
-    ) -> tuple[Float[Tensor, "B 1+L d"], Float[Tensor, "B 1+W d"]]:
+        self, cond: Condition, caption: Float[Tensor, "B p+L d"] | None = None
+    ) -> tuple[Float[Tensor, "B p+L d"], Float[Tensor, "B 1+W d"]]:
         """Return the tokens of caption and transcript. ``caption``: cached tokens, if any."""
         seconds = (cond.word_times[..., 1] - cond.word_times[..., 0]).float()
         lengths = fourier_features(seconds, DURATION_SCALE, DURATION_FEATURES).to(cond.words.dtype)
         words = self.words(torch.cat([cond.words, lengths], dim=-1))
         return self.embed_caption(cond.caption) if caption is None else caption, self._prepend_null(1, words)
 
-    def embed_caption(self, caption: Float[Tensor, "B L D"]) -> Float[Tensor, "B 1+L d"]:
+    def embed_caption(self, caption: Float[Tensor, "B L D"]) -> Float[Tensor, "B p+L d"]:
         """Return the tokens of a caption."""
-        return self._prepend_null(0, self.refine(self.caption(caption)))
+        padded = torch.nn.functional.pad(caption, (0, 0, self.padding, 0))
+        return self._prepend_null(0, self.refine(self.caption(padded)))
 
     def _prepend_null(self, index: int, tokens: Float[Tensor, "B L d"]) -> Float[Tensor, "B 1+L d"]:
         nothing = self.nothing(torch.arange(2, device=tokens.device))[index]
@@ -215,15 +221,18 @@ class Branch(nn.Module):
         device = tokens.device
         visible = torch.ones(tokens.shape[0], 1, dtype=torch.bool, device=device)
         caption_mask = cond.caption_mask & (not ignore_text)
-        # Wan has no null token next to a caption
-        null_mask = ~caption_mask.any(1, keepdim=True) if self.model.layout == "wan" else visible
+        extra_mask = additive_mask(visible)
+        if self.model.layout == "wan":  # a caption or the empty prompt, then padding: n equal keys have the logit of
+            length = caption_mask.sum(1, keepdim=True)  # one plus log n
+            padding = (WAN_CAPTION_TOKENS - length.clamp_min(1)).clamp_min(0).log()
+            extra_mask = torch.cat([additive_mask(length == 0), padding], dim=1)
         middle = cond.word_times.mean(-1)
         distance = (middle[:, None, :] - to_device_of(positions.times, middle)[None, :, None]).abs()
         near = (distance <= self.model.word_horizon_seconds) & cond.words_mask[:, None, :] & (not ignore_text)
         words_mask = torch.cat([visible[:, None].expand(-1, len(positions), -1), near], dim=2)
         return TextTokens(
             caption=tokens,
-            caption_mask=additive_mask(torch.cat([null_mask, caption_mask], dim=1)[:, None, None]),
+            caption_mask=torch.cat([extra_mask, additive_mask(caption_mask)], dim=1)[:, None, None],
             words=words,
             words_mask=additive_mask(words_mask[:, None]),
             words_rotation=rotation(time_angles(middle, self.model)[:, :, None], words),
@@ -272,7 +281,9 @@ class Branch(nn.Module):
         if level_index is not None:
             shift, scale = shift[:, level_index], scale[:, level_index]
         with torch.autocast(x.device.type, enabled=False):
-            correction = self.unpatchify(self.head(modulate(x.float(), shift, 1 + scale)), noisy)
+            correction = self.unpatchify(
+                self.head(modulate(x.float(), shift, 1 + scale, eps=self.model.layer_norm_eps)), noisy
+            )
         if self.config.data_std is None:
             return correction
         per_latent = chunk_index[:: self.config.tokens]

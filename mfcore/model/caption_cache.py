@@ -48,6 +48,6 @@ def tensor_versions(tensors: Iterable[Tensor]) -> TensorVersions:
 class CachedCaption:
     """Caption in one branch: embedded tokens, and keys and values of every layer."""
 
-    tokens: Float[Tensor, "B 1+L d"]
+    tokens: Float[Tensor, "B p+L d"]
     layers: list[KeyValue]
     versions: TensorVersions

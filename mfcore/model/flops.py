@@ -79,19 +79,19 @@ def _multiplications(config: ModelConfig, load: ChunkWorkload) -> _Parts:
     """Count multiplications.
 
     Per token and layer: d^2 + 2 d g queries, keys, values; d^2 out; 2 d^2 + 2 d w text queries and out; 2 d h
-    feed-forward; 2 d S attention; 2 d (caption + 1) + 2 w (words + 1) text attention, with one null token each.
+    feed-forward; 2 d S attention; 2 d (caption + p) + 2 w (words + 1) text attention, with p and 1 extra tokens.
     Per text token: the embedding, and 2 d^2 or 2 d w keys and values in each layer. Per chunk and branch: embeddings of
     level and interval, and the modulation. Per token: its phase.
     """
     d, features = config.dim, config.level_features
-    wan = config.layout == "wan"
+    wan, extra = config.layout == "wan", config.caption_extra
     g, w = config.key_heads * config.head_dim, config.transcript_heads * config.head_dim
     tokens = sum(load.tokens.values())
-    text_attention = 2 * d * (load.caption + 1) + 2 * w * (load.words + 1)
+    text_attention = 2 * d * (load.caption + extra) + 2 * w * (load.words + 1)
     rest = d * d + 2 * d * (d + w) + 2 * d * config.mlp_width + 2 * d * load.seen + text_attention
-    caption = load.caption * (config.text_dim * d + (d * d if wan else 0))
+    caption = (load.caption + extra - 1) * (config.text_dim * d + (d * d if wan else 0))
     words = load.words * (config.text_dim + DURATION_FEATURES) * d
-    caption_keys, word_keys = (config.layers * 2 * d * n for n in (d * (load.caption + 1), w * (load.words + 1)))
+    caption_keys, word_keys = (config.layers * 2 * d * n for n in (d * (load.caption + extra), w * (load.words + 1)))
     level = 2 * (features * d + d * d) + 6 * d * d + (0 if wan else 2 * d * d)
     phases = tokens * 2 * PHASE_FREQUENCIES * d if config.chunk_phase else 0
     out = sum(n * config.branches[m].width * d for m, n in load.tokens.items())

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import EinopsError, rearrange
+from jaxtyping import Float
 from torch import Tensor
 
 from mfcore.errors import UserInputError
@@ -32,8 +34,12 @@ class WeightMapping:
     skipped: list[str]  # names in Wan that the branch lacks
 
 
-def map_wan_weights(wan: Weights, own: Weights, config: ModelConfig) -> WeightMapping:
+def map_wan_weights(
+    wan: Weights, own: Weights, config: ModelConfig, *, empty_caption: Float[Tensor, "1 D"] | None = None
+) -> WeightMapping:
     """Return the video branch of ``own`` with the weights of ``wan``.
+
+    ``empty_caption``: output of the text encoder for "", which the null branch reads; None: it reads padding alone.
 
     Raises ValueError with every name that is missing or has another shape.
     """
@@ -43,7 +49,7 @@ def map_wan_weights(wan: Weights, own: Weights, config: ModelConfig) -> WeightMa
             "Wan's weights fit a network with a video branch, model.layout=wan and as many kv_heads as heads: "
             "use --preset base"
         )
-    rules = [(f"branches.{VIDEO}.{name}", names, convert) for name, names, convert in _rules(config)]
+    rules = [(f"branches.{VIDEO}.{name}", names, convert) for name, names, convert in _rules(config, empty_caption)]
     if missing := sorted({name for _, names, _ in rules for name in names} - wan.keys()):
         raise UserInputError(
             f"no weights of a Wan text-to-video transformer of {config.layers} layers: {missing} missing"
@@ -65,7 +71,7 @@ def map_wan_weights(wan: Weights, own: Weights, config: ModelConfig) -> WeightMa
     )
 
 
-def _rules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], Convert]]:
+def _rules(config: ModelConfig, empty_caption: Tensor | None) -> Iterator[tuple[str, tuple[str, ...], Convert]]:
     """Yield the name in the branch, the names in Wan, and the conversion."""
     time, text = "condition_embedder.time_embedder.linear_", "condition_embedder.text_embedder.linear_"
     patch_h, patch_w = config.branches[VIDEO].patch
@@ -85,6 +91,11 @@ def _rules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], Convert]
             lambda parts, _: rearrange(parts[0], "(p q c) ... -> (c p q) ...", p=patch_h, q=patch_w),
         )
     yield "levels.final.weight", ("scale_shift_table",), _first
+    yield (
+        "text.nothing.weight",
+        tuple(f"{text}{layer}.{kind}" for layer in (1, 2) for kind in KINDS),
+        lambda parts, kept: torch.cat([_embed_caption(parts, empty_caption), kept[1:]]),
+    )
     for layer in range(config.layers):
         yield from _block_rules(config, f"blocks.{layer}.", f"blocks.{layer}.")
 
@@ -119,6 +130,12 @@ def _block_rules(config: ModelConfig, own: str, wan: str) -> Iterator[tuple[str,
         lambda parts, kept: torch.cat([parts[0], torch.zeros_like(kept[:, d:])], dim=1),
     )
     yield f"{own}text.out.bias", (f"{wan}attn2.to_out.0.bias",), _same
+
+
+def _embed_caption(parts: list[Tensor], caption: Tensor | None) -> Tensor:
+    """Return the text embedding of one caption token by the weights of Wan. None: of a zero vector, the padding."""
+    token = parts[0].new_zeros(1, parts[0].shape[1]) if caption is None else caption.to(parts[0])
+    return F.linear(F.gelu(F.linear(token, parts[0], parts[1]), approximate="tanh"), parts[2], parts[3])
 
 
 def _same(parts: list[Tensor], kept: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mfcore.codecs.t5 import T5TextEncoder, t5_config_from_folder
 from mfcore.errors import UserInputError
 from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import AVTransformer
 from mfcore.model.wan_weights import WeightMapping, map_wan_weights
 from mfcore.weights import load_strict
 from workflows.config.run import RunConfig
+from workflows.utils import distributed
 
 FOLDER_HINT = "name the diffusers folder of a Wan text-to-video model, or its transformer/ folder"
 REQUIRED_WAN_CONFIG = {
@@ -26,10 +28,23 @@ REQUIRED_WAN_CONFIG = {
 
 
 def load_wan_weights(model: nn.Module, config: ModelConfig, folder: str) -> None:
-    """Load Wan's weights into the video branch of ``model``. Raise ValueError if they do not fit."""
+    """Load Wan's weights into the video branch of ``model``. Raise ValueError if they do not fit.
+
+    The null branch starts as the empty prompt if ``folder`` has the text encoder, else as padding alone.
+    """
     initial = model.state_dict()
-    mapping = map_wan_weights(_read(folder, config, meta=False), initial, config)
+    empty = _encode_empty_prompt(folder, config)
+    mapping = map_wan_weights(_read(folder, config, meta=False), initial, config, empty_caption=empty)
     load_strict(model, initial | mapping.weights, folder)
+
+
+def _encode_empty_prompt(folder: str, config: ModelConfig) -> Tensor | None:
+    if not Path(folder, "text_encoder").is_dir():
+        return None
+    encoder = t5_config_from_folder(folder)
+    return (
+        T5TextEncoder(encoder, distributed.local_device()).encode_empty() if encoder.width == config.text_dim else None
+    )
 
 
 def describe_wan_import(config: RunConfig) -> dict[str, str]:

@@ -68,6 +68,16 @@ def test_wan_equals_the_diffusers_class(wan):
     assert difference.abs().max() < 0.501  # rounding to integers only
 
 
+def test_wan_encodes_in_float32_where_frames_are_decoded_in_bfloat16(wan, monkeypatch):
+    """Latents are computed once and stored: what the encoder rounds stays in the dataset."""
+    latents = wan.encode(frames(9))
+    monkeypatch.setattr("mfcore.codecs.wan.compute_dtype", lambda device: torch.bfloat16)  # as on a GPU
+    codec = WanCodec(wan.config, "cpu")
+    assert torch.equal(codec.encode(frames(9)), latents)
+    difference = codec.decode(latents).float() - wan.decode(latents).float()
+    assert difference.abs().mean() < 1
+
+
 def test_wan_streaming_equals_whole(wan):
     latents = wan.encode(frames(17))
     whole = wan.decode(latents)

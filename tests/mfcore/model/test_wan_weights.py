@@ -56,15 +56,10 @@ def condition(caption: torch.Tensor) -> Condition:
     )
 
 
-@torch.no_grad()
-def test_one_chunk_equals_the_output_of_diffusers(wan):
-    """Run without a sink, which Wan lacks, and with words, which have no effect at the start."""
+def predict(wan, cond: Condition, x: torch.Tensor, t: torch.Tensor, **options) -> torch.Tensor:
+    """Return the velocity of one chunk without a sink, which Wan lacks, by a branch with the weights of ``wan``."""
     model = build_model(CONFIG, 1).eval()
-    load_strict(model, map_wan_weights(wan.state_dict(), model.state_dict(), CONFIG).weights, "Wan")
-    draw = torch.Generator().manual_seed(2)
-    x = torch.randn(2, 16, LATENTS, *SIZE, generator=draw)
-    caption, t = torch.randn(2, 7, 32, generator=draw), torch.tensor([0.35, 0.8])
-    expected = wan(x, t * 1000, caption).sample
+    load_strict(model, map_wan_weights(wan.state_dict(), model.state_dict(), CONFIG, **options).weights, "Wan")
     chunk = Stream(
         latents=x.transpose(1, 2),
         times=(torch.arange(LATENTS, dtype=torch.float64) + 0.25) / 6,
@@ -75,9 +70,64 @@ def test_one_chunk_equals_the_output_of_diffusers(wan):
     )
     cache = LayeredKVCache(window=2, sink=(), sink_positions=nowhere)
     level = {VIDEO: t[:, None]}
-    found, _ = model({VIDEO: chunk}, level, level, condition(caption), cache=cache)
-    torch.testing.assert_close(found[VIDEO].transpose(1, 2), expected, atol=1e-4, rtol=1e-4)
+    found, _ = model({VIDEO: chunk}, level, level, cond, cache=cache)
+    return found[VIDEO].transpose(1, 2)
+
+
+def as_the_pipeline_calls(wan, caption: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Return the output for a caption that is padded with zeros to 512 tokens, without a mask, as in WanPipeline."""
+    padded = torch.nn.functional.pad(caption, (0, 0, 0, 512 - caption.shape[1]))
+    return wan(x, t * 1000, padded).sample
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 30, 511, 512])
+def test_one_chunk_equals_the_output_of_the_pipeline(wan, length):
+    """With words, which have no effect at the start. Absent caption tokens of a batch count as padding."""
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 16, LATENTS, *SIZE, generator=draw)
+    caption, t = torch.randn(2, length, 32, generator=draw), torch.tensor([0.35, 0.8])
+    expected = as_the_pipeline_calls(wan, caption, x, t)
+    assert relative_difference(predict(wan, condition(caption), x, t), expected) < 1e-5
     assert float(expected.std()) > 0.1
+    shorter = condition(caption)
+    shorter.caption_mask[1, length // 2 :] = False
+    expected[1:] = as_the_pipeline_calls(wan, caption[1:, : length // 2], x[1:], t[1:])
+    if length > 1:
+        assert relative_difference(predict(wan, shorter, x, t), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_the_null_branch_equals_the_output_for_the_empty_prompt(wan):
+    """The encoder returns one end token for it. Without the encoder the null branch reads padding alone."""
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 16, LATENTS, *SIZE, generator=draw)
+    caption, t = torch.randn(2, 30, 32, generator=draw), torch.tensor([0.35, 0.8])
+    end = torch.randn(1, 32, generator=draw)
+    null = condition(caption).unconditional()
+    expected = as_the_pipeline_calls(wan, end.expand(2, 1, 32), x, t)
+    assert relative_difference(predict(wan, null, x, t, empty_caption=end), expected) < 1e-5
+    padding = as_the_pipeline_calls(wan, torch.zeros(2, 1, 32), x, t)
+    assert relative_difference(predict(wan, null, x, t), padding) < 1e-5
+
+
+@torch.no_grad()
+def test_small_activations_are_normalized_as_in_wan(wan):
+    """An epsilon of 1e-5 instead of 1e-6 changes the output where activations are small."""
+    draw = torch.Generator().manual_seed(2)
+    x, caption = 1e-3 * torch.randn(1, 16, LATENTS, *SIZE, generator=draw), torch.randn(1, 30, 32, generator=draw)
+    weights = {k: v.clone() for k, v in wan.state_dict().items()}
+    try:
+        wan.patch_embedding.bias.mul_(1e-3)
+        wan.patch_embedding.weight.mul_(0.1)
+        expected = as_the_pipeline_calls(wan, caption, x, torch.tensor([0.5]))
+        assert relative_difference(predict(wan, condition(caption), x, torch.tensor([0.5])), expected) < 1e-5
+    finally:
+        wan.load_state_dict(weights)
 
 
 def test_every_weight_is_accounted_for(wan):

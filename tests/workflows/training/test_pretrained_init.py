@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mfcore.codecs.t5 import T5TextEncoder, t5_config_from_folder
 from mfcore.model.config import BranchConfig
 from mfcore.types import VIDEO
+from tests.helpers.tiny_pretrained import save_t5
 from workflows.config import presets
 from workflows.config.latent_shapes import geometry_for_preset
 from workflows.training.cost_estimate import estimate_without_dataset
@@ -43,6 +45,24 @@ def config(folder, **changes):
     start = presets.build_preset("base", "video", geometry_for_preset("base").shapes((32, 32)))
     sizes = {"dim": 48, "layers": 2, "heads": 2, "word_heads": 1, "mlp_ratio": 2.0, "text_dim": 32}
     return replace(start, init_video=str(folder), model=replace(start.model, **(sizes | changes)))
+
+
+@torch.no_grad()
+def test_the_null_branch_starts_as_the_empty_prompt_of_the_text_encoder(tmp_path):
+    module = pytest.importorskip("diffusers.models.transformers.transformer_wan", reason="needs diffusers")
+    save_t5(tmp_path)
+    encoder = T5TextEncoder(t5_config_from_folder(str(tmp_path)), "cpu")
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 96, "num_layers": 2, "freq_dim": 256}
+    wan = module.WanTransformer3DModel(**sizes, text_dim=encoder.width)
+    wan.save_pretrained(tmp_path / "transformer")
+    model = build_initial_network(config(tmp_path, text_dim=encoder.width), {})
+    null = model.state_dict()["branches.video.text.nothing.weight"][0]
+    end = encoder.encode_empty()
+    assert end.shape == (1, encoder.width)
+    torch.testing.assert_close(null, wan.condition_embedder.text_embedder(end)[0])
+    alone = build_initial_network(config(tmp_path / "transformer", text_dim=encoder.width), {})
+    padding = wan.condition_embedder.text_embedder(torch.zeros(1, encoder.width))[0]
+    torch.testing.assert_close(alone.state_dict()["branches.video.text.nothing.weight"][0], padding)
 
 
 def test_a_run_starts_from_the_weights_of_the_folder(folder):
