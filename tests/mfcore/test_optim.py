@@ -1,9 +1,10 @@
-"""Learning rates at the corners of their schedule, weight decay on matrices only, merged branches."""
+"""Learning rates at the corners of their schedule, weight decay of linear layers only, merged branches."""
 
 import pytest
 import torch
 from torch import nn
 
+from mfcore.model.config import BranchConfig
 from mfcore.optim import OptimConfig, build_adamw, learning_rate
 from mfcore.weights import load_strict, merge_branches
 from tests.helpers.tiny_model import network
@@ -26,6 +27,22 @@ def test_only_matrices_decay():
     optimizer.step()
     assert torch.allclose(net.weight, torch.full((3, 3), 0.95))
     assert torch.equal(net.bias, torch.ones(3))
+
+
+@pytest.mark.parametrize("layout", ["own", "wan"])
+def test_only_weights_of_linear_layers_decay(layout):
+    """Anchor, null tokens and tables of gates are vectors in rows: without gradient they must keep their value."""
+    branches = {"video": BranchConfig(channels=6, size=(4, 4), patch=(2, 2), anchor=4)}
+    net = network("video", layout=layout, dim=96, heads=4, branches=branches)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = build_adamw(net, OptimConfig(lr=0.1, weight_decay=0.5))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    linear = {f"{name}.weight" for name, m in net.named_modules() if isinstance(m, nn.Linear)}
+    assert moved == linear
+    assert {"branches.video.anchor.weight", "branches.video.blocks.0.table.weight"} <= before.keys() - moved
 
 
 def test_a_coupled_network_merges_uni_modal_networks():
