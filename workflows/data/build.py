@@ -87,15 +87,8 @@ def build_dataset(
             discard_units(store, lease.token, stale)
             if len(units) > len(known):
                 write_units(store, units, lease.token)
-            _run(
-                missing,
-                units,
-                store,
-                token=lease.token,
-                config=config,
-                progress=progress,
-                spent=spent if spent is not None else {},
-            )
+            totals = {} if spent is None else spent
+            _run(missing, units, store, token=lease.token, config=config, progress=progress, spent=totals)
             _finish(store, config, units, token=lease.token)
     return dataset_counts(read_metadata_json(store))
 
