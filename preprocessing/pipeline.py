@@ -30,7 +30,7 @@ from preprocessing.steps.quality_filters import check_audio, check_duration, che
 from preprocessing.steps.segment import cut_spans
 from preprocessing.steps.transcribe import transcribe, whisper_folder
 
-_DECODE_REASONS = ("timeout", "memory", "killed")
+_DECODE_REASONS = ("timeout", "memory", "killed", "time_limit", "too_many_frames")
 MAX_DECODER_ATTEMPTS = 5  # for a source with a decoder that is ended from outside, e.g. by the OOM killer
 
 
@@ -103,7 +103,7 @@ def build_clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[tuple
         ("sound", partial(check_audio, config=config.filters)),
         ("sync", partial(check_sync, config=config.sync, plan=plan, fps=config.fps, sample_rate=rate)),
         ("fingerprint", partial(fingerprint, sample_rate=rate)),
-        ("text", attach_text),
+        ("text", partial(attach_text, max_letters=config.limits.transcript_letters)),
         ("speech", partial(transcribe, config=config.whisper, device=config.device, sample_rate=rate)),
     ]
 
@@ -118,6 +118,14 @@ def _check_streams(info: MediaInfo, config: PreprocessConfig) -> None:
         check_source(info.video, config.filters)
 
 
+def _check_length(info: MediaInfo, within: tuple[float, float | None] | None, max_seconds: float) -> None:
+    """Raise Rejected if the header claims more than `max_seconds` for the source, or for the part `within` it."""
+    start, end = within or (0.0, None)
+    length = (info.duration if end is None else min(end, info.duration)) - start
+    if length > max_seconds:
+        raise Rejected("filter", "too_long", f"{length:.0f} s, at most limits.claimed_seconds={max_seconds:g}")
+
+
 def cut_source(
     source: Source, config: PreprocessConfig, plan: SpanPlan, timer: StepTimer
 ) -> Generator[Clip | Rejected]:
@@ -125,7 +133,7 @@ def cut_source(
     if source.duplicate_of is not None:
         raise Rejected("duplicates", "duplicate", f"same bytes as {source.duplicate_of}")
     origin = "manifest" if source.transcript is not None else "sidecar"
-    source = read_sidecar(source)
+    source = read_sidecar(source, config.limits)
     base, within = split_fragment(source.uri)
     with local_copy(base) as path:
         with timer.measure("probe"):
@@ -133,6 +141,7 @@ def cut_source(
                 path, timeout=config.stall_seconds, memory=config.decoder_bytes, audio_track=config.audio_track
             )
         _check_streams(info, config)
+        _check_length(info, within, config.limits.claimed_seconds)
         facts: dict[str, Any] = {
             "content": edge_fingerprint(path),
             "source_fps": info.video.fps if info.video else None,
@@ -148,11 +157,19 @@ def cut_source(
             fit=config.fit,
             start=None if within is None else info.origin + within[0],
             stall_seconds=config.stall_seconds,
+            wall_seconds=config.limits.wall_seconds,
+            gap_seconds=config.limits.gap_seconds,
             memory=config.decoder_bytes,
             cut_score=config.scenes.threshold,
         ) as decoder:
             for clip in cut_spans(
-                decoder, info, source, plan, scenes=config.scenes, until=None if within is None else within[1]
+                decoder,
+                info,
+                source,
+                plan,
+                scenes=config.scenes,
+                until=None if within is None else within[1],
+                max_frames=config.limits.decoded_frames,
             ):
                 yield clip if isinstance(clip, Rejected) else replace(clip, **facts)
 

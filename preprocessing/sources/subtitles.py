@@ -15,11 +15,15 @@ import webvtt
 
 from mfcore.errors import UserInputError
 from preprocessing.records import Word
+from preprocessing.sources.text import decode_text
 
-_TIME = r"(?:(\d+):)?(\d{1,2}):(\d{2})[,.](\d{1,3})"
-_TIMING = re.compile(rf"^(?:\d+[ \t]*\n)?[ \t]*{_TIME}[ \t]*-->[ \t]*{_TIME}", re.MULTILINE)
+_BLANK = r"[ \t]{0,20}"  # all repetitions are bounded: the time is linear in the size of the file
+_TIME = r"(?:(\d{1,6}):)?(\d{1,2}):(\d{2})[,.](\d{1,3})"
+_TIMING = re.compile(rf"^(?:\d{{1,9}}{_BLANK}\n)?{_BLANK}{_TIME}{_BLANK}-->{_BLANK}{_TIME}", re.MULTILINE)
 _MARK = re.compile(rf"<{_TIME}>")
-_TAG = re.compile(r"<[^>]*>|\{\\[^}]*\}")
+_TAG = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
+_MAX_LINE = 5000  # letters of a line
+_MAX_ROLLING_LINES = 8  # lines of a rolling caption that repeat
 _TOUCHING_S = 0.1  # longest pause between a cue and the rolling cue that repeats it
 
 
@@ -28,15 +32,14 @@ class _Cue:
     start: float  # seconds
     end: float
     lines: tuple[str, ...]  # with tags and marks, none empty
-
-    @property
-    def texts(self) -> list[str]:
-        return [_plain(line) for line in self.lines]
+    texts: tuple[str, ...]  # of the lines, plain
 
 
 def parse_subtitles(data: bytes) -> tuple[Word, ...]:
-    """Return the words of a subtitle file, sorted by time. Raise ValueError without a cue."""
-    text = data.decode("utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n").lstrip()
+    """Return the words of a subtitle file, sorted by time. Raise ValueError without a cue, or with a very long line."""
+    text = decode_text(data).replace("\r\n", "\n").replace("\r", "\n").lstrip()
+    if (longest := max(map(len, text.split("\n")))) > _MAX_LINE:
+        raise UserInputError(f"a line has {longest} letters, at most {_MAX_LINE}")
     first = _TIMING.search(text)
     if first is None:
         raise UserInputError("no line with times, such as 00:00:01,000 --> 00:00:02,500")
@@ -72,10 +75,12 @@ def _seconds(parts: tuple[str | None, ...]) -> float:
 
 
 def _cue(caption: webvtt.Caption) -> _Cue:
+    lines = [(line, text) for line in caption.raw_text.split("\n") if (text := _plain(line))]
     return _Cue(
         start=caption.start_time.in_milliseconds() / 1000,
         end=caption.end_time.in_milliseconds() / 1000,
-        lines=tuple(line for line in caption.raw_text.split("\n") if _plain(line)),
+        lines=tuple(line for line, _ in lines),
+        texts=tuple(text for _, text in lines),
     )
 
 
@@ -94,7 +99,7 @@ def _repeated_lines(previous: _Cue, cue: _Cue) -> int:
     """Count the lines at the start of `cue` that repeat the end of the cue directly before."""
     if cue.start - previous.end > _TOUCHING_S:
         return 0
-    longest = min(len(previous.lines), len(cue.lines))
+    longest = min(len(previous.lines), len(cue.lines), _MAX_ROLLING_LINES)
     counts = (count for count in range(longest, 0, -1) if previous.texts[-count:] == cue.texts[:count])
     return next(counts, 0)
 
@@ -103,7 +108,7 @@ def _words(cue: _Cue) -> Iterator[Word]:
     """Yield the words of a cue; those between two marks share the time between them."""
     text = "\n".join(cue.lines)
     times = [cue.start, *(_seconds(mark.groups()) for mark in _MARK.finditer(text)), cue.end]
-    parts = _MARK.sub("\0", text).split("\0")
+    parts = _MARK.sub("\0", text.replace("\0", " ")).split("\0")
     for part, (start, end) in zip(parts, pairwise(times), strict=True):
         yield from distribute_words(_plain(part), start, end)
 

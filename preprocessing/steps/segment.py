@@ -26,6 +26,7 @@ from preprocessing.spans import SpanPlan
 # A file is truncated if so much of the duration in its header is missing and ffmpeg reported an error. The header alone
 # proves nothing: it may be wrong, or describe a longer stream that is not decoded.
 MISSING_SECONDS, MISSING_SHARE = 0.5, 0.05
+_ENDS = ("timeout", "time_limit", "too_many_frames")  # reasons that keep the clips before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ def cut_spans(
     *,
     scenes: SceneConfig | None = None,
     until: float | None = None,
+    max_frames: int | None = None,
 ) -> Iterator[Clip | Rejected]:
     """Yield the clips of a decoder's stream in order, at most one of them in memory.
 
@@ -60,7 +62,9 @@ def cut_spans(
         plan: Lengths of spans.
         scenes: Thresholds of scene cuts; None: no cuts.
         until: Stop so many seconds after the origin; None: at the end.
+        max_frames: Reject the rest after so many frames; None: no limit.
     """
+    claimed = info.duration if until is None else min(until, info.duration)
     window = _Window(
         decoder,
         source=source,
@@ -74,11 +78,13 @@ def cut_spans(
     spans = 0  # spans of the scene so far
     while True:
         try:
+            if max_frames is not None and first >= max_frames:
+                raise MediaError("too_many_frames", f"the source has more than {max_frames} frames")
             portion = window.decode(first)
         except MediaError as error:
-            if error.reason != "timeout" or first == 0:
+            if error.reason not in _ENDS or first == 0:
                 raise
-            yield window.stalled(first, info.duration if until is None else min(until, info.duration), error)
+            yield window.stalled(first, claimed, error)
             return
         chunks = bisect_right(plan.frames, portion.length) - 1
         if chunks >= plan.min_chunks:
@@ -96,7 +102,12 @@ def cut_spans(
         else:
             break
     if window.limit is None or first + portion.length < max(1, window.limit):
-        yield from _lost(decoder, info, origin=window.origin, frames=first + portion.length, until=until)
+        try:
+            yield from _lost(decoder, claimed, origin=window.origin, frames=first + portion.length)
+        except MediaError as error:
+            if error.reason not in _ENDS or first + portion.length == 0:
+                raise
+            yield window.stalled(first + portion.length, claimed, error)
 
 
 class _Window:
@@ -177,17 +188,21 @@ class _Window:
         return (round(self.origin + float(first / fps), 6), round(self.origin + float(last / fps), 6))
 
 
-def _lost(decoder: Decoder, info: MediaInfo, *, origin: float, frames: int, until: float | None) -> Iterator[Rejected]:
+def _lost(decoder: Decoder, claimed: float, *, origin: float, frames: int) -> Iterator[Rejected]:
     """Yield the reject of the missing span after the decoded `frames`, if any."""
     failure, lines = decoder.failure(), decoder.stderr_lines()
     out_of_memory = failure is not None and is_out_of_memory(lines)
+    gap = None if decoder.gap is None else f"the timestamps jump to {decoder.gap:.3f} s"
+    if frames == 0 and gap:
+        raise Rejected("decode", "timestamp_gap", gap)
     if frames == 0:
         why = failure or "ffmpeg decoded nothing and reported no error"
         raise Rejected("decode", "memory" if out_of_memory else "no_frames", why)
     decoded = origin + float(frames / decoder.fps)
-    claimed = info.duration if until is None else min(until, info.duration)
     missing = claimed - (origin + decoder.end_seconds)
-    if failure is not None:
+    if gap:
+        yield Rejected("decode", "timestamp_gap", gap, (decoded, max(decoded, claimed)))
+    elif failure is not None:
         yield Rejected(
             "decode", "memory" if out_of_memory else "decode_error", failure, (decoded, max(decoded, claimed))
         )
