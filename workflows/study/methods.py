@@ -17,13 +17,14 @@ ABLATION_COUNTS = (4, 8)  # step counts with claims; 50 steps cost as much as al
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to train from the joint network."""
+    """One way to train from the joint network, or from the network of another method."""
 
     key: str  # letter in the table
     title: str
     objective: Callable[[MutualConfig], Objective]
     modes: tuple[Mode, ...] = ("few",)  # sampling modes
     counts: tuple[int, ...] | None = None  # steps per chunk; None: all counts of the study
+    start: str = "joint"  # network before the first step: "joint", or a method
     teacher: Literal["average", "frozen"] = "average"  # frozen: copy of the joint network, as in Self-Forcing
     change: Callable[[StudyConfig], StudyConfig] = lambda config: config  # changed settings
 
@@ -63,6 +64,11 @@ def _without_data(config: StudyConfig) -> StudyConfig:
     return replace(_gentler(config), fake_ratio=4.0)
 
 
+def _as_published(config: StudyConfig) -> StudyConfig:
+    """Update the fake score five times per step, as in Self-Forcing."""
+    return _changed(_gentler(config), fake_updates=5)
+
+
 BASELINES: dict[str, Method] = {
     "teacher_forcing": Method(key="a", title="teacher forcing", objective=baselines.teacher_forcing, modes=("multi",)),
     "shortcut_forced": Method(key="b", title="ShortCut, real history", objective=baselines.shortcut_forced),
@@ -73,6 +79,14 @@ BASELINES: dict[str, Method] = {
         objective=baselines.dmd_self_forcing,
         teacher="frozen",
         change=_without_data,
+    ),
+    "self_forcing": Method(
+        key="d2",
+        title="Self-Forcing from row b, five fake-score updates",
+        objective=baselines.dmd_self_forcing,
+        start="shortcut_forced",
+        teacher="frozen",
+        change=_as_published,
     ),
     "hybrid_forced": Method(key="e", title="ShortCut and DMD, real history", objective=baselines.hybrid_forced),
     "shortcut_only": Method(key="f1", title="the loop with ShortCut only", objective=baselines.shortcut_only),

@@ -74,7 +74,10 @@ class StudyTask:
         """Return the training that provides the weights, if any."""
         if self.kind == "score":
             return None if self.method == REAL_KEY else StudyTask(kind="train", method=self.method, seed=self.seed)
-        return None if self.method == JOINT_KEY else StudyTask(kind="train", method=JOINT_KEY, seed=self.seed)
+        if self.method == JOINT_KEY:
+            return None
+        start = METHODS[self.method].start if self.method in METHODS else JOINT_KEY
+        return StudyTask(kind="train", method=start, seed=self.seed)
 
     def result_path(self, out: Path) -> Path:
         """Return the path of the file that marks the task as done."""
@@ -99,7 +102,8 @@ def plan_tasks(config: StudyConfig, methods: dict[str, Sequence[int]]) -> list[S
     for s in sorted(set().union(*methods.values())):
         names = [name for name, seeds in methods.items() if s in seeds]
         tasks.append(StudyTask(kind="train", method=JOINT_KEY, seed=s))
-        tasks += [StudyTask(kind="train", method=name, seed=s) for name in names]
+        trained = dict.fromkeys(part for name in names for part in (METHODS[name].start, name))
+        tasks += [StudyTask(kind="train", method=name, seed=s) for name in trained if name != JOINT_KEY]
         tasks.append(StudyTask(kind="score", method=REAL_KEY, seed=s, mode="multi", steps=0))
         for n in dict.fromkeys((4, max(config.counts))):
             tasks.append(StudyTask(kind="score", method=JOINT_KEY, seed=s, mode="multi", steps=n))
@@ -170,7 +174,7 @@ def _build_trainer(config: StudyConfig, out: Path, task: StudyTask, device: str)
         config = replace(config, batch=config.joint_batch, chunks=config.joint_chunks)
         return Trainer(config, objective, student, seed=task.seed, steps=config.joint_steps, optim=config.joint_optim)
     method, config = METHODS[task.method], _method_config(config, task.method)
-    student = _load_network(config, out, method=JOINT_KEY, seed=task.seed, device=device)
+    student = _load_network(config, out, method=method.start, seed=task.seed, device=device)
     frozen = None
     if method.teacher == "frozen":
         frozen = (

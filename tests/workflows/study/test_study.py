@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mfcore.metrics.windows import TimeWindow
 from mfcore.rollout import rollout
@@ -38,7 +39,7 @@ from workflows.study.scheduler import (
     select_methods,
 )
 from workflows.study.tables import to_markdown
-from workflows.study.tasks import DeadlineReached, StudyTask, pending_tasks, plan_tasks, run_task
+from workflows.study.tasks import DeadlineReached, StudyTask, _build_trainer, pending_tasks, plan_tasks, run_task
 
 WHOLE = TimeWindow(start=0.0, end=5.0)
 MANY = torch.arange(96) + 7000
@@ -457,6 +458,23 @@ class TestRuns:
             terms = {key.split("/")[0] for key in last if "/" in key} - {"gradient_norm"}
             assert terms == TERMS[name], name
 
+    def test_self_forcing_starts_from_the_few_step_network_of_row_b(self, tmp_path):
+        """Its training is planned even where its scores are not wanted; the frozen teacher is the joint network."""
+        config = small_study()
+        planned = plan_tasks(config, select_methods(["self_forcing"], [0]))
+        trained = [task for task in planned if task.kind == "train"]
+        assert [task.method for task in trained] == ["joint", "shortcut_forced", "self_forcing"]
+        assert not any(task.method == "shortcut_forced" for task in planned if task.kind == "score")
+        for task in trained:
+            assert task.is_ready(tmp_path)
+            run_task(config, tmp_path, task, device="cpu", deadline=float("inf"))
+        trainer = _build_trainer(config, tmp_path, trained[-1], "cpu")
+        few = load_file(tmp_path / "seed-0" / "shortcut_forced" / "weights.safetensors")
+        joint = load_file(tmp_path / "seed-0" / "joint" / "weights.safetensors")
+        assert all(torch.equal(few[name], weight.cpu()) for name, weight in trainer.engines["student"].weights())
+        assert all(torch.equal(joint[name], p) for name, p in trainer.models["ema"].named_parameters())
+        assert trainer.config.method.fake_updates == 5
+
     def test_each_ablation_changes_a_valid_configuration(self):
         """Every ablation differs from the method and is valid for both presets."""
         for preset in ("toy-study", "quick"):
@@ -465,7 +483,8 @@ class TestRuns:
             assert whole not in changed
             assert len({repr(c) for c in changed}) == len(ABLATIONS)
             slow = replace(whole, optim=replace(whole.optim, lr=whole.optim.lr * 2 / 3))
-            own = {"dmd_forced": slow, "dmd_self_forcing": replace(slow, fake_ratio=4.0)}
+            five = replace(slow, method=replace(slow.method, fake_updates=5))
+            own = {"dmd_forced": slow, "dmd_self_forcing": replace(slow, fake_ratio=4.0), "self_forcing": five}
             for name in BASELINES:
                 assert METHODS[name].change(whole) == own.get(name, whole)
 
@@ -678,6 +697,7 @@ TERMS = {
     "shortcut_forced": {"flow_matching", "shortcut"},
     "dmd_forced": {"flow_matching", "dmd", "fake_score"},
     "dmd_self_forcing": {"dmd", "fake_score"},
+    "self_forcing": {"dmd", "fake_score"},
     "hybrid_forced": {"flow_matching", "shortcut", "dmd", "fake_score"},
     "shortcut_only": {"flow_matching", "shortcut"},
     "dmd_only": {"flow_matching", "dmd", "fake_score"},
