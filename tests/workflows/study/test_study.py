@@ -472,7 +472,7 @@ class TestRuns:
         few = load_file(tmp_path / "seed-0" / "shortcut_forced" / "weights.safetensors")
         joint = load_file(tmp_path / "seed-0" / "joint" / "weights.safetensors")
         assert all(torch.equal(few[name], weight.cpu()) for name, weight in trainer.engines["student"].weights())
-        assert all(torch.equal(joint[name], p) for name, p in trainer.models["ema"].named_parameters())
+        assert all(torch.equal(joint[name], p) for name, p in trainer._teacher.named_parameters())
         assert trainer.config.method.fake_updates == 5
 
     def test_each_ablation_changes_a_valid_configuration(self):
