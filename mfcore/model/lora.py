@@ -28,7 +28,7 @@ class FakeScoreConfig:
             raise UserInputError(
                 f"fake.rank must be at least 1, or null for a full copy of the network; got {self.rank}"
             )
-        check_range("gain", self.gain, 0, 1e6, above=True)
+        check_range("fake.gain", self.gain, 0, 1e6, above=True)
 
 
 class LoRALinear(nn.Module):

@@ -1,6 +1,6 @@
 """Find what a crash, a power loss or an earlier driver left of a dataset, so that `mfctl preprocess` continues from it.
 
-A damaged marker and a marker whose files are missing or have another size count as absent. Units that the table of
+A damaged marker and a marker with missing files, or files of another size, count as absent. Units that the table of
 sources has lost are recovered from their clips and rejects.
 """
 

@@ -74,7 +74,7 @@ def _source(row: Mapping[str, Any]) -> Source:
 def read_units(store: Store) -> list[WorkUnit]:
     """Return the planned units in order; none without a table of sources.
 
-    Raise UserInputError if the table is damaged or has a unit whose name is a path.
+    Raise UserInputError if the table is damaged or has a unit with a path as its name.
     """
     if not store.exists(SOURCES_FILE):
         return []

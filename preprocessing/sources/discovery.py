@@ -171,7 +171,7 @@ class _ManifestText:
         self._transcripts = 0  # that are valid
 
     def caption(self, value: Any, where: str) -> str | None:
-        """Return a caption as text; None if it is missing, or is no text."""
+        """Return a caption as text; None if it is missing, or not text."""
         try:
             text = text_of(value)
         except TypeError as error:

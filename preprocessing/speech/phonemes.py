@@ -33,7 +33,7 @@ def phoneme_token(phoneme: str, word: str = "") -> str:
 
 
 def parse_token(token: str) -> tuple[str, str] | None:
-    """Return phoneme and written word of a transcript entry; None if it is no phoneme of English."""
+    """Return phoneme and written word of a transcript entry; None for anything else."""
     match = _TOKEN.fullmatch(token)
     return (match[1], match[2]) if match and match[1] in PHONEMES else None
 
@@ -83,7 +83,7 @@ _SHAPES: dict[str, MouthShape] = {
     "ih iy y": MouthShape(opening=0.32, width=8.6, teeth=0.4),
 }
 VISEMES: dict[str, MouthShape] = {phoneme: shape for names, shape in _SHAPES.items() for phoneme in names.split()}
-"""Mouth shape of each phoneme. Phonemes with equal shapes cannot be told apart by their picture."""
+"""Mouth shape of each phoneme. Phonemes with equal shapes look equal."""
 _FIELDS = ("opening", "width", "teeth", "tongue", "lip")
 
 

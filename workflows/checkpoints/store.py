@@ -123,7 +123,7 @@ class CheckpointStore:
     def delete_incomplete(self) -> None:
         """Remove checkpoints of attempts that died while saving. Only the holder of the run's lease may call it.
 
-        Files and folders whose names are not those of checkpoints stay, and so do checkpoints with a damaged
+        Files and folders without the name of a checkpoint stay, and so do checkpoints with a damaged
         ``COMPLETE``.
         """
         for name in self._names():

@@ -206,7 +206,7 @@ def read_run_record(run_dir: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint_record(store: CheckpointStore) -> tuple[str, dict[str, Any]]:
-    """Return the name and ``run.json`` of the latest checkpoint whose record is intact; "" and {} without any."""
+    """Return the name and ``run.json`` of the latest checkpoint with an intact record; "" and {} without any."""
     for name in reversed(store.list_complete()):
         try:
             return name, store.read_json(name, RUN_FILE)
@@ -216,7 +216,7 @@ def latest_checkpoint_record(store: CheckpointStore) -> tuple[str, dict[str, Any
 
 
 def _digest(request: ResolvedRun) -> str:
-    """Return the part of a run's name that depends on its settings. The digest of the clips is no part of it."""
+    """Return the part of a run's name that depends on its settings. It excludes the digest of the clips."""
     settings = immutable_settings(request.record())
     del settings["dataset.digest"]
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:8]

@@ -338,9 +338,9 @@ def test_the_trust_label_can_be_left_out():
 def test_contradictions_are_rejected():
     with pytest.raises(ValueError, match="equal lengths"):
         replace(CONFIG, rows=("real",))
-    with pytest.raises(ValueError, match="finest=3"):
+    with pytest.raises(ValueError, match="strengths=4"):
         replace(CONFIG, strengths=(4,))
-    with pytest.raises(ValueError, match="depth_power 0"):
+    with pytest.raises(ValueError, match="depth_power=0"):
         replace(CONFIG, depth_power=0.0)
-    with pytest.raises(ValueError, match="dmd_from 4"):
+    with pytest.raises(ValueError, match="dmd_from"):
         replace(CONFIG, fake_from=5, dmd_from=4)

@@ -1,4 +1,4 @@
-"""Files whose audio and video are far apart are decoded exactly, in constant memory and linear time."""
+"""Files with audio and video far apart are decoded exactly, in constant memory and linear time."""
 
 import os
 import signal

@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_not_listed_again(tmp_path):
 
 @pytest.fixture
 def remote(tmp_path, monkeypatch) -> str:
-    """Return a checkpoint in object storage whose copies lie below ``tmp_path``."""
+    """Return a checkpoint in object storage with its copies below ``tmp_path``."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     root = f"memory://cache-{tmp_path.name}/checkpoints"
     export = {"export/ema.safetensors": save(WEIGHTS), "export/raw.safetensors": save(WEIGHTS), "run.json": b"{}"}

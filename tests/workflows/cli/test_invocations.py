@@ -338,7 +338,7 @@ def test_wrong_input_exits_with_2_and_writes_nothing(
     prepared = Path(inputs["file"]).parent
     before = entries(folder, prepared, inputs["data"])
     result = CliRunner().invoke(app, words_of(line, inputs))
-    text = " ".join(result.stderr.replace("│", " ").split())
+    text = " ".join(result.stderr.replace("\u2502", " ").split())
     assert result.exit_code == 2, result.output
     assert message in text
     assert "Traceback" not in text

@@ -295,7 +295,7 @@ def test_text_file_is_rejected_as_first_frame(exports, tmp_path):
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_step_count_must_be_positive(steps):
-    with pytest.raises(ValueError, match=f"--steps {steps}: "):
+    with pytest.raises(ValueError, match=f"steps={steps}: "):
         resolve_sampling_params("mutual", mode=None, steps=steps, guidance=None, trust=None, seed=0)
 
 

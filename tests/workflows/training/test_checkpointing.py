@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path, caplog):
 
 
 def test_damaged_checkpoints_do_not_count_for_keep(tmp_path):
-    """Otherwise each new checkpoint, older by samples, would be removed as soon as it is complete."""
+    """Otherwise each new checkpoint, older by samples, would be removed at once."""
     engines, ema = parts(0)
     newest = saved(tmp_path, engines, ema, replace(PROGRESS, step=8, samples_seen=32))
     (newest / "run.json").write_bytes(b"")
