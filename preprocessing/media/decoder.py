@@ -387,7 +387,7 @@ class Decoder:
             ready = self._selector.select(max(0.0, min(self._last_output + self._stall, self._deadline) - now))
         if time.monotonic() >= self._deadline:
             self.close()
-            raise MediaError("time_limit", f"decoding took more than {self._wall:.0f} s")
+            raise MediaError("time_limit", f"decoding took more than limits.wall_seconds={self._wall:g}")
         if not ready and not self._is_reading():
             self.close()
             raise MediaError("timeout", f"no output of ffmpeg for {self._stall:.0f} s")

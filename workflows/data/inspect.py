@@ -227,7 +227,15 @@ def _decode_span(uri: str, start: float, seconds: float, config: Mapping[str, An
             info = probe(path, timeout=10.0)
             rate, at = int(config["audio"]["sample_rate"]), info.origin + start
             with Decoder(
-                path, info, fps=Fraction(12), size=size, sample_rate=rate, fit="pad", start=at, stall_seconds=10.0
+                path,
+                info,
+                fps=Fraction(12),
+                size=size,
+                sample_rate=rate,
+                fit="pad",
+                start=at,
+                stall_seconds=10.0,
+                wall_seconds=20.0,  # a rejected source may be endless
             ) as decoder:
                 return decoder.read(max(1, round(12 * seconds)))
     except (MediaError, OSError, KeyError):
