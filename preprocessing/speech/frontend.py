@@ -15,7 +15,7 @@ from typing import Any
 
 from mfcore.errors import UserInputError
 from preprocessing.records import Word
-from preprocessing.speech.phonemes import PAUSE, PHONEMES, phoneme_token
+from preprocessing.speech.phonemes import PAUSE, PHONEMES, parse_token, phoneme_token
 
 MAX_WORDS = 2000
 """Largest number of words of one text: more than ten minutes of speech."""
@@ -95,6 +95,32 @@ def phonemes_of_text(text: str, *, start: float = 0.1, speed: float = 1.0, pause
             at = end
         at += phrase[-1].pause * pause_scale
     return words
+
+
+def phonemes_of_words(words: Sequence[Word]) -> list[Word]:
+    """Return the phonemes of written words with known times; each word is divided by the predicted durations.
+
+    Entries that are phonemes already stay. Words without a pronunciation, such as punctuation, are left out.
+    """
+    found: list[Word] = []
+    for word in words:
+        if parse_token(word.word):
+            found.append(word)
+            continue
+        try:
+            spoken = [p for part in pronounce(word.word) for p in part.phonemes]
+        except UserInputError:
+            if any(c.isalnum() for c in word.word):
+                raise
+            continue
+        seconds = predict_durations(spoken)
+        scale, at = (word.end - word.start) / sum(seconds), word.start
+        for i, (phoneme, length) in enumerate(zip(spoken, seconds, strict=True)):
+            end = at + length * scale
+            label = word.word if i == 0 else ""
+            found.append(Word(word=phoneme_token(phoneme, label), start=round(at, 3), end=round(end, 3)))
+            at = end
+    return found
 
 
 def _phrases(words: Sequence[Pronunciation]) -> list[list[Pronunciation]]:

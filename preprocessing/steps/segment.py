@@ -79,7 +79,9 @@ def cut_spans(
     while True:
         try:
             if max_frames is not None and first >= max_frames:
-                raise MediaError("too_many_frames", f"the source has more frames than limits.decoded_frames={max_frames}")
+                raise MediaError(
+                    "too_many_frames", f"the source has more frames than limits.decoded_frames={max_frames}"
+                )
             portion = window.decode(first)
         except MediaError as error:
             if error.reason not in _ENDS or first == 0:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Literal
 
 from mfcore.codecs.stats import LatentStats
 from mfcore.model.config import ModelConfig
@@ -24,6 +25,7 @@ class ExportMetadata:
     shift: dict[str, float]  # time shift of the noise levels, per modality
     dataset: str  # fingerprint of the preprocessing configuration
     folders: dict[str, str] = field(default_factory=dict)  # modality or "text" -> folder of pretrained codec weights
+    transcript: Literal["words", "phonemes"] = "words"  # entries of the transcripts of the training set
     few_steps: int | None = None  # most steps per chunk in the training of the few-step mode; None: unknown
 
     def step_count_warning(self, mode: Mode, steps: int) -> str | None:

@@ -15,6 +15,7 @@ from mfcore.metrics.signal_quality import rms, sharpness, to_decibels
 from mfcore.metrics.speech import normalize_words
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.records import Word
+from preprocessing.speech.phonemes import spoken_text
 from preprocessing.toyworld.audio_reader import read_audio
 from preprocessing.toyworld.video_reader import read_video
 from workflows.evaluation.clip_features import (
@@ -42,6 +43,7 @@ class FeatureExtractor:
 
     def __init__(self, evaluation_set: EvaluationSet, feature_models: FeatureModels | None = None) -> None:
         self._evaluation_set, self._toy = evaluation_set, evaluation_set.toy
+        self._has_syllables = self._toy is not None and self._toy.voice == "syllables"
         self._feature_models = feature_models or FeatureModels()
         self._fps = float(frame_rate_of(evaluation_set.meta))
         codec: Any = evaluation_set.codecs.get(AUDIO)
@@ -69,10 +71,12 @@ class FeatureExtractor:
             seams=self._boundary_energies(clip, frames, sound),
             features=features,
             picture=picture,
-            speech=self._toy_audio(sound, clip.words) if sound is not None and self._toy else None,
-            words=self._toy is None and bool(clip.words),
+            speech=self._toy_audio(sound, clip.words) if sound is not None and self._has_syllables else None,
+            words=not self._has_syllables and bool(clip.words),
             tracks=self._tracks(frames, sound),
-            utterances=self._speech_segments(sound, clip.words) if sound is not None and not self._toy else (),
+            utterances=self._speech_segments(sound, clip.words)
+            if sound is not None and not self._has_syllables
+            else (),
         )
         _ = features_of_clip.mouth_sync, features_of_clip.motion_sync  # computed here, in parallel on the workers
         return features_of_clip
@@ -109,7 +113,7 @@ class FeatureExtractor:
                 SpeechSegment(
                     at=(start + end) / 2,
                     expected=tuple(
-                        normalize_words(" ".join(w.word for w in words if start <= (w.start + w.end) / 2 < end))
+                        normalize_words(spoken_text(w for w in words if start <= (w.start + w.end) / 2 < end))
                     ),
                     detected={
                         n: tuple(normalize_words(transcribe(part, rate)))

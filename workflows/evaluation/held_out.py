@@ -117,13 +117,16 @@ def _prompt(clip: ClipTensors, chunks: int, number: int, meta: DatasetMetadata) 
 
 
 def _toy_config(clips: Sequence[ClipTensors], meta: DatasetMetadata) -> ToyConfig | None:
-    """Return the toy world configuration if all clips are of the toy world with syllables, else None."""
+    """Return the toy world configuration if all clips are of the toy world, else None."""
+    if VIDEO in meta.clocks and any(height != width for height, width in meta.config["sizes"]):
+        return None
     words = {w.word for clip in clips for w in clip.transcript}
     worlds = {clip.world for clip in clips}
+    english = ToyConfig(fps=frame_rate_of(meta), voice="english")
+    if worlds == {world_name(english)}:
+        return english
     is_toy = _has_toy_text(clips) if worlds == {None} else worlds == {world_name(ToyConfig())}
     if not is_toy or not words <= set(VOCABULARY):
-        return None
-    if VIDEO in meta.clocks and any(height != width for height, width in meta.config["sizes"]):
         return None
     spoken = max((VOCABULARY.index(word) + 1 for word in words), default=0)
     return ToyConfig(fps=frame_rate_of(meta), syllables=max(12, spoken))

@@ -87,7 +87,7 @@ def generate_clip(
     params = resolve_sampling_params(
         pipeline.metadata.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed
     )
-    words, estimated = read_transcript(prompt.transcript)
+    words, estimated = read_transcript(prompt.transcript, pipeline.metadata.transcript)
     cond = pipeline.encode_conditions(
         caption=prompt.caption,
         transcript=words,

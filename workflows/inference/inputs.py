@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import inf
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from preprocessing.media.probe import MediaError, probe
 from preprocessing.records import Word
 from preprocessing.sources.discovery import parse_transcript
 from preprocessing.sources.subtitles import parse_subtitles
+from preprocessing.speech.frontend import phonemes_of_text, phonemes_of_words
 from workflows.inference.pipeline import StreamingPipeline
 
 SYLLABLES_PER_SECOND = 4.5  # a slow speaker
@@ -75,19 +77,28 @@ def read_voice(path: str, pipeline: StreamingPipeline) -> Tensor:
     return torch.from_numpy(sound.copy())
 
 
-def read_transcript(text_or_path: str | None) -> tuple[list[Word], bool]:
-    """Return words with times, and True if the times are estimated.
+def read_transcript(text_or_path: str | None, kind: Literal["words", "phonemes"] = "words") -> tuple[list[Word], bool]:
+    """Return the transcript with times, and True if the times are estimated.
 
-    The input is a JSON list, text, or a file with JSON, subtitles or text.
+    The input is a JSON list, text, or a file with JSON, subtitles or text. With `kind` "phonemes", English words become
+    phonemes; the times of text follow the durations of speech.
     """
+    found = _read_words(text_or_path)
+    if isinstance(found, str):
+        return (phonemes_of_text(found) if kind == "phonemes" else estimate_word_times(found.split())), True
+    return (phonemes_of_words(found) if kind == "phonemes" else found), False
+
+
+def _read_words(text_or_path: str | None) -> list[Word] | str:
+    """Return words with their times, or text without times."""
     if not text_or_path:
-        return [], False
+        return []
     suffix, is_file = Path(text_or_path[-8:]).suffix.lower(), _is_file(text_or_path)
     if suffix in (".json", ".txt", *SUBTITLE_SUFFIXES) and not is_file and not any(c.isspace() for c in text_or_path):
         raise UserInputError(f"--transcript {text_or_path}: no such file")
     if is_file and suffix in SUBTITLE_SUFFIXES:
         try:
-            return list(parse_subtitles(Path(text_or_path).read_bytes())), False
+            return list(parse_subtitles(Path(text_or_path).read_bytes()))
         except ValueError as error:
             raise UserInputError(f"--transcript {text_or_path}: {error}") from None
     try:
@@ -95,8 +106,8 @@ def read_transcript(text_or_path: str | None) -> tuple[list[Word], bool]:
     except UnicodeDecodeError:
         raise UserInputError(f"--transcript {text_or_path} is not a text file") from None
     if suffix == ".json" or re.match(r"""\s*(\[\s*(\{|\])|\{\s*")""", text):
-        return _parse_json(text), False
-    return estimate_word_times(text.split()), True
+        return _parse_json(text)
+    return text
 
 
 def _parse_json(text: str) -> list[Word]:

@@ -5,13 +5,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mfcore.errors import UserInputError
 from mfcore.model.config import ModelConfig
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.dataset.reader import ClipDataset, DatasetMetadata, open_dataset
 from preprocessing.io.storage import is_remote
+from preprocessing.speech.phonemes import is_phoneme_transcript
 from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
 from workflows.checkpoints.load import find_export, load_metadata
 from workflows.checkpoints.model_card import ExportMetadata
@@ -35,6 +36,7 @@ MUTABLE_SETTINGS = (
 """Settings that may change on resume: they change results by rounding at most."""
 IMMUTABLE_EXCEPTIONS = ("engine.precision",)
 """Exceptions to MUTABLE_SETTINGS."""
+_CLIPS_WITH_TRANSCRIPT = 32  # clips that are searched for a transcript
 
 _LOGGER = logging.getLogger(__name__)
 A = TypeVar("A")
@@ -102,7 +104,9 @@ def resolve_run(
     parse_feature_models(config.sample_weights)  # raises ValueError for missing folders
     _check_lengths(config, dataset, uri)
     if count_only and not named:
-        parents = {p: path for p, path in parents.items() if _parent_fits(p, path, config, dataset.meta)}
+        unfit: list[Stage] = [p for p, path in parents.items() if not _parent_fits(p, path, config, dataset.meta)]
+        for parent in unfit:
+            del parents[parent]
     if config.stage != stage:
         raise UserInputError(f"--stage {stage} contradicts the setting stage={config.stage}")
     request = ResolvedRun(config=config, data=uri, dataset=dataset, parents=parents, run_dir=runs / (run or ""))
@@ -253,6 +257,13 @@ def latent_shapes_of(dataset: ClipDataset) -> LatentShapes:
         chunk_seconds=float(meta.chunk_seconds),
         chunks=clip.chunks,
     )
+
+
+def transcript_kind(dataset: ClipDataset) -> Literal["words", "phonemes"]:
+    """Return the kind of the entries of the transcripts, read from the first clips that have one."""
+    clips = (dataset.clip(i) for i in range(min(len(dataset), _CLIPS_WITH_TRANSCRIPT)))
+    spoken = next((clip.transcript for clip in clips if clip.transcript), ())
+    return "phonemes" if is_phoneme_transcript(spoken) else "words"
 
 
 def make_export_metadata(config: RunConfig, meta: DatasetMetadata, parents: Mapping[Stage, Path]) -> ExportMetadata:

@@ -17,6 +17,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from workflows.training.resolve import (
     latest_checkpoint_record,
     make_export_metadata,
     resolve_run,
+    transcript_kind,
 )
 from workflows.training.run_log import RunLogHandler, redirect_logs, show_run_log
 from workflows.training.sample_callback import SampleReportPublisher
@@ -114,6 +116,7 @@ def train_stage(
             return cost_estimate.estimate_without_dataset(stage, preset, sets, config_file) | {"missing": str(missing)}
         raise
     metadata = make_export_metadata(request.config, request.dataset.meta, request.parents)
+    metadata = replace(metadata, transcript=transcript_kind(request.dataset))
     start = describe_wan_import(request.config)
     if dry_run:
         return {

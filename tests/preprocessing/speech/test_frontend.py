@@ -3,7 +3,14 @@
 import pytest
 
 from mfcore.errors import UserInputError
-from preprocessing.speech.frontend import MAX_WORDS, phonemes_of_text, predict_durations, pronounce
+from preprocessing.records import Word
+from preprocessing.speech.frontend import (
+    MAX_WORDS,
+    phonemes_of_text,
+    phonemes_of_words,
+    predict_durations,
+    pronounce,
+)
 from preprocessing.speech.phonemes import is_phoneme_transcript, parse_token, spoken_text
 
 
@@ -65,3 +72,16 @@ def test_text_that_cannot_be_spoken_is_refused_with_the_remedy(text: str, part: 
 def test_speed_and_pause_scale_are_bounded(wrong: dict[str, float]):
     with pytest.raises(UserInputError, match=next(iter(wrong))):
         phonemes_of_text("Hello", **wrong)
+
+
+def test_words_with_times_are_divided_into_phonemes():
+    words = [
+        Word(word="Hello,", start=1.0, end=1.5),
+        Word(word="-", start=1.5, end=1.6),
+        Word(word="you", start=2, end=2.2),
+    ]
+    found = phonemes_of_words(words)
+    assert spoken_text(found) == "Hello, you"
+    assert [parse_token(w.word)[0] for w in found] == ["hh", "eh", "l", "ow", "y", "uw"]  # pyright: ignore[reportOptionalSubscript]
+    assert (found[0].start, found[3].end, found[4].start, found[5].end) == (1.0, 1.5, 2.0, 2.2)
+    assert phonemes_of_words(found) == found

@@ -148,6 +148,7 @@ def test_training_beyond_memory_is_rejected_with_alternatives(monkeypatch):
         memory_check.require_training_memory_on_all_ranks(eight)
 
 
+@pytest.mark.slow
 def test_cuda_graphs_are_measured_against_the_eager_stream(monkeypatch):
     """Replay the recorded passes operator by operator on the CPU."""
     monkeypatch.setattr(stream, "check_feasible", lambda plan: None)

@@ -267,6 +267,7 @@ def test_longer_sample_repeats_transcript_with_a_note(mutual, tmp_path, numbers_
     assert {row["window"] for row in rows} == {"all", "0-5"}
 
 
+@pytest.mark.slow
 def test_untrained_step_counts_are_measured_with_a_warning(tmp_path, toy_data, numbers_only, capsys):
     trained_for_two = export(tmp_path, toy_data, "mutual", few_steps=2)
     result = evaluate_checkpoints([trained_for_two], steps=[2, 3], out=str(tmp_path / "x"), **QUIET)
@@ -327,6 +328,7 @@ def test_plan_uses_guidance_only_in_multi_step_mode(mutual):
     assert len({s.key("scope") for s in [*settings, *narrow]}) == 24
 
 
+@pytest.mark.slow
 def test_bfloat16_samples_have_separate_rows(tmp_path, mutual, numbers_only):
     """Store rows of both precisions in one folder; the default is float32 on every device."""
     how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
@@ -367,6 +369,7 @@ def test_checkpoints_with_equal_names_are_kept_apart(tmp_path, toy_data, mutual,
     assert set(alone["samples"]) < set(result["samples"])
 
 
+@pytest.mark.slow
 def test_other_clips_have_separate_samples(tmp_path, mutual, numbers_only):
     how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}
     short = evaluate_checkpoints([mutual], seconds=0.5, **how)

@@ -24,7 +24,7 @@ def test_the_world_reaches_the_dataset_and_selects_the_toy_metrics(toy_data: str
     [
         ("toyworld/1", "a caption of another form", True),
         ("toyworld/2", TOY_CAPTION, False),
-        ("toyworld-english/1", TOY_CAPTION, False),
+        ("toyworld-english/1", TOY_CAPTION, True),
         ("another/1", TOY_CAPTION, False),
         (None, TOY_CAPTION, True),
         (None, "a person talks", False),

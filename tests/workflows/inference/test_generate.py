@@ -293,6 +293,15 @@ def test_text_file_is_rejected_as_first_frame(exports, tmp_path):
         )
 
 
+def test_text_becomes_phonemes_for_a_network_that_was_trained_on_them():
+    words, estimated = read_transcript("Hi, you.", "phonemes")
+    assert estimated
+    assert [w.word for w in words] == ["/hh/Hi", "/ay/", "/y/you", "/uw/"]
+    timed, estimated = read_transcript('[{"word": "you", "start": 1, "end": 1.5}]', "phonemes")
+    assert not estimated
+    assert (timed[0].word, timed[0].start, timed[-1].end) == ("/y/you", 1.0, 1.5)
+
+
 @pytest.mark.parametrize("steps", [0, -1])
 def test_step_count_must_be_positive(steps):
     with pytest.raises(ValueError, match=f"steps={steps}: "):

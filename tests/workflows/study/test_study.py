@@ -430,6 +430,7 @@ class TestRuns:
         assert everything(tmp_path / "cut") == everything(tmp_path / "whole")
 
     @pytest.mark.parametrize("gone", ["seed-*/*/weights.safetensors", "seed-*/*/**/*.safetensors", "seed-*/*/st*"])
+    @pytest.mark.slow
     def test_deleted_weights_are_trained_again_if_needed(self, tmp_path, gone):
         """Rows and costs may be kept without weights and states."""
         config, planned = small_study(), plan_tasks(small_study(), select_methods(["mutual"], [0]))
@@ -448,6 +449,7 @@ class TestRuns:
         assert everything(tmp_path) == before
         assert all(cost["cpu_seconds"] > 0 for cost in load_costs(tmp_path))
 
+    @pytest.mark.slow
     def test_every_method_trains(self, tmp_path):
         config = small_study()
         run_task(config, tmp_path, StudyTask(kind="train", method="joint", seed=0), device="cpu", deadline=float("inf"))
@@ -653,6 +655,7 @@ class TestRuns:
             study_report.run_study(out=str(tmp_path / "x"), device="foo", sets=[], dry_run=True, tracking="", **options)
         assert not (tmp_path / "x").exists()
 
+    @pytest.mark.slow
     def test_imported_networks_are_sampled_with_other_settings(self, tmp_path):
         config, (here, there) = small_study(), (tmp_path / "here", tmp_path / "there")
         claim_study_dir(config, here)

@@ -197,6 +197,7 @@ def test_alarms_are_logged_on_change_and_kept_across_restarts(tmp_path, caplog):
     ]
 
 
+@pytest.mark.slow
 def test_sampling_does_not_change_the_training(tmp_path, toy_data, monkeypatch):
     """A killed and resumed run with samples has the weights of a run without. After four steps it has no motion."""
     monkeypatch.setenv("MFCTL_TRACKER", "json")

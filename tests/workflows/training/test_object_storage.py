@@ -128,6 +128,7 @@ def test_prefixes_globs_objects_and_manifests(s3, media, tmp_path):
     fs.rm_file(f"{BUCKET}/media/list.csv")
 
 
+@pytest.mark.slow
 def test_any_object_name_works(s3, tmp_path):
     write_clip(tmp_path / "clip.mp4", 1.2)
     names = [

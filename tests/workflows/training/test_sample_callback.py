@@ -32,6 +32,7 @@ def sample_metrics(result) -> dict[int, dict[str, float]]:
     return {e["step"]: {k: v for k, v in e.items() if k not in ("time", "sample/seconds")} for e in entries}
 
 
+@pytest.mark.slow
 def test_asynchronous_samples_equal_inline_ones(tmp_path, toy_data):
     """The first is evaluated during later steps, the last after the end."""
     plain = train_stage(

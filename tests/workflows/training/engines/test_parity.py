@@ -152,6 +152,7 @@ def test_every_engine_on_two_processes_equals_one_plain_process(on_one, on_two, 
     assert difference(on_two.losses[name], expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_low_rank_run_resumes_under_another_engine(on_one, on_two):
     assert difference(losses(on_two.moved), losses(on_one["mutual"][1:])) < 1e-5
 
