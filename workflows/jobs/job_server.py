@@ -39,6 +39,7 @@ def connect(address: str) -> Any:
         UserInputError: if the server rejects the token.
     """
     os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")  # no warning about the archive
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     for module in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
@@ -49,8 +50,8 @@ def connect(address: str) -> Any:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
-    except (ConnectionError, RuntimeError) as error:
-        if "Authentication" in str(error):
+    except (AuthenticationError, ConnectionError, RuntimeError) as error:
+        if isinstance(error, AuthenticationError) or "Authentication" in str(error):
             raise UserInputError(
                 f"{address} {'rejects the token' if token else 'requires a token'}. Set RAY_AUTH_TOKEN_PATH to the "
                 "file with the token of this cluster (default: ~/.ray/auth_token)"
