@@ -139,6 +139,7 @@ def test_clips_of_the_training_set_are_reported(swept, mutual):
     assert "cannot be read" in (gone.unknown or "")
 
 
+@pytest.mark.slow
 def test_all_clips_of_an_unseen_dataset_are_used(tmp_path, toy_data, mutual, numbers_only):
     """Without other clips, the reference are the clips of the prompts, and the report mentions it."""
     half = select_evaluation_set(toy_data, clips=3, seconds=None, fraction=None)
@@ -351,6 +352,7 @@ def test_bfloat16_samples_have_separate_rows(tmp_path, mutual, numbers_only):
     assert curves == [{"mutual/few/frechet"}, {"mutual-bf16/few/frechet"}]
 
 
+@pytest.mark.slow
 def test_checkpoints_with_equal_names_are_kept_apart(tmp_path, toy_data, mutual, numbers_only):
     """Keep their metrics and sample files separate."""
     how = {"steps": [1], "modes": ["few"], "windows": "0-1", "out": str(tmp_path / "x"), **QUIET}

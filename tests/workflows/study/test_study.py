@@ -743,6 +743,7 @@ class TestTracking:
 
         return run
 
+    @pytest.mark.slow
     def test_store_receives_missing_results(self, tmp_path, publish):
         from mlflow import MlflowClient
 

@@ -58,6 +58,7 @@ def test_asynchronous_samples_equal_inline_ones(tmp_path, toy_data):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_sample_report_has_the_metrics_of_a_sweep(tmp_path, toy_data):
     """Both modes, by window for long clips; unmeasured metrics have their requirement."""
     sets = (*SMALL, "data.held_out=0.5", "steps=1")
