@@ -87,11 +87,6 @@ VISEMES: dict[str, MouthShape] = {phoneme: shape for names, shape in _SHAPES.ite
 _FIELDS = ("opening", "width", "teeth", "tongue", "lip")
 
 
-def viseme_classes() -> dict[str, int]:
-    """Return the number of the mouth shape of each phoneme."""
-    return {phoneme: number for number, names in enumerate(_SHAPES) for phoneme in names.split()}
-
-
 def mouth_track(transcript: Sequence[Word], times: Array) -> dict[str, Array]:
     """Return the fields of `MouthShape` at `times`, each ``[n]``.
 
