@@ -1,6 +1,6 @@
 """Interfaces of codecs: signal to latents, and latents to signal as a whole or as a stream."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -20,6 +20,14 @@ class StreamDecoder(Protocol):
 
     def flush(self) -> Tensor:
         """Return the rest of the signal; the decoder cannot be used afterwards."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state between two calls of ``push``, to continue in another process."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from the state of a decoder of the same codec."""
         ...
 
 

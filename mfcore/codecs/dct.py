@@ -8,7 +8,7 @@ frames form groups of g; each p x p x g block is transformed in three dimensions
 block, the first C of a fixed order are kept (:func:`_order`). Color and cosine transforms form one matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -131,6 +131,14 @@ class DctDecoder:
     def flush(self) -> UInt8[Tensor, "f H W 3"]:
         """Return no frames."""
         return self._empty
+
+    def state(self) -> dict[str, Tensor]:
+        """Return whether the first frame was decoded."""
+        return {"started": torch.tensor(self._started), "empty": self._empty}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue after the state of another decoder."""
+        self._started, self._empty = bool(state["started"]), state["empty"]
 
 
 class _Basis:

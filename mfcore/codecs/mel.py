@@ -6,6 +6,7 @@ bands, F frequency bins, H hop, b batch.
 Latent i describes the samples [i g H, (i + 1) g H): its g frames are centered at (i g + j + 1/2) H.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,6 +174,14 @@ class MelDecoder:
     def flush(self) -> Float[Tensor, " samples"]:
         """Return the rest of the samples."""
         return self.flush_batch()[0]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return magnitudes, spectra and windows that the next samples depend on."""
+        return self._phases.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue after the state of another decoder."""
+        self._phases.load_state(state)
 
     def push_batch(self, latents: Float[Tensor, "b n C"]) -> Float[Tensor, "b samples"]:
         """Return the samples of several clips that are final."""

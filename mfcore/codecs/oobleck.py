@@ -9,7 +9,7 @@ bfloat16 is noise at -50 dB in a waveform.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, floor, prod
@@ -157,6 +157,14 @@ class OobleckDecoder:
     def flush(self) -> Float[Tensor, " samples"]:
         """Return the rest of the samples."""
         return self._decode_until(len(self._kept))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the latents of the context and those that are not decoded yet."""
+        return {"kept": self._kept, "context": torch.tensor(self._context)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue after the state of another decoder."""
+        self._kept, self._context = state["kept"], int(state["context"])
 
     @torch.inference_mode()
     def _decode_until(self, until: int) -> Float[Tensor, " samples"]:

@@ -8,7 +8,7 @@ on how the magnitudes are split. The algorithm is deterministic.
 Letters: b batch, k frames, F frequency bins, N window length, H hop, M = (N - H) / 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -103,6 +103,21 @@ class PhaseDecoder:
         rest = _divide(self._tail, self._tail_weight)[:, : self._frames.overlap // 2]
         self._waiting = None
         return torch.cat([sound, rest], dim=1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the magnitudes, spectra and windows that the next samples depend on; empty before the first block."""
+        parts = {
+            "waiting": self._waiting,
+            "lookahead": self._lookahead,
+            "tail": self._tail,
+            "weight": self._tail_weight,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue after the state of another decoder."""
+        self._waiting, self._lookahead = state.get("waiting"), state.get("lookahead")
+        self._tail, self._tail_weight = state.get("tail"), state.get("weight")
 
     def _commit(self, magnitudes: Float[Tensor, "b k F"], block: int) -> Float[Tensor, "b samples"]:
         """Commit the first ``block`` frames; the other frames only improve their phases."""

@@ -8,6 +8,7 @@ The first latent is the first frame, each later latent describes four frames. Al
 feature cache, so decoding latent by latent with that cache is bit-equal to decoding the whole.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -171,6 +172,21 @@ class WanDecoder:
     def flush(self) -> UInt8[Tensor, "f H W 3"]:
         """Return no frames."""
         return self._empty
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the feature cache. An entry is absent, a tensor, or the mark of diffusers for a repeated frame."""
+        found = {"started": torch.tensor(self._started), "empty": self._empty}
+        for i, entry in enumerate(self._cache):
+            if entry is not None:
+                found[f"cache.{i}"] = entry if isinstance(entry, Tensor) else torch.empty(0)
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue after the state of another decoder."""
+        self._started, self._empty = bool(state["started"]), state["empty"]
+        for i in range(len(self._cache)):
+            entry = state.get(f"cache.{i}")
+            self._cache[i] = None if entry is None else entry.to(self._device) if entry.numel() else "Rep"
 
     @torch.inference_mode()
     def _decode_latent(self, latent: Float[Tensor, "C h w"]) -> UInt8[Tensor, "f H W 3"]:

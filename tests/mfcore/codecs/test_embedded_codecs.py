@@ -69,6 +69,17 @@ def decode_in_parts(codec: Codec, latents: Tensor, cuts: list[int]) -> Tensor:
     return torch.cat([*pieces, decoder.flush()])
 
 
+def decode_in_turns(codec: Codec, latents: Tensor, cuts: list[int]) -> Tensor:
+    """Decode each part with a new decoder that continues after the state of the one before."""
+    pieces, state = [], codec.decoder().state()
+    for a, b in pairwise([0, *cuts, len(latents)]):
+        decoder = codec.decoder()
+        decoder.load_state({name: part.clone() for name, part in state.items()})
+        pieces.append(decoder.push(latents[a:b]))
+        state = decoder.state()
+    return torch.cat([*pieces, decoder.flush()])
+
+
 # video
 
 
@@ -130,6 +141,7 @@ def test_dct_streaming_equals_whole(cuts: list[int]):
     codec = DctCodec()
     latents = codec.encode(cartoon())
     assert torch.equal(decode_in_parts(codec, latents, cuts), codec.decode(latents))
+    assert torch.equal(decode_in_turns(codec, latents, cuts), codec.decode(latents))
 
 
 @pytest.mark.parametrize("shape", [(5, 60, 64, 3), (0, 64, 64, 3), (5, 64, 64), (5, 64, 0, 3)])
@@ -244,6 +256,7 @@ def test_mel_streaming_equals_whole(cuts: list[int]):
     codec = MelCodec()
     latents = codec.encode(speech())
     assert torch.equal(decode_in_parts(codec, latents, cuts), codec.decode(latents))
+    assert torch.equal(decode_in_turns(codec, latents, cuts), codec.decode(latents))
 
 
 def test_mel_batch_equals_one_by_one():

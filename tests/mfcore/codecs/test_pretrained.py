@@ -54,6 +54,17 @@ def decode_in_parts(codec, latents, *cuts: int) -> torch.Tensor:
     return torch.cat([part for part in [*parts, decoder.flush()] if len(part)])
 
 
+def decode_in_turns(codec, latents, *cuts: int) -> torch.Tensor:
+    """Decode each part with a new decoder that continues after the state of the one before."""
+    decoder, parts = codec.decoder(), []
+    for part in latents.tensor_split(cuts):
+        state = {name: value.clone() for name, value in decoder.state().items()}
+        decoder = codec.decoder()
+        decoder.load_state(state)
+        parts.append(decoder.push(part))
+    return torch.cat([part for part in [*parts, decoder.flush()] if len(part)])
+
+
 def test_wan_equals_the_diffusers_class(wan):
     signal = frames(9)
     latents = wan.encode(signal)
@@ -84,6 +95,7 @@ def test_wan_streaming_equals_whole(wan):
     assert len(whole) == 17
     for cuts in ((1,), (1, 2, 3, 4), (0, 3)):
         assert torch.equal(decode_in_parts(wan, latents, *cuts), whole)
+    assert torch.equal(decode_in_turns(wan, latents, 1, 2, 3), whole)
 
 
 def test_wan_is_causal_and_drops_incomplete_groups(wan):
@@ -147,6 +159,7 @@ def test_oobleck_streaming_equals_whole(oobleck, cuts):
     latents = noise(60)
     whole = oobleck.model.decode(latents.T[None]).sample[0].mean(0).clamp(-1, 1)
     assert torch.allclose(decode_in_parts(oobleck, latents, *cuts), whole, atol=2e-6)
+    assert torch.allclose(decode_in_turns(oobleck, latents, *cuts), whole, atol=2e-6)
 
 
 def test_oobleck_returns_sound_as_soon_as_it_is_final(oobleck):
