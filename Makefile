@@ -19,7 +19,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Tests of pure functions: no child processes, no media files, no training.
 FAST := $(filter-out tests/mfcore/test_device.py,$(wildcard tests/mfcore/test_*.py)) tests/mfcore/codecs/test_embedded_codecs.py tests/mfcore/metrics tests/preprocessing/sources tests/preprocessing/dataset/test_schema.py tests/workflows/config tests/workflows/data/test_batch_sampler.py tests/workflows/jobs/test_submit.py tests/test_architecture.py tests/test_documentation.py tests/test_repository.py
 
-.PHONY: help venv ffmpeg demo test test-fast test-slow check format clean
+.PHONY: help venv ffmpeg chromium demo test test-fast test-slow test-browser check format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,6 +53,14 @@ test-fast: ffmpeg $(STAMP) ## run the tests of pure functions, under a minute
 
 test-slow: ffmpeg $(STAMP) ## run the tests marked slow or cluster
 	$(PY) -m pytest -q -m "slow or cluster" $(TESTS)
+
+chromium: # check for Chromium; install it with apt as root; without it the tests of the page are skipped
+	@if command -v chromium >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -y -q --no-install-recommends chromium; fi
+
+test-browser: ffmpeg chromium $(STAMP) ## run the tests of the page in Chromium
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]"
+	$(PY) -m pytest -q -m browser -rs tests/workflows/serving/test_page.py
 
 check: $(STAMP) ## run ruff, pyright and import-linter
 	$(PY) -m ruff format --check .
