@@ -25,6 +25,7 @@ from mfcore.weights import load_strict
 from preprocessing.io.storage import Store, is_remote
 from workflows.checkpoints.layout import METADATA_FILE, RUN_FILE
 from workflows.checkpoints.model_card import ExportMetadata
+from workflows.checkpoints.packaged import packaged_folder, packaged_names
 from workflows.checkpoints.store import (
     COMPLETE_FILE,
     DAMAGE_HINT,
@@ -45,13 +46,19 @@ _UNLISTED: dict[str, Any] = {"size": -1}  # equals no file
 def locate_export(path: str | Path) -> str:
     """Return the checkpoint or export that ``path`` names, as a path or URI; for a run its latest intact checkpoint.
 
-    Raises UserInputError if there is none.
+    The name of a packaged model counts unless a file has this name. Raises UserInputError if there is none.
     """
     if is_remote(str(path)):
         return _locate_remote(str(path).rstrip("/"))
     folder = Path(path)
     if not folder.exists():
-        raise UserInputError(f"{folder} does not exist: name a run, such as runs/mutual, or a checkpoint inside one")
+        if packaged := packaged_folder(str(path)):
+            return str(packaged)
+        names = ", ".join(packaged_names())
+        raise UserInputError(
+            f"{folder} does not exist: name a run, such as runs/mutual, or a checkpoint inside one"
+            + (f", or a packaged model ({names})" if names else "")
+        )
     if (folder / METADATA_FILE).exists():
         return str(folder)
     if (folder / RUN_FILE).exists() and not (folder / "export").exists():
@@ -178,7 +185,7 @@ def weight_files(export: Path, weights: WeightKind) -> list[Path]:
 
 
 def load_weights(path: str | Path, weights: WeightKind = "ema") -> dict[str, Tensor]:
-    """Return the weights of a run, checkpoint or export by parameter name.
+    """Return the weights of a run, checkpoint or export by parameter name; those in bfloat16 become float32.
 
     Raises UserInputError for a file that differs from its checksum or cannot be read.
     """
@@ -188,7 +195,7 @@ def load_weights(path: str | Path, weights: WeightKind = "ema") -> dict[str, Ten
     loaded: dict[str, Tensor] = {}
     for file in files:
         try:
-            loaded |= load_file(file)
+            loaded |= {name: w.float() if w.dtype == torch.bfloat16 else w for name, w in load_file(file).items()}
         except (OSError, SafetensorError) as error:
             raise UserInputError(f"{file} cannot be read: {error}. {DAMAGE_HINT}") from None
     return loaded

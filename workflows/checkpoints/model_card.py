@@ -26,6 +26,7 @@ class ExportMetadata:
     dataset: str  # fingerprint of the preprocessing configuration
     folders: dict[str, str] = field(default_factory=dict)  # modality or "text" -> folder of pretrained codec weights
     transcript: Literal["words", "phonemes"] = "words"  # entries of the transcripts of the training set
+    world: str | None = None  # synthetic world of the training set, such as toyworld-english/1
     few_steps: int | None = None  # most steps per chunk in the training of the few-step mode; None: unknown
 
     def step_count_warning(self, mode: Mode, steps: int) -> str | None:

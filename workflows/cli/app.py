@@ -13,6 +13,7 @@ from workflows.cli import bench, evaluate, jobs, output, study
 from workflows.cli.data import inspect, manifest, preprocess, reconstruct, toyworld
 from workflows.cli.errors import describe_error
 from workflows.cli.generate import generate
+from workflows.cli.models import models
 from workflows.cli.system import demo, doctor, mlflow
 from workflows.cli.train import train
 from workflows.utils import environment
@@ -29,7 +30,7 @@ COMMANDS = {
     "System": (doctor, demo, mlflow),
     "Data": (toyworld, manifest, preprocess, inspect, reconstruct),
     "Training": (train,),
-    "Generation and evaluation": (generate, evaluate.evaluate, study.study),
+    "Generation and evaluation": (generate, evaluate.evaluate, models, study.study),
 }
 """Commands by panel of the help text."""
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mfcore.metrics.windows import DEFAULT_WINDOWS
+from workflows.checkpoints.packaged import resolve_checkpoint
 from workflows.cli import output
 from workflows.cli.options import OUTPUT, JsonFlag, parse_floats, parse_ints
 from workflows.cli.traits import command
@@ -14,7 +15,12 @@ SWEEP = "Sweep"
 EXECUTION = "Execution"
 
 Checkpoints = Annotated[
-    list[str], typer.Argument(parser=environment.resolve_path, metavar="CHECKPOINT...", help="Runs or checkpoints.")
+    list[str],
+    typer.Argument(
+        parser=resolve_checkpoint,
+        metavar="CHECKPOINT...",
+        help="Runs, checkpoints or packaged models (`mfctl models`).",
+    ),
 ]
 Data = Annotated[
     str | None,

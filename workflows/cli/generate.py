@@ -1,11 +1,14 @@
 """`mfctl generate`: stream one clip from a checkpoint into an mp4 file."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import typer
 
+from mfcore.errors import UserInputError
+from workflows.checkpoints import packaged
 from workflows.cli import output
-from workflows.cli.options import CheckpointPath, JsonFlag, Mp4Path, OverwriteFlag
+from workflows.cli.options import CheckpointAndMp4, JsonFlag, OverwriteFlag
 from workflows.cli.traits import command
 from workflows.utils import environment
 
@@ -20,6 +23,7 @@ FirstFrame = Annotated[
         parser=environment.resolve_path,
         metavar="IMAGE",
         rich_help_panel=CONDITIONS,
+        show_default="a drawn character, for networks of the toy world",
         help="Image or video with the first frame of the clip.",
     ),
 ]
@@ -41,7 +45,18 @@ Voice = Annotated[
         help="Media file with the reference voice.",
     ),
 ]
-Seconds = Annotated[float, typer.Option(rich_help_panel=SAMPLING, help="Length of the clip in seconds.")]
+Speed = Annotated[
+    float, typer.Option(rich_help_panel=CONDITIONS, help="Factor on the rate of speech of a text, 0.5 to 2.")
+]
+Pauses = Annotated[float, typer.Option(rich_help_panel=CONDITIONS, help="Factor on the pauses of a text, 0 to 10.")]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=SAMPLING,
+        show_default="that of the transcript, 10 without one",
+        help="Length of the clip in seconds.",
+    ),
+]
 Steps = Annotated[
     int | None,
     typer.Option(
@@ -74,7 +89,7 @@ Trust = Annotated[
         help="Trust label of the history; 0: real, 1: generated.",
     ),
 ]
-Seed = Annotated[int, typer.Option(rich_help_panel=SAMPLING, help="Seed of the noise.")]
+Seed = Annotated[int, typer.Option(rich_help_panel=SAMPLING, help="Seed of the noise and of a drawn first frame.")]
 Weights = Annotated[
     Literal["ema", "raw"],
     typer.Option(rich_help_panel=EXECUTION, help="Weights of the checkpoint: moving average or last step."),
@@ -97,16 +112,17 @@ Graphs = Annotated[
 ]
 
 
-@command(driver_only=True, paths=("checkpoint", "out", "first_frame", "voice"))
+@command(driver_only=True, paths=("checkpoint_and_out", "first_frame", "voice"))
 def generate(
-    checkpoint: CheckpointPath,
-    out: Mp4Path,
+    checkpoint_and_out: CheckpointAndMp4,
     *,
     first_frame: FirstFrame = None,
     transcript: Transcript = None,
     caption: Caption = "",
     voice: Voice = None,
-    seconds: Seconds = 10.0,
+    speed: Speed = 1.0,
+    pauses: Pauses = 1.0,
+    seconds: Seconds = None,
     steps: Steps = None,
     mode: Mode = None,
     guidance: Guidance = None,
@@ -119,17 +135,26 @@ def generate(
     overwrite: OverwriteFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Stream a clip chunk by chunk from a checkpoint into an mp4 file.
+    """Stream a clip chunk by chunk from a checkpoint, or from the packaged model, into an mp4 file.
 
-    Example: mfctl generate runs/mutual clip.mp4 --transcript "hello there" --seconds 20
+    Example: mfctl generate clip.mp4 --transcript "Nice to meet you."
     """
 
     def work() -> Any:
+        checkpoint, out = split_paths(checkpoint_and_out)
         from workflows.inference.generate import ClipPrompt, RuntimeOptions, generate_clip
 
         return generate_clip(
             checkpoint,
-            ClipPrompt(first_frame=first_frame, transcript=transcript, caption=caption, voice=voice, seconds=seconds),
+            ClipPrompt(
+                first_frame=first_frame,
+                transcript=transcript,
+                caption=caption,
+                voice=voice,
+                seconds=seconds,
+                speed=speed,
+                pauses=pauses,
+            ),
             out=out,
             runtime=RuntimeOptions(weights=weights, precision=precision, compile=compile, graphs=graphs),
             steps=steps,
@@ -141,3 +166,18 @@ def generate(
         )
 
     output.run_command(work, as_json=json)
+
+
+def split_paths(paths: Sequence[str]) -> tuple[str, str]:
+    """Return the checkpoint, by default the packaged model, and the output file.
+
+    Raises UserInputError for another number of paths, and for one path that is not an mp4 file.
+    """
+    usage = "Use mfctl generate [CHECKPOINT] OUT.mp4"
+    if len(paths) > 2:
+        raise UserInputError(f"{len(paths)} paths are given: {' '.join(paths)}. {usage}")
+    if len(paths) == 2:
+        return paths[0], paths[1]
+    if not paths[0].lower().endswith(".mp4"):
+        raise UserInputError(f"the output file is missing: {paths[0]} does not end in .mp4. {usage}")
+    return packaged.default_model(), paths[0]

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mfcore.errors import UserInputError
+from workflows.checkpoints.packaged import DEFAULT_MODEL, resolve_checkpoint
 from workflows.utils import environment
 
 CONFIGURATION = "Configuration"
@@ -20,7 +21,17 @@ DatasetUri = Annotated[
 CheckpointPath = Annotated[
     str,
     typer.Argument(
-        parser=environment.resolve_path, metavar="CHECKPOINT", help="Run, checkpoint or export folder of a run."
+        parser=resolve_checkpoint,
+        metavar="CHECKPOINT",
+        help="Run, checkpoint, export folder or packaged model (`mfctl models`).",
+    ),
+]
+CheckpointAndMp4 = Annotated[
+    list[str],
+    typer.Argument(
+        parser=resolve_checkpoint,
+        metavar="[CHECKPOINT] OUT.mp4",
+        help=f"Run, checkpoint, export folder or packaged model (default: {DEFAULT_MODEL}), and the output file.",
     ),
 ]
 Mp4Path = Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="OUT.mp4", help="Output file.")]

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -17,14 +17,17 @@ from mfcore.errors import check_range
 from mfcore.solver import Mode
 from mfcore.types import AUDIO, VIDEO, Condition, Stream
 from preprocessing.media.mp4_writer import Mp4Writer
+from preprocessing.records import Word
 from workflows.checkpoints.load import WeightKind
-from workflows.inference.inputs import read_first_frame, read_transcript, read_voice
+from workflows.inference.inputs import read_or_draw_first_frame, read_transcript, read_voice
 from workflows.inference.pipeline import StreamingPipeline
 from workflows.inference.precision import Precision
 from workflows.inference.sampling import MAX_GUIDANCE, MAX_STEPS, SamplingParams, resolve_sampling_params
 from workflows.utils.output_file import check_output_file
 
 MAX_SECONDS = 86_400  # of a clip
+DEFAULT_SECONDS = 10.0  # of a clip without a transcript
+TAIL_SECONDS = 0.4  # after the last word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,9 @@ class ClipPrompt:
     transcript: str | None = None  # text, JSON, or a file of either kind
     caption: str = ""
     voice: str | None = None  # media file with the reference voice
-    seconds: float = 10.0
+    seconds: float | None = None  # None: that of the transcript, DEFAULT_SECONDS without one
+    speed: float = 1.0  # factor on the rate of speech of a text without times
+    pauses: float = 1.0  # factor on its pauses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +80,9 @@ def generate_clip(
     the stage, see ``resolve_sampling_params``.
     """
     runtime = runtime or RuntimeOptions()
-    seconds = prompt.seconds
     target = Path(out)
     check_output_file(target, suffix=".mp4", overwrite=overwrite)
-    check_range("--seconds", seconds, 0, MAX_SECONDS, above=True)
+    check_range("--seconds", prompt.seconds, 0, MAX_SECONDS, above=True)
     check_range("--steps", steps, 1, MAX_STEPS)
     check_range("--guidance", guidance, 0, MAX_GUIDANCE)
     check_range("--trust", trust, 0, 1)
@@ -87,19 +91,19 @@ def generate_clip(
     params = resolve_sampling_params(
         pipeline.metadata.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed
     )
-    words, estimated = read_transcript(prompt.transcript, pipeline.metadata.transcript)
+    words, estimated = read_transcript(
+        prompt.transcript, pipeline.metadata.transcript, speed=prompt.speed, pauses=prompt.pauses
+    )
+    seconds = prompt.seconds or (max(w.end for w in words) + TAIL_SECONDS if words else DEFAULT_SECONDS)
+    check_range("length of the transcript in seconds", seconds, 0, MAX_SECONDS, above=True)
+    first_frame, caption = read_or_draw_first_frame(prompt.first_frame, pipeline, seed)
     cond = pipeline.encode_conditions(
-        caption=prompt.caption,
+        caption=prompt.caption or caption,
         transcript=words,
-        first_frame=read_first_frame(prompt.first_frame, pipeline) if VIDEO in pipeline.codecs else None,
+        first_frame=first_frame,
         voice=read_voice(prompt.voice, pipeline) if prompt.voice is not None and AUDIO in pipeline.codecs else None,
     )
-    if late_words := [word.word for word in words if word.start >= seconds]:
-        count = f"{len(late_words)} of {len(words)} words"
-        message = f"{count} begin after the end of the clip, at {seconds:g} s: {' '.join(late_words)}"
-        print(f"warning: {message:.300}. Increase --seconds.", file=sys.stderr, flush=True)
-    if warning := pipeline.metadata.step_count_warning(params.mode, params.steps):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    _print_warnings(pipeline, words, seconds, params)
     target.parent.mkdir(parents=True, exist_ok=True)
     chunks = ceil(seconds / float(pipeline.metadata.chunk_seconds))
     facts = stream_to_mp4(pipeline, cond, target, chunks=chunks, params=params)
@@ -112,6 +116,16 @@ def generate_clip(
     return {"path": str(target), **facts, **sampling} | (
         {"word_times": "estimated from the speaking rate", "transcript": [vars(w) for w in words]} if estimated else {}
     )
+
+
+def _print_warnings(pipeline: StreamingPipeline, words: Sequence[Word], seconds: float, params: SamplingParams) -> None:
+    """Print warnings for words after the end of the clip and for an untrained number of steps."""
+    if late_words := [word.word for word in words if word.start >= seconds]:
+        count = f"{len(late_words)} of {len(words)} words"
+        message = f"{count} begin after the end of the clip, at {seconds:g} s: {' '.join(late_words)}"
+        print(f"warning: {message:.300}. Increase --seconds.", file=sys.stderr, flush=True)
+    if warning := pipeline.metadata.step_count_warning(params.mode, params.steps):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def decode_stream(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from math import inf
@@ -13,13 +14,15 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from mfcore.errors import UserInputError
+from mfcore.errors import UserInputError, check_range
+from mfcore.types import VIDEO
 from preprocessing.media.decoder import decode_range
 from preprocessing.media.probe import MediaError, probe
 from preprocessing.records import Word
 from preprocessing.sources.discovery import parse_transcript
 from preprocessing.sources.subtitles import parse_subtitles
 from preprocessing.speech.frontend import phonemes_of_text, phonemes_of_words
+from preprocessing.toyworld.first_frame import MAX_DISTANCE, character_distance, draw_first_frame, world_config
 from workflows.inference.pipeline import StreamingPipeline
 
 SYLLABLES_PER_SECOND = 4.5  # a slow speaker
@@ -27,10 +30,47 @@ SUBTITLE_SUFFIXES = (".srt", ".vtt")
 PAUSE_SECONDS = 0.1  # seconds between words with estimated times
 
 
+def read_or_draw_first_frame(path: str | None, pipeline: StreamingPipeline, seed: int) -> tuple[Tensor | None, str]:
+    """Return the first frame and a caption of it; without a path, a network of a toy world gets a drawn character.
+
+    The caption is empty for a frame that was not drawn. A network without video gets no frame.
+    """
+    if VIDEO not in pipeline.codecs:
+        return None, ""
+    config = world_config(pipeline.metadata.world, size=pipeline.frame_size[0], seed=seed)
+    if path is not None or config is None or pipeline.frame_size[0] != pipeline.frame_size[1]:
+        return read_first_frame(path, pipeline), ""
+    drawn = draw_first_frame(config)
+    return torch.from_numpy(drawn.pixels.copy()), drawn.caption
+
+
 def read_first_frame(path: str | None, pipeline: StreamingPipeline) -> Tensor | None:
-    """Read an image or the first frame of a video, scaled and center-cropped to the frame size."""
+    """Read an image or the first frame of a video, scaled and center-cropped to the frame size.
+
+    Raises UserInputError for a file without a picture, and for a picture without a character of the toy world if the
+    network was trained there.
+    """
     if path is None:
         return None
+    frame = _read_frame(path, pipeline)
+    if world_config(pipeline.metadata.world) is not None:
+        _check_character(path, frame)
+    return frame
+
+
+def _check_character(path: str, frame: Tensor) -> None:
+    """Raise UserInputError for a frame without a character of the toy world."""
+    height, width = frame.shape[:2]
+    if height != width or character_distance(frame.numpy()) <= MAX_DISTANCE:
+        return
+    raise UserInputError(
+        f"--first-frame {path}: the picture shows no character of the toy world. The model animates such characters "
+        f"only, in square pictures that are scaled to {width} x {height} pixels. Omit --first-frame to draw one, or "
+        "use a clip of `mfctl toyworld`."
+    )
+
+
+def _read_frame(path: str, pipeline: StreamingPipeline) -> Tensor:
     file, (height, width) = Path(path), pipeline.frame_size
     if not file.exists():
         raise UserInputError(f"--first-frame {path}: no such file")
@@ -41,6 +81,13 @@ def read_first_frame(path: str | None, pipeline: StreamingPipeline) -> Tensor | 
         return _read_first_video_frame(path, pipeline)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # cut, damaged or absurdly large
         raise UserInputError(f"--first-frame {path} cannot be read: {error}. Use an intact image.") from None
+    if image.size != (width, height):
+        print(
+            f"note: --first-frame {path}: the picture of {image.width} x {image.height} pixels is scaled"
+            f" and cropped to {width} x {height}",
+            file=sys.stderr,
+            flush=True,
+        )
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
@@ -77,15 +124,32 @@ def read_voice(path: str, pipeline: StreamingPipeline) -> Tensor:
     return torch.from_numpy(sound.copy())
 
 
-def read_transcript(text_or_path: str | None, kind: Literal["words", "phonemes"] = "words") -> tuple[list[Word], bool]:
+def read_transcript(
+    text_or_path: str | None,
+    kind: Literal["words", "phonemes"] = "words",
+    *,
+    speed: float = 1.0,
+    pauses: float = 1.0,
+) -> tuple[list[Word], bool]:
     """Return the transcript with times, and True if the times are estimated.
 
     The input is a JSON list, text, or a file with JSON, subtitles or text. With `kind` "phonemes", English words become
-    phonemes; the times of text follow the durations of speech.
+    phonemes; the times of text follow the durations of speech. `speed` and `pauses` are factors on the rate of speech
+    and on the pauses of text.
+
+    Raises:
+        UserInputError: The transcript cannot be read or spoken, or `speed` or `pauses` is out of range or set for a
+            transcript with times.
     """
+    check_range("--speed", speed, 0.5, 2)
+    check_range("--pauses", pauses, 0, 10)
     found = _read_words(text_or_path)
     if isinstance(found, str):
-        return (phonemes_of_text(found) if kind == "phonemes" else estimate_word_times(found.split())), True
+        if kind == "phonemes":
+            return phonemes_of_text(found, speed=speed, pause_scale=pauses), True
+        return estimate_word_times(found.split(), speed=speed, pauses=pauses), True
+    if found and (speed, pauses) != (1.0, 1.0):
+        raise UserInputError("--speed and --pauses: the transcript has times. Use a text without times, or omit them.")
     return (phonemes_of_words(found) if kind == "phonemes" else found), False
 
 
@@ -135,14 +199,14 @@ def _is_file(text_or_path: str) -> bool:
         return False
 
 
-def estimate_word_times(words: Sequence[str]) -> list[Word]:
+def estimate_word_times(words: Sequence[str], *, speed: float = 1.0, pauses: float = 1.0) -> list[Word]:
     """Estimate times from ``SYLLABLES_PER_SECOND``; a run of vowels is a syllable."""
     timed: list[Word] = []
     start = 0.0
     for word in words:
         if not any(c.isalnum() for c in word):  # such as a dash
             continue
-        length = max(1, len(re.findall(r"[aeiouy]+", word.lower()))) / SYLLABLES_PER_SECOND
+        length = max(1, len(re.findall(r"[aeiouy]+", word.lower()))) / (SYLLABLES_PER_SECOND * speed)
         timed.append(Word(word=word, start=round(start, 3), end=round(start + length, 3)))
-        start += length + PAUSE_SECONDS
+        start += length + PAUSE_SECONDS * pauses
     return timed

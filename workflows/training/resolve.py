@@ -187,7 +187,7 @@ def _named_export(name: str, runs: Path) -> Path:
         path = runs / name
     if (path / RUN_FILE).exists() and not (path / "export").is_dir() and final_progress(path) is None:
         raise UserInputError(f"the run {path} is not finished. Run its command again, or name one of its checkpoints")
-    return find_export(path)
+    return find_export(path if path.exists() else name)
 
 
 def _latest_export(stage: Stage, parent: Stage, runs: Path) -> Path:
@@ -264,6 +264,11 @@ def transcript_kind(dataset: ClipDataset) -> Literal["words", "phonemes"]:
     clips = (dataset.clip(i) for i in range(min(len(dataset), _CLIPS_WITH_TRANSCRIPT)))
     spoken = next((clip.transcript for clip in clips if clip.transcript), ())
     return "phonemes" if is_phoneme_transcript(spoken) else "words"
+
+
+def world_of(dataset: ClipDataset) -> str | None:
+    """Return the synthetic world of the clips, read from the first one; None for real media and older datasets."""
+    return dataset.clip(0).world
 
 
 def make_export_metadata(config: RunConfig, meta: DatasetMetadata, parents: Mapping[Stage, Path]) -> ExportMetadata:

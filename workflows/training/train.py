@@ -48,6 +48,7 @@ from workflows.training.resolve import (
     make_export_metadata,
     resolve_run,
     transcript_kind,
+    world_of,
 )
 from workflows.training.run_log import RunLogHandler, redirect_logs, show_run_log
 from workflows.training.sample_callback import SampleReportPublisher
@@ -116,7 +117,7 @@ def train_stage(
             return cost_estimate.estimate_without_dataset(stage, preset, sets, config_file) | {"missing": str(missing)}
         raise
     metadata = make_export_metadata(request.config, request.dataset.meta, request.parents)
-    metadata = replace(metadata, transcript=transcript_kind(request.dataset))
+    metadata = replace(metadata, transcript=transcript_kind(request.dataset), world=world_of(request.dataset))
     start = describe_wan_import(request.config)
     if dry_run:
         return {

@@ -19,6 +19,7 @@ VERBS = (
     *("doctor", "demo", "mlflow", "toyworld", "manifest", "preprocess", "inspect", "reconstruct", "train", "generate"),
     *(
         "evaluate",
+        "models",
         "study",
         "bench",
         "bench train",
@@ -248,6 +249,12 @@ WRONG = [
     (f"{GENERATE} --weights best", "--weights"),
     (f"{GENERATE} --precision fp8", "--precision"),
     (f"{GENERATE} --graphs", "--graphs"),
+    (f"{GENERATE} --transcript words --speed 9", "--speed 9.0: use 0.5 to 2"),
+    (f"{GENERATE} --transcript words --pauses -1", "--pauses -1.0: use 0 to 10"),
+    ("generate {folder}", "the output file is missing"),
+    ("generate {export} out.mp4 more.mp4", "3 paths are given"),
+    # models
+    ("models extra", "unexpected extra argument"),
     # evaluate
     ("evaluate", "Missing argument"),
     ("evaluate nowhere", "nowhere"),

@@ -7,11 +7,17 @@ import pytest
 from typer.main import get_command
 
 from tests.helpers.parsed_command import parse
+from workflows.checkpoints.packaged import resolve_checkpoint
 from workflows.cli.app import app
 from workflows.cli.traits import traits_of
 from workflows.utils import environment
 
-PATH_PARSERS = (environment.resolve_path, environment.resolve_existing_path, environment.resolve_dataset)
+PATH_PARSERS = (
+    environment.resolve_path,
+    environment.resolve_existing_path,
+    environment.resolve_dataset,
+    resolve_checkpoint,
+)
 
 
 def functions(command: Any, name: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
