@@ -74,12 +74,15 @@ async function begin(choices) {
   session.choices = choices;
   openPlayer();
   lines.clear();
+  const { player } = session;
   try {
     const created = await createSession(choices);
+    if (session.player !== player) return; // stopped in the meantime
     session.resume = created.resume;
     connect(created.url ?? SOCKET, { session_id: created.session_id, format: "m4s" });
     send("words", "transcript", choices.opening);
   } catch (error) {
+    if (session.player !== player) return;
     if (error.code === "full") serverFull(error.capacity);
     else refuse(error.message);
   }
@@ -337,6 +340,10 @@ function wire() {
   at("save").addEventListener("click", () => session.recording.save());
   at("snapshot").addEventListener("click", () => session.connection.send("session.snapshot"));
   at("stop").addEventListener("click", stop);
+  at("mute").addEventListener("click", () => {
+    video.muted = !video.muted;
+    at("mute").textContent = video.muted ? "Unmute" : "Mute";
+  });
   at("restart").addEventListener("click", showSetup);
   at("notice-cancel").addEventListener("click", showSetup);
   at("unlock").addEventListener("click", () => {
@@ -362,6 +369,7 @@ async function main() {
     document.documentElement.style.setProperty("--shape", `${info.width} / ${info.height}`);
     at("caption-list").replaceChildren(...info.captions.map((caption) => new Option(caption, caption)));
     at("words").placeholder = info.english ? "Type a sentence" : `Type words, as ${info.transcript_hint}`;
+    if (!info.snapshots) at("snapshot").dataset.show = "";
     for (const id of ["words", "new-caption"]) at(id).maxLength = info.max_text ?? 400;
     session.setup = new Setup(at("setup"), info, showPoster);
     await session.setup.shuffle();

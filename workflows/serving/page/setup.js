@@ -23,8 +23,10 @@ export class Setup {
     this.#suggest();
   }
 
-  /** Show new drawn faces and choose the first. */
+  /** Show new drawn faces and choose the first. Without drawn faces a picture can be uploaded. */
   async shuffle() {
+    this.at("shuffle").hidden = !this.info.faces;
+    if (!this.info.faces) return;
     const first = Math.floor(Math.random() * 1e6);
     const seeds = Array.from({ length: FACES }, (_, i) => first + i);
     const faces = await Promise.all(seeds.map(async (seed) => ({ seed, ...(await fetchFace(seed)) })));
@@ -35,7 +37,7 @@ export class Setup {
 
   /** Show the chosen face on the stage. */
   showFace() {
-    this.onFace(this.#chosen.nextSibling.src);
+    if (this.#chosen) this.onFace(this.#chosen.nextSibling.src);
   }
 
   get #chosen() {
@@ -44,13 +46,13 @@ export class Setup {
 
   /** Return the choices. Raises an Error if a file is missing. */
   choices() {
-    const radio = this.#chosen;
-    if (radio.value === "file") checkSize(this.file, this.info.max_upload_bytes);
+    const uploaded = this.#chosen?.value === "file";
+    if (uploaded) checkSize(this.file, this.info.max_upload_bytes);
     this.voices.stop();
     return {
       ...this.voices.choice(),
-      face: radio.value === "file" ? this.file : null,
-      faceSeed: radio.value === "file" ? null : Number(radio.value),
+      face: uploaded ? this.file : null,
+      faceSeed: uploaded || !this.#chosen ? null : Number(this.#chosen.value),
       caption: this.at("caption").value.trim(),
       opening: this.at("opening").value.trim(),
       seed: Math.floor(Math.random() * 2 ** 31),
@@ -97,7 +99,7 @@ export class Setup {
     if (!this.file) return;
     this.at("faces").querySelector("input[value=file]")?.parentElement.remove();
     const label = this.#face({ seed: "file", url: URL.createObjectURL(this.file), caption: "" }, this.file.name);
-    this.at("faces").querySelector("label:last-child").remove();
+    if (this.at("faces").children.length >= FACES) this.at("faces").lastChild.remove();
     this.at("faces").prepend(label);
     this.#choose(label.firstChild);
   }
