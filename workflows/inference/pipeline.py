@@ -42,7 +42,7 @@ class StreamingPipeline:
         self.metadata = metadata
         self.timeline = metadata.timeline
         self.precision: Precision = precision
-        self._velocity_model = cast(VelocityModel, model)
+        self.velocity_model = cast(VelocityModel, model)
         self.codecs: dict[str, Codec] = {
             m: codec_from_id(i, metadata.clocks[m], metadata.folders.get(m, "")) for m, i in metadata.codecs.items()
         }
@@ -61,7 +61,7 @@ class StreamingPipeline:
     def enable_optimizations(self, *, compile: bool, graphs: bool) -> None:
         """Enable torch.compile or CUDA graphs. Raises ValueError if the device does not support them."""
         check_inference_optimizations(self._device, compile=compile, graphs=graphs)
-        self._velocity_model = apply_inference_optimizations(
+        self.velocity_model = apply_inference_optimizations(
             cast(AVTransformer, self.model), compile=compile, graphs=graphs
         )
 
@@ -172,7 +172,7 @@ class StreamingPipeline:
         )
         max_tokens = sum(self.timeline.max_count(m) * b.tokens for m, b in self.metadata.model.branches.items())
         with self.autocast():
-            context = DenoiserContext(model=self._velocity_model, cond=cond, guidance=params.guidance).prefill()
+            context = DenoiserContext(model=self.velocity_model, cond=cond, guidance=params.guidance).prefill()
         context = context.map_caches(lambda cache: to_ring_cache(cache, max_tokens))
         trust = None if params.trust_label is None else torch.full((rows,), params.trust_label, device=self._device)
         levels = schedule(params.steps, self.metadata.shift)

@@ -5,8 +5,10 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import pytest
 
-from workflows.serving.muxer import GENERATED, OUTPUT_RATE, LiveMuxer
+from preprocessing.media.live_muxer import GENERATED, OUTPUT_RATE, LiveMuxer
+from preprocessing.media.mp4_boxes import without_description
 
 FPS, RATE, SIZE = 24, 16000, 64
 CHUNK = Fraction(1, 2)
@@ -79,3 +81,28 @@ def test_every_chunk_starts_with_a_key_frame_and_is_sent_at_once():
 def test_clips_are_marked_as_generated():
     with av.open(io.BytesIO(b"".join(muxed(1)))) as container:
         assert container.metadata["comment"] == GENERATED
+
+
+@pytest.mark.parametrize("rate", [16000, 22050, 44100])
+def test_a_continued_stream_has_no_seam(rate):
+    chunk = rate // 2
+    options = dict(fps=Fraction(FPS), size=(SIZE, SIZE), sample_rate=rate)
+    tone = (0.3 * np.sin(2 * np.pi * 400 * np.arange(20 * chunk) / rate)).astype(np.float32)
+    delay = rate // 20  # decoders return sound later than frames
+
+    def push(muxer: LiveMuxer, k: int) -> bytes:
+        return muxer.push(picture(12 * k, 12), tone[max(0, chunk * k - delay) : chunk * (k + 1) - delay])
+
+    parts, muxer = [], LiveMuxer(**options)
+    for k in range(20):
+        if k in (3, 7, 8, 15):
+            muxer = LiveMuxer(**options, state=muxer.state())
+            parts.append(without_description(push(muxer, k)))
+        else:
+            parts.append(push(muxer, k))
+    frames, samples, first = decoded(b"".join([*parts, muxer.close()]))
+    assert [round(time * FPS) for time, _, _ in frames] == list(range(240))
+    assert [time for time, bright, _ in frames if bright > 128] == [float(k) for k in range(10)]
+    inside = samples[OUTPUT_RATE // 2 : 19 * OUTPUT_RATE // 2]
+    n = np.arange(len(inside)) + OUTPUT_RATE // 2 + round(first * OUTPUT_RATE)
+    assert np.abs(inside - 0.3 * np.sin(2 * np.pi * 400 * n / OUTPUT_RATE)).max() < 0.02
