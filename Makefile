@@ -42,16 +42,21 @@ ffmpeg: ## check for ffmpeg; install it with apt as root
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -y -q --no-install-recommends ffmpeg; \
 	else echo "ffmpeg is missing. Run: sudo apt-get install ffmpeg   (macOS: brew install ffmpeg). Then rerun this command." >&2; exit 2; fi
 
+flite: ## check for flite, the voice of English corpora; install it with apt as root
+	@if command -v flite >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -y -q --no-install-recommends flite && exit 0; fi; \
+	echo "flite is missing: mfctl toyworld --voice english needs it, everything else works without. Run: sudo apt-get install flite   (macOS: brew install flite)" >&2
+
 demo: ffmpeg $(STAMP) ## run the end-to-end demo into runs/demo
 	$(PY) -m workflows.cli demo
 
-test: ffmpeg $(STAMP) ## run the tests without the slow ones
+test: ffmpeg flite $(STAMP) ## run the tests without the slow ones
 	$(PY) -m pytest -q -n 2 --dist loadfile $(TESTS)
 
 test-fast: ffmpeg $(STAMP) ## run the tests of pure functions, under a minute
 	$(PY) -m pytest -q -n 2 --dist loadfile $(FAST)
 
-test-slow: ffmpeg $(STAMP) ## run the tests marked slow or cluster
+test-slow: ffmpeg flite $(STAMP) ## run the tests marked slow or cluster
 	$(PY) -m pytest -q -m "slow or cluster" $(TESTS)
 
 chromium: # check for Chromium; install it with apt as root; without it the tests of the page are skipped

@@ -124,6 +124,15 @@ def ffmpeg() -> CheckResult:
     return CheckResult(name="ffmpeg", state="ok", detail=f"{version}, encoders libx264 and aac")
 
 
+def flite() -> CheckResult:
+    """Check the program flite, which speaks the English of the toy world; generation works without it."""
+    path = shutil.which("flite")
+    if path:
+        return CheckResult(name="flite", state="ok", detail=path)
+    remedy = "sudo apt-get install flite" if shutil.which("apt-get") else "brew install flite"
+    return CheckResult(name="flite", state="optional", detail="not on PATH: no toyworld --voice english", remedy=remedy)
+
+
 def mlflow_store() -> CheckResult:
     """Check that the tracking store is writable; nothing is created."""
     uri = tracking_uri()
@@ -164,6 +173,7 @@ CHECKS: tuple[Callable[[], CheckResult], ...] = (
     python_version,
     torch_and_gpus,
     ffmpeg,
+    flite,
     ray,
     deepspeed,
     mlflow,

@@ -24,6 +24,7 @@ from mfcore.errors import UserInputError
 from mfcore.metrics.windows import DEFAULT_WINDOWS, TimeWindow, parse_windows
 from workflows.checkpoints.load import find_export, load_metadata
 from workflows.checkpoints.model_card import ExportMetadata
+from workflows.checkpoints.packaged import model_card, packaged_folder
 from workflows.config.run import DEFAULT_HELD_OUT_SHARE
 from workflows.evaluation import csv_report, html_report, mlflow_report
 from workflows.evaluation.clip_features import ClipFeatures
@@ -161,7 +162,10 @@ def _read_run_record(checkpoint: EvaluatedCheckpoint) -> Mapping[str, Any]:
 def _training_dataset(checkpoint: EvaluatedCheckpoint) -> str:
     uri = _read_run_record(checkpoint).get("data")
     if not uri:
-        raise UserInputError(f"{checkpoint.path} does not record its dataset. Use --data DATASET.")
+        hint = ""
+        if packaged_folder(checkpoint.path) and (facts := model_card(checkpoint.path).evaluation):
+            hint = f" Held-out clips: {' && '.join(facts.commands)}"
+        raise UserInputError(f"{checkpoint.path} does not record its dataset. Use --data DATASET.{hint}")
     return str(uri)
 
 

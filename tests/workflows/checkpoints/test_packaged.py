@@ -151,6 +151,13 @@ def test_models_lists_name_stage_size_and_metrics(talker: Path) -> None:
     assert found[0]["parameters"] == sum(w.numel() for w in load_weights("toy-talker").values())
 
 
+def test_evaluation_without_data_names_the_commands_of_the_card(talker: Path) -> None:
+    pack_model(talker.parents[1] / "run" / "export", talker, card=CARD | {"evaluation": EVALUATION})
+    result = CliRunner().invoke(app, ["evaluate", "toy-talker"])
+    assert result.exit_code == 2
+    assert "Use --data DATASET. Held-out clips: mfctl evaluate x" in result.stderr
+
+
 def test_without_models_the_list_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packaged, "MODELS_DIR", tmp_path)
     assert CliRunner().invoke(app, ["models"]).stdout == "no packaged models\n"

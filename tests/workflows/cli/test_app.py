@@ -187,6 +187,13 @@ def test_doctor_prints_the_fix_for_a_missing_ffmpeg(tmp_path: Path, monkeypatch:
     assert check.remedy in text
 
 
+def test_doctor_names_flite_as_an_optional_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check = doctor.flite()
+    assert check.state == "optional"
+    assert "install flite" in check.remedy
+
+
 def test_doctor_reports_an_ffmpeg_without_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ffmpeg", "ffprobe"):
         program = tmp_path / name
