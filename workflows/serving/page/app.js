@@ -112,6 +112,7 @@ function openPlayer(recording = new Recording(session.info.mime)) {
   player.addEventListener("playing", () => onPlaying());
   player.addEventListener("blocked", () => (at("unlock").hidden = false));
   player.addEventListener("ended", () => onPlayedOut());
+  player.addEventListener("failed", () => interrupted("Playback failed.", video.error?.message ?? ""));
   Object.assign(session, { player, recording, acked: 0, stopping: false, streaming: false });
   at("save").disabled = recording.empty;
   at("new-caption").value = session.choices?.caption ?? "";
@@ -227,6 +228,7 @@ function onLost({ code, reason }) {
 
 function interrupted(title, text) {
   const { resume: key, recording } = session;
+  session.connection.close();
   session.player.finish();
   lines.drop();
   setPhase("lost");
@@ -371,7 +373,7 @@ async function main() {
     at("words").placeholder = info.english ? "Type a sentence" : `Type words, as ${info.transcript_hint}`;
     if (!info.snapshots) at("snapshot").dataset.show = "";
     for (const id of ["words", "new-caption"]) at(id).maxLength = info.max_text ?? 400;
-    session.setup = new Setup(at("setup"), info, showPoster);
+    session.setup = new Setup(at("setup"), info, { onFace: showPoster, onError: showError });
     await session.setup.shuffle();
     at("start").disabled = false;
     showSetup();

@@ -18,7 +18,7 @@ export function unsupported(mime) {
   return null;
 }
 
-/** Player of one session. Emits `tick` (ten times per second), `playing`, `blocked` and `ended`. */
+/** Player of one session. Emits `tick` (ten times per second), `playing`, `blocked`, `ended` and `failed`. */
 export class Player extends EventTarget {
   constructor(video, mime) {
     super();
@@ -39,6 +39,7 @@ export class Player extends EventTarget {
     const options = { signal: this.listeners.signal };
     video.addEventListener("waiting", () => this.#stalled(), options);
     video.addEventListener("ended", () => this.#emit("ended"), options);
+    video.addEventListener("error", () => this.#emit("failed"), options);
     this.timer = setInterval(() => this.#tick(), TICK_MS);
   }
 

@@ -6,11 +6,9 @@ import { Voices, checkSize } from "./voices.js";
 const FACES = 6;
 
 export class Setup {
-  /** `info` is the answer of `/v1/info`; `onFace` gets the URL of the chosen picture. */
-  constructor(form, info, onFace) {
-    this.form = form;
-    this.info = info;
-    this.onFace = onFace;
+  /** `info` is the answer of `/v1/info`; `onFace` gets the URL of the chosen picture, `onError` a message or "". */
+  constructor(form, info, { onFace, onError }) {
+    Object.assign(this, { form, info, onFace, onError });
     this.edited = false; // the caption was typed or chosen
     this.at = (name) => form.querySelector(`#${name}`);
     this.at("shuffle").addEventListener("click", () => this.shuffle());
@@ -94,11 +92,15 @@ export class Setup {
     this.showFace();
   }
 
-  #upload() {
-    [this.file] = this.at("face-file").files;
-    if (!this.file) return;
+  async #upload() {
+    const [file] = this.at("face-file").files;
+    if (!file) return;
+    const label = this.#face({ seed: "file", url: URL.createObjectURL(file), caption: "" }, file.name);
+    const readable = await label.lastChild.decode().then(() => true, () => false);
+    this.onError(readable ? "" : `${file.name} is not a picture that this browser can read. Choose a PNG or JPEG file.`);
+    if (!readable) return;
+    this.file = file;
     this.at("faces").querySelector("input[value=file]")?.parentElement.remove();
-    const label = this.#face({ seed: "file", url: URL.createObjectURL(this.file), caption: "" }, this.file.name);
     if (this.at("faces").children.length >= FACES) this.at("faces").lastChild.remove();
     this.at("faces").prepend(label);
     this.#choose(label.firstChild);
