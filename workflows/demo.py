@@ -1,6 +1,7 @@
 """End-to-end demo on the toy world in one folder, through the functions of the public commands.
 
-Rerun the demo to resume: each command resumes.
+First the packaged model speaks. Then all stages are trained from scratch for minutes on fresh clips. ``summary.json``
+and ``index.html`` show both models and their training times. Rerun the demo to resume: each command resumes.
 """
 
 import json
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import jinja2
+
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.reader import open_dataset
 from preprocessing.media.mp4_writer import write_mp4
 from preprocessing.toyworld.world import ToyConfig, render_frames, sample_truth, write_toyworld
+from workflows.checkpoints.packaged import DEFAULT_MODEL, model_card, packaged_folder
 from workflows.config.run import DEFAULT_HELD_OUT_SHARE
 from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES
@@ -29,8 +33,19 @@ from workflows.inference.generate import ClipPrompt, generate_clip
 from workflows.training.samples import final_samples
 from workflows.training.train import train_stage
 from workflows.utils import environment
-from workflows.utils.json_io import write_json
+from workflows.utils.json_io import read_json, write_json
 from workflows.utils.progress import progress_bar
+
+SENTENCE = "Hello! I learned to speak on a laptop. Nice to meet you."  # of the packaged model
+DEMO_MODEL = "demo"  # name of the model that the demo trains
+MODELS_NOTE = (
+    f"Two models. {DEFAULT_MODEL} is part of the package and was trained for hours. {DEMO_MODEL} was trained from "
+    "scratch by this demo, each stage for a minute or two: its clips show the path, not the limit of the method. Each "
+    "model is measured on clips of its world: English sentences, and syllables."
+)
+METRICS = ("sync", "syllable_error", "frechet", "seam", "valid", "seconds_per_second")  # of a row of the sweep
+FEW_STEPS = 4  # of the samples in few-step mode
+TRAINING_SECTIONS = tuple(f"train {stage}" for stage in STAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +92,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", environment.tracking_uri())
     took: dict[str, float] = {}
+    with section("packaged talker", took):
+        talker = talk(config)
     with section("toy world", took):
         make_clips(config)
     with section("preprocess", took):
@@ -111,7 +128,9 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
             out=str(config.out / "sweep_joint"),
         )
     summary = summarize(counts, stages=stages, sweep=sweep, joint_sweep=joint_sweep, samples=samples, took=took)
+    summary["models"] = compare_models(config, summary, talker)
     write_json(config.out / "summary.json", summary)
+    write_page(config, summary)
     print(closing_message(config, summary), file=sys.stderr, flush=True)
     return summary
 
@@ -124,6 +143,19 @@ def section(title: str, took: dict[str, float]) -> Iterator[None]:
     yield
     took[title] = round(time.monotonic() - began, 1)
     print(f"== {title}: {took[title]:.0f} s", file=sys.stderr, flush=True)
+
+
+def talk(config: DemoConfig) -> dict[str, Any] | None:
+    """Generate a sentence with the packaged model; return the facts of the clip, None without a packaged model."""
+    if packaged_folder(DEFAULT_MODEL) is None:
+        print(f"{DEFAULT_MODEL} is not part of this installation: skipped", file=sys.stderr, flush=True)
+        return None
+    target = config.out / f"{DEFAULT_MODEL}.mp4"
+    facts = generate_clip(
+        DEFAULT_MODEL, ClipPrompt(transcript=SENTENCE), out=str(target), seed=config.seed, overwrite=True
+    )
+    print(f"{DEFAULT_MODEL} speaks {SENTENCE!r} in {target}", file=sys.stderr, flush=True)
+    return facts
 
 
 def make_clips(config: DemoConfig) -> None:
@@ -165,7 +197,7 @@ def run_stage(config: DemoConfig, stage: Stage) -> dict[str, Any]:
 def make_samples(config: DemoConfig, stages: Mapping[str, Any]) -> list[str]:
     """Generate a sample of every stage, and one four times as long as any training clip."""
     for stage, facts in stages.items():
-        steps = 4 if stage == "mutual" else 16
+        steps = FEW_STEPS if stage == "mutual" else 16
         make_sample(config, Path(facts["run_dir"]), f"{stage}-{steps}-steps.mp4", seconds=config.window, steps=steps)
     make_sample(
         config, Path(stages["mutual"]["run_dir"]), "mutual-4-steps-long.mp4", seconds=2 * config.seconds, steps=4
@@ -254,18 +286,80 @@ def whole_clip_rows(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def sweep_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the setting and the main metrics of one row."""
-    names = ("sync", "syllable_error", "frechet", "seam", "valid", "seconds_per_second")
     facts = {key: row.get(key) for key in ("checkpoint", "mode", "steps", "nfe", "guidance")}
-    return facts | {name: row["metrics"].get(name) for name in names}
+    return facts | {name: row["metrics"].get(name) for name in METRICS}
+
+
+def compare_models(
+    config: DemoConfig, summary: Mapping[str, Any], talker: Mapping[str, Any] | None
+) -> dict[str, dict[str, Any]]:
+    """Return the packaged model, if there is one, and the model of the demo: training, sample and metrics by name."""
+    found: dict[str, dict[str, Any]] = {}
+    if talker is not None:
+        card = model_card(DEFAULT_MODEL)
+        found[DEFAULT_MODEL] = {
+            "training": f"packaged, trained for {card.training_hours:g} hours on {card.training_machine}",
+            "speech": SENTENCE,
+            "sample": talker["path"],
+            "metrics": {name: metric.value for name, metric in card.metrics.items()},
+            "real": {name: metric.real for name, metric in card.metrics.items() if metric.real is not None},
+        }
+    minutes = _training_minutes(config, summary)
+    row = next((row for row in summary["sweep"] if (row["mode"], row["steps"]) == ("few", FEW_STEPS)), {})
+    real = next(iter(summary["real"]), {})
+    found[DEMO_MODEL] = {
+        "training": f"trained from scratch by this demo in {minutes:.1f} minutes",
+        "training_minutes": minutes,
+        "speech": "It speaks the syllables of the toy world.",
+        "sample": str(config.samples / f"mutual-{FEW_STEPS}-steps.mp4"),
+        "metrics": {name: row[name] for name in METRICS if row.get(name) is not None},
+        "real": {name: real[name] for name in METRICS if real.get(name) is not None},
+    }
+    return found
+
+
+def _training_minutes(config: DemoConfig, summary: Mapping[str, Any]) -> float:
+    """Return the training time, also of an earlier run: a rerun finds finished stages."""
+    before = read_json(config.out / "summary.json", default={})
+    seconds = sum(summary["seconds"].get(name, 0.0) for name in TRAINING_SECTIONS)
+    return max(round(seconds / 60, 1), before.get("models", {}).get(DEMO_MODEL, {}).get("training_minutes", 0.0))
+
+
+def write_page(config: DemoConfig, summary: Mapping[str, Any]) -> Path:
+    """Write ``index.html`` with both models side by side and links to the files of the demo."""
+    template = jinja2.Template(Path(__file__).with_name("demo.html.jinja").read_text(), autoescape=True)
+    models = [
+        {
+            "name": name,
+            "training": facts["training"],
+            "speech": facts["speech"],
+            "file": os.path.relpath(facts["sample"], config.out),
+            "rows": [(k, f"{v:.3g}", _number(facts["real"].get(k))) for k, v in facts["metrics"].items()],
+        }
+        for name, facts in summary["models"].items()
+    ]
+    files = [*summary["samples"], *summary["plots"], str(config.out / "sweep" / "report.html")]
+    note = MODELS_NOTE if DEFAULT_MODEL in summary["models"] else f"{DEFAULT_MODEL} is not part of this installation."
+    page = config.out / "index.html"
+    page.write_text(template.render(models=models, note=note, files=[os.path.relpath(f, config.out) for f in files]))
+    return page
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def closing_message(config: DemoConfig, summary: Mapping[str, Any]) -> str:
     """Return the closing message: the files to open and the next command."""
     plots = "\n".join(f"  {path}" for path in summary["plots"])
     samples = "\n".join(f"  {path}" for path in summary["samples"])
+    models = "\n".join(
+        f"  {name:<12}{facts['training']}\n  {'':<12}{facts['sample']}" for name, facts in summary["models"].items()
+    )
     return (
         f"\nDone in {sum(summary['seconds'].values()) / 60:.1f} minutes.\n"
+        f"Models:\n{models}\n"
         f"Samples:\n{samples}\nImages:\n  {config.out / 'contact_sheet.png'}\n{plots}\n"
-        f"Summary:\n  {config.out / 'summary.json'}\n"
+        f"Summary:\n  {config.out / 'summary.json'}\n  {config.out / 'index.html'}\n"
         "MLflow UI of all runs:\n  .venv/bin/mfctl mlflow      then http://127.0.0.1:5000"
     )

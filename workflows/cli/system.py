@@ -39,7 +39,8 @@ def demo(
 ) -> None:
     """Run the end-to-end demo on the toy world in less than ten minutes. Rerun the same command to resume.
 
-    The demo makes clips and a dataset, trains four stages, generates samples and runs a sweep.
+    The packaged model speaks first. Then the demo makes clips and a dataset, trains four stages, generates samples and
+    runs a sweep.
 
     Example: mfctl demo --out runs/demo
     """
