@@ -68,6 +68,7 @@ def pack_model(run: str | Path, folder: Path, *, card: Mapping[str, Any], result
     _check_size(folder, narrow)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(narrow, folder / WEIGHTS_FILE)
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors writes files that only their owner can read
     write_json(folder / METADATA_FILE, serialization.to_dict(metadata))
     write_json(folder / CARD_FILE, serialization.to_dict(made))
     (folder / CARD_TEXT_FILE).write_text(render_card(made))
