@@ -74,18 +74,44 @@ def additive_mask(visible: Bool[Tensor, "*#B q k"]) -> Float[Tensor, "*#B q k"]:
 
 
 def attend(
-    q: Float[Tensor, "B H q e"], k: Float[Tensor, "B G k e"], v: Float[Tensor, "B G k e"], mask: Mask
+    q: Float[Tensor, "B H q e"],
+    k: Float[Tensor, "B G k e"],
+    v: Float[Tensor, "B G k e"],
+    mask: Mask,
+    *,
+    scale: float | None = None,
 ) -> Float[Tensor, "B H q e"]:
-    """Return softmax(q k^T / sqrt(e)) v over the visible keys. Heads share the G groups of keys and values.
+    """Return softmax(q k^T scale) v over the visible keys. Heads share the G groups of keys and values.
 
-    The softmax statistics are float32 for any input dtype.
+    The softmax statistics are float32 for any input dtype. ``scale``: default 1 / sqrt(e).
     """
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         flex = _compiled_flex_attention() if q.is_cuda else flex_attention
-        return cast(Tensor, flex(q, k, v, block_mask=mask, enable_gqa=grouped))
+        return cast(Tensor, flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped))
     mask = None if mask is None else mask.to(q.dtype)  # required by CUDA kernels
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def attend_with_bias(
+    q: Float[Tensor, "B H q e"],
+    k: Float[Tensor, "B G k e"],
+    v: Float[Tensor, "B G k e"],
+    mask: Mask,
+    *,
+    query_bias: Float[Tensor, "H q"],
+    key_factor: Float[Tensor, " k"],
+) -> Float[Tensor, "B H q e"]:
+    """Return the result of ``attend`` with query_bias x key_factor added to the logits.
+
+    The product is one more channel of queries and keys, so every backend computes it, with its gradient.
+    """
+    width = q.shape[-1]
+    channel = (query_bias * width**0.5).to(q.dtype)[None, :, :, None].expand(q.shape[0], -1, -1, -1)
+    factor = key_factor.to(k.dtype)[None, None, :, None].expand(k.shape[0], k.shape[1], -1, -1)
+    # kernels require values as wide as the keys
+    wider = (torch.cat([q, channel], dim=-1), torch.cat([k, factor], dim=-1), F.pad(v, (0, 1)))
+    return attend(*wider, mask, scale=width**-0.5)[..., :width]
 
 
 # torch views instead of einops, which costs 4 us per call: a tenth of a streaming pass

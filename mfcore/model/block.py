@@ -62,6 +62,18 @@ def query_key_norm(config: ModelConfig, heads: int, *, offset: bool = False) -> 
     return PerHeadRMSNorm(config.head_dim, offset=offset)
 
 
+class CrossModalBias(nn.Module):
+    """Bias on the attention logits of queries of one branch to keys of the other, per head."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads))
+
+    def forward(self) -> Float[Tensor, " H"]:
+        """Return the bias."""
+        return self.weight.clone()  # engines that shard weights free the parameter after this call
+
+
 class ModulationTable(nn.Module):
     """Modulation of one block, added to the modulation that the blocks of a branch share."""
 
@@ -177,6 +189,7 @@ class Block(nn.Module):
         self.norm_q, self.norm_k = (
             query_key_norm(config, heads, offset=config.local_start) for heads in (config.heads, config.key_heads)
         )
+        self.cross_bias = CrossModalBias(config.heads) if config.has_cross_bias else None
         self.out = nn.Linear(dim, dim)
         self.norm_text = nn.LayerNorm(dim, eps=self.eps)
         self.text = TextAttention(config)

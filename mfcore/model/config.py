@@ -64,6 +64,9 @@ class ModelConfig:
     attention: Literal["sdpa", "flex"] = "sdpa"  # backend of masked passes on CUDA; other devices use sdpa
     layout: Literal["own", "wan"] = "own"  # wan: norms, rotations and embeddings as in Wan 2.1, to load its weights
 
+    # learned bias on attention logits between branches, per layer, head and direction: value at the start of a joint
+    # network from uni-modal parents (elsewhere 0); None: no bias
+    cross_bias: float | None = None
     def __post_init__(self) -> None:
         if not self.branches:
             raise UserInputError("a model needs at least one branch: video, audio or both")
@@ -78,6 +81,7 @@ class ModelConfig:
         if self.dim % self.heads or (self.dim // self.heads) % 8:
             raise UserInputError(
                 f"dim {self.dim} / heads {self.heads} must be a multiple of 8 (rotary: half time, quarters space)"
+        check_range("cross_bias", self.cross_bias, -100, 100)
             )
         if self.heads % self.key_heads:
             raise UserInputError(f"kv_heads={self.kv_heads}: use a divisor of heads={self.heads}")
@@ -99,6 +103,11 @@ class ModelConfig:
     @property
     def transcript_heads(self) -> int:
         """Heads of the attention to the transcript."""
+    @property
+    def has_cross_bias(self) -> bool:
+        """True if attention between branches has a bias."""
+        return self.cross_bias is not None and self.coupled and len(self.branches) > 1
+
         return self.heads if self.word_heads is None else self.word_heads
 
     @property

@@ -178,6 +178,7 @@ def _device_inputs(prepared: PreparedPass, cond: Condition) -> dict[str, Any]:
         "text_keys": prepared.text_keys,
         "rotation": prepared.rotation,
         "mask": prepared.mask,
+        "coupling": prepared.coupling,
         "first_frame": cond.first_frame,
     }
 

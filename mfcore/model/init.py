@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mfcore.rng import generator
 
@@ -25,7 +25,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     ``table``, ``levels.shared``                  0, except gates of the table: 1 / sqrt(2 layers)
     ``levels.interval``, ``levels.trust``         last layer 0: no effect at the start
     ``levels.final``, ``head``                    0: the first velocity is 0
-    ``phase``                                     0: no effect at the start
+    ``phase``, ``log_std``, ``cross_bias``        0: no effect at the start
     ============================================  ==============================================================
     """
     blocks = [n.split(".blocks.")[1] for n, _ in model.named_parameters() if ".blocks." in n]
@@ -37,8 +37,15 @@ def initialize(model: nn.Module, seed: int) -> None:
             _fill(name, parameter, generator(seed, f"init/{name}", 0), layers)
 
 
+def initial_cross_bias(model: nn.Module, bias: float) -> dict[str, Tensor]:
+    """Return the weights of the bias between branches for a value of ``bias``; {} if the network has none."""
+    names = (n for n, _ in model.named_parameters() if ".cross_bias." in n)
+    return {n: torch.full_like(model.get_parameter(n).detach(), bias) for n in names}
+
+
 def _fill(name: str, parameter: nn.Parameter, draw: torch.Generator, layers: int) -> None:
     zero = (".levels.shared.", ".levels.final.", ".levels.interval.2.", ".levels.trust.2.", ".head.", ".phase.")
+    zero += (".log_std.", ".cross_bias.")
     if any(part in f".{name}" for part in zero):
         parameter.zero_()
     elif name.endswith("table.weight"):

@@ -75,13 +75,18 @@ class RingKVCache:
         self._device_slots[: len(self._current_slots)].copy_(self._current_slots)
         self.k[:, :, :, : len(self.sink_positions)] = rotate(self._sink_k, sink)
 
-    def visibility(self, positions: TokenPositions) -> AttentionVisibility:
-        """Return the visibility for uncoupled branches. In a coupled network every key is visible."""
+    def key_branch(self, positions: TokenPositions) -> Tensor:
+        """Return the branch number of every key that ``join`` returns."""
         key_branch = torch.empty(self.used_slots, dtype=torch.int64)
         key_branch[: len(self.sink_positions)] = self.sink_positions.branch
         key_branch[self._current_slots] = positions.branch
         if self._past_positions is not None:
             key_branch[self._past_slots] = self._past_positions.branch
+        return key_branch
+
+    def visibility(self, positions: TokenPositions) -> AttentionVisibility:
+        """Return the visibility for uncoupled branches. In a coupled network every key is visible."""
+        key_branch = self.key_branch(positions)
         current = torch.full_like(key_branch, int(positions.chunk[0]))
         return AttentionVisibility(
             chunk=positions.chunk, first=current, last=current, track=positions.branch, key_track=key_branch

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mfcore.device import to_device_of
-from mfcore.model.attention import AttentionVisibility, Mask, attend, transpose_heads
+from mfcore.model.attention import AttentionVisibility, Mask, attend, attend_with_bias, transpose_heads
 from mfcore.model.block import Modulation, TextKeyValues, TextTokens
 from mfcore.model.branch import Branch
 from mfcore.model.caption_cache import CachedCaption
@@ -25,6 +25,14 @@ from mfcore.model.sequence_parallel import SequenceGroup
 from mfcore.types import AUDIO, MODALITIES, VIDEO, Condition, NoiseLevels, Stream, Streams
 
 SINK = -1  # chunk number of the sink
+
+
+@dataclass(frozen=True)
+class _Coupling:
+    """Branches of the queries and keys of a pass."""
+
+    query_branch: Int64[Tensor, " q"]  # number in MODALITIES
+    key_is_audio: Float[Tensor, " k"]  # 1 or 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class PreparedPass:
     text_keys: dict[str, list[TextKeyValues]] | None  # per layer; None for a single pass
     rotation: Rotation
     mask: Mask
+    coupling: _Coupling | None  # None without a bias on logits between branches
 
     def is_reusable(self, x: Streams, cond: Condition) -> bool:
         """Return True if a pass over ``x`` with ``cond`` has the same data."""
@@ -210,7 +219,7 @@ class AVTransformer(nn.Module):
         positions = self._join_positions(branch_positions)
         # the sink is short: sdpa avoids compiling a kernel before a stream starts
         backend = self.config.attention if cache.sink else "sdpa"
-        mask = self._visibility(positions, cache, store=store).mask(backend, like.device)
+        visibility = self._visibility(positions, cache, store=store)
         sink_copies = len(positions.chunk.unique())
         sink_rotation = self._sink_rotation(positions, cache.sink_positions, like)
         # recomputed layers would keep shared text keys until the backward pass
@@ -221,7 +230,8 @@ class AVTransformer(nn.Module):
             branch_positions=branch_positions,
             positions=positions,
             like=like,
-            mask=mask,
+            mask=visibility.mask(backend, like.device),
+            coupling=self._coupling(positions, self._key_branch(positions, cache), like),
             captions={} if share_text else None,
         )
         if cache.passes is not None and not store:
@@ -250,6 +260,7 @@ class AVTransformer(nn.Module):
             positions=positions,
             like=like,
             mask=mask,
+            coupling=self._coupling(positions, ring.key_branch(positions), like),
             captions=ring.captions,
         )
         return prepared
@@ -263,6 +274,7 @@ class AVTransformer(nn.Module):
         positions: TokenPositions,
         like: Tensor,
         mask: Mask,
+        coupling: _Coupling | None,
         captions: Mapping[str, CachedCaption] | None,
     ) -> PreparedPass:
         """Build a pass. ``captions``: cached captions per branch if several passes share it, else None."""
@@ -298,22 +310,44 @@ class AVTransformer(nn.Module):
             text_keys=None if captions is None else {m: self._project_text(m, text[m], cached.get(m)) for m in x},
             rotation=rotation(angles[:, None], like),
             mask=mask,
+            coupling=coupling,
         )
+
+    def _coupling(self, positions: TokenPositions, key_branch: Tensor, like: Tensor) -> _Coupling | None:
+        """Return the branches of queries and keys if the network has a bias between branches."""
+        if not self.config.has_cross_bias:
+            return None
+        is_audio = (key_branch == MODALITIES.index(AUDIO)).float()
+        return _Coupling(to_device_of(positions.branch, like), to_device_of(is_audio, like))
+
+    def _cross_bias(self, layer: int, coupling: _Coupling) -> Float[Tensor, "H q"]:
+        """Return the bias of queries of this rank's heads to the keys of audio, relative to the keys of video."""
+        to_audio, to_video = (cast(Any, self.branch(m).block(layer).cross_bias)() for m in (VIDEO, AUDIO))
+        # a softmax is unchanged if the bias to the own keys is subtracted from both
+        bias = torch.stack([to_audio, -to_video], dim=1)
+        if self.sequence:
+            bias = bias.chunk(self.sequence.size)[self.sequence.rank]
+        return bias.index_select(1, coupling.query_branch)
 
     def _project_text(self, modality: str, text: TextTokens, caption: CachedCaption | None) -> list[TextKeyValues]:
         layers = [self.branch(modality).block(layer).text for layer in range(self.config.layers)]
         captions = caption.layers if caption else [None] * len(layers)
         return [layer.project_text(text, keys) for layer, keys in zip(layers, captions, strict=True)]
 
+    def _key_branch(self, positions: TokenPositions, cache: LayeredKVCache) -> Int64[Tensor, " k"]:
+        """Return the branch number of every key of a pass: a copy of the sink per chunk, the past, the tokens."""
+        copies = len(positions.chunk.unique())
+        past = positions.branch[:0] if cache.past_positions is None else cache.past_positions.branch
+        return torch.cat([cache.sink_positions.branch.repeat(copies), past, positions.branch])
+
     def _visibility(self, positions: TokenPositions, cache: LayeredKVCache, *, store: bool) -> AttentionVisibility:
         """Return the visibility of the keys: a copy of the sink per chunk, the past, the tokens of the pass."""
         window = self.config.window_chunks
         chunks = positions.chunk.unique()
         past = cache.past_positions
+        key_branch = self._key_branch(positions, cache)
         sink_chunk = chunks.repeat_interleave(len(cache.sink_positions))
         past_chunk = positions.chunk[:0] if past is None else past.chunk
-        past_branch = positions.branch[:0] if past is None else past.branch
-        key_branch = torch.cat([cache.sink_positions.branch.repeat(len(chunks)), past_branch, positions.branch])
         separate = 0 if self.config.coupled else 1
         return AttentionVisibility(
             chunk=positions.chunk,
@@ -374,7 +408,7 @@ class AVTransformer(nn.Module):
         mods, q, k, v = self._project(layer, hidden, inputs)
         own = KeyValue(transpose_heads(rotate(k, prepared.rotation)), transpose_heads(v))
         keys = inputs.cache.join(layer, own)
-        attended = attend(transpose_heads(rotate(q, prepared.rotation)), keys.k, keys.v, prepared.mask)
+        attended = self._attend(layer, transpose_heads(rotate(q, prepared.rotation)), keys, prepared)
         if self.sequence:
             attended = self.sequence.gather_heads(attended, prepared.rank_tokens)
         updated: dict[str, Tensor] = {}
@@ -388,6 +422,14 @@ class AVTransformer(nn.Module):
                 text_keys=prepared.text_keys[m][layer] if prepared.text_keys else None,
             )
         return updated, own if rotated else KeyValue(transpose_heads(k), own.v)
+
+    def _attend(self, layer: int, q: Tensor, keys: KeyValue, prepared: PreparedPass) -> Float[Tensor, "B H q e"]:
+        """Attend to the visible keys, with the bias between branches if the network has one."""
+        if prepared.coupling is None:
+            return attend(q, keys.k, keys.v, prepared.mask)
+        bias = self._cross_bias(layer, prepared.coupling)
+        factor = prepared.coupling.key_is_audio
+        return attend_with_bias(q, keys.k, keys.v, prepared.mask, query_bias=bias, key_factor=factor)
 
     def _checkpoint_layer(self, *args: Any) -> tuple[dict[str, Tensor], KeyValue]:
         """Run a layer with activation checkpointing."""

@@ -51,9 +51,10 @@ def random_card(stage: Stage) -> ExportMetadata:
     )
 
 
-def random_export(folder: Path, stage: Stage) -> Path:
-    """Write ``folder/export`` with random weights, none of them zero."""
+def random_export(folder: Path, stage: Stage, **changes: object) -> Path:
+    """Write ``folder/export`` with random weights, none of them zero. ``changes``: of the model configuration."""
     card = random_card(stage)
+    card = replace(card, model=replace(card.model, **changes))  # type: ignore[arg-type]
     model = build_model(card.model, 0)
     draw = torch.Generator().manual_seed(0)
     weights = {k: v + 0.05 * torch.randn(v.shape, generator=draw) for k, v in model.state_dict().items()}

@@ -20,6 +20,9 @@ from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES
 
 
+CROSS_BIAS = -4.0  # a coupled network starts close to its uni-modal parents
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
     """Network size and sampling settings of one preset."""
@@ -63,6 +66,7 @@ def _model(stage: Stage, shapes: LatentShapes, size: ModelSize) -> ModelConfig:
         chunk_phase=True,
         rope_seconds_scale=size.rope_seconds_scale,
         text_dim=shapes.text_dim,
+        cross_bias=CROSS_BIAS if size.layout == "own" and len(STAGES[stage].modalities) > 1 else None,
         chunk_seconds=shapes.chunk_seconds,
         window_chunks=size.window_chunks,
     )

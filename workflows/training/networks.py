@@ -11,6 +11,7 @@ from torch import nn
 
 from mfcore.ema import Ema
 from mfcore.model.compile import EAGER, check_compiler, compile_block
+from mfcore.model.init import initial_cross_bias
 from mfcore.model.lora import LoRAModel
 from mfcore.model.transformer import build_model, find_transformers
 from mfcore.optim import OptimConfig
@@ -99,7 +100,11 @@ def build_initial_network(config: RunConfig, parents: Mapping[Stage, Path]) -> n
         return model
     weights = {stage: load_weights(path) for stage, path in parents.items()}
     if config.stage == "joint":
-        load_strict(model, merge_branches({VIDEO: weights["video"], AUDIO: weights["audio"]}), "the two parents")
+        start = initial_cross_bias(model, config.model.cross_bias or 0.0)
+        merged = merge_branches({VIDEO: weights["video"], AUDIO: weights["audio"]})
+        load_strict(model, start | merged, "the two parents")
     else:
-        load_strict(model, next(iter(weights.values())), str(next(iter(parents.values()))))
+        parent = next(iter(weights.values()))
+        missing = initial_cross_bias(model, 0.0)  # of a network without the bias
+        load_strict(model, missing | parent, str(next(iter(parents.values()))))
     return model

@@ -314,6 +314,8 @@ def _check_parent(
             f"{path} is of stage {metadata.stage}; stage {config.stage} starts from {_describe_parents(config.stage)}"
         )
     mine, theirs = _size(config.model), _size(metadata.model)
+    if config.model.cross_bias is not None or not metadata.model.has_cross_bias:
+        mine["cross_bias"] = theirs["cross_bias"]  # parents may lack it or have another initial value
     if mine != theirs or any(config.model.branches[m] != b for m, b in metadata.model.branches.items()):
         differences = [f"{k} {theirs[k]} there, {mine[k]} here" for k in mine if mine[k] != theirs[k]]
         text = "; ".join(differences) or "its branches differ"

@@ -88,7 +88,7 @@ def test_a_missing_compiler_is_reported_with_the_remedy(monkeypatch):
         check_compiler(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"coupled": False}, {"layout": "wan"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"coupled": False}, {"layout": "wan"}, {"cross_bias": -4.0}], ids=str)
 @torch.no_grad()
 def test_recorded_passes_equal_eager_passes(changes):
     """Vary shapes (filling window, audio latents per chunk), and change caption and transcript at chunk 7."""

@@ -32,6 +32,7 @@ def recomputed(context: DenoiserContext, data) -> dict[str, Stream]:
         {"kv_heads": 1},
         {"word_heads": 1},
         {"layout": "wan"},
+        {"cross_bias": -4.0, "heads": 4, "kv_heads": 2},
         {"local_start": False, "chunk_phase": False},
     ],
     ids=str,

@@ -20,6 +20,7 @@ CHANGES: list[dict[str, Any]] = [
     {"heads": 4, "kv_heads": 2},
     {"coupled": False, "window": 1},
     {"layout": "wan"},
+    {"heads": 4, "kv_heads": 2, "cross_bias": -4.0},
 ]
 
 

@@ -39,12 +39,19 @@ def test_every_stage_trains_from_its_parents(tmp_path, data):
 
 def test_joint_starts_with_the_weights_of_both_parents(tmp_path, data):
     parents = {stage: run(stage, tmp_path, data) for stage in ("video", "audio")}
-    joint = run("joint", tmp_path, data, sets=("steps=1", "optim.lr=1e-30", "optim.warm_up=0"))
+    still = ("steps=1", "optim.lr=1e-30", "optim.warm_up=0")
+    joint = run("joint", tmp_path, data, sets=(*still, "model.cross_bias=-4"))
     weights = load_weights(joint["run_dir"])
     for stage, result in parents.items():
         for name, value in load_weights(result["run_dir"]).items():
             assert torch.equal(weights[name], value), (stage, name)
     assert {name.split(".")[1] for name in weights} == {"video", "audio"}
+    assert all(bool((w == -4).all()) for name, w in weights.items() if ".cross_bias." in name)
+    no_bias = "model.cross_bias=null"
+    with pytest.raises(ValueError, match=r"another size: cross_bias -4.0 there, None here"):
+        run("mutual", tmp_path, data, init_from=[joint["run_dir"]], sets=(no_bias,), dry_run=True)
+    run("joint", tmp_path, data, sets=(*still, no_bias), run="old")
+    assert run("mutual", tmp_path, data, init_from=["old"], sets=("model.cross_bias=-4",), dry_run=True)
 
 
 def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path, data):
