@@ -19,7 +19,6 @@ from workflows.config.run import CheckpointConfig, DataConfig, EngineConfig, Run
 from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES
 
-
 CROSS_BIAS = -4.0  # a coupled network starts close to its uni-modal parents
 
 
