@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mfcore", "preprocessing", "workflows")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NEVER_IMPORTED_BY_NAME = {"s3fs"}  # fsspec loads it for s3:// URIs
+NEVER_IMPORTED_BY_NAME = {"s3fs", "python-multipart"}  # fsspec loads it for s3:// URIs, starlette for uploads
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ""}
 
 

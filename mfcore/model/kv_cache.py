@@ -28,6 +28,10 @@ class KeyValue:
         """Select rows of the batch."""
         return KeyValue(self.k[index], self.v[index])
 
+    def to(self, device: torch.device) -> "KeyValue":
+        """Move keys and values."""
+        return KeyValue(self.k.to(device), self.v.to(device))
+
     def join(self, *others: "KeyValue") -> "KeyValue":
         """Concatenate along the tokens."""
         parts = (self, *others)
@@ -96,6 +100,15 @@ class LayeredKVCache:
             self,
             sink=tuple(kv.detach() for kv in self.sink),
             past=tuple(kv.detach() for kv in self.past),
+            passes=None,
+        )
+
+    def to(self, device: torch.device) -> "LayeredKVCache":
+        """Move keys and values; positions stay on the CPU."""
+        return replace(
+            self,
+            sink=tuple(kv.to(device) for kv in self.sink),
+            past=tuple(kv.to(device) for kv in self.past),
             passes=None,
         )
 

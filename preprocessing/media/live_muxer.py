@@ -51,7 +51,7 @@ class FragmentBuffer(io.RawIOBase):
 
 @dataclass(frozen=True, kw_only=True)
 class MuxerState:
-    """Where a stream stands between two chunks, to continue it with another muxer."""
+    """Position of a stream between two chunks, to continue it with another muxer."""
 
     frames: int  # pushed
     samples: int

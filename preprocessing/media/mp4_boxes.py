@@ -19,11 +19,11 @@ class _Box:
 
 
 def _boxes(data: bytes | bytearray, start: int, end: int) -> Iterator[_Box]:
-    """Yield the boxes in a range. Raises ValueError if the last one is cut."""
+    """Yield the boxes in a range. Raises RuntimeError if the last one is cut."""
     while start < end:
         size, kind = struct.unpack_from(">I4s", data, start) if start + _HEADER <= end else (0, b"")
         if size < _HEADER or start + size > end:
-            raise ValueError(f"the mp4 box at byte {start} of {end} is not complete")
+            raise RuntimeError(f"the mp4 box at byte {start} of {end} is not complete")
         yield _Box(kind, start, start + size)
         start += size
 

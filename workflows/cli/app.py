@@ -14,6 +14,7 @@ from workflows.cli.data import inspect, manifest, preprocess, reconstruct, toywo
 from workflows.cli.errors import describe_error
 from workflows.cli.generate import generate
 from workflows.cli.models import models
+from workflows.cli.serve import serve
 from workflows.cli.system import demo, doctor, mlflow
 from workflows.cli.train import train
 from workflows.utils import environment
@@ -30,7 +31,7 @@ COMMANDS = {
     "System": (doctor, demo, mlflow),
     "Data": (toyworld, manifest, preprocess, inspect, reconstruct),
     "Training": (train,),
-    "Generation and evaluation": (generate, evaluate.evaluate, models, study.study),
+    "Generation and evaluation": (generate, serve, evaluate.evaluate, models, study.study),
 }
 """Commands by panel of the help text."""
 

@@ -56,6 +56,17 @@ def run_command(
         raise typer.Exit(code(result))
 
 
+def run_until_stopped(work: Callable[[], None], *, as_json: bool) -> None:
+    """Run ``work``, which prints what it has to print, until it is stopped; report its error as ``run_command``."""
+    try:
+        work()
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise
+        message, exit_code = describe_error(error)
+        exit_with_error(message, exit_code, as_json=as_json)
+
+
 def exit_with_error(message: str, code: int, *, as_json: bool) -> NoReturn:
     """Print the error, as JSON too with ``as_json``, and exit with the code."""
     print_error(message)

@@ -1,9 +1,11 @@
 """A network that serves sessions: conditions, chunks of several rows, and streaming decoders."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from mfcore.types import AUDIO, VIDEO, Condition, Stream
 from preprocessing.records import Frames, Waveform, Word
 from preprocessing.speech.frontend import phonemes_of_text
 from workflows.checkpoints.load import load_export
+from workflows.config import serialization
 from workflows.inference.inputs import estimate_word_times
 from workflows.inference.pipeline import NonFiniteActivationError, StreamingPipeline
 from workflows.inference.precision import Precision, cast_weights, default_precision
@@ -117,6 +120,20 @@ class Talker:
         precision: Precision = default_precision(target)
         pipeline = StreamingPipeline(cast_weights(model, precision).to(target), metadata, precision)
         return cls(pipeline, name=name, steps=steps)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return a digest of network and sampling, which a snapshot must share."""
+        card = json.dumps([serialization.to_dict(self.pipeline.metadata), self.params.steps], sort_keys=True)
+        digest = hashlib.blake2b(card.encode(), digest_size=8)
+        for name, weight in self.pipeline.model.state_dict().items():
+            digest.update(f"{name} {float(weight.float().sum()):.6g}".encode())
+        return digest.hexdigest()
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the network."""
+        return self.pipeline.device
 
     @property
     def horizon(self) -> float:

@@ -72,6 +72,7 @@ function notify({ title, text, action, onAction, cancel = "New session" }) {
 async function begin(choices) {
   showError("");
   session.choices = choices;
+  session.retry = () => begin(choices);
   openPlayer();
   lines.clear();
   const { player } = session;
@@ -92,9 +93,11 @@ async function begin(choices) {
 function resume(key, { caption = session.choices?.caption, picture, recording } = {}) {
   session.choices = { ...session.choices, caption };
   session.resume = key;
+  session.retry = () => resume(key, { picture, recording });
   if (picture) showPoster(picture);
+  if (!recording) lines.clear();
   openPlayer(recording);
-  connect(SOCKET, { resume: key, format: "m4s" });
+  connect(SOCKET, { resume: key, format: "m4s", received: recording?.chunks });
 }
 
 /** Make the player inside the click, because browsers allow sound only there. */
@@ -106,7 +109,8 @@ function openPlayer(recording = new Recording(session.info.mime)) {
   metrics.reset(session.info.chunk_seconds);
   waveform.connect();
   waveform.clear();
-  const player = new Player(video, session.info.mime);
+  recording.reconnect();
+  const player = new Player(video, session.info.mime, recording.header);
   player.unlock();
   player.addEventListener("tick", onTick);
   player.addEventListener("playing", () => onPlaying());
@@ -154,26 +158,25 @@ function refuse(message) {
 }
 
 function serverFull({ capacity, active, retry_after }) {
-  const choices = session.choices;
   release();
   setPhase("full");
   let left = Math.max(1, Math.ceil(retry_after));
   const use = capacity ? `${active ?? capacity} of ${capacity} sessions are in use. ` : "";
   const text = () => `${use}Next try in ${left} s.`;
-  notify({ title: "The server is full.", text: text(), action: "Try now", onAction: () => begin(choices), cancel: "Back" });
+  notify({ title: "The server is full.", text: text(), action: "Try now", onAction: session.retry, cancel: "Back" });
   session.countdown = setInterval(() => {
     left -= 1;
-    if (left <= 0) begin(choices);
+    if (left <= 0) session.retry();
     else at("notice-text").textContent = text();
   }, 1000);
 }
 
 // --- messages of the server
 
-function onVideoStart({ resume: key, first_chunk }) {
+function onVideoStart({ resume: key, start_seconds }) {
   session.streaming = true;
+  session.connection.send("session.ack", { played_to: start_seconds });
   session.resume = key ?? session.resume;
-  session.recording.resume(first_chunk);
 }
 
 function onFragment({ bytes, metadata }) {
@@ -181,7 +184,7 @@ function onFragment({ bytes, metadata }) {
     session.firstMs = performance.now() - session.asked;
     metrics.first(session.firstMs);
   }
-  session.recording.append(bytes, metadata.last_chunk);
+  session.recording.append(bytes, metadata.first_chunk, metadata.last_chunk);
   session.player.append(bytes, metadata.start_seconds);
   at("save").disabled = false;
   for (const line of lines.chunk(metadata, session.info.chunk_seconds)) {

@@ -20,13 +20,14 @@ export function unsupported(mime) {
 
 /** Player of one session. Emits `tick` (ten times per second), `playing`, `blocked`, `ended` and `failed`. */
 export class Player extends EventTarget {
-  constructor(video, mime) {
+  /** `header` is the initialization segment, if the first fragment may lack it. */
+  constructor(video, mime, header = null) {
     super();
     this.video = video;
     this.stalls = 0;
     this.started = false;
     this.offset = 0; // clip time minus media time, s
-    this.queue = [];
+    this.queue = header ? [header] : [];
     this.firstStart = null;
     this.complete = false;
     video.disableRemotePlayback = true; // ManagedMediaSource requires it

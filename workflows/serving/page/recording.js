@@ -6,25 +6,37 @@ export class Recording {
   constructor(mime) {
     this.mime = mime.split(";")[0];
     this.parts = []; // {chunk, blob}: the browser may move Blobs to disk
-    this.continued = false;
+    this.header = null; // initialization segment
+    this.continues = false;
   }
 
   get empty() {
     return this.parts.length === 0;
   }
 
-  /** The stream continues with the chunk `first`: drop later chunks. Without the chunks before it the clip is new. */
-  resume(first) {
-    const kept = this.parts.filter(({ chunk }) => chunk < first);
-    this.continued = kept.length > 0 && kept.at(-1).chunk === first - 1;
-    this.parts = this.continued ? kept : [];
+  /** Return the number of chunks from the start of the session that the clip contains. */
+  get chunks() {
+    return this.empty ? 0 : this.parts.at(-1).chunk + 1;
   }
 
-  /** Append the fragment that ends with `chunk`. */
-  append(bytes, chunk) {
-    const data = this.continued ? withoutHeader(bytes) : bytes;
-    this.continued = false;
-    this.parts.push({ chunk, blob: new Blob([data]) });
+  /** The next fragment comes from another connection and may repeat chunks. */
+  reconnect() {
+    this.continues = !this.empty;
+  }
+
+  /** Append the fragment of the chunks `first` to `last`. */
+  append(bytes, first, last) {
+    if (this.continues) this.#cut(first);
+    const length = headerLength(bytes);
+    this.header ??= bytes.slice(0, length);
+    this.parts.push({ chunk: last, blob: new Blob([this.empty ? bytes : bytes.slice(length)]) });
+  }
+
+  /** Drop the chunks from `first` on. If chunks before it are missing, the clip starts again. */
+  #cut(first) {
+    const kept = this.parts.filter(({ chunk }) => chunk < first);
+    this.parts = kept.at(-1)?.chunk === first - 1 ? kept : [];
+    this.continues = false;
   }
 
   /** Return the clip as a Blob. */
@@ -45,12 +57,12 @@ export class Recording {
   }
 }
 
-/** Return a fragment without the boxes of an initialization segment in front of it. */
-function withoutHeader(bytes) {
+/** Return the number of bytes of the initialization segment in front of a fragment. */
+function headerLength(bytes) {
   const view = new DataView(bytes);
   let at = 0;
   while (at + 8 <= view.byteLength && HEADER_BOXES.includes(boxName(view, at))) at += view.getUint32(at);
-  return bytes.slice(at);
+  return at;
 }
 
 function boxName(view, at) {
