@@ -145,6 +145,8 @@ class Branch(nn.Module):
         self.phase = nn.Linear(2 * PHASE_FREQUENCIES, model.dim, bias=False) if model.chunk_phase else None
         if config.anchor:
             self.anchor = nn.Embedding(1, config.anchor)  # weight of the first frame, per channel
+        if config.learned_std:
+            self.log_std = nn.Embedding(config.channels, math.prod(config.size))  # log of the spread over data_std
 
     def block(self, layer: int) -> Block:
         """Return the block of ``layer``."""
@@ -287,14 +289,25 @@ class Branch(nn.Module):
         if self.config.data_std is None:
             return correction
         per_latent = chunk_index[:: self.config.tokens]
-        shape = (-1, len(per_latent), *(1,) * (noisy.ndim - 2))
-        t = t.float()[:, per_latent].reshape(shape)
-        r = r.float()[:, per_latent].reshape(shape)
-        gain, spread = gaussian_flow(t, r, self.config.data_std)
+        shape = (*t.shape, *(1,) * (noisy.ndim - 2))
+        t, r = t.float().reshape(shape), r.float().reshape(shape)
+        gain, spread = (x[:, per_latent] for x in gaussian_flow(t, r, self.data_std(noisy)))
+        t = t[:, per_latent]
         mean = self.anchor_mean(first_frame)
         noisy = noisy.float()
         base = gain * noisy if mean is None else gain * (noisy - (1 - t) * mean) - mean
         return torch.addcmul(base, spread, correction)
+
+    def data_std(self, noisy: Tensor) -> Tensor | float:
+        """Return the spread of latents around their mean, broadcastable to ``noisy`` (B, n, C, ...)."""
+        std = self.config.data_std
+        assert std is not None
+        if not self.config.learned_std:
+            return std
+        # Measured spreads of a whitened video latent range from 0.005 to 2.7. With one value, noise of that spread
+        # remains where the true one is smaller, because the tokens are wider than the network.
+        ratio = self.log_std(torch.arange(self.config.channels, device=noisy.device)).float().exp()
+        return std * ratio.reshape(noisy.shape[2:])
 
     def anchor_mean(self, first_frame: Float[Tensor, "B C h w"] | None) -> Tensor | None:
         """Return the mean m of the latents: anchored channels of the first frame. None means 0."""
@@ -305,7 +318,7 @@ class Branch(nn.Module):
         return (first_frame.float() * share[:, None, None])[:, None]
 
 
-def gaussian_flow(t: Tensor, r: Tensor, std: float) -> tuple[Tensor, Tensor]:
+def gaussian_flow(t: Tensor, r: Tensor, std: Tensor | float) -> tuple[Tensor, Tensor]:
     """Return g(t, r) and s / sqrt(D_t): factor of x_t in the average velocity of N(0, s^2), and spread given x_t.
 
     With a mean m the flow is the same in x_t - (1 - t) m, and m moves by -m per unit of level.
@@ -313,6 +326,6 @@ def gaussian_flow(t: Tensor, r: Tensor, std: float) -> tuple[Tensor, Tensor]:
     From x_r = sqrt(D_r / D_t) x_t with D_t = (1 - t)^2 s^2 + t^2, written without a division by t - r:
     ((1 + s^2) (t + r) - 2 s^2) / (sqrt(D_t) (sqrt(D_t) + sqrt(D_r))).
     """
-    variance, level = std**2, torch.stack([t, r])
-    top, bottom = ((1 - level) ** 2 * variance + level**2).sqrt()
+    variance = std**2
+    top, bottom = (((1 - level) ** 2 * variance + level**2).sqrt() for level in (t, r))
     return ((1 + variance) * (t + r) - 2 * variance) / (top * (top + bottom)), std / top

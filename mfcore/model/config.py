@@ -17,12 +17,15 @@ class BranchConfig:
     # None: the output is the velocity, as in pretrained weights of other projects
     data_std: float | None = 0.5
     anchor: int = 0  # leading channels with the first frame as mean; video only
+    learned_std: bool = False  # train the spread per channel and position; data_std is its initial value
 
     def __post_init__(self) -> None:
         if not 0 <= self.anchor <= self.channels:
             raise UserInputError(f"anchor={self.anchor}: latents have {self.channels} channels")
         if self.anchor and self.data_std is None:
             raise UserInputError("anchor is the mean of a preconditioned output: it needs a data_std")
+        if self.learned_std and self.data_std is None:
+            raise UserInputError("learned_std trains the spread of a preconditioned output: it needs a data_std")
         if self.size[0] % self.patch[0] or self.size[1] % self.patch[1]:
             raise UserInputError(f"latent size {self.size} is not a multiple of the patch {self.patch}")
 
@@ -61,12 +64,12 @@ class ModelConfig:
     local_start: bool = False  # initialize self-attention local in time and space, like word attention (layout "own")
     chunk_phase: bool = False  # embed the position of a latent in its chunk
     coupled: bool = True  # False: branches attend to themselves only (ablation)
-    attention: Literal["sdpa", "flex"] = "sdpa"  # backend of masked passes on CUDA; other devices use sdpa
-    layout: Literal["own", "wan"] = "own"  # wan: norms, rotations and embeddings as in Wan 2.1, to load its weights
-
     # learned bias on attention logits between branches, per layer, head and direction: value at the start of a joint
     # network from uni-modal parents (elsewhere 0); None: no bias
     cross_bias: float | None = None
+    attention: Literal["sdpa", "flex"] = "sdpa"  # backend of masked passes on CUDA; other devices use sdpa
+    layout: Literal["own", "wan"] = "own"  # wan: norms, rotations and embeddings as in Wan 2.1, to load its weights
+
     def __post_init__(self) -> None:
         if not self.branches:
             raise UserInputError("a model needs at least one branch: video, audio or both")
@@ -78,10 +81,10 @@ class ModelConfig:
         for name, most in (("mlp_ratio", 64), ("chunk_seconds", 60), ("rope_seconds_scale", 1000)):
             check_range(name, getattr(self, name), 0, most, above=True)
         check_range("word_horizon_seconds", self.word_horizon_seconds, 0, 3600)
+        check_range("cross_bias", self.cross_bias, -100, 100)
         if self.dim % self.heads or (self.dim // self.heads) % 8:
             raise UserInputError(
                 f"dim {self.dim} / heads {self.heads} must be a multiple of 8 (rotary: half time, quarters space)"
-        check_range("cross_bias", self.cross_bias, -100, 100)
             )
         if self.heads % self.key_heads:
             raise UserInputError(f"kv_heads={self.kv_heads}: use a divisor of heads={self.heads}")
@@ -101,13 +104,13 @@ class ModelConfig:
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
-    def transcript_heads(self) -> int:
-        """Heads of the attention to the transcript."""
-    @property
     def has_cross_bias(self) -> bool:
         """True if attention between branches has a bias."""
         return self.cross_bias is not None and self.coupled and len(self.branches) > 1
 
+    @property
+    def transcript_heads(self) -> int:
+        """Heads of the attention to the transcript."""
         return self.heads if self.word_heads is None else self.word_heads
 
     @property

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
-from mfcore.codecs.dct import DctCodec
-from mfcore.codecs.mel import MelCodec
+from mfcore.codecs.dct import DctCodec, DctConfig
+from mfcore.codecs.mel import MelCodec, MelConfig
 from mfcore.errors import UserInputError
 from mfcore.model.config import ModelConfig
 from mfcore.timeline import LatentClock, Timeline, audio_clock, video_clock
@@ -67,10 +67,9 @@ class LatentGeometry:
         )
 
 
-def _embedded() -> LatentGeometry:
-    video, audio = DctCodec(), MelCodec()
+def _embedded(name: str, video: DctCodec, audio: MelCodec) -> LatentGeometry:
     return LatentGeometry(
-        name="the embedded codecs",
+        name=name,
         channels={VIDEO: video.channels, AUDIO: audio.channels},
         still={VIDEO: video.static_channels, AUDIO: audio.static_channels},
         clocks={VIDEO: video.clock, AUDIO: audio.clock},
@@ -93,19 +92,25 @@ def _published(wan: str, channels: int, pixels: int) -> LatentGeometry:
     )
 
 
-EMBEDDED = _embedded()
+EMBEDDED = _embedded("the embedded codecs", DctCodec(), MelCodec())
+# English voices and larger pictures: 8 audio latents per chunk, so that sessions of a server share passes.
+TALKER = _embedded(
+    "the embedded codecs of the toy talker",
+    DctCodec(DctConfig(block=12, channels=64)),
+    MelCodec(MelConfig(window=640, hop=160, group=5, channels=96)),
+)
 WAN_2_1 = _published("2.1", 16, 8)
 WAN_2_2 = _published("2.2", 48, 16)
 
 
 def geometry_for_preset(preset: str) -> LatentGeometry:
     """Return the geometry of the codecs that a preset is designed for."""
-    return {"tiny": EMBEDDED, "base": WAN_2_1}.get(preset, WAN_2_2)
+    return {"tiny": EMBEDDED, "toy": TALKER, "base": WAN_2_1}.get(preset, WAN_2_2)
 
 
 def geometry_of_model(model: ModelConfig) -> LatentGeometry:
     """Return the geometry of the known codecs with the latent shapes of ``model``; ValueError for none."""
-    for known in (EMBEDDED, WAN_2_2, WAN_2_1):
+    for known in (EMBEDDED, TALKER, WAN_2_2, WAN_2_1):
         if known.text_dim == model.text_dim and all(known.channels[m] == b.channels for m, b in model.branches.items()):
             return known
     raise UserInputError("no known codec has these latent channels and text width: keep the values of the preset")
@@ -113,4 +118,4 @@ def geometry_of_model(model: ModelConfig) -> LatentGeometry:
 
 def default_size(preset: str) -> tuple[int, int]:
     """Return height and width in pixels: of the toy world, or the smallest size of the paper."""
-    return (64, 64) if preset == "tiny" else (192, 336)
+    return {"tiny": (64, 64), "toy": (96, 96)}.get(preset, (192, 336))

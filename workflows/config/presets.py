@@ -39,6 +39,7 @@ class ModelSize:
     word_heads: int | None = None
     rope_seconds_scale: float = 8.0
     attention: Literal["sdpa", "flex"] = "flex"
+    learned_std: bool = False
 
 
 def _model(stage: Stage, shapes: LatentShapes, size: ModelSize) -> ModelConfig:
@@ -51,6 +52,7 @@ def _model(stage: Stage, shapes: LatentShapes, size: ModelSize) -> ModelConfig:
                 patch=patches[m],
                 data_std=size.data_std[m],
                 anchor=shapes.static_channels[m] if size.data_std[m] is not None else 0,
+                learned_std=size.learned_std,
             )
             for m in STAGES[stage].modalities
         },
@@ -63,9 +65,9 @@ def _model(stage: Stage, shapes: LatentShapes, size: ModelSize) -> ModelConfig:
         layout=size.layout,
         local_start=size.layout == "own",
         chunk_phase=True,
+        cross_bias=CROSS_BIAS if size.layout == "own" and len(STAGES[stage].modalities) > 1 else None,
         rope_seconds_scale=size.rope_seconds_scale,
         text_dim=shapes.text_dim,
-        cross_bias=CROSS_BIAS if size.layout == "own" and len(STAGES[stage].modalities) > 1 else None,
         chunk_seconds=shapes.chunk_seconds,
         window_chunks=size.window_chunks,
     )
@@ -74,6 +76,20 @@ def _model(stage: Stage, shapes: LatentShapes, size: ModelSize) -> ModelConfig:
 def _lengths(shapes: LatentShapes, size: ModelSize) -> tuple[int, int]:
     """Return the fewest and most chunks of a training clip; the most exceed the window, to train its truncation."""
     return min(3, shapes.chunks), max(1, min(size.longest, shapes.chunks))
+
+
+TINY_SIZE = ModelSize(
+    dim=128,
+    layers=3,
+    heads=4,
+    mlp_ratio=2.0,
+    patch=(2, 8),  # horizontal bands: do not split eyes, mouth and hands
+    window_chunks=4,
+    longest=8,
+    shift={VIDEO: 3.0, AUDIO: 3.0},
+    data_std={VIDEO: 0.15, AUDIO: 0.2},
+    attention="sdpa",
+)
 
 
 def _tiny_mutual(time: TimeConfig) -> MutualConfig:
@@ -99,21 +115,9 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
 
     Sizes: docs/dev/lab-notes/2026-11-20-tiny-network-size.md.
     """
-    size = ModelSize(
-        dim=128,
-        layers=3,
-        heads=4,
-        mlp_ratio=2.0,
-        patch=(2, 8),  # horizontal bands: do not split eyes, mouth and hands
-        window_chunks=4,
-        longest=8,
-        shift={VIDEO: 3.0, AUDIO: 3.0},
-        data_std={VIDEO: 0.15, AUDIO: 0.2},
-        attention="sdpa",
-    )
-    time = TimeConfig(shift={m: size.shift[m] for m in STAGES[stage].modalities})
-    model, engine = _model(stage, shapes, size), EngineConfig(zero_stage=1, workers=2)
-    data = DataConfig(batch=16, chunks=_lengths(shapes, size), whitening={VIDEO: 0.3, AUDIO: 0.5})
+    time = TimeConfig(shift={m: TINY_SIZE.shift[m] for m in STAGES[stage].modalities})
+    model, engine = _model(stage, shapes, TINY_SIZE), EngineConfig(zero_stage=1, workers=2)
+    data = DataConfig(batch=16, chunks=_lengths(shapes, TINY_SIZE), whitening={VIDEO: 0.3, AUDIO: 0.5})
     if stage == "mutual":
         return RunConfig(
             stage=stage,
@@ -140,6 +144,34 @@ def tiny(stage: Stage, shapes: LatentShapes) -> RunConfig:
         engine=engine,
         checkpoint=CheckpointConfig(every=200 * data.batch),
         log_every=20,
+        eval_every=100,
+    )
+
+
+def toy(stage: Stage, shapes: LatentShapes) -> RunConfig:
+    """Return the preset for the toy world that speaks English: hours of training on a CPU.
+
+    The recipe of ``tiny`` with a larger network, a learned spread of the latents, and about ten times the steps.
+    """
+    size = replace(TINY_SIZE, dim=160, layers=4, heads=5, learned_std=True)
+    config = tiny(stage, shapes)
+    config = replace(
+        config,
+        model=_model(stage, shapes, size),
+        ema=EmaConfig(decay=0.995),
+        optim=replace(config.optim, lr=4e-3 if stage != "joint" else 3e-3),
+        checkpoint=replace(config.checkpoint, every=300 * config.data.batch),
+        eval_every=300,
+    )
+    if not isinstance(config.objective, MutualConfig):
+        return replace(config, steps={"video": 3000, "audio": 2400, "joint": 2400}[stage])
+    objective = replace(config.objective, real_until=450, free_from=480, fake_from=480, dmd_from=520, dmd_ramp=40)
+    return replace(
+        config,
+        steps=600,
+        objective=objective,
+        optim=OptimConfig(lr=1e-3, warm_up=30, final=0.05),
+        ema=EmaConfig(decay=0.98),
         eval_every=100,
     )
 
@@ -218,6 +250,7 @@ def full(stage: Stage, shapes: LatentShapes) -> RunConfig:
 
 PRESETS: dict[str, Callable[[Stage, LatentShapes], RunConfig]] = {
     "tiny": tiny,
+    "toy": toy,
     "small": small,
     "base": base,
     "full": full,

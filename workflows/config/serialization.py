@@ -31,6 +31,17 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
         raise UserInputError(_explain(error)) from None
 
 
+def fill_defaults(kind: type[Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with the defaults of settings that are newer than it.
+
+    A configuration with unknown names or wrong values is returned unchanged: its differences are the caller's message.
+    """
+    try:
+        return to_dict(from_dict(kind, stored))
+    except UserInputError:
+        return dict(stored)
+
+
 def apply_overrides(config: T, values: Mapping[str, Any]) -> T:
     """Return ``config`` with nested ``values`` replaced; ValueError for an unknown name."""
     _check_names(config, values, "")

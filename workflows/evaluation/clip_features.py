@@ -54,6 +54,7 @@ class ToyVideoFeatures:
     face: Array  # [K, 3] color, 0 to 1
     first_face: Array  # [3] color in the first frame
     choices: Mapping[str, ChoiceReading]
+    spoken_opening: Array | None = None  # [n] that the phonemes of the transcript have; None without phonemes
 
     def cut(self, window: TimeWindow, fps: float) -> "ToyVideoFeatures":
         """Return the part inside ``window``."""
@@ -62,6 +63,7 @@ class ToyVideoFeatures:
         return replace(
             self,
             opening=self.opening[frames],
+            spoken_opening=None if self.spoken_opening is None else self.spoken_opening[frames],
             head=self.head[frames],
             face=self.face[halves],
             choices={name: crop_choice(c, halves) for name, c in self.choices.items()},

@@ -15,7 +15,7 @@ from mfcore.metrics.signal_quality import rms, sharpness, to_decibels
 from mfcore.metrics.speech import normalize_words
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.records import Word
-from preprocessing.speech.phonemes import spoken_text
+from preprocessing.speech.phonemes import is_phoneme_transcript, mouth_track, spoken_text
 from preprocessing.toyworld.audio_reader import read_audio
 from preprocessing.toyworld.video_reader import read_video
 from workflows.evaluation.clip_features import (
@@ -53,7 +53,7 @@ class FeatureExtractor:
         """Return the features of one clip."""
         frames = None if clip.frames is None else clip.frames.numpy()
         sound = None if clip.sound is None else clip.sound.numpy()
-        picture = self._toy_video(frames) if frames is not None and self._toy else None
+        picture = self._toy_video(frames, clip.words) if frames is not None and self._toy else None
         motion = None if frames is None else motion_energy(frames)
         features: dict[str, Array] = {}
         if picture is not None and motion is not None and frames is not None:
@@ -123,18 +123,20 @@ class FeatureExtractor:
             )
         return tuple(segments)
 
-    def _toy_video(self, frames: NDArray[np.uint8]) -> ToyVideoFeatures:
+    def _toy_video(self, frames: NDArray[np.uint8], words: Sequence[Word]) -> ToyVideoFeatures:
         assert self._toy is not None
         # The first frame is repeated for half a second, the duration of one observation.
         still = np.repeat(frames[:1], int(self._fps * HALF_SECOND) + 1, axis=0)
         with np.errstate(divide="ignore", invalid="ignore"):  # generated frames may have no contrast
             seen, first = read_video(frames, self._toy), read_video(still, self._toy)
+        times = np.arange(len(frames)) / self._fps
         return ToyVideoFeatures(
             opening=seen.opening,
             head=seen.head,
             face=seen.face_color / 255,
             first_face=first.face_color[0] / 255,
             choices=seen.choices,
+            spoken_opening=mouth_track(words, times)["opening"] if is_phoneme_transcript(words) else None,
         )
 
     def _toy_audio(self, sound: NDArray[np.float32], words: Sequence[Word]) -> ToyAudioFeatures:

@@ -9,7 +9,8 @@ from torch import nn
 Precision = Literal["fp32", "bf16"]
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FP32_NAME_PARTS = ("levels.", "head.", "table.", "norm", "anchor")  # parts of names of weights that stay float32
+# parts of names of weights that stay float32
+FP32_NAME_PARTS = ("levels.", "head.", "table.", "norm", "anchor", "log_std")
 
 
 def default_precision(device: torch.device) -> Precision:

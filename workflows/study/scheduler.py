@@ -1,6 +1,5 @@
 """Run the tasks of a study on a pool of processes; load their results."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import Any, TypeGuard
 import torch
 
 from mfcore.errors import UserInputError
-from workflows.config.serialization import diff
+from workflows.config.serialization import diff, fill_defaults, to_dict
 from workflows.study.config import SAMPLING, StudyConfig
 from workflows.study.methods import GROUPS, METHODS
 from workflows.study.results_table import COLUMNS, StudyRow, TrainingCost
@@ -99,13 +98,14 @@ def claim_study_dir(config: StudyConfig, out: Path) -> None:
 
 def _differences(path: Path, config: StudyConfig, *, ignore: Collection[str] = ()) -> list[str]:
     """Return the differences between a stored configuration and ``config``, as ``a.b: 1 -> 2``."""
-    wanted = json.loads(json.dumps(asdict(config)))
+    wanted = to_dict(config)
     try:
         stored = read_json(path)
     except ValueError:
         stored = None
     if not isinstance(stored, dict):
         raise UserInputError(f"{path} is not the configuration of a study: choose a new folder with --out")
+    stored = fill_defaults(StudyConfig, stored)
     for settings in (stored, wanted):
         for key in ignore:
             settings.pop(key, None)

@@ -28,6 +28,7 @@ from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
 from workflows.checkpoints.load import verify_export, weight_files
 from workflows.checkpoints.store import CheckpointStore, checkpoint_root, join_uri, samples_of
 from workflows.config import serialization
+from workflows.config.run import RunConfig
 from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES, headline_loss
 from workflows.tracking.mlflow_sync import has_backlog
@@ -202,6 +203,8 @@ def _check_checkpoint(request: ResolvedRun) -> None:
 def _require_equal_records(what: str, existing: Mapping[str, Any], record: Mapping[str, Any], data: str) -> None:
     """Raise UserInputError if two records differ in a setting that is fixed on resume, or in the clips of ``data``."""
     existing = {key: value for key, value in existing.items() if key in record}
+    if isinstance(existing.get("config"), Mapping):
+        existing["config"] = serialization.fill_defaults(RunConfig, existing["config"])
     before, now = immutable_settings(existing), immutable_settings(record)
     if "dataset.digest" not in before:  # written by an earlier version
         now.pop("dataset.digest", None)

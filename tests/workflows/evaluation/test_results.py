@@ -46,6 +46,7 @@ def full_features(seed: int) -> ClipFeatures:
             face=draw.random((2, 3)),
             first_face=draw.random(3),
             choices={"gesture": reading},
+            spoken_opening=draw.random(4),
         ),
         speech=ToyAudioFeatures(detected=(("ba", 0.1),), expected=(), tone=reading),
         words=True,

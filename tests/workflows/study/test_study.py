@@ -567,6 +567,14 @@ class TestRuns:
         with pytest.raises(ValueError, match="steps: 4 -> 9"):
             run_tasks(replace(config, steps=9), tmp_path, {}, workers=1, device="cpu", minutes=None)
 
+    def test_a_study_of_an_earlier_version_continues_with_the_defaults_of_newer_settings(self, tmp_path):
+        config = small_study()
+        run_tasks(config, tmp_path, {}, workers=1, device="cpu", minutes=None)
+        stored = json.loads((tmp_path / "study.json").read_text())
+        del stored["model"]["branches"]["video"]["learned_std"]
+        (tmp_path / "study.json").write_text(json.dumps(stored))
+        assert run_tasks(config, tmp_path, {}, workers=1, device="cpu", minutes=None).done
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [

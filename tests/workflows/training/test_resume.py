@@ -170,12 +170,18 @@ def test_an_unfinished_dataset_at_a_restart_ends_the_run_with_the_remedy(data, t
         train_stage("video", data=str(tmp_path / "data"), sets=SMALL, runs_dir=tmp_path, run="a", launch=launch)
 
 
-def test_a_run_without_a_digest_resumes(runs, data, tmp_path):
-    """Runs and checkpoints of earlier versions record the number of clips only."""
+@pytest.mark.parametrize(
+    "missing", [("dataset", "digest"), ("config", "model", "branches", "video", "learned_std")], ids=lambda m: m[-1]
+)
+def test_a_run_of_an_earlier_version_resumes(runs, data, tmp_path, missing):
+    """Earlier versions record the number of clips only, and lack newer settings, which have their defaults."""
     shutil.copytree(runs / "killed", tmp_path / "a")
     for path in [tmp_path / "a" / "run.json", *(tmp_path / "a" / "checkpoints").glob("*/run.json")]:
         record = read_json(path)
-        del record["dataset"]["digest"]
+        parent = record
+        for key in missing[:-1]:
+            parent = parent[key]
+        del parent[missing[-1]]
         path.write_text(json.dumps(record))
         if (marker := path.parent / COMPLETE_FILE).exists():
             entries = read_json(marker)

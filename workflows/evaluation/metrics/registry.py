@@ -26,6 +26,7 @@ _VIDEO = "a checkpoint that generates video"
 _AUDIO = "a checkpoint that generates audio"
 _SPEECH = "clips with a transcript"
 _WORDS = "a transcript with words (toy syllables do not count)"
+_PHONEMES = "a transcript of phonemes"
 _LIPS = requirement_text("syncnet")
 _NETWORKS = ("videomae", "clap", "faces", "sounds")
 
@@ -109,6 +110,7 @@ def _available_inputs(clips: FeatureSet) -> set[str]:
     found |= {requirement_text(name) for name in _NETWORKS if name in first.tracks}
     found |= {_LIPS} if "lips" in first.tracks else set()
     found |= {requirement_text(name) for r in clips for u in r.utterances for name in u.detected}
+    found |= {_PHONEMES} if any(r.picture and r.picture.spoken_opening is not None for r in clips) else set()
     found |= {_WORDS} if any(r.words for r in clips) else set()
     return found | ({_SPEECH} if any(r.speech and r.speech.expected for r in clips) else set())
 
@@ -132,6 +134,7 @@ METRICS = (
         measure=generic.offset_statistics,
     ),
     MetricSpec(names=("lse_c", "lse_d", "lse_offset_s"), needs=(_VIDEO, _AUDIO, _LIPS), measure=pretrained.lse_metrics),
+    MetricSpec(names=("viseme_sync",), needs=(_TOY, _VIDEO, _PHONEMES), measure=toyworld.viseme_sync),
     MetricSpec(names=("syllable_error",), needs=(_TOY, _AUDIO, _SPEECH), measure=toyworld.syllable_error),
     MetricSpec(names=("identity_error",), needs=(_TOY, _VIDEO), measure=toyworld.mean_identity_error),
     MetricSpec(names=("valid",), needs=(_TOY,), measure=toyworld.valid_choices),

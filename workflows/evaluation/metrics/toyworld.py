@@ -48,6 +48,19 @@ def mouth_sync_metrics(clips: FeatureSet) -> MetricValues:
     }
 
 
+def viseme_sync(clips: FeatureSet) -> MetricValues:
+    """Return the correlation of the mouth opening with that of the phonemes in the transcript (worst -1)."""
+
+    def correlation(r: ClipFeatures) -> float:
+        assert r.picture is not None
+        assert r.picture.spoken_opening is not None
+        return float(np.corrcoef(r.picture.opening, r.picture.spoken_opening)[0, 1])
+
+    spoken = [r for r in clips if r.picture and r.picture.spoken_opening is not None and r.picture.spoken_opening.any()]
+    with np.errstate(divide="ignore", invalid="ignore"):  # a mouth that never moves has no correlation: the worst value
+        return {"viseme_sync": mean_over_clips(spoken, correlation, -1.0, "no_mouth")} if spoken else {}
+
+
 def syllable_error(clips: FeatureSet) -> MetricValues:
     """Return the edit distance of syllables over their number, limited to 1 per clip (as for silence)."""
     wrong: list[int] = []

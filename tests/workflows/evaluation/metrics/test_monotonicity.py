@@ -137,6 +137,7 @@ DEGRADATIONS = (
     (quieter, (0.5, 1.0), {"loudness_db": DOWN}),
     (louder, (0.7, 1.2), {"clipping": UP, "loudness_db": UP}),
 )
+ELSEWHERE = {"viseme_sync"}  # needs the English voice: test_toyworld.py
 ESTIMATE_SUFFIXES = ("_bias", "_n", "_n_real", "_shrinkage")  # properties of the estimate, not of the clips
 
 CLIPS = [real_clip(i) for i in range(3)]
@@ -230,5 +231,5 @@ def test_known_offset_is_measured_within_one_audio_frame(real):
 def test_every_metric_has_a_degradation():
     covered = {name for _, _, signs in DEGRADATIONS for name in signs}
     required = {name for metric in METRICS for name in metric.names if not name.endswith(ESTIMATE_SUFFIXES)}
-    assert required <= covered, required - covered
+    assert required <= covered | ELSEWHERE, required - covered
     assert {VIDEO, AUDIO} == CLIPS[0].latents.keys()
