@@ -8,6 +8,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or wrong input. See ``output.py`` fo
 import sys
 
 import typer
+from typer.exceptions import TyperException
+from typer.rich_utils import rich_format_error
 
 from workflows.cli import bench, evaluate, jobs, output, study
 from workflows.cli.data import inspect, manifest, preprocess, reconstruct, toyworld
@@ -49,9 +51,16 @@ def main() -> None:
         environment.apply_defaults()
         environment.chdir_to_base()
         try:
-            app(prog_name="mfctl")
+            code = app(prog_name="mfctl", standalone_mode=False)
+        except TyperException as error:  # unknown command or option, value out of range
+            rich_format_error(error)
+            words = sys.argv[1:]
+            as_json = "--json" in words[: words.index("--") if "--" in words else None]
+            output.print_json_error(error.format_message(), error.exit_code, as_json=as_json)
+            sys.exit(error.exit_code)
         finally:
             output.write_stdout("")  # flush help texts here, where a failure is reported
+        sys.exit(code or 0)
     except BrokenPipeError:
         output.discard_stdout()
         sys.exit(1)

@@ -70,6 +70,12 @@ def run_until_stopped(work: Callable[[], None], *, as_json: bool) -> None:
 def exit_with_error(message: str, code: int, *, as_json: bool) -> NoReturn:
     """Print the error, as JSON too with ``as_json``, and exit with the code."""
     print_error(message)
+    print_json_error(message, code, as_json=as_json)
+    raise typer.Exit(code)
+
+
+def print_json_error(message: str, code: int, *, as_json: bool) -> None:
+    """Print the error as one JSON line on standard output if ``as_json``."""
     if as_json:
         with suppress(OutputError):
             write_stdout(json.dumps({"error": message, "exit_code": code}) + "\n")

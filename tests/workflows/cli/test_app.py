@@ -95,6 +95,27 @@ def test_wrong_usage_exits_with_2_and_the_fix_and_writes_nothing(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["inspect", "dataset", "--json", "--vrify"], "No such option: --vrify"),
+        (["toyworld", "out", "--clips", "0", "--json"], "greater than or equal to 1"),
+    ],
+)
+def test_wrong_usage_with_json_is_one_object(tmp_path: Path, words: list[str], message: str) -> None:
+    done = mfctl(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == {"error", "exit_code"} and found["exit_code"] == 2
+    assert message in found["error"]
+    assert "--" in done.stderr and done.stderr.count("Usage:") == 1
+
+
+def test_options_of_a_submitted_command_do_not_print_json(tmp_path: Path) -> None:
+    done = mfctl("submit", "--targt", "x", "--", "doctor", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["preprocess", "nowhere", "dataset"], "nowhere"),
         (["preprocess", "a.mp4", "dataset", "--set", "windw_seconds=3"], "did you mean window_seconds?"),
         (["preprocess", "a.mp4", "dataset", "--config", "nowhere.yaml"], "nowhere.yaml"),
