@@ -79,7 +79,6 @@ def print_json_error(message: str, code: int, *, as_json: bool) -> None:
     if as_json:
         with suppress(OutputError):
             write_stdout(json.dumps({"error": message, "exit_code": code}) + "\n")
-    raise typer.Exit(code)
 
 
 def print_error(message: str) -> None:
