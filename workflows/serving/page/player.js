@@ -7,6 +7,8 @@ const CALM_AHEAD = 1.2; // s ahead below which it is normal again
 const FAST_RATE = 1.06;
 const EDGE = 0.75; // s behind the end after a jump to the live edge
 const KEEP = 10; // s of played media that stay in the buffer
+const JUMP = 0.01; // s forward to end a stall
+const JUMP_MS = 500; // between two jumps
 const TICK_MS = 100;
 
 const Source = globalThis.MediaSource ?? globalThis.ManagedMediaSource;
@@ -26,6 +28,7 @@ export class Player extends EventTarget {
     this.video = video;
     this.stalls = 0;
     this.started = false;
+    this.jumped = 0; // ms, time of the last jump
     this.offset = 0; // clip time minus media time, s
     this.queue = header ? [header] : [];
     this.firstStart = null;
@@ -137,20 +140,26 @@ export class Player extends EventTarget {
     }
     if (start > video.currentTime + 0.1) video.currentTime = start; // a hole in the buffer
     const ahead = end - video.currentTime;
-    if (ahead > FAST_AHEAD) video.playbackRate = FAST_RATE;
+    if (video.readyState < video.HAVE_FUTURE_DATA) this.#restart(end);
+    else if (ahead > FAST_AHEAD) video.playbackRate = FAST_RATE;
     else if (ahead < CALM_AHEAD) video.playbackRate = 1;
   }
 
   #stalled() {
-    if (!this.started || this.complete || this.video.seeking) return;
-    this.stalls += 1;
-    this.video.addEventListener("playing", () => this.#toLiveEdge(), { once: true, signal: this.listeners.signal });
+    if (this.started && !this.complete && !this.video.seeking) this.stalls += 1;
   }
 
-  #toLiveEdge() {
-    const { buffered } = this.video;
-    const end = buffered.length ? buffered.end(buffered.length - 1) : 0;
-    if (end - this.video.currentTime > 2 * EDGE) this.video.currentTime = end - EDGE;
+  /**
+   * End a stall as soon as enough is buffered: jump to the live edge, or a little forward. After each stall Chromium
+   * requires more media before it plays, until that is more than the server makes ahead; a seek resets this.
+   */
+  #restart(end) {
+    const { video } = this;
+    const ahead = end - video.currentTime;
+    const now = performance.now();
+    if (ahead < START_AHEAD || video.seeking || now - this.jumped < JUMP_MS) return;
+    this.jumped = now;
+    video.currentTime = ahead > 2 * EDGE ? end - EDGE : video.currentTime + JUMP;
   }
 
   #emit(type) {
