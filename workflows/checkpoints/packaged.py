@@ -40,8 +40,7 @@ class CardMetric:
 class CardEvaluation:
     """Held-out clips and settings of the metrics of a card."""
 
-    commands: tuple[str, ...]  # toyworld, preprocess, evaluate
-    world: dict[str, Any]  # arguments of the toy world
+    commands: tuple[str, ...]  # mfctl toyworld, preprocess and evaluate, with --out results
     clips: int
     mode: str
     steps: int

@@ -21,7 +21,7 @@ from workflows.evaluation.sweep import identify_checkpoint
 from workflows.inference.pipeline import StreamingPipeline
 from workflows.inference.sampling import SamplingParams
 
-EVALUATION = {"commands": ["mfctl evaluate x"], "world": {"seed": 1}, "clips": 2, "mode": "few", "steps": 4, "seeds": 2}
+EVALUATION = {"commands": ["mfctl evaluate x"], "clips": 2, "mode": "few", "steps": 4, "seeds": 2}
 
 
 @pytest.fixture
