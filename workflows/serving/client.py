@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -69,9 +69,11 @@ class LiveClient:
 
     def __init__(self, server: str, start: dict[str, Any]) -> None:
         """Connect and start a session with the fields of ``session.start``; ``facts`` has the answer."""
+        self._open = ExitStack()
+        url = socket_url(server)
         try:
-            self._socket: ClientConnection = connect(
-                socket_url(server), max_size=None, open_timeout=OPEN_TIMEOUT_S, compression=None
+            self._socket: ClientConnection = self._open.enter_context(
+                connect(url, max_size=None, open_timeout=OPEN_TIMEOUT_S, compression=None)
             )
         except (OSError, InvalidHandshake, InvalidURI, TimeoutError) as error:
             raise UserInputError(
@@ -134,7 +136,7 @@ class LiveClient:
 
     def close(self) -> None:
         """Close the connection."""
-        self._socket.close()
+        self._open.close()
 
 
 class ClipFile:
@@ -198,6 +200,7 @@ def write_live_clip(
 def _stream_into(
     clip: ClipFile, server: str, start: dict[str, Any], *, seconds: float, on_chunk: Callable[[int], None]
 ) -> tuple[dict[str, Any], int]:
+    start = start | {"seconds": seconds}
     for attempt in range(RESUME_ATTEMPTS):
         try:
             with closing(LiveClient(server, start)) as client:
@@ -209,11 +212,9 @@ def _stream_into(
                         continue
                     on_chunk(clip.chunks)
                     client.acknowledge(fragment)
-                    if clip.chunks == wanted:
-                        client.send("session.stop")
                 if client.done is not None and client.done["reason"] == "stopped":
                     return client.facts, wanted
-                start = {"resume": client.facts["resume"], "received": clip.chunks}
+                start = {"resume": client.facts["resume"], "received": clip.chunks, "seconds": seconds}
         except UserInputError:
             if attempt == 0:
                 raise

@@ -9,17 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 import torch
 
 from mfcore.types import Condition
-from preprocessing.io.errors import InfrastructureError
 from preprocessing.records import Word
 from workflows.serving.appearance import default_condition
 from workflows.serving.metrics import ServingMetrics
 from workflows.serving.outbox import ChunkNews, Outbox, SessionEnd, SnapshotNews
 from workflows.serving.session import MadeChunk, Session
-from workflows.serving.snapshots import SnapshotStore, pack_session
+from workflows.serving.snapshots import SnapshotStore, new_key, pack_session
 from workflows.serving.talker import Talker
 
 _LOGGER = logging.getLogger(__name__)
@@ -57,7 +57,6 @@ class Place:
     session: Session
     outbox: Outbox
     opened_at: float  # seconds of the monotonic clock
-    chunks_ahead: int
     chunk_limit: int | None = None  # the session stops after this many chunks
     first_chunk_ms: float | None = None
     busy: bool = False  # in a pass
@@ -109,10 +108,9 @@ class ServingEngine:
         *,
         name: str,
         opened_at: float | None = None,
-        chunks_ahead: int | None = None,
-        chunk_limit: int | None = None,
+        seconds: float | None = None,
     ) -> None:
-        """Serve a session under a name. Raises ServerFullError."""
+        """Serve a session under a name, until it has ``seconds`` if given. Raises ServerFullError."""
         with self._changed:
             self.check_place()
             assert name not in self._places
@@ -120,8 +118,7 @@ class ServingEngine:
                 session=session,
                 outbox=outbox,
                 opened_at=opened_at or time.monotonic(),
-                chunks_ahead=chunks_ahead or self.limits.chunks_ahead,
-                chunk_limit=chunk_limit,
+                chunk_limit=None if seconds is None else ceil(seconds / self.talker.chunk_seconds),
             )
             self._report()
 
@@ -217,7 +214,7 @@ class ServingEngine:
         if place.chunk_limit is not None and place.session.row.chunk >= place.chunk_limit:
             place.stop = place.stop or "stopped"
             return False
-        limit = place.chunks_ahead * float(self.talker.chunk_seconds)
+        limit = self.limits.chunks_ahead * float(self.talker.chunk_seconds)
         return place.session.ahead < limit - 1e-6 and len(place.outbox) < _UNREAD
 
     def _note_wants(self, place: Place) -> None:
@@ -285,31 +282,33 @@ class ServingEngine:
         )
 
     def _settle(self, name: str, place: Place) -> None:
-        """Store the snapshot of a session, and end it if requested."""
-        session, reason = place.session, place.stop
-        key = None
+        """Store the snapshots of a session, and end it if requested."""
+        session, reason, key = place.session, place.stop, None
         try:
-            if place.want_snapshot or reason in ("idle", "shutdown", "left"):
+            if place.want_snapshot:
                 place.want_snapshot = False
-                with self._changed:
-                    changes = session.reserve()
-                    session.reserved = session.row.chunk
-                session.apply(changes)
-                self.snapshots.write(session.key, pack_session(session))
+                self._store_snapshot(session, own_key := new_key())
+                place.outbox.put(SnapshotNews(key=own_key, seconds=session.made_seconds))
+            if reason in ("idle", "shutdown", "left"):
+                self._store_snapshot(session, session.key)
                 key = session.key
-                place.outbox.put(SnapshotNews(key=key, seconds=session.made_seconds))
-            if reason == "stopped":
+            elif reason == "stopped":
                 place.outbox.put(ChunkNews(made=session.close()))
-        except InfrastructureError:
-            _LOGGER.exception("a snapshot cannot be stored")
         except Exception:
-            _LOGGER.exception("a session cannot be ended")
-            reason = "failed"
+            _LOGGER.exception("a session cannot be stored or ended")
+            reason = reason and "failed"
         if reason is not None:
             with self._changed:
                 self._places.pop(name, None)
                 self._report()
             place.outbox.put(SessionEnd(reason=reason, key=key, seconds=session.made_seconds))
+
+    def _store_snapshot(self, session: Session, key: str) -> None:
+        with self._changed:
+            changes = session.reserve()
+            session.reserved = session.row.chunk  # no chunk begins
+        session.apply(changes)
+        self.snapshots.write(key, pack_session(session))
 
     def _fail(self, places: Sequence[Place]) -> None:
         with self._changed:

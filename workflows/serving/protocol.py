@@ -10,6 +10,7 @@ from workflows.serving.outbox import ChunkNews
 from workflows.serving.service import SessionSpec
 
 SOCKET_PATH = "/v1/realtime/video"
+MAX_SECONDS = 86_400.0  # of a session that stops alone
 MAX_VIDEO_SECONDS = 600.0
 MAX_MESSAGE_BYTES = 12_000_000
 MAX_TRANSITION_CHUNKS = 1000
@@ -37,7 +38,7 @@ class SessionRequest(_Message):
 
     def spec(self) -> SessionSpec:
         """Return the conditions for the service."""
-        return SessionSpec(**self.model_dump(include=set(SessionSpec.__dataclass_fields__)))
+        return SessionSpec(**{name: getattr(self, name) for name in SessionSpec.__dataclass_fields__})
 
 
 class SessionStart(SessionRequest):
@@ -46,6 +47,7 @@ class SessionStart(SessionRequest):
     type: Literal["session.start"]
     session_id: str | None = None
     format: Literal["m4s"] = "m4s"
+    seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS)] | None = None  # None: until session.stop
     received: Annotated[int, Field(ge=0)] | None = None  # chunks that the client has
 
 

@@ -81,10 +81,11 @@ class RealtimeConnection:
         try:
             session = await asyncio.to_thread(self._session_of, start)
             outbox = AsyncOutbox()
-            await self._send_start(session)
-            for made in missed_chunks(session, start.received):
+            missed = missed_chunks(session, start.received)
+            await self._send_start(session, missed[0].chunk if missed else session.row.chunk)
+            for made in missed:
                 await self._send_chunk(ChunkNews(made=made))
-            self._service.open(session, outbox, name=self._name, opened_at=opened_at)
+            self._service.open(session, outbox, name=self._name, opened_at=opened_at, seconds=start.seconds)
         except RequestRefusedError as error:
             await self._refuse(error.code, str(error), close=1008)
             return
@@ -109,16 +110,15 @@ class RealtimeConnection:
             return self._service.resume(start.resume)
         return self._service.prepare(start.spec())
 
-    async def _send_start(self, session: Session) -> None:
-        first = session.row.chunk
+    async def _send_start(self, session: Session, first_chunk: int) -> None:
         await self._send(
             {
                 "type": "video.start",
                 "session_id": self._name,
                 "resume": session.key,
                 **self._service.stream_facts(),
-                "first_chunk": first,
-                "start_seconds": session.made_seconds,
+                "first_chunk": first_chunk,
+                "start_seconds": float(first_chunk * session.chunk_seconds),
             }
         )
 

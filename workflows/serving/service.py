@@ -4,7 +4,6 @@ Slow work, such as reading uploads and looking words up, is done here, in the th
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -156,10 +155,18 @@ class SessionService:
         except UserInputError as error:
             raise RequestRefusedError("unknown_snapshot", str(error)) from None
 
-    def open(self, session: Session, outbox: Outbox, *, name: str, opened_at: float | None = None) -> None:
-        """Serve a session. Raises ServerFullError."""
+    def open(
+        self,
+        session: Session,
+        outbox: Outbox,
+        *,
+        name: str,
+        opened_at: float | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Serve a session, until it has ``seconds`` if given. Raises ServerFullError."""
         session.pace.moved_at = time.monotonic()
-        self.engine.open(session, outbox, name=name, opened_at=opened_at)
+        self.engine.open(session, outbox, name=name, opened_at=opened_at, seconds=seconds)
 
     def say(self, name: str, text: str, event_id: str) -> float | None:
         """Append a text and return when it begins. Raises RequestRefusedError."""
@@ -186,13 +193,10 @@ class SessionService:
         return self.engine.change(name, cond, "voice", event_id=event_id, chunks=chunks)
 
 
-def missed_chunks(session: Session, received: int | None) -> Iterator[MadeChunk]:
-    """Yield the stored chunks that a client with ``received`` chunks lacks; none if one of them is not stored."""
-    if received is None:
-        return
-    lacking = [made for made in session.sent if made.chunk >= received]
-    if lacking and lacking[0].chunk == received:
-        yield from lacking
+def missed_chunks(session: Session, received: int | None) -> list[MadeChunk]:
+    """Return the stored chunks that a client with ``received`` chunks lacks; none if one of them is not stored."""
+    lacking = [] if received is None else [made for made in session.sent if made.chunk >= received]
+    return lacking if lacking and lacking[0].chunk == received else []
 
 
 def check_text(text: str) -> str:

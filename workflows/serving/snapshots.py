@@ -83,7 +83,6 @@ def pack_session(session: Session) -> bytes:
     facts = {
         "format": FORMAT,
         "network": session.talker.fingerprint,
-        "key": session.key,
         "chunk": row.chunk,
         "seed": row.seed,
         "words": [[w.word, w.start, w.end] for w in session.words.words],
@@ -112,7 +111,7 @@ def unpack_session(data: bytes, talker: Talker) -> Session:
         chunk=facts["chunk"],
         seed=facts["seed"],
     )
-    session = Session(talker, row, key=facts["key"], state=_unpack_muxer(facts["muxer"], tensors))
+    session = Session(talker, row, key=new_key(), state=_unpack_muxer(facts["muxer"], tensors))
     session.decoder.load_state(_under("decoder.", tensors))
     session.words.words = [Word(word=w, start=s, end=e) for w, s, e in facts["words"]]
     session.words.end = facts["words_end"]
