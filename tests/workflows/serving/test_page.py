@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.packaged_talker import english_export
+from workflows.serving.engine import EngineLimits
 from workflows.serving.server import ServerOptions, background_server
 from workflows.serving.talker import Talker
 
@@ -28,10 +29,14 @@ SOCKET = re.compile(r"/v1/realtime/video")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Yield the URL of a server with a small random network that was built for English."""
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Talker:
+    """Return a small random network that was built for English."""
     export = english_export(tmp_path_factory.mktemp("run"))
-    talker = Talker.from_checkpoint(str(export), name="random", device="cpu")
+    return Talker.from_checkpoint(str(export), name="random", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def server(talker: Talker) -> Iterator[str]:
     with background_server(talker, ServerOptions(port=0)) as running:
         yield running.url
 
@@ -230,3 +235,17 @@ def test_an_upload_of_a_wrong_kind_is_refused_with_the_reason(page, field: str, 
     assert len(page.inner_text("#setup-error")) > 30
     page.check("#voices input[type=radio] >> nth=0")
     start(page)
+
+
+def test_a_full_server_is_tried_again_until_there_is_a_place(browser, talker: Talker):
+    options = ServerOptions(port=0, token="secret", limits=EngineLimits(sessions=1, retry_seconds=2))
+    with background_server(talker, options) as running, browser.new_context(viewport=DESKTOP) as context:
+        first, second = context.new_page(), context.new_page()
+        for tab in (first, second):
+            tab.goto(f"{running.url}?token=secret")
+            tab.wait_for_selector("#start:enabled")
+        start(first)
+        second.click("#start")
+        second.wait_for_selector("#notice:has-text('1 of 1 sessions are in use')")
+        first.click("#stop")
+        second.wait_for_selector(LIVE, timeout=60_000)
