@@ -19,7 +19,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Tests of pure functions: no child processes, no media files, no training.
 FAST := $(filter-out tests/mfcore/test_device.py,$(wildcard tests/mfcore/test_*.py)) tests/mfcore/codecs/test_embedded_codecs.py tests/mfcore/metrics tests/preprocessing/sources tests/preprocessing/dataset/test_schema.py tests/workflows/config tests/workflows/data/test_batch_sampler.py tests/workflows/jobs/test_submit.py tests/test_architecture.py tests/test_documentation.py tests/test_repository.py
 
-.PHONY: help venv ffmpeg chromium demo test test-fast test-slow test-browser check format clean
+.PHONY: help venv ffmpeg chromium demo test test-fast test-slow test-browser check audit format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -72,6 +72,17 @@ check: $(STAMP) ## run ruff, pyright and import-linter
 	$(PY) -m ruff check .
 	$(PY) -m pyright --pythonpath $(PY)
 	$(VENV)/bin/lint-imports
+
+audit: ## look up known vulnerabilities of the versions in constraints.txt; needs network
+	@test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; } || { \
+		echo "audit failed: pip-audit cannot be installed. Check the network and run make audit again." >&2; exit 1; }
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	if $(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r constraints.txt 2>"$$log"; then \
+		echo "no known vulnerabilities in constraints.txt"; exit 0; fi; \
+	if grep -q '^Found .* vulnerabilit' "$$log"; then \
+		echo "audit failed: constraints.txt pins versions with known vulnerabilities, listed above. Raise them and run make test." >&2; \
+	else tail -n 1 "$$log" >&2; \
+		echo "audit failed: the vulnerability database of PyPI cannot be read, so nothing is known. Run make audit with access to it." >&2; fi; exit 1
 
 format: $(STAMP) ## format the code and fix lint
 	$(PY) -m ruff check --fix .

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -132,3 +133,24 @@ def test_pages_name_existing_commands_options_and_files(page: str) -> None:
         assert f"\n{target}:" in (ROOT / "Makefile").read_text(), f"{page} names make {target}"
     for path in re.findall(r"`((?:mfcore|preprocessing|workflows|docs|cluster|tests)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "message"),
+    [
+        ("exit 0", 0, "no known vulnerabilities"),
+        ("echo 'Found 1 known vulnerability in 1 package' >&2; exit 1", 2, "pins versions with known vulnerabilities"),
+        ("echo 'ConnectionError: no route' >&2; exit 1", 2, "vulnerability database of PyPI cannot be read"),
+    ],
+)
+def test_the_audit_fails_without_its_database(tmp_path, program, code, message):
+    """Replace pip-audit: the target must not pass when it has looked up nothing."""
+    auditor = tmp_path / "audit" / "bin" / "pip-audit"
+    auditor.parent.mkdir(parents=True)
+    auditor.write_text(f"#!/bin/sh\n{program}\n")
+    auditor.chmod(0o755)
+    done = subprocess.run(
+        ["make", "audit", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert message in done.stdout + done.stderr
