@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.packaged_talker import english_export
+from tests.helpers.flash_beep import FlashBeepTalker, flash_beep_talker
 from workflows.serving.engine import EngineLimits
 from workflows.serving.server import ServerOptions, background_server
-from workflows.serving.talker import Talker
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make test-browser")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -25,18 +24,23 @@ pytestmark = [
 LIVE = "body[data-phase=live]"
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 800}
+RED = """(() => {
+    const pen = new OffscreenCanvas(1, 1).getContext("2d");
+    pen.drawImage(video, 0, 0, 1, 1);
+    const [red, green] = pen.getImageData(0, 0, 1, 1).data;
+    return red > 128 && green < 128;
+})()"""
 SOCKET = re.compile(r"/v1/realtime/video")
 
 
 @pytest.fixture(scope="module")
-def talker(tmp_path_factory: pytest.TempPathFactory) -> Talker:
-    """Return a small random network that was built for English."""
-    export = english_export(tmp_path_factory.mktemp("run"))
-    return Talker.from_checkpoint(str(export), name="random", device="cpu")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> FlashBeepTalker:
+    """Return the stand-in for a network: frames are red while a word is spoken."""
+    return flash_beep_talker(tmp_path_factory.mktemp("network"))
 
 
 @pytest.fixture(scope="module")
-def server(talker: Talker) -> Iterator[str]:
+def server(talker: FlashBeepTalker) -> Iterator[str]:
     with background_server(talker, ServerOptions(port=0)) as running:
         yield running.url
 
@@ -120,6 +124,7 @@ def test_typed_words_are_queued_then_spoken_then_said(page):
     )
     say(page, "Hello, how are you?")
     page.wait_for_selector("#log [data-state=active]", timeout=60_000)
+    wait_until(page, RED)
     assert page.inner_text("#subtitle") == "Hello, how are you?"
     page.wait_for_selector("#log [data-state=done]", timeout=60_000)
     assert [state for state in page.evaluate("states") if state != "sent"] == ["queued", "active", "done"]
@@ -237,7 +242,7 @@ def test_an_upload_of_a_wrong_kind_is_refused_with_the_reason(page, field: str, 
     start(page)
 
 
-def test_a_full_server_is_tried_again_until_there_is_a_place(browser, talker: Talker):
+def test_a_full_server_is_tried_again_until_there_is_a_place(browser, talker: FlashBeepTalker):
     options = ServerOptions(port=0, token="secret", limits=EngineLimits(sessions=1, retry_seconds=2))
     with background_server(talker, options) as running, browser.new_context(viewport=DESKTOP) as context:
         first, second = context.new_page(), context.new_page()

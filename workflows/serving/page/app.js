@@ -73,13 +73,13 @@ async function begin(choices) {
   showError("");
   session.choices = choices;
   session.retry = () => begin(choices);
+  session.snapshot = session.fallback = null;
   openPlayer();
   lines.clear();
   const { player } = session;
   try {
     const created = await createSession(choices);
     if (session.player !== player) return; // stopped in the meantime
-    session.resume = created.resume;
     connect(created.url ?? SOCKET, { session_id: created.session_id, format: "m4s" });
     send("words", "transcript", choices.opening);
   } catch (error) {
@@ -89,11 +89,12 @@ async function begin(choices) {
   }
 }
 
-/** Continue from the snapshot `key`. With `recording`, the new chunks continue that clip. */
-function resume(key, { caption = session.choices?.caption, picture, recording } = {}) {
+/** Continue from the state `key`. With `recording`, the new chunks continue that clip. `fallback` is an older key. */
+function resume(key, { caption = session.choices?.caption, picture, recording, fallback } = {}) {
   session.choices = { ...session.choices, caption };
-  session.resume = key;
-  session.retry = () => resume(key, { picture, recording });
+  session.retry = () => resume(key, { picture, recording, fallback });
+  session.snapshot = fallback ?? key;
+  session.fallback = fallback && (() => resume(fallback, { picture, recording }));
   if (picture) showPoster(picture);
   if (!recording) lines.clear();
   openPlayer(recording);
@@ -175,8 +176,8 @@ function serverFull({ capacity, active, retry_after }) {
 
 function onVideoStart({ resume: key, start_seconds }) {
   session.streaming = true;
+  session.resume = key;
   session.connection.send("session.ack", { played_to: start_seconds });
-  session.resume = key ?? session.resume;
 }
 
 function onFragment({ bytes, metadata }) {
@@ -198,7 +199,7 @@ function onChunkMetrics(message) {
 }
 
 function onSnapshot({ resume: key }) {
-  session.resume = key;
+  session.snapshot = key;
   store({ resume: key, caption: session.choices?.caption ?? "", picture: pictureOf(video) });
   announce("Snapshot saved. It is listed on the start page.");
   flash(at("snapshot"), "Saved");
@@ -211,6 +212,7 @@ function onQueueStatus(message) {
 function onError(message) {
   if (message.code === "full" || (message.event_id && lines.refused(message))) return;
   if (session.streaming) lines.addError(message.message);
+  else if (message.code === "unknown_snapshot" && session.fallback) session.fallback();
   else refuse(message.message);
 }
 
@@ -230,12 +232,12 @@ function onLost({ code, reason }) {
 }
 
 function interrupted(title, text) {
-  const { resume: key, recording } = session;
+  const { resume: key, snapshot: fallback, recording } = session;
   session.connection.close();
   session.player.finish();
   lines.drop();
   setPhase("lost");
-  const again = () => resume(key, { picture: pictureOf(video), recording });
+  const again = () => resume(key, { picture: pictureOf(video), recording, fallback });
   notify({ title, text, action: "Resume", onAction: again });
 }
 
