@@ -18,14 +18,6 @@ OutputPath = Annotated[str, typer.Argument(parser=environment.resolve_path, meta
 DatasetUri = Annotated[
     str, typer.Argument(parser=environment.resolve_dataset, metavar="DATASET", help="Dataset: folder or s3:// prefix.")
 ]
-CheckpointPath = Annotated[
-    str,
-    typer.Argument(
-        parser=resolve_checkpoint,
-        metavar="CHECKPOINT",
-        help="Run, checkpoint, export folder or packaged model (`mfctl models`).",
-    ),
-]
 CheckpointAndMp4 = Annotated[
     list[str],
     typer.Argument(

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from mfcore.errors import UserInputError
 from mfcore.types import AUDIO, VIDEO
+from preprocessing.dataset.reader import open_dataset
 from preprocessing.records import Word
 from tests.helpers.packaged_talker import CARD, english_export, package_talker
 from workflows.checkpoints import packaged
@@ -20,6 +21,7 @@ from workflows.cli.app import app
 from workflows.evaluation.sweep import identify_checkpoint
 from workflows.inference.pipeline import StreamingPipeline
 from workflows.inference.sampling import SamplingParams
+from workflows.training.resolve import world_of
 
 EVALUATION = {"commands": ["mfctl evaluate x"], "clips": 2, "mode": "few", "steps": 4, "seeds": 2}
 
@@ -149,6 +151,17 @@ def test_models_lists_name_stage_size_and_metrics(talker: Path) -> None:
     found = json.loads(CliRunner().invoke(app, ["models", "--json"]).stdout)["models"]
     assert [(m["name"], m["stage"], m["language"]) for m in found] == [("toy-talker", "mutual", "English")]
     assert found[0]["parameters"] == sum(w.numel() for w in load_weights("toy-talker").values())
+
+
+def test_training_finds_a_parent_by_its_name(talker: Path, toy_data: str) -> None:
+    words = ["train", "--stage", "mutual", "--data", toy_data, "--from", "toy-talker", "--dry-run"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "toy-talker is of stage mutual" in result.stderr
+
+
+def test_training_records_the_world_of_the_dataset(toy_data: str) -> None:
+    assert world_of(open_dataset(toy_data)) == "toyworld/1"
 
 
 def test_evaluation_without_data_names_the_commands_of_the_card(talker: Path) -> None:

@@ -77,7 +77,7 @@ def test_packaged_weights_have_the_metrics_of_their_card(
     for command in card.evaluation.commands:
         result = CliRunner().invoke(app, fewer_clips(command, CLIPS))
         assert result.exit_code == 0, f"{command}: {result.output}"
-    (results,) = tmp_path.rglob("results.json")
+    (results,) = (file for file in tmp_path.rglob("results.json") if (file.parent / "rows").is_dir())
     measured = read_metrics(results, card)
     assert differences(card, measured, CLIPS) == {}
     compared = {metric for metric in card.metrics if card.metrics[metric].low is not None} - DEPENDENT
