@@ -102,6 +102,10 @@ Precision = Annotated[
         help="Precision of weights and products.",
     ),
 ]
+Server = Annotated[
+    str | None,
+    typer.Option(metavar="URL", rich_help_panel=EXECUTION, help="Make the clip on a server of `mfctl serve`."),
+]
 Compile = Annotated[
     bool,
     typer.Option("--compile", rich_help_panel=EXECUTION, help="Compile transformer blocks with torch.compile."),
@@ -132,6 +136,7 @@ def generate(
     precision: Precision = None,
     compile: Compile = False,
     graphs: Graphs = False,
+    server: Server = None,
     overwrite: OverwriteFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -141,20 +146,23 @@ def generate(
     """
 
     def work() -> Any:
-        checkpoint, out = split_paths(checkpoint_and_out)
         from workflows.inference.generate import ClipPrompt, RuntimeOptions, generate_clip
 
+        prompt = ClipPrompt(
+            first_frame=first_frame,
+            transcript=transcript,
+            caption=caption,
+            voice=voice,
+            seconds=seconds,
+            speed=speed,
+            pauses=pauses,
+        )
+        if server is not None:
+            return work_remotely(prompt)
+        checkpoint, out = split_paths(checkpoint_and_out)
         return generate_clip(
             checkpoint,
-            ClipPrompt(
-                first_frame=first_frame,
-                transcript=transcript,
-                caption=caption,
-                voice=voice,
-                seconds=seconds,
-                speed=speed,
-                pauses=pauses,
-            ),
+            prompt,
             out=out,
             runtime=RuntimeOptions(weights=weights, precision=precision, compile=compile, graphs=graphs),
             steps=steps,
@@ -164,6 +172,16 @@ def generate(
             seed=seed,
             overwrite=overwrite,
         )
+
+    def work_remotely(prompt: Any) -> Any:
+        from workflows.serving.remote import generate_remotely
+
+        if len(checkpoint_and_out) != 1 or (steps, mode, guidance, trust) != (None, None, None, None):
+            raise UserInputError(
+                "--server: the server has its checkpoint and sampling options. Give the output file alone, and no "
+                "--steps, --mode, --guidance or --trust."
+            )
+        return generate_remotely(str(server), prompt, out=checkpoint_and_out[0], seed=seed, overwrite=overwrite)
 
     output.run_command(work, as_json=json)
 

@@ -7,15 +7,15 @@ from urllib.parse import urlsplit
 
 OPEN_PATHS = ("/", "/healthz", "/readyz")
 OPEN_PREFIX = "/page/"
-_MESSAGES, _PERIOD = 40.0, 2.0  # a client may send so many messages in so many seconds
+BURST_SECONDS = 2.0  # of messages that a client may send at once
 
 
 class AccessPolicy:
     """Who may use a server."""
 
-    def __init__(self, token: str | None, origins: tuple[str, ...] = ()) -> None:
-        """Require ``token`` unless None; ``origins`` are accepted in addition to that of the server."""
-        self.token, self.origins = token, origins
+    def __init__(self, token: str | None, *, messages_per_second: float) -> None:
+        """Require ``token`` unless None; limit the messages of each WebSocket."""
+        self.token, self.messages_per_second = token, messages_per_second
 
     def allows_token(self, path: str, query: Mapping[str, str], headers: Mapping[str, str]) -> bool:
         """Return True if a request needs no token or has it."""
@@ -27,17 +27,15 @@ class AccessPolicy:
     def allows_origin(self, headers: Mapping[str, str]) -> bool:
         """Return True for a request of a program, which has no Origin, or of a page of this server."""
         origin = headers.get("origin")
-        if origin is None or origin in self.origins:
-            return True
-        return urlsplit(origin).netloc == headers.get("host", "")
+        return origin is None or urlsplit(origin).netloc == headers.get("host", "")
 
 
 class MessageRate:
     """Number of messages of one client, refilled with time."""
 
-    def __init__(self, messages: float = _MESSAGES, period: float = _PERIOD) -> None:
-        self._most, self._per_second = messages, messages / period
-        self._left, self._at = messages, time.monotonic()
+    def __init__(self, per_second: float) -> None:
+        self._most, self._per_second = per_second * BURST_SECONDS, per_second
+        self._left, self._at = self._most, time.monotonic()
 
     def allow(self) -> bool:
         """Count a message; return False if it is one too many."""

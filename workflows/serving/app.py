@@ -1,6 +1,7 @@
 """ASGI application: routes of a server over one session service."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,24 +14,35 @@ from starlette.datastructures import UploadFile
 
 from mfcore.errors import UserInputError
 from workflows.serving import appearance
-from workflows.serving.access import AccessPolicy
+from workflows.serving.access import AccessPolicy, MessageRate
 from workflows.serving.engine import ServerFullError
 from workflows.serving.protocol import MAX_MESSAGE_BYTES, SOCKET_PATH, SessionRequest
 from workflows.serving.realtime import RealtimeConnection, Reservations, describe_validation
 from workflows.serving.service import RequestRefusedError, SessionService
+from workflows.serving.videos import VideoOrders, add_videos
 
 PAGE = Path(__file__).parent / "page"
+STATUS_CODES = {"unknown_video": 404, "unknown_snapshot": 404, "not_ready": 409, "too_large": 413}
+"""HTTP status by error code; 422 for others."""
 _MAX_RESERVED = 16
 SeedQuery = Annotated[int, Query(ge=0, le=appearance.MAX_SEED)]
 
 
 def create_app(service: SessionService, policy: AccessPolicy) -> FastAPI:
     """Return the application of a service."""
-    app = FastAPI(title="Mutual Forcing live", version="1")
+    orders = VideoOrders(service)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        yield
+        orders.close()
+
+    app = FastAPI(title="Mutual Forcing live", version="1", lifespan=lifespan)
     _add_access(app, policy)
     _add_errors(app)
     _add_status(app, service)
     _add_sessions(app, service, policy)
+    add_videos(app, orders)
     app.mount("/page", StaticFiles(directory=PAGE, check_dir=False))
     return app
 
@@ -51,7 +63,7 @@ def _add_access(app: FastAPI, policy: AccessPolicy) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestRefusedError)
     async def refused(request: Request, error: RequestRefusedError) -> JSONResponse:
-        return refusal(422, error.code, str(error))
+        return refusal(STATUS_CODES.get(error.code, 422), error.code, str(error))
 
     @app.exception_handler(ServerFullError)
     async def full(request: Request, error: ServerFullError) -> JSONResponse:
@@ -136,7 +148,8 @@ def _add_sessions(app: FastAPI, service: SessionService, policy: AccessPolicy) -
             await socket.close(1008)  # before accepting: the client gets 403
             return
         await socket.accept()
-        await RealtimeConnection(socket, service, reservations).serve()
+        rate = MessageRate(policy.messages_per_second)
+        await RealtimeConnection(socket, service, reservations, rate=rate).serve()
 
 
 async def read_session_request(request: Request) -> SessionRequest:

@@ -61,10 +61,11 @@ class Reservations:
 class RealtimeConnection:
     """One accepted WebSocket."""
 
-    def __init__(self, socket: WebSocket, service: SessionService, reservations: Reservations) -> None:
-        self._socket, self._service, self._reservations = socket, service, reservations
+    def __init__(
+        self, socket: WebSocket, service: SessionService, reservations: Reservations, *, rate: MessageRate
+    ) -> None:
+        self._socket, self._service, self._reservations, self._rate = socket, service, reservations, rate
         self._engine = service.engine
-        self._rate = MessageRate()
         self._sending = asyncio.Lock()
         self._name = secrets.token_hex(12)
 
@@ -137,7 +138,7 @@ class RealtimeConnection:
     async def _read(self) -> None:
         while (text := await self._receive_text()) is not None:
             if not self._rate.allow():
-                await self._error("rate_limited", "too many messages: send at most 40 in 2 s")
+                await self._error("rate_limited", "too many messages: the last one is ignored. Send fewer")
                 await asyncio.sleep(0.1)  # slows the client down through its socket
                 continue
             message = await self._parse(text)

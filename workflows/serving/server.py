@@ -38,6 +38,7 @@ class ServerOptions:
     port: int = 8000  # 0: any free one
     token: str | None = None
     snapshots: str | None = None  # folder or s3:// prefix; None: in memory
+    messages_per_second: float = 20.0  # of one client, mean over a few seconds
     limits: EngineLimits = field(default_factory=EngineLimits)
 
     def __post_init__(self) -> None:
@@ -71,7 +72,10 @@ class RunningServer(uvicorn.Server):
         self.socket = _bind(options.host, options.port)
         self.engine = ServingEngine(talker, limits=options.limits, snapshots=SnapshotStore(options.snapshots))
         config = uvicorn.Config(
-            create_app(SessionService(self.engine), AccessPolicy(options.token)),
+            create_app(
+                SessionService(self.engine),
+                AccessPolicy(options.token, messages_per_second=options.messages_per_second),
+            ),
             log_level="warning",
             access_log=False,
             ws_max_size=MAX_MESSAGE_BYTES,

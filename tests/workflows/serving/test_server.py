@@ -13,10 +13,13 @@ import requests
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from mfcore.errors import UserInputError
 from preprocessing.media.live_muxer import GENERATED
 from tests.helpers.flash_beep import DecodedClip, flash_beep_talker
+from workflows.inference.generate import ClipPrompt
 from workflows.serving.client import ClipFile, LiveClient, ServerRefusedError, socket_url, write_live_clip
 from workflows.serving.engine import EngineLimits
+from workflows.serving.remote import generate_remotely
 from workflows.serving.server import RunningServer, ServerOptions, background_server
 
 pytestmark = pytest.mark.timeout(60)
@@ -244,36 +247,46 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_message_gets_one_error_and_the_session_continues(server, wrong):
+def test_each_wrong_message_gets_one_error_and_the_session_continues(server):
     with closing(LiveClient(server.url, START)) as client:
         receive(client, 1)
-        client._socket.send(wrong)
-        receive(client, 5)
+        for wrong in WRONG:
+            client._socket.send(wrong)
         client.send("session.ping")
-        client.send("session.stop")
-        list(client.fragments())
+        receive(client, 5)
+        assert [f.is_last for f in finish(client)].count(True) == 1
     kinds = [m["type"] for m in client.messages]
-    assert kinds.count("error") == 1
-    assert "session.pong" in kinds
+    assert kinds.count("error") == len(WRONG)
+    assert kinds.index("session.pong") > len(WRONG)
     assert client.done["reason"] == "stopped"
+    assert {m.get("event_id") for m in client.messages if m["type"] == "error"} == {None, "x"}
 
 
-def test_a_thousand_random_messages_do_not_stop_the_server(server):
+def test_a_thousand_random_messages_do_not_end_the_session(talker):
     draw = random.Random(1)
     valid = json.dumps({"type": "session.interaction", "event_id": "x", "event": {"transcript": "hi"}})
+    with background_server(talker, ServerOptions(port=0, messages_per_second=1e6)) as server:
+        with closing(LiveClient(server.url, START)) as client:
+            receive(client, 1)
+            for _ in range(1000):
+                text = list(draw.choice([valid, '{"type": "session.ack", "played_to": 1}', '{"a": [1, {}]}']))
+                for _ in range(draw.randint(1, 8)):
+                    text[draw.randrange(len(text))] = chr(draw.choice([0, 34, 44, 91, 93, 123, 125, 0x1F600, 0x41]))
+                client._socket.send("".join(text))
+            receive(client, 4)
+            finish(client)
+        assert client.done["reason"] == "stopped"
+    assert 900 < sum(m["type"] == "error" for m in client.messages) <= 1000
+
+
+def test_too_many_messages_are_refused_and_the_session_continues(server):
     with closing(LiveClient(server.url, START)) as client:
-        receive(client, 1)
-        for _ in range(1000):
-            text = list(draw.choice([valid, '{"type": "session.ack", "played_to": 1}', '{"a": [1, {}]}']))
-            for _ in range(draw.randint(1, 8)):
-                text[draw.randrange(len(text))] = chr(draw.choice([0, 34, 44, 91, 93, 123, 125, 0x1F600, 0x41]))
-            client._socket.send("".join(text))
-        for _ in client.fragments():
-            if any(m["type"] == "error" and m["code"] == "rate_limited" for m in client.messages):
-                break
-    with closing(LiveClient(server.url, START)) as client:
-        assert len(receive(client, 4)) == 4
+        for _ in range(50):
+            client.send("session.ping")
+        receive(client, 4)
+        finish(client)
+    assert "rate_limited" in [m.get("code") for m in client.messages]
+    assert sum(m["type"] == "session.pong" for m in client.messages) >= 30
 
 
 def test_wrong_starts_are_refused_with_the_reason(server):
@@ -364,3 +377,35 @@ def test_the_client_writes_a_clip(server, tmp_path):
     clip = DecodedClip((tmp_path / "clip.mp4").read_bytes())
     clip.assert_in_sync(3.5)
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_generate_uses_a_server(server, tmp_path):
+    prompt = ClipPrompt(transcript="hello there", caption="a face")
+    facts = generate_remotely(server.url, prompt, out=str(tmp_path / "clip.mp4"))
+    clip = DecodedClip((tmp_path / "clip.mp4").read_bytes())
+    clip.assert_in_sync(facts["seconds"])
+    assert clip.spoken[-1] < facts["seconds"] - 0.3
+    with pytest.raises(UserInputError, match="does not accept|no answer"):
+        generate_remotely("http://127.0.0.1:1", prompt, out=str(tmp_path / "other.mp4"))
+    with pytest.raises(UserInputError, match="exists"):
+        generate_remotely(server.url, prompt, out=str(tmp_path / "clip.mp4"))
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_finished_clips_are_ordered_and_downloaded(server):
+    url = f"{server.url}v1/videos"
+    order = requests.post(url, json={"transcript": "hello", "seconds": 2}, timeout=10).json()
+    assert (order["object"], order["size"], order["seconds"], order["model"]) == ("video", "32x32", "2", "flash-beep")
+    early = requests.get(f"{url}/{order['id']}/content", timeout=10)
+    assert early.status_code in (200, 409)
+    for _ in range(200):
+        order = requests.get(f"{url}/{order['id']}", timeout=10).json()
+        if order["status"] == "completed":
+            break
+        time.sleep(0.05)
+    assert (order["status"], order["progress"], order["error"]) == ("completed", 100, None)
+    content = requests.get(f"{url}/{order['id']}/content", timeout=10)
+    assert content.headers["content-type"] == "video/mp4"
+    DecodedClip(content.content).assert_in_sync(2)
+    assert requests.get(f"{url}/video_none", timeout=10).status_code == 404
+    assert requests.post(url, json={"seconds": 0}, timeout=10).status_code == 422
