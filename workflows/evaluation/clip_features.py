@@ -22,6 +22,7 @@ from mfcore.metrics.av_sync import (
 )
 from mfcore.metrics.signal_quality import QUIET, rms
 from mfcore.metrics.windows import TimeWindow
+from preprocessing.speech import recognizer
 from preprocessing.toyworld.choices import ChoiceReading
 
 Array = NDArray[np.float64]
@@ -125,6 +126,7 @@ class ClipFeatures:
     features: Mapping[str, Array]  # modality -> [K, d]; the toy world only
     picture: ToyVideoFeatures | None
     speech: ToyAudioFeatures | None
+    phonemes: NDArray[np.bool_] | None = None  # [n] read correctly; English toy world only
     words: bool = False  # the transcript has words (toy syllables are none)
     tracks: Mapping[str, FeatureTrack] = field(default_factory=dict[str, FeatureTrack])
     utterances: tuple[SpeechSegment, ...] = ()
@@ -157,6 +159,7 @@ class ClipFeatures:
         sharp = self.sharpness
         sound = self.sound
         blocks = self.blocks
+        heard = self.phonemes
         return replace(
             self,
             motion=None if motion is None else motion[window.slice(self.fps, len(motion))],
@@ -167,6 +170,7 @@ class ClipFeatures:
             features={m: x[window.slice(1 / HALF_SECOND, len(x))] for m, x in self.features.items()},
             picture=self.picture and self.picture.cut(window, self.fps),
             speech=self.speech and self.speech.cut(window),
+            phonemes=None if heard is None else heard[window.slice(recognizer.RATE, len(heard))],
             tracks={name: track.cut(window) for name, track in self.tracks.items()},
             utterances=tuple(u for u in self.utterances if window.start <= u.at < window.end),
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.signal import resample_poly
 
 from mfcore.metrics.av_sync import block_statistics, motion_energy, sound_envelope
 from mfcore.metrics.continuity import step_energy
@@ -15,6 +16,7 @@ from mfcore.metrics.signal_quality import rms, sharpness, to_decibels
 from mfcore.metrics.speech import normalize_words
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.records import Word
+from preprocessing.speech import recognizer
 from preprocessing.speech.phonemes import is_phoneme_transcript, mouth_track, spoken_text
 from preprocessing.toyworld.audio_reader import read_audio
 from preprocessing.toyworld.video_reader import read_video
@@ -44,6 +46,7 @@ class FeatureExtractor:
     def __init__(self, evaluation_set: EvaluationSet, feature_models: FeatureModels | None = None) -> None:
         self._evaluation_set, self._toy = evaluation_set, evaluation_set.toy
         self._has_syllables = self._toy is not None and self._toy.voice == "syllables"
+        self._is_english = self._toy is not None and self._toy.voice == "english"
         self._feature_models = feature_models or FeatureModels()
         self._fps = float(frame_rate_of(evaluation_set.meta))
         codec: Any = evaluation_set.codecs.get(AUDIO)
@@ -72,6 +75,7 @@ class FeatureExtractor:
             features=features,
             picture=picture,
             speech=self._toy_audio(sound, clip.words) if sound is not None and self._has_syllables else None,
+            phonemes=self._correct_phonemes(sound, clip.words) if sound is not None and self._is_english else None,
             words=not self._has_syllables and bool(clip.words),
             tracks=self._tracks(frames, sound),
             utterances=self._speech_segments(sound, clip.words)
@@ -147,6 +151,11 @@ class FeatureExtractor:
             expected=tuple((w.word, (w.start + w.end) / 2) for w in words),
             tone=detected.tone,
         )
+
+    def _correct_phonemes(self, sound: NDArray[np.float32], words: Sequence[Word]) -> NDArray[np.bool_]:
+        if self.sample_rate != recognizer.SAMPLE_RATE:
+            sound = resample_poly(sound, recognizer.SAMPLE_RATE, self.sample_rate).astype(np.float32)
+        return recognizer.correct_frames(words, sound)
 
     def _boundary_energies(
         self, clip: DecodedClip, frames: NDArray[np.uint8] | None, sound: NDArray[np.float32] | None

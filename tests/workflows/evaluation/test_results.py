@@ -49,6 +49,7 @@ def full_features(seed: int) -> ClipFeatures:
             spoken_opening=draw.random(4),
         ),
         speech=ToyAudioFeatures(detected=(("ba", 0.1),), expected=(), tone=reading),
+        phonemes=np.array([True, False, True]),
         words=True,
         tracks={"face": FeatureTrack(values=draw.random((2, 3), dtype=np.float32), rate=25.0)},
         utterances=(SpeechSegment(at=1.5, expected=("a", "b"), detected={"whisper": ("a",)}),),

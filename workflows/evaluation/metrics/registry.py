@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mfcore.metrics.windows import TimeWindow
+from workflows.evaluation.clip_features import ClipFeatures
 from workflows.evaluation.feature_models import requirement_text
 from workflows.evaluation.metrics import generic, pretrained, toyworld
 from workflows.evaluation.metrics.generic import (
@@ -110,9 +111,13 @@ def _available_inputs(clips: FeatureSet) -> set[str]:
     found |= {requirement_text(name) for name in _NETWORKS if name in first.tracks}
     found |= {_LIPS} if "lips" in first.tracks else set()
     found |= {requirement_text(name) for r in clips for u in r.utterances for name in u.detected}
-    found |= {_PHONEMES} if any(r.picture and r.picture.spoken_opening is not None for r in clips) else set()
+    found |= {_PHONEMES} if any(map(_has_phonemes, clips)) else set()
     found |= {_WORDS} if any(r.words for r in clips) else set()
     return found | ({_SPEECH} if any(r.speech and r.speech.expected for r in clips) else set())
+
+
+def _has_phonemes(r: ClipFeatures) -> bool:
+    return r.phonemes is not None or (r.picture is not None and r.picture.spoken_opening is not None)
 
 
 _VIDEO_SEAMS = ("seam_pixels", "seam_pixels_raw", "seam_video_latents", "seam_video_latents_raw")
@@ -135,6 +140,7 @@ METRICS = (
     ),
     MetricSpec(names=("lse_c", "lse_d", "lse_offset_s"), needs=(_VIDEO, _AUDIO, _LIPS), measure=pretrained.lse_metrics),
     MetricSpec(names=("viseme_sync",), needs=(_TOY, _VIDEO, _PHONEMES), measure=toyworld.viseme_sync),
+    MetricSpec(names=("phoneme_accuracy",), needs=(_TOY, _AUDIO, _PHONEMES), measure=toyworld.phoneme_accuracy),
     MetricSpec(names=("syllable_error",), needs=(_TOY, _AUDIO, _SPEECH), measure=toyworld.syllable_error),
     MetricSpec(names=("identity_error",), needs=(_TOY, _VIDEO), measure=toyworld.mean_identity_error),
     MetricSpec(names=("valid",), needs=(_TOY,), measure=toyworld.valid_choices),

@@ -61,6 +61,17 @@ def viseme_sync(clips: FeatureSet) -> MetricValues:
         return {"viseme_sync": mean_over_clips(spoken, correlation, -1.0, "no_mouth")} if spoken else {}
 
 
+def phoneme_accuracy(clips: FeatureSet) -> MetricValues:
+    """Return the share of 10 ms frames in which the phoneme recognizer reads that of the transcript (worst 0)."""
+
+    def share(r: ClipFeatures) -> float:
+        assert r.phonemes is not None
+        return float(r.phonemes.mean()) if len(r.phonemes) else float("nan")
+
+    heard = [r for r in clips if r.phonemes is not None]
+    return {"phoneme_accuracy": mean_over_clips(heard, share, 0.0)} if heard else {}
+
+
 def syllable_error(clips: FeatureSet) -> MetricValues:
     """Return the edit distance of syllables over their number, limited to 1 per clip (as for silence)."""
     wrong: list[int] = []

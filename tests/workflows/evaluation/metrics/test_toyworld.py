@@ -8,7 +8,7 @@ import pytest
 from preprocessing.records import Word
 from preprocessing.speech.phonemes import mouth_track
 from workflows.evaluation.clip_features import ClipFeatures, ToyVideoFeatures
-from workflows.evaluation.metrics.toyworld import viseme_sync
+from workflows.evaluation.metrics.toyworld import phoneme_accuracy, viseme_sync
 
 FPS = 24.0
 SPOKEN = [
@@ -68,3 +68,12 @@ def test_clips_without_spoken_phonemes_do_not_count():
     syllables = replace(silent, picture=replace(silent.picture, spoken_opening=None))
     assert viseme_sync([spoken, silent, syllables])["viseme_sync"].count == 1
     assert viseme_sync([silent, syllables]) == {}
+
+
+def test_phoneme_accuracy_is_the_share_of_correct_frames_per_clip():
+    clip = replace(clip_with_mouth(np.zeros(48), None), phonemes=np.array([True, True, False, False]))
+    better = replace(clip, phonemes=np.array([True, True, True, True]))
+    deaf = replace(clip, phonemes=None)
+    found = phoneme_accuracy([clip, better, deaf])["phoneme_accuracy"]
+    assert (found.value, found.count) == (0.75, 2)
+    assert phoneme_accuracy([deaf]) == {}
