@@ -188,14 +188,12 @@ function onFragment({ bytes, metadata }) {
   session.recording.append(bytes, metadata.first_chunk, metadata.last_chunk);
   session.player.append(bytes, metadata.start_seconds);
   at("save").disabled = false;
-  for (const line of lines.chunk(metadata, session.info.chunk_seconds)) {
-    if (line.kind === "words") metrics.words(line);
-  }
+  lines.chunk(metadata, session.info.chunk_seconds).forEach((line) => metrics.words(line));
 }
 
 function onChunkMetrics(message) {
   metrics.chunk(message);
-  if (message.first_chunk_ms !== undefined) metrics.first(session.firstMs ?? performance.now() - session.asked, message.first_chunk_ms);
+  if (message.first_chunk_ms !== undefined) metrics.first(session.firstMs, message.first_chunk_ms);
 }
 
 function onSnapshot({ resume: key }) {
@@ -359,7 +357,7 @@ function wire() {
   });
   lines.addEventListener("active", ({ detail: line }) => {
     waveform.mark();
-    if (line.kind === "words") metrics.words(line);
+    metrics.words(line);
     announce(line.kind === "words" ? `Speaking: ${line.text}` : `Caption applied: ${line.text}`);
   });
 }

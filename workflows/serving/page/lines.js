@@ -1,6 +1,7 @@
 // Lines of a session: what was typed, and when it was applied and heard.
 
-const STATES = { sent: "sent", queued: "queued", active: "speaking", done: "said", refused: "refused", lost: "not said" };
+const STATES = { sent: "sent", queued: "queued", active: "speaking", done: "spoken", refused: "refused", lost: "not spoken" };
+const PENDING = ["sent", "queued", "active"];
 const CAPTION_STATES = { ...STATES, active: "applied", done: "applied", lost: "not applied" };
 
 /** Model and list element of the lines. Emits `active` and `done` with the line as `detail`. */
@@ -24,6 +25,7 @@ export class Lines extends EventTarget {
   /** Add a line of `kind` "words" or "caption" and return it. */
   add(kind, text) {
     const line = { id: crypto.randomUUID?.() ?? String(Math.random()).slice(2), kind, text, typed: performance.now() };
+    line.waits = this.lines.some(({ kind, state }) => kind === "words" && PENDING.includes(state)); // behind other words
     line.element = this.#append(kind, text);
     this.lines.push(line);
     this.#set(line, "sent");

@@ -44,8 +44,9 @@ export class Metrics {
     this.#show("buffered", `${ahead.toFixed(1)} s`, `${stalls} ${stalls === 1 ? "stall" : "stalls"}`);
   }
 
-  /** Show how long the words of a line took, in ms. */
-  words({ typed, applied, heard }) {
+  /** Show how long the words of a line took, in ms. Captions do not count, nor words behind others. */
+  words({ kind, waits, typed, applied, heard }) {
+    if (kind !== "words" || waits) return;
     const detail = heard ? `heard after ${seconds(heard - typed)}` : "\u00a0";
     this.#show("applied", seconds(applied - typed), detail);
   }
