@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mfcore.errors import UserInputError
+from workflows.checkpoints import packaged
 from workflows.cli import output
 from workflows.cli.options import ConfigOverrides, JsonFlag, PresetName, parse_ints, parse_size, parse_sizes
 from workflows.cli.traits import command
@@ -134,6 +135,62 @@ def stream(
 
     def render(result: Any) -> str:
         from workflows.bench.stream import format_table
+
+        return format_table(result)
+
+    output.run_command(work, as_json=json, render=render)
+
+
+@app.command("serve")
+@command(driver_only=True, paths=("checkpoint",))
+def serve(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            parser=packaged.resolve_checkpoint,
+            metavar="CHECKPOINT",
+            show_default=packaged.DEFAULT_MODEL,
+            help="Run, checkpoint or export folder, or the name of a packaged model.",
+        ),
+    ] = None,
+    *,
+    sessions: Annotated[
+        str, typer.Option(metavar="N,M", rich_help_panel=MEASUREMENT, help="Numbers of sessions to measure.")
+    ] = "1,2,4",
+    seconds: Annotated[
+        float, typer.Option(rich_help_panel=MEASUREMENT, help="Seconds of each clip; each is made twice.")
+    ] = 20.0,
+    rounds: Rounds = 10,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=EXECUTION,
+            show_default="4 in few-step mode, 50 in multi-step mode",
+            help="Solver steps per chunk.",
+        ),
+    ] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(rich_help_panel=EXECUTION, show_default="cuda if available", help="Device."),
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Measure a live server with clients on this machine: first chunk, chunk period, texts, batched sessions.
+
+    Example: mfctl bench serve runs/mutual --sessions 1,4
+    """
+
+    def work() -> Any:
+        from workflows.serving.benchmark import bench_serve
+        from workflows.serving.talker import Talker
+
+        counts = parse_ints(sessions, "--sessions", least=1)
+        path = checkpoint or packaged.default_model()
+        talker = Talker.from_checkpoint(path, name=os.path.basename(path), steps=steps, device=device)
+        return bench_serve(talker, sessions=counts, seconds=seconds, rounds=rounds)
+
+    def render(result: Any) -> str:
+        from workflows.serving.benchmark import format_table
 
         return format_table(result)
 
