@@ -15,7 +15,7 @@ NETWORK = "Network"
 SESSIONS = "Sessions"
 
 
-@command(driver_only=True, paths=("checkpoint",))
+@command(driver_only=True, paths=("checkpoint", "snapshots"))
 def serve(
     checkpoint: Annotated[
         str | None,
