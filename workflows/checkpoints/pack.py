@@ -26,7 +26,16 @@ from workflows.config import serialization
 from workflows.utils.json_io import read_json, write_json
 
 METRICS = (
-    *("sync", "viseme_sync", "valid", "identity_error", "syllable_error", "wer_pocketsphinx", "phoneme_error", "seam"),
+    *(
+        "sync",
+        "viseme_sync",
+        "valid",
+        "identity_error",
+        "syllable_error",
+        "wer_pocketsphinx",
+        "phoneme_accuracy",
+        "seam",
+    ),
     *("frechet", "motion_over_real", "sharpness_over_real", "loudness_db", "silence", "seconds_per_second"),
 )
 """Metrics of a card, where the sweep has them."""

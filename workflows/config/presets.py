@@ -165,10 +165,10 @@ def toy(stage: Stage, shapes: LatentShapes) -> RunConfig:
     )
     if not isinstance(config.objective, MutualConfig):
         return replace(config, steps={"video": 3000, "audio": 2400, "joint": 2400}[stage])
-    objective = replace(config.objective, real_until=450, free_from=480, fake_from=480, dmd_from=520, dmd_ramp=40)
+    objective = replace(config.objective, real_until=280, free_from=300, fake_from=300, dmd_from=330, dmd_ramp=30)
     return replace(
         config,
-        steps=600,
+        steps=400,
         objective=objective,
         optim=OptimConfig(lr=1e-3, warm_up=30, final=0.05),
         ema=EmaConfig(decay=0.98),
