@@ -121,6 +121,7 @@ class ServingEngine:
                 chunk_limit=None if seconds is None else ceil(seconds / self.talker.chunk_seconds),
             )
             self._report()
+            self._changed.notify()
 
     def acknowledge(self, name: str, played_to: float) -> None:
         """Take the playhead of a viewer."""
