@@ -27,7 +27,9 @@ from workflows.checkpoints.packaged import DEFAULT_MODEL
 from workflows.inference.generate import ClipPrompt, generate_clip
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-TRANSCRIPT = "Hello! I am a very small network. I learned to speak on a laptop, in one night. Nice to meet you."
+TRANSCRIPT = (
+    "Hello! I am a very small network. I learned to speak in two hours, on two processor cores. Nice to meet you."
+)
 SIDE = 384  # pixels of the upscaled picture
 TEXT_HEIGHT, WAVE_HEIGHT = 36, 68  # pixels of the strips below it
 MAX_BYTES = 3_000_000  # of the WebP
