@@ -5,9 +5,11 @@ chunk and may share its pass. While a pass runs, more sessions come to want one,
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -79,6 +81,7 @@ class ServingEngine:
         self._places: dict[str, Place] = {}
         self._changed = threading.Condition()
         self._stopping = False
+        self._encoders = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="encoder")
         self._worker = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -174,7 +177,11 @@ class ServingEngine:
     # worker
 
     def _run(self) -> None:
-        self._warm_up()
+        with self._encoders:
+            self._warm_up()
+            self._serve()
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 self._expire()
@@ -244,9 +251,14 @@ class ServingEngine:
             _LOGGER.exception("a pass of %d sessions failed", len(group))
             self._fail(group)
             return
-        for place, made in zip(group, latents, strict=True):
+        # Decoders and encoders of different sessions run at once: they release the interpreter lock.
+        jobs = {
+            self._encoders.submit(place.session.finish, made): place for place, made in zip(group, latents, strict=True)
+        }
+        for job in as_completed(jobs):
+            place = jobs[job]
             try:
-                chunk = place.session.finish(made)
+                chunk = job.result()
             except Exception:
                 _LOGGER.exception("a chunk cannot be encoded")
                 self._fail([place])
