@@ -19,7 +19,9 @@ MEASUREMENT = "Measurement"
 EXECUTION = "Execution"
 FrameSize = Annotated[
     str | None,
-    typer.Option(metavar="HxW", show_default="64x64 for tiny, 96x96 for toy, else 192x336", help="Frame size in pixels."),
+    typer.Option(
+        metavar="HxW", show_default="64x64 for tiny, 96x96 for toy, else 192x336", help="Frame size in pixels."
+    ),
 ]
 Rounds = Annotated[
     int, typer.Option(min=1, rich_help_panel=MEASUREMENT, help="Interleaved measurement rounds of each variant.")

@@ -41,7 +41,9 @@ OverwriteFlag = Annotated[
 ]
 PresetName = Annotated[
     str,
-    typer.Option("--preset", metavar="NAME", rich_help_panel=CONFIGURATION, help="Preset: tiny, toy, small, base or full."),
+    typer.Option(
+        "--preset", metavar="NAME", rich_help_panel=CONFIGURATION, help="Preset: tiny, toy, small, base or full."
+    ),
 ]
 ConfigOverrides = Annotated[
     list[str],
