@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or wrong input. See ``output.py`` fo
 """
 
 import sys
+from typing import Any, cast
 
 import typer
 from typer.exceptions import TyperException
@@ -53,7 +54,7 @@ def main() -> None:
         try:
             code = app(prog_name="mfctl", standalone_mode=False)
         except TyperException as error:  # unknown command or option, value out of range
-            rich_format_error(error)
+            rich_format_error(cast(Any, error))  # its annotation names the private subclass
             words = sys.argv[1:]
             as_json = "--json" in words[: words.index("--") if "--" in words else None]
             output.print_json_error(error.format_message(), error.exit_code, as_json=as_json)

@@ -123,7 +123,7 @@ def unpack_session(data: bytes, talker: Talker) -> Session:
     sent, at = tensors["sent"].numpy().tobytes(), 0
     for entry in facts["sent"]:
         size = entry.pop("bytes")
-        events = {name: tuple(entry.pop(name)) for name in ("started", "active", "completed")}
+        events: dict[str, Any] = {name: tuple(entry.pop(name)) for name in ("started", "active", "completed")}
         session.sent.append(MadeChunk(data=sent[at : at + size], **entry, **events))
         at += size
     return session

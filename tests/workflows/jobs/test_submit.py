@@ -17,6 +17,7 @@ import yaml
 from mfcore.errors import UserInputError
 from preprocessing.io.ray_resources import PROMISED_RESOURCES_ENV
 from tests.helpers.parsed_command import parse
+from workflows.checkpoints.packaged import MAX_BYTES
 from workflows.cli.app import app
 from workflows.jobs import job_server, kuberay, resources, submit
 from workflows.jobs.command import check_paths, check_secrets
@@ -215,9 +216,11 @@ def test_tracked_files_are_packaged_and_others_on_request(tmp_path: Path, capsys
 
 def test_this_tree_is_packaged_completely_and_small(tmp_path: Path) -> None:
     archive = package_working_dir(ROOT, tmp_path)
-    assert archive.stat().st_size < 5 * 2**20
     with zipfile.ZipFile(archive) as packed:
         names = set(packed.namelist())
+        models = sum(file.compress_size for file in packed.infolist() if file.filename.startswith("workflows/models/"))
+    assert archive.stat().st_size - models < 5 * 2**20
+    assert models < MAX_BYTES
     assert {"workflows/cli/app.py", "mfcore/flow.py", "pyproject.toml"} <= names
     assert not [name for name in names if name.startswith((".git/", "runs/", ".venv"))]
 

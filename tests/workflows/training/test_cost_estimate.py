@@ -26,6 +26,7 @@ def own_branch(*, d: int, layers: int, hidden: int, e: int, width: int, text: in
     levels = 3 * (128 * d + d + d * d + d) + 8 * d * d + 8 * d
     words = text * d + d + (text + 128) * d + d + 2 * d
     ends = 2 * (width * d + d) + d * width + width + d + 8 * d
+    layer += d // e  # per head, the bias on the other branch
     return layers * layer + levels + words + ends + anchor
 
 
