@@ -8,7 +8,15 @@ import typer
 from mfcore.errors import UserInputError
 from workflows.checkpoints import packaged
 from workflows.cli import output
-from workflows.cli.options import ConfigOverrides, JsonFlag, PresetName, parse_ints, parse_size, parse_sizes
+from workflows.cli.options import (
+    ConfigOverrides,
+    JsonFlag,
+    OptionalCheckpoint,
+    PresetName,
+    parse_ints,
+    parse_size,
+    parse_sizes,
+)
 from workflows.cli.traits import command
 from workflows.config.stage_names import Stage
 from workflows.utils import environment
@@ -146,15 +154,7 @@ def stream(
 @app.command("serve")
 @command(driver_only=True, paths=("checkpoint",))
 def serve(
-    checkpoint: Annotated[
-        str | None,
-        typer.Argument(
-            parser=packaged.resolve_checkpoint,
-            metavar="CHECKPOINT",
-            show_default=packaged.DEFAULT_MODEL,
-            help="Run, checkpoint or export folder, or the name of a packaged model.",
-        ),
-    ] = None,
+    checkpoint: OptionalCheckpoint = None,
     *,
     sessions: Annotated[
         str, typer.Option(metavar="N,M", rich_help_panel=MEASUREMENT, help="Numbers of sessions to measure.")

@@ -158,7 +158,11 @@ def generate(
             pauses=pauses,
         )
         if server is not None:
-            return work_remotely(prompt)
+            from workflows.serving.remote import generate_remotely
+
+            local = (steps, mode, guidance, trust, precision) != (None,) * 5 or weights != "ema" or compile or graphs
+            out = check_remote_options(checkpoint_and_out, has_local_options=local)
+            return generate_remotely(server, prompt, out=out, seed=seed, overwrite=overwrite)
         checkpoint, out = split_paths(checkpoint_and_out)
         return generate_clip(
             checkpoint,
@@ -173,17 +177,17 @@ def generate(
             overwrite=overwrite,
         )
 
-    def work_remotely(prompt: Any) -> Any:
-        from workflows.serving.remote import generate_remotely
-
-        if len(checkpoint_and_out) != 1 or (steps, mode, guidance, trust) != (None, None, None, None):
-            raise UserInputError(
-                "--server: the server has its checkpoint and sampling options. Give the output file alone, and no "
-                "--steps, --mode, --guidance or --trust."
-            )
-        return generate_remotely(str(server), prompt, out=checkpoint_and_out[0], seed=seed, overwrite=overwrite)
-
     output.run_command(work, as_json=json)
+
+
+def check_remote_options(paths: Sequence[str], *, has_local_options: bool) -> str:
+    """Return the output file of ``--server``. Raises UserInputError with options that the server decides."""
+    if len(paths) != 1 or has_local_options:
+        raise UserInputError(
+            "--server: the server has its checkpoint and execution options. Give the output file alone, and no "
+            "--steps, --mode, --guidance, --trust, --weights, --precision, --compile or --graphs."
+        )
+    return paths[0]
 
 
 def split_paths(paths: Sequence[str]) -> tuple[str, str]:

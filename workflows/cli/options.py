@@ -26,6 +26,15 @@ CheckpointAndMp4 = Annotated[
         help=f"Run, checkpoint, export folder or packaged model (default: {DEFAULT_MODEL}), and the output file.",
     ),
 ]
+OptionalCheckpoint = Annotated[
+    str | None,
+    typer.Argument(
+        parser=resolve_checkpoint,
+        metavar="CHECKPOINT",
+        show_default=DEFAULT_MODEL,
+        help="Run, checkpoint or export folder, or the name of a packaged model.",
+    ),
+]
 Mp4Path = Annotated[str, typer.Argument(parser=environment.resolve_path, metavar="OUT.mp4", help="Output file.")]
 JsonFlag = Annotated[
     bool,

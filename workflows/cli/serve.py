@@ -7,7 +7,7 @@ import typer
 
 from workflows.checkpoints import packaged
 from workflows.cli import output
-from workflows.cli.options import JsonFlag
+from workflows.cli.options import JsonFlag, OptionalCheckpoint
 from workflows.cli.traits import command
 from workflows.utils import environment
 
@@ -17,15 +17,7 @@ SESSIONS = "Sessions"
 
 @command(driver_only=True, paths=("checkpoint", "snapshots"))
 def serve(
-    checkpoint: Annotated[
-        str | None,
-        typer.Argument(
-            parser=packaged.resolve_checkpoint,
-            metavar="CHECKPOINT",
-            show_default=packaged.DEFAULT_MODEL,
-            help="Run, checkpoint or export folder, or the name of a packaged model.",
-        ),
-    ] = None,
+    checkpoint: OptionalCheckpoint = None,
     *,
     host: Annotated[
         str, typer.Option(help="Address to listen at. One that other machines can reach needs --token.")

@@ -65,3 +65,11 @@ def test_without_a_packaged_talker_the_message_asks_for_a_checkpoint(
     result = CliRunner().invoke(app, ["generate", "out.mp4"])
     assert result.exit_code == 2
     assert "toy-talker is not part of this installation. Name a checkpoint" in result.stderr
+
+
+@pytest.mark.parametrize("local", [["--weights", "raw"], ["--precision", "bf16"], ["--compile"], ["--steps", "4"]])
+def test_options_of_the_local_network_are_refused_with_a_server(local: list[str], folder: Path) -> None:
+    result = CliRunner().invoke(app, ["generate", "a.mp4", "--server", "http://127.0.0.1:9", *local])
+    assert result.exit_code == 2
+    assert "has its checkpoint and execution options" in result.output
+    assert not list(folder.iterdir())
