@@ -28,7 +28,7 @@ from workflows.checkpoints.packaged import model_card, packaged_folder
 from workflows.config.run import DEFAULT_HELD_OUT_SHARE
 from workflows.evaluation import csv_report, html_report, mlflow_report
 from workflows.evaluation.clip_features import ClipFeatures
-from workflows.evaluation.contamination import find_train_test_overlap, overlap_warnings
+from workflows.evaluation.contamination import TrainTestOverlap, find_train_test_overlap, overlap_warnings
 from workflows.evaluation.executors import SweepExecutor, open_executor
 from workflows.evaluation.feature_models import FeatureModels, parse_feature_models
 from workflows.evaluation.held_out import EvaluationSet, check_compatibility, frame_rate_of, select_evaluation_set
@@ -106,10 +106,7 @@ def evaluate_checkpoints(
     metadata = {checkpoint: load_metadata(checkpoint.source) for checkpoint in evaluated}
     for checkpoint, export_metadata in metadata.items():
         check_compatibility(export_metadata, evaluation_set.meta, path=checkpoint.path, uri=uri)
-    overlaps = {
-        s.label: find_train_test_overlap(evaluation_set, uri, _read_run_record(s).get("data"), _held_out_fraction(s))
-        for s in evaluated
-    }
+    overlaps = _overlaps(evaluated, evaluation_set, uri)
     step_warnings = _step_count_warnings(points, metadata)
     for line in [*overlap_warnings(overlaps), *step_warnings]:
         print(f"warning: {line}", file=sys.stderr, flush=True)
@@ -141,6 +138,16 @@ def evaluate_checkpoints(
         "weights": list(weights),
     }
     return sweep.finish(name, mlflow_uri or environment.tracking_uri(), facts)
+
+
+def _overlaps(
+    evaluated: Sequence[EvaluatedCheckpoint], evaluation_set: EvaluationSet, uri: str
+) -> dict[str, TrainTestOverlap]:
+    """Return the overlap of the held-out clips with the training clips of each checkpoint, by label."""
+    return {
+        s.label: find_train_test_overlap(evaluation_set, uri, _read_run_record(s).get("data"), _held_out_fraction(s))
+        for s in evaluated
+    }
 
 
 def _step_count_warnings(
