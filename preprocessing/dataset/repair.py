@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from mfcore.errors import UserInputError
 from preprocessing.dataset.units import UNKNOWN, WorkUnit, read_units
-from preprocessing.io.lease import verify_lease
+from preprocessing.io.lease import remove_fenced
 from preprocessing.io.parquet import read_table
 from preprocessing.io.storage import Store
 from preprocessing.records import Source
@@ -131,10 +131,9 @@ def discard_units(store: Store, token: str, names: set[str]) -> None:
     """Remove the markers of units, then their files, as the holder of the lease."""
     if not names:
         return
-    verify_lease(store, token)
     for name in sorted(names):
-        store.remove(f"_done/{name}.json")
+        remove_fenced(store, token, f"_done/{name}.json")
     files = [name for folder in _FOLDERS for name in store.list_files(folder)]
     for name in files:
         if (match := _FILE.fullmatch(name)) and match[1] in names:
-            store.remove(name)
+            remove_fenced(store, token, name)

@@ -109,6 +109,11 @@ def upload_fenced(store: Store, token: str, local: Path, name: str) -> None:
     _publish_fenced(store, token, partial(store.upload, local, name))
 
 
+def remove_fenced(store: Store, token: str, name: str) -> None:
+    """Remove a file as the holder of the lease, if it exists; see `write_fenced`."""
+    _publish_fenced(store, token, partial(store.remove, name))
+
+
 def _publish_fenced(store: Store, token: str, publish: Callable[..., None]) -> None:
     for attempt in range(_ATTEMPTS):
         try:

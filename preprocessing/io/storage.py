@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec, TypeVar
@@ -211,16 +211,38 @@ class Store:
                 raise
             return False
         except OSError as error:
-            if any(f"({code})" in str(error.__cause__) for code in _LOST_RACE):
+            if _lost_race(error):
                 return False
             raise
         return True
 
     @_translating_errors(bucket=True)
-    def remove(self, name: str) -> None:
-        """Remove a file if it exists."""
-        if self._fs.exists(self._full(name)):
-            self._fs.rm_file(self._full(name))
+    def remove(self, name: str, *, before_publish: Callable[[], None] | None = None) -> None:
+        """Remove a file if it exists. `before_publish` and errors: as in `write`."""
+        full = self._full(name)
+        if before_publish is None:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(full)
+        elif not self.remote:
+            _move_and_delete(Path(full), Path(self._root), before_publish)
+        elif (version := self._version(full)) is not None:
+            before_publish()
+            if not self._delete_if(full, version):
+                raise FileExistsError(f"{self.uri}/{name} was replaced by another process")
+
+    def _delete_if(self, full: str, version: str) -> bool:
+        """Delete an object if it has this version; return True if deleted."""
+        if not version or not hasattr(self._fs, "call_s3"):  # a store without conditional deletion
+            self._fs.rm_file(full)
+            return True
+        bucket, key, _ = self._fs.split_path(full)
+        try:
+            self._fs.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=version)
+        except OSError as error:
+            if _lost_race(error):
+                return False
+            raise
+        return True
 
     @_translating_errors(bucket=False)
     def download(self, name: str, local: Path) -> None:
@@ -240,8 +262,11 @@ class Store:
     def delete_temporary(self) -> None:
         """Remove temporary files of a local store, also those that a paused process is about to publish."""
         if not self.remote and os.path.isdir(self._root):
-            for path in Path(self._root).glob(f"**/{TEMPORARY}*"):
-                path.unlink(missing_ok=True)
+            for path in list(Path(self._root).glob(f"**/{TEMPORARY}*")):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     @contextmanager
     def _replacing(self, name: str, before_publish: Callable[[], None] | None) -> Generator[Path]:
@@ -252,11 +277,18 @@ class Store:
 
 
 def _link_or_create(temporary: Path, target: Path) -> bool:
-    """Give `temporary` a second name; return False if it exists. Copy it where hard links are not supported."""
+    """Give `temporary` a second name; return False if it exists. Copy it where hard links are not supported.
+
+    Return False too if another driver deleted `temporary`.
+    """
     try:
         os.link(temporary, target)  # atomic: fails if the name exists
+    except FileNotFoundError:
+        return False
     except FileExistsError:
-        return temporary.stat().st_nlink == 2  # NFS may repeat a request that succeeded
+        with suppress(FileNotFoundError):
+            return temporary.stat().st_nlink == 2  # NFS may repeat a request that succeeded
+        return False
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
@@ -268,6 +300,28 @@ def _link_or_create(temporary: Path, target: Path) -> bool:
         flush_file(target)
     flush_folder(target.parent)
     return True
+
+
+def _move_and_delete(path: Path, root: Path, before_move: Callable[[], None]) -> None:
+    """Move a file into a temporary folder and delete both; the next driver deletes the folder of a paused one.
+
+    Raise FileNotFoundError if the folder was deleted before the file was moved.
+    """
+    folder = root / f"{TEMPORARY}{secrets.token_hex(4)}"
+    folder.mkdir()
+    try:
+        before_move()
+        path.replace(folder / "removed")
+    except FileNotFoundError:
+        if path.exists():
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    flush_folder(path.parent)
+
+
+def _lost_race(error: OSError) -> bool:
+    return any(f"({code})" in str(error.__cause__) for code in _LOST_RACE)
 
 
 def _rewrite(path: str, old: bytes, new: bytes) -> bool:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from preprocessing.io.lease import (
     Lease,
     LeaseLostError,
     read_lease,
+    remove_fenced,
     upload_fenced,
     verify_lease,
     write_fenced,
@@ -175,6 +177,21 @@ def test_a_paused_holder_cannot_renew_or_return(store):
         verify_lease(store, third.token)
 
 
+def test_a_taker_paused_before_it_writes_its_lease_fails_as_a_slower_one(store, monkeypatch):
+    """The temporary file of its lease is deleted by the driver that was faster."""
+    real = os.link
+
+    def link_too_late(*paths: Path) -> None:
+        monkeypatch.setattr(os, "link", real)
+        with Lease(store):
+            store.delete_temporary()
+        real(*paths)
+
+    monkeypatch.setattr(os, "link", link_too_late)
+    with Lease(store) as lease:
+        verify_lease(store, lease.token)
+
+
 def test_a_lease_is_renewed(store):
     with Lease(store, seconds=0.2) as lease:
         before = json.loads(store.read(LOCK))
@@ -197,6 +214,7 @@ def test_a_write_that_was_about_to_be_published_is_lost_with_the_lease(store, tm
     for publish in (
         lambda token: write_fenced(store, token, "file", b"of the first"),
         lambda token: upload_fenced(store, token, tmp_path / "local", "file"),
+        lambda token: remove_fenced(store, token, "file"),
     ):
         first = Lease(store)
         first._renewer.run = lambda: None
@@ -222,9 +240,11 @@ def test_a_write_that_was_about_to_be_published_is_lost_with_the_lease(store, tm
 
 
 @pytest.mark.slow
-def test_a_late_write_is_lost_on_s3(tmp_path, monkeypatch):
+@pytest.mark.parametrize("publish", [partial(write_fenced, data=b"of the first"), remove_fenced])
+def test_a_late_change_is_lost_on_s3(publish, tmp_path, monkeypatch):
     with s3_server(tmp_path / "log"):
         store = Store(f"s3://{BUCKET}/late")
+        store.write("file", b"before")
         with Lease(store) as first:
             real = lease_module.verify_lease
 
@@ -237,9 +257,13 @@ def test_a_late_write_is_lost_on_s3(tmp_path, monkeypatch):
 
             monkeypatch.setattr(lease_module, "verify_lease", verify_and_pause)
             with pytest.raises(LeaseLostError):
-                write_fenced(store, first.token, "file", b"of the first")
+                publish(store, first.token, name="file")
         assert store.read("file") == b"of the second"
         assert store.list_entries() == ["file"]
+        with Lease(store) as third:
+            remove_fenced(store, third.token, "file")
+            remove_fenced(store, third.token, "file")
+        assert store.list_entries() == []
 
 
 def test_a_stopped_driver_is_replaced_after_its_lease(tmp_path):
