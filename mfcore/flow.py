@@ -5,6 +5,7 @@ returns the average velocity ``u`` from t down to r, ``0 <= r <= t``. One step i
 multi-step mode uses r = t, the few-step mode r < t.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -80,12 +81,12 @@ def expand_levels(level: Float[Tensor, "B K"], chunk: Tensor, like: Tensor) -> T
     return per_latent.reshape(per_latent.shape + (1,) * (like.ndim - 2)).to(dtype)
 
 
-def noise_streams(streams: Streams, eps: dict[str, Tensor], t: NoiseLevels) -> dict[str, Tensor]:
+def noise_streams(streams: Streams, eps: Mapping[str, Tensor], t: NoiseLevels) -> dict[str, Tensor]:
     """Return x_t of every modality."""
     return {m: interpolate(s.latents, eps[m], expand_levels(t[m], s.chunk, s.latents)) for m, s in streams.items()}
 
 
-def add_noise(streams: Streams, eps: dict[str, Tensor], t: NoiseLevels) -> dict[str, Stream]:
+def add_noise(streams: Streams, eps: Mapping[str, Tensor], t: NoiseLevels) -> dict[str, Stream]:
     """Return the streams at level t, as input of a network."""
     return {m: streams[m].with_latents(x) for m, x in noise_streams(streams, eps, t).items()}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mfcore.flow import add_noise
 from mfcore.rng import normal_rows
-from mfcore.solver import DenoiserContext, Mode, Schedule, constant_levels, denoise
+from mfcore.solver import DenoiserContext, Mode, Renoising, Schedule, StepNoise, constant_levels, denoise
 from mfcore.timeline import Timeline
 from mfcore.types import Condition, Stream, Streams
 
@@ -47,6 +47,7 @@ def rollout(
     exit_step: int | None = None,
     evict: bool = True,
     conds: Iterable[Condition] | None = None,
+    renoising: Renoising | None = None,
 ) -> Iterator[GeneratedChunk]:
     """Generate one chunk per item of ``starts``, each conditioned on the chunks before it.
 
@@ -59,13 +60,13 @@ def rollout(
 
     ``trust`` labels the history that is written. The state before ``exit_step`` j is returned with the chunk. ``evict``
     drops chunks that later ones cannot see. ``conds`` gives the condition of each chunk, if it changes. Sink and
-    history keep the condition that they were written with.
+    history keep the condition that they were written with. ``renoising`` selects the renoise sampler.
     """
     context = context if context.cache is not None else context.prefill()
     chunk = None
     for start, cond in zip(starts, repeat(context.cond) if conds is None else conds, strict=False):
         context = replace(chunk.context if chunk else context, cond=cond)
-        clean, exit_state = denoise(context, start, schedule, mode=mode, exit_step=exit_step)
+        clean, exit_state = denoise(context, start, schedule, mode=mode, exit_step=exit_step, renoising=renoising)
         chunk = GeneratedChunk(clean=clean, exit_state=exit_state, before=context, trust=trust, evict=evict)
         yield chunk
 
@@ -93,6 +94,22 @@ def noise_starts(
                 chunk=timeline.chunk_index(m, 1, k),
             )
         yield streams
+
+
+def step_noise(seed: int, samples: Tensor) -> StepNoise:
+    """Return the noise of the renoise sampler. That of row i depends on (seed, chunk, step, samples[i]) only."""
+
+    def noise(state: Streams, step: int) -> dict[str, Tensor]:
+        drawn: dict[str, Tensor] = {}
+        for m, stream in state.items():
+            parts: list[Tensor] = []
+            for k in range(int(stream.chunk[0]), int(stream.chunk[-1]) + 1):
+                like = stream.chunks(k, k + 1).latents
+                parts.append(normal_rows(seed, f"renoise/{m}/{k}/{step}", samples, like))
+            drawn[m] = torch.cat(parts, dim=1)
+        return drawn
+
+    return noise
 
 
 def coupled_starts(

@@ -13,13 +13,28 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mfcore.device import to_device_of
-from mfcore.flow import move_streams, shift_time
+from mfcore.flow import add_noise, move_streams, shift_time
 from mfcore.types import Condition, KVCache, NoiseLevels, Stream, Streams, VelocityModel
 
 Mode = Literal["few", "multi"]
 """few: average velocity over the whole step (r = next level). multi: instantaneous velocity (r = t), an Euler step."""
 
+SamplerName = Literal["deterministic", "renoise", "mixed"]
+"""deterministic: each step ends at the next level. renoise: each step ends at t = 0, and noise raises the state to the
+next level (multistep consistency sampling). mixed: the first half of the steps deterministic, the others renoise."""
+
 Schedule = Mapping[str, Float[Tensor, " S+1"]]
+
+StepNoise = Callable[[Streams, int], Mapping[str, Tensor]]
+"""Return standard normal noise in the shape of each stream of a state, for the step that starts from it."""
+
+RENOISE_INDICES: Mapping[int, tuple[float, ...]] = {
+    1: (1.0,),
+    2: (1.0, 0.5),
+    3: (1.0, 0.5, 0.25),
+    4: (1.0, 0.5, 0.25, 0.25),
+}
+"""Schedule indices from which the steps of the renoise sampler start, by number of steps."""
 
 
 def schedule(steps: int, shift: Mapping[str, float]) -> dict[str, Tensor]:
@@ -27,6 +42,17 @@ def schedule(steps: int, shift: Mapping[str, float]) -> dict[str, Tensor]:
     if steps < 1:
         raise ValueError(f"a schedule needs at least one step, got {steps}")
     indices = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
+    return {m: shift_time(indices, s).float() for m, s in shift.items()}
+
+
+def renoise_schedule(steps: int, shift: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return the levels from which the steps of the renoise sampler start, then 0, per modality.
+
+    Numbers of steps that ``RENOISE_INDICES`` does not contain start at shift(1 - j / S), as in ``schedule``.
+    """
+    if steps not in RENOISE_INDICES:
+        return schedule(steps, shift)
+    indices = torch.tensor([*RENOISE_INDICES[steps], 0.0], dtype=torch.float64)
     return {m: shift_time(indices, s).float() for m, s in shift.items()}
 
 
@@ -175,22 +201,45 @@ def solver_step(context: DenoiserContext, x: Streams, t: NoiseLevels, r: NoiseLe
     return move_streams(x, u, t, r)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Renoising:
+    """Steps that end at t = 0, each followed by noise up to the next level.
+
+    Independent noise cancels part of the errors of earlier steps. Trajectories are not those of the flow.
+    """
+
+    noise: StepNoise
+    first_step: int = 0  # earlier steps end at the next level
+
+
 def denoise(
-    context: DenoiserContext, x: Streams, schedule: Schedule, *, mode: Mode = "few", exit_step: int | None = None
+    context: DenoiserContext,
+    x: Streams,
+    schedule: Schedule,
+    *,
+    mode: Mode = "few",
+    exit_step: int | None = None,
+    renoising: Renoising | None = None,
 ) -> tuple[dict[str, Stream], dict[str, Stream] | None]:
     """Run all steps of ``schedule`` from ``x``. Returns the clean streams, and the state at ``exit_step`` if given.
 
-    If gradients are enabled, only steps from ``exit_step`` on have one. The cache is detached.
+    If gradients are enabled, only steps from ``exit_step`` on have one. The cache is detached. ``renoising`` selects
+    the renoise sampler for the few-step mode.
     """
     state = dict(x)
     exit_state = None
     detached = context.detach().shared_passes()
-    for j in range(len(next(iter(schedule.values()))) - 1):
+    steps = len(next(iter(schedule.values()))) - 1
+    for j in range(steps):
         exit_state = state if j == exit_step else exit_state
         t = constant_levels(state, {m: levels[j] for m, levels in schedule.items()})
         r = constant_levels(state, {m: levels[j + 1] for m, levels in schedule.items()})
+        jump = renoising if renoising is not None and j >= renoising.first_step and j + 1 < steps else None
+        end = r if jump is None else constant_levels(state, dict.fromkeys(state, 0.0))
         with torch.set_grad_enabled(torch.is_grad_enabled() and exit_step is not None and j >= exit_step):
-            state = dict(solver_step(detached, state, t, r, mode=mode))
+            state = dict(solver_step(detached, state, t, end, mode=mode))
+            if jump is not None:
+                state = add_noise(state, jump.noise(state, j + 1), r)
     return state, exit_state
 
 

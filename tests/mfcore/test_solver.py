@@ -9,8 +9,11 @@ from mfcore.objectives.shortcut import Intervals, midpoint_target
 from mfcore.solver import (
     DenoiserContext,
     Mode,
+    Renoising,
     constant_levels,
+    denoise,
     num_function_evaluations,
+    renoise_schedule,
     schedule,
     single_step_schedule,
     solver_step,
@@ -59,6 +62,41 @@ def test_euler_steps_shrink_a_gaussian_by_the_known_factor(steps, factor):
 def test_a_flow_map_is_exact_in_any_number_of_steps(steps, shift):
     context = DenoiserContext(model=GaussianModel(mean=1.5, std=0.5), cond=condition(2))
     assert sample(context, steps, "few", shift) == pytest.approx((1.5, 0.5), abs=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+@pytest.mark.parametrize(("steps", "first_step"), [(1, 0), (2, 0), (4, 0), (4, 2), (6, 3)])
+def test_renoising_keeps_the_law_of_a_gaussian_with_an_exact_flow_map(steps, first_step, shift):
+    """Every step ends at a sample of the data, and noise raises it to a sample of the next level."""
+    plan = (schedule if first_step else renoise_schedule)(steps, {AUDIO: shift})
+    model = GaussianModel(mean=1.5, std=0.5)
+    rows = 1 + steps  # the image of 0, then of a unit in the start and in the noise of each later step
+    start = torch.zeros(rows, 1, 1)
+    start[1] = 1.0
+
+    def unit_noise(state: dict[str, Stream], step: int) -> dict[str, torch.Tensor]:
+        noise = torch.zeros_like(state[AUDIO].latents)
+        noise[1 + step] = 1.0
+        return {AUDIO: noise}
+
+    context = DenoiserContext(model=model, cond=condition(rows))
+    renoising = Renoising(noise=unit_noise, first_step=first_step)
+    clean, _ = denoise(context, {AUDIO: stream(start)}, plan, renoising=renoising)
+    images = clean[AUDIO].latents.flatten()
+    assert float(images[0]) == pytest.approx(1.5, abs=1e-5)
+    slopes = images[1:] - images[0]
+    assert float(slopes.square().sum().sqrt()) == pytest.approx(0.5, abs=1e-5)
+    used = (slopes.abs() > 1e-6).tolist()
+    # A jump from t = 0 keeps nothing of an earlier noise only if the level is 1; noise enters after first_step.
+    assert used == [j == 0 or j > first_step for j in range(steps)]
+
+
+def test_the_renoise_schedule_jumps_over_dyadic_intervals():
+    assert renoise_schedule(4, PLAIN)[AUDIO].tolist() == [1.0, 0.5, 0.25, 0.25, 0.0]
+    assert renoise_schedule(4, {AUDIO: 5.0})[AUDIO].tolist() == pytest.approx([1.0, 5 / 6, 5 / 8, 5 / 8, 0.0])
+    assert renoise_schedule(5, PLAIN)[AUDIO].tolist() == schedule(5, PLAIN)[AUDIO].tolist()
+    with pytest.raises(ValueError, match="at least one step"):
+        renoise_schedule(0, PLAIN)
 
 
 def guided_sample(model: GaussianModel, weight: float, intervals: int = 64) -> tuple[float, float]:

@@ -41,6 +41,17 @@ Guidance = Annotated[
         metavar="1,5", rich_help_panel=SWEEP, show_default="1.5", help="Guidance weights of the multi-step mode."
     ),
 ]
+Samplers = Annotated[
+    str | None,
+    typer.Option(
+        "--samplers",
+        "--sampler",
+        metavar="renoise,deterministic",
+        rich_help_panel=SWEEP,
+        show_default="renoise",
+        help="Samplers of the few-step mode: renoise, deterministic, mixed.",
+    ),
+]
 Clips = Annotated[int, typer.Option(min=1, help="Held-out clips per sweep point.")]
 Seconds = Annotated[
     float | None, typer.Option(show_default="length of each real clip", help="Length of the samples in seconds.")
@@ -86,6 +97,7 @@ def evaluate(
     steps: Steps = "1,2,4,8,16,50",
     modes: Modes = "few,multi",
     guidance: Guidance = None,
+    samplers: Samplers = None,
     clips: Clips = 16,
     seconds: Seconds = None,
     seeds: Seeds = "1",
@@ -108,6 +120,7 @@ def evaluate(
             "steps": parse_ints(steps, "--steps", least=1),
             "modes": modes.split(","),
             "guidance": parse_floats(guidance, "--guidance") if guidance else (),
+            "samplers": samplers.split(",") if samplers else (),
             "seeds": parse_seeds(seeds),
         }
         from workflows.evaluation.evaluate import evaluate_checkpoints

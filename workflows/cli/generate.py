@@ -73,6 +73,14 @@ Mode = Annotated[
         help="Few-step or multi-step mode.",
     ),
 ]
+Sampler = Annotated[
+    Literal["deterministic", "renoise", "mixed"] | None,
+    typer.Option(
+        rich_help_panel=SAMPLING,
+        show_default="renoise in few-step mode, deterministic in multi-step mode",
+        help="Follow the flow, or end each step at the clean chunk and add noise again.",
+    ),
+]
 Guidance = Annotated[
     float | None,
     typer.Option(
@@ -129,6 +137,7 @@ def generate(
     seconds: Seconds = None,
     steps: Steps = None,
     mode: Mode = None,
+    sampler: Sampler = None,
     guidance: Guidance = None,
     trust: Trust = None,
     seed: Seed = 0,
@@ -160,7 +169,8 @@ def generate(
         if server is not None:
             from workflows.serving.remote import generate_remotely
 
-            local = (steps, mode, guidance, trust, precision) != (None,) * 5 or weights != "ema" or compile or graphs
+            given = any(value is not None for value in (steps, mode, sampler, guidance, trust, precision))
+            local = given or weights != "ema" or compile or graphs
             out = check_remote_options(checkpoint_and_out, has_local_options=local)
             return generate_remotely(server, prompt, out=out, seed=seed, overwrite=overwrite)
         checkpoint, out = split_paths(checkpoint_and_out)
@@ -171,6 +181,7 @@ def generate(
             runtime=RuntimeOptions(weights=weights, precision=precision, compile=compile, graphs=graphs),
             steps=steps,
             mode=mode,
+            sampler=sampler,
             guidance=guidance,
             trust=trust,
             seed=seed,
@@ -185,7 +196,7 @@ def check_remote_options(paths: Sequence[str], *, has_local_options: bool) -> st
     if len(paths) != 1 or has_local_options:
         raise UserInputError(
             "--server: the server has its checkpoint and execution options. Give the output file alone, and no "
-            "--steps, --mode, --guidance, --trust, --weights, --precision, --compile or --graphs."
+            "--steps, --mode, --sampler, --guidance, --trust, --weights, --precision, --compile or --graphs."
         )
     return paths[0]
 

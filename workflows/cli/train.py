@@ -32,7 +32,8 @@ InitFrom = Annotated[
         default_factory=list,
         show_default=False,
         rich_help_panel=INPUTS,
-        help="Finished parent run, repeatable (default: the latest ones under runs/).",
+        help="Finished parent run, repeatable (default: the latest ones under runs/). A run of the same stage: "
+        "continue from its weights.",
     ),
 ]
 InitVideoFrom = Annotated[

@@ -60,6 +60,7 @@ def evaluate_checkpoints(
     steps: Sequence[int] = (1, 2, 4, 8, 16, 50),
     modes: Sequence[str] = ("few", "multi"),
     guidance: Sequence[float] = (),
+    samplers: Sequence[str] = (),
     clips: int = 16,
     seconds: float | None = None,
     out: str | None = None,
@@ -79,6 +80,7 @@ def evaluate_checkpoints(
         steps: Solver steps per chunk.
         modes: "few", "multi".
         guidance: Weights of the multi-step mode; empty: the default.
+        samplers: Samplers of the few-step mode; empty: the default.
         clips: Held-out clips per setting.
         seconds: Length of the samples; default: that of each clip. Longer samples repeat the transcript.
         out: Output folder; default: below the run of the first checkpoint.
@@ -96,7 +98,7 @@ def evaluate_checkpoints(
     evaluated = deduplicate_labels(
         [identify_checkpoint(path, precision=precision) for path in dict.fromkeys(checkpoints)]
     )
-    points, skipped = plan_sweep(evaluated, modes=modes, steps=steps, guidance=guidance, seeds=seeds)
+    points, skipped = plan_sweep(evaluated, modes=modes, steps=steps, guidance=guidance, samplers=samplers, seeds=seeds)
     time_windows, feature_models = parse_windows(windows), parse_feature_models(weights)
     feature_models.load_all()
     uri = data or _training_dataset(evaluated[0])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NotRequired, TypedDict
 
+from mfcore.solver import SamplerName
 from workflows.evaluation.contamination import OverlapSummary
 from workflows.inference.precision import Precision
 
@@ -13,6 +14,7 @@ class SettingColumns(TypedDict):
     checkpoint: str  # path as given; "real" for real clips
     mode: str  # few, multi or real
     steps: int
+    sampler: NotRequired[SamplerName]  # not in rows of real clips and of earlier versions
     nfe: int  # function evaluations per chunk
     guidance: float
     seed: int

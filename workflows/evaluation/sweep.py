@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from mfcore.errors import UserInputError
-from mfcore.solver import Mode
+from mfcore.solver import Mode, SamplerName
 from preprocessing.io.hashing import sha256_file
 from workflows.checkpoints.load import WeightKind, find_export, load_metadata, locate_export, weight_files
 from workflows.checkpoints.store import COMPLETE_FILE
 from workflows.config.stage_names import Stage
 from workflows.evaluation.rows import SettingColumns
 from workflows.inference.precision import Precision
-from workflows.inference.sampling import SamplingParams, resolve_sampling_params
+from workflows.inference.sampling import DEFAULT_FEW_SAMPLER, SamplingParams, resolve_sampling_params
 from workflows.utils.json_io import read_json
 
 METRICS_VERSION = 5  # increase it if a metric changes: stored rows are then recomputed
@@ -49,7 +49,9 @@ class SweepPoint:
         params = self.params
         guided = f"-w{params.guidance:g}" if params.guidance != 1 else ""
         seeded = f"-seed{params.seed}" if params.seed else ""
-        return f"{self.checkpoint.label}-{params.mode}-{params.steps:02d}{guided}{seeded}"
+        is_default = params.mode != "few" or params.sampler == DEFAULT_FEW_SAMPLER
+        sampler = "" if is_default else f"-{params.sampler}"
+        return f"{self.checkpoint.label}-{params.mode}-{params.steps:02d}{sampler}{guided}{seeded}"
 
     def columns(self, workers: int) -> SettingColumns:
         """Return the columns of a result row that identify the setting."""
@@ -58,6 +60,7 @@ class SweepPoint:
             "checkpoint": self.checkpoint.path,
             "mode": params.mode,
             "steps": params.steps,
+            "sampler": params.sampler,
             "nfe": params.num_function_evaluations,
             "guidance": params.guidance,
             "seed": params.seed,
@@ -78,6 +81,8 @@ class SweepPoint:
             params.trust_label,
             params.seed,
         )
+        if params.sampler != "deterministic":  # keys of the deterministic sampler do not contain it
+            parts = (*parts, params.sampler)
         if self.checkpoint.precision != "fp32":  # keys of fp32 do not contain it
             parts = (*parts, self.checkpoint.precision)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -137,16 +142,19 @@ def plan_sweep(
     modes: Sequence[str],
     steps: Sequence[int],
     guidance: Sequence[float],
+    samplers: Sequence[str] = (),
     seeds: Sequence[int],
 ) -> tuple[list[SweepPoint], list[str]]:
     """Return the valid sweep points, and a message for each combination that is skipped.
 
-    ``guidance`` applies to the multi-step mode only; empty: the default weight. Raises ValueError for invalid values,
-    or if no point is left.
+    ``guidance`` applies to the multi-step mode only, ``samplers`` to the few-step mode only; empty: the default.
+    Raises ValueError for invalid values, or if no point is left.
     """
     known = get_args(Mode)
     if unknown := [m for m in modes if m not in known]:
         raise UserInputError(f"--modes {unknown[0]}: unknown mode. Use {' or '.join(known)}.")
+    if unknown := [s for s in samplers if s not in get_args(SamplerName)]:
+        raise UserInputError(f"--samplers {unknown[0]}: unknown sampler. Use {', '.join(get_args(SamplerName))}.")
     if any(not isfinite(w) for w in guidance):
         raise UserInputError(f"--guidance {list(guidance)}: weights must be finite. Use 1 for no guidance.")
     if not steps or min(steps) < 1:
@@ -158,9 +166,16 @@ def plan_sweep(
                 skipped.append(f"few-step mode of {checkpoint.label}: not trained in stage {checkpoint.stage}")
                 continue
             weights = [1.0] if mode == "few" else list(dict.fromkeys(guidance)) or [None]
-            for count, weight, seed in product(sorted(set(steps)), weights, seeds):
+            ways = list(dict.fromkeys(samplers)) or [None] if mode == "few" else [None]
+            for count, weight, sampler, seed in product(sorted(set(steps)), weights, ways, seeds):
                 params = resolve_sampling_params(
-                    checkpoint.stage, mode=cast(Mode, mode), steps=count, guidance=weight, trust=None, seed=seed
+                    checkpoint.stage,
+                    mode=cast(Mode, mode),
+                    steps=count,
+                    guidance=weight,
+                    trust=None,
+                    seed=seed,
+                    sampler=cast(SamplerName | None, sampler),
                 )
                 points.append(SweepPoint(checkpoint=checkpoint, params=params))
     if not points:

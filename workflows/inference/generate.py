@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mfcore.errors import check_range
-from mfcore.solver import Mode
+from mfcore.solver import Mode, SamplerName
 from mfcore.types import AUDIO, VIDEO, Condition, Stream
 from preprocessing.media.mp4_writer import Mp4Writer
 from preprocessing.records import Word
@@ -69,6 +69,7 @@ def generate_clip(
     runtime: RuntimeOptions | None = None,
     steps: int | None = None,
     mode: Mode | None = None,
+    sampler: SamplerName | None = None,
     guidance: float | None = None,
     trust: float | None = None,
     seed: int = 0,
@@ -89,7 +90,7 @@ def generate_clip(
     pipeline = StreamingPipeline.from_checkpoint(checkpoint, runtime.weights, runtime.precision)
     pipeline.enable_optimizations(compile=runtime.compile, graphs=runtime.graphs)
     params = resolve_sampling_params(
-        pipeline.metadata.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed
+        pipeline.metadata.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed, sampler=sampler
     )
     words, estimated = read_transcript(
         prompt.transcript, pipeline.metadata.transcript, speed=prompt.speed, pauses=prompt.pauses
@@ -110,6 +111,7 @@ def generate_clip(
     sampling = {
         "mode": params.mode,
         "steps": params.steps,
+        "sampler": params.sampler,
         "nfe": params.num_function_evaluations,
         "precision": pipeline.precision,
     }

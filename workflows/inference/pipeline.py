@@ -18,8 +18,8 @@ from mfcore.errors import UserInputError
 from mfcore.model.cuda_graphs import apply_inference_optimizations, check_inference_optimizations
 from mfcore.model.ring_cache import to_ring_cache
 from mfcore.model.transformer import AVTransformer, find_transformers
-from mfcore.rollout import GeneratedChunk, noise_starts, rollout
-from mfcore.solver import DenoiserContext, Schedule, denoise, schedule
+from mfcore.rollout import GeneratedChunk, noise_starts, rollout, step_noise
+from mfcore.solver import DenoiserContext, Schedule, denoise
 from mfcore.types import AUDIO, VIDEO, Condition, Stream, Streams, VelocityModel
 from preprocessing.records import Word
 from workflows.checkpoints.load import WeightKind, load_export
@@ -175,9 +175,10 @@ class StreamingPipeline:
             context = DenoiserContext(model=self.velocity_model, cond=cond, guidance=params.guidance).prefill()
         context = context.map_caches(lambda cache: to_ring_cache(cache, max_tokens))
         trust = None if params.trust_label is None else torch.full((rows,), params.trust_label, device=self._device)
-        levels = schedule(params.steps, self.metadata.shift)
+        levels = params.schedule(self.metadata.shift)
+        renoising = params.renoising(step_noise(params.seed, samples))
         starts, starts_again = tee(starts)
-        chunks_made = rollout(context, starts, levels, mode=params.mode, trust=trust, conds=conds)
+        chunks_made = rollout(context, starts, levels, mode=params.mode, trust=trust, conds=conds, renoising=renoising)
         for start, chunk in self._iterate_in_autocast(zip(starts_again, chunks_made, strict=False)):
             if not all(bool(s.latents.isfinite().all()) for s in chunk.clean.values()):
                 self._raise_non_finite(chunk, start, levels, params)

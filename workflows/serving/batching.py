@@ -17,10 +17,10 @@ from mfcore.model.config import ModelConfig
 from mfcore.model.kv_cache import LayeredKVCache
 from mfcore.model.rebase import rebase_cache
 from mfcore.model.ring_cache import to_ring_cache
-from mfcore.rollout import GeneratedChunk, noise_starts
-from mfcore.solver import DenoiserContext, Schedule, denoise
+from mfcore.rollout import GeneratedChunk, noise_starts, step_noise
+from mfcore.solver import DenoiserContext, Schedule, StepNoise, denoise
 from mfcore.timeline import Timeline
-from mfcore.types import Condition, Stream, VelocityModel
+from mfcore.types import Condition, Stream, Streams, VelocityModel
 from workflows.inference.sampling import SamplingParams
 
 
@@ -76,7 +76,8 @@ class ChunkSampler:
         cache = LayeredKVCache.stack(caches) if len(caches) > 1 else caches[0]
         tokens = sum(self.timeline.max_count(m) * b.tokens for m, b in self.config.branches.items())
         context = DenoiserContext(model=self.model, cond=cond, cache=to_ring_cache(cache, tokens))
-        clean, _ = denoise(context, start, self.levels, mode=self.params.mode)
+        renoising = self.params.renoising(_noise_of(rows))
+        clean, _ = denoise(context, start, self.levels, mode=self.params.mode, renoising=renoising)
         label = self.params.trust_label
         trust = None if label is None else torch.full((len(rows),), label, device=cond.caption.device)
         made = GeneratedChunk(clean=clean, exit_state=None, before=context, trust=trust, evict=True)
@@ -107,6 +108,20 @@ class ChunkSampler:
     def _moved_condition(self, row: ClipRow, clock: int) -> Condition:
         seconds = (clock - row.chunk) * float(self.timeline.chunk_seconds)
         return replace(row.cond, word_times=row.cond.word_times + seconds)
+
+
+def _noise_of(rows: Sequence[ClipRow]) -> StepNoise:
+    """Return the noise of the renoise sampler, equal to that of each clip alone."""
+    sources = [(step_noise(row.seed, torch.zeros(1, dtype=torch.long)), row.chunk) for row in rows]
+
+    def noise(state: Streams, step: int) -> dict[str, Tensor]:
+        parts: list[Mapping[str, Tensor]] = []
+        for i, (source, chunk) in enumerate(sources):
+            own = {m: s.rows(slice(i, i + 1)) for m, s in state.items()}
+            parts.append(source({m: replace(s, chunk=torch.full_like(s.chunk, chunk)) for m, s in own.items()}, step))
+        return {m: torch.cat([part[m] for part in parts]) for m in state}
+
+    return noise
 
 
 def stack_conditions(conditions: Sequence[Condition]) -> Condition:

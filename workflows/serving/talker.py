@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mfcore.model.kv_cache import LayeredKVCache
-from mfcore.solver import DenoiserContext, schedule
+from mfcore.solver import DenoiserContext
 from mfcore.types import AUDIO, VIDEO, Condition, Stream
 from preprocessing.records import Frames, Waveform, Word
 from preprocessing.speech.frontend import phonemes_of_text
@@ -79,11 +79,12 @@ class ClipDecoder:
     def state(self) -> dict[str, Tensor]:
         """Return the state between two chunks."""
         found = {f"{m}.{name}": part for m, d in self._decoders.items() for name, part in d.state().items()}
-        return found | {"counts": torch.tensor([self.frames, self.samples])}
+        pending = {} if self._pending is None else {"pending": self._pending}
+        return found | pending | {"counts": torch.tensor([self.frames, self.samples])}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue after the state of another decoder."""
-        self._pending = None
+        self._pending = state.get("pending")
         self.frames, self.samples = (int(n) for n in state["counts"])
         for m, decoder in self._decoders.items():
             decoder.load_state({k.removeprefix(f"{m}."): v for k, v in state.items() if k.startswith(f"{m}.")})
@@ -102,7 +103,7 @@ class Talker:
             config=card.model,
             timeline=card.timeline,
             shapes=pipeline.shapes(),
-            levels=schedule(self.params.steps, card.shift),
+            levels=self.params.schedule(card.shift),
             params=self.params,
         )
         self.chunk_seconds: Fraction = card.chunk_seconds
@@ -124,7 +125,9 @@ class Talker:
     @cached_property
     def fingerprint(self) -> str:
         """Return a digest of network and sampling, which a snapshot must share."""
-        card = json.dumps([serialization.to_dict(self.pipeline.metadata), self.params.steps], sort_keys=True)
+        card = json.dumps(
+            [serialization.to_dict(self.pipeline.metadata), self.params.steps, self.params.sampler], sort_keys=True
+        )
         digest = hashlib.blake2b(card.encode(), digest_size=8)
         for name, weight in self.pipeline.model.state_dict().items():
             digest.update(f"{name} {float(weight.float().sum()):.6g}".encode())

@@ -92,14 +92,17 @@ def build_fake_score(config: RunConfig, student: nn.Module, ema: Ema) -> nn.Modu
 
 
 def build_initial_network(config: RunConfig, parents: Mapping[Stage, Path]) -> nn.Module:
-    """Return the student before step 1: EMA weights of the parents, or random weights and ``init_video``."""
+    """Return the student before step 1: EMA weights of the parents, or random weights and ``init_video``.
+
+    A single parent, of the stage before or of the same stage, gives all weights.
+    """
     model = build_model(config.model, config.seed)
     if config.init_video:
         load_wan_weights(model, config.model, config.init_video)
     if not parents:
         return model
     weights = {stage: load_weights(path) for stage, path in parents.items()}
-    if config.stage == "joint":
+    if config.stage == "joint" and "joint" not in weights:
         start = initial_cross_bias(model, config.model.cross_bias or 0.0)
         merged = merge_branches({VIDEO: weights["video"], AUDIO: weights["audio"]})
         load_strict(model, start | merged, "the two parents")

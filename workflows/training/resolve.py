@@ -162,11 +162,15 @@ def latest_dataset(runs: Path) -> str:
 def find_parents(stage: Stage, named: Sequence[str], runs: Path, *, optional: bool = False) -> dict[Stage, Path]:
     """Return the export folder of a run for each parent stage: named, else the latest finished one under ``runs``.
 
+    A named run of ``stage`` itself is the only parent: training continues from its weights (fine-tuning).
+
     Raises UserInputError for a missing one, unless ``optional``.
     """
     plan = STAGES[stage]
     exports = [_named_export(name, runs) for name in named]
     parents = check_parents(stage, [(load_metadata(export).stage, export) for export in exports])
+    if stage in parents:
+        return parents
     missing: list[str] = []
     for parent in plan.parents:
         if parent not in parents:
@@ -338,17 +342,25 @@ def _size(model: ModelConfig) -> dict[str, object]:
 
 
 def _describe_parents(stage: Stage) -> str:
-    parents = STAGES[stage].parents
-    return " and ".join(f"a finished {parent} run" for parent in parents) or "nothing (leave out --from)"
+    parents = " and ".join(f"a finished {parent} run" for parent in STAGES[stage].parents)
+    start = parents or "random weights (leave out --from)"
+    return f"{start}, or continues the weights of a finished {stage} run"
 
 
 def check_parents(stage: Stage, found: Sequence[tuple[Stage, Path]]) -> dict[Stage, Path]:
-    """Return one run for each parent stage. Raise ValueError for a second run of a stage or another stage."""
+    """Return one run for each parent stage, or one run of ``stage`` itself.
+
+    Raises UserInputError for a second run of a stage, another stage, or parents next to a run of ``stage``.
+    """
     parents: dict[Stage, Path] = {}
     for parent, path in found:
-        if parent not in STAGES[stage].parents:
+        if parent not in (stage, *STAGES[stage].parents):
             raise UserInputError(f"{path} is of stage {parent}; stage {stage} starts from {_describe_parents(stage)}")
         if parent in parents:
             raise UserInputError(f"--from names two {parent} runs, {parents[parent]} and {path}. Choose one")
         parents[parent] = path
+    if stage in parents and len(parents) > 1:
+        raise UserInputError(
+            f"{parents[stage]} is of stage {stage}, which continues from its weights. Leave out the other --from runs"
+        )
     return parents

@@ -75,12 +75,14 @@ def test_streamed_signals_equal_whole_decoding(exports):
     assert len(whole[VIDEO]) == 1 + 4 * 12
 
 
-def test_row_does_not_depend_on_other_rows(exports):
+@pytest.mark.parametrize("sampler", ["deterministic", "renoise", "mixed"])
+def test_row_does_not_depend_on_other_rows(exports, sampler):
     pipeline = StreamingPipeline.from_checkpoint(exports["mutual"])
     cond = one_condition(pipeline)
     pair = type(cond)(**{k: torch.cat([v, v]) for k, v in vars(cond).items()})
-    alone = list(pipeline.generate_chunks(cond, 2, SamplingParams(steps=2), samples=torch.tensor([7])))
-    both = list(pipeline.generate_chunks(pair, 2, SamplingParams(steps=2), samples=torch.tensor([3, 7])))
+    params = SamplingParams(steps=2, sampler=sampler)
+    alone = list(pipeline.generate_chunks(cond, 2, params, samples=torch.tensor([7])))
+    both = list(pipeline.generate_chunks(pair, 2, params, samples=torch.tensor([3, 7])))
     for a, b in zip(alone, both, strict=True):
         torch.testing.assert_close(a[VIDEO].latents[0], b[VIDEO].latents[1], atol=1e-5, rtol=1e-5)
         assert not torch.allclose(b[VIDEO].latents[0], b[VIDEO].latents[1])
@@ -306,6 +308,31 @@ def test_text_becomes_phonemes_for_a_network_that_was_trained_on_them():
 def test_step_count_must_be_positive(steps):
     with pytest.raises(ValueError, match=f"steps={steps}: "):
         resolve_sampling_params("mutual", mode=None, steps=steps, guidance=None, trust=None, seed=0)
+
+
+def test_the_few_step_mode_renoises_by_default_and_other_modes_cannot():
+    defaults = {"steps": None, "guidance": None, "trust": None, "seed": 0}
+    assert resolve_sampling_params("mutual", mode=None, **defaults).sampler == "renoise"
+    assert resolve_sampling_params("mutual", mode="few", **defaults, sampler="mixed").sampler == "mixed"
+    assert resolve_sampling_params("joint", mode=None, **defaults).sampler == "deterministic"
+    with pytest.raises(ValueError, match=r"sampler renoise: needs the few-step mode\. Use deterministic\."):
+        resolve_sampling_params("joint", mode=None, **defaults, sampler="renoise")
+    with pytest.raises(ValueError, match=r"sampler 'euler': unknown\. Use deterministic, renoise, mixed\."):
+        SamplingParams(sampler="euler")
+
+
+def test_samplers_differ_after_the_first_step(exports):
+    pipeline = StreamingPipeline.from_checkpoint(exports["mutual"])
+    cond = one_condition(pipeline)
+
+    def first_chunk(steps: int, sampler: str) -> torch.Tensor:
+        params = SamplingParams(steps=steps, sampler=sampler)
+        return next(iter(pipeline.generate_chunks(cond, 1, params)))[AUDIO].latents
+
+    assert torch.equal(first_chunk(1, "renoise"), first_chunk(1, "deterministic"))
+    made = [first_chunk(4, sampler) for sampler in ("deterministic", "renoise", "mixed")]
+    assert all(not torch.allclose(a, b) for i, a in enumerate(made) for b in made[:i])
+    assert torch.equal(first_chunk(4, "renoise"), made[1])
 
 
 def test_untrained_step_counts_give_a_warning(exports, image, tmp_path, capsys):

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from fractions import Fraction
 
+import pytest
 import torch
 
 from mfcore.rollout import join_chunks
-from mfcore.solver import schedule
 from mfcore.timeline import Timeline, audio_clock, video_clock
 from mfcore.types import AUDIO, VIDEO, Condition
 from tests.helpers import tiny_model
@@ -16,16 +16,17 @@ from workflows.serving.batching import ChunkSampler, stack_conditions
 CHUNKS = 7
 
 
-def sampler(audio_hop: int = 1000) -> ChunkSampler:
+def sampler(audio_hop: int = 1000, params: SamplingParams | None = None) -> ChunkSampler:
     model = tiny_model.network(VIDEO, AUDIO)
+    params = params or SamplingParams(steps=2)
     clocks = {VIDEO: video_clock(Fraction(24), 4), AUDIO: audio_clock(16000, audio_hop)}
     return ChunkSampler(
         model=model,
         config=model.config,
         timeline=Timeline(clocks=clocks, chunk_seconds=Fraction(1, 2)),
         shapes=tiny_model.SHAPES,
-        levels=schedule(2, {VIDEO: 3.0, AUDIO: 1.0}),
-        params=SamplingParams(steps=2),
+        levels=params.schedule({VIDEO: 3.0, AUDIO: 1.0}),
+        params=params,
     )
 
 
@@ -49,8 +50,13 @@ def alone(own: ChunkSampler, row: int):
     return join_chunks(own.advance_rows([clip])[0] for _ in range(CHUNKS))
 
 
-def test_clips_that_join_at_any_chunk_equal_the_clips_alone():
-    own = sampler()
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(steps=2), SamplingParams(steps=2, sampler="renoise"), SamplingParams(steps=4, sampler="mixed")],
+    ids=lambda params: params.sampler,
+)
+def test_clips_that_join_at_any_chunk_equal_the_clips_alone(params):
+    own = sampler(params=params)
     assert own.period == 1
     joins = [0, 2, 3]  # a clip per tick
     rows, made = {}, {0: [], 1: [], 2: []}

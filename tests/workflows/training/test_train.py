@@ -118,6 +118,19 @@ def test_missing_inputs_are_reported(tmp_path, data):
     assert list(tmp_path.iterdir()) == [], "a refused command writes nothing"
 
 
+def test_a_run_of_the_same_stage_gives_the_first_weights(tmp_path, data):
+    short = ("steps=1",)
+    video, audio = (run(stage, tmp_path, data, sets=short)["run_dir"] for stage in ("video", "audio"))
+    first = run("joint", tmp_path, data, init_from=[video, audio], sets=short)["run_dir"]
+    with pytest.raises(ValueError, match="is of stage joint, which continues from its weights"):
+        run("joint", tmp_path, data, init_from=[first, video], run="second")
+    still = ("steps=1", "optim.lr=1e-30", "optim.warm_up=0")
+    second = run("joint", tmp_path, data, init_from=[first], run="second", sets=still)["run_dir"]
+    assert list(json.loads(Path(second, "run.json").read_text())["from"]) == ["joint"]
+    weights = load_weights(first)
+    assert all(torch.equal(value, weights[name]) for name, value in load_weights(second).items())
+
+
 def test_a_parent_of_another_stage_size_or_codec_is_an_error(tmp_path, data):
     video = run("video", tmp_path, data)["run_dir"]
     audio = run("audio", tmp_path, data)["run_dir"]
