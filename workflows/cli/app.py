@@ -9,7 +9,6 @@ import sys
 from typing import Any, cast
 
 import typer
-from typer.exceptions import TyperException
 from typer.rich_utils import rich_format_error
 
 from workflows.cli import bench, evaluate, jobs, output, study
@@ -21,6 +20,11 @@ from workflows.cli.serve import serve
 from workflows.cli.system import demo, doctor, mlflow
 from workflows.cli.train import train
 from workflows.utils import environment
+
+try:
+    from typer.exceptions import TyperException
+except ModuleNotFoundError:  # typer before 0.26, on a machine with its own packages
+    TyperException = cast(Any, typer).core.click.ClickException
 
 app = typer.Typer(
     name="mfctl",
