@@ -17,8 +17,9 @@ from torch import Tensor
 from mfcore.errors import UserInputError
 from mfcore.model.compile import EAGER, check_compiler, compile_block
 from mfcore.model.kv_cache import LayeredKVCache
+from mfcore.model.prepared_pass import PreparedPass
 from mfcore.model.ring_cache import RingKVCache
-from mfcore.model.transformer import AVTransformer, PreparedPass
+from mfcore.model.transformer import AVTransformer
 from mfcore.types import Condition, NoiseLevels, Streams, VelocityModel
 
 Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], object]]]

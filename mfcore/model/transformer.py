@@ -1,7 +1,6 @@
 """Transformer of branches coupled in self-attention (METHOD 4). A uni-modal model has one branch."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any, cast
 
@@ -19,55 +18,12 @@ from mfcore.model.compile import EAGER
 from mfcore.model.config import ModelConfig
 from mfcore.model.init import initialize
 from mfcore.model.kv_cache import CacheView, KeyValue, LayeredKVCache, TokenPositions
+from mfcore.model.prepared_pass import Coupling, LayerInputs, PreparedPass, has_even_chunks
 from mfcore.model.ring_cache import RingKVCache
 from mfcore.model.rope import Rotation, rotate, rotation, rotation_angles
 from mfcore.model.sequence_parallel import SequenceGroup
-from mfcore.types import AUDIO, MODALITIES, VIDEO, Condition, NoiseLevels, Stream, Streams
-
-SINK = -1  # chunk number of the sink
-
-
-@dataclass(frozen=True)
-class _Coupling:
-    """Branches of the queries and keys of a pass."""
-
-    query_branch: Int64[Tensor, " q"]  # number in MODALITIES
-    key_is_audio: Float[Tensor, " k"]  # 1 or 0
-
-
-@dataclass(frozen=True)
-class PreparedPass:
-    """Data that passes over the same chunks share, independent of the noise level."""
-
-    cond: Condition
-    times: dict[str, Tensor]
-    positions: TokenPositions  # of all tokens, in the order of attention
-    rank_spans: dict[str, list[slice]]  # token span of each rank, per branch; one span without sequence parallelism
-    branch_tokens: list[int]  # tokens that this rank computes, per branch
-    rank_tokens: list[int]  # tokens of all branches, per rank
-    chunk_index: dict[str, Tensor]  # chunk of each token, counted from the first chunk of the pass
-    level_index: dict[str, Tensor | None]  # chunk_index, or None if all chunks have equally many tokens in the branch
-    rank_level_index: dict[str, Tensor | None]  # level_index of the tokens that this rank computes
-    phases: dict[str, Tensor] | None  # of the tokens that this rank computes; None without chunk_phase
-    text: dict[str, TextTokens]
-    text_keys: dict[str, list[TextKeyValues]] | None  # per layer; None for a single pass
-    rotation: Rotation
-    mask: Mask
-    coupling: _Coupling | None  # None without a bias on logits between branches
-
-    def is_reusable(self, x: Streams, cond: Condition) -> bool:
-        """Return True if a pass over ``x`` with ``cond`` has the same data."""
-        same = self.cond is cond and self.times.keys() == x.keys()
-        return same and all(torch.equal(s.times, self.times[m]) for m, s in x.items())
-
-
-@dataclass(frozen=True)
-class _LayerInputs:
-    """Inputs of every layer of one pass, apart from the tokens."""
-
-    prepared: PreparedPass
-    modulation: dict[str, Tensor]  # per branch
-    cache: CacheView | RingKVCache
+from mfcore.model.sink import SINK, find_non_finite, sink_streams
+from mfcore.types import AUDIO, MODALITIES, VIDEO, Condition, NoiseLevels, Streams
 
 
 class AVTransformer(nn.Module):
@@ -120,7 +76,7 @@ class AVTransformer(nn.Module):
         """Return the velocities of a prepared pass. Never synchronizes with the device or copies from the CPU."""
         levels = {m: self.branch(m).levels(t[m], r[m], None) for m in x}
         modulation = {m: v[0] for m, v in levels.items()}
-        hidden, _ = self._run_layers(self._embed(x, prepared), _LayerInputs(prepared, modulation, cache))
+        hidden, _ = self._run_layers(self._embed(x, prepared), LayerInputs(prepared, modulation, cache))
         if self.sequence:
             counts = {m: [s.stop - s.start for s in spans] for m, spans in prepared.rank_spans.items()}
             hidden = {m: self.sequence.all_gather_tokens(h, counts[m]) for m, h in hidden.items()}
@@ -150,7 +106,7 @@ class AVTransformer(nn.Module):
     ) -> list[KeyValue]:
         """Return the keys and values of clean chunks in every layer."""
         modulation = {m: self.branch(m).levels(t[m], r[m], trust)[0] for m in x}
-        return self._compute_cache(self._embed(x, prepared), _LayerInputs(prepared, modulation, cache))
+        return self._compute_cache(self._embed(x, prepared), LayerInputs(prepared, modulation, cache))
 
     def _embed(self, x: Streams, prepared: PreparedPass) -> dict[str, Tensor]:
         """Embed the tokens that this rank computes."""
@@ -182,7 +138,7 @@ class AVTransformer(nn.Module):
         for m, s in streams.items():
             tokens = self.branch(m).sink_tokens(s, present[m])
             hidden[m] = tokens[:, self._rank_span(prepared.rank_spans[m])]
-        layers = self._compute_cache(hidden, _LayerInputs(prepared, modulation, view), rotated=False)
+        layers = self._compute_cache(hidden, LayerInputs(prepared, modulation, view), rotated=False)
         return LayeredKVCache(window=self.config.window_chunks, sink=tuple(layers), sink_positions=positions)
 
     def _positions(self, x: Streams) -> dict[str, TokenPositions]:
@@ -274,7 +230,7 @@ class AVTransformer(nn.Module):
         positions: TokenPositions,
         like: Tensor,
         mask: Mask,
-        coupling: _Coupling | None,
+        coupling: Coupling | None,
         captions: Mapping[str, CachedCaption] | None,
     ) -> PreparedPass:
         """Build a pass. ``captions``: cached captions per branch if several passes share it, else None."""
@@ -287,7 +243,7 @@ class AVTransformer(nn.Module):
             for m, p in rank_positions.items()
         }
         chunk_index = {m: to_device_of(p.chunk - p.chunk[0], like) for m, p in branch_positions.items()}
-        level_index = {m: None if _is_even(p.chunk) else chunk_index[m] for m, p in branch_positions.items()}
+        level_index = {m: None if has_even_chunks(p.chunk) else chunk_index[m] for m, p in branch_positions.items()}
         rank_level_index: dict[str, Tensor | None] = level_index
         if self.sequence:
             rank_level_index = {m: chunk_index[m][self._rank_span(rank_spans[m])] for m in branch_positions}
@@ -313,14 +269,14 @@ class AVTransformer(nn.Module):
             coupling=coupling,
         )
 
-    def _coupling(self, positions: TokenPositions, key_branch: Tensor, like: Tensor) -> _Coupling | None:
+    def _coupling(self, positions: TokenPositions, key_branch: Tensor, like: Tensor) -> Coupling | None:
         """Return the branches of queries and keys if the network has a bias between branches."""
         if not self.config.has_cross_bias:
             return None
         is_audio = (key_branch == MODALITIES.index(AUDIO)).float()
-        return _Coupling(to_device_of(positions.branch, like), to_device_of(is_audio, like))
+        return Coupling(to_device_of(positions.branch, like), to_device_of(is_audio, like))
 
-    def _cross_bias(self, layer: int, coupling: _Coupling) -> Float[Tensor, "H q"]:
+    def _cross_bias(self, layer: int, coupling: Coupling) -> Float[Tensor, "H q"]:
         """Return the bias of queries of this rank's heads to the keys of audio, relative to the keys of video."""
         to_audio, to_video = (cast(Any, self.branch(m).block(layer).cross_bias)() for m in (VIDEO, AUDIO))
         # a softmax is unchanged if the bias to the own keys is subtracted from both
@@ -358,7 +314,7 @@ class AVTransformer(nn.Module):
         )
 
     def _run_layers(
-        self, hidden: dict[str, Tensor], inputs: _LayerInputs, *, rotated: bool = True, skip_last: int = 0
+        self, hidden: dict[str, Tensor], inputs: LayerInputs, *, rotated: bool = True, skip_last: int = 0
     ) -> tuple[dict[str, Tensor], list[KeyValue]]:
         """Run all layers but the ``skip_last`` ones. Returns the tokens, and the keys and values of this pass."""
         layers: list[KeyValue] = []
@@ -376,9 +332,7 @@ class AVTransformer(nn.Module):
         chunk = prepared.positions.chunk[first : first + sum(prepared.branch_tokens)]
         return chunk.split(prepared.branch_tokens)
 
-    def _compute_cache(
-        self, hidden: dict[str, Tensor], inputs: _LayerInputs, *, rotated: bool = True
-    ) -> list[KeyValue]:
+    def _compute_cache(self, hidden: dict[str, Tensor], inputs: LayerInputs, *, rotated: bool = True) -> list[KeyValue]:
         """Return the keys and values of every layer. The last layer computes nothing else."""
         hidden, layers = self._run_layers(hidden, inputs, rotated=rotated, skip_last=1)
         _, _, k, v = self._project(self.config.layers - 1, hidden, inputs)
@@ -386,7 +340,7 @@ class AVTransformer(nn.Module):
         return [*layers, KeyValue(transpose_heads(k), transpose_heads(v))]
 
     def _project(
-        self, layer: int, hidden: dict[str, Tensor], inputs: _LayerInputs
+        self, layer: int, hidden: dict[str, Tensor], inputs: LayerInputs
     ) -> tuple[dict[str, Modulation], Tensor, Tensor, Tensor]:
         """Return the modulation per branch, and queries, keys and values (B, N, H, e) of this rank's heads."""
         blocks = {m: self.branch(m).block(layer) for m in hidden}
@@ -401,7 +355,7 @@ class AVTransformer(nn.Module):
         return mods, q, k, v
 
     def run_layer(
-        self, layer: int, hidden: dict[str, Tensor], inputs: _LayerInputs, rotated: bool
+        self, layer: int, hidden: dict[str, Tensor], inputs: LayerInputs, rotated: bool
     ) -> tuple[dict[str, Tensor], KeyValue]:
         """Run one block of each branch and their attention. Returns the tokens, and the keys and values of the pass."""
         prepared = inputs.prepared
@@ -444,53 +398,9 @@ class AVTransformer(nn.Module):
         return rotation(rotation_angles(times, sink.ys.expand_as(times), sink.xs.expand_as(times), self.config), like)
 
 
-def _is_even(chunk: Int64[Tensor, " N"]) -> bool:
-    """Return True if all chunks have equally many consecutive tokens."""
-    counts = chunk.unique_consecutive(return_counts=True)[1]
-    return bool((counts == counts[0]).all())
-
-
-def find_non_finite(hidden: dict[str, Tensor], chunks: tuple[Tensor, ...]) -> str:
-    """Describe non-finite tokens: branch, first chunk and count. Returns "" if all are finite.
-
-    ``chunks``: chunk of each token, per branch.
-    """
-    found: list[str] = []
-    for (m, h), chunk in zip(hidden.items(), chunks, strict=True):
-        bad = ~h.isfinite().all(dim=-1).all(dim=0).cpu()
-        if bool(bad.any()):
-            first = int(chunk[bad][0])
-            where = "the sink" if first == SINK else f"chunk {first}"
-            found.append(f"{m} {where} ({int(bad.sum())} of {len(bad)} tokens)")
-    return ", ".join(found)
-
-
 def find_transformers(module: nn.Module) -> list[AVTransformer]:
     """Return all transformers in ``module``, including itself."""
     return [part for part in module.modules() if isinstance(part, AVTransformer)]
-
-
-def sink_streams(cond: Condition, config: ModelConfig) -> dict[str, Stream]:
-    """Return first frame and reference voice as streams in chunk ``SINK``, for the branches of the network."""
-    streams: dict[str, Stream] = {}
-    if VIDEO in config.branches:
-        if cond.first_frame is None:
-            raise ValueError("a network with a video branch needs a first frame: pass one in the condition")
-        streams[VIDEO] = _sink_stream(cond.first_frame[:, None], 0.0)
-    if AUDIO in config.branches:
-        if cond.voice is None:
-            raise ValueError("a network with an audio branch needs voice latents (zeros with a False mask for none)")
-        streams[AUDIO] = _sink_stream(cond.voice, config.chunk_seconds)
-    return streams
-
-
-def _sink_stream(latents: Tensor, seconds: float) -> Stream:
-    n = latents.shape[1]
-    return Stream(
-        latents=latents,
-        times=torch.arange(n, dtype=torch.float64) * (seconds / n),
-        chunk=torch.full((n,), SINK),
-    )
 
 
 def build_model(config: ModelConfig, seed: int) -> AVTransformer:
