@@ -72,7 +72,7 @@ class RingKVCache:
         assert bool((positions.chunk == self.chunk).all()), "a ring cache takes one chunk at a time"
         self.evict_before(self.chunk)
         self._current_slots = self._find_slots(len(positions))
-        self._device_slots[: len(self._current_slots)].copy_(self._current_slots)
+        self._device_slots[: len(self._current_slots)].copy_(self._current_slots, non_blocking=True)
         self.k[:, :, :, : len(self.sink_positions)] = rotate(self._sink_k, sink)
 
     def key_branch(self, positions: TokenPositions) -> Tensor:
