@@ -2,21 +2,22 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mfcore.errors import check_range
 from mfcore.solver import Mode, SamplerName
 from mfcore.types import AUDIO, VIDEO, Condition, Stream
-from preprocessing.media.mp4_writer import Mp4Writer
+from preprocessing.io.durable_files import atomic_path, flush_file, flush_folder
+from preprocessing.media.live_muxer import LiveMuxer
 from preprocessing.records import Word
 from workflows.checkpoints.load import WeightKind
 from workflows.inference.inputs import read_or_draw_first_frame, read_transcript, read_voice
@@ -28,6 +29,7 @@ from workflows.utils.output_file import check_output_file
 MAX_SECONDS = 86_400  # of a clip
 DEFAULT_SECONDS = 10.0  # of a clip without a transcript
 TAIL_SECONDS = 0.4  # after the last word
+CLIP_CRF = 16  # quality of H.264; lower is better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,29 +155,54 @@ def _push(
     return {m: torch.cat([pending[m], x]) if m in pending else x for m, x in new.items()}
 
 
+@contextmanager
+def growing_file(path: Path) -> Generator[IO[bytes]]:
+    """Yield a new file that others can read while it is written; it is deleted on failure.
+
+    An existing file of the name is replaced when the new one is complete.
+    """
+    if path.exists():
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            yield file
+        return
+    try:
+        with path.open("xb") as file:
+            yield file
+        flush_file(path)
+    except FileExistsError:  # of another process
+        raise
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
 def stream_to_mp4(
     pipeline: StreamingPipeline, cond: Condition, target: Path, *, chunks: int, params: SamplingParams
 ) -> dict[str, Any]:
-    """Stream row 0 of ``cond`` into an mp4 file and return its facts."""
+    """Stream row 0 of ``cond`` into an mp4 file, playable while it grows, and return its facts."""
     has_video, has_audio = VIDEO in pipeline.codecs, AUDIO in pipeline.codecs
     length = chunks * pipeline.metadata.chunk_seconds + (Fraction(1) / pipeline.fps if has_video else 0)
     samples_left = int(length * pipeline.sample_rate) if has_audio else 0
     frames, times = 0, []
-    with Mp4Writer(
-        target,
+    muxer = LiveMuxer(
         fps=pipeline.fps if has_video else None,
         size=pipeline.frame_size if has_video else None,
         sample_rate=pipeline.sample_rate if has_audio else None,
-    ) as writer:
+        crf=CLIP_CRF,
+    )
+    with growing_file(target) as file:
         for chunk in decode_stream(pipeline, cond, chunks, params):
             times.append(chunk.seconds)
-            if has_video:
-                frames += len(chunk.signals[VIDEO])
-                writer.push_frames(chunk.signals[VIDEO].numpy())
+            pictures = chunk.signals[VIDEO].numpy() if has_video else None
+            frames += 0 if pictures is None else len(pictures)
+            samples = None
             if has_audio:
                 samples = chunk.signals[AUDIO][:samples_left].numpy()  # the last latent may exceed the last frame
                 samples_left -= len(samples)
-                writer.push_samples(samples.astype(np.float32))
+            file.write(muxer.push(pictures, samples))
+            file.flush()
+        file.write(muxer.close())
     return {
         "seconds": float(length),
         "frames": frames,

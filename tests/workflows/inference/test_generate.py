@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from mfcore.model.cuda_graphs import CUDAGraphModel
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.dataset.reader import open_dataset
+from preprocessing.media.live_muxer import GENERATED
 from preprocessing.media.mp4_writer import write_mp4
 from preprocessing.media.probe import probe
 from tests.helpers.op_recorder import record_operators
@@ -142,6 +144,45 @@ def test_mp4_has_video_and_audio(exports, image, voice, tmp_path):
     assert info.duration == pytest.approx(49 / 24, abs=0.03)
     assert facts["mode"] == "few"
     assert facts["first_chunk_s"] > 0
+
+
+def test_the_file_can_be_played_while_it_is_made(exports, image, tmp_path, monkeypatch):
+    out, readable = tmp_path / "out.mp4", []
+
+    def watched(*args):
+        for chunk in decode_stream(*args):
+            yield chunk
+            with av.open(str(out)) as container:
+                readable.append(sum(1 for _ in container.decode(video=0)))
+
+    monkeypatch.setattr("workflows.inference.generate.decode_stream", watched)
+    prompt = ClipPrompt(first_frame=image, seconds=2)
+    generate_clip(str(exports["mutual"]), prompt, out=str(out), steps=1)
+    assert all(12 * k - 4 < frames <= 12 * k for k, frames in enumerate(readable[:4], 1)), readable
+    with av.open(str(out)) as container:
+        assert container.metadata["comment"] == GENERATED
+        assert [s.codec_context.name for s in container.streams] == ["h264", "aac"]
+        assert sum(1 for _ in container.decode(video=0)) == 49
+
+
+def test_a_failed_clip_leaves_no_file_and_keeps_an_older_one(exports, image, tmp_path, monkeypatch):
+    def failing(*args):
+        yield next(iter(decode_stream(*args)))
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("workflows.inference.generate.decode_stream", failing)
+    (tmp_path / "old.mp4").write_text("precious")
+    for name in ("new.mp4", "old.mp4"):
+        with pytest.raises(RuntimeError, match="broken"):
+            generate_clip(
+                str(exports["mutual"]),
+                ClipPrompt(first_frame=image, seconds=1),
+                out=str(tmp_path / name),
+                steps=1,
+                overwrite=True,
+            )
+    assert (tmp_path / "old.mp4").read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} == {"old.mp4", "first.png"}
 
 
 def test_bfloat16_clip_is_close_to_float32(exports, image, tmp_path):
