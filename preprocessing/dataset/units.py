@@ -30,7 +30,7 @@ from preprocessing.sources.discovery import has_same_content
 SOURCES_FILE = "_sources.parquet"
 UNKNOWN = ""  # fingerprint of a source that was recovered from clips and no longer exists
 DATASET_FILE = "_dataset.json"
-_MARKERS_AHEAD = 1024  # read before the first one is used
+MARKERS_AHEAD = 1024  # read before the first one is used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +162,8 @@ def read_markers(store: Store, units: Iterable[WorkUnit]) -> Iterator[dict[str, 
     """Yield the markers of finished units in order, read in parallel. Raise UserInputError for a damaged one."""
     names = [unit.marker for unit in units]
     with ThreadPoolExecutor(PARALLEL_OPENS) as pool:
-        for at in range(0, len(names), _MARKERS_AHEAD):
-            yield from pool.map(partial(read_marker, store), names[at : at + _MARKERS_AHEAD])
+        for at in range(0, len(names), MARKERS_AHEAD):
+            yield from pool.map(partial(read_marker, store), names[at : at + MARKERS_AHEAD])
 
 
 # --------------------------------------------------------------------------------------------------------- accounting

@@ -1,5 +1,6 @@
 """An S3 server in a separate process, and a proxy that injects connection faults."""
 
+import re
 import socket
 import struct
 import subprocess
@@ -33,6 +34,12 @@ def s3_server(log: Path) -> Generator[int]:
         finally:
             server.kill()
             server.wait()
+
+
+def count_requests(log: Path) -> Counter[str]:
+    """Count the requests to `s3_server` so far by kind: LIST, GET, HEAD, PUT, POST, DELETE."""
+    lines = re.findall(r'"([A-Z]+) (\S+) HTTP', log.read_text())
+    return Counter("LIST" if "list-type=2" in path else method for method, path in lines)
 
 
 @contextmanager

@@ -12,7 +12,15 @@ from typing import Any
 from mfcore.errors import UserInputError
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.reader import read_metadata_json
-from preprocessing.dataset.repair import discard_units, read_known_units, scan_units, try_marker
+from preprocessing.dataset.repair import (
+    check_markers,
+    discard_units,
+    file_sizes,
+    read_known_units,
+    scan_units,
+    total_size,
+    try_marker,
+)
 from preprocessing.dataset.schema import SCHEMA_VERSION
 from preprocessing.dataset.units import (
     DATASET_FILE,
@@ -20,9 +28,9 @@ from preprocessing.dataset.units import (
     WorkUnit,
     plan_units,
     planned_names,
-    read_markers,
     write_units,
 )
+from preprocessing.io.errors import InfrastructureError
 from preprocessing.io.lease import LOCK, Lease, LeaseLostError, write_fenced
 from preprocessing.io.storage import TEMPORARY, Store, is_remote, local_path
 from preprocessing.media.probe import MediaError, probe
@@ -74,7 +82,7 @@ def build_dataset(
         store.delete_temporary()
         # read again: another driver may have finished units before this one got the lease
         metadata = _read_existing_metadata(store, config)
-        scan = scan_units(store)
+        scan = scan_units(store, metadata.get("files", {}) if metadata.get("complete") else None)
         known, lost = read_known_units(store, scan.whole, found)
         _report_missing_sources([*known, *lost])
         units = plan(known)
@@ -87,10 +95,32 @@ def build_dataset(
             discard_units(store, lease.token, stale)
             if len(units) > len(known):
                 write_units(store, units, lease.token)
-            totals = {} if spent is None else spent
-            _run(missing, units, store, token=lease.token, config=config, progress=progress, spent=totals)
-            _finish(store, config, units, token=lease.token)
+            process = partial(_process, units=units, store=store, config=config, token=lease.token)
+            process(missing, progress=progress, spent={} if spent is None else spent)
     return dataset_counts(read_metadata_json(store))
+
+
+def _process(
+    missing: Sequence[WorkUnit],
+    *,
+    units: Sequence[WorkUnit],
+    store: Store,
+    config: PreprocessConfig,
+    token: str,
+    progress: ProgressCallback | None,
+    spent: dict[str, float],
+) -> None:
+    """Process the missing units, and those whose files are found to be damaged; then write the counts."""
+    for _ in range(2):
+        _run(missing, units, store, token=token, config=config, progress=progress, spent=spent)
+        damaged = _finish(store, config, units, token=token)
+        if not damaged:
+            return
+        discard_units(store, token, damaged)
+        missing = [unit for unit in units if unit.name in damaged]
+    raise InfrastructureError(
+        f"{store.uri} loses files that were written. Repair the storage, then run the same command again"
+    )
 
 
 def _report_missing_sources(known: Sequence[WorkUnit]) -> None:
@@ -202,23 +232,34 @@ def _run(
         process_units(missing, store, token, config, on_done=on_done)
 
 
-def _finish(store: Store, config: PreprocessConfig, units: Sequence[WorkUnit], *, token: str) -> None:
-    """Write statistics and counts from the markers of all units, in order: a function of the units alone."""
+def _finish(store: Store, config: PreprocessConfig, units: Sequence[WorkUnit], *, token: str) -> set[str]:
+    """Write statistics and counts from the markers of all units, in order: a function of the units alone.
+
+    Returns the names of units with missing or damaged files; nothing is written if there are any.
+    """
     if planned_names(store) != [unit.name for unit in units]:
         raise LeaseLostError(f"{store.uri} was extended by another driver. Run the same command again")
-    totals, sums = DatasetCounts(), dict[str, RunningMoments]()
-    for marker in read_markers(store, units):
+    totals, sums, damaged = DatasetCounts(), dict[str, RunningMoments](), set[str]()
+    sizes = file_sizes(store)
+    for unit, marker in check_markers(store, [unit.name for unit in units], sizes):
+        if marker is None:
+            damaged.add(unit)
+            continue
         totals.add(marker)
         merge_sums(sums, marker["sums"])
+    if damaged:
+        return damaged
     stats = {m: s.stats() for m, s in sums.items()}
     published = {m: codec.published_stats for m, codec in build_encoders(config).codecs.items()}
     stats |= {m: s for m, s in published.items() if s is not None}
     summary = {
         "complete": True,
         "counts": totals.counts(),
+        "files": total_size(sizes),
         "stats": {m: vars(s) for m, s in stats.items() if s is not None},
     }
     _write_metadata(store, config, summary, token=token)
+    return damaged
 
 
 def dataset_counts(metadata: Mapping[str, Any]) -> dict[str, Any]:

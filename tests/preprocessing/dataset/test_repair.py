@@ -16,11 +16,9 @@ from fsspec.implementations.local import LocalFileSystem
 from mfcore.errors import UserInputError
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.reader import open_dataset
-from preprocessing.dataset.units import plan_units
-from preprocessing.io.hashing import canonical_json
-from preprocessing.io.lease import Lease, LeaseLostError
+from preprocessing.io.lease import LeaseLostError
 from preprocessing.io.storage import Store
-from preprocessing.sources.discovery import find_sources
+from tests.helpers.finished_dataset import ONE_SOURCE_PER_UNIT, write_finished_dataset
 from tests.helpers.media_folder import make_folder, write_clip
 from workflows.data import build
 from workflows.data.build import build_dataset
@@ -168,36 +166,10 @@ def test_a_driver_that_lost_its_lease_changes_nothing(made, tmp_path, monkeypatc
 # ----------------------------------------------------------------------------------------------------------- listings
 
 
-SMALL = replace(CONFIG, sources_per_unit=1, keep_duplicates=True)
-
-
-def fabricate(media: str, place: str, units: int) -> None:
-    """Write a complete dataset of tiny sources, with one unit each."""
-    store = Store(place)
-    found = list(find_sources([media]))
-    assert len(found) == units
-    with Lease(store) as lease:
-        planned = plan_units([], found, 1, SMALL.fingerprint)
-        for unit in planned:
-            name = f"rejects/{unit.name}.parquet"
-            store.write(name, b"rows")
-            marker = {"unit": unit.name, "fingerprint": SMALL.fingerprint, "sources": 1, "accepted": 0}
-            marker |= {"rejected_sources": 1, "rejects_by_reason": {"unreadable": 1}, "seconds": 0.0, "sums": {}}
-            marker |= {"files": [{"kind": "rejects", "name": name, "rows": 1, "bytes": 4, "sha256": ""}]}
-            store.write(unit.marker, canonical_json(marker).encode())
-        build._write_metadata(store, SMALL, {"complete": False}, token=lease.token)
-        build.write_units(store, planned, lease.token)
-        build._finish(store, SMALL, planned, token=lease.token)
-
-
 def resume_listings(tmp_path: Path, units: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    media = tmp_path / f"media{units}"
-    media.mkdir()
-    for number in range(units):
-        (media / f"{number:05d}.mp4").write_bytes(b"%d" % number)
-    out = tmp_path / f"out{units}"
+    media, out = tmp_path / f"media{units}", tmp_path / f"out{units}"
     monkeypatch.setattr("os.fsync", lambda _: None)
-    fabricate(str(media), str(out), units)
+    write_finished_dataset(media, str(out), units)
     listed = Counter[str]()
     real = LocalFileSystem.ls
     with monkeypatch.context() as patch:
@@ -206,7 +178,7 @@ def resume_listings(tmp_path: Path, units: int, monkeypatch: pytest.MonkeyPatch)
             "ls",
             lambda self, path, **how: listed.update([Path(path).name]) or real(self, path, **how),
         )
-        counts = build_dataset([str(media)], str(out), SMALL, progress=quiet)
+        counts = build_dataset([str(media)], str(out), ONE_SOURCE_PER_UNIT, progress=quiet)
     assert counts["rejected"] == units
     return listed
 
