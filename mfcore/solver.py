@@ -45,12 +45,12 @@ def schedule(steps: int, shift: Mapping[str, float]) -> dict[str, Tensor]:
     return {m: shift_time(indices, s).float() for m, s in shift.items()}
 
 
-def renoise_schedule(steps: int, shift: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return the levels from which the steps of the renoise sampler start, then 0, per modality.
+def sampler_schedule(sampler: SamplerName, steps: int, shift: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return the levels from which the steps of a sampler start, then 0, per modality.
 
-    Numbers of steps that ``RENOISE_INDICES`` does not contain start at shift(1 - j / S), as in ``schedule``.
+    The renoise sampler starts its steps at ``RENOISE_INDICES``, or like the others where that has no entry.
     """
-    if steps not in RENOISE_INDICES:
+    if sampler != "renoise" or steps not in RENOISE_INDICES:
         return schedule(steps, shift)
     indices = torch.tensor([*RENOISE_INDICES[steps], 0.0], dtype=torch.float64)
     return {m: shift_time(indices, s).float() for m, s in shift.items()}
@@ -210,6 +210,13 @@ class Renoising:
 
     noise: StepNoise
     first_step: int = 0  # earlier steps end at the next level
+
+
+def sampler_renoising(sampler: SamplerName, steps: int, noise: StepNoise) -> Renoising | None:
+    """Return the steps of a sampler that are followed by ``noise``; None: none."""
+    if sampler == "deterministic":
+        return None
+    return Renoising(noise=noise, first_step=steps // 2 if sampler == "mixed" else 0)
 
 
 def denoise(

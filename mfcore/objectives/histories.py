@@ -12,8 +12,18 @@ from mfcore.objectives.flow_matching import draw_noise
 from mfcore.objectives.losses import StepInfo
 from mfcore.objectives.mutual_config import MutualConfig, RowKind
 from mfcore.rng import generator
-from mfcore.rollout import coupled_starts, join_chunks, rollout
-from mfcore.solver import DenoiserContext, Schedule, denoise, history_of, schedule, single_step_schedule
+from mfcore.rollout import coupled_starts, join_chunks, rollout, step_noise
+from mfcore.solver import (
+    DenoiserContext,
+    Renoising,
+    SamplerName,
+    Schedule,
+    denoise,
+    history_of,
+    sampler_renoising,
+    sampler_schedule,
+    single_step_schedule,
+)
 from mfcore.types import AVBatch, Stream, Streams, VelocityModel
 
 SampleUse = Literal["unused", "scored", "distilled"]
@@ -28,6 +38,7 @@ class StepDraws:
     finish: Schedule  # single call that finishes coupled history
     plan: Schedule  # of free history
     exit_step: int  # of ``plan``
+    sampler: SamplerName  # of ``plan``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +86,14 @@ def draw_step(config: MutualConfig, streams: Streams, info: StepInfo) -> StepDra
     draw = generator(info.seed, "mutual/control", info.step)
     shift = {m: config.time.shift[m] for m in streams}
     strength = 2.0 ** -_draw_choice(config.strengths, draw)
-    plan = schedule(_draw_choice(config.rollout_steps, draw), shift)
-    exit_step = int(torch.randint(len(next(iter(plan.values()))) - 1, (), generator=draw))
-    return StepDraws(strength=strength, finish=single_step_schedule(strength, shift), plan=plan, exit_step=exit_step)
+    steps = _draw_choice(config.rollout_steps, draw)
+    return StepDraws(
+        strength=strength,
+        finish=single_step_schedule(strength, shift),
+        plan=sampler_schedule(config.rollout_sampler, steps, shift),
+        exit_step=int(torch.randint(steps, (), generator=draw)),
+        sampler=config.rollout_sampler,
+    )
 
 
 def write_histories(
@@ -103,13 +119,15 @@ def write_histories(
     if len(rows := rows_of("real")):
         parts.append(_append_clip(student, batch, rows))
     if len(rows := rows_of("coupled")):
-        parts.append(roll_out(rows, plan=draws.finish, strength=draws.strength, exit_step=None))
+        parts.append(
+            roll_out(rows, plan=draws.finish, strength=draws.strength, exit_step=None, sampler="deterministic")
+        )
     if len(rows := rows_of("free", "literal")):
-        parts.append(roll_out(rows, plan=draws.plan, strength=1.0, exit_step=exit_step))
+        parts.append(roll_out(rows, plan=draws.plan, strength=1.0, exit_step=exit_step, sampler=draws.sampler))
     if len(rows := rows_of("forced")):
         part = _append_clip(student, batch, rows)
         if samples != "unused":
-            part = _denoise_all_chunks(part, batch, plan=draws.plan, exit_step=exit_step, info=info)
+            part = _denoise_all_chunks(part, batch, draws=draws, exit_step=exit_step, info=info)
         parts.append(part)
     streams, strength = dict(batch.streams), torch.zeros(len(batch.samples), device=batch.cond.caption.device)
     for part in parts:
@@ -141,6 +159,7 @@ def _roll_out(
     plan: Schedule,
     strength: float,
     exit_step: int | None,
+    sampler: SamplerName,
     info: StepInfo,
 ) -> _RowHistories:
     """Roll out from the real chunks noised to the first level of ``plan`` (1: pure noise)."""
@@ -148,7 +167,10 @@ def _roll_out(
     eps = draw_noise(part.streams, info.seed, "mutual/history", part.samples)
     starts = coupled_starts(part.streams, eps, {m: line[0] for m, line in plan.items()}, part.chunks)
     label = trust_label(config, torch.full((len(rows),), strength, device=part.cond.caption.device))
-    chunks = list(rollout(student.rows(rows), starts, plan, trust=label, exit_step=exit_step, evict=False))
+    renoising = _renoising(sampler, plan, part, info)
+    chunks = list(
+        rollout(student.rows(rows), starts, plan, trust=label, exit_step=exit_step, evict=False, renoising=renoising)
+    )
     streams = join_chunks(c.clean for c in chunks)
     exit_state = None if exit_step is None else join_chunks(c.exit_state for c in chunks if c.exit_state is not None)
     return _RowHistories(
@@ -161,14 +183,20 @@ def _roll_out(
 
 
 def _denoise_all_chunks(
-    history: _RowHistories, batch: AVBatch, *, plan: Schedule, exit_step: int | None, info: StepInfo
+    history: _RowHistories, batch: AVBatch, *, draws: StepDraws, exit_step: int | None, info: StepInfo
 ) -> _RowHistories:
     """Sample all chunks in parallel from noise, each after the chunks of the clip; no history uses them."""
     part = batch.rows(history.rows)
     eps = draw_noise(part.streams, info.seed, "mutual/history", part.samples)
     start = {m: s.with_latents(eps[m]) for m, s in part.streams.items()}
-    streams, exit_state = denoise(history.student, start, plan, exit_step=exit_step)
+    renoising = _renoising(draws.sampler, draws.plan, part, info)
+    streams, exit_state = denoise(history.student, start, draws.plan, exit_step=exit_step, renoising=renoising)
     return replace(history, samples=RolloutSamples(rows=history.rows, streams=streams, exit_state=exit_state))
+
+
+def _renoising(sampler: SamplerName, plan: Schedule, part: AVBatch, info: StepInfo) -> Renoising | None:
+    steps = len(next(iter(plan.values()))) - 1
+    return sampler_renoising(sampler, steps, step_noise(info.seed, part.samples))
 
 
 def _draw_choice(values: tuple[int, ...], draw: torch.Generator) -> int:

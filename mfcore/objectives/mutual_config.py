@@ -1,11 +1,12 @@
 """Configuration of the mutual step and of its phases."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mfcore.errors import UserInputError, check_range
 from mfcore.flow import TimeConfig
 from mfcore.objectives.shortcut import BaseRule
+from mfcore.solver import SamplerName
 
 RowKind = Literal["real", "coupled", "free", "literal", "forced"]
 """Kind of history of a row, which determines its loss terms; see ``mutual.py``."""
@@ -22,6 +23,7 @@ class MutualConfig:
     depth_power: float = 1.0  # below 1, coarse levels near the finest are drawn more often
     strengths: tuple[int, ...] = (3, 4, 5)  # coupled history at s = shift(2^-k), k drawn per step
     rollout_steps: tuple[int, ...] = (4, 8)  # few-step calls per chunk of free history, drawn per step
+    rollout_sampler: SamplerName = "deterministic"  # of free history and of the samples for DMD
     guidance: float = 2.0  # weight of guidance, trained into the few-step mode
     shortcut_weight: float = 2 / 3  # of the ShortCut loss
     dmd_weight: float = 1 / 3  # of the DMD loss
@@ -63,6 +65,9 @@ class MutualConfig:
             raise UserInputError(
                 f"rollout_steps {self.rollout_steps}: ShortCut trains powers of two up to {2**self.finest} steps"
             )
+        if self.rollout_sampler not in get_args(SamplerName):
+            known = ", ".join(get_args(SamplerName))
+            raise UserInputError(f"rollout_sampler {self.rollout_sampler!r}: unknown. Use one of {known}.")
         if "forced" in self.rows and {"free", "literal"} & set(self.rows):
             raise UserInputError(
                 f"rows {self.rows}: forced rows cut the loop that free and literal rows close. Use one of them"

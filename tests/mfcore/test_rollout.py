@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mfcore.rollout import coupled_starts, join_chunks, noise_starts, rollout
+from mfcore.rollout import coupled_starts, join_chunks, noise_starts, rollout, step_noise
 from mfcore.solver import DenoiserContext, schedule, single_step_schedule
 from mfcore.types import AUDIO, VIDEO
 from tests.helpers.analytic_models import GaussianModel, LinearGaussian, condition, linear_clips, stream
@@ -65,6 +65,20 @@ def test_noise_of_a_row_depends_on_seed_chunk_and_sample_only():
         assert not torch.equal(many[0][m].latents, other[m].latents)
         assert not torch.equal(many[0][m].latents[0], many[0][m].latents[1])
         assert not torch.equal(many[0][m].latents[:, 0], many[1][m].latents[:, 0])
+
+
+def test_renoising_noise_of_a_row_depends_on_seed_chunk_step_and_sample_only():
+    samples = torch.tensor([4, 9])
+    chunks = list(noise_starts(TIMELINE, SHAPES, range(3), seed=5, samples=samples, like=torch.empty(0)))
+    whole = step_noise(5, samples)(join_chunks(chunks), 1)
+    for m in SHAPES:
+        parts = [step_noise(5, samples)(chunk, 1)[m] for chunk in chunks]
+        assert torch.equal(whole[m], torch.cat(parts, dim=1))  # a parallel pass draws as streaming does
+        assert torch.equal(parts[1][1:], step_noise(5, samples[1:])({m: chunks[1][m].rows(slice(1, 2))}, 1)[m])
+        assert abs(float(whole[m].std()) - 1) < 0.3
+        drawn = [parts[0], parts[1], step_noise(5, samples)(chunks[0], 2)[m], step_noise(6, samples)(chunks[0], 1)[m]]
+        drawn.append(chunks[0][m].latents)
+        assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from mfcore.solver import (
     constant_levels,
     denoise,
     num_function_evaluations,
-    renoise_schedule,
+    sampler_schedule,
     schedule,
     single_step_schedule,
     solver_step,
@@ -68,7 +68,7 @@ def test_a_flow_map_is_exact_in_any_number_of_steps(steps, shift):
 @pytest.mark.parametrize(("steps", "first_step"), [(1, 0), (2, 0), (4, 0), (4, 2), (6, 3)])
 def test_renoising_keeps_the_law_of_a_gaussian_with_an_exact_flow_map(steps, first_step, shift):
     """Every step ends at a sample of the data, and noise raises it to a sample of the next level."""
-    plan = (schedule if first_step else renoise_schedule)(steps, {AUDIO: shift})
+    plan = sampler_schedule("mixed" if first_step else "renoise", steps, {AUDIO: shift})
     model = GaussianModel(mean=1.5, std=0.5)
     rows = 1 + steps  # the image of 0, then of a unit in the start and in the noise of each later step
     start = torch.zeros(rows, 1, 1)
@@ -92,11 +92,13 @@ def test_renoising_keeps_the_law_of_a_gaussian_with_an_exact_flow_map(steps, fir
 
 
 def test_the_renoise_schedule_jumps_over_dyadic_intervals():
-    assert renoise_schedule(4, PLAIN)[AUDIO].tolist() == [1.0, 0.5, 0.25, 0.25, 0.0]
-    assert renoise_schedule(4, {AUDIO: 5.0})[AUDIO].tolist() == pytest.approx([1.0, 5 / 6, 5 / 8, 5 / 8, 0.0])
-    assert renoise_schedule(5, PLAIN)[AUDIO].tolist() == schedule(5, PLAIN)[AUDIO].tolist()
+    assert sampler_schedule("renoise", 4, PLAIN)[AUDIO].tolist() == [1.0, 0.5, 0.25, 0.25, 0.0]
+    assert sampler_schedule("renoise", 4, {AUDIO: 5.0})[AUDIO].tolist() == pytest.approx(
+        [1.0, 5 / 6, 5 / 8, 5 / 8, 0.0]
+    )
+    assert sampler_schedule("renoise", 5, PLAIN)[AUDIO].tolist() == schedule(5, PLAIN)[AUDIO].tolist()
     with pytest.raises(ValueError, match="at least one step"):
-        renoise_schedule(0, PLAIN)
+        sampler_schedule("renoise", 0, PLAIN)
 
 
 def guided_sample(model: GaussianModel, weight: float, intervals: int = 64) -> tuple[float, float]:

@@ -12,8 +12,8 @@ from mfcore.solver import (
     Schedule,
     StepNoise,
     num_function_evaluations,
-    renoise_schedule,
-    schedule,
+    sampler_renoising,
+    sampler_schedule,
 )
 
 DEFAULT_MULTI_STEPS = 50
@@ -58,13 +58,11 @@ class SamplingParams:
 
     def schedule(self, shift: Mapping[str, float]) -> Schedule:
         """Return the levels of the steps of a chunk, for the time shift per modality."""
-        return (renoise_schedule if self.sampler == "renoise" else schedule)(self.steps, shift)
+        return sampler_schedule(self.sampler, self.steps, shift)
 
     def renoising(self, noise: StepNoise) -> Renoising | None:
         """Return the steps that are followed by ``noise``; None: none."""
-        if self.sampler == "deterministic":
-            return None
-        return Renoising(noise=noise, first_step=self.steps // 2 if self.sampler == "mixed" else 0)
+        return sampler_renoising(self.sampler, self.steps, noise)
 
 
 def resolve_sampling_params(

@@ -289,6 +289,7 @@ def test_draws_that_shape_control_flow_depend_on_the_step_alone():
         ({"time": replace(CONFIG.time, logit_mean=1.0)}, {"flow_matching"}),
         ({"time": replace(CONFIG.time, uniform_share=1.0)}, {"flow_matching"}),
         ({"guidance": 1.5}, {"shortcut", "dmd"}),
+        ({"rollout_sampler": "renoise"}, {"shortcut", "dmd", "fake_score"}),
     ],
     ids=lambda value: None if isinstance(value, set) else str(value),
 )
@@ -338,6 +339,8 @@ def test_the_trust_label_can_be_left_out():
 def test_contradictions_are_rejected():
     with pytest.raises(ValueError, match="equal lengths"):
         replace(CONFIG, rows=("real",))
+    with pytest.raises(ValueError, match="rollout_sampler 'euler': unknown. Use one of deterministic, renoise"):
+        replace(CONFIG, rollout_sampler="euler")
     with pytest.raises(ValueError, match="strengths=4"):
         replace(CONFIG, strengths=(4,))
     with pytest.raises(ValueError, match="depth_power=0"):
