@@ -2,11 +2,10 @@
 
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import ceil
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,17 +17,14 @@ from mfcore.solver import Mode, SamplerName
 from mfcore.types import AUDIO, VIDEO, Condition, Stream
 from preprocessing.io.durable_files import atomic_path, flush_file, flush_folder
 from preprocessing.media.live_muxer import LiveMuxer
-from preprocessing.records import Word
+from preprocessing.records import Frames, Waveform, Word
 from workflows.checkpoints.load import WeightKind
-from workflows.inference.inputs import read_or_draw_first_frame, read_transcript, read_voice
 from workflows.inference.pipeline import StreamingPipeline
 from workflows.inference.precision import Precision
+from workflows.inference.prompt import MAX_SECONDS, ClipPrompt, encode_prompt
 from workflows.inference.sampling import MAX_GUIDANCE, MAX_STEPS, SamplingParams, resolve_sampling_params
 from workflows.utils.output_file import check_output_file
 
-MAX_SECONDS = 86_400  # of a clip
-DEFAULT_SECONDS = 10.0  # of a clip without a transcript
-TAIL_SECONDS = 0.4  # after the last word
 CLIP_CRF = 16  # quality of H.264; lower is better
 
 
@@ -39,18 +35,34 @@ class DecodedChunk:
     signals: dict[str, Tensor]
     seconds: float  # time of sampling and decoding
 
+    @property
+    def video(self) -> Frames | None:
+        """Frames uint8 (n, H, W, 3); None without video."""
+        return self.signals[VIDEO].numpy() if VIDEO in self.signals else None
+
+    @property
+    def audio(self) -> Waveform | None:
+        """Mono samples float32 (n,); None without audio."""
+        return self.signals[AUDIO].numpy() if AUDIO in self.signals else None
+
 
 @dataclass(frozen=True, kw_only=True)
-class ClipPrompt:
-    """Conditions and length of a clip, as given on the command line."""
+class ClipFormat:
+    """Rates and size of the signals of a clip; None for a missing modality."""
 
-    first_frame: str | None = None  # image or video
-    transcript: str | None = None  # text, JSON, or a file of either kind
-    caption: str = ""
-    voice: str | None = None  # media file with the reference voice
-    seconds: float | None = None  # None: that of the transcript, DEFAULT_SECONDS without one
-    speed: float = 1.0  # factor on the rate of speech of a text without times
-    pauses: float = 1.0  # factor on its pauses
+    fps: Fraction | None
+    size: tuple[int, int] | None  # height and width in pixels
+    sample_rate: int | None  # Hz
+
+    @classmethod
+    def of(cls, pipeline: StreamingPipeline) -> "ClipFormat":
+        """Return the format of the clips of a pipeline."""
+        has_video, has_audio = VIDEO in pipeline.codecs, AUDIO in pipeline.codecs
+        return cls(
+            fps=pipeline.fps if has_video else None,
+            size=pipeline.frame_size if has_video else None,
+            sample_rate=pipeline.sample_rate if has_audio else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,27 +101,20 @@ def generate_clip(
     check_range("--steps", steps, 1, MAX_STEPS)
     check_range("--guidance", guidance, 0, MAX_GUIDANCE)
     check_range("--trust", trust, 0, 1)
-    pipeline = StreamingPipeline.from_checkpoint(checkpoint, runtime.weights, runtime.precision)
-    pipeline.enable_optimizations(compile=runtime.compile, graphs=runtime.graphs)
+    pipeline = StreamingPipeline.from_pretrained(
+        checkpoint,
+        weights=runtime.weights,
+        precision=runtime.precision,
+        compile=runtime.compile,
+        graphs=runtime.graphs,
+    )
     params = resolve_sampling_params(
         pipeline.metadata.stage, mode=mode, steps=steps, guidance=guidance, trust=trust, seed=seed, sampler=sampler
     )
-    words, estimated = read_transcript(
-        prompt.transcript, pipeline.metadata.transcript, speed=prompt.speed, pauses=prompt.pauses
-    )
-    seconds = prompt.seconds or (max(w.end for w in words) + TAIL_SECONDS if words else DEFAULT_SECONDS)
-    check_range("length of the transcript in seconds", seconds, 0, MAX_SECONDS, above=True)
-    first_frame, caption = read_or_draw_first_frame(prompt.first_frame, pipeline, seed)
-    cond = pipeline.encode_conditions(
-        caption=prompt.caption or caption,
-        transcript=words,
-        first_frame=first_frame,
-        voice=read_voice(prompt.voice, pipeline) if prompt.voice is not None and AUDIO in pipeline.codecs else None,
-    )
-    _print_warnings(pipeline, words, seconds, params)
+    encoded = encode_prompt(pipeline, **vars(prompt), seed=seed)
+    _print_warnings(pipeline, encoded.words, encoded.seconds, params)
     target.parent.mkdir(parents=True, exist_ok=True)
-    chunks = ceil(seconds / float(pipeline.metadata.chunk_seconds))
-    facts = stream_to_mp4(pipeline, cond, target, chunks=chunks, params=params)
+    facts = stream_to_mp4(pipeline, encoded.cond, target, chunks=encoded.chunks, params=params)
     sampling = {
         "mode": params.mode,
         "steps": params.steps,
@@ -117,9 +122,8 @@ def generate_clip(
         "nfe": params.num_function_evaluations,
         "precision": pipeline.precision,
     }
-    return {"path": str(target), **facts, **sampling} | (
-        {"word_times": "estimated from the speaking rate", "transcript": [vars(w) for w in words]} if estimated else {}
-    )
+    spoken = {"word_times": "estimated from the speaking rate", "transcript": [vars(w) for w in encoded.words]}
+    return {"path": str(target), **facts, **sampling} | (spoken if encoded.estimated else {})
 
 
 def _print_warnings(pipeline: StreamingPipeline, words: Sequence[Word], seconds: float, params: SamplingParams) -> None:
@@ -177,36 +181,50 @@ def growing_file(path: Path) -> Generator[IO[bytes]]:
     flush_folder(path.parent)
 
 
+def clip_seconds(pipeline: StreamingPipeline, chunks: int) -> Fraction:
+    """Return the length of a clip: its chunks, and the first frame before them."""
+    return chunks * pipeline.metadata.chunk_seconds + (Fraction(1) / pipeline.fps if VIDEO in pipeline.codecs else 0)
+
+
+def decode_clip(
+    pipeline: StreamingPipeline, cond: Condition, chunks: int, params: SamplingParams
+) -> Iterator[DecodedChunk]:
+    """Yield the chunks of ``decode_stream``; samples after the last frame, of the last latent, are left out."""
+    left = int(clip_seconds(pipeline, chunks) * pipeline.sample_rate) if AUDIO in pipeline.codecs else 0
+    for chunk in decode_stream(pipeline, cond, chunks, params):
+        if AUDIO not in chunk.signals:
+            yield chunk
+            continue
+        samples = chunk.signals[AUDIO][:left]
+        left -= len(samples)
+        yield replace(chunk, signals={**chunk.signals, AUDIO: samples})
+
+
+def write_chunks(chunks: Iterable[DecodedChunk], target: Path, format: ClipFormat) -> Iterator[DecodedChunk]:
+    """Write chunks into an mp4 file, playable while it grows, and yield each one that is written."""
+    muxer = LiveMuxer(fps=format.fps, size=format.size, sample_rate=format.sample_rate, crf=CLIP_CRF)
+    with growing_file(target) as file:
+        for chunk in chunks:
+            file.write(muxer.push(chunk.video, chunk.audio))
+            file.flush()
+            yield chunk
+        file.write(muxer.close())
+
+
 def stream_to_mp4(
     pipeline: StreamingPipeline, cond: Condition, target: Path, *, chunks: int, params: SamplingParams
 ) -> dict[str, Any]:
     """Stream row 0 of ``cond`` into an mp4 file, playable while it grows, and return its facts."""
-    has_video, has_audio = VIDEO in pipeline.codecs, AUDIO in pipeline.codecs
-    length = chunks * pipeline.metadata.chunk_seconds + (Fraction(1) / pipeline.fps if has_video else 0)
-    samples_left = int(length * pipeline.sample_rate) if has_audio else 0
-    frames, times = 0, []
-    muxer = LiveMuxer(
-        fps=pipeline.fps if has_video else None,
-        size=pipeline.frame_size if has_video else None,
-        sample_rate=pipeline.sample_rate if has_audio else None,
-        crf=CLIP_CRF,
-    )
-    with growing_file(target) as file:
-        for chunk in decode_stream(pipeline, cond, chunks, params):
-            times.append(chunk.seconds)
-            pictures = chunk.signals[VIDEO].numpy() if has_video else None
-            frames += 0 if pictures is None else len(pictures)
-            samples = None
-            if has_audio:
-                samples = chunk.signals[AUDIO][:samples_left].numpy()  # the last latent may exceed the last frame
-                samples_left -= len(samples)
-            file.write(muxer.push(pictures, samples))
-            file.flush()
-        file.write(muxer.close())
+    made = decode_clip(pipeline, cond, chunks, params)
+    frames, times = 0, list[float]()
+    for chunk in write_chunks(made, target, ClipFormat.of(pipeline)):
+        times.append(chunk.seconds)
+        frames += 0 if chunk.video is None else len(chunk.video)
+    length = float(clip_seconds(pipeline, chunks))
     return {
-        "seconds": float(length),
+        "seconds": length,
         "frames": frames,
-        "fps": float(pipeline.fps) if has_video else None,
+        "fps": float(pipeline.fps) if VIDEO in pipeline.codecs else None,
         "first_chunk_s": round(times[0], 4),
-        "seconds_per_second": round(float(length) / sum(times), 3),
+        "seconds_per_second": round(length / sum(times), 3),
     }

@@ -88,6 +88,12 @@ def _read_frame(path: str, pipeline: StreamingPipeline) -> Tensor:
             file=sys.stderr,
             flush=True,
         )
+    return fit_frame(image, pipeline.frame_size)
+
+
+def fit_frame(image: Image.Image, frame_size: tuple[int, int]) -> Tensor:
+    """Return an RGB image scaled and center-cropped to height and width, uint8 (height, width, 3)."""
+    height, width = frame_size
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2

@@ -6,7 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import tee
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack, cast
 
 import torch
 from jaxtyping import Float, UInt8
@@ -27,6 +27,11 @@ from workflows.checkpoints.model_card import ExportMetadata
 from workflows.inference.precision import Precision, autocast, cast_weights, default_precision
 from workflows.inference.sampling import SamplingParams
 from workflows.utils import distributed
+
+if TYPE_CHECKING:
+    from workflows.inference.clips import ClipOptions, GeneratedClip
+    from workflows.inference.generate import DecodedChunk
+    from workflows.inference.prompt import TranscriptSource
 
 
 class NonFiniteActivationError(FloatingPointError):
@@ -57,6 +62,67 @@ class StreamingPipeline:
         model, metadata = load_export(path, weights)
         precision = precision or default_precision(distributed.local_device())
         return cls(cast_weights(model, precision).to(distributed.local_device()), metadata, precision)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        weights: WeightKind = "ema",
+        precision: Precision | None = None,
+        device: str | torch.device | None = None,
+        compile: bool = False,
+        graphs: bool = False,
+    ) -> "StreamingPipeline":
+        """Load a pipeline that is ready to generate.
+
+        Args:
+            path: Run, checkpoint, exported folder (`mfctl export`), packaged model such as ``toy-talker``, or a
+                registered model such as ``models:/talker@champion``.
+            weights: ``ema`` or ``raw``, where the checkpoint has both.
+            precision: ``fp32`` or ``bf16``; None: bf16 on a GPU, fp32 on a CPU.
+            device: Such as ``cpu`` or ``cuda:1``; None: the GPU if there is one.
+            compile: Compile transformer blocks with torch.compile.
+            graphs: Run the passes of a chunk as CUDA graphs.
+
+        Raises:
+            UserInputError: The path names no intact checkpoint, or the device does not support an option. The message
+                contains the remedy.
+        """
+        target = torch.device(device) if device is not None else distributed.local_device()
+        model, metadata = load_export(path, weights)
+        precision = precision or default_precision(target)
+        pipeline = cls(cast_weights(model, precision).to(target), metadata, precision)
+        pipeline.enable_optimizations(compile=compile, graphs=graphs)
+        return pipeline
+
+    def stream(
+        self, transcript: "TranscriptSource | None" = None, **options: Unpack["ClipOptions"]
+    ) -> Iterator["DecodedChunk"]:
+        """Return an iterator over the chunks of a clip, each made when it is requested.
+
+        Args:
+            transcript: Text, a file (.txt, .srt, .vtt, .json), or words with times in seconds.
+            options: See ``ClipOptions``.
+
+        Returns:
+            Chunks with ``video`` uint8 (n, H, W, 3) and ``audio`` float32 (n,), None for a missing modality. Signals
+            that a codec delays come with later chunks; the last item contains the rest.
+
+        Raises:
+            UserInputError: The input is wrong; raised before the first chunk.
+        """
+        from workflows.inference.clips import stream_clip  # imports this module
+
+        return stream_clip(self, transcript, options)
+
+    def __call__(
+        self, transcript: "TranscriptSource | None" = None, **options: Unpack["ClipOptions"]
+    ) -> "GeneratedClip":
+        """Return a whole clip with ``video``, ``audio`` and ``save(path)``; the arguments are those of ``stream``."""
+        from workflows.inference.clips import make_clip  # imports this module
+
+        return make_clip(self, transcript, options)
 
     def enable_optimizations(self, *, compile: bool, graphs: bool) -> None:
         """Enable torch.compile or CUDA graphs. Raises ValueError if the device does not support them."""

@@ -10,8 +10,8 @@ from urllib.request import urlopen
 
 from mfcore.errors import UserInputError, check_range
 from preprocessing.speech.frontend import phonemes_of_text
-from workflows.inference.generate import DEFAULT_SECONDS, MAX_SECONDS, TAIL_SECONDS, ClipPrompt
 from workflows.inference.inputs import estimate_word_times
+from workflows.inference.prompt import DEFAULT_SECONDS, MAX_SECONDS, TAIL_SECONDS, ClipPrompt
 from workflows.serving.client import OPEN_TIMEOUT_S, socket_url, write_live_clip
 from workflows.serving.transcript import LEAD_SECONDS
 from workflows.utils.output_file import check_output_file
