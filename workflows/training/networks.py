@@ -17,7 +17,6 @@ from mfcore.model.transformer import build_model, find_transformers
 from mfcore.optim import OptimConfig
 from mfcore.types import AUDIO, VIDEO
 from mfcore.weights import load_strict, merge_branches
-from workflows.checkpoints.load import load_weights
 from workflows.config.run import EngineConfig, RunConfig
 from workflows.config.stage_names import Stage
 from workflows.config.stages import STAGES
@@ -101,6 +100,8 @@ def build_initial_network(config: RunConfig, parents: Mapping[Stage, Path]) -> n
         load_wan_weights(model, config.model, config.init_video)
     if not parents:
         return model
+    from workflows.checkpoints.load import load_weights  # pydantic: not needed by `mfctl bench gpu`
+
     weights = {stage: load_weights(path) for stage, path in parents.items()}
     if config.stage == "joint" and "joint" not in weights:
         start = initial_cross_bias(model, config.model.cross_bias or 0.0)
