@@ -170,7 +170,9 @@ class Decoder:
         large = {"flush_packets": 0, "blocksize": PIPE_BYTES}  # the default of 32 KiB per write is slow
         if decoded["video"] and self.video:
             chain = gap_filter("select", self._gap, self.start, report=True) + ","
-            chain += video_filters(self.video, fps=self.fps, size=self.size, fit=self._fit, start=self.start)
+            chain += video_filters(
+                self.video, fps=self.fps, size=self.size, fit=self._fit, start=self.start, gap_seconds=self._gap
+            )
             if self._cut_score is not None:
                 chain += "," + scene_filters(scene_target, self._cut_score)
             outputs.append(

@@ -22,9 +22,15 @@ def has_filter(name: str) -> bool:
     return any(line.split()[1:2] == [name] for line in listed.stdout.splitlines())
 
 
-def video_filters(info: VideoInfo, *, fps: Fraction, size: tuple[int, int], fit: str, start: float) -> str:
-    """Return filters to RGB frames of `size` (height, width), each the nearest source frame."""
+def video_filters(
+    info: VideoInfo, *, fps: Fraction, size: tuple[int, int], fit: str, start: float, gap_seconds: float
+) -> str:
+    """Return filters to RGB frames of `size` (height, width), each the nearest source frame.
+
+    The last frame is held for at most half of `gap_seconds`, also if the timestamp of the end is broken.
+    """
     height, width = size
+    middle = f"min((PTS+PREV_INPTS)/2,PREV_INPTS+{gap_seconds / 2:.6f}/TB)"
     within = "max" if fit == "crop" else "min"
     matrix = ":in_color_matrix=bt709" if not info.matrix and info.height >= 720 else ""
     scale = f"scale=w='round({within}({width},{height}*dar))':h='round({within}({height},{width}/dar))'{matrix}"
@@ -35,7 +41,7 @@ def video_filters(info: VideoInfo, *, fps: Fraction, size: tuple[int, int], fit:
             *(["yadif=deint=interlaced"] if info.interlaced else []),
             # A frame starts half way between the timestamp of its predecessor and its own; round=up then holds it.
             "settb=1/1000000",
-            f"setpts='if(isnan(PREV_INPTS),PTS,(PTS+PREV_INPTS)/2)-{start:.6f}/TB'",
+            f"setpts='if(isnan(PREV_INPTS),PTS,{middle})-{start:.6f}/TB'",
             f"fps=fps={fps}:start_time=0:round=up",
             f"{scale}:flags=area" if info.width > 2 * width else f"{scale}:flags=bicubic",
             *(_tone_map(info) if info.transfer in HDR_TRANSFERS else []),
