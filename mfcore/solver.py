@@ -33,6 +33,7 @@ RENOISE_INDICES: Mapping[int, tuple[float, ...]] = {
     2: (1.0, 0.5),
     3: (1.0, 0.5, 0.25),
     4: (1.0, 0.5, 0.25, 0.25),
+    8: (1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125, 0.125),
 }
 """Schedule indices from which the steps of the renoise sampler start, by number of steps."""
 

@@ -1,6 +1,7 @@
 """Configuration of a study: network, clips, phases and measurements; presets."""
 
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 from mfcore.ema import EmaConfig
 from mfcore.errors import UserInputError, check_range
@@ -10,6 +11,7 @@ from mfcore.model.config import BranchConfig, ModelConfig
 from mfcore.model.lora import FakeScoreConfig
 from mfcore.objectives.mutual_config import MutualConfig
 from mfcore.optim import OptimConfig
+from mfcore.solver import SamplerName
 from mfcore.types import AUDIO, VIDEO
 from workflows.study import latent_world
 
@@ -32,7 +34,7 @@ def _settings() -> MutualConfig:
     )
 
 
-SAMPLING = ("guidance", "counts", "clips", "seconds", "long_clips", "long_seconds", "windows")
+SAMPLING = ("guidance", "counts", "samplers", "clips", "seconds", "long_clips", "long_seconds", "windows")
 """Settings that training does not depend on."""
 
 MAX_COUNT = 1_000_000  # of steps, clips, chunks and seconds
@@ -74,6 +76,7 @@ class StudyConfig:
     method: MutualConfig = field(default_factory=_settings)
     guidance: float = 1.1  # of the guided multi-step mode
     counts: tuple[int, ...] = (1, 2, 4, 8, 16, 50)  # steps per chunk
+    samplers: tuple[SamplerName, ...] = ("deterministic",)  # of the few-step mode
     clips: int = 128  # generated per score task
     seconds: float = 25.0  # length of a clip
     long_clips: int = 32  # clips with long_seconds
@@ -91,6 +94,9 @@ class StudyConfig:
             raise UserInputError(
                 f"counts={list(self.counts)}: give distinct step counts in ascending order, each at least 1"
             )
+        if not self.samplers or not set(self.samplers) <= set(get_args(SamplerName)):
+            known = ", ".join(get_args(SamplerName))
+            raise UserInputError(f"samplers={list(self.samplers)}: give at least one of {known}")
         longest = self.long_seconds if self.long_clips else self.seconds
         for window in parse_windows(self.windows):
             if window.end > longest:

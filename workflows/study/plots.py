@@ -52,7 +52,8 @@ def draw_plots(rows: Rows, folder: Path) -> list[Path]:
 
 def _metrics_at(rows: Rows, method: str, window: str) -> list[Mapping[str, float]]:
     """Return the metrics of the few-step mode at ``STEPS_SHOWN`` steps, per seed."""
-    of_method = [row for row in rows if row["method"] == method and row["mode"] == "few"]
+    series = ResultSeries(method=method, mode="few", guided=False)
+    of_method = [row for row in rows if ResultSeries.of_row(row) == series]
     return [row["metrics"] for row in of_method if row["steps"] == STEPS_SHOWN and row["window"] == window]
 
 
@@ -89,7 +90,7 @@ def _group_rows(rows: Rows) -> dict[ResultSeries, list[StudyRow]]:
         if row["steps"]:
             lines[ResultSeries.of_row(row)].append(row)
     order = ["joint", *METHODS]
-    ranked = sorted(lines, key=lambda series: (order.index(series.method), series.mode, series.guided))
+    ranked = sorted(lines, key=lambda series: (order.index(series.method), *series.order))
     return {series: lines[series] for series in ranked}
 
 
@@ -137,8 +138,10 @@ def _draw_series(panel: Axes, series: ResultSeries, points: Mapping[int, Sequenc
     middle = np.array([np.mean(points[x]) for x in xs])
     spread = np.array([np.std(points[x]) for x in xs])
     title = METHODS[series.method].title if series.method in METHODS else series.method
-    label = title + {"few": "", "multi": ", guided" if series.guided else ", Euler"}[series.mode]
-    style = {"few": "-", "multi": ":" if series.guided else "--"}[series.mode]
+    few = "" if series.sampler == "deterministic" else f", {series.sampler}"
+    label = title + {"few": few, "multi": ", guided" if series.guided else ", Euler"}[series.mode]
+    few_style = "-" if series.sampler == "deterministic" else "-."
+    style = {"few": few_style, "multi": ":" if series.guided else "--"}[series.mode]
     (drawn,) = panel.plot(
         xs,
         middle,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import NotRequired, TypedDict
 
-from mfcore.solver import Mode
+from mfcore.solver import Mode, SamplerName
 from workflows.study.methods import METHODS
 
 COLUMNS = (
@@ -25,6 +25,7 @@ class StudyRow(TypedDict):
     steps: int  # per chunk; 0: real clips
     nfe: int
     guidance: float
+    sampler: NotRequired[SamplerName]  # not in rows of the deterministic sampler
     seed: int
     window: str
     clips: NotRequired[int]
@@ -51,11 +52,25 @@ class ResultSeries:
     method: str
     mode: Mode
     guided: bool
+    sampler: SamplerName = "deterministic"
 
     @classmethod
     def of_row(cls, row: StudyRow) -> "ResultSeries":
         """Return the series of a stored row."""
-        return cls(method=row["method"], mode=row["mode"], guided=row["guidance"] != 1.0)
+        sampler = row.get("sampler", "deterministic")
+        return cls(method=row["method"], mode=row["mode"], guided=row["guidance"] != 1.0, sampler=sampler)
+
+    @property
+    def mode_title(self) -> str:
+        """Return mode, guidance and sampler in words."""
+        if self.mode == "multi":
+            return "Euler, guided" if self.guided else "Euler"
+        return "few-step" if self.sampler == "deterministic" else f"few-step, {self.sampler}"
+
+    @property
+    def order(self) -> tuple[str, bool, str]:
+        """Return the sort key of the series of a method."""
+        return self.mode, self.guided, self.sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +124,7 @@ class ResultTable:
     def keys(self) -> list[ResultKey]:
         """Return the keys in the order of ``METHODS``."""
         order = ["real", "joint", *METHODS]
-        return sorted(
-            self._values, key=lambda k: (order.index(k.series.method), k.series.mode, k.series.guided, k.steps)
-        )
+        return sorted(self._values, key=lambda k: (order.index(k.series.method), *k.series.order, k.steps))
 
     def has(self, method: str, mode: Mode, *, steps: int, window: str, guided: bool = False) -> bool:
         """Return True if there are rows of this key."""

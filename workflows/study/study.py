@@ -146,6 +146,7 @@ def _log_to_tracker(
         parent.artifact(path)
     for series in dict.fromkeys(key.series for key in table.keys if key.steps):
         name = f"{series.method}-{series.mode}" + ("-guided" if series.guided else "")
+        name += "" if series.sampler == "deterministic" else f"-{series.sampler}"
         points = _points(table, series)
         digest = hashlib.sha256(json.dumps(points).encode()).hexdigest()
         previous = record["runs"].get(name, {})

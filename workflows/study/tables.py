@@ -84,8 +84,7 @@ def _line(table: ResultTable, key: ResultKey) -> str:
     steps = key.steps
     row = table.row(key)
     cells = [str(row[name]) for name in COLUMNS]
-    euler = "Euler, guided" if series.guided else "Euler"
-    mode = {"multi": euler, "few": "few-step"}[series.mode] if steps else "-"
+    mode = series.mode_title if steps else "-"
     evaluations = steps * (1 + series.guided)
     title = method_title(series.method)
     return f"| {title} | {mode} | {steps or '-'} | {evaluations or '-'} | {' | '.join(cells)} |"

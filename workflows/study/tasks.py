@@ -29,8 +29,15 @@ from mfcore.model.ring_cache import to_ring_cache
 from mfcore.model.transformer import build_model
 from mfcore.objectives.flow_matching import FlowMatchingConfig, FlowMatchingObjective
 from mfcore.rng import STUDY_HISTORY_SAMPLE_OFFSET, STUDY_MUTUAL_SEED_OFFSET, STUDY_SCORE_SAMPLE_OFFSET
-from mfcore.rollout import join_chunks, noise_starts, rollout
-from mfcore.solver import DenoiserContext, Mode, num_function_evaluations, schedule
+from mfcore.rollout import join_chunks, noise_starts, rollout, step_noise
+from mfcore.solver import (
+    DenoiserContext,
+    Mode,
+    SamplerName,
+    num_function_evaluations,
+    sampler_renoising,
+    sampler_schedule,
+)
 from mfcore.types import AVBatch, Stream
 from workflows.study import latent_world
 from workflows.study.config import StudyConfig
@@ -60,6 +67,7 @@ class StudyTask:
     mode: Mode = "few"
     steps: int = 0
     guidance: float = 1.0
+    sampler: SamplerName = "deterministic"
 
     @property
     def name(self) -> str:
@@ -67,7 +75,8 @@ class StudyTask:
         name = f"seed-{self.seed}-{self.method}"
         if self.kind == "train":
             return name
-        return f"{name}-{self.mode}-{self.steps}" + ("" if self.guidance == 1.0 else f"-w{self.guidance:g}")
+        sampler = "" if self.sampler == "deterministic" else f"-{self.sampler}"
+        return f"{name}-{self.mode}-{self.steps}{sampler}" + ("" if self.guidance == 1.0 else f"-w{self.guidance:g}")
 
     @property
     def dependency(self) -> "StudyTask | None":
@@ -122,7 +131,7 @@ def _score_tasks(config: StudyConfig, name: str, seed: int, mode: Mode) -> list[
     counts = METHODS[name].counts or config.counts
     plain = [StudyTask(kind="score", method=name, seed=seed, mode=mode, steps=n) for n in counts]
     if mode == "few":
-        return plain
+        return [replace(task, sampler=sampler) for sampler in config.samplers for task in plain]
     if "few" in METHODS[name].modes:
         return plain[-1:]
     if config.guidance == 1.0:  # guidance is off
@@ -260,19 +269,20 @@ def _score(config: StudyConfig, out: Path, task: StudyTask, device: str) -> None
         assert part is not None  # checked by the configuration
         streams, truth = part
         metrics = score_window(streams, truth, window, real) | speed
-        rows.append(
-            {
-                "method": task.method,
-                "mode": task.mode,
-                "steps": task.steps,
-                "nfe": num_function_evaluations(task.steps, task.guidance) if task.steps else 0,
-                "guidance": task.guidance,
-                "seed": task.seed,
-                "window": window.name,
-                "clips": len(truth.identity),
-                "metrics": metrics,
-            }
-        )
+        row: StudyRow = {
+            "method": task.method,
+            "mode": task.mode,
+            "steps": task.steps,
+            "nfe": num_function_evaluations(task.steps, task.guidance) if task.steps else 0,
+            "guidance": task.guidance,
+            "seed": task.seed,
+            "window": window.name,
+            "clips": len(truth.identity),
+            "metrics": metrics,
+        }
+        if task.sampler != "deterministic":
+            row["sampler"] = task.sampler
+        rows.append(row)
     write_json(task.result_path(out), rows)
 
 
@@ -338,5 +348,7 @@ def _roll_out(
     # as in streaming: the few-step mode labels its history as generated, the multi-step mode as real
     labelled = task.mode == "few" and _method_config(config, task.method).method.trust_label
     trust = torch.ones(len(batch.samples), device=like.device) if labelled else None
-    plan = schedule(task.steps, config.shift)
-    return join_chunks(c.clean for c in rollout(context, starts, plan, mode=task.mode, trust=trust))
+    plan = sampler_schedule(task.sampler, task.steps, config.shift)
+    renoising = sampler_renoising(task.sampler, task.steps, step_noise(task.seed, batch.samples))
+    chunks_made = rollout(context, starts, plan, mode=task.mode, trust=trust, renoising=renoising)
+    return join_chunks(chunk.clean for chunk in chunks_made)

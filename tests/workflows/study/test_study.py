@@ -525,6 +525,28 @@ class TestRuns:
                 run_task(small_study(), tmp_path, task, device="cpu", deadline=float("inf"))
         assert labels == [None if label is None else {label}] * 2  # long and short clips
 
+    def test_the_few_step_mode_is_scored_with_each_sampler(self, tmp_path):
+        config = replace(small_study(), samplers=("deterministic", "renoise"))
+        planned = plan_tasks(config, select_methods(["mutual"], [0]))
+        assert len({task.name for task in planned}) == len(planned)
+        few = [task for task in planned if task.kind == "score" and task.mode == "few"]
+        assert [(task.steps, task.sampler) for task in few] == [
+            (1, "deterministic"),
+            (2, "deterministic"),
+            (1, "renoise"),
+            (2, "renoise"),
+        ]
+        assert all(task.sampler == "deterministic" for task in planned if task.mode == "multi")
+        for task in planned:
+            if task.kind == "train" or task in few:
+                run_task(config, tmp_path, task, device="cpu", deadline=float("inf"))
+        rows = {(r["steps"], r.get("sampler")): r["metrics"] for r in load_scores(tmp_path) if r["window"] == "0-1"}
+        assert rows[1, None]["frechet"] == rows[1, "renoise"]["frechet"]  # one step has no noise to add
+        assert rows[2, None]["frechet"] != rows[2, "renoise"]["frechet"]
+        table = ResultTable(load_scores(tmp_path), [])
+        titles = [key.series.mode_title for key in table.keys if key.window == "0-1"]
+        assert titles == ["few-step", "few-step", "few-step, renoise", "few-step, renoise"]
+
     def test_ablations_are_scored_at_four_and_eight_steps(self):
         planned = plan_tasks(study_preset("toy-study"), select_methods(["ablations"], [0]))
         steps = {task.steps for task in planned if task.kind == "score" and task.method in ABLATIONS}
@@ -588,6 +610,8 @@ class TestRuns:
             ({"counts": (2, 2)}, "distinct"),
             ({"counts": (0, 2)}, "at least 1"),
             ({"steps": 3}, "steps=3: .* step 3. Raise steps"),
+            ({"samplers": ()}, r"samplers=\[\]: give at least one of deterministic, renoise, mixed"),
+            ({"samplers": ("euler",)}, "samplers=\\['euler'\\]: give at least one of"),
         ],
         ids=str,
     )
