@@ -35,10 +35,15 @@ MAX_DECODER_ATTEMPTS = 5  # for a source with a decoder that is ended from outsi
 
 
 class StepTimer:
-    """Timer of steps: seconds by name."""
+    """Record of a unit: seconds of steps by name, and warnings about its sources."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.warnings: dict[str, None] = {}  # in order; a source that is read again repeats its own
+
+    def warn(self, message: str) -> None:
+        """Add a warning."""
+        self.warnings[message] = None
 
     @contextmanager
     def measure(self, name: str) -> Generator[None]:
@@ -133,7 +138,7 @@ def cut_source(
     if source.duplicate_of is not None:
         raise Rejected("duplicates", "duplicate", f"same bytes as {source.duplicate_of}")
     origin = "manifest" if source.transcript is not None else "sidecar"
-    source = read_sidecar(source, config.limits)
+    source = read_sidecar(source, config.limits, timer.warn)
     base, within = split_fragment(source.uri)
     with local_copy(base) as path:
         with timer.measure("probe"):

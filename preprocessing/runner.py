@@ -8,9 +8,10 @@ import hashlib
 import json
 import logging
 import re
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from math import floor
@@ -37,6 +38,7 @@ from preprocessing.sources.discovery import display_name
 from preprocessing.steps.encode import Encoders, RunningMoments, latent_times
 from preprocessing.steps.transcribe import load_whisper
 
+_SHOWN = 5  # warnings about sources
 OnUnitDone = Callable[[dict[str, Any], Mapping[str, float]], None]
 """Called with the marker of a finished unit and the seconds of each step."""
 
@@ -198,8 +200,13 @@ class _Worker:
                 unit, self._store, self._token, self._config, encoders=self._encoders, timer=timer
             )
         except (InfrastructureError, OSError) as error:  # a message: Ray would add long tracebacks
-            return {"marker": "null", "spent": "{}", "outage": str(error) or repr(error)}
-        return {"marker": canonical_json(marker), "spent": canonical_json(timer.seconds), "outage": ""}
+            return {"marker": "null", "spent": "{}", "warnings": "[]", "outage": str(error) or repr(error)}
+        return {
+            "marker": canonical_json(marker),
+            "spent": canonical_json(timer.seconds),
+            "warnings": canonical_json(list(timer.warnings)),
+            "outage": "",
+        }
 
 
 @lru_cache(maxsize=1)
@@ -230,20 +237,46 @@ def process_units(
     Raise the errors of `process_unit`.
     """
     delete_stale_scratch()
+    warnings = _SourceWarnings()
     if config.workers == 0:
         encoders = _cached_encoders(config)
         for unit in units:
             timer = StepTimer()
-            on_done(process_unit(unit, store, token, config, encoders=encoders, timer=timer), timer.seconds)
+            marker = process_unit(unit, store, token, config, encoders=encoders, timer=timer)
+            warnings.add(list(timer.warnings))
+            on_done(marker, timer.seconds)
     elif units:
-        _run_on_ray(units, store, token, config, on_done=on_done)
+        for marker, spent, texts in _run_on_ray(units, store, token, config):
+            warnings.add(texts)
+            on_done(marker, spent)
         delete_stale_scratch()  # left by workers that were killed
         store.delete_temporary()
+    warnings.report_rest()
+
+
+class _SourceWarnings:
+    """Prints the first warnings about sources and counts the others."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, messages: Sequence[str]) -> None:
+        """Print the messages unless there were many."""
+        for message in messages:
+            self._count += 1
+            if self._count <= _SHOWN:
+                print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    def report_rest(self) -> None:
+        """Print the number of the messages that were not printed."""
+        if self._count > _SHOWN:
+            print(f"warning: {self._count - _SHOWN} more files next to sources likewise", file=sys.stderr, flush=True)
 
 
 def _run_on_ray(
-    units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig, *, on_done: OnUnitDone
-) -> None:
+    units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig
+) -> Iterator[tuple[dict[str, Any], dict[str, float], list[str]]]:
+    """Yield the marker, the seconds of each step and the warnings of each unit as it is finished."""
     start_ray()
     import ray
 
@@ -270,7 +303,7 @@ def _run_on_ray(
         for row in results.iter_rows():
             if row["outage"]:
                 raise InfrastructureError(row["outage"])
-            on_done(json.loads(row["marker"]), json.loads(row["spent"]))
+            yield json.loads(row["marker"]), json.loads(row["spent"]), json.loads(row["warnings"])
 
 
 def worker_count(units: int, config: PreprocessConfig, limits: Mapping[str, float]) -> int:

@@ -8,7 +8,7 @@ A synthetic clip has "world", the name of its world.
 import json
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -19,7 +19,9 @@ from preprocessing.io.storage import filesystem_for, is_remote, local_path
 from preprocessing.records import Clip, Rejected, Source, SourceLimits, Word
 from preprocessing.sources.discovery import parse_transcript, split_fragment
 from preprocessing.sources.subtitles import parse_subtitles
-from preprocessing.sources.text import decode_text, text_of
+from preprocessing.sources.text import clean_text, decode_text, replaced_row, text_of
+
+Warn = Callable[[str], None]
 
 
 def _read_sidecar_file(uri: str, suffix: str, max_bytes: int) -> bytes | None:
@@ -48,28 +50,67 @@ def _read_sidecar_file(uri: str, suffix: str, max_bytes: int) -> bytes | None:
         return file.read()
 
 
-def read_sidecar(source: Source, limits: SourceLimits | None = None) -> Source:
+def _sidecar_name(uri: str, suffix: str) -> str:
+    """Return the path or URI of a sidecar for messages."""
+    return clean_text(os.path.splitext(uri if is_remote(uri) else local_path(uri))[0] + suffix)
+
+
+class _SidecarText:
+    """Text of the sidecar files of a source; `warn` is called with the file and row of replaced characters."""
+
+    def __init__(self, uri: str, max_bytes: int, warn: Warn) -> None:
+        self._uri, self._max_bytes, self._warn = uri, max_bytes, warn
+
+    def data(self, suffix: str) -> bytes | None:
+        """Return the content of the file with a suffix, or None. Raise Rejected if it is too long."""
+        data = _read_sidecar_file(self._uri, suffix, self._max_bytes)
+        if data is not None and (row := replaced_row(data)) is not None:
+            self.report(suffix, f"row {row}")
+        return data
+
+    def report(self, suffix: str, place: str) -> None:
+        """Warn of replaced characters."""
+        self._warn(f"{_sidecar_name(self._uri, suffix)}, {place}: characters that are not valid are replaced")
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        """Warn of halves of characters in the first part of a JSON sidecar that has one."""
+        words = facts.get("transcript")
+        rows = enumerate(words if isinstance(words, list) else [], start=1)
+        parts = {"caption": facts.get("caption")} | {
+            f"word {n}": row.get("word") for n, row in rows if isinstance(row, dict)
+        }
+        replaced = (name for name, text in parts.items() if isinstance(text, str) and clean_text(text) != text)
+        if (name := next(replaced, None)) is not None:
+            self.report(".json", name)
+
+
+def _ignore(_: str) -> None: ...
+
+
+def read_sidecar(source: Source, limits: SourceLimits | None = None, warn: Warn = _ignore) -> Source:
     """Add caption and transcript from sidecar files; words are sorted by time.
 
-    Raise Rejected if a file is malformed, or if a file or the caption is too long.
+    `warn` is called with a message for each file in which characters are replaced. Raise Rejected if a file is
+    malformed, or if a file or the caption is too long.
     """
     limits = limits or SourceLimits()
     caption, words, world = source.caption, source.transcript, source.world
     if caption is None or words is None:
-        uri, _ = split_fragment(source.uri)
-        facts = _read_json(uri, limits.sidecar_bytes)
-        world = str(facts.get("world") or "")
+        text = _SidecarText(split_fragment(source.uri)[0], limits.sidecar_bytes, warn)
+        facts = _parse_json(text.data(".json"))
+        world = clean_text(str(facts.get("world") or ""))
         try:
             caption = text_of(facts.get("caption")) if caption is None else caption
             words = parse_transcript(facts.get("transcript"), "sidecar") if words is None else words
+            text.check(facts)
             for suffix in (".vtt", ".srt"):
-                if words is None and (data := _read_sidecar_file(uri, suffix, limits.sidecar_bytes)) is not None:
+                if words is None and (data := text.data(suffix)) is not None:
                     words = parse_subtitles(data)
         except TypeError as error:
             raise Rejected("transcript", "bad_sidecar", f"the caption is not text: {error}") from error
         except ValueError as error:
             raise Rejected("transcript", "bad_sidecar", str(error)) from error
-        if caption is None and (data := _read_sidecar_file(uri, ".txt", limits.sidecar_bytes)) is not None:
+        if caption is None and (data := text.data(".txt")) is not None:
             caption = decode_text(data).strip()
     if caption is not None and len(caption) > limits.caption_letters:
         raise Rejected("text", "too_long", f"a caption of {len(caption)} letters, at most {limits.caption_letters}")
@@ -85,8 +126,7 @@ def _middle(word: Word) -> float:
     return (word.start + word.end) / 2
 
 
-def _read_json(uri: str, max_bytes: int) -> dict[str, Any]:
-    data = _read_sidecar_file(uri, ".json", max_bytes)
+def _parse_json(data: bytes | None) -> dict[str, Any]:
     if data is None:
         return {}
     try:

@@ -8,8 +8,20 @@ _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codec
 
 def decode_text(data: bytes) -> str:
     """Return the text of a file in UTF-8, or in UTF-16 with a byte order mark; invalid bytes become U+FFFD."""
-    encoding = next((name for mark, name in _BOMS if data.startswith(mark)), "utf-8")
-    return data.decode(encoding, "replace")
+    return data.decode(_encoding(data), "replace")
+
+
+def _encoding(data: bytes) -> str:
+    return next((name for mark, name in _BOMS if data.startswith(mark)), "utf-8")
+
+
+def replaced_row(data: bytes) -> int | None:
+    """Return the row, from 1, of the first bytes that `decode_text` replaces; None if it replaces none."""
+    try:
+        data.decode(_encoding(data))
+    except UnicodeDecodeError as error:
+        return decode_text(data[: error.start]).count("\n") + 1
+    return None
 
 
 def clean_text(text: str) -> str:

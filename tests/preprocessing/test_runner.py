@@ -40,6 +40,16 @@ def test_a_repeated_block_skips_finished_units(tmp_path, monkeypatch):
     assert [json.loads(result["marker"])["unit"] for result in results] == [unit.name for unit in units]
 
 
+def test_a_worker_returns_warnings_about_its_sources(tmp_path):
+    (tmp_path / "a.mp4").write_text("no media")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    store = Store(str(tmp_path / "out"))
+    (unit,) = plan_units([], find_sources([str(tmp_path)]), 1, CONFIG.fingerprint)
+    with Lease(store) as lease:
+        result = runner._Worker(store.uri, lease.token, CONFIG)({"unit": unit.to_json()})
+    assert json.loads(result["warnings"]) == [f"{tmp_path}/a.txt, row 1: characters that are not valid are replaced"]
+
+
 @pytest.mark.slow
 def test_files_reach_the_disk_before_their_marker(tmp_path):
     """Record system calls with strace: each file and its folder are flushed before the next rename."""

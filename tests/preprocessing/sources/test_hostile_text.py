@@ -145,7 +145,7 @@ def test_any_bytes_of_a_manifest_are_sources_or_one_message(data, suffix, media)
 
 
 @pytest.mark.slow
-def test_half_a_character_reaches_no_dataset(tmp_path):
+def test_half_a_character_reaches_no_dataset(tmp_path, capsys):
     words = [{"word": "hi\ud83d", "start": 0, "end": 1}]
     for name in ("a", "b"):
         (tmp_path / "media").mkdir(exist_ok=True)
@@ -156,6 +156,7 @@ def test_half_a_character_reaches_no_dataset(tmp_path):
     build_dataset([str(tmp_path / "media")], str(tmp_path / "out"), config, progress=lambda *_: None)
     dataset = open_dataset(str(tmp_path / "out"))
     assert sorted(dataset.clip(i).caption for i in range(2)) == ["caf\ufffd", "nice \ufffd"]
+    assert "b.txt, row 1: " in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ sidecars
@@ -198,6 +199,53 @@ def test_utf16_and_other_encodings_are_text(media):
     (media / "a.txt").write_bytes(b"caf\xe9")
     source = read_sidecar(Source(uri=local_uri(media / "a.mp4"), size=0, fingerprint=""))
     assert (source.transcript[0].word, source.caption) == ("h\u00e9llo", "caf\ufffd")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.json", b'{"caption": "nice \\ud83d"}', "caption"),
+        (
+            "a.json",
+            b'{"transcript": [{"word": "x", "start": 0, "end": 1}, {"word": "\\ud83d", "start": 1, "end": 2}]}',
+            "word 2",
+        ),
+        ("a.json", b'{\n"caption": "caf\xe9"}', "row 2"),
+        ("a.srt", b"1\n00:00:01,000 --> 00:00:02,000\nx\ncaf\xe9\n", "row 4"),
+        ("a.txt", b"one\ntwo\ncaf\xe9\n", "row 3"),
+        ("a.txt", "one\n".encode("utf-16") + b"\x00\xd8\n\x00", "row 2"),
+    ],
+)
+def test_replaced_text_of_a_sidecar_is_a_warning_with_file_and_row(name, content, place, media):
+    (media / name).write_bytes(content)
+    warned: list[str] = []
+    assert is_clean(read_sidecar(Source(uri=local_uri(media / "a.mp4"), size=0, fingerprint=""), warn=warned.append))
+    assert warned == [f"{media / name}, {place}: characters that are not valid are replaced"]
+
+
+def test_valid_text_of_a_sidecar_is_no_warning(media):
+    (media / "a.json").write_text(json.dumps({"caption": "emoji \U0001f600 \ufffd", "world": "toyworld/1"}))
+    (media / "a.srt").write_bytes("1\n00:00:01,000 --> 00:00:02,000\nh\u00e9llo\n".encode("utf-16"))
+    warned: list[str] = []
+    read_sidecar(Source(uri=local_uri(media / "a.mp4"), size=0, fingerprint=""), warn=warned.append)
+    assert warned == []
+
+
+def test_the_first_warnings_of_a_run_are_printed_and_the_others_counted(media, capsys):
+    for number in range(7):
+        (media / f"{number}.mp4").write_bytes(b"no media %d" % number)
+        (media / f"{number}.txt").write_bytes(b"caf\xe9")
+    config = PreprocessConfig(workers=0)
+    build_dataset([str(media)], str(media / "out"), config, progress=lambda *_: None)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert lines[0] == f"warning: {media}/0.txt, row 1: characters that are not valid are replaced"
+    assert len(lines) == 6
+    assert lines[5] == "warning: 2 more files next to sources likewise"
+
+
+def test_half_a_character_in_the_world_is_replaced(media):
+    (media / "a.json").write_text(json.dumps({"world": "toy\ud83d"}))
+    assert read_sidecar(Source(uri=local_uri(media / "a.mp4"), size=0, fingerprint="")).world == "toy\ufffd"
 
 
 @FEW
