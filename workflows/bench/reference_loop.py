@@ -131,9 +131,9 @@ def all_reduce_mean(gradients: list[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def reference_loop(config: RunConfig) -> ReferenceLoop:
-    """Return the loop of the configured stage."""
-    student = build_initial_network(config, {}).to(distributed.local_device())
+def reference_loop(config: RunConfig, student: nn.Module | None = None) -> ReferenceLoop:
+    """Return the loop of the configured stage. ``student``: on this rank's device; None: an initialized network."""
+    student = student or build_initial_network(config, {}).to(distributed.local_device())
     ema = Ema(student, config.ema)
     nets = {"student": student}
     if config.fake_optim:
@@ -149,7 +149,7 @@ def full_copy_loop(config: RunConfig) -> RunConfig:
     )
 
 
-def dmd_loop(config: RunConfig, updates: int) -> ReferenceLoop:
+def dmd_loop(config: RunConfig, updates: int, student: nn.Module | None = None) -> ReferenceLoop:
     """Return the loop of DMD with self-forcing and a separate frozen teacher.
 
     Every row rolls out its own history. The fake score is a full copy of the student with ``updates`` steps per
@@ -159,7 +159,7 @@ def dmd_loop(config: RunConfig, updates: int) -> ReferenceLoop:
     assert isinstance(config.objective, MutualConfig)
     rows = ("free",) * len(config.objective.rows)
     dmd = replace(config.objective, rows=rows, shortcut_weight=0.0, dmd_weight=1.0, fake_updates=1)
-    student = build_initial_network(config, {}).to(distributed.local_device())
+    student = student or build_initial_network(config, {}).to(distributed.local_device())
     return ReferenceLoop(
         config,
         MutualForcingObjective(dmd),

@@ -26,20 +26,20 @@ def latent_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {m: (b.channels, *(b.size if m == VIDEO else ())) for m, b in model.branches.items()}
 
 
-def noise_condition(model: ModelConfig, timeline: Timeline, device: torch.device) -> Condition:
-    """Return random conditions with ``VISIBLE_WORDS`` words within reach of every chunk."""
+def noise_condition(model: ModelConfig, timeline: Timeline, device: torch.device, *, rows: int = 1) -> Condition:
+    """Return random conditions of ``rows`` streams with ``VISIBLE_WORDS`` words within reach of every chunk."""
     shapes, draw = latent_shapes(model), torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=draw)
-    always = torch.tensor([-1e9, 1e9], dtype=torch.float64).expand(1, VISIBLE_WORDS, 2)  # the midpoint counts
+    always = torch.tensor([-1e9, 1e9], dtype=torch.float64).expand(rows, VISIBLE_WORDS, 2)  # the midpoint counts
     return Condition(
-        caption=normal(1, CAPTION_TOKENS, model.text_dim),
-        caption_mask=torch.ones(1, CAPTION_TOKENS, dtype=torch.bool),
-        words=normal(1, VISIBLE_WORDS, model.text_dim),
-        words_mask=torch.ones(1, VISIBLE_WORDS, dtype=torch.bool),
+        caption=normal(rows, CAPTION_TOKENS, model.text_dim),
+        caption_mask=torch.ones(rows, CAPTION_TOKENS, dtype=torch.bool),
+        words=normal(rows, VISIBLE_WORDS, model.text_dim),
+        words_mask=torch.ones(rows, VISIBLE_WORDS, dtype=torch.bool),
         word_times=always,
-        first_frame=normal(1, *shapes[VIDEO]),
-        voice=normal(1, timeline.count(AUDIO, 1), *shapes[AUDIO]),
-        voice_mask=torch.ones(1, dtype=torch.bool),
+        first_frame=normal(rows, *shapes[VIDEO]),
+        voice=normal(rows, timeline.count(AUDIO, 1), *shapes[AUDIO]),
+        voice_mask=torch.ones(rows, dtype=torch.bool),
     ).to(device)
 
 
@@ -67,7 +67,7 @@ class StreamRunner:
             latent_shapes(net.config),
             range(NO_END),
             seed=0,
-            samples=torch.zeros(1, dtype=torch.long),
+            samples=torch.arange(len(cond.caption)),
             like=cond.caption,
         )
         self._rollout: Iterator[GeneratedChunk] | None = None

@@ -31,7 +31,7 @@ from workflows.bench import synthetic_data
 from workflows.bench.launcher import run_on_ranks
 from workflows.bench.train_worker import REFERENCE_VARIANT, TrainBenchPlan, TrainBenchResult, run_rank
 from workflows.bench.variants import Variant
-from workflows.config import presets, serialization
+from workflows.config import presets
 from workflows.config.latent_shapes import CHUNKS, default_size, geometry_for_preset
 from workflows.config.run import RunConfig
 from workflows.config.stage_names import Stage
@@ -125,18 +125,25 @@ def bench_config(
     tokens: int,
     sets: Sequence[str],
     size: tuple[int, int] | None = None,
+    chunks: int | None = None,
 ) -> RunConfig:
-    """Return the preset with equal steps: one clip length, last phase of the mutual stage."""
+    """Return the preset with equal steps: one clip length, last phase of the mutual stage.
+
+    ``chunks``: clip length; None: the longest of the preset.
+    """
     if workers < 1 or tokens < 1:
         raise UserInputError(f"--workers and --tokens must be at least 1, got {workers} and {tokens}")
     config = presets.build_preset(preset, stage, geometry_for_preset(preset).shapes(size or default_size(preset)))
     if isinstance(config.objective, MutualConfig):
         whole = replace(config.objective, real_until=0, free_from=0, fake_from=0, dmd_from=0, dmd_ramp=1)
         config = replace(config, objective=whole)
-    chunks, rows = config.data.chunks[1], config.data.batch * workers
-    data = replace(config.data, chunks=(chunks, chunks), batch=rows)
+    length, rows = chunks or config.data.chunks[1], config.data.batch * workers
+    data = replace(config.data, chunks=(length, length), batch=rows)
     config = replace(config, data=data, engine=replace(config.engine, workers=workers, use_gpu=_gpu()))
-    config = serialization.apply_overrides(config, serialization.parse_overrides(sets))
+    if sets:
+        from workflows.config import serialization  # pydantic: not needed by `mfctl bench gpu`
+
+        config = serialization.apply_overrides(config, serialization.parse_overrides(sets))
     if config.data.chunks[1] > CHUNKS:
         raise UserInputError(
             f"the clips of the bench hold {CHUNKS} chunks, got data.chunks={config.data.chunks}. Lower data.chunks"

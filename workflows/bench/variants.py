@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from torch import nn
+
 from mfcore.objectives.losses import LossTerm, summarize_terms
 from mfcore.types import AVBatch
 from preprocessing.io.prefetch import prefetch
@@ -137,10 +139,11 @@ class ReferenceRunner:
 class EngineRunner:
     """Step runner of the training loop, without evaluation, checkpoints and monitoring."""
 
-    def __init__(self, config: RunConfig, engine: EngineConfig) -> None:
+    def __init__(self, config: RunConfig, engine: EngineConfig, student: nn.Module | None = None) -> None:
+        """``student``: on this rank's device; None: an initialized network."""
         self._config = config = replace(config, engine=engine)
         self._networks = build_training_networks(
-            config, build_initial_network(config, {}).to(distributed.local_device())
+            config, student or build_initial_network(config, {}).to(distributed.local_device())
         )
         self._objective = build_objective(config)
         self._progress = Progress(step=0, samples_seen=0, first={}, last={})

@@ -8,11 +8,14 @@ import typer
 from mfcore.errors import UserInputError
 from workflows.checkpoints import packaged
 from workflows.cli import output
+from workflows.cli.errors import FAILED
 from workflows.cli.options import (
     ConfigOverrides,
+    Device,
     JsonFlag,
     OptionalCheckpoint,
     PresetName,
+    SolverSteps,
     parse_ints,
     parse_size,
     parse_sizes,
@@ -144,11 +147,62 @@ def stream(
         )
 
     def render(result: Any) -> str:
-        from workflows.bench.stream import format_table
+        from workflows.bench.stream_table import format_table
 
         return format_table(result)
 
     output.run_command(work, as_json=json, render=render)
+
+
+@app.command("gpu")
+@command(driver_only=True, paths=("out",))
+def gpu(
+    *,
+    out: Annotated[
+        str,
+        typer.Option(parser=environment.resolve_path, metavar="DIR", help="Folder of the results: four files."),
+    ],
+    minutes: Annotated[float, typer.Option(help="Time of this command, in minutes.")] = 8.0,
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            show_default="all",
+            rich_help_panel=MEASUREMENT,
+            help="Parts: facts, parity, stream, train, study, profile.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            show_default="full for streaming, base for training",
+            rich_help_panel=MEASUREMENT,
+            help="Network of all parts: tiny for a rehearsal.",
+        ),
+    ] = None,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(rich_help_panel=EXECUTION, help="Device.")] = "cuda",
+    json: JsonFlag = False,
+) -> None:
+    """Measure one GPU: parity, streaming, training, study steps, profiles. The same command continues.
+
+    Each part is a process with its own time limit. Results are written as soon as they are measured.
+
+    Example: mfctl bench gpu --minutes 8 --out runs/gpu
+    """
+
+    def work() -> Any:
+        from workflows.bench.gpu.command import bench_gpu
+
+        names = None if parts is None else [name.strip() for name in parts.split(",")]
+        return bench_gpu(out=out, minutes=minutes, device=device, preset=preset, parts=names)
+
+    def render(result: Any) -> str:
+        from workflows.bench.gpu.command import format_table
+
+        return format_table(result)
+
+    output.run_command(work, as_json=json, render=render, code=lambda result: FAILED if result["failed"] else 0)
 
 
 @app.command("serve")
@@ -163,18 +217,8 @@ def serve(
         float, typer.Option(rich_help_panel=MEASUREMENT, help="Seconds of each clip; each is made twice.")
     ] = 20.0,
     rounds: Rounds = 10,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            rich_help_panel=EXECUTION,
-            show_default="4 in few-step mode, 50 in multi-step mode",
-            help="Solver steps per chunk.",
-        ),
-    ] = None,
-    device: Annotated[
-        Literal["cpu", "cuda"] | None,
-        typer.Option(rich_help_panel=EXECUTION, show_default="cuda if available", help="Device."),
-    ] = None,
+    steps: SolverSteps = None,
+    device: Device = None,
     json: JsonFlag = False,
 ) -> None:
     """Measure a live server with clients on this machine: first chunk, chunk period, texts, batched sessions.

@@ -13,7 +13,8 @@ from mfcore.types import AUDIO, VIDEO
 from tests.helpers.op_recorder import record_operators
 from workflows.bench import roofline, stream
 from workflows.bench.random_network import random_network, random_network_bytes
-from workflows.bench.stream import bench_stream, format_table, memory_parts
+from workflows.bench.stream import bench_stream, memory_parts
+from workflows.bench.stream_table import format_table
 from workflows.bench.train import bench_train
 from workflows.config.latent_shapes import geometry_for_preset
 from workflows.config.presets import build_preset as build
