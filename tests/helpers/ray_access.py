@@ -11,6 +11,7 @@ from collections.abc import Callable
 import psutil
 
 KEY = b"planted"
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def describe(work: Callable[[], object]) -> str:

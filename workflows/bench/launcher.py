@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from workflows.config.run import EngineConfig
-from workflows.utils.environment import find_free_ports
 from workflows.utils.ray_runtime import ray_session, train_run_config
 
 A = TypeVar("A")
@@ -32,7 +31,9 @@ def _on_ray(function: Callable[[A], R], argument: A, engine: EngineConfig) -> R:
 def _fit(call: bytes, engine: EngineConfig, folder: str) -> Any:
     import ray
     from ray.train import ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from workflows.training.ray_launcher import torch_config
 
     def run_rank(settings: dict[str, bytes]) -> bytes:
         """Run the call. Pickled by value: Ray's own processes need not find our packages."""
@@ -44,7 +45,7 @@ def _fit(call: bytes, engine: EngineConfig, folder: str) -> Any:
     result = TorchTrainer(
         run_rank,
         train_loop_config={"call": call},
-        torch_config=TorchConfig(backend="nccl" if engine.use_gpu else "gloo"),
+        torch_config=torch_config("nccl" if engine.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=engine.max_workers,
             use_gpu=engine.use_gpu,
@@ -60,8 +61,7 @@ def _on_processes(function: Callable[[A], R], argument: A, engine: EngineConfig)
     from torch.multiprocessing.spawn import spawn
 
     with tempfile.TemporaryDirectory() as folder:
-        (port,) = find_free_ports(1)
-        call = _RankCall(function=function, argument=argument, engine=engine, port=port, result=Path(folder) / "result")
+        call = _RankCall(function=function, argument=argument, engine=engine, result=Path(folder) / "result")
         spawn(_run_rank, (call,), nprocs=engine.max_workers, join=True)
         return pickle.loads(call.result.read_bytes())
 
@@ -71,8 +71,7 @@ class _RankCall(Generic[A, R]):
     function: Callable[[A], R]
     argument: A
     engine: EngineConfig
-    port: int
-    result: Path  # written by rank 0
+    result: Path  # written by rank 0; the file next to it is the rendezvous of the ranks
 
 
 def _run_rank(rank: int, call: _RankCall[A, R]) -> None:
@@ -84,7 +83,7 @@ def _run_rank(rank: int, call: _RankCall[A, R]) -> None:
         torch.cuda.set_device(rank)
     dist.init_process_group(
         "nccl" if use_gpu else "gloo",
-        init_method=f"tcp://127.0.0.1:{call.port}",
+        init_method=f"file://{call.result.with_name('store')}",
         rank=rank,
         world_size=call.engine.max_workers,
     )

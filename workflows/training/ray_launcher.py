@@ -1,11 +1,15 @@
 """Training on Ray Train: workers, their number and restarts, and preemption notices."""
 
+import ipaddress
 import os
 import pickle
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from preprocessing.io.processes import scratch_prefix
 from preprocessing.io.ray_resources import report_while_waiting
 from workflows.checkpoints.model_card import ExportMetadata
 from workflows.config.run import EngineConfig
@@ -63,7 +67,7 @@ def _fit(job: TrainingJob) -> None:
         _worker_function(),
         train_loop_config={"job": pickle.dumps(job), "async_samples": async_samples},
         validation_config=_validation_config(job.run_dir, spare) if async_samples else None,
-        torch_config=_torch_config("nccl" if job.config.engine.use_gpu else "gloo"),
+        torch_config=torch_config("nccl" if job.config.engine.use_gpu else "gloo"),
         scaling_config=scaling,
         run_config=train_run_config(
             job.token,  # Ray's storage accepts ASCII only, a run may have any name
@@ -144,11 +148,11 @@ def set_worker_threads() -> None:
     torch.set_num_threads(max(1, cores // get_context().get_local_world_size()))
 
 
-def bind_gloo_to_ray_interface() -> None:
+def bind_to_ray_interface() -> None:
     """Set GLOO_SOCKET_IFNAME, unless set, to the interface of this machine's address in the cluster.
 
     The default is the address of the host name: 127.0.1.1 on Debian, or the loopback. Other machines cannot connect to
-    it, and all ranks would wait.
+    it, and all ranks would wait. NCCL chooses well in a cluster, but never the loopback of a Ray on one machine.
     """
     import psutil
     import ray
@@ -157,6 +161,20 @@ def bind_gloo_to_ray_interface() -> None:
     for name, addresses in psutil.net_if_addrs().items():
         if address in {entry.address for entry in addresses}:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            if ipaddress.ip_address(address).is_loopback:
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def create_store_dir() -> str:
+    """Create a folder of this user for the rendezvous of the ranks on one machine; return "" in a cluster.
+
+    In a cluster the ranks meet at a ``TCPStore``, which listens on all interfaces and serves every client.
+    """
+    import ray
+
+    if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
+        return ""
+    return tempfile.mkdtemp(prefix=scratch_prefix())  # mode 0700
 
 
 def _worker_function() -> Callable[[dict[str, Any]], None]:
@@ -200,35 +218,70 @@ def preemption_error(error: Exception) -> Exception:
     return RayActorError(error_msg=str(error), preempted=True)
 
 
-def _torch_config(backend: str) -> Any:
-    """Return the setup of torch.distributed on the cluster's network, with the SIGTERM handler in each worker.
+def torch_config(backend: str) -> Any:
+    """Return the setup of torch.distributed on the network of Ray, with the SIGTERM handler in each worker.
 
-    A worker trains in a thread, where no handler can be installed. A backend executes in the main thread.
+    A worker trains in a thread, where no handler can be installed. A backend executes in the main thread. On one
+    machine the ranks meet at a file: only this user can read or write it.
     """
+    import ray
     from ray.train.torch import TorchConfig
+    from ray.train.torch import config as ray_torch
 
     def install_handler() -> None:
         from workflows.training import preemption
 
         preemption.install_sigterm_handler()
 
-    def bind_gloo() -> None:
-        from workflows.training.ray_launcher import bind_gloo_to_ray_interface
+    def bind() -> None:
+        from workflows.training.ray_launcher import bind_to_ray_interface
 
-        bind_gloo_to_ray_interface()
+        bind_to_ray_interface()
 
-    class Backend(TorchConfig().backend_cls):
+    def create_dir() -> str:
+        from workflows.training.ray_launcher import create_store_dir
+
+        return create_store_dir()
+
+    class Backend(ray_torch._TorchBackend):
+        def __init__(self) -> None:
+            self._folder = ""
+
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(bind_gloo)
-            super().on_start(worker_group, backend_config)
+            worker_group.execute(bind)
+            self._folder = worker_group.execute_single(0, create_dir)
+            if not self._folder:
+                super().on_start(worker_group, backend_config)
+                return
+            worker_group.execute(ray_torch._set_torch_distributed_env_vars)
+            ranks = [
+                worker_group.execute_single_async(
+                    rank,
+                    ray_torch._setup_torch_process_group,
+                    backend=backend,
+                    world_rank=rank,
+                    world_size=len(worker_group),
+                    init_method=f"file://{self._folder}/store",
+                    timeout_s=backend_config.timeout_s,
+                )
+                for rank in range(len(worker_group))
+            ]
+            ray.get(ranks)
 
         def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
             super().on_training_start(worker_group, backend_config)
             worker_group.execute(install_handler)
 
-    class ClusterTorchConfig(TorchConfig):
+        def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+            try:
+                super().on_shutdown(worker_group, backend_config)
+            finally:
+                if self._folder:
+                    shutil.rmtree(self._folder, ignore_errors=True)
+
+    class RayTorchConfig(TorchConfig):
         @property
         def backend_cls(self):
             return Backend
 
-    return ClusterTorchConfig(backend=backend)
+    return RayTorchConfig(backend=backend)
