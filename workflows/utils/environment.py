@@ -17,6 +17,8 @@ DEFAULT_ENV = {
     "RAY_worker_niceness": "0",
     # the next default of Ray; setting it silences a warning
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # gRPC's handlers crash about 2% of the processes that Ray forks while other threads call gRPC
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
 }
 OBJECT_STORES = ("s3", "gs", "memory")  # schemes of datasets; memory: tests
 MAX_NAME_BYTES = 240  # of a file or folder; file systems allow 255, and temporary names add a suffix

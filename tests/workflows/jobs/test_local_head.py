@@ -81,6 +81,12 @@ def test_the_job_uses_the_folder_and_store_of_the_user(here: Path) -> None:
     assert not [name for name in variables if "AUTH" in name], "a job has the mode and the token of its cluster"
 
 
+def test_a_head_forks_without_the_handlers_of_grpc(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With them, 2% of the servers that a head starts for its clients crash before their first output."""
+    monkeypatch.delenv("GRPC_ENABLE_FORK_SUPPORT", raising=False)
+    assert local_head._start_environment(str(here))["GRPC_ENABLE_FORK_SUPPORT"] == "0"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Yield the submitting folder; stop its head at the end and check that nothing of it remains."""
