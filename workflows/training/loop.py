@@ -44,6 +44,10 @@ class CheckpointSaver(Protocol):
         ...
 
 
+class MetricsWriteError(RuntimeError):
+    """Metrics could not be written; checkpoints are intact. Raised on all ranks."""
+
+
 class TrainingInterrupted(RuntimeError):
     """The run ended early on a stop request, after a checkpoint. Raised on all ranks."""
 
@@ -69,6 +73,7 @@ class TrainingLoop:
     # context that records the first block with non-finite activations of each network
     record_non_finite: Callable[[], AbstractContextManager[Mapping[str, str]]] = lambda: nullcontext({})
     meter: ThroughputMeter = field(default_factory=ThroughputMeter)
+    _log_errors: list[str] = field(default_factory=list[str], init=False)
 
     def run(self, start: Progress, batches: Iterable[list[AVBatch]]) -> Progress:
         """Train from ``start`` to the end of the stage and return the final progress, which is saved.
@@ -78,7 +83,8 @@ class TrainingLoop:
             batches: This rank's micro-batches of each step from ``start.step`` on.
 
         Raises:
-            NonFiniteError, TrainingInterrupted, the saver's error: On all ranks together, between two steps.
+            NonFiniteError, TrainingInterrupted, MetricsWriteError, the saver's error: On all ranks together, between
+                two steps.
         """
         progress = self._evaluate_initial(start) if start.step == 0 else start
         for micros in batches:
@@ -90,6 +96,7 @@ class TrainingLoop:
             self.heartbeat(progress.step, "fetching the batch of")
             self.meter.step_end()
         self.saver.wait()
+        self._raise_log_errors(progress.step)
         return progress
 
     @cached_property
@@ -101,7 +108,7 @@ class TrainingLoop:
         """Evaluate the initial network before step 1."""
         first = self.evaluate(self.models)
         progress = replace(start, first=first, last=first)
-        self.tracker.log(0, {STEP_KEY: 0, **prefix_held_out(first)})
+        self._log(0, {STEP_KEY: 0, **prefix_held_out(first)})
         _LOGGER.info(progress_event(self.config.stage, self.config.steps, progress, {}))
         return progress
 
@@ -148,15 +155,19 @@ class TrainingLoop:
     def _sync(self, results: Sequence[MicroBatchResult], step: int) -> tuple[bool, bool]:
         """Return, equal on all ranks, if a number of the round is non-finite and if a rank must stop.
 
-        Raises the error of the saver if a rank could not write its part of a checkpoint.
+        Raises the error of the saver if a rank could not write its part of a checkpoint, MetricsWriteError if one
+        could not log.
         """
         self.heartbeat(step, "waiting for the others")
         bad = self._optimization.has_non_finite(results)
-        rest = torch.tensor([bool(self.stop_reason()), self.saver.has_failed], device=bad.device)
-        is_bad, must_stop, unsaved = distributed.all_reduce_any(torch.cat([bad[None], rest]))
+        own = [bool(self.stop_reason()), self.saver.has_failed, bool(self._log_errors)]
+        rest = torch.tensor(own, device=bad.device)
+        is_bad, must_stop, unsaved, unlogged = distributed.all_reduce_any(torch.cat([bad[None], rest]))
         self.heartbeat(step, "updating")
         if unsaved:
             self.saver.wait()  # raises
+        if unlogged:
+            self._raise_log_errors(step)
         return is_bad, must_stop
 
     @torch.no_grad()
@@ -211,8 +222,23 @@ class TrainingLoop:
         with self.meter.exclude():
             metrics |= self.on_step_end(progress, metrics)
         if metrics:
-            self.tracker.log(step, {STEP_KEY: progress.samples_seen, **metrics})
+            self._log(step, {STEP_KEY: progress.samples_seen, **metrics})
         return progress
+
+    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics. A failure on one rank, such as a full disk, ends the run on all ranks in the next step."""
+        try:
+            self.tracker.log(step, metrics)
+        except OSError as error:
+            self._log_errors.append(f"{type(error).__name__}: {error}")
+
+    def _raise_log_errors(self, step: int) -> None:
+        """Raise MetricsWriteError if a rank could not log. Called by all ranks together."""
+        if errors := _join_by_rank(self._log_errors):
+            raise MetricsWriteError(
+                f"stage {self.config.stage}: the metrics could not be written until step {step} ({errors}). Fix the "
+                "cause, then run the same command to resume from the last checkpoint"
+            )
 
     def _save(self, progress: Progress, *, must_stop: bool) -> None:
         """Save a checkpoint where one is due. Raise TrainingInterrupted on a stop request."""

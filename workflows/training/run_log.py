@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,10 @@ class RunLogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Append one line to each file."""
         text, event = self.format(record), record.msg
-        _append_line(self._run_dir / LOG_FILE, text)
         entry: dict[str, Any] = asdict(event) if isinstance(event, ProgressEvent) else {"text": text}
-        _append_line(self._run_dir / EVENTS_FILE, json.dumps(entry))
+        with suppress(OSError):  # a missing message must not stop the training
+            _append_line(self._run_dir / LOG_FILE, text)
+            _append_line(self._run_dir / EVENTS_FILE, json.dumps(entry))
 
 
 def _append_line(path: Path, line: str) -> None:

@@ -15,6 +15,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -26,6 +27,7 @@ from preprocessing.io.lease import Lease
 from preprocessing.io.storage import Store
 from workflows.checkpoints.layout import OUTCOME_FILE, RUN_FILE
 from workflows.checkpoints.load import verify_export, weight_files
+from workflows.checkpoints.model_card import ExportMetadata
 from workflows.checkpoints.store import CheckpointStore, checkpoint_root, join_uri, samples_of
 from workflows.config import serialization
 from workflows.config.run import RunConfig
@@ -59,6 +61,7 @@ from workflows.utils import environment
 from workflows.utils.json_io import read_intact_json, read_json, write_json
 
 _LOGGER = logging.getLogger(__name__)
+SMALL_FILES = 1 << 16  # bytes that the log and the outcome of a run need
 LaunchFn = Callable[[TrainingJob], None]
 """Runs ``workflows.training.worker.run_worker`` on all ranks and returns when they have finished."""
 SampleFn = Callable[[Path], list[Path]]
@@ -117,20 +120,28 @@ def train_stage(
         if dry_run and not data and not init_from:
             return cost_estimate.estimate_without_dataset(stage, preset, sets, config_file) | {"missing": str(missing)}
         raise
-    metadata = make_export_metadata(request.config, request.dataset.meta, request.parents)
-    metadata = replace(metadata, transcript=transcript_kind(request.dataset), world=world_of(request.dataset))
-    start = describe_wan_import(request.config)
+    metadata = _export_metadata(request)
     if dry_run:
-        return {
-            **request.record(),
-            "run_dir": str(request.run_dir),
-            "costs": cost_estimate.estimate_costs(request.config, metadata.timeline),
-            **start,
-        }
+        costs = cost_estimate.estimate_costs(request.config, metadata.timeline)
+        return {**request.record(), "run_dir": str(request.run_dir), "costs": costs} | describe_wan_import(
+            request.config
+        )
+    return _train(request, metadata, launch=launch, sample=sample, uri=environment.tracking_uri(runs))
+
+
+def _export_metadata(request: ResolvedRun) -> ExportMetadata:
+    metadata = make_export_metadata(request.config, request.dataset.meta, request.parents)
+    return replace(metadata, transcript=transcript_kind(request.dataset), world=world_of(request.dataset))
+
+
+def _train(
+    request: ResolvedRun, metadata: ExportMetadata, *, launch: LaunchFn | None, sample: SampleFn | None, uri: str
+) -> dict[str, Any]:
+    """Train the resolved run, unless it is finished, and return its result. ``uri``: MLflow."""
     if launch is None:
         _check_gpu(request)
     with redirect_logs(logging.StreamHandler()):
-        if start:
+        if start := describe_wan_import(request.config):
             _LOGGER.info(start["init_video"])
         _check_record(request)
         if final_progress(request.run_dir) is None:
@@ -147,11 +158,11 @@ def train_stage(
                     dataset=dataset_record(request.dataset),
                     parents=request.parents,
                     run_dir=request.run_dir,
-                    tracking_uri=environment.tracking_uri(runs),
+                    tracking_uri=uri,
                     token=lease.token,
                 )
                 _launch(job, launch or run_on_ray)
-            _conclude(request, sample, environment.tracking_uri(runs), on_ray=launch is None)
+            _conclude(request, sample, uri, on_ray=launch is None)
     return _result(request)
 
 
@@ -251,6 +262,11 @@ def _raise_if_failed(run_dir: Path, token: str) -> None:
     """Raise the error of the outcome of this driver's workers."""
     outcome = read_intact_json(run_dir / OUTCOME_FILE) or {}
     if outcome.get("token") != token:
+        if shutil.disk_usage(run_dir).free < SMALL_FILES:
+            raise RuntimeError(
+                f"the disk of {run_dir} is full: the workers could not write the outcome of the run. Free space, then "
+                "run the same command to resume from the last checkpoint"
+            )
         raise RuntimeError(f"the workers of {run_dir} ended without an outcome. See their log above")
     if "error" in outcome:
         raise RuntimeError(outcome["error"])

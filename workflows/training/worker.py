@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from workflows.training.dataset_check import DatasetChangedError, dataset_record
 from workflows.training.engines.base import NonFiniteError
 from workflows.training.heartbeat import HEARTBEAT_DIR, Heartbeat
 from workflows.training.loop import (
+    MetricsWriteError,
     TrainingInterrupted,
     TrainingLoop,
     evaluate_held_out,
@@ -99,7 +100,7 @@ def _run_worker(job: TrainingJob, preemption_reason: Callable[[], str], snapshot
         progress = _train(job, tracker=tracker, heartbeat=heartbeat, stop_reason=monitor, snapshots=snapshots)
     except (NonFiniteError, InsufficientMemoryError, CompilerNotFoundError, DatasetChangedError) as error:
         _finish(job, tracker, {"error": str(error)})
-    except CheckpointSaveError as error:
+    except (CheckpointSaveError, MetricsWriteError) as error:
         if not distributed.broadcast_from_rank_zero(_owns_run(job)):
             raise  # the outcome belongs to the driver that took over
         _finish(job, tracker, {"error": str(error)})
@@ -271,5 +272,6 @@ def open_training_tracker(config: RunConfig, data: str, run_dir: Path, uri: str)
 def _finish(job: TrainingJob, tracker: Tracker, outcome: dict[str, Any]) -> None:
     tracker.finish(failed="error" in outcome)
     if distributed.get_rank() == 0:
-        write_json(job.run_dir / OUTCOME_FILE, {**outcome, "token": job.token, "mlflow_run": tracker.run_id})
+        with suppress(OSError):  # Ray Train would restart the workers; the driver raises without an outcome
+            write_json(job.run_dir / OUTCOME_FILE, {**outcome, "token": job.token, "mlflow_run": tracker.run_id})
     distributed.barrier()

@@ -22,13 +22,13 @@ from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.small_training import EVERY_PART_AT_ONCE, SMALL, killed_at, run
 from workflows.checkpoints.load import find_export, load_weights
 from workflows.checkpoints.store import COMPLETE_FILE, CheckpointStore
-from workflows.tracking.tracker import read_json_lines
-from workflows.training import heartbeat, preemption, worker
+from workflows.tracking.tracker import JsonLinesTracker, read_json_lines
+from workflows.training import heartbeat, preemption, train, worker
 from workflows.training.checkpointing import load_training_state
 from workflows.training.engines.state import StateShard
 from workflows.training.loop import TrainingInterrupted
 from workflows.training.train import train_stage
-from workflows.utils.json_io import read_json
+from workflows.utils.json_io import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -109,6 +109,43 @@ def test_a_failed_save_raises_at_the_next_step_and_the_previous_checkpoint_is_us
     assert all((p / COMPLETE_FILE).exists() for p in root.iterdir()), "the torn one is cleaned away"
     a, b = load_weights(whole["run_dir"]), load_weights(again["run_dir"])
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_metrics_that_cannot_be_written_end_the_run_once_and_the_same_command_resumes(tmp_path, data, monkeypatch):
+    log, attempts = JsonLinesTracker.log, []
+
+    def full_disk(self, step, metrics, **more):
+        if step == 6:
+            raise OSError(28, "No space left on device")
+        log(self, step, metrics, **more)
+
+    def launch(job):
+        attempts.append(worker.run_worker(job))  # returns: the launcher must not repeat it
+
+    monkeypatch.setattr(JsonLinesTracker, "log", full_disk)
+    with pytest.raises(RuntimeError, match=r"metrics could not be written until step 6 .*No space left.*to resume"):
+        train_stage("video", data=data, sets=SMALL, runs_dir=tmp_path, run="v", launch=launch)
+    assert attempts == [None]
+    monkeypatch.undo()
+    monkeypatch.setenv("MFCTL_TRACKER", "json")
+    run("video", tmp_path, data, run="v")
+    assert "resumes at step 4" in (tmp_path / "v" / "log.txt").read_text()
+    assert [entry["step"] for entry in read_json_lines(tmp_path / "v" / "metrics.jsonl")] == [0, 2, 4, 6, 8]
+
+
+def test_a_full_disk_without_room_for_the_outcome_is_named(tmp_path, data, monkeypatch):
+    def full_disk(path, value):
+        if path.name == "outcome.json":
+            raise OSError(28, "No space left on device")
+        write_json(path, value)
+
+    monkeypatch.setattr(worker, "write_json", full_disk)
+    monkeypatch.setattr(train, "SMALL_FILES", 1 << 60)  # bytes; more than any disk has free
+    with pytest.raises(RuntimeError, match=r"the disk of .*v is full.*Free space, then run the same command"):
+        run("video", tmp_path, data, run="v")
+    monkeypatch.undo()
+    monkeypatch.setenv("MFCTL_TRACKER", "json")
+    assert run("video", tmp_path, data, run="v")["samples_seen"] == 32
 
 
 KILLED = """

@@ -2,6 +2,10 @@
 
 import random
 import signal
+import subprocess
+import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ from tests.helpers import training_driver
 from tests.helpers.latent_dataset import write_dataset
 from tests.helpers.small_training import SMALL
 from workflows.checkpoints.load import load_weights
-from workflows.checkpoints.store import CheckpointStore
+from workflows.checkpoints.store import CheckpointStore, samples_of
 from workflows.config.serialization import from_dict
 from workflows.tracking.tracker import read_json_lines
 from workflows.training import worker
@@ -153,3 +157,48 @@ def test_a_stopped_rank_is_reported_within_a_minute(world, tmp_path):
     assert line.startswith("no heartbeat of rank ") and f"(process {victim.pid} on " in line and "(last: step " in line
     assert process.wait() == 0, training_driver.text(tmp_path)
     assert "sends heartbeats again, at step" in training_driver.text(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Yield a folder with a file system of 8 MB as the run folder ``a``."""
+    disk = tmp_path / "a"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a file system: {mounted.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write a file until the disk has no free block."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
+def test_a_full_disk_ends_the_run_once_and_the_same_command_resumes(world, small_disk):
+    steps = 300
+    sets = (*SMALL, "engine.workers=2", "data.batch=8", f"steps={steps}", "log_every=1", "eval_every=100")
+    start = partial(training_driver.start, "audio", data=world[1], runs_dir=small_disk, sets=sets)
+    process = start()
+    shelf = CheckpointStore(small_disk / "a" / "checkpoints")
+    while not shelf.list_complete():
+        assert process.poll() is None, training_driver.text(small_disk)
+        time.sleep(0.01)
+    fill(small_disk / "a" / "ballast")
+    assert process.wait() == 1, training_driver.text(small_disk)
+    text = training_driver.text(small_disk)
+    (message,) = [line for line in text.splitlines() if "No space left" in line or "is full" in line]
+    assert message.startswith("failed: ") and "run the same command" in message
+    assert "Traceback" not in text and "resumes at step" not in text
+    saved = shelf.list_complete()[-1]
+    assert shelf.find_corruption(saved) is None
+    (small_disk / "a" / "ballast").unlink()
+    process = start()
+    assert process.wait() == 0, training_driver.text(small_disk)
+    assert resumed_from(small_disk) == [samples_of(saved) // 8]
+    assert [entry["step"] for entry in losses(small_disk)] == list(range(steps + 1))
