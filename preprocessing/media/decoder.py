@@ -27,20 +27,19 @@ from contextlib import suppress
 from fractions import Fraction
 from math import inf
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import ffmpeg
 import numpy as np
-import psutil
 
 from preprocessing.io.processes import limit_process
 from preprocessing.media.ffmpeg_filters import audio_filters, gap_filter, scene_filters, video_filters
 from preprocessing.media.mp4_writer import file_url
 from preprocessing.media.pipe_buffer import PIPE_BYTES, PipeBuffer
+from preprocessing.media.pipe_reader import STREAMS, PipeReader
 from preprocessing.media.probe import (
     DECODER_BYTES,
     INPUT_LIMITS,
-    KILL_SIGNALS,
     STALL_SECONDS,
     MediaError,
     MediaInfo,
@@ -51,14 +50,13 @@ from preprocessing.records import Frames, Waveform
 SEEK_MARGIN = 10.0  # seconds decoded and dropped before a span, so that a coarse seek cannot land behind its start
 MAX_SURPLUS_BYTES = 1 << 26  # of one stream beyond what is wanted, while the other one is awaited
 GAP_SECONDS = 600.0  # longest time without a frame or sample; a longer one is a broken timestamp
-_ERROR_BYTES = 1 << 20  # stderr that is kept
 _TRAILING_AUDIO_BYTES = 1 << 24  # audio that is kept after the end of the video
-_ALL = {"video": sys.maxsize, "audio": sys.maxsize}
+_ALL: dict[str, int] = dict.fromkeys(STREAMS, sys.maxsize)
 _TIMESTAMP = re.compile(r"-?\d+\.\d{6}")  # line that the filters print at a gap
 _INPUT = "@input"  # placeholder for the file name: ffmpeg-python cannot hash names outside UTF-8
 
 
-class Decoder:
+class Decoder(PipeReader):
     """Decoder of both streams of a file in one ffmpeg process, in order and in whole frames.
 
     ``read(n)`` returns n frames and exactly their audio; fewer at the end. Sample boundaries are those of the frame
@@ -100,6 +98,7 @@ class Decoder:
             memory: Memory limit of ffmpeg in bytes.
             cut_score: Record `scene_changes` with a higher score, of 100; None: none.
         """
+        super().__init__(stall_seconds, wall_seconds)
         self.fps, self.size = fps, size
         self.sample_rate = sample_rate
         self.video = info.video if streams[0] else None
@@ -109,21 +108,11 @@ class Decoder:
         first = self.video.start if self.video else self.audio.start if self.audio else 0.0
         self.start = first if start is None else max(first, start)
         self._path, self._info, self._fit = path, info, fit
-        self._stall, self._memory = stall_seconds, memory
-        self._wall, self._gap = wall_seconds, gap_seconds
+        self._memory, self._gap = memory, gap_seconds
         self._cut_score = cut_score
         self._frame = 0  # frames read so far
-        self._last_output = time.monotonic()  # when video or audio last arrived
-        self._deadline = self._last_output + wall_seconds
-        self._selector, self._open = selectors.DefaultSelector(), set[str]()
-        self._buffers = {name: PipeBuffer() for name in ("video", "audio", "error", "scene", "unused", "audio_error")}
         self._peeked = dict.fromkeys(_ALL, 0)  # bytes that were last peeked at
-        self._repeated = 0  # bytes of audio that the second process decodes again
-        self._bytes_read = 0  # by the process that is awaited, when it last stalled
         self._cuts: list[int] = []
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self._pipes: list[IO[bytes]] = []
-        self._streams: dict[str, IO[bytes]] = {}  # pipes of video and audio
         self._process = self._start_process({"video": self.video is not None, "audio": self.audio is not None})
 
     def _start_process(self, decoded: Mapping[str, bool], *, error: str = "error") -> "subprocess.Popen[bytes]":
@@ -155,12 +144,6 @@ class Decoder:
             self._register(audio, "audio")
         self._register(process.stderr, error)
         return process
-
-    def _register(self, pipe: IO[bytes], name: str) -> None:
-        self._selector.register(pipe, selectors.EVENT_READ, name)
-        if name in _ALL:
-            self._streams[name] = pipe
-        self._open.add(name)
 
     def _command(self, decoded: Mapping[str, bool], audio_target: str, scene_target: str) -> list[str]:
         seek = self.start - self._info.origin - SEEK_MARGIN
@@ -198,16 +181,6 @@ class Decoder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Stop ffmpeg and close its pipes."""
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        self._selector.close()
-        for pipe in self._pipes:
-            pipe.close()
 
     def failure(self) -> str | None:
         """Read to the end of the file. Return the error of ffmpeg, or None if it succeeded."""
@@ -347,79 +320,6 @@ class Decoder:
             self._buffers["audio"].truncate(sound + _TRAILING_AUDIO_BYTES)
         if "error" not in self._open:
             self._exit_code(self._process)
-
-    def _exit_code(self, process: "subprocess.Popen[bytes]") -> int:
-        """Return the exit code of a process that closed its streams. Raise MediaError if it was ended from outside."""
-        try:
-            code = process.wait(self._stall)
-        except subprocess.TimeoutExpired:
-            self.close()
-            raise MediaError("timeout", f"ffmpeg did not exit within {self._stall:.0f} s") from None
-        if code in KILL_SIGNALS:
-            raise MediaError("killed", f"ffmpeg was ended from outside with {KILL_SIGNALS[code].name}")
-        return code
-
-    def _pump(self, wanted: Mapping[str, int]) -> None:
-        """Read the pipes into the buffers; of separate processes, up to the `wanted` bytes of each stream.
-
-        Raise MediaError after `stall_seconds` without output, or at the time limit.
-        """
-        if len(self.processes) > 1:
-            self._listen(wanted)
-        for key, _ in self._wait_for_output():
-            if self._receive(key.data, key.fd) == 0:
-                self._selector.unregister(key.fileobj)
-                self._open.discard(key.data)
-
-    def _listen(self, wanted: Mapping[str, int]) -> None:
-        """Listen to the streams that lack some of the `wanted` bytes; the processes of the others wait."""
-        for name, pipe in self._streams.items():
-            listening = pipe in self._selector.get_map()
-            if name in self._open and len(self._buffers[name]) < wanted.get(name, 0):
-                if not listening:
-                    self._selector.register(pipe, selectors.EVENT_READ, name)
-            elif listening:
-                self._selector.unregister(pipe)
-
-    def _wait_for_output(self) -> list[tuple[selectors.SelectorKey, int]]:
-        """Return the pipes with output. Raise MediaError after `stall_seconds` without any, or at the time limit."""
-        now = time.monotonic()
-        ready: list[tuple[selectors.SelectorKey, int]] = []
-        if now < self._deadline:
-            ready = self._selector.select(max(0.0, min(self._last_output + self._stall, self._deadline) - now))
-        if time.monotonic() >= self._deadline:
-            self.close()
-            raise MediaError("time_limit", f"decoding took more than limits.wall_seconds={self._wall:g}")
-        if not ready and not self._is_reading():
-            self.close()
-            raise MediaError("timeout", f"no output of ffmpeg for {self._stall:.0f} s")
-        return ready
-
-    def _is_reading(self) -> bool:
-        """Return True if the process of audio alone has read more of the file: it may pass a part without audio."""
-        if self.video is not None and len(self.processes) == 1:
-            return False
-        try:
-            position = psutil.Process(self.processes[-1].pid).io_counters().read_chars
-        except (psutil.Error, AttributeError):  # ended, or a system without these counters
-            return False
-        moved, self._bytes_read = position > self._bytes_read, position
-        self._last_output = time.monotonic()
-        return moved
-
-    def _receive(self, name: str, file: int) -> int:
-        """Read a pipe into its buffer. Return the bytes read, 0 at the end."""
-        buffer = self._buffers[name]
-        count = buffer.receive(file, self._repeated if name == "audio" else 0)
-        if name == "audio":
-            self._repeated -= min(count, self._repeated)
-        if name == "unused":
-            buffer.drop(len(buffer))
-        if name in ("error", "audio_error"):
-            buffer.truncate(_ERROR_BYTES)
-        elif name != "scene" and count:
-            self._last_output = time.monotonic()
-        return count
 
 
 def _lines(buffer: PipeBuffer) -> list[str]:

@@ -72,16 +72,11 @@ def cut_spans(
         scenes=scenes or SceneConfig(threshold=None),
         origin=info.origin,
         until=until,
+        max_frames=max_frames,
     )
-    first = 0  # frame of the next span
-    scene = 0  # first frame of its scene
-    spans = 0  # spans of the scene so far
+    first, scene, spans = 0, 0, 0  # frame of the next span, first frame of its scene, spans of the scene so far
     while True:
         try:
-            if max_frames is not None and first >= max_frames:
-                raise MediaError(
-                    "too_many_frames", f"the source has more frames than limits.decoded_frames={max_frames}"
-                )
             portion = window.decode(first)
         except MediaError as error:
             if error.reason not in _ENDS or first == 0:
@@ -104,12 +99,17 @@ def cut_spans(
         else:
             break
     if window.limit is None or first + portion.length < max(1, window.limit):
-        try:
-            yield from _lost(decoder, claimed, origin=window.origin, frames=first + portion.length)
-        except MediaError as error:
-            if error.reason not in _ENDS or first + portion.length == 0:
-                raise
-            yield window.stalled(first + portion.length, claimed, error)
+        yield from _rest(decoder, window, claimed, first + portion.length)
+
+
+def _rest(decoder: Decoder, window: "_Window", claimed: float, frames: int) -> Iterator[Rejected]:
+    """Yield the reject of what is lost after the last of the decoded `frames`, if any."""
+    try:
+        yield from _lost(decoder, claimed, origin=window.origin, frames=frames)
+    except MediaError as error:
+        if error.reason not in _ENDS or frames == 0:
+            raise
+        yield window.stalled(frames, claimed, error)
 
 
 class _Window:
@@ -124,17 +124,24 @@ class _Window:
         scenes: SceneConfig,
         origin: float,
         until: float | None,
+        max_frames: int | None,
     ) -> None:
         self.origin = decoder.start - origin  # seconds of frame 0 after the origin of the source
         self.limit = None if until is None else round((until - self.origin) * decoder.fps)
         self._decoder, self._source = decoder, source
-        self._plan = plan
+        self._plan, self._max_frames = plan, max_frames
         self._margin = 0 if scenes.threshold is None else round(scenes.flash_seconds * decoder.fps)
         self._cuts = None if scenes.threshold is None else SceneCutDetector(scenes, self._margin)
         self._position = 0  # frames that were skipped
 
     def decode(self, first: int) -> _Portion:
-        """Return the stream from frame `first`, which must not be before that of the last call."""
+        """Return the stream from frame `first`, which must not be before that of the last call.
+
+        Raise MediaError if the decoder fails, or for more than `max_frames`.
+        """
+        if self._max_frames is not None and first >= self._max_frames:
+            detail = f"the source has more frames than limits.decoded_frames={self._max_frames}"
+            raise MediaError("too_many_frames", detail)
         decoder, full = self._decoder, self._plan.frames[-1]
         decoder.skip(first - self._position)
         self._position = first
