@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.installed
 TESTS ?= tests
 
@@ -19,7 +20,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Tests of pure functions: no child processes, no media files, no training.
 FAST := $(filter-out tests/mfcore/test_device.py,$(wildcard tests/mfcore/test_*.py)) tests/mfcore/codecs/test_embedded_codecs.py tests/mfcore/metrics tests/preprocessing/sources tests/preprocessing/dataset/test_schema.py tests/workflows/config tests/workflows/data/test_batch_sampler.py tests/workflows/jobs/test_submit.py tests/test_architecture.py tests/test_documentation.py tests/test_repository.py
 
-.PHONY: help venv ffmpeg chromium demo test test-fast test-slow test-browser check audit format clean
+.PHONY: help venv ffmpeg chromium demo test test-fast test-slow test-browser test-notebooks check docs audit licenses coverage format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -y -q "$$package"; \
 		else echo "Python's venv module is missing. Run: sudo apt-get install $$package" >&2; exit 2; fi; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) -e ".[dev]"
 	@touch $@
 
 ffmpeg: ## check for ffmpeg; install it with apt as root
@@ -64,10 +65,28 @@ chromium: # check for Chromium; install it with apt as root; without it the test
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -y -q --no-install-recommends chromium; fi
 
 test-browser: ffmpeg chromium $(STAMP) ## run the tests of the page in Chromium
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]"
+	$(PIP) -e ".[dev,browser]"
 	$(PY) -m pytest -q -m browser -rs tests/workflows/serving/test_page.py
 
-check: $(STAMP) ## run ruff, pyright and import-linter
+test-notebooks: $(STAMP) ## run the notebooks on the CPU
+	@$(PY) -c 'import nbmake' 2>/dev/null || $(PIP) -e ".[dev,notebooks]"
+	$(PY) -m pytest -q --nbmake --nbmake-timeout=120 notebooks
+
+docs: $(STAMP) ## build the site into build/site, strictly and without network
+	@$(PY) -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(PIP) -e ".[dev,docs]"
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=true $(PY) -m mkdocs build --quiet --strict
+
+licenses: $(STAMP) ## write the licenses of all installed packages into build/licenses.md
+	@$(PY) -c 'import piplicenses' 2>/dev/null || $(PIP) -e ".[dev,reports]"
+	@mkdir -p build
+	$(PY) -m piplicenses --from=mixed --order=license --format=markdown --with-urls > build/licenses.md
+	$(PY) -m piplicenses --from=mixed --summary --order=count
+
+coverage: ffmpeg flite $(STAMP) ## run the tests with coverage; report in build/coverage
+	@$(PY) -c 'import pytest_cov' 2>/dev/null || $(PIP) -e ".[dev,reports]"
+	$(PY) -m pytest -q -n 2 --dist loadfile --cov=mfcore --cov=preprocessing --cov=workflows --cov-report=term --cov-report=html:build/coverage $(TESTS)
+
+check: $(STAMP) docs ## run ruff, pyright and import-linter; build the site
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pyright --pythonpath $(PY)

@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or wrong input. See ``output.py`` fo
 """
 
 import sys
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 from typer.rich_utils import rich_format_error
@@ -30,7 +30,6 @@ app = typer.Typer(
     name="mfctl",
     help="Mutual Forcing: from media files to a streaming audio-video model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -47,6 +46,23 @@ for _panel, _functions in COMMANDS.items():
         app.command(rich_help_panel=_panel)(_function)
 app.add_typer(bench.app, rich_help_panel="Benchmarks")
 app.add_typer(jobs.app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        output.write_stdout(f"mfctl {version('mutual-forcing')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Mutual Forcing: from media files to a streaming audio-video model."""
 
 
 def main() -> None:
