@@ -68,6 +68,9 @@ from workflows.bench import preprocess_memory as bench_memory
 from workflows.bench import stream as bench_stream
 from workflows.bench import train as bench_train
 from workflows.bench import train_worker as bench_steps
+from workflows.bench.gpu import plan as gpu_plan
+from workflows.bench.gpu import results as gpu_results
+from workflows.bench.gpu.command import summarize as summarize_gpu
 from workflows.bench.matmul_overhead import MatmulOverhead
 from workflows.bench.variants import RoundTiming, Variant
 from workflows.checkpoints.layout import METADATA_FILE, OUTCOME_FILE, RUN_FILE
@@ -594,6 +597,22 @@ def jobs(folder: Path) -> Any:
         }
 
 
+def gpu_bench() -> dict[str, Any]:
+    """Return the files of ``mfctl bench gpu``, its parts, and the keys of its lines and of its result."""
+    with tempfile.TemporaryDirectory() as path:
+        folder = gpu_results.ResultFolder(Path(path) / "gpu", {"device": "cpu", "preset": "tiny"})
+        line = {"part": "stream", "case": "full 192x336 graphs", "seconds": 1.0, "at": 1.0}
+        folder.append(line | {"status": "done", "result": {"fps": 1.0}})
+        folder.append(line | {"case": "base 192x336 graphs", "status": "cut", "reason": "no time"})
+        return {
+            "files": list(gpu_results.FILES),
+            "parts": [part.name for part in gpu_plan.PARTS],
+            "lines": types_of(folder.records()),
+            "settings": contents_of(folder.path)[gpu_results.SETTINGS_FILE],
+            "result": types_of(summarize_gpu(folder, device="cpu", preset="tiny", seconds=1.0)),
+        }
+
+
 def bench_results(_: "Material") -> Any:
     """Return the keys of the results of ``mfctl bench`` from the functions that assemble them."""
     turn = RoundTiming(step_s=1.0, wait_s=0.0, cpu_s=1.0, loss=1.0)
@@ -630,6 +649,7 @@ def bench_results(_: "Material") -> Any:
         "train, variants": [*bench_train.VARIANTS, *bench_train.MUTUAL_VARIANTS, *bench_train.OTHER_VARIANTS],
         "preprocess": types_of(bench_preprocess._summary(turns, 1, 1)),
         "preprocess --memory": types_of(growth),
+        "gpu": gpu_bench(),
     }
 
 

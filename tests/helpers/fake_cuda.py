@@ -20,7 +20,15 @@ CUDA, META = 1, 14  # torch/headeronly/core/DeviceType.h
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.is_nonzero, aten.masked_select, aten._unique2)
 
-ALLOCATIONS = (aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.detach, aten.lift_fresh)
+ALLOCATIONS = (
+    aten._unsafe_view,
+    aten.empty,
+    aten.new_empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.detach,
+    aten.lift_fresh,
+)
 
 
 class HostSynchronizationError(AssertionError):

@@ -18,7 +18,7 @@ from typing import Any, TextIO, TypedDict
 
 from mfcore.errors import check_range
 from workflows.bench.gpu.plan import GRACE_SECONDS, START_SECONDS, Part, finished_cases, select_parts, time_limit
-from workflows.bench.gpu.results import FILES, LOG_FILE, ResultFolder
+from workflows.bench.gpu.results import FILES, LOG_FILE, SUMMARY_FILE, ResultFolder
 from workflows.bench.gpu.summary import format_summary
 from workflows.bench.gpu.targets import TargetResult, check_targets
 
@@ -188,13 +188,13 @@ def summarize(folder: ResultFolder, *, device: str, preset: str | None, seconds:
         "failed": count["failed"],
         "problems": problems,
         "targets": check_targets(latest),
-        "files": [name for name in FILES if (folder.path / name).exists()],
+        "files": [name for name in FILES if name == SUMMARY_FILE or (folder.path / name).exists()],
     }
 
 
 def format_table(result: GpuBenchResult) -> str:
     """Return the summary of the folder."""
-    return (Path(result["out"]) / "summary.txt").read_text().rstrip()
+    return (Path(result["out"]) / SUMMARY_FILE).read_text().rstrip()
 
 
 def _log(line: str) -> None:

@@ -17,7 +17,17 @@ from workflows.inference.precision import keep_in_fp32
 from workflows.utils.timing import time_call
 
 COPY_BYTES = {"cuda": 2 << 30, "cpu": 16 << 20}
-NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh")
+NO_KERNEL = (
+    "_unsafe_view",
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "lift_fresh",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
