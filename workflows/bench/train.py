@@ -148,10 +148,12 @@ def bench_config(
         raise UserInputError(
             f"the clips of the bench hold {CHUNKS} chunks, got data.chunks={config.data.chunks}. Lower data.chunks"
         )
-    return replace(config, data=replace(config.data, batch=config.data_parallel_size * _rows(config, tokens)))
+    return replace(
+        config, data=replace(config.data, batch=config.data_parallel_size * clips_for_tokens(config, tokens))
+    )
 
 
-def _rows(config: RunConfig, tokens: int) -> int:
+def clips_for_tokens(config: RunConfig, tokens: int) -> int:
     """Return the clips per rank with at least ``tokens``, in whole row cycles and micro-batches."""
     timeline = synthetic_data.synthetic_collator(config.model).timeline
     chunks = config.data.chunks[1]

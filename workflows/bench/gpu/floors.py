@@ -45,7 +45,7 @@ H200 = Rates(flops_per_s=780e12, bytes_per_s=4.3e12)
 
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Return the rates of this device."""
-    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+    source = torch.rand(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
     seconds = min(time_call(device, target.copy_, source)[0] for _ in range(5))

@@ -18,7 +18,7 @@ from workflows.bench import roofline
 from workflows.bench.gpu.memory import require_device_memory
 from workflows.bench.random_network import random_network
 from workflows.bench.reference_loop import dmd_loop, reference_loop
-from workflows.bench.train import bench_config
+from workflows.bench.train import bench_config, clips_for_tokens
 from workflows.bench.variants import EngineRunner, synthetic_batches, to_device
 from workflows.config.run import RunConfig
 from workflows.config.stage_names import Stage
@@ -114,6 +114,8 @@ def measure(case: TrainCase, options: WorkerOptions) -> dict[str, Any]:
 def case_config(case: TrainCase, *, tokens: int) -> RunConfig:
     """Return the configuration of one setting."""
     config = bench_config(stage=case.stage, preset=case.preset, workers=1, tokens=tokens, sets=(), chunks=case.chunks)
+    config = replace(config, data=replace(config.data, micro=None))  # stored activations of more clips do not fit
+    config = replace(config, data=replace(config.data, batch=clips_for_tokens(config, tokens)))
     engine = replace(config.engine, kind="torch", recompute=case.recompute, compile=case.compile)
     return replace(config, engine=engine)
 
