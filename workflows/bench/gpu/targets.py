@@ -14,7 +14,7 @@ class TargetResult(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class GpuTarget:
     """Bound on one number of a case, or on its ratio to the same number of another case."""
 
     part: str
@@ -46,26 +46,26 @@ class Target:
 SMALLEST = "full 192x336"
 TARGETS = {
     **{
-        f"frames per second at {size}": Target(part="stream", case=f"full {size} graphs", key="fps", bound=bound)
+        f"frames per second at {size}": GpuTarget(part="stream", case=f"full {size} graphs", key="fps", bound=bound)
         for size, bound in (("192x336", 60.0), ("480x768", 24.0), ("704x1280", 7.0))
     },
-    "first chunk in seconds": Target(
+    "first chunk in seconds": GpuTarget(
         part="stream", case=f"{SMALLEST} graphs", key="first_chunk_s", bound=0.3, kind="at most"
     ),
-    "chunk 500 over chunk 20": Target(
+    "chunk 500 over chunk 20": GpuTarget(
         part="stream", case=f"{SMALLEST} graphs", key="late_over_early", bound=1.05, kind="at most"
     ),
-    "memory at chunk 500 over chunk 20": Target(
+    "memory at chunk 500 over chunk 20": GpuTarget(
         part="stream", case=f"{SMALLEST} graphs", key="memory_late_over_early", bound=1.001, kind="at most"
     ),
     **{
-        f"speed-up of {switches.replace('-', ' and ')}": Target(
+        f"speed-up of {switches.replace('-', ' and ')}": GpuTarget(
             part="stream", case=f"{SMALLEST} {switches}", over=f"{SMALLEST} eager", key="fps", bound=1.02
         )
         for switches in ("graphs", "compile", "compile-graphs")
     },
-    "MFU of base, joint": Target(part="train", case="base joint", key="mfu", bound=0.45),
-    "MFU of base, joint, compiled": Target(part="train", case="base joint compile", key="mfu", bound=0.45),
+    "MFU of base, joint": GpuTarget(part="train", case="base joint", key="mfu", bound=0.45),
+    "MFU of base, joint, compiled": GpuTarget(part="train", case="base joint compile", key="mfu", bound=0.45),
 }
 """Targets by name; only cases of the presets ``full`` and ``base`` have them."""
 
