@@ -163,7 +163,7 @@ def describe(error: Exception) -> str:
 def release_memory(device: torch.device) -> bool:
     """Free the memory of the last case. Returns False if the device accepts no more work."""
     gc.collect()
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return True
     try:
         torch.cuda.synchronize(device)

@@ -181,7 +181,9 @@ def summarize(folder: ResultFolder, *, device: str, preset: str | None, seconds:
         "device": device,
         "preset": preset,
         "seconds": round(seconds, 1),
-        "complete": count["done"] > 0 and count["cut"] == count["failed"] == 0,
+        "complete": count["done"] > 0
+        and count["cut"] == count["failed"] == 0
+        and not any(r.get("case") == "device" for r in latest),
         "done": count["done"],
         "skipped": count["skipped"],
         "cut": count["cut"],
