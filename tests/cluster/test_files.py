@@ -183,18 +183,64 @@ def check_fields(schemas: dict[str, Any], name: str, value: dict[str, Any]) -> N
 # ------------------------------------------------------------------------------------------------------------- KubeRay
 
 
-@pytest.mark.parametrize("name", ["raycluster.yaml", *RAY_JOBS])
+CRD_FILES = {
+    "RayCluster": "ray.io_rayclusters.yaml",
+    "RayJob": "ray.io_rayjobs.yaml",
+    "RayService": "ray.io_rayservices.yaml",
+}
+
+
+def cluster_spec(name: str) -> dict[str, Any]:
+    """Return the cluster that a file of any kind describes."""
+    spec = load(f"kuberay/{name}")["spec"]
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayservice.yaml", *RAY_JOBS])
 def test_kuberays_crds_accept_the_file(name: str) -> None:
     if not CRDS.is_dir():
         pytest.skip(ELSEWHERE)
     manifest = load(f"kuberay/{name}")
-    crd = "ray.io_rayclusters.yaml" if manifest["kind"] == "RayCluster" else "ray.io_rayjobs.yaml"
+    crd = CRD_FILES[manifest["kind"]]
+    if not (CRDS / crd).is_file():
+        pytest.skip(f"no {crd} in ../shared/data/kuberay: only its cluster was checked")
     schema = crd_schema(crd, manifest["apiVersion"].split("/")[1])
     jsonschema.Draft7Validator(schema).validate(manifest)
     wrong = copy.deepcopy(manifest)
     wrong["spec"]["headGroupSpce"] = {}
     with pytest.raises(jsonschema.ValidationError, match="headGroupSpce"):
         jsonschema.Draft7Validator(schema).validate(wrong)
+
+
+def test_kuberays_crd_accepts_the_cluster_of_the_service() -> None:
+    if not CRDS.is_dir():
+        pytest.skip(ELSEWHERE)
+    schema = crd_schema("ray.io_rayclusters.yaml", "v1")["properties"]["spec"]
+    jsonschema.Draft7Validator(schema).validate(cluster_spec("rayservice.yaml"))
+
+
+def test_ray_serve_accepts_the_application_of_the_service() -> None:
+    schema = pytest.importorskip("ray.serve.schema", reason="Ray Serve is not installed: the extra serve")
+    from workflows.serving import deployment
+
+    spec = load("kuberay/rayservice.yaml")["spec"]
+    assert set(spec) == {
+        "rayClusterDeletionDelaySeconds",
+        "excludeHeadPodFromServeSvc",
+        "serveConfigV2",
+        "rayClusterConfig",
+    }
+    config = schema.ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.import_path == f"{deployment.__name__}:{deployment.application.__name__}"
+    arguments = deployment.LiveArguments(**application.args)
+    assert not arguments.local and arguments.token is None, "the token is in a Secret"
+    (group,) = cluster_spec("rayservice.yaml")["workerGroupSpecs"]
+    container = group["template"]["spec"]["containers"][0]
+    assert deployment.TOKEN_VARIABLE in [variable["name"] for variable in container["env"]]
+    assert (group["minReplicas"], group["maxReplicas"]) == (arguments.replicas, arguments.max_replicas)
+    assert (arguments.device, container["resources"]["limits"]["nvidia.com/gpu"]) == ("cuda", "1")
+    assert {"containerPort": config.http_options.port, "name": "serve"} in container["ports"]
 
 
 @pytest.mark.parametrize("name", RAY_JOBS)
@@ -227,12 +273,11 @@ def strict(schema: Any) -> Any:
     return made
 
 
-@pytest.mark.parametrize("name", ["raycluster.yaml", *RAY_JOBS])
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayservice.yaml", *RAY_JOBS])
 def test_kuberay_pods_are_unprivileged_and_share_one_folder(name: str) -> None:
     import ray
 
-    spec = load(f"kuberay/{name}")["spec"]
-    spec = spec.get("rayClusterSpec", spec)
+    spec = cluster_spec(name)
     assert spec["rayVersion"] == ray.__version__ == pins()["ray"]
     assert spec["authOptions"] == {"mode": "token"}, "KubeRay makes a token and gives it to every container"
     pods = [group["template"] for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]
@@ -247,13 +292,13 @@ def test_kuberay_pods_are_unprivileged_and_share_one_folder(name: str) -> None:
             assert "RAY_AUTH_MODE" not in str(container.get("env")), "KubeRay sets it"
     assert [c["name"] for pod in pods for c in pod["spec"]["containers"] if "envFrom" in c] == [
         "ray-head" if i == 0 else "ray-worker" for i in range(len(spec["workerGroupSpecs"]) + 1)
-    ] + (["ray-head"] if name == "raycluster.yaml" else []), "the pod that submits the job has no keys"
+    ] + ([] if name in RAY_JOBS else ["ray-head"]), "the pod that submits the job has no keys"
     check_kubernetes_token(spec)
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
         container = group["template"]["spec"]["containers"][0]
         assert {"name": "shared", "mountPath": "/shared"} in container["volumeMounts"]
         assert container["resources"]["limits"] == container["resources"]["requests"]
-        assert group.get("minReplicas", 0) == 0
+        assert group.get("minReplicas", 0) == (1 if group.get("groupName") == "live" else 0)
     claim = load("kuberay/storage.yaml")
     assert (
         claim["metadata"]["name"]

@@ -1,7 +1,7 @@
 """Arguments and options that several commands share, and parsers of option values."""
 
 from math import isfinite
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -10,6 +10,7 @@ from workflows.checkpoints.packaged import DEFAULT_MODEL, resolve_checkpoint
 from workflows.utils import environment
 
 CONFIGURATION = "Configuration"
+NETWORK = "Network"
 OUTPUT = "Output"
 """Panels of the help text."""
 
@@ -64,6 +65,19 @@ ConfigOverrides = Annotated[
         rich_help_panel=CONFIGURATION,
         help="Change of one setting, the value in YAML; repeatable.",
     ),
+]
+SolverSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        rich_help_panel=NETWORK,
+        show_default="4 in few-step mode, 50 in multi-step mode",
+        help="Solver steps per chunk.",
+    ),
+]
+Device = Annotated[
+    Literal["cpu", "cuda"] | None,
+    typer.Option("--device", rich_help_panel=NETWORK, show_default="cuda if available", help="Device."),
 ]
 ConfigFile = Annotated[
     str | None,

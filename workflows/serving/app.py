@@ -17,14 +17,14 @@ from workflows.serving import appearance
 from workflows.serving.access import AccessPolicy, MessageRate
 from workflows.serving.engine import ServerFullError
 from workflows.serving.protocol import MAX_MESSAGE_BYTES, SOCKET_PATH, SessionRequest
-from workflows.serving.realtime import RealtimeConnection, Reservations, describe_validation
+from workflows.serving.realtime import RealtimeConnection, describe_validation
+from workflows.serving.reservations import Reservations
 from workflows.serving.service import RequestRefusedError, SessionService
 from workflows.serving.videos import VideoOrders, add_videos
 
 PAGE = Path(__file__).parent / "page"
 STATUS_CODES = {"unknown_video": 404, "unknown_snapshot": 404, "not_ready": 409, "too_large": 413}
 """HTTP status by error code; 422 for others."""
-_MAX_RESERVED = 16
 SeedQuery = Annotated[int, Query(ge=0, le=appearance.MAX_SEED)]
 
 
@@ -123,20 +123,17 @@ def _add_status(app: FastAPI, service: SessionService) -> None:
 
 
 def _add_sessions(app: FastAPI, service: SessionService, policy: AccessPolicy) -> None:
-    reservations = Reservations()
+    reservations = Reservations(service)
 
     @app.post("/v1/sessions", status_code=201)
     async def create_session(request: Request) -> dict[str, str]:
         """Create a session; the WebSocket at ``url`` streams it."""
         wanted = await read_session_request(request)
-        if len(reservations) >= _MAX_RESERVED:
-            raise ServerFullError(service.engine.capacity, service.engine.active, service.engine.limits.retry_seconds)
-
         if wanted.resume is not None:
             session = await run_in_threadpool(service.resume, wanted.resume)
         else:
             session = await run_in_threadpool(service.prepare, wanted.spec())
-        name = reservations.add(session)
+        name = await run_in_threadpool(reservations.add, session)
         scheme = "wss" if request.url.scheme == "https" else "ws"
         url = f"{scheme}://{request.url.netloc}{SOCKET_PATH}?session_id={name}"
         return {"session_id": name, "url": url, "resume": session.key}

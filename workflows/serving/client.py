@@ -20,9 +20,13 @@ from preprocessing.media.mp4_boxes import without_description
 from workflows.serving.protocol import SOCKET_PATH
 
 OPEN_TIMEOUT_S = 20.0
-MESSAGE_TIMEOUT_S = 60.0  # without any message
-RESUME_ATTEMPTS = 10
-RESUME_WAIT_S = 1.0
+START_TIMEOUT_S = 60.0  # until the answer to session.start
+CHUNK_TIMEOUT_S = 60.0  # without a fragment
+PING_AFTER_S = 1.0  # without any message
+SILENCE_S = 2.5  # without any message, not even session.pong: the connection is lost. A proxy may hide the loss
+RESUME_ATTEMPTS = 12
+RESUME_WAIT_S = 0.2  # before the first attempt; doubles up to MAX_RESUME_WAIT_S
+MAX_RESUME_WAIT_S = 2.0
 
 
 class ServerRefusedError(UserInputError):
@@ -83,6 +87,7 @@ class LiveClient:
         self.messages: list[dict[str, Any]] = []  # all but fragments and their metadata
         self.done: dict[str, Any] | None = None
         self.close_code: int | None = None
+        self._pings = 0  # without answer, of this class
         self.send("session.start", **start)
         self.facts = self._expect_start()
 
@@ -92,7 +97,7 @@ class LiveClient:
 
     def _expect_start(self) -> dict[str, Any]:
         while True:
-            message = self._receive()
+            message = self._receive(START_TIMEOUT_S)
             if message is None:
                 raise ServerRefusedError("closed", f"the server closed the connection with code {self.close_code}")
             if isinstance(message, bytes):
@@ -102,27 +107,40 @@ class LiveClient:
             if message["type"] == "video.start":
                 return message
 
-    def _receive(self) -> dict[str, Any] | bytes | None:
-        """Return the next message, None at the end."""
-        try:
-            received = self._socket.recv(timeout=MESSAGE_TIMEOUT_S)
-        except ConnectionClosed as closed:
-            self.close_code = closed.rcvd.code if closed.rcvd else 1006
-            return None
-        except TimeoutError:
-            raise RuntimeError(f"the server sent nothing for {MESSAGE_TIMEOUT_S:.0f} s") from None
+    def _receive(self, silence: float = SILENCE_S) -> dict[str, Any] | bytes | None:
+        """Return the next message, None at the end or after ``silence`` seconds without a message."""
+        begin = time.monotonic()
+        while True:
+            try:
+                received = self._socket.recv(timeout=min(PING_AFTER_S, silence))
+                break
+            except ConnectionClosed as closed:
+                self.close_code = closed.rcvd.code if closed.rcvd else 1006
+                return None
+            except TimeoutError:
+                if time.monotonic() - begin >= silence - PING_AFTER_S / 2:
+                    self.close_code = 1006
+                    return None
+                with suppress(ConnectionClosed):
+                    self.send("session.ping")
+                    self._pings += 1
         if isinstance(received, bytes):
             return received
         message = json.loads(received)
-        self.messages.append(message)
+        if message["type"] == "session.pong" and self._pings:
+            self._pings -= 1
+        else:
+            self.messages.append(message)
         return message
 
     def fragments(self) -> Iterator[ReceivedFragment]:
         """Yield the fragments until the session or the connection ends."""
         metadata: dict[str, Any] = {}
-        while (message := self._receive()) is not None:
+        last = time.monotonic()
+        while (message := self._receive()) is not None and time.monotonic() - last < CHUNK_TIMEOUT_S:
             if isinstance(message, bytes):
                 yield ReceivedFragment(metadata=metadata, data=message)
+                last = time.monotonic()
             elif message["type"] == "video.chunk_metadata":
                 metadata = message
             elif message["type"] == "session.done":
@@ -130,7 +148,10 @@ class LiveClient:
 
     def acknowledge(self, fragment: ReceivedFragment) -> None:
         """Acknowledge a fragment as played, so that the server continues at full speed."""
-        seconds = (fragment.chunk + 1) * self.facts["chunk_seconds"]
+        self.play_to((fragment.chunk + 1) * self.facts["chunk_seconds"])
+
+    def play_to(self, seconds: float) -> None:
+        """Report the playhead."""
         with suppress(ConnectionClosed):  # the next message has the reason
             self.send("session.ack", played_to=seconds)
 
@@ -200,23 +221,28 @@ def write_live_clip(
 def _stream_into(
     clip: ClipFile, server: str, start: dict[str, Any], *, seconds: float, on_chunk: Callable[[int], None]
 ) -> tuple[dict[str, Any], int]:
-    start = start | {"seconds": seconds}
-    for attempt in range(RESUME_ATTEMPTS):
+    start = first = start | {"seconds": seconds}
+    failures = 0
+    while failures < RESUME_ATTEMPTS:
+        failures += 1
         try:
             with closing(LiveClient(server, start)) as client:
                 wanted = ceil(seconds / client.facts["chunk_seconds"])
                 clip.cut(client.facts["first_chunk"])
+                client.play_to(client.facts["start_seconds"])  # the state may be older than the last acknowledgment
                 for fragment in client.fragments():
                     clip.append(fragment)
+                    failures = 0
                     if fragment.is_last:
                         continue
                     on_chunk(clip.chunks)
                     client.acknowledge(fragment)
                 if client.done is not None and client.done["reason"] == "stopped":
                     return client.facts, wanted
-                start = {"resume": client.facts["resume"], "received": clip.chunks, "seconds": seconds}
+                again = {"resume": client.facts["resume"], "received": clip.chunks, "seconds": seconds}
+                start = again if clip.chunks else first
         except UserInputError:
-            if attempt == 0:
+            if start is first:
                 raise
-        time.sleep(RESUME_WAIT_S)
+        time.sleep(min(MAX_RESUME_WAIT_S, RESUME_WAIT_S * 2**failures))
     raise RuntimeError(f"the server ended the session after {clip.chunks} chunks and did not resume it")

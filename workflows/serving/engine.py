@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -27,6 +27,7 @@ from workflows.serving.talker import Talker
 _LOGGER = logging.getLogger(__name__)
 _ENCODER_BYTES = 8_000_000  # of the two encoders of a session, estimated
 _HOUSEKEEPING_S = 1.0
+_WRITERS = 4  # threads that store snapshots of running sessions
 _UNREAD = 4  # news of a client before its session pauses
 _CPU = torch.device("cpu")
 WARM_UP_TEXT = "Hello."
@@ -50,6 +51,7 @@ class EngineLimits:
     park_seconds: float = 10.0  # without progress before the cache leaves the GPU
     idle_seconds: float = 60.0  # without progress before the session ends
     retry_seconds: float = 5.0  # to try again when full
+    snapshot_seconds: float | None = None  # between snapshots of a running session; None: only when it ends
 
 
 @dataclass(kw_only=True)
@@ -67,6 +69,8 @@ class Place:
     stop: str | None = None  # reason
     wanted_since: float = field(default_factory=time.monotonic)
     last_chunk_at: float | None = None
+    stored_at: float | None = None  # of the last snapshot, in seconds of the monotonic clock
+    storing: Future[None] | None = None
 
 
 class ServingEngine:
@@ -82,11 +86,17 @@ class ServingEngine:
         self._changed = threading.Condition()
         self._stopping = False
         self._encoders = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="encoder")
+        self._writers = ThreadPoolExecutor(max_workers=_WRITERS, thread_name_prefix="snapshots")
         self._worker = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Start the worker; ``ready`` is set after the warm-up."""
         self._worker.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Return True while the worker makes chunks."""
+        return self._worker.is_alive()
 
     @property
     def capacity(self) -> int:
@@ -177,7 +187,7 @@ class ServingEngine:
     # worker
 
     def _run(self) -> None:
-        with self._encoders:
+        with self._encoders, self._writers:
             self._warm_up()
             self._serve()
 
@@ -265,6 +275,8 @@ class ServingEngine:
                 continue
             with self._changed:
                 self._deliver(place, chunk, rows=len(group), made_ms=1e3 * (time.perf_counter() - begin))
+        for place in group:
+            self._store_regularly(place)
 
     def _deliver(self, place: Place, made: MadeChunk, *, rows: int, made_ms: float) -> None:
         now, session = time.monotonic(), place.session
@@ -298,6 +310,8 @@ class ServingEngine:
         """Store the snapshots of a session, and end it if requested."""
         session, reason, key = place.session, place.stop, None
         try:
+            if place.storing is not None:
+                wait([place.storing])  # an older state must not replace a newer one
             if place.want_snapshot:
                 place.want_snapshot = False
                 self._store_snapshot(session, own_key := new_key())
@@ -307,6 +321,8 @@ class ServingEngine:
                 key = session.key
             elif reason == "stopped":
                 place.outbox.put(ChunkNews(made=session.close()))
+                if place.storing is not None:
+                    self.snapshots.remove(session.key)
         except Exception:
             _LOGGER.exception("a session cannot be stored or ended")
             reason = reason and "failed"
@@ -317,11 +333,29 @@ class ServingEngine:
             place.outbox.put(SessionEnd(reason=reason, key=key, seconds=session.made_seconds))
 
     def _store_snapshot(self, session: Session, key: str) -> None:
+        self.snapshots.write(key, self._pack(session))
+
+    def _pack(self, session: Session) -> bytes:
         with self._changed:
             changes = session.reserve()
             session.reserved = session.row.chunk  # no chunk begins
         session.apply(changes)
-        self.snapshots.write(key, pack_session(session))
+        return pack_session(session)
+
+    def _store_regularly(self, place: Place) -> None:
+        """Begin to store the state of a running session if its last snapshot is too old."""
+        every, now = self.limits.snapshot_seconds, time.monotonic()
+        if every is None or place.stop or (place.stored_at is not None and now - place.stored_at < every):
+            return
+        if place.storing is None or place.storing.done():
+            place.stored_at = now
+            place.storing = self._writers.submit(self._write_state, place.session.key, self._pack(place.session))
+
+    def _write_state(self, key: str, data: bytes) -> None:
+        try:
+            self.snapshots.write(key, data)
+        except Exception:
+            _LOGGER.exception("the state of a running session cannot be stored")
 
     def _fail(self, places: Sequence[Place]) -> None:
         with self._changed:

@@ -15,6 +15,7 @@ from workflows.serving.access import MessageRate
 from workflows.serving.engine import ServerFullError
 from workflows.serving.outbox import AsyncOutbox, ChunkNews, SessionEnd, SnapshotNews
 from workflows.serving.protocol import SessionAck, SessionCommand, SessionInteraction, SessionStart
+from workflows.serving.reservations import Reservations
 from workflows.serving.service import RequestRefusedError, SessionService, SessionSpec, missed_chunks
 from workflows.serving.session import Session
 
@@ -22,40 +23,7 @@ _LOGGER = logging.getLogger(__name__)
 START_TIMEOUT_S = 10.0
 MAX_PLAIN_CHARS = 16_000  # of a message without upload
 CLOSE_CODES = {"stopped": 1000, "idle": 4000, "shutdown": 1012, "failed": 1011, "left": 1000}
-RESERVED_SECONDS = 60.0
 _SLOW_CLIENT_S = 20.0  # in which a client must take one message
-
-
-class Reservations:
-    """Sessions of ``POST /v1/sessions`` that nobody has opened yet."""
-
-    def __init__(self) -> None:
-        self._sessions: dict[str, tuple[Session, float]] = {}
-
-    def add(self, session: Session) -> str:
-        """Keep a session for a while and return its name."""
-        name = secrets.token_hex(12)
-        self._drop_old()
-        self._sessions[name] = (session, time.monotonic())
-        return name
-
-    def take(self, name: str) -> Session:
-        """Return and remove a session. Raises RequestRefusedError if there is none."""
-        self._drop_old()
-        try:
-            return self._sessions.pop(name)[0]
-        except KeyError:
-            raise RequestRefusedError(
-                "unknown_session", "there is no such session, or it was opened or expired: create a new one"
-            ) from None
-
-    def _drop_old(self) -> None:
-        now = time.monotonic()
-        self._sessions = {n: (s, at) for n, (s, at) in self._sessions.items() if now - at < RESERVED_SECONDS}
-
-    def __len__(self) -> int:
-        self._drop_old()
-        return len(self._sessions)
 
 
 class RealtimeConnection:

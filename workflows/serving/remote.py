@@ -13,7 +13,7 @@ from preprocessing.speech.frontend import phonemes_of_text
 from workflows.inference.inputs import estimate_word_times
 from workflows.inference.prompt import DEFAULT_SECONDS, MAX_SECONDS, TAIL_SECONDS, ClipPrompt
 from workflows.serving.client import OPEN_TIMEOUT_S, socket_url, write_live_clip
-from workflows.serving.transcript import LEAD_SECONDS
+from workflows.serving.transcript import START_SECONDS
 from workflows.utils.output_file import check_output_file
 
 
@@ -66,7 +66,7 @@ def _clip_seconds(server: str, text: str) -> float:
     if not text.strip():
         return DEFAULT_SECONDS
     words = phonemes_of_text(text, start=0.0) if fetch_info(server)["english"] else estimate_word_times(text.split())
-    return LEAD_SECONDS + words[-1].end + TAIL_SECONDS if words else DEFAULT_SECONDS
+    return START_SECONDS + words[-1].end + TAIL_SECONDS if words else DEFAULT_SECONDS
 
 
 def fetch_info(server: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import FrameType
 
 import psutil
 import torch
@@ -87,8 +88,7 @@ class RunningServer(uvicorn.Server):
     @property
     def url(self) -> str:
         """Return the address of the page."""
-        host, port = self.socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        return page_url(*self.socket.getsockname()[:2])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections and start the warm-up."""
@@ -104,15 +104,29 @@ class RunningServer(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None]:
         """Stop on SIGINT and SIGTERM. Unlike the base class, do not raise the signal again at the end."""
-        if threading.current_thread() is not threading.main_thread():
+        with _signals_handled_by(self.handle_exit):
             yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def _signals_handled_by(handle: Callable[[int, FrameType | None], None]) -> Generator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stop_signals() -> Generator[threading.Event]:
+    """Yield an event that SIGINT and SIGTERM set."""
+    stop = threading.Event()
+    with _signals_handled_by(lambda number, frame: stop.set()):
+        yield stop
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -129,6 +143,17 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from None
     listener.set_inheritable(False)
     return listener
+
+
+def claim_port(options: ServerOptions) -> int:
+    """Return the port of the options, any free one for 0. Raises UserInputError if it cannot be used."""
+    with _bind(options.host, options.port) as listener:
+        return listener.getsockname()[1]
+
+
+def page_url(host: str, port: int) -> str:
+    """Return the address of the page."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 def run_server(talker: Talker, options: ServerOptions, *, on_ready: Callable[[str], None]) -> None:
@@ -166,24 +191,17 @@ def background_server(talker: Talker, options: ServerOptions, *, timeout: float 
         thread.join(timeout)
 
 
-def serve_checkpoint(
-    checkpoint: str,
-    *,
-    host: str,
-    port: int,
-    token: str | None,
-    sessions: int,
-    snapshots: str | None,
-    steps: int | None,
-    device: str | None,
-    on_ready: Callable[[str], None],
-) -> None:
-    """Load a network and serve it. Raises UserInputError for wrong input, before the network is loaded if possible."""
-    options = ServerOptions(
-        host=host, port=port, token=token, snapshots=snapshots, limits=EngineLimits(sessions=sessions)
-    )
+def load_talker(checkpoint: str, *, steps: int | None, device: str | None) -> Talker:
+    """Load a network. Raises UserInputError for wrong input."""
     check_range("--steps", steps, 1, MAX_STEPS)
     name = os.path.basename(checkpoint.rstrip("/"))
-    talker = Talker.from_checkpoint(checkpoint, name=name, steps=steps, device=device)
+    return Talker.from_checkpoint(checkpoint, name=name, steps=steps, device=device)
+
+
+def serve_checkpoint(
+    options: ServerOptions, *, checkpoint: str, steps: int | None, device: str | None, on_ready: Callable[[str], None]
+) -> None:
+    """Load a network and serve it. Raises UserInputError for wrong input."""
+    talker = load_talker(checkpoint, steps=steps, device=device)
     limits = replace(options.limits, memory_bytes=free_memory(talker.device))
     run_server(talker, replace(options, limits=limits), on_ready=on_ready)

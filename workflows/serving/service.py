@@ -151,9 +151,13 @@ class SessionService:
         """Return the session of a snapshot. Raises RequestRefusedError, ServerFullError."""
         self.engine.check_place()
         try:
-            return unpack_session(self.engine.snapshots.read(key), self.talker)
+            data = self.engine.snapshots.read(key)
+            session = unpack_session(data, self.talker)
         except UserInputError as error:
             raise RequestRefusedError("unknown_snapshot", str(error)) from None
+        if self.engine.limits.snapshot_seconds is not None:
+            self.engine.snapshots.write(session.key, data)  # this server may end before the first chunk
+        return session
 
     def open(
         self,

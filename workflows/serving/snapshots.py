@@ -7,6 +7,7 @@ random: a client with the key may continue the clip.
 import json
 import re
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -47,6 +48,11 @@ class SnapshotStore:
         self._store = None if uri is None else Store(uri)
         self._memory: OrderedDict[str, bytes] = OrderedDict()
 
+    @property
+    def shared(self) -> Store | None:
+        """Return the place that other servers can read, None in memory."""
+        return self._store
+
     def write(self, key: str, data: bytes) -> None:
         """Store a snapshot, in place of an earlier one of this key. Raises InfrastructureError."""
         if self._store is not None:
@@ -63,6 +69,17 @@ class SnapshotStore:
             return self._memory[key] if self._store is None else self._store.read(_file(key))
         except (KeyError, FileNotFoundError):
             raise UserInputError(f"no snapshot has the key {key!r}: use a key of this server") from None
+
+    def remove(self, key: str) -> None:
+        """Delete a snapshot, if it exists. Raises InfrastructureError."""
+        if self._store is None:
+            self._memory.pop(key, None)
+        else:
+            self._store.remove(_file(key))
+
+    def exists(self, key: str) -> bool:
+        """Return True if there is a snapshot of this key. Raises InfrastructureError."""
+        return key in self._memory if self._store is None else self._store.exists(_file(key))
 
 
 def _file(key: str) -> str:
@@ -82,6 +99,8 @@ def pack_session(session: Session) -> bytes:
     tensors["sent"] = torch.frombuffer(bytearray(b"".join(c.data for c in session.sent) or b"\0"), dtype=torch.uint8)
     facts = {
         "format": FORMAT,
+        "key": session.key,
+        "packed_at": time.time(),
         "network": session.talker.fingerprint,
         "chunk": row.chunk,
         "seed": row.seed,
@@ -96,8 +115,16 @@ def pack_session(session: Session) -> bytes:
     return save(whole, metadata={"session": json.dumps(facts)})
 
 
-def unpack_session(data: bytes, talker: Talker) -> Session:
-    """Return the session of a snapshot. Raises UserInputError for damaged data or a snapshot of another network."""
+def packed_at(data: bytes) -> float:
+    """Return the time of a snapshot in seconds since the epoch. Raises UserInputError for damaged data."""
+    return float(_facts(data).get("packed_at", 0.0))
+
+
+def unpack_session(data: bytes, talker: Talker, *, keep_key: bool = False) -> Session:
+    """Return the session of a snapshot, with a new key unless ``keep_key``.
+
+    Raises UserInputError for damaged data or a snapshot of another network.
+    """
     facts = _facts(data)
     if facts.get("network") != talker.fingerprint:
         raise UserInputError("the snapshot is of another network or another number of steps: resume it where it began")
@@ -111,7 +138,8 @@ def unpack_session(data: bytes, talker: Talker) -> Session:
         chunk=facts["chunk"],
         seed=facts["seed"],
     )
-    session = Session(talker, row, key=new_key(), state=_unpack_muxer(facts["muxer"], tensors))
+    key = facts["key"] if keep_key else new_key()
+    session = Session(talker, row, key=key, state=_unpack_muxer(facts["muxer"], tensors))
     session.decoder.load_state(_under("decoder.", tensors))
     session.words.words = [Word(word=w, start=s, end=e) for w, s, e in facts["words"]]
     session.words.end = facts["words_end"]

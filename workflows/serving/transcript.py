@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from mfcore.errors import UserInputError
 from preprocessing.records import Word
 
-LEAD_SECONDS = 0.1  # between the start of a chunk and the first word
+START_SECONDS = 0.1  # before the first word of a clip
+LEAD_SECONDS = 0.5  # between the start of the next chunk and the first word: the network reads words before they begin
 GAP_SECONDS = 0.3  # between two texts
 MAX_SCHEDULED_SECONDS = 600.0  # between now and the end of the last word
 
@@ -28,7 +29,8 @@ class ScheduledWords:
                 f"{self.end - now:.0f} s of text wait to be spoken: send more text when they are below "
                 f"{MAX_SCHEDULED_SECONDS:.0f} s"
             )
-        start = max(now + LEAD_SECONDS, self.end + GAP_SECONDS if self.end else 0.0) - words[0].start
+        lead = LEAD_SECONDS if now else START_SECONDS
+        start = max(now + lead, self.end + GAP_SECONDS if self.end else 0.0) - words[0].start
         moved = [replace(w, start=w.start + start, end=w.end + start) for w in words]
         self.words += moved
         self.end = moved[-1].end
