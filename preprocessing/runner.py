@@ -276,7 +276,7 @@ class _SourceWarnings:
 def _run_on_ray(
     units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig
 ) -> Iterator[tuple[dict[str, Any], dict[str, float], list[str]]]:
-    """Yield the marker, the seconds of each step and the warnings of each unit as it is finished."""
+    """Yield the marker, the seconds of each step and the warnings of each finished unit."""
     start_ray()
     import ray
 

@@ -110,7 +110,7 @@ def _process(
     progress: ProgressCallback | None,
     spent: dict[str, float],
 ) -> None:
-    """Process the missing units, and those whose files are found to be damaged; then write the counts."""
+    """Process the missing units, and those with damaged files; then write the counts."""
     for _ in range(2):
         _run(missing, units, store, token=token, config=config, progress=progress, spent=spent)
         damaged = _finish(store, config, units, token=token)

@@ -98,7 +98,7 @@ def test_one_of_several_takers_succeeds_without_hard_links(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_one_of_several_takers_succeeds_on_s3(tmp_path):
     with s3_server(tmp_path / "log"):
         check_races(lambda number: Store(f"s3://{BUCKET}/race{number}"), 1000)
