@@ -23,9 +23,11 @@ from mfcore.model.config import ModelConfig
 from mfcore.model.transformer import AVTransformer, build_model
 from mfcore.weights import load_strict
 from preprocessing.io.storage import Store, is_remote
+from workflows.checkpoints import hub_folder
 from workflows.checkpoints.layout import METADATA_FILE, RUN_FILE
 from workflows.checkpoints.model_card import ExportMetadata
 from workflows.checkpoints.packaged import packaged_folder, packaged_names
+from workflows.checkpoints.registered import download_model, is_registered_model
 from workflows.checkpoints.store import (
     COMPLETE_FILE,
     DAMAGE_HINT,
@@ -50,6 +52,8 @@ def locate_export(path: str | Path) -> str:
     """
     if is_remote(str(path)):
         return _locate_remote(str(path).rstrip("/"))
+    if is_registered_model(str(path)):
+        return str(download_model(str(path)))
     folder = Path(path)
     if not folder.exists():
         if packaged := packaged_folder(str(path)):
@@ -61,6 +65,9 @@ def locate_export(path: str | Path) -> str:
         )
     if (folder / METADATA_FILE).exists():
         return str(folder)
+    if hub_folder.is_hub_folder(folder):
+        hub_folder.read_config(folder)
+        return str(folder)
     if (folder / RUN_FILE).exists() and not (folder / "export").exists():
         return _latest_intact(checkpoint_root(folder, _checkpoint_setting(folder)), folder)
     if (folder / "checkpoints").is_dir():
@@ -71,7 +78,8 @@ def locate_export(path: str | Path) -> str:
         verify_export(folder / "export", [])
         return str(folder)
     raise UserInputError(
-        f"{folder} is neither a run, a checkpoint nor an export: it has no checkpoints/ and no {METADATA_FILE}"
+        f"{folder} is neither a run, a checkpoint nor an export: it has no checkpoints/, no {METADATA_FILE} and no "
+        "config.json. Name a run, a checkpoint, a folder of `mfctl export` or a packaged model"
     )
 
 
@@ -85,7 +93,8 @@ def find_export(path: str | Path) -> Path:
         root, _, name = located.rpartition("/")
         return CheckpointStore(root).download(name, "export/") / "export"
     folder = Path(located)
-    return folder if (folder / METADATA_FILE).exists() else folder / "export"
+    is_export = (folder / METADATA_FILE).exists() or hub_folder.is_hub_folder(folder)
+    return folder if is_export else folder / "export"
 
 
 def _checkpoint_setting(run_dir: Path) -> str | None:
@@ -142,6 +151,9 @@ def verify_export(export: Path, files: Sequence[Path]) -> None:
 
     An export that was copied without its checkpoint has no checksums. Raises UserInputError for a damaged file.
     """
+    if is_hub_export(export):
+        hub_folder.verify_hub_files(export, files)
+        return
     marker = export.parent / COMPLETE_FILE
     if export.name != "export" or not marker.exists():
         return
@@ -155,8 +167,13 @@ def verify_export(export: Path, files: Sequence[Path]) -> None:
 
 
 def load_metadata(path: str | Path) -> ExportMetadata:
-    """Return the ``model.json`` of a run, checkpoint or export; UserInputError if it is damaged or cannot be read."""
+    """Return the metadata of a run, checkpoint or export. Raises UserInputError if they are damaged."""
     export = find_export(path)
+    if is_hub_export(export):
+        try:
+            return serialization.from_dict(ExportMetadata, hub_folder.read_metadata_fields(export))
+        except ValueError as error:
+            raise UserInputError(f"{export} cannot be read: {error}") from None
     file = export / METADATA_FILE
     verify_export(export, [file])
     try:
@@ -165,11 +182,20 @@ def load_metadata(path: str | Path) -> ExportMetadata:
         raise UserInputError(f"{file} cannot be read: {error}. {DAMAGE_HINT}") from None
 
 
+def is_hub_export(export: Path) -> bool:
+    """Return True for a folder of `mfctl export`; a ``model.json`` in the folder takes precedence."""
+    return not (export / METADATA_FILE).exists() and hub_folder.is_hub_folder(export)
+
+
 def weight_files(export: Path, weights: WeightKind) -> list[Path]:
     """Return the files of these weights in an export folder: one file, or all shards.
 
     Raises ValueError if a file is missing.
     """
+    if is_hub_export(export):
+        if weights != "ema":
+            raise UserInputError(f"{export} has no {weights} weights: use the checkpoint that it was exported from")
+        return hub_folder.hub_weight_files(export)
     whole = export / f"{weights}.safetensors"
     if whole.exists():
         return [whole]

@@ -1,9 +1,6 @@
-"""Models inside the Python package: ``workflows/models/NAME/`` is an export with a card.
+"""Models inside the Python package, and model cards: ``workflows/models/NAME/`` is a folder of ``mfctl export``.
 
-model.json        export metadata
-ema.safetensors   EMA weights, matrices in bfloat16; they load as float32
-card.json         data, commands, training time, metrics, limits and license
-card.md           the same as text
+Matrices are stored in bfloat16; they load as float32. See ``workflows.checkpoints.hub_folder`` for the files.
 
 A name is resolved without torch: the command line does so for every checkpoint argument.
 """
@@ -15,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mfcore.errors import UserInputError
-from workflows.checkpoints.layout import METADATA_FILE
+from workflows.checkpoints.layout import CARD_FILE, CONFIG_FILE
 from workflows.utils import environment
 
 MODELS_DIR = Path(__file__).resolve().parents[1] / "models"
 DEFAULT_MODEL = "toy-talker"
 """Model of `generate` and `serve` without a checkpoint."""
-CARD_FILE, CARD_TEXT_FILE, WEIGHTS_FILE = "card.json", "card.md", "ema.safetensors"
 MAX_BYTES = 12_000_000  # of all packaged weights
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -48,6 +44,16 @@ class CardEvaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CardPoint:
+    """One setting of the sweep, as means over noise seeds."""
+
+    mode: str
+    steps: int
+    nfe: int  # function evaluations per chunk
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """Content of ``card.json``."""
 
@@ -59,16 +65,19 @@ class ModelCard:
     parameters: int
     data: str  # description of the training set
     commands: tuple[str, ...]  # that reproduce the training
-    training_hours: float
-    training_machine: str
+    training_hours: float | None = None
+    training_machine: str | None = None
     limits: tuple[str, ...]
     evaluation: CardEvaluation | None = None
     metrics: dict[str, CardMetric]
+    dataset: str | None = None  # fingerprint of the preprocessing
+    samples_seen: int | None = None  # clips, with repetitions
+    sweep: tuple[CardPoint, ...] = ()
 
 
 def packaged_names() -> list[str]:
     """Return the names of the packaged models."""
-    return sorted(file.parent.name for file in MODELS_DIR.glob(f"*/{METADATA_FILE}"))
+    return sorted(file.parent.name for file in MODELS_DIR.glob(f"*/{CONFIG_FILE}"))
 
 
 def check_name(name: str) -> None:
@@ -82,11 +91,13 @@ def packaged_folder(name: str) -> Path | None:
     if not _NAME.fullmatch(name):
         return None
     folder = MODELS_DIR / name
-    return folder if (folder / METADATA_FILE).is_file() else None
+    return folder if (folder / CONFIG_FILE).is_file() else None
 
 
 def resolve_checkpoint(text: str) -> str:
     """Return an absolute path or a URI; the name of a packaged model is unchanged unless a file has this name."""
+    if text.startswith("models:/"):  # of a registry
+        return text
     path = environment.resolve_path(text)
     return text if packaged_folder(text) is not None and not Path(path).exists() else path
 
@@ -106,15 +117,20 @@ def model_card(name: str) -> ModelCard:
     Raises:
         UserInputError: There is no such model, or its card is damaged.
     """
-    from workflows.config import serialization  # pydantic: not at the start of the command line
-
     folder = packaged_folder(name)
     if folder is None:
         raise UserInputError(f"{name!r} is not a packaged model. Use one of {', '.join(packaged_names()) or '(none)'}")
+    return read_card(folder, remedy="Install the package again")
+
+
+def read_card(folder: Path, *, remedy: str = "Copy or download the whole folder again") -> ModelCard:
+    """Return the card of an exported folder. Raises UserInputError if it is missing or damaged."""
+    from workflows.config import serialization  # pydantic: not at the start of the command line
+
     try:
         return serialization.from_dict(ModelCard, json.loads((folder / CARD_FILE).read_text()))
     except (OSError, ValueError) as error:
-        raise UserInputError(f"{folder / CARD_FILE} cannot be read: {error}. Install the package again") from None
+        raise UserInputError(f"{folder / CARD_FILE} cannot be read: {error}. {remedy}") from None
 
 
 def list_models() -> dict[str, Any]:

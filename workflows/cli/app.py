@@ -14,6 +14,7 @@ from typer.rich_utils import rich_format_error
 from workflows.cli import bench, evaluate, jobs, output, study
 from workflows.cli.data import inspect, manifest, preprocess, reconstruct, toyworld
 from workflows.cli.errors import describe_error
+from workflows.cli.export import export, register
 from workflows.cli.generate import generate
 from workflows.cli.models import models
 from workflows.cli.serve import serve
@@ -37,7 +38,7 @@ COMMANDS = {
     "System": (doctor, demo, mlflow),
     "Data": (toyworld, manifest, preprocess, inspect, reconstruct),
     "Training": (train,),
-    "Generation and evaluation": (generate, serve, evaluate.evaluate, models, study.study),
+    "Generation and evaluation": (generate, serve, evaluate.evaluate, models, export, register, study.study),
 }
 """Commands by panel of the help text."""
 

@@ -35,7 +35,7 @@ def format_models(found: dict[str, Any]) -> str:
             "training": f"{model['training_hours']:g} hours on {model['training_machine']}",
             "license": model["license"],
             "metrics": ", ".join(f"{name} {_value(metric)}" for name, metric in metrics) or "none",
-            "card": f"{model['path']}/card.md",
+            "card": f"{model['path']}/README.md",
         }
         lines = [f"{model['name']}: {model['summary']}", *(f"  {name:<12}{value}" for name, value in facts.items())]
         paragraphs.append("\n".join(lines))

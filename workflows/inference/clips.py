@@ -10,8 +10,8 @@ import numpy as np
 
 from mfcore.solver import Mode, SamplerName
 from preprocessing.records import Frames, Waveform, Word
-from workflows.inference.generate import ClipFormat, DecodedChunk, decode_clip, write_chunks
-from workflows.inference.pipeline import StreamingPipeline
+from workflows.inference.decoding import ClipFormat, DecodedChunk, decode_clip, write_chunks
+from workflows.inference.latents import LatentPipeline
 from workflows.inference.prompt import EncodedPrompt, FrameSource, TranscriptSource, VoiceSource, encode_prompt
 from workflows.inference.sampling import resolve_sampling_params
 from workflows.utils.output_file import check_output_file
@@ -78,20 +78,20 @@ class GeneratedClip:
 
 
 def stream_clip(
-    pipeline: StreamingPipeline, transcript: TranscriptSource | None, options: ClipOptions
+    pipeline: LatentPipeline, transcript: TranscriptSource | None, options: ClipOptions
 ) -> Iterator[DecodedChunk]:
     """Check the input, then return an iterator over the chunks of a clip. Raises UserInputError for wrong input."""
     return _start(pipeline, transcript, options)[1]
 
 
-def make_clip(pipeline: StreamingPipeline, transcript: TranscriptSource | None, options: ClipOptions) -> GeneratedClip:
+def make_clip(pipeline: LatentPipeline, transcript: TranscriptSource | None, options: ClipOptions) -> GeneratedClip:
     """Return a whole clip. Raises UserInputError for wrong input."""
     prompt, chunks = _start(pipeline, transcript, options)
     return GeneratedClip(chunks=list(chunks), words=prompt.words, format=ClipFormat.of(pipeline))
 
 
 def _start(
-    pipeline: StreamingPipeline, transcript: TranscriptSource | None, options: ClipOptions
+    pipeline: LatentPipeline, transcript: TranscriptSource | None, options: ClipOptions
 ) -> tuple[EncodedPrompt, Iterator[DecodedChunk]]:
     seed = options.get("seed", 0)
     params = resolve_sampling_params(

@@ -23,14 +23,14 @@ from preprocessing.sources.discovery import parse_transcript
 from preprocessing.sources.subtitles import parse_subtitles
 from preprocessing.speech.frontend import phonemes_of_text, phonemes_of_words
 from preprocessing.toyworld.first_frame import MAX_DISTANCE, character_distance, draw_first_frame, world_config
-from workflows.inference.pipeline import StreamingPipeline
+from workflows.inference.latents import LatentPipeline
 
 SYLLABLES_PER_SECOND = 4.5  # a slow speaker
 SUBTITLE_SUFFIXES = (".srt", ".vtt")
 PAUSE_SECONDS = 0.1  # seconds between words with estimated times
 
 
-def read_or_draw_first_frame(path: str | None, pipeline: StreamingPipeline, seed: int) -> tuple[Tensor | None, str]:
+def read_or_draw_first_frame(path: str | None, pipeline: LatentPipeline, seed: int) -> tuple[Tensor | None, str]:
     """Return the first frame and a caption of it; without a path, a network of a toy world gets a drawn character.
 
     The caption is empty for a frame that was not drawn. A network without video gets no frame.
@@ -44,7 +44,7 @@ def read_or_draw_first_frame(path: str | None, pipeline: StreamingPipeline, seed
     return torch.from_numpy(drawn.pixels.copy()), drawn.caption
 
 
-def read_first_frame(path: str | None, pipeline: StreamingPipeline) -> Tensor | None:
+def read_first_frame(path: str | None, pipeline: LatentPipeline) -> Tensor | None:
     """Read an image or the first frame of a video, scaled and center-cropped to the frame size.
 
     Raises UserInputError for a file without a picture, and for a picture without a character of the toy world if the
@@ -70,7 +70,7 @@ def _check_character(path: str, frame: Tensor) -> None:
     )
 
 
-def _read_frame(path: str, pipeline: StreamingPipeline) -> Tensor:
+def _read_frame(path: str, pipeline: LatentPipeline) -> Tensor:
     file, (height, width) = Path(path), pipeline.frame_size
     if not file.exists():
         raise UserInputError(f"--first-frame {path}: no such file")
@@ -101,7 +101,7 @@ def fit_frame(image: Image.Image, frame_size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy())
 
 
-def _read_first_video_frame(path: str, pipeline: StreamingPipeline) -> Tensor:
+def _read_first_video_frame(path: str, pipeline: LatentPipeline) -> Tensor:
     try:
         frames, _ = decode_range(
             path, start=0.0, end=1.0, fps=pipeline.fps, size=pipeline.frame_size, sample_rate=16000
@@ -113,7 +113,7 @@ def _read_first_video_frame(path: str, pipeline: StreamingPipeline) -> Tensor:
     return torch.from_numpy(frames[0].copy())
 
 
-def read_voice(path: str, pipeline: StreamingPipeline) -> Tensor:
+def read_voice(path: str, pipeline: LatentPipeline) -> Tensor:
     """Read at most 30 seconds of audio from a media file."""
     if not Path(path).exists():
         raise UserInputError(f"--voice {path}: no such file")

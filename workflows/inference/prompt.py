@@ -16,7 +16,7 @@ from mfcore.types import AUDIO, Condition
 from preprocessing.records import Word
 from preprocessing.speech.frontend import phonemes_of_words
 from workflows.inference.inputs import fit_frame, read_or_draw_first_frame, read_transcript, read_voice
-from workflows.inference.pipeline import StreamingPipeline
+from workflows.inference.latents import LatentPipeline
 
 FrameSource = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """File with an image or video, or pixels uint8 (H, W, 3)."""
@@ -55,7 +55,7 @@ class EncodedPrompt:
 
 
 def encode_prompt(
-    pipeline: StreamingPipeline,
+    pipeline: LatentPipeline,
     *,
     first_frame: FrameSource | None = None,
     transcript: TranscriptSource | None = None,
@@ -89,7 +89,7 @@ def encode_prompt(
 
 
 def _words(
-    pipeline: StreamingPipeline, transcript: TranscriptSource | None, *, speed: float, pauses: float
+    pipeline: LatentPipeline, transcript: TranscriptSource | None, *, speed: float, pauses: float
 ) -> tuple[list[Word], bool]:
     kind = pipeline.metadata.transcript
     if transcript is None or isinstance(transcript, str | Path):
@@ -98,7 +98,7 @@ def _words(
     return (phonemes_of_words(words) if kind == "phonemes" else words), False
 
 
-def _frame_of_pixels(pipeline: StreamingPipeline, frame: Image.Image | NDArray[np.uint8] | Tensor) -> Tensor:
+def _frame_of_pixels(pipeline: LatentPipeline, frame: Image.Image | NDArray[np.uint8] | Tensor) -> Tensor:
     """Return pixels scaled and cropped to the frame size."""
     if not isinstance(frame, Image.Image):
         pixels = np.asarray(frame)
@@ -110,7 +110,7 @@ def _frame_of_pixels(pipeline: StreamingPipeline, frame: Image.Image | NDArray[n
     return fit_frame(frame.convert("RGB"), pipeline.frame_size)
 
 
-def _samples(pipeline: StreamingPipeline, voice: VoiceSource) -> Tensor:
+def _samples(pipeline: LatentPipeline, voice: VoiceSource) -> Tensor:
     if isinstance(voice, str | Path):
         return read_voice(str(voice), pipeline)
     samples = torch.as_tensor(voice)

@@ -19,7 +19,8 @@ from preprocessing.speech.frontend import phonemes_of_text
 from workflows.checkpoints.load import load_export
 from workflows.config import serialization
 from workflows.inference.inputs import estimate_word_times
-from workflows.inference.pipeline import NonFiniteActivationError, StreamingPipeline
+from workflows.inference.latents import NonFiniteActivationError
+from workflows.inference.pipeline import StreamingPipeline
 from workflows.inference.precision import Precision, cast_weights, default_precision
 from workflows.inference.sampling import resolve_sampling_params
 from workflows.serving.batching import ChunkSampler, ClipRow

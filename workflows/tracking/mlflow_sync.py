@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from workflows.tracking.mlflow_tracker import MlflowTracker, mlflow_enabled
+from workflows.tracking.mlflow_tracker import MLFLOW_HTTP_ENV, MlflowTracker, mlflow_enabled
 from workflows.tracking.tracker import (
     ARTIFACTS,
     DEDUP_TAG,
@@ -40,12 +40,6 @@ START_SECONDS = 15.0  # limit for the first attempt at the start of a run
 FLUSH_SECONDS = 30.0  # limit for the backlog at the end of a run
 RETRY_BACKOFF_S = (1.0, 60.0)  # seconds between attempts: the first, doubled up to the second
 BATCH_LINES = 50  # entries per request
-MLFLOW_HTTP_ENV = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-"""Defaults of MLflow's client: no retries inside it, because the sync thread retries and can be stopped."""
 
 _LOGGER = logging.getLogger(__name__)
 

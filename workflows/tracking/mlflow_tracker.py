@@ -2,13 +2,14 @@
 
 import fcntl
 import importlib.util
+import json
 import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workflows.tracking.tracker import (
     DEDUP_TAG,
@@ -21,11 +22,21 @@ from workflows.tracking.tracker import (
     Tracker,
 )
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 PARENT_RUN_TAG = "mlflow.parentRunId"  # tag of a child run
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Tag that makes MLflow's UI show an experiment as model training, not as one about language models. MLflow 3.17 uses
 the browser setting "Model training" or ``?workflowType=machine_learning`` in the address."""
 
+MLFLOW_HTTP_ENV = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+"""Defaults of MLflow's client: no retries inside it, because the sync thread retries and can be stopped."""
 _NON_METRIC_KEYS = ("step", "time", LATE_KEY)  # of an entry
 
 
@@ -42,6 +53,18 @@ def sqlite_lock(uri: str) -> Iterator[None]:
         yield
 
 
+def connect(uri: str) -> "MlflowClient":
+    """Return a client of a tracking server or store; the tables of a new SQLite store are created."""
+    from mlflow import MlflowClient
+
+    for logger in ("mlflow", "alembic"):  # they log a line per table of a new store
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    with sqlite_lock(uri):
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
 class MlflowTracker:
     """One MLflow run, created or continued by its id."""
 
@@ -54,13 +77,7 @@ class MlflowTracker:
         run_id: str | None = None,
         tags: Mapping[str, str],
     ) -> None:
-        from mlflow import MlflowClient
-
-        for logger in ("mlflow", "alembic"):  # they log a line per table of a new store
-            logging.getLogger(logger).setLevel(logging.WARNING)
-        with sqlite_lock(uri):
-            self._client = MlflowClient(tracking_uri=uri)
-            self._client.search_experiments(max_results=1)  # creates the tables of a new store
+        self._client = connect(uri)
         self._artifacts = artifact_root(uri)
         if run_id is None:
             with sqlite_lock(uri):  # two runs must not create one experiment twice
@@ -127,6 +144,92 @@ class MlflowTracker:
     def finish(self, *, failed: bool = False) -> None:
         """Set the final status of the run."""
         self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
+
+
+def missing_on_server(error: Exception) -> bool:
+    """Return True if a request failed because its object does not exist."""
+    return getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def download_artifacts(uri: str, source: str, folder: Path) -> Path:
+    """Copy the files of a logged model (``models:/ID``) below ``folder``; return the folder with them."""
+    from mlflow.artifacts import download_artifacts as download
+
+    return Path(download(artifact_uri=source, dst_path=str(folder), tracking_uri=uri))
+
+
+def log_model(
+    client: "MlflowClient",
+    run_id: str,
+    *,
+    name: str,
+    folder: Path,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+) -> str:
+    """Upload a folder as a logged model of a run and return its id."""
+    from mlflow.entities import LoggedModelOutput
+
+    experiment = client.get_run(run_id).info.experiment_id
+    model = client.create_logged_model(
+        experiment,
+        name=name,
+        source_run_id=run_id,
+        params={key: value[:MAX_PARAM_LENGTH] for key, value in params.items()},
+        tags={key: value for key, value in tags.items() if value},
+        model_type="mutual-forcing",
+    )
+    try:
+        client.log_model_artifacts(model.model_id, str(folder))
+    except BaseException:
+        client.finalize_logged_model(model.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    return model.model_id
+
+
+def log_dataset(client: "MlflowClient", run_id: str, dataset: str, fingerprint: str, *, context: str) -> None:
+    """Log a dataset as an input of a run, with the fingerprint of its preprocessing as digest."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    found = Dataset(
+        name=dataset.rstrip("/").rsplit("/", 1)[-1] or fingerprint,
+        digest=fingerprint[:36],
+        source_type="s3" if dataset.startswith("s3://") else "local",
+        source=json.dumps({"uri": dataset}),
+    )
+    client.log_inputs(run_id, [DatasetInput(found, [InputTag("mlflow.data.context", context)])])
+
+
+def log_model_metrics(
+    client: "MlflowClient",
+    run_id: str,
+    model_id: str,
+    metrics: Mapping[str, float],
+    *,
+    dataset: tuple[str, str],
+    at: float,
+) -> None:
+    """Log metrics that are linked to a logged model and to a dataset (name, fingerprint; empty: none)."""
+    from mlflow.entities import Metric
+
+    name, digest = dataset
+    found = [
+        Metric(
+            f"model/{key}",
+            float(value),
+            int(at * 1000),
+            0,
+            model_id=model_id,
+            dataset_name=name.rstrip("/").rsplit("/", 1)[-1] or None,
+            dataset_digest=digest[:36] or None,
+            run_id=run_id,
+        )
+        for key, value in metrics.items()
+    ]
+    for first in range(0, len(found), MAX_METRICS_PER_CALL):
+        client.log_batch(run_id, metrics=found[first : first + MAX_METRICS_PER_CALL])
 
 
 def mlflow_enabled() -> bool:

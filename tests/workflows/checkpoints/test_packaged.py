@@ -34,7 +34,13 @@ def talker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def sweep_rows() -> list[dict[str, Any]]:
     """Return rows as in results.json: two noise seeds, another step count, a window, real clips."""
-    row: dict[str, Any] = {"mode": "few", "steps": 4, "window": "all", "detail": {"sync": {"low": 0.7, "high": 0.9}}}
+    row: dict[str, Any] = {
+        "mode": "few",
+        "steps": 4,
+        "nfe": 4,
+        "window": "all",
+        "detail": {"sync": {"low": 0.7, "high": 0.9}},
+    }
     return [
         {**row, "metrics": {"sync": 0.8, "entropy": 1.0}},
         {**row, "metrics": {"sync": 0.9, "entropy": 1.0}},
@@ -70,7 +76,7 @@ def test_an_unknown_checkpoint_is_reported_with_the_packaged_models(talker: Path
 
 
 def test_weights_are_stored_in_half_and_load_as_float32(talker: Path) -> None:
-    with safe_open(talker / "ema.safetensors", framework="pt") as file:
+    with safe_open(talker / "model.safetensors", framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert {w.dtype for w in stored.values() if w.ndim > 1} == {torch.bfloat16}
     before, after = load_weights(talker.parents[1] / "run" / "export"), load_weights("toy-talker")
@@ -78,7 +84,8 @@ def test_weights_are_stored_in_half_and_load_as_float32(talker: Path) -> None:
     assert {w.dtype for w in after.values()} == {torch.float32}
     for name, weight in before.items():
         assert torch.allclose(after[name], weight, rtol=2**-8, atol=0)
-    assert {file.name for file in talker.iterdir()} == {"model.json", "ema.safetensors", "card.json", "card.md"}
+    names = {"config.json", "preprocessor_config.json", "model.safetensors", "card.json", "README.md"}
+    assert {file.name for file in talker.iterdir()} == names
 
 
 def test_generated_latents_hardly_change(talker: Path) -> None:
@@ -103,7 +110,7 @@ def test_the_card_has_the_metrics_of_the_sweep(tmp_path: Path) -> None:
     assert set(card.metrics) == {"sync"}
     assert (card.metrics["sync"].value, card.metrics["sync"].real) == (pytest.approx(0.85), 0.95)
     assert (card.metrics["sync"].low, card.metrics["sync"].high) == (pytest.approx(0.7), pytest.approx(0.9))
-    text = (folder / "card.md").read_text()
+    text = (folder / "README.md").read_text()
     assert all(
         part in text for part in ("| `sync` | 0.85 | 0.7 to 0.9 | 0.95 |", "9.5 hours", "mfctl train", "It speaks")
     )
@@ -154,7 +161,7 @@ def test_models_lists_name_stage_size_and_metrics(talker: Path) -> None:
 
 
 def test_training_finds_a_parent_by_its_name(talker: Path, toy_data: str) -> None:
-    words = ["train", "--stage", "mutual", "--data", toy_data, "--from", "toy-talker", "--dry-run"]
+    words = ["train", "--stage", "joint", "--data", toy_data, "--from", "toy-talker", "--dry-run"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
     assert "toy-talker is of stage mutual" in result.stderr

@@ -20,7 +20,8 @@ from preprocessing.media.probe import probe
 from tests.helpers.op_recorder import record_operators
 from tests.helpers.random_exports import random_export
 from workflows.config.presets import build_preset
-from workflows.inference.generate import ClipPrompt, RuntimeOptions, decode_stream, generate_clip
+from workflows.inference.decoding import decode_stream
+from workflows.inference.generate import ClipPrompt, RuntimeOptions, generate_clip
 from workflows.inference.inputs import estimate_word_times, read_transcript
 from workflows.inference.pipeline import StreamingPipeline
 from workflows.inference.sampling import SamplingParams, resolve_sampling_params
@@ -113,9 +114,9 @@ def test_cuda_graphs_stream_the_same_clip_and_report_the_same_errors(exports, mo
     plain = list(pipeline.generate_chunks(cond, 8, params))
     with pytest.raises(ValueError, match="--graphs records CUDA graphs"):
         pipeline.enable_optimizations(compile=False, graphs=True)
-    monkeypatch.setattr("workflows.inference.pipeline.check_inference_optimizations", lambda *_, **__: None)
+    monkeypatch.setattr("workflows.inference.latents.check_inference_optimizations", lambda *_, **__: None)
     monkeypatch.setattr(
-        "workflows.inference.pipeline.apply_inference_optimizations",
+        "workflows.inference.latents.apply_inference_optimizations",
         lambda net, **_: CUDAGraphModel(net, record_operators),
     )
     pipeline.enable_optimizations(compile=False, graphs=True)
@@ -155,7 +156,7 @@ def test_the_file_can_be_played_while_it_is_made(exports, image, tmp_path, monke
             with av.open(str(out)) as container:
                 readable.append(sum(1 for _ in container.decode(video=0)))
 
-    monkeypatch.setattr("workflows.inference.generate.decode_stream", watched)
+    monkeypatch.setattr("workflows.inference.decoding.decode_stream", watched)
     prompt = ClipPrompt(first_frame=image, seconds=2)
     generate_clip(str(exports["mutual"]), prompt, out=str(out), steps=1)
     assert all(12 * k - 4 < frames <= 12 * k for k, frames in enumerate(readable[:4], 1)), readable
@@ -170,7 +171,7 @@ def test_a_failed_clip_leaves_no_file_and_keeps_an_older_one(exports, image, tmp
         yield next(iter(decode_stream(*args)))
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("workflows.inference.generate.decode_stream", failing)
+    monkeypatch.setattr("workflows.inference.decoding.decode_stream", failing)
     (tmp_path / "old.mp4").write_text("precious")
     for name in ("new.mp4", "old.mp4"):
         with pytest.raises(RuntimeError, match="broken"):
