@@ -62,7 +62,7 @@ class ResultSeries:
 
     @property
     def mode_title(self) -> str:
-        """Return mode, guidance and sampler in words."""
+        """Return mode, guidance and sampler as shown in tables."""
         if self.mode == "multi":
             return "Euler, guided" if self.guided else "Euler"
         return "few-step" if self.sampler == "deterministic" else f"few-step, {self.sampler}"
