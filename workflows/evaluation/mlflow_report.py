@@ -11,12 +11,14 @@ from workflows.evaluation import plots
 from workflows.evaluation.results import ResultStore
 from workflows.evaluation.rows import SettingResult, StoredSettingResult, SweepMetadata, SweepRow
 from workflows.tracking.mlflow_sync import SYNC_STATE_FILE
-from workflows.tracking.mlflow_tracker import open_tracker
+from workflows.tracking.mlflow_tracker import DESCRIPTION_TAG, open_tracker
 from workflows.tracking.tracker import Tracker
 from workflows.utils import figures
 from workflows.utils.json_io import read_json, write_json
 
 EXPERIMENT = "evaluate"
+DESCRIBED_METRICS = ("frechet", "sync", "valid", "identity_error", "wer", "seconds_per_second")
+MAX_DESCRIBED_ROWS = 40  # of the table; a tag of MLflow holds 8,000 characters
 PARAMETERS = ("checkpoint", "mode", "steps", "nfe", "guidance", "seed", "precision", "clips")  # of a child run
 
 
@@ -93,7 +95,14 @@ def log_sweep_to_mlflow(
     pending = [result for result in results if result["key"] not in logged]
     if not pending:
         return run_id
-    parent = open_tracker(uri=uri, folder=store.folder / "log", experiment=EXPERIMENT, name=name, run_id=run_id)
+    parent = open_tracker(
+        uri=uri,
+        folder=store.folder / "log",
+        experiment=EXPERIMENT,
+        name=name,
+        run_id=run_id,
+        tags={DESCRIPTION_TAG: describe_sweep(results, dataset=facts["dataset"])},
+    )
     with closing_tracker(parent):
         if run_id is None:
             parent.params(facts)
@@ -104,6 +113,26 @@ def log_sweep_to_mlflow(
         for path in [*images, store.path]:
             parent.artifact(path)
     return parent.run_id
+
+
+def describe_sweep(results: Sequence[SettingResult], *, dataset: str) -> str:
+    """Return the frontier as a Markdown table, for the top of the page of the parent run.
+
+    A row has the settings of one sweep point, by function evaluations, and the metrics of whole clips.
+    """
+    rows = [result["rows"][0] for result in results]
+    names = [name for name in DESCRIBED_METRICS if any(name in row["metrics"] for row in rows)]
+    lines = [
+        f"Quality against function evaluations per chunk (NFE); held-out clips of `{dataset}`. Plots, samples and "
+        "`report.html` are in the artifacts.\n",
+        f"| checkpoint | mode | steps | NFE | seed | {' | '.join(names)} |",
+        "|-" * (5 + len(names)) + "|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["label"], row["mode"], row["nfe"], row["seed"]))[:MAX_DESCRIBED_ROWS]:
+        values = [f"{row['metrics'][name]:.3g}" if name in row["metrics"] else "" for name in names]
+        settings = (row["label"], row["mode"], row["steps"], row["nfe"], row["seed"], *values)
+        lines.append(f"| {' | '.join(str(value) for value in settings)} |")
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PARENT_RUN_TAG = "mlflow.parentRunId"  # tag of a child run
+DESCRIPTION_TAG = "mlflow.note.content"  # Markdown at the top of the page of a run
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Tag that makes MLflow's UI show an experiment as model training, not as one about language models. MLflow 3.17 uses
 the browser setting "Model training" or ``?workflowType=machine_learning`` in the address."""
@@ -84,6 +85,8 @@ class MlflowTracker:
                 run_id = self._create_run(experiment, name, tags)
         else:
             self._client.set_terminated(run_id, "RUNNING")
+            if DESCRIPTION_TAG in tags:
+                self._client.set_tag(run_id, DESCRIPTION_TAG, tags[DESCRIPTION_TAG])
         self.run_id: str | None = run_id
         self._run = run_id
 
