@@ -10,7 +10,7 @@ from tests.helpers.flash_beep import toy_talker
 from workflows.serving.appearance import default_condition
 from workflows.serving.session import Session
 from workflows.serving.snapshots import SnapshotStore, new_key, pack_session, unpack_session
-from workflows.serving.transcript import GAP_SECONDS, LEAD_SECONDS, MAX_SCHEDULED_SECONDS, ScheduledWords
+from workflows.serving.transcript import GAP_SECONDS, LEAD_SECONDS, MAX_SCHEDULED_SECONDS, START_SECONDS, ScheduledWords
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,7 @@ def test_texts_follow_each_other_and_the_past_is_forgotten():
     assert words.append(text, 60.0)[0] == pytest.approx(60 + LEAD_SECONDS)
     words.forget_before(10.0)
     assert len(words.words) == 2
+    assert ScheduledWords().append(text, 0.0)[0] == START_SECONDS  # the first chunk already reads it
     words.append([Word(word="c", start=0.0, end=MAX_SCHEDULED_SECONDS)], 61.0)
     with pytest.raises(UserInputError, match="wait to be spoken"):
         words.append(text, 61.0)
