@@ -124,3 +124,11 @@ def test_pages_are_in_the_navigation_and_in_llms_txt() -> None:
     links = re.findall(r"\]\(([\w./-]+)\)", (ROOT / "llms.txt").read_text())
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_environment_variable_of_mfctl_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "reference" / "environment-variables.md").read_text()
+    sources = [p.read_text() for top in ("mfcore", "preprocessing", "workflows") for p in (ROOT / top).rglob("*.py")]
+    names = {name for text in sources for name in re.findall(r"\bMFCTL_[A-Z_]+\b", text)}
+    assert names
+    assert {name for name in names if f"`{name}`" not in page} == set()
