@@ -50,6 +50,7 @@ class FakeCuda(FakeTensorMode):
         kernels: Number of operators that run a kernel on the device.
         host_copies: Operators that copied from the CPU.
         blocking_copies: Those that wait until the copy is done.
+        may_read: Reads are counted in ``reads`` instead of an error; those of a number return 0.
         cpu_masks: CPU masks that index a tensor of the device; their indices are copied, and the CPU waits.
     """
 
@@ -57,6 +58,8 @@ class FakeCuda(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self._depth = 0
         self.cpu_masks = 0
+        self.may_read = False
+        self.reads = 0
         self.kernels = 0
         self.host_copies: list[str] = []
         self.blocking_copies: list[str] = []
@@ -74,6 +77,9 @@ class FakeCuda(FakeTensorMode):
         if func is aten.index.Tensor:
             args = (args[0], self._indices(args[1]))
         if any(x.device.type == "cuda" for x in tensors) and func.overloadpacket in READS:
+            if func.overloadpacket is aten._local_scalar_dense and self.may_read:
+                self.reads += 1
+                return torch.zeros((), dtype=args[0].dtype).item()
             raise HostSynchronizationError(f"{func} reads a value of the device")
         self._depth += 1
         try:
@@ -102,7 +108,9 @@ class FakeCuda(FakeTensorMode):
         target, source = (out, args[0]) if func.overloadpacket is aten._to_copy else args[:2]
         non_blocking = kwargs.get("non_blocking", False) or (func.overloadpacket is aten.copy_ and len(args) > 2)
         if source.device.type == "cuda" and target.device.type == "cpu":
-            raise HostSynchronizationError(f"{func} copies {tuple(source.shape)} to the CPU")
+            if not self.may_read:
+                raise HostSynchronizationError(f"{func} copies {tuple(source.shape)} to the CPU")
+            self.reads += 1
         if source.device.type == "cpu" and target.device.type == "cuda":
             self.host_copies.append(f"{func} {tuple(source.shape)}")
             self.blocking_copies += [] if non_blocking else [f"{func} {tuple(source.shape)}"]
