@@ -149,9 +149,15 @@ def _create_version(uri: str, record: ModelRecord) -> RegisteredVersion:
     )
     if record.fingerprint:
         mlflow_tracker.log_dataset(client, run_id, record.dataset, record.fingerprint, context="training")
-    mlflow_tracker.log_model_metrics(
-        client, run_id, model_id, record.metrics, dataset=(record.dataset, record.fingerprint), at=time.time()
-    )
+    for held_out in (True, False):  # a sweep may have used other clips than those of the training dataset
+        mlflow_tracker.log_model_metrics(
+            client,
+            run_id,
+            model_id,
+            {key: value for key, value in record.metrics.items() if key.startswith("validation/") == held_out},
+            dataset=(record.dataset, record.fingerprint) if held_out else ("", ""),
+            at=time.time(),
+        )
     with suppress(Exception):  # it exists
         client.create_registered_model(record.name)
     made = client.create_model_version(
