@@ -215,6 +215,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HubStandIn]]:
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_TOKEN", "good")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read at import, maybe in another test
     yield handler
     server.shutdown()
     server.server_close()

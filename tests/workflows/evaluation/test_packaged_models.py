@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from workflows.checkpoints import packaged
-from workflows.checkpoints.pack import read_metrics
+from workflows.checkpoints import card_sweep, packaged
 from workflows.checkpoints.packaged import CardMetric, ModelCard
 from workflows.cli.app import app
 
@@ -78,7 +77,8 @@ def test_packaged_weights_have_the_metrics_of_their_card(
         result = CliRunner().invoke(app, fewer_clips(command, CLIPS))
         assert result.exit_code == 0, f"{command}: {result.output}"
     (results,) = (file for file in tmp_path.rglob("results.json") if (file.parent / "rows").is_dir())
-    measured = read_metrics(results, card)
+    assert card.evaluation is not None
+    measured = card_sweep.metrics_at(card_sweep.read_rows(results), card.evaluation, str(results))
     assert differences(card, measured, CLIPS) == {}
     compared = {metric for metric in card.metrics if card.metrics[metric].low is not None} - DEPENDENT
     assert compared >= {"sync", "valid", "identity_error"}
