@@ -154,6 +154,11 @@ def missing_on_server(error: Exception) -> bool:
     return getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
+def exists_on_server(error: Exception) -> bool:
+    """Return True if a request failed because its object exists already."""
+    return getattr(error, "error_code", "") == "RESOURCE_ALREADY_EXISTS"
+
+
 def download_artifacts(uri: str, source: str, folder: Path) -> Path:
     """Copy the files of a logged model (``models:/ID``) below ``folder``; return the folder with them."""
     from mlflow.artifacts import download_artifacts as download

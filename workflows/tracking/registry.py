@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from mfcore.errors import UserInputError
 from preprocessing.io.errors import InfrastructureError
 from workflows.tracking import mlflow_tracker
-from workflows.tracking.mlflow_tracker import MlflowTracker, missing_on_server
+from workflows.tracking.mlflow_tracker import MlflowTracker, exists_on_server, missing_on_server
 from workflows.utils.environment import hide_passwords
 
 DIGEST_TAG = "mfctl.digest"  # of the exported files: equal files are one version
@@ -75,12 +74,15 @@ def _client(uri: str) -> Any:
 
 
 def _known(uri: str, name: str) -> str:
-    """Return the aliases of a registered model as text."""
-    with suppress(Exception):
+    """Return the aliases of a registered model as text. Raises InfrastructureError if the registry does not answer."""
+    try:
         model: Any = _client(uri).get_registered_model(name)
-        aliases = ", ".join(f"{alias} (version {number})" for alias, number in sorted(model.aliases.items()))
-        return f"{name} has the aliases {aliases}" if aliases else f"{name} has no alias"
-    return f"there is no model {name}"
+    except Exception as error:
+        if not missing_on_server(error):
+            raise _no_answer(uri, error) from None
+        return f"there is no model {name}"
+    aliases = ", ".join(f"{alias} (version {number})" for alias, number in sorted(model.aliases.items()))
+    return f"{name} has the aliases {aliases}" if aliases else f"{name} has no alias"
 
 
 def download_version(uri: str, source: str, folder: Path) -> Path:
@@ -158,8 +160,11 @@ def _create_version(uri: str, record: ModelRecord) -> RegisteredVersion:
             dataset=(record.dataset, record.fingerprint) if held_out else ("", ""),
             at=time.time(),
         )
-    with suppress(Exception):  # it exists
+    try:
         client.create_registered_model(record.name)
+    except Exception as error:
+        if not exists_on_server(error):
+            raise
     made = client.create_model_version(
         record.name,
         source=f"models:/{model_id}",

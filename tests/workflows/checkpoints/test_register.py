@@ -96,3 +96,23 @@ def test_a_registry_that_does_not_answer_is_reported(
     assert result.exit_code == 1
     assert "Check MLFLOW_TRACKING_URI and the server" in result.stderr
     assert not list(tmp_path.glob("mfctl-register-*"))
+
+
+def test_an_outage_is_not_taken_for_a_missing_model(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("connection reset")
+
+    monkeypatch.setattr("mlflow.MlflowClient.get_registered_model", refuse)
+    with pytest.raises(InfrastructureError, match="connection reset"):
+        load_export("models:/nothing@champion")
+
+
+def test_an_outage_while_the_name_is_made_is_reported(
+    checkpoint: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("connection reset")
+
+    monkeypatch.setattr("mlflow.MlflowClient.create_registered_model", refuse)
+    with pytest.raises(InfrastructureError, match="connection reset"):
+        register_checkpoint(str(checkpoint), "unnamed", alias=None)
