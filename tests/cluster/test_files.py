@@ -55,7 +55,8 @@ def test_rays_loader_accepts_the_file(name: str) -> None:
     assert len(starts) == 1 and "--dashboard-host=127.0.0.1" in starts[0], "the job server is on the loopback"
     if name != "local.yaml":
         assert "--autoscaling-config" in starts[0]
-        assert all("RAY_AUTH_MODE=token" in c and "--disable-usage-stats" in c for c in commands if "ray start" in c)
+        needed = ("RAY_AUTH_MODE=token", "GRPC_ENABLE_FORK_SUPPORT=0", "--disable-usage-stats")
+        assert all(text in c for c in commands if "ray start" in c for text in needed)
         assert load(name)["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
         assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"]
     else:

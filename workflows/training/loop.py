@@ -1,8 +1,8 @@
 """The training loop. It depends on Protocols of engine, objective, tracker and saver, and on no stage."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -108,7 +108,8 @@ class TrainingLoop:
         """Evaluate the initial network before step 1."""
         first = self.evaluate(self.models)
         progress = replace(start, first=first, last=first)
-        self._log(0, {STEP_KEY: 0, **prefix_held_out(first)})
+        with self._end_later():
+            self.tracker.log(0, {STEP_KEY: 0, **prefix_held_out(first)})
         _LOGGER.info(progress_event(self.config.stage, self.config.steps, progress, {}))
         return progress
 
@@ -219,16 +220,18 @@ class TrainingLoop:
             metrics |= prefix_held_out(progress.last)
         if metrics:
             _LOGGER.info(progress_event(config.stage, config.steps, progress, metrics))
-        with self.meter.exclude():
+        with self.meter.exclude(), self._end_later():
             metrics |= self.on_step_end(progress, metrics)
         if metrics:
-            self._log(step, {STEP_KEY: progress.samples_seen, **metrics})
+            with self._end_later():
+                self.tracker.log(step, {STEP_KEY: progress.samples_seen, **metrics})
         return progress
 
-    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log metrics. A failure on one rank, such as a full disk, ends the run on all ranks in the next step."""
+    @contextmanager
+    def _end_later(self) -> Iterator[None]:
+        """Keep a failed write of one rank, such as on a full disk; it ends the run on all ranks in the next step."""
         try:
-            self.tracker.log(step, metrics)
+            yield
         except OSError as error:
             self._log_errors.append(f"{type(error).__name__}: {error}")
 
@@ -236,8 +239,8 @@ class TrainingLoop:
         """Raise MetricsWriteError if a rank could not log. Called by all ranks together."""
         if errors := _join_by_rank(self._log_errors):
             raise MetricsWriteError(
-                f"stage {self.config.stage}: the metrics could not be written until step {step} ({errors}). Fix the "
-                "cause, then run the same command to resume from the last checkpoint"
+                f"stage {self.config.stage}: the metrics or samples could not be written until step {step} ({errors}). "
+                "Fix the cause, then run the same command to resume from the last checkpoint"
             )
 
     def _save(self, progress: Progress, *, must_stop: bool) -> None:

@@ -82,24 +82,30 @@ class SampleCallback:
         self._publisher = SampleReportPublisher(run_dir, self._alarms)
 
     def __call__(self, progress: Progress, log: Mapping[str, float]) -> dict[str, float]:
-        """Sample and update the alarms where due; return metrics in addition to ``log``."""
-        numbers, alarms = self._fake_score.measure(log)
-        if distributed.get_rank() == 0 and numbers:
-            self._alarms.update("fake score", alarms, progress.step)
-        numbers |= self._measure_history_use(progress.step)
+        """Sample and update the alarms where due; return metrics in addition to ``log``.
+
+        Raises:
+            OSError: Files could not be written, such as on a full disk. Raised on rank 0 after all collectives.
+        """
+        numbers, fake_score = self._fake_score.measure(log)
+        alarms = {"fake score": fake_score} if numbers else {}
+        history_numbers, history = self._measure_history_use(progress.step)
+        if history is not None:
+            alarms["history"] = history
         if self.is_due(progress):
             self._sample(progress.step)
-        if distributed.get_rank() == 0 and self._config.sample_every and (log or self.is_due(progress)):
-            self._publisher.publish(self._publisher.pending(), self._tracker)
-        return numbers
-
-    def _measure_history_use(self, step: int) -> dict[str, float]:
-        if self._history_use is None or (step % self._config.eval_every and step != self._config.steps):
-            return {}
-        numbers, alarms = self._history_use.measure(self._ema.model)
         if distributed.get_rank() == 0:
-            self._alarms.update("history", alarms, step)
-        return numbers
+            for source, wrong in alarms.items():
+                self._alarms.update(source, wrong, progress.step)
+            if self._config.sample_every and (log or self.is_due(progress)):
+                self._publisher.publish(self._publisher.pending(), self._tracker)
+        return numbers | history_numbers
+
+    def _measure_history_use(self, step: int) -> tuple[dict[str, float], dict[str, str] | None]:
+        """Return the metrics and alarms of the history use, or None in place of the alarms where not due."""
+        if self._history_use is None or (step % self._config.eval_every and step != self._config.steps):
+            return {}, None
+        return self._history_use.measure(self._ema.model)
 
     def is_due(self, progress: Progress) -> bool:
         """Return True if samples are due at this step."""
@@ -115,10 +121,16 @@ class SampleCallback:
         if self._snapshots is not None:
             self._snapshots.write(model, step)
             return
+        failed: OSError | None = None
         if distributed.get_rank() == 0:
             self._heartbeat(step - 1, "generating samples after")  # the other ranks report that they wait at this step
-            self._evaluator.evaluate(model, self._metadata, step)
+            try:
+                self._evaluator.evaluate(model, self._metadata, step)
+            except OSError as error:  # the other ranks wait at the barrier
+                failed = error
         distributed.barrier()
+        if failed is not None:
+            raise failed
 
 
 def materialize_ema(ema: Ema, metadata: ExportMetadata) -> nn.Module:

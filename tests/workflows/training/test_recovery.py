@@ -27,6 +27,7 @@ from workflows.training import heartbeat, preemption, train, worker
 from workflows.training.checkpointing import load_training_state
 from workflows.training.engines.state import StateShard
 from workflows.training.loop import TrainingInterrupted
+from workflows.training.samples import SampleReport
 from workflows.training.train import train_stage
 from workflows.utils.json_io import read_json, write_json
 
@@ -123,7 +124,9 @@ def test_metrics_that_cannot_be_written_end_the_run_once_and_the_same_command_re
         attempts.append(worker.run_worker(job))  # returns: the launcher must not repeat it
 
     monkeypatch.setattr(JsonLinesTracker, "log", full_disk)
-    with pytest.raises(RuntimeError, match=r"metrics could not be written until step 6 .*No space left.*to resume"):
+    with pytest.raises(
+        RuntimeError, match=r"metrics or samples could not be written until step 6 .*No space left.*to resume"
+    ):
         train_stage("video", data=data, sets=SMALL, runs_dir=tmp_path, run="v", launch=launch)
     assert attempts == [None]
     monkeypatch.undo()
@@ -131,6 +134,27 @@ def test_metrics_that_cannot_be_written_end_the_run_once_and_the_same_command_re
     run("video", tmp_path, data, run="v")
     assert "resumes at step 4" in (tmp_path / "v" / "log.txt").read_text()
     assert [entry["step"] for entry in read_json_lines(tmp_path / "v" / "metrics.jsonl")] == [0, 2, 4, 6, 8]
+
+
+def test_samples_that_cannot_be_written_end_the_run_once_and_the_same_command_resumes(tmp_path, data, monkeypatch):
+    def full_disk(self, run_dir):
+        raise OSError(28, "No space left on device")
+
+    sampled, attempts = ("sample_every=8", "sample_clips=1"), []
+    monkeypatch.setattr(SampleReport, "write", full_disk)
+    with pytest.raises(RuntimeError, match=r"metrics or samples could not be written until step 2 .*No space left"):
+        train_stage(
+            "video",
+            data=data,
+            sets=(*SMALL, *sampled),
+            runs_dir=tmp_path,
+            run="v",
+            launch=lambda job: attempts.append(worker.run_worker(job)),  # returns: the launcher must not repeat it
+        )
+    assert attempts == [None]
+    monkeypatch.undo()
+    monkeypatch.setenv("MFCTL_TRACKER", "json")
+    assert run("video", tmp_path, data, run="v", sets=sampled)["samples_seen"] == 32
 
 
 def test_a_full_disk_without_room_for_the_outcome_is_named(tmp_path, data, monkeypatch):
