@@ -54,7 +54,7 @@ class PreprocessConfig:
     sources_per_unit: int = 16  # sources per work unit
     stall_seconds: float = 60.0  # timeout of a decoder without output
     decoder_bytes: int = DECODER_BYTES  # memory limit of one decoder
-    workers: int | None = None  # Ray workers; None: one per CPU; 0: in this process, without Ray
+    workers: int | None = None  # Ray workers, or decoders for encoders on a GPU; None: one per CPU; 0: without Ray
 
     def __post_init__(self) -> None:
         if not self.sizes:

@@ -16,6 +16,7 @@ from mfcore.timeline import Timeline, whole_frames
 from mfcore.types import AUDIO, VIDEO
 from preprocessing.config import PreprocessConfig
 from preprocessing.io.errors import InfrastructureError
+from preprocessing.io.prefetch import group_consecutive, prefetch
 from preprocessing.io.storage import local_copy
 from preprocessing.media.decoder import Decoder
 from preprocessing.media.probe import MediaError, MediaInfo, probe
@@ -24,12 +25,14 @@ from preprocessing.sources.discovery import edge_fingerprint, split_fragment
 from preprocessing.sources.sidecar import attach_text, read_sidecar
 from preprocessing.spans import SpanPlan
 from preprocessing.steps.av_sync import build_estimator, check_sync
-from preprocessing.steps.encode import Encoders, encode_clip, encode_prefetched
+from preprocessing.steps.encode import Encoders, encode_batch, encode_clip
 from preprocessing.steps.fingerprint import fingerprint
 from preprocessing.steps.quality_filters import check_audio, check_duration, check_source, check_video
 from preprocessing.steps.segment import cut_spans
 from preprocessing.steps.transcribe import transcribe, whisper_folder
 
+ClipStep = tuple[str, Callable[[Clip], Clip]]
+"""Name and function of a step; the function raises Rejected to exclude the clip."""
 _DECODE_REASONS = ("timeout", "memory", "killed", "time_limit", "too_many_frames")
 MAX_DECODER_ATTEMPTS = 5  # for a source with a decoder that is ended from outside, e.g. by the OOM killer
 
@@ -44,6 +47,12 @@ class StepTimer:
     def warn(self, message: str) -> None:
         """Add a warning."""
         self.warnings[message] = None
+
+    def merge(self, other: "StepTimer") -> None:
+        """Add the times and warnings of another timer."""
+        for name, seconds in other.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.warnings |= other.warnings
 
     @contextmanager
     def measure(self, name: str) -> Generator[None]:
@@ -97,8 +106,8 @@ def span_plan(config: PreprocessConfig, timeline: Timeline) -> SpanPlan:
 # --------------------------------------------------------------------------------------------------------------- steps
 
 
-def build_clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[tuple[str, Callable[[Clip], Clip]]]:
-    """Return the steps between cutting and encoding a clip, in order."""
+def build_clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[ClipStep]:
+    """Return the steps that follow cutting a clip, in order; they run on CPU workers."""
     plan = span_plan(config, encoders.timeline)
     min_frames = plan.frames[config.min_chunks]
     fps, rate = float(config.fps), config.sample_rate
@@ -109,7 +118,13 @@ def build_clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[tuple
         ("sync", partial(check_sync, config=config.sync, plan=plan, fps=config.fps, sample_rate=rate)),
         ("fingerprint", partial(fingerprint, sample_rate=rate)),
         ("text", partial(attach_text, max_letters=config.limits.transcript_letters)),
-        ("speech", partial(transcribe, config=config.whisper, device=config.device, sample_rate=rate)),
+    ]
+
+
+def build_model_steps(config: PreprocessConfig) -> list[ClipStep]:
+    """Return the steps with models on the device of the encoders, between the steps of a clip and its encoding."""
+    return [
+        ("speech", partial(transcribe, config=config.whisper, device=config.device, sample_rate=config.sample_rate)),
     ]
 
 
@@ -184,20 +199,74 @@ def process_sources(
 ) -> Generator[tuple[Source, Clip | Rejected]]:
     """Yield every span of the sources in order, encoded or rejected.
 
-    Failures of sources and steps are not raised. With pretrained codecs, consecutive clips of one shape are encoded as
-    a batch while the next ones are decoded.
+    Failures of sources and steps are not raised. With pretrained codecs, a thread decodes the next clips meanwhile.
     """
     timer = timer or StepTimer()
+    prepared = prepare_sources(sources, config, encoders, timer)
+    if config.weight_folders:
+        prepared = prefetch(prepared, _item_bytes, config.encoder.ahead_bytes)
+    with closing(prepared):
+        for group in group_clips(prepared, config):
+            yield from encode_group(group, config, encoders, timer)
+
+
+def prepare_sources(
+    sources: Sequence[Source], config: PreprocessConfig, encoders: Encoders, timer: StepTimer
+) -> Generator[tuple[Source, Clip | Rejected]]:
+    """Yield every span of the sources in order, ready for encoding or rejected. Needs no weights."""
+    for source in sources:
+        for found in prepare_clips(source, config, encoders, timer):
+            yield source, found
+
+
+def group_clips(
+    prepared: Iterator[tuple[Source, Clip | Rejected]], config: PreprocessConfig
+) -> Generator[list[tuple[Source, Clip | Rejected]]]:
+    """Yield groups of consecutive items that are encoded together: clips of one shape, or rejects.
+
+    Pretrained codecs encode up to ``encoder.batch`` clips together, embedded ones single clips.
+    """
+    return group_consecutive(prepared, _batch_shape, config.encoder.batch if config.weight_folders else 1)
+
+
+def encode_group(
+    group: Sequence[tuple[Source, Clip | Rejected]], config: PreprocessConfig, encoders: Encoders, timer: StepTimer
+) -> list[tuple[Source, Clip | Rejected]]:
+    """Run the steps with models and encode the clips of one group as a batch.
+
+    If a batch fails, its clips are encoded separately, and the failing one is rejected.
+    """
 
     def encode_one(clip: Clip) -> Clip | Rejected:
         return _run_steps(clip, [("encode", partial(encode_clip, encoders=encoders))], timer)
 
-    prepared = ((source, found) for source in sources for found in prepare_clips(source, config, encoders, timer))
-    if config.weight_folders:
-        yield from encode_prefetched(prepared, encode_one, encoders, config.encoder)
-        return
-    for source, found in prepared:
-        yield source, found if isinstance(found, Rejected) else encode_one(found)
+    steps = build_model_steps(config)
+    found = [item if isinstance(item, Rejected) else _run_steps(item, steps, timer) for _, item in group]
+    clips = [item for item in found if isinstance(item, Clip)]
+    if config.weight_folders and clips:
+        with timer.measure("encode"):
+            encoded = iter(encode_batch(clips, encoders, encode_one))
+    else:
+        encoded = map(encode_one, clips)
+    return [
+        (source, item if isinstance(item, Rejected) else next(encoded))
+        for (source, _), item in zip(group, found, strict=True)
+    ]
+
+
+def _item_bytes(item: tuple[Source, Clip | Rejected]) -> int:
+    """Return the bytes of frames and audio of an item."""
+    _, found = item
+    return 0 if isinstance(found, Rejected) else sum(x.nbytes for x in (found.frames, found.waveform) if x is not None)
+
+
+def _batch_shape(item: tuple[Source, Clip | Rejected]) -> tuple[int, ...] | None:
+    """Return the shape that clips of one batch share; None for a reject."""
+    _, found = item
+    if isinstance(found, Rejected):
+        return None
+    frames, sound = found.frames, found.waveform
+    return (*(frames.shape if frames is not None else ()), -1 if sound is None else len(sound))
 
 
 def prepare_clips(

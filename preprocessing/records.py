@@ -76,9 +76,12 @@ class Rejected(Exception):
     """Raised by a step to exclude a clip, or a whole source if `span` is None."""
 
     def __init__(self, step: str, reason: str, detail: str = "", span: tuple[float, float] | None = None) -> None:
-        super().__init__(f"{step}: {reason} ({detail})")
+        super().__init__(step, reason, detail, span)  # all arguments: pickle repeats the call with them
         self.step, self.reason = step, reason
         self.detail, self.span = detail, span
+
+    def __str__(self) -> str:
+        return f"{self.step}: {self.reason} ({self.detail})"
 
 
 Frames = NDArray[np.uint8]

@@ -4,18 +4,13 @@ A worker processes the sources of a unit, writes the files of the unit and its m
 through Ray; frames stay in the worker.
 """
 
-import hashlib
 import json
 import logging
-import re
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache
 from math import floor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,34 +18,34 @@ import torch
 from mfcore.errors import UserInputError
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.repair import try_marker
-from preprocessing.dataset.schema import REJECTS, RowWriter, to_row
 from preprocessing.dataset.units import WorkUnit
-from preprocessing.io.errors import InfrastructureError, translate_storage_errors
-from preprocessing.io.hashing import canonical_json, content_hash
-from preprocessing.io.lease import upload_fenced, verify_lease, write_fenced
+from preprocessing.encoder_pool import (
+    GroupEncoder,
+    LoadEncoders,
+    UnitAssembler,
+    UnitResult,
+    decode_units,
+    unit_result,
+    write_encoded_unit,
+)
+from preprocessing.io.errors import InfrastructureError
 from preprocessing.io.local_ray import start_ray
-from preprocessing.io.processes import delete_stale_scratch, scratch_dir
+from preprocessing.io.processes import delete_stale_scratch
 from preprocessing.io.ray_resources import max_resources, report_while_waiting, resources_available
 from preprocessing.io.storage import Store
 from preprocessing.pipeline import StepTimer, build_encoders, process_sources
-from preprocessing.records import Clip, Rejected, Source
-from preprocessing.sources.discovery import display_name
-from preprocessing.steps.encode import Encoders, RunningMoments, latent_times
+from preprocessing.steps.encode import Encoders
 from preprocessing.steps.transcribe import load_whisper
+from preprocessing.unit_files import unit_row, write_unit
 
 _SHOWN = 5  # warnings about sources
+BLOCK_BYTES = 32 << 20  # of decoded clips between the operators; a larger group is one block
+MAX_WRITING = 32  # finished units that are being written
+NO_MEMORY = 0
+"""Memory that a task requests. By default Ray Data requests the size of its result, and an autoscaler that lacks the
+memory of its machine types, as on Google Cloud, never starts a machine for such a task."""
 OnUnitDone = Callable[[dict[str, Any], Mapping[str, float]], None]
 """Called with the marker of a finished unit and the seconds of each step."""
-
-
-def clip_id_of(clip: Clip) -> str:
-    """Return the id of a clip, a function of the URI of its source and its span."""
-    return content_hash([clip.source.uri, *(f"{second:.6f}" for second in clip.span)])
-
-
-def shape_bucket(clip: Clip) -> str:
-    """Return the shape that the clips of a file share: height x width, or "audio"."""
-    return "audio" if clip.frames is None else f"{clip.frames.shape[1]}x{clip.frames.shape[2]}"
 
 
 def process_unit(
@@ -67,116 +62,9 @@ def process_unit(
     Raise LeaseLostError if another driver has the lease, InfrastructureError if storage fails.
     """
     timer = timer or StepTimer()
-    with scratch_dir() as folder:
-        with (
-            translate_storage_errors(tempfile.gettempdir(), hint=" (or set TMPDIR to another disk)"),
-            _UnitFiles(folder, config, encoders, timer) as files,
-        ):
-            for source, clip in process_sources(unit.sources, config, encoders, timer):
-                files.add(source, clip)
-        verify_lease(store, token)
-        published = [
-            _publish(store, token, file, kind=kind, name=f"{kind}/{unit.name}{suffix}.parquet")
-            for kind, suffix, file in files.written()
-        ]
-    marker = {
-        "unit": unit.name,
-        "fingerprint": config.fingerprint,
-        "files": [file for file in published if file],
-        "sources": len(unit.sources),
-        **files.counts(),
-    }
-    write_fenced(store, token, unit.marker, canonical_json(marker).encode())
-    return marker
-
-
-class _UnitFiles:
-    """Local files of a unit: accepted clips by shape bucket, and rejects."""
-
-    def __init__(self, folder: Path, config: PreprocessConfig, encoders: Encoders, timer: StepTimer) -> None:
-        self._folder, self._config = folder, config
-        self._encoders, self._timer = encoders, timer
-        self._sums = {m: RunningMoments.zeros(codec.channels) for m, codec in encoders.codecs.items()}
-        self._seconds, self._rejected_sources = 0.0, 0
-        self._reasons = Counter[str]()
-        self._clips: dict[str, RowWriter] = {}
-        self._open = ExitStack()
-
-    def __enter__(self) -> "_UnitFiles":
-        self._rejects = self._open.enter_context(RowWriter(self._folder / "rejects.parquet", REJECTS))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        with self._timer.measure("write"):
-            self._open.__exit__(*error)
-
-    def add(self, source: Source, clip: Clip | Rejected) -> None:
-        """Write the row of a clip or reject."""
-        with self._timer.measure("write"):
-            if isinstance(clip, Rejected):
-                self._rejects.add(_reject_row(source, clip))
-                self._reasons[clip.reason] += 1
-                self._rejected_sources += clip.span is None
-                return
-            name = shape_bucket(clip)
-            if name not in self._clips:
-                self._clips[name] = self._open.enter_context(RowWriter(self._folder / f"{name}.parquet"))
-            self._clips[name].add(_row(clip, self._config, self._encoders))
-            self._seconds += clip.span[1] - clip.span[0]
-            for modality, latents in (clip.latents or {}).items():
-                self._sums[modality].add(latents, self._encoders.timeline.clocks[modality].head)
-
-    def written(self) -> list[tuple[str, str, RowWriter]]:
-        """Return (kind, suffix of the name, file) of each file."""
-        clips = [("clips", f"-{name}", self._clips[name]) for name in sorted(self._clips)]
-        return [*clips, ("rejects", "", self._rejects)]
-
-    def counts(self) -> dict[str, Any]:
-        """Return the counts and sums of the marker."""
-        return {
-            "accepted": sum(file.rows for file in self._clips.values()),
-            "rejects_by_reason": dict(sorted(self._reasons.items())),
-            "rejected_sources": self._rejected_sources,
-            "seconds": round(self._seconds, 6),
-            "sums": {m: s.to_json() for m, s in self._sums.items()},
-        }
-
-
-def _row(clip: Clip, config: PreprocessConfig, encoders: Encoders) -> dict[str, Any]:
-    assert clip.latents is not None
-    return to_row(
-        clip,
-        id=clip_id_of(clip),
-        file_name=display_name(clip.source.uri),
-        fps=float(config.fps),
-        sample_rate=config.sample_rate,
-        times=latent_times(clip.latents, encoders.timeline),
-        dtype=config.latent_dtype,
-    )
-
-
-def _reject_row(source: Source, rejected: Rejected) -> dict[str, Any]:
-    start, end = rejected.span or (None, None)
-    # ffmpeg prints addresses, which differ between runs; the bytes of a unit must not
-    detail = re.sub(r" @ 0x[0-9a-f]+", "", rejected.detail.encode("utf-8", "replace").decode())[:500]
-    return {
-        "uri": source.uri,
-        "span_start_sec": start,
-        "span_end_sec": end,
-        "step": rejected.step,
-        "reason": rejected.reason,
-        "detail": detail,
-    }
-
-
-def _publish(store: Store, token: str, file: RowWriter, *, kind: str, name: str) -> dict[str, Any] | None:
-    """Upload a file and return its entry in the marker; None without rows."""
-    if file.rows == 0:
-        return None
-    data = file.path.read_bytes()
-    upload_fenced(store, token, file.path, name)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return {"kind": kind, "name": name, "rows": file.rows, "bytes": len(data), "sha256": sha256}
+    found = process_sources(unit.sources, config, encoders, timer)
+    rows = (unit_row(source, clip, config, encoders) for source, clip in found)
+    return write_unit(unit, rows, store=store, token=token, config=config, encoders=encoders, timer=timer)
 
 
 # ----------------------------------------------------------------------------------------------------------- all units
@@ -191,7 +79,7 @@ class _Worker:
         self._store, self._token, self._config = Store(store_uri), token, config
         self._encoders = _cached_encoders(config)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any]) -> UnitResult:
         unit = WorkUnit.from_json(row["unit"])
         timer = StepTimer()
         try:
@@ -200,13 +88,8 @@ class _Worker:
                 unit, self._store, self._token, self._config, encoders=self._encoders, timer=timer
             )
         except (InfrastructureError, OSError) as error:  # a message: Ray would add long tracebacks
-            return {"marker": "null", "spent": "{}", "warnings": "[]", "outage": str(error) or repr(error)}
-        return {
-            "marker": canonical_json(marker),
-            "spent": canonical_json(timer.seconds),
-            "warnings": canonical_json(list(timer.warnings)),
-            "outage": "",
-        }
+            return unit_result(outage=str(error) or repr(error))
+        return unit_result(marker, timer)
 
 
 @lru_cache(maxsize=1)
@@ -224,7 +107,7 @@ def _cached_worker(store_uri: str, token: str, config: PreprocessConfig) -> _Wor
     return _Worker(store_uri, token, config)
 
 
-def _run_task(row: dict[str, Any], store_uri: str, token: str, config: PreprocessConfig) -> dict[str, Any]:
+def _run_task(row: dict[str, Any], store_uri: str, token: str, config: PreprocessConfig) -> UnitResult:
     """Process a unit as a Ray task, for codecs without weights."""
     return _cached_worker(store_uri, token, config)(row)
 
@@ -282,41 +165,117 @@ def _run_on_ray(
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is reported by on_done
-    workers = worker_count(len(units), config, max_resources(ray.cluster_resources()))
-    # One block per unit, up to a limit of Ray: a block is the unit of scheduling and retries.
-    data = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=min(len(units), 4096))
-    arguments = (store.uri, token, config)
-    # memory 0: Ray Data would otherwise request the size of a task's result. An autoscaler that lacks the memory of its
-    # machine types, as on Google Cloud, never starts a machine for such a task.
-    wanted = config.worker_resources
-    options: dict[str, Any] = {"num_cpus": wanted["CPU"], "num_gpus": wanted.get("GPU"), "memory": 0}
-    options["concurrency"] = workers
-    actor: Any = _Worker  # one instance per worker
-    if config.weight_folders or config.whisper:
-        results = data.map(actor, fn_constructor_args=arguments, **options)
-    else:
-        task: Any = _run_task  # fn_args follow the row
-        results = data.map(task, fn_args=arguments, **options)
     available = ray.cluster_resources
-    seen = resources_available(wanted, available)
-    with report_while_waiting(f"machines for {workers} workers", available, seen=seen):
-        for row in results.iter_rows():
+    config = replace(config, workers=worker_count(len(units), config, max_resources(available())))
+    seen = resources_available(config.worker_resources, available)
+    uses_pool = config.encoder.gpus > 0 and bool(config.weight_folders or config.whisper)
+    run = run_encoder_pool if uses_pool else _run_workers
+    with report_while_waiting(f"machines for {config.workers} workers", available, seen=seen):
+        for row in run(units, store, token, config):
             if row["outage"]:
                 raise InfrastructureError(row["outage"])
             yield json.loads(row["marker"]), json.loads(row["spent"]), json.loads(row["warnings"])
 
 
-def worker_count(units: int, config: PreprocessConfig, limits: Mapping[str, float]) -> int:
-    """Return the number of workers within the resource `limits` of the cluster.
+def _run_workers(
+    units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig
+) -> Iterator[Mapping[str, Any]]:
+    """Process each unit in one worker: decode, encode and write. Yield the results of `_Worker`."""
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-    Raise ValueError if they do not fit a single worker.
+    arguments = (store.uri, token, config)
+    options: dict[str, Any] = {"num_cpus": 1, "memory": NO_MEMORY}
+    actor: Any = _Worker  # one instance per worker
+    if config.weight_folders or config.whisper:
+        compute = ActorPoolStrategy(min_size=1, max_size=config.workers)
+        results = _unit_rows(units).map(actor, fn_constructor_args=arguments, compute=compute, **options)
+    else:
+        task: Any = _run_task  # fn_args follow the row
+        results = _unit_rows(units).map(task, fn_args=arguments, compute=TaskPoolStrategy(config.workers), **options)
+    yield from results.iter_rows()
+
+
+def run_encoder_pool(
+    units: Sequence[WorkUnit], store: Store, token: str, config: PreprocessConfig, *, load: LoadEncoders | None = None
+) -> Iterator[Mapping[str, Any]]:
+    """Decode units on CPU workers, encode them in a pool of GPU actors, and write finished units in tasks.
+
+    Args:
+        units: Units to process.
+        store: Dataset.
+        token: Token of the lease.
+        config: Configuration with ``workers`` decoders, and encoders with ``encoder.gpus`` of a GPU each.
+        load: Returns the encoders of an actor (default: the codecs of the configuration).
     """
-    cpus, gpus = limits.get("CPU", 0.0), config.encoder.gpus
-    fit = units
-    if gpus and (cpus or limits.get("GPU")):  # a head node without CPUs does not report limits
-        fit = floor(min(float(units), limits.get("GPU", 0.0) / gpus + 1e-9))
-    if not fit:
-        raise UserInputError(f"encoder.gpus={gpus}: Ray sees no such share of a GPU. Set encoder.gpus=0 to use the CPU")
+    import ray
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+    encoders = encoder_count(len(units), config, max_resources(ray.cluster_resources()))
+    ray.data.DataContext.get_current().target_max_block_size = min(config.encoder.ahead_bytes, BLOCK_BYTES)
+    options: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "memory": NO_MEMORY}
+    decoded = _unit_rows(units).map_batches(
+        decode_units, fn_args=(config,), compute=TaskPoolStrategy(config.workers), num_cpus=1, **options
+    )
+    encoder: Any = GroupEncoder
+    encoded = decoded.map_batches(
+        encoder,
+        fn_constructor_args=(config, load or _cached_encoders),
+        compute=ActorPoolStrategy(min_size=1, max_size=encoders),
+        num_cpus=0,
+        num_gpus=config.encoder.gpus,
+        zero_copy_batch=True,
+        **options,
+    )
+    write_task: Any = write_encoded_unit
+    write = ray.remote(num_cpus=0)(write_task)
+    assembler, running = UnitAssembler(units), list[Any]()
+    for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in table.drop_columns(["arrays"]).to_pylist():
+            if finished := assembler.add(row):
+                running.append(write.remote(finished, store_uri=store.uri, token=token, config=config))
+        done, running = _finished(running, limit=MAX_WRITING)
+        yield from done
+    yield from ray.get(running)
+
+
+def _finished(running: list[Any], limit: int) -> tuple[list[Mapping[str, Any]], list[Any]]:
+    """Return the results of finished tasks and the other tasks; wait while more than `limit` are running."""
+    import ray
+
+    if not running:
+        return [], []
+    wanted = max(0, len(running) - limit)
+    done, rest = ray.wait(running, num_returns=max(1, wanted), timeout=None if wanted else 0)
+    return ray.get(done), rest
+
+
+def _unit_rows(units: Sequence[WorkUnit]) -> Any:
+    """Return a Ray dataset with a block per unit, up to a limit of Ray: the unit of scheduling and retries."""
+    import ray
+
+    return ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=min(len(units), 4096))
+
+
+def worker_count(units: int, config: PreprocessConfig, limits: Mapping[str, float]) -> int:
+    """Return the number of workers, or of decoders in front of an encoder pool, within the CPUs of `limits`.
+
+    Raise ValueError if neither the CPUs nor ``workers`` are known.
+    """
+    cpus = limits.get("CPU", 0.0)
     if config.workers is None and cpus < 1:
         raise UserInputError("this cluster has no CPU yet, and its limit is unknown: set workers=N")
-    return int(min(units, fit, config.workers or cpus))
+    return int(min(units, config.workers or cpus))
+
+
+def encoder_count(units: int, config: PreprocessConfig, limits: Mapping[str, float]) -> int:
+    """Return the largest size of the encoder pool, within the GPUs of `limits`.
+
+    Raise ValueError if they do not fit a single encoder.
+    """
+    gpus = config.encoder.gpus
+    if not limits.get("CPU") and not limits.get("GPU"):  # a head node without CPUs does not report limits
+        return units
+    count = floor(min(float(units), limits.get("GPU", 0.0) / gpus + 1e-9))
+    if not count:
+        raise UserInputError(f"encoder.gpus={gpus}: Ray sees no such share of a GPU. Set encoder.gpus=0 to use the CPU")
+    return count

@@ -1,7 +1,6 @@
 """Encode frames and audio to raw latents and words to embeddings; accumulate statistics."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +13,7 @@ from mfcore.codecs.stats import LatentStats
 from mfcore.errors import check_range
 from mfcore.timeline import Timeline
 from mfcore.types import AUDIO, VIDEO
-from preprocessing.io.prefetch import group_consecutive, prefetch
-from preprocessing.records import Clip, Rejected, Source
+from preprocessing.records import Clip, Rejected
 
 # A constant channel, such as the color of a gray corpus, gets this share of the largest standard deviation.
 _MIN_STD = 1e-3
@@ -40,7 +38,7 @@ class EncoderConfig:
     """Batching and devices of pretrained codecs; embedded ones encode single clips."""
 
     batch: int = 4  # clips of one shape encoded together
-    gpus: float = 0.0  # share of a GPU per worker, e.g. 0.25; 0: CPU, float32
+    gpus: float = 0.0  # share of a GPU per encoder, e.g. 0.25; 0: CPU, float32
     ahead_bytes: int = 1 << 30  # decoded clips that wait for encoding, per worker
 
     def __post_init__(self) -> None:
@@ -52,45 +50,23 @@ class EncoderConfig:
 def encode_clip(clip: Clip, encoders: Encoders) -> Clip:
     """Return the clip with the latents of its whole chunks and the embeddings of its text."""
     signals: dict[str, Any] = {VIDEO: clip.frames, AUDIO: clip.waveform}
-    latents = {m: codec.encode(torch.from_numpy(signals[m])) for m, codec in encoders.codecs.items()}
+    latents = {
+        m: codec.encode(torch.from_numpy(np.require(signals[m], requirements="W")))  # arrays of Ray are read-only
+        for m, codec in encoders.codecs.items()
+    }
     return _encoded(clip, latents, encoders)
 
 
-def encode_batch(clips: Sequence[Clip], encoders: Encoders) -> list[Clip]:
-    """Encode several clips of one shape as a batch."""
-    latents = {m: codec.encode_batch(_signals(clips, m)) for m, codec in encoders.codecs.items()}
-    return [_encoded(clip, {m: x[i] for m, x in latents.items()}, encoders) for i, clip in enumerate(clips)]
-
-
-def encode_prefetched(
-    prepared: Generator[tuple[Source, Clip | Rejected]],
-    encode_one: Callable[[Clip], Clip | Rejected],
-    encoders: Encoders,
-    config: EncoderConfig,
-) -> Generator[tuple[Source, Clip | Rejected]]:
-    """Yield the items of `prepared` with encoded clips, while a thread prepares the next ones.
-
-    Consecutive clips of one shape are encoded as a batch. If a batch fails, `encode_one` encodes its clips separately.
-    """
-
-    def size(item: tuple[Source, Clip | Rejected]) -> int:
-        return _bytes(item[1]) if isinstance(item[1], Clip) else 0
-
-    def shape(item: tuple[Source, Clip | Rejected]) -> tuple[int, ...] | None:
-        return _shape(item[1]) if isinstance(item[1], Clip) else None
-
-    with closing(prefetch(prepared, size, config.ahead_bytes)) as items:
-        for group in group_consecutive(items, shape, config.batch):
-            clips = [found for _, found in group if isinstance(found, Clip)]
-            done = _encode_group(clips, encode_one, encoders) if clips else [found for _, found in group]
-            yield from zip((source for source, _ in group), done, strict=True)
-
-
-def _encode_group(
-    clips: list[Clip], encode_one: Callable[[Clip], Clip | Rejected], encoders: Encoders
+def encode_batch(
+    clips: Sequence[Clip], encoders: Encoders, encode_one: Callable[[Clip], Clip | Rejected]
 ) -> Sequence[Clip | Rejected]:
+    """Encode clips of one shape as a batch; if it fails, encode them with `encode_one` to find the failing clip.
+
+    Raise RuntimeError if the batch does not fit on the GPU.
+    """
     try:
-        return encode_batch(clips, encoders)
+        latents = {m: codec.encode_batch(_signals(clips, m)) for m, codec in encoders.codecs.items()}
+        return [_encoded(clip, {m: x[i] for m, x in latents.items()}, encoders) for i, clip in enumerate(clips)]
     except torch.OutOfMemoryError as error:  # caused by the machine, not by a clip
         raise RuntimeError(
             f"{len(clips)} clips do not fit on the GPU. Lower encoder.batch, or raise encoder.gpus so that fewer "
@@ -103,17 +79,6 @@ def _encode_group(
 def _signals(clips: Sequence[Clip], modality: str) -> Tensor:
     arrays: list[Any] = [clip.frames if modality == VIDEO else clip.waveform for clip in clips]
     return torch.from_numpy(np.stack(arrays))
-
-
-def _shape(clip: Clip) -> tuple[int, ...]:
-    """Return the shape that clips of one batch share."""
-    frames, sound = clip.frames, clip.waveform
-    return (*(frames.shape if frames is not None else ()), -1 if sound is None else len(sound))
-
-
-def _bytes(clip: Clip) -> int:
-    """Return the bytes of frames and audio."""
-    return sum(array.nbytes for array in (clip.frames, clip.waveform) if array is not None)
 
 
 def _encoded(clip: Clip, latents: Mapping[str, Tensor], encoders: Encoders) -> Clip:

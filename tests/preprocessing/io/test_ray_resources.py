@@ -13,7 +13,7 @@ from preprocessing.io.ray_resources import (
     report_while_waiting,
     resources_available,
 )
-from preprocessing.runner import worker_count
+from preprocessing.runner import encoder_count, worker_count
 from preprocessing.steps.encode import EncoderConfig
 
 PLAIN = PreprocessConfig()
@@ -34,8 +34,7 @@ def test_promised_resources_count_next_to_present_ones(monkeypatch: pytest.Monke
         (PLAIN, {"CPU": 512.0}, 100),  # no more than units
         (replace(PLAIN, workers=3), {"CPU": 8.0}, 3),
         (replace(PLAIN, workers=64), {}, 64),  # a head node alone: workers start machines
-        (SHARED, {"CPU": 8.0, "GPU": 1.0}, 4),
-        (SHARED, {"CPU": 512.0, "GPU": 8.0}, 32),
+        (SHARED, {"CPU": 8.0, "GPU": 1.0}, 8),  # decoders in front of the encoder pool
         (replace(SHARED, workers=8), {}, 8),
         (PLAIN, {"CPU": float("inf")}, 100),
     ],
@@ -44,11 +43,24 @@ def test_worker_count(config: PreprocessConfig, limits: dict[str, float], worker
     assert worker_count(100, config, limits) == workers
 
 
+@pytest.mark.parametrize(
+    ("limits", "encoders"),
+    [
+        ({"CPU": 8.0, "GPU": 1.0}, 4),
+        ({"CPU": 512.0, "GPU": 8.0}, 32),
+        ({"CPU": 512.0, "GPU": 80.0}, 100),  # no more than units
+        ({}, 100),  # a head node alone: the pool starts machines
+    ],
+)
+def test_encoder_count(limits: dict[str, float], encoders: int) -> None:
+    assert encoder_count(100, SHARED, limits) == encoders
+
+
 def test_unknown_or_missing_resources_raise() -> None:
     with pytest.raises(ValueError, match=r"no CPU yet.*set workers=N"):
         worker_count(100, PLAIN, {})
     with pytest.raises(ValueError, match=r"Ray sees no such share of a GPU"):
-        worker_count(100, SHARED, {"CPU": 8.0})
+        encoder_count(100, SHARED, {"CPU": 8.0})
 
 
 def test_waiting_is_reported_until_machines_are_present(capsys: pytest.CaptureFixture[str]) -> None:
