@@ -163,8 +163,6 @@ def _run_on_ray(
     start_ray()
     import ray
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is reported by on_done
     available = ray.cluster_resources
     config = replace(config, workers=worker_count(len(units), config, max_resources(available())))
     seen = resources_available(config.worker_resources, available)
@@ -253,6 +251,8 @@ def _unit_rows(units: Sequence[WorkUnit]) -> Any:
     """Return a Ray dataset with a block per unit, up to a limit of Ray: the unit of scheduling and retries."""
     import ray
 
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is reported by on_done
     return ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=min(len(units), 4096))
 
 

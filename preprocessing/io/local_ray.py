@@ -23,7 +23,7 @@ USER_TOKEN_FILE = "~/.ray/auth_token"
 """The token of Ray's own tools (``ray get-auth-token --generate``)."""
 
 
-def start_ray(*, num_cpus: int | None = None) -> None:
+def start_ray(*, num_cpus: int | None = None, num_gpus: int | None = None) -> None:
     """Start Ray, or connect to the cluster of ``RAY_ADDRESS``. No effect if this process has a Ray.
 
     A new Ray has the token of this process and listens on 127.0.0.1 only. The first SIGTERM then raises
@@ -31,6 +31,7 @@ def start_ray(*, num_cpus: int | None = None) -> None:
 
     Args:
         num_cpus: CPUs of a new Ray (default: all of this machine).
+        num_gpus: Logical GPUs of a new Ray (default: those of this machine).
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 starves workers next to other processes
@@ -51,7 +52,14 @@ def start_ray(*, num_cpus: int | None = None) -> None:
         _reload_environment()
         _use_loopback()
         # "local": without it Ray connects to any head that has run on this machine. "r": Ray lets all users write there
-        ray.init("local", num_cpus=num_cpus, _node_ip_address="127.0.0.1", _temp_dir=str(folder / "r"), **quiet)
+        ray.init(
+            "local",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder / "r"),
+            **quiet,
+        )
     _interrupt_on_sigterm()
 
 

@@ -1,13 +1,17 @@
 """Encoder pool: decoded groups pass between operators in any order, and the files equal those of one process."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from mfcore.types import AUDIO
 from preprocessing.config import PreprocessConfig
 from preprocessing.dataset.units import WorkUnit, plan_units
 from preprocessing.encoder_pool import (
@@ -21,9 +25,11 @@ from preprocessing.io.errors import InfrastructureError
 from preprocessing.io.lease import Lease
 from preprocessing.io.storage import Store
 from preprocessing.pipeline import build_encoders
-from preprocessing.runner import process_unit
+from preprocessing.runner import process_unit, run_encoder_pool
 from preprocessing.sources.discovery import find_sources
+from preprocessing.steps.encode import Encoders
 from preprocessing.toyworld.world import write_toyworld
+from workflows.utils.ray_runtime import ray_session
 
 CONFIG = PreprocessConfig(workers=0, window_seconds=Fraction(1), sources_per_unit=2, sizes=((32, 32),))
 
@@ -131,6 +137,43 @@ def test_batches_follow_the_configuration(clips):
     prepared = list(prepare_sources(sources, CONFIG, build_encoders(CONFIG), StepTimer()))
     assert [len(group) for group in group_clips(iter(prepared), batched)] == [1] * 7
     assert [len(group) for group in group_clips(iter(prepared), pretrained)] == [1, 4, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_pool_on_ray_survives_a_killed_encoder(clips, tmp_path):
+    """An actor that dies is restarted; the files equal those of one process."""
+    units = _units(clips)
+    here, there = Store(str(tmp_path / "here")), Store(str(tmp_path / "there"))
+    with Lease(here) as lease:
+        for unit in units:
+            process_unit(unit, here, lease.token, CONFIG, encoders=build_encoders(CONFIG))
+    config = replace(CONFIG, workers=2, encoder=replace(CONFIG.encoder, gpus=1.0))
+    load = partial(_encoders_that_die_once, flag=tmp_path / "died")
+    with ray_session(2, gpus=1), Lease(there) as lease:
+        results = list(run_encoder_pool(units, there, lease.token, config, load=load))
+    assert (tmp_path / "died").exists()
+    assert [result["outage"] for result in results] == ["", ""]
+    mine, theirs = _files(tmp_path / "here"), _files(tmp_path / "there")
+    names = [name for name in mine if not name.startswith("_done")]  # markers have the fingerprint
+    assert [theirs[name] for name in names] == [mine[name] for name in names]
+    assert sorted(theirs) == sorted(mine)
+
+
+def _encoders_that_die_once(config: PreprocessConfig, flag: Path) -> Encoders:
+    encoders = build_encoders(config)
+    codec = encoders.codecs[AUDIO]
+    real, calls = codec.encode, []
+
+    def encode(signal: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) == 3 and not flag.exists():
+            flag.touch()
+            os._exit(1)
+        return real(signal)
+
+    codec.encode = encode
+    return encoders
 
 
 class _Pretrained(PreprocessConfig):

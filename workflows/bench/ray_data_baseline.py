@@ -21,10 +21,11 @@ from preprocessing.pipeline import build_encoders, span_plan
 def baseline_pipeline(paths: Sequence[str], out: str, config: PreprocessConfig) -> int:
     """Write the clips of ``paths`` to ``out``; return the number of rows."""
     import ray
+    from ray.data import TaskPoolStrategy
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     data = ray.data.read_binary_files(list(paths), override_num_blocks=len(paths))
-    clips = data.flat_map(partial(_clips, config=config), num_cpus=1, concurrency=config.workers)
+    clips = data.flat_map(partial(_clips, config=config), num_cpus=1, compute=TaskPoolStrategy(config.workers))
     clips.write_parquet(out)
     return sum(_rows(path) for path in Path(out).iterdir())
 

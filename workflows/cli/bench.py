@@ -267,6 +267,15 @@ def preprocess(
             help="Instead: memory for two numbers of synthetic clips, e.g. 500,10000.",
         ),
     ] = None,
+    encoder: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.001,
+            rich_help_panel=MEASUREMENT,
+            help="Instead: how busy a stand-in encoder of so many seconds per clip is behind the workers.",
+        ),
+    ] = None,
     sets: ConfigOverrides,
     json: JsonFlag = False,
 ) -> None:
@@ -277,7 +286,7 @@ def preprocess(
 
     def work() -> Any:
         from preprocessing.config import PreprocessConfig
-        from workflows.bench import preprocess_memory
+        from workflows.bench import encoder_pool, preprocess_memory
         from workflows.bench.preprocess import bench_preprocess
         from workflows.config.serialization import apply_overrides, parse_overrides
 
@@ -288,12 +297,16 @@ def preprocess(
         if not folder:
             raise UserInputError("name a folder of media files, or --memory FEW,MANY")
         config = apply_overrides(PreprocessConfig(), {"sizes": parse_sizes(size, "--size")} | parse_overrides(sets))
+        if encoder is not None:
+            return encoder_pool.bench_encoder_pool(folder, config=config, decoders=processes, seconds=encoder)
         return bench_preprocess(folder, config=config, workers=processes, rounds=rounds, with_plain=plain)
 
     def render(result: Any) -> str:
-        from workflows.bench import preprocess_memory
+        from workflows.bench import encoder_pool, preprocess_memory
         from workflows.bench.preprocess import format_table
 
+        if encoder is not None:
+            return encoder_pool.format_table(result)
         return preprocess_memory.format_table(result) if memory is not None else format_table(result)
 
     output.run_command(work, as_json=json, render=render)

@@ -11,16 +11,17 @@ from workflows.utils import environment
 
 
 @contextmanager
-def ray_session(workers: int) -> Iterator[None]:
+def ray_session(workers: int, *, gpus: int | None = None) -> Iterator[None]:
     """Use the Ray of this process, or start one for the context, with a CPU for each of ``workers``.
 
-    A submitted job joins its cluster, which has a fixed size.
+    A submitted job joins its cluster, which has a fixed size. ``gpus``: logical GPUs of a new Ray (default: the GPUs of
+    this machine).
     """
     environment.apply_defaults()
     import ray
 
     started = not ray.is_initialized()
-    start_ray(num_cpus=max(os.cpu_count() or 1, workers))
+    start_ray(num_cpus=max(os.cpu_count() or 1, workers), num_gpus=gpus)
     try:
         yield
     finally:
