@@ -7,13 +7,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mfcore.model.attention import AttentionVisibility, additive_mask, attend
 from mfcore.solver import DenoiserContext, constant_levels
 from mfcore.types import AUDIO, VIDEO
-from tests.helpers.attention_inputs import random_qkv, visibility
 from tests.helpers.tiny_model import batch, network
+from workflows.bench.gpu.parity import noisy_visibility, random_qkv
 
 
 def test_a_chunk_sees_its_window_and_itself():
-    visible = visibility().dense()
-    for q in range(len(visibility().chunk)):
+    visible = noisy_visibility().dense()
+    for q in range(len(noisy_visibility().chunk)):
         k = torch.arange(35) // 7
         history = [(q // 7 - int(c)) in (1, 2) for c in k]
         assert visible[q].tolist() == history + [int(c) == q // 7 for c in k]
@@ -25,8 +25,8 @@ def test_a_chunk_sees_its_window_and_itself():
 )
 @torch.no_grad()
 def test_backends_differ_by_less_than_the_noise_of_the_type(groups, dtype, tolerance):
-    visible = visibility()
-    q, k, v = random_qkv(visible, dtype, groups)
+    visible = noisy_visibility()
+    q, k, v = random_qkv(visible, dtype, groups=groups)
     dense, flex = attend(q, k, v, visible.mask("sdpa", q.device)), attend(q, k, v, visible.blocks(q.device))
     assert dense.dtype == flex.dtype == dtype
     torch.testing.assert_close(flex, dense, atol=tolerance, rtol=tolerance)
@@ -37,7 +37,7 @@ def test_backends_differ_by_less_than_the_noise_of_the_type(groups, dtype, toler
 
 @torch.no_grad()
 def test_an_additive_mask_gives_bit_equal_attention():
-    visible = visibility()
+    visible = noisy_visibility()
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = random_qkv(visible, dtype)
         plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible.dense())
@@ -108,7 +108,7 @@ def test_the_network_agrees_between_backends(changes, monkeypatch):
 
 
 def test_flex_on_a_cpu_uses_the_reference_with_gradient():
-    assert isinstance(visibility().mask("flex", torch.device("cpu")), torch.Tensor)
+    assert isinstance(noisy_visibility().mask("flex", torch.device("cpu")), torch.Tensor)
     data = batch(rows=1, chunks=2)
     t = constant_levels(data.streams, dict.fromkeys(data.streams, 0.6))
     model = network(attention="flex")

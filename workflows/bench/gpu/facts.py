@@ -35,7 +35,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     """Return versions and sizes of the machine, and the reason why the device cannot be used."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": os.cpu_count(),
         "cuda": torch.version.cuda or "none",
         "warning": version_warning(torch.__version__),
         "missing_device": missing_device(device),

@@ -78,10 +78,10 @@ def _latents(streams: Mapping[str, Stream]) -> dict[str, Tensor]:
 
 def check_attention(device: torch.device) -> Result:
     """Compare attention kernels, with and without mask, in bfloat16 and float32, with float64."""
-    visible = _visibility()
+    visible = noisy_visibility()
     worst: Result = {}
     for dtype, bound in ((torch.float32, 1e-3), (torch.bfloat16, 1e-2)):
-        q, k, v = _queries_keys_values(visible, groups=2)
+        q, k, v = random_qkv(visible, groups=2)
         for name, mask in (("masked", additive_mask(visible.dense())), ("whole", None)):
             reference = attend(q.double(), k.double(), v.double(), mask)
             here = [x.to(device, dtype) for x in (q, k, v)]
@@ -178,9 +178,9 @@ def check_graph_memory(device: torch.device) -> Result:
 
 def check_flex_attention(device: torch.device, *, groups: int) -> Result:
     """Compare FlexAttention and its gradients with the dense mask."""
-    visible, results = _visibility(chunks=20, tokens=33), []
+    visible, results = noisy_visibility(chunks=20, tokens=33), []
     for backend in ("sdpa", "flex"):
-        q, k, v = (x.to(device).requires_grad_() for x in _queries_keys_values(visible, groups))
+        q, k, v = (x.to(device).requires_grad_() for x in random_qkv(visible, groups=groups))
         out = attend(q, k, v, visible.mask(backend, device))
         out.square().sum().backward()
         results.append({"out": out.detach()} | {n: x.grad for n, x in zip("qkv", (q, k, v), strict=True)})
@@ -225,8 +225,8 @@ def _gradients(net: AVTransformer, *, rows: int, chunks: int, code: BlockKernels
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
-def _visibility(chunks: int = 5, window: int = 2, tokens: int = 7) -> AttentionVisibility:
-    """Return the visibility of noisy chunks; keys are their history, then themselves."""
+def noisy_visibility(chunks: int = 5, window: int = 2, tokens: int = 7) -> AttentionVisibility:
+    """Return the visibility of noisy chunks of ``tokens`` tokens; keys are their history, then themselves."""
     chunk = torch.arange(chunks).repeat_interleave(tokens)
     track = torch.zeros_like(chunk)
     return AttentionVisibility(
@@ -238,10 +238,11 @@ def _visibility(chunks: int = 5, window: int = 2, tokens: int = 7) -> AttentionV
     )
 
 
-def _queries_keys_values(visible: AttentionVisibility, groups: int) -> list[Tensor]:
+def random_qkv(visible: AttentionVisibility, dtype: torch.dtype = torch.float32, *, groups: int = 4) -> list[Tensor]:
+    """Draw queries, keys and values for ``visible``: (2, 4, n, 16), keys and values with ``groups`` heads."""
     draw = torch.Generator().manual_seed(0)
     shapes = [(2, 4, len(visible.chunk), 16), *[(2, groups, len(visible.first), 16)] * 2]
-    return [torch.randn(shape, generator=draw) for shape in shapes]
+    return [torch.randn(shape, generator=draw).to(dtype) for shape in shapes]
 
 
 CHECKS: dict[str, Check] = {
