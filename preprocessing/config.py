@@ -15,6 +15,7 @@ from mfcore.types import AUDIO, VIDEO
 from preprocessing.io.hashing import canonical_json, content_hash
 from preprocessing.media.probe import DECODER_BYTES
 from preprocessing.media.scene_cuts import SceneConfig
+from preprocessing.people.config import PeopleConfig
 from preprocessing.records import SourceLimits
 from preprocessing.steps.av_sync import SyncConfig
 from preprocessing.steps.encode import EncoderConfig
@@ -48,6 +49,7 @@ class PreprocessConfig:
     scenes: SceneConfig = field(default_factory=SceneConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
+    people: PeopleConfig | None = None  # selection of clips in which one person speaks; None: off
     limits: SourceLimits = field(default_factory=SourceLimits)
     keep_duplicates: bool = False  # keep sources with equal bytes
     latent_dtype: Literal["float32", "float16"] = "float32"  # of stored latents
@@ -117,6 +119,17 @@ class PreprocessConfig:
 
         return min(self.sizes, key=distance)
 
+    def decoded_size(self, shown: tuple[float, float]) -> tuple[int, int]:
+        """Return the size of decoded frames for a source displayed as (height, width).
+
+        It is the target size, or for people a larger one in the shape of the source, from which the face is cut.
+        """
+        if self.people is None:
+            return self.target_size(shown)
+        scale = min(1.0, self.people.short_side / min(shown))
+        height, width = (max(2, 2 * round(side * scale / 2)) for side in shown)
+        return height, width
+
     @property
     def weight_folders(self) -> dict[str, str]:
         """Return the folders of pretrained weights by modality, or "text"."""
@@ -139,9 +152,11 @@ class PreprocessConfig:
     def fingerprint(self) -> str:
         """Return the hash of the resolved configuration.
 
-        Default limits are not part of it: datasets from before the limits can be extended.
+        Default limits and absent filters of people are not part of it: datasets from before them can be extended.
         """
         values = self.resolved()
         if self.limits == SourceLimits():
             del values["limits"]
+        if self.people is None:
+            del values["people"]
         return content_hash(values)

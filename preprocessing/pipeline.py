@@ -20,6 +20,9 @@ from preprocessing.io.prefetch import group_consecutive, prefetch
 from preprocessing.io.storage import local_copy
 from preprocessing.media.decoder import Decoder
 from preprocessing.media.probe import MediaError, MediaInfo, probe
+from preprocessing.people.face_step import crop_to_face
+from preprocessing.people.packages import check_packages
+from preprocessing.people.speech_step import check_speech
 from preprocessing.records import Clip, Rejected, Source
 from preprocessing.sources.discovery import edge_fingerprint, split_fragment
 from preprocessing.sources.sidecar import attach_text, read_sidecar
@@ -67,6 +70,8 @@ class StepTimer:
 def build_encoders(config: PreprocessConfig) -> Encoders:
     """Return the codecs of the modalities, their clocks and the text encoder."""
     build_estimator(config.sync)  # raises if weights are missing
+    if config.people:
+        check_packages()  # likewise
     if config.whisper:
         whisper_folder(config.whisper)  # likewise
     codecs = {
@@ -113,12 +118,22 @@ def build_clip_steps(config: PreprocessConfig, encoders: Encoders) -> list[ClipS
     fps, rate = float(config.fps), config.sample_rate
     return [
         ("duration", partial(check_duration, min_frames=min_frames, fps=fps, sample_rate=rate)),
+        *_people_steps(config),
         ("picture", partial(check_video, config=config.filters)),
         ("sound", partial(check_audio, config=config.filters)),
         ("sync", partial(check_sync, config=config.sync, plan=plan, fps=config.fps, sample_rate=rate)),
         ("fingerprint", partial(fingerprint, sample_rate=rate)),
         ("text", partial(attach_text, max_letters=config.limits.transcript_letters)),
     ]
+
+
+def _people_steps(config: PreprocessConfig) -> list[ClipStep]:
+    """Return the steps that select clips in which one person speaks."""
+    if config.people is None:
+        return []
+    speech = partial(check_speech, config=config.people, sample_rate=config.sample_rate)
+    face = partial(crop_to_face, config=config.people, target_size=config.target_size, fps=float(config.fps))
+    return [("face", face), ("voice", speech)]
 
 
 def build_model_steps(config: PreprocessConfig) -> list[ClipStep]:
@@ -162,7 +177,9 @@ def cut_source(
             )
         _check_streams(info, config)
         _check_length(info, within, config.limits.claimed_seconds)
+        size = config.sizes[0] if info.video is None else config.decoded_size(info.video.display_size)
         facts: dict[str, Any] = {
+            "source_scale": min(info.video.display_size) / min(size) if info.video else 1.0,
             "content": edge_fingerprint(path),
             "source_fps": info.video.fps if info.video else None,
             "transcript_source": "" if source.transcript is None else origin,
@@ -171,7 +188,7 @@ def cut_source(
             path,
             info,
             fps=config.fps,
-            size=config.sizes[0] if info.video is None else config.target_size(info.video.display_size),
+            size=size,
             sample_rate=config.sample_rate,
             streams=(VIDEO in config.modalities, AUDIO in config.modalities),
             fit=config.fit,

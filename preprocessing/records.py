@@ -51,6 +51,27 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaceFacts:
+    """What was measured of the face of a clip."""
+
+    share: float  # of frames with the face
+    pixels: float  # median height of the face in the source
+    frontal_share: float  # of frames with the face
+    sharpness: float  # variance of the Laplacian, gray levels
+    inside_share: float  # of frames with the whole face in the crop
+    boxes: NDArray[np.float32]  # (n, 4) crops as shares of the picture: left, top, right, bottom
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechFacts:
+    """What was measured of the voice of a clip."""
+
+    seconds: float  # of voice activity
+    quality: float | None  # DNSMOS overall, 1 to 5; None: not measured
+    voice_similarity: float | None  # cosine of the speaker embeddings of both halves of the speech
+
+
+@dataclass(frozen=True, kw_only=True)
 class Clip:
     """Span of a source: frame j is at ``span[0] + j / fps``, sample i at ``span[0] + i / rate``."""
 
@@ -59,6 +80,7 @@ class Clip:
     frames: NDArray[np.uint8] | None  # (n, height, width, 3); None in an audio-only dataset
     waveform: NDArray[np.float32] | None  # (samples,); None in a video-only dataset
     content: str = ""  # hash of the content of the source file, independent of its location
+    source_scale: float = 1.0  # pixels of the source per pixel of the frames
     source_fps: float | None = None  # average frames per second in the header of the source
     loudness_db: float | None = None  # dBFS, rms
     fingerprint: bytes | None = None  # features of appearance, motion and sound
@@ -67,6 +89,8 @@ class Clip:
     transcript_source: str = ""  # manifest, sidecar or the id of a Whisper model; empty: no transcript
     sync: tuple[float, float] | None = None  # offset in seconds (positive: audio lags), confidence
     moved: float = 0.0  # seconds by which audio and transcript were moved earlier
+    face: FaceFacts | None = None
+    speech: SpeechFacts | None = None
     latents: Mapping[str, Tensor] | None = None  # raw: video (1 + n, C, h, w), audio (n, C); set by the last step
     caption_embedding: Tensor | None = None  # (L, D)
     words_embedding: Tensor | None = None  # (W, D)

@@ -70,6 +70,16 @@ CLIPS = pa.schema(
         pa.field("transcript_source", pa.string()),  # manifest, sidecar, whisper/...; null: no transcript
         pa.field("fingerprint", pa.binary()),  # for near-duplicates
         pa.field("world", pa.string()),  # synthetic world, such as toyworld/1; null: none, or an older dataset
+        # of people; null: not measured
+        pa.field("face_share", pa.float64()),
+        pa.field("face_pixels", pa.float64()),
+        pa.field("face_frontal_share", pa.float64()),
+        pa.field("face_sharpness", pa.float64()),
+        pa.field("face_inside_share", pa.float64()),
+        pa.field("face_boxes", pa.list_(pa.float32())),  # crop of each frame: left, top, right, bottom, 0 to 1
+        pa.field("speech_seconds", pa.float64()),
+        pa.field("speech_quality", pa.float64()),
+        pa.field("voice_similarity", pa.float64()),
     ],
     metadata={"mfctl_schema_version": str(SCHEMA_VERSION)},
 )
@@ -188,7 +198,20 @@ def to_row(
         "source_fps": clip.source_fps,
         "loudness_db": clip.loudness_db,
         "world": clip.source.world or None,
+        **_people_row(clip),
     }
+
+
+def _people_row(clip: Clip) -> dict[str, Any]:
+    """Return the columns of face and speech that were measured."""
+    row: dict[str, Any] = {}
+    if face := clip.face:
+        row |= {f"face_{name}": getattr(face, name) for name in ("share", "pixels", "frontal_share", "sharpness")}
+        row |= {"face_inside_share": face.inside_share, "face_boxes": face.boxes.ravel().tolist()}
+    if speech := clip.speech:
+        row |= {"speech_seconds": speech.seconds, "speech_quality": speech.quality}
+        row |= {"voice_similarity": speech.voice_similarity}
+    return row
 
 
 class RowWriter:

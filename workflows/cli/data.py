@@ -151,6 +151,14 @@ def preprocess(
     text: Text = None,
     sync: Sync = None,
     transcribe: Transcribe = None,
+    people: Annotated[
+        bool,
+        typer.Option(
+            "--people",
+            rich_help_panel=MODELS,
+            help="Select clips in which one person speaks, and crop them to the face (extra: people).",
+        ),
+    ] = False,
     sets: ConfigOverrides,
     config: ConfigFile = None,
     dry_run: DryRunFlag = False,
@@ -165,10 +173,15 @@ def preprocess(
         from preprocessing.config import PreprocessConfig
         from workflows.config.serialization import apply_overrides, load_config_file, parse_overrides
         from workflows.data.build import build_dataset
-        from workflows.data.codec_options import apply_codec_options, apply_sync_option, apply_transcript_option
+        from workflows.data.codec_options import (
+            apply_codec_options,
+            apply_people_option,
+            apply_sync_option,
+            apply_transcript_option,
+        )
 
         plain = apply_sync_option(apply_codec_options(PreprocessConfig(), codec_video, codec_audio, text), sync)
-        plain = apply_transcript_option(plain, transcribe)
+        plain = apply_people_option(apply_transcript_option(plain, transcribe), people)
         written = apply_overrides(plain, load_config_file(config) if config else {})
         named = {"modality": modality, "sizes": sizes and parse_sizes(sizes, "--sizes"), "audio_track": audio_track}
         values = parse_overrides(sets) | {name: value for name, value in named.items() if value is not None}

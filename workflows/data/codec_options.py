@@ -1,4 +1,4 @@
-"""Options of ``mfctl preprocess`` that select codecs, the sync filter and transcription."""
+"""Options of ``mfctl preprocess`` that select codecs, the sync filter, transcription and filters of people."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,6 +8,8 @@ from mfcore.codecs.t5 import t5_config_from_folder
 from mfcore.codecs.wan import wan_config_from_folder
 from mfcore.errors import UserInputError
 from preprocessing.config import PreprocessConfig
+from preprocessing.people.config import PeopleConfig
+from preprocessing.people.packages import models_digest
 from preprocessing.steps.av_sync import syncnet_config
 from preprocessing.steps.transcribe import whisper_config
 from workflows.utils.environment import resolve_path
@@ -50,3 +52,8 @@ def apply_transcript_option(config: PreprocessConfig, transcribe: str | None) ->
     if transcribe not in (None, "off"):
         raise UserInputError(f"--transcribe {transcribe}: choose whisper:DIR or off")
     return config
+
+
+def apply_people_option(config: PreprocessConfig, people: bool) -> PreprocessConfig:
+    """Return ``config`` with the filters of people. Raises UserInputError if their packages are missing."""
+    return replace(config, people=PeopleConfig(models=models_digest())) if people else config

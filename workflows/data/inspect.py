@@ -32,7 +32,11 @@ from workflows.utils import figures
 from workflows.utils.environment import hide_passwords, tracking_uri
 
 HISTOGRAM_COLUMNS = {"duration_sec": "duration, s", "source_fps": "frames per second of the source",
-           "sync_offset_sec": "sound after picture, s", "loudness_db": "loudness, dBFS"}  # fmt: skip
+           "sync_offset_sec": "sound after picture, s", "loudness_db": "loudness, dBFS",
+           "face_pixels": "face, pixels of the source", "face_frontal_share": "share of frontal frames",
+           "face_sharpness": "sharpness of the face", "face_inside_share": "share of whole faces in crops",
+           "speech_seconds": "speech, s", "speech_quality": "DNSMOS, 1 to 5",
+           "voice_similarity": "similarity of both voice halves"}  # fmt: skip
 BINS = 20
 EXAMPLES = 3  # per reason
 SHEET_ACCEPTED, SHEET_REJECTED = 8, 4
