@@ -18,6 +18,7 @@ from preprocessing.media.scene_cuts import SceneConfig
 from preprocessing.people.config import PeopleConfig
 from preprocessing.records import SourceLimits
 from preprocessing.steps.av_sync import SyncConfig
+from preprocessing.steps.caption import CaptionConfig
 from preprocessing.steps.encode import EncoderConfig
 from preprocessing.steps.quality_filters import FilterConfig
 from preprocessing.steps.transcribe import WhisperConfig
@@ -45,6 +46,7 @@ class PreprocessConfig:
     words: Literal[1, 2] = 2  # version of the hashed embeddings
     text: T5Config | None = None  # pretrained encoder of captions and transcripts; None: hashed embeddings
     whisper: WhisperConfig | None = None  # transcribes sources without a transcript
+    caption: CaptionConfig | None = None  # captions of clips without one; None: they stay empty
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     scenes: SceneConfig = field(default_factory=SceneConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
@@ -138,11 +140,17 @@ class PreprocessConfig:
         folders = {name: getattr(part, "folder", "") for name, part in used.items()}
         return {name: folder for name, folder in folders.items() if folder}
 
+    @property
+    def uses_models(self) -> bool:
+        """Return True if encoding, transcription or captions need weights, which a worker loads once."""
+        captions = self.caption is not None and bool(self.caption.weights)
+        return bool(self.weight_folders or self.whisper or captions)
+
     def resolved(self) -> dict[str, Any]:
         """Return the settings that affect the content of the dataset as plain JSON values."""
         values: dict[str, Any] = json.loads(canonical_json(asdict(self)))
         del values["workers"]
-        for part in ("video", "audio", "text", "whisper"):
+        for part in ("video", "audio", "text", "whisper", "caption"):
             (values[part] or {}).pop("folder", None)  # the digest of the weights is kept
         del values["sync"]["file"]
         values["encoder"] = {"batch": self.encoder.batch, "bfloat16": self.encoder.gpus > 0}
@@ -152,11 +160,13 @@ class PreprocessConfig:
     def fingerprint(self) -> str:
         """Return the hash of the resolved configuration.
 
-        Default limits and absent filters of people are not part of it: datasets from before them can be extended.
+        Default limits, and filters of people and captions that are off, are not part of it: datasets from before them
+        can be extended.
         """
         values = self.resolved()
         if self.limits == SourceLimits():
             del values["limits"]
-        if self.people is None:
-            del values["people"]
+        for name in ("people", "caption"):
+            if getattr(self, name) is None:
+                del values[name]
         return content_hash(values)

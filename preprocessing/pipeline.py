@@ -28,6 +28,7 @@ from preprocessing.sources.discovery import edge_fingerprint, split_fragment
 from preprocessing.sources.sidecar import attach_text, read_sidecar
 from preprocessing.spans import SpanPlan
 from preprocessing.steps.av_sync import build_estimator, check_sync
+from preprocessing.steps.caption import add_captions, caption_folder
 from preprocessing.steps.encode import Encoders, encode_batch, encode_clip
 from preprocessing.steps.fingerprint import fingerprint
 from preprocessing.steps.quality_filters import check_audio, check_duration, check_source, check_video
@@ -74,6 +75,8 @@ def build_encoders(config: PreprocessConfig) -> Encoders:
         check_packages()  # likewise
     if config.whisper:
         whisper_folder(config.whisper)  # likewise
+    if config.caption and config.caption.weights:
+        caption_folder(config.caption)  # likewise
     codecs = {
         m: codec_from_config({VIDEO: config.video, AUDIO: config.audio}[m], config.device) for m in config.modalities
     }
@@ -168,6 +171,7 @@ def cut_source(
     if source.duplicate_of is not None:
         raise Rejected("duplicates", "duplicate", f"same bytes as {source.duplicate_of}")
     origin = "manifest" if source.transcript is not None else "sidecar"
+    caption_origin = "manifest" if source.caption else "sidecar"
     source = read_sidecar(source, config.limits, timer.warn)
     base, within = split_fragment(source.uri)
     with local_copy(base) as path:
@@ -182,6 +186,7 @@ def cut_source(
             "source_scale": min(info.video.display_size) / min(size) if info.video else 1.0,
             "content": edge_fingerprint(path),
             "source_fps": info.video.fps if info.video else None,
+            "caption_source": caption_origin if source.caption else "",
             "transcript_source": "" if source.transcript is None else origin,
         }
         with Decoder(
@@ -241,9 +246,9 @@ def group_clips(
 ) -> Generator[list[tuple[Source, Clip | Rejected]]]:
     """Yield groups of consecutive items that are encoded together: clips of one shape, or rejects.
 
-    Pretrained codecs encode up to ``encoder.batch`` clips together, embedded ones single clips.
+    Models take up to ``encoder.batch`` clips together, embedded codecs single clips.
     """
-    return group_consecutive(prepared, _batch_shape, config.encoder.batch if config.weight_folders else 1)
+    return group_consecutive(prepared, _batch_shape, config.encoder.batch if config.uses_models else 1)
 
 
 def encode_group(
@@ -259,6 +264,7 @@ def encode_group(
 
     steps = build_model_steps(config)
     found = [item if isinstance(item, Rejected) else _run_steps(item, steps, timer) for _, item in group]
+    found = _caption(found, config, timer)
     clips = [item for item in found if isinstance(item, Clip)]
     if config.weight_folders and clips:
         with timer.measure("encode"):
@@ -269,6 +275,20 @@ def encode_group(
         (source, item if isinstance(item, Rejected) else next(encoded))
         for (source, _), item in zip(group, found, strict=True)
     ]
+
+
+def _caption(found: list[Clip | Rejected], config: PreprocessConfig, timer: StepTimer) -> list[Clip | Rejected]:
+    """Return the items with captions; if a batch fails, clips are captioned separately to find the failing one."""
+    if config.caption is None:
+        return found
+    add = partial(add_captions, config=config.caption, device=config.device)
+    clips = [item for item in found if isinstance(item, Clip)]
+    try:
+        with timer.measure("caption"):
+            done: Iterator[Clip | Rejected] = iter(add(clips))
+    except Exception:
+        done = iter([_run_steps(clip, [("caption", lambda clip: add([clip])[0])], timer) for clip in clips])
+    return [next(done) if isinstance(item, Clip) else item for item in found]
 
 
 def _item_bytes(item: tuple[Source, Clip | Rejected]) -> int:

@@ -59,6 +59,7 @@ class FaceFacts:
     frontal_share: float  # of frames with the face
     sharpness: float  # variance of the Laplacian, gray levels
     inside_share: float  # of frames with the whole face in the crop
+    height_share: float  # median height of the face over the height of the crop
     boxes: NDArray[np.float32]  # (n, 4) crops as shares of the picture: left, top, right, bottom
 
 
@@ -85,6 +86,7 @@ class Clip:
     loudness_db: float | None = None  # dBFS, rms
     fingerprint: bytes | None = None  # features of appearance, motion and sound
     caption: str = ""
+    caption_source: str = ""  # manifest, sidecar, measured or the id of a model; empty: no caption
     transcript: tuple[Word, ...] = ()
     transcript_source: str = ""  # manifest, sidecar or the id of a Whisper model; empty: no transcript
     sync: tuple[float, float] | None = None  # offset in seconds (positive: audio lags), confidence

@@ -34,6 +34,7 @@ from preprocessing.io.processes import delete_stale_scratch
 from preprocessing.io.ray_resources import max_resources, report_while_waiting, resources_available
 from preprocessing.io.storage import Store
 from preprocessing.pipeline import StepTimer, build_encoders, process_sources
+from preprocessing.steps.caption import load_captioner
 from preprocessing.steps.encode import Encoders
 from preprocessing.steps.transcribe import load_whisper
 from preprocessing.unit_files import unit_row, write_unit
@@ -99,6 +100,8 @@ def _cached_encoders(config: PreprocessConfig) -> Encoders:
     encoders.load()
     if config.whisper:
         load_whisper(config.whisper, config.device)
+    if config.caption and config.caption.weights:
+        load_captioner(config.caption, config.device)
     return encoders
 
 
@@ -166,8 +169,7 @@ def _run_on_ray(
     available = ray.cluster_resources
     config = replace(config, workers=worker_count(len(units), config, max_resources(available())))
     seen = resources_available(config.worker_resources, available)
-    uses_pool = config.encoder.gpus > 0 and bool(config.weight_folders or config.whisper)
-    run = run_encoder_pool if uses_pool else _run_workers
+    run = run_encoder_pool if config.encoder.gpus > 0 and config.uses_models else _run_workers
     with report_while_waiting(f"machines for {config.workers} workers", available, seen=seen):
         for row in run(units, store, token, config):
             if row["outage"]:
@@ -184,7 +186,7 @@ def _run_workers(
     arguments = (store.uri, token, config)
     options: dict[str, Any] = {"num_cpus": 1, "memory": NO_MEMORY}
     actor: Any = _Worker  # one instance per worker
-    if config.weight_folders or config.whisper:
+    if config.uses_models:
         compute = ActorPoolStrategy(min_size=1, max_size=config.workers)
         results = _unit_rows(units).map(actor, fn_constructor_args=arguments, compute=compute, **options)
     else:

@@ -70,6 +70,7 @@ CLIPS = pa.schema(
         pa.field("transcript_source", pa.string()),  # manifest, sidecar, whisper/...; null: no transcript
         pa.field("fingerprint", pa.binary()),  # for near-duplicates
         pa.field("world", pa.string()),  # synthetic world, such as toyworld/1; null: none, or an older dataset
+        pa.field("caption_source", pa.string()),  # manifest, sidecar, measured, vlm/...; null: no caption
         # of people; null: not measured
         pa.field("face_share", pa.float64()),
         pa.field("face_pixels", pa.float64()),
@@ -174,6 +175,7 @@ def to_row(
         **_pack("text_embedding", clip.caption_embedding.numpy()),
         "file_name": file_name,
         "caption": clip.caption,
+        "caption_source": clip.caption_source or None,
         "media_type": {(True, True): "video_with_audio", (True, False): "video"}.get(
             (video is not None, audio is not None), "audio"
         ),

@@ -45,6 +45,7 @@ def crop_to_face(clip: Clip, config: PeopleConfig, *, target_size: TargetSize, f
         frontal_share=frontal,
         sharpness=sharp,
         inside_share=share_inside(faces, crops, shape),
+        height_share=float(np.median((faces[:, 3] - faces[:, 1]) / (crops[:, 3] - crops[:, 1]))),
         boxes=_relative(crops, shape),
     )
     return replace(clip, frames=cut_crops(frames, crops, size), face=facts)

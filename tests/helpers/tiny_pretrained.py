@@ -94,3 +94,45 @@ def save_whisper(folder: Path, exact: bool = True, seed: int = 0) -> Path:
         network.generation_config.alignment_heads = [[0, 0], [0, 1]]
     network.save_pretrained(folder)
     return folder
+
+
+def save_llava(folder: Path, seed: int = 0) -> Path:
+    """Save a LLaVA of width 16 that takes pictures of 32 pixels and writes characters."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+    pieces = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *(chr(c) for c in range(33, 127)), "\u0120"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    characters = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    characters.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    characters.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
+    )
+    pictures = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=32, patch_size=8, projection_dim=16)
+    text = transformers.LlamaConfig(**sizes, vocab_size=len(pieces), num_hidden_layers=1, num_key_value_heads=2)
+    torch.manual_seed(seed)
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_seq_length=16)
+    )
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.save_pretrained(folder)
+    return folder

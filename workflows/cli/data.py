@@ -151,6 +151,15 @@ def preprocess(
     text: Text = None,
     sync: Sync = None,
     transcribe: Transcribe = None,
+    caption: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|measured",
+            rich_help_panel=MODELS,
+            show_default="off",
+            help="Captions of clips without one: vision-language model, or a sentence from measured values.",
+        ),
+    ] = None,
     people: Annotated[
         bool,
         typer.Option(
@@ -174,6 +183,7 @@ def preprocess(
         from workflows.config.serialization import apply_overrides, load_config_file, parse_overrides
         from workflows.data.build import build_dataset
         from workflows.data.codec_options import (
+            apply_caption_option,
             apply_codec_options,
             apply_people_option,
             apply_sync_option,
@@ -182,6 +192,7 @@ def preprocess(
 
         plain = apply_sync_option(apply_codec_options(PreprocessConfig(), codec_video, codec_audio, text), sync)
         plain = apply_people_option(apply_transcript_option(plain, transcribe), people)
+        plain = apply_caption_option(plain, caption)
         written = apply_overrides(plain, load_config_file(config) if config else {})
         named = {"modality": modality, "sizes": sizes and parse_sizes(sizes, "--sizes"), "audio_track": audio_track}
         values = parse_overrides(sets) | {name: value for name, value in named.items() if value is not None}

@@ -11,6 +11,7 @@ from preprocessing.config import PreprocessConfig
 from preprocessing.people.config import PeopleConfig
 from preprocessing.people.packages import models_digest
 from preprocessing.steps.av_sync import syncnet_config
+from preprocessing.steps.caption import MEASURED, CaptionConfig, caption_config
 from preprocessing.steps.transcribe import whisper_config
 from workflows.utils.environment import resolve_path
 
@@ -52,6 +53,17 @@ def apply_transcript_option(config: PreprocessConfig, transcribe: str | None) ->
     if transcribe not in (None, "off"):
         raise UserInputError(f"--transcribe {transcribe}: choose whisper:DIR or off")
     return config
+
+
+def apply_caption_option(config: PreprocessConfig, caption: str | None) -> PreprocessConfig:
+    """Return ``config`` with the named source of missing captions. Raises UserInputError for an unknown one."""
+    if caption is None:
+        return config
+    if caption != MEASURED:
+        return replace(config, caption=caption_config(resolve_path(caption)))
+    if config.people is None:
+        raise UserInputError("--caption measured: nothing is measured without --people. Add --people")
+    return replace(config, caption=CaptionConfig())
 
 
 def apply_people_option(config: PreprocessConfig, people: bool) -> PreprocessConfig:
