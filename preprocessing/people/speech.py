@@ -115,13 +115,20 @@ def speaker_embedding(sound: Waveform) -> NDArray[np.float32] | None:
 
     It is the normalized mean over parts of 1.6 s that start every 0.8 s.
     """
+    parts = partial_embeddings(sound)
+    if not len(parts):
+        return None
+    mean = parts.mean(0)
+    return mean / np.linalg.norm(mean)
+
+
+def partial_embeddings(sound: Waveform) -> NDArray[np.float32]:
+    """Return unit embeddings (n, 256) of parts of 1.6 s of a 16 kHz waveform that start every 0.8 s."""
     mels = _mel_power(_raise_level(sound))
     starts = range(0, len(mels) - PARTIAL_FRAMES + 1, PARTIAL_STEP)
     if not len(starts):
-        return None
-    parts = torch.from_numpy(np.stack([mels[s : s + PARTIAL_FRAMES] for s in starts]))
-    mean = _speaker_encoder()(parts).mean(0)
-    return (mean / mean.norm()).numpy()
+        return np.zeros((0, 256), np.float32)
+    return _speaker_encoder()(torch.from_numpy(np.stack([mels[s : s + PARTIAL_FRAMES] for s in starts]))).numpy()
 
 
 def voice_similarity(sound: Waveform, active: NDArray[np.bool_]) -> float | None:

