@@ -24,6 +24,7 @@ from preprocessing.steps.quality_filters import FilterConfig
 from preprocessing.steps.transcribe import WhisperConfig
 
 MODALITIES = {"paired": (VIDEO, AUDIO), "video": (VIDEO,), "audio": (AUDIO,)}
+MIN_FACE_SIDE = 240  # pixels of the shorter side of decoded frames, to find faces
 MAX_SIDE = 8192  # pixels of an encoded frame, the longest side that decoders are tested with
 _MIN_DECODER_BYTES = 1 << 26  # memory of ffmpeg without frames
 _ASPECT_TOLERANCE = 0.01  # relative difference below which aspect ratios are equal
@@ -126,9 +127,11 @@ class PreprocessConfig:
 
         It is the target size, or for people a larger one in the shape of the source, from which the face is cut.
         """
+        target = self.target_size(shown)
         if self.people is None:
-            return self.target_size(shown)
-        scale = min(1.0, self.people.short_side / min(shown))
+            return target
+        side = min(self.people.short_side, max(MIN_FACE_SIDE, 2 * min(target)))
+        scale = min(1.0, side / min(shown))
         height, width = (max(2, 2 * round(side * scale / 2)) for side in shown)
         return height, width
 

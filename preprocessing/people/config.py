@@ -12,8 +12,9 @@ class PeopleConfig:
 
     models: str = ""  # digest of the model files, set by --people
     faces: Literal["one", "speaking"] = "one"  # several faces: reject the clip, or follow the one with moving lips
-    short_side: int = 480  # pixels of the shorter side of decoded frames, from which the face is cut
-    detect_every: int = 5  # frames between two detections; landmarks follow the face between
+    short_side: int = 480  # most pixels of the shorter side of decoded frames; twice that of small target sizes
+    detect_every: int = 12  # frames between two detections; landmarks follow the face between
+    landmark_every: int = 2  # frames between two landmarks; the face is interpolated between
     margin: float = 0.45  # space around the face in the crop, as a share of its size
     smooth_seconds: float = 0.4  # standard deviation of the smoothing of the crop's motion
     min_face_share: float | None = 0.9  # of frames with the face
@@ -28,6 +29,7 @@ class PeopleConfig:
     def __post_init__(self) -> None:
         check_range("people.short_side", self.short_side, 64, 4096)
         check_range("people.detect_every", self.detect_every, 1, 250)
+        check_range("people.landmark_every", self.landmark_every, 1, 25)
         check_range("people.margin", self.margin, 0, 4)
         check_range("people.smooth_seconds", self.smooth_seconds, 0, 60)
         for name, most in (

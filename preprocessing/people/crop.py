@@ -57,7 +57,9 @@ def cut_crops(frames: Frames, crops: Boxes, size: tuple[int, int]) -> Frames:
     height, width = frames.shape[1:3]
     for i, (frame, crop) in enumerate(zip(frames, crops, strict=True)):
         box = tuple(np.clip(crop, 0, [width, height, width, height]).tolist())
-        picture = Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+        picture = Image.fromarray(frame).resize(
+            (size[1], size[0]), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0
+        )
         out[i] = np.asarray(picture)
     return out
 

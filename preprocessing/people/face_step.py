@@ -27,7 +27,7 @@ def crop_to_face(clip: Clip, config: PeopleConfig, *, target_size: TargetSize, f
     frames = clip.frames
     track = _choose_track(frames, clip.waveform, config)
     meshes = list(track.meshes.values())
-    share = len(meshes) / len(frames)
+    share = len(meshes) / _looked_at(frames, config)
     _check("face_lost", "share of frames with the face", share, config.min_face_share)
     pixels = track.size * clip.source_scale
     _check("small_face", "height of the face in pixels", pixels, config.min_face_pixels)
@@ -60,10 +60,15 @@ def _check(reason: str, what: str, value: float, least: float | None) -> None:
         raise Rejected(STEP, reason, f"{what}: {value:.3g}, at least {least:g}")
 
 
+def _looked_at(frames: Frames, config: PeopleConfig) -> int:
+    """Return the number of frames in which faces are searched."""
+    return -(-len(frames) // config.landmark_every)
+
+
 def _choose_track(frames: Frames, waveform: Waveform | None, config: PeopleConfig) -> FaceTrack:
     """Return the track of the only face, or of the one with lips that move with the sound."""
-    least = max(MIN_FRAMES, MIN_SHARE * len(frames))
-    tracks = track_faces(frames, load_face_models(), config.detect_every)
+    least = max(MIN_FRAMES, MIN_SHARE * _looked_at(frames, config))
+    tracks = track_faces(frames, load_face_models(), config.detect_every, stride=config.landmark_every)
     found = [track for track in tracks if len(track.meshes) >= least]
     if not found:
         raise Rejected(STEP, "no_face", "no face in a fifth of the frames")

@@ -75,14 +75,14 @@ def speech_seconds(active: NDArray[np.bool_]) -> float:
 
 
 def speech_quality(sound: Waveform) -> float | None:
-    """Return the overall DNSMOS of a 16 kHz waveform, 1 to 5: the mean over inputs of 9.01 s that start every second.
+    """Return the overall DNSMOS of a 16 kHz waveform, 1 to 5: the mean over inputs of 9.01 s that start every 4.5 s.
 
     A shorter waveform is repeated. None for an empty one.
     """
     if len(sound) == 0:
         return None
-    repeated = np.tile(sound, -(-QUALITY_SAMPLES // len(sound))) if len(sound) < QUALITY_SAMPLES else sound
-    starts = range(0, len(repeated) - QUALITY_SAMPLES + 1, RATE) if len(sound) >= QUALITY_SAMPLES else [0]
+    repeated = np.resize(sound, QUALITY_SAMPLES) if len(sound) < QUALITY_SAMPLES else sound
+    starts = range(0, len(repeated) - QUALITY_SAMPLES + 1, QUALITY_SAMPLES // 2)
     model = _quality_model()
     raw = [model.run(None, {"input_1": repeated[None, s : s + QUALITY_SAMPLES]})[0][0, 2] for s in starts]
     return float(np.mean(np.polyval(QUALITY_FIT, np.array(raw, np.float64))))

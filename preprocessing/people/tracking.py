@@ -39,16 +39,19 @@ class _ActiveTrack:
         return max(self.meshes)
 
 
-def track_faces(frames: Frames, models: FaceModels, every: int) -> list[FaceTrack]:
+def track_faces(frames: Frames, models: FaceModels, every: int, *, stride: int = 1) -> list[FaceTrack]:
     """Return the tracks of all faces, the one with the most frames first.
 
     Args:
         frames: uint8 ``(n, height, width, 3)``.
         models: Detector and mesh.
         every: Frames between two detections; a lost face is searched in the next frame, too.
+        stride: Frames between two landmarks; the others are not looked at.
     """
     tracks: list[_ActiveTrack] = []
-    for number, frame in enumerate(frames):
+    next_detection = 0
+    for number in range(0, len(frames), stride):
+        frame = frames[number]
         active = [track for track in tracks if track.square is not None]
         for track in active:
             assert track.square is not None
@@ -59,7 +62,9 @@ def track_faces(frames: Frames, models: FaceModels, every: int) -> list[FaceTrac
                 track.square = None
         lost = any(track.square is None for track in active)
         _drop_doubles(tracks, number)
-        if number % every == 0 or lost:
+        due = number >= next_detection
+        next_detection += every if due else 0
+        if due or lost:
             _add_detections(tracks, frame, number, models)
     done = [FaceTrack(meshes=track.meshes) for track in tracks]
     return sorted(done, key=lambda track: (-len(track.meshes), -track.size))

@@ -13,7 +13,7 @@ from preprocessing.people.tracking import track_faces
 from preprocessing.records import Clip, Rejected, Source
 
 FRAMES, SIZE = 40, (240, 320)
-CONFIG = PeopleConfig(min_sharpness=None)
+CONFIG = PeopleConfig(min_sharpness=None, detect_every=5, landmark_every=1)
 
 
 def _mesh(x, y, height=80.0, *, yaw=0.0, opening=0.1, presence=1.0):
@@ -81,6 +81,13 @@ def test_a_moving_face_is_one_track_with_few_detections():
     assert sorted(track.meshes) == list(range(FRAMES))
     assert track.size == pytest.approx(80)
     assert models.detections == 4
+
+
+def test_landmarks_of_every_second_frame_give_the_same_crop(monkeypatch):
+    faces = [lambda i: _mesh(100 + 2 * i, 120)]
+    whole, half = (_crop(faces, monkeypatch, replace(CONFIG, landmark_every=k)) for k in (1, 2))
+    assert half.face.share == 1.0
+    assert np.allclose(whole.face.boxes[:-1], half.face.boxes[:-1], atol=2 / 240)
 
 
 def test_a_hidden_face_continues_its_track():
