@@ -139,8 +139,8 @@ start_ray(num_cpus=1)
 import ray
 task = ray.remote(lambda: time.sleep(100))
 reference = task.remote()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)  # the signal may come at once
     ray.get(reference)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
