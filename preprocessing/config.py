@@ -78,6 +78,12 @@ class PreprocessConfig:
                 raise UserInputError(
                     f"size {height}x{width}: height and width must be even multiples of video.block={self.video.block}"
                 )
+        if self.people is not None and not self.people.models:
+            raise UserInputError("people: the models are not named. Add --people to the command")
+        if self.caption is not None and not self.caption.weights and self.people is None:
+            raise UserInputError(
+                "--caption measured: nothing is measured without --people. Add --people, or --caption DIR"
+            )
         if self.min_chunks * self.chunk_seconds > self.window_seconds:
             raise UserInputError(
                 f"min_chunks={self.min_chunks} of {float(self.chunk_seconds)} s do not fit into window_seconds="

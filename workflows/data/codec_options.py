@@ -61,8 +61,6 @@ def apply_caption_option(config: PreprocessConfig, caption: str | None) -> Prepr
         return config
     if caption != MEASURED:
         return replace(config, caption=caption_config(resolve_path(caption)))
-    if config.people is None:
-        raise UserInputError("--caption measured: nothing is measured without --people. Add --people")
     return replace(config, caption=CaptionConfig())
 
 
