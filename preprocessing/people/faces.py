@@ -76,7 +76,7 @@ class _LiteModel:
     """TensorFlow Lite model on one thread."""
 
     def __init__(self, name: str) -> None:
-        from ai_edge_litert.interpreter import Interpreter
+        from ai_edge_litert.interpreter import Interpreter  # pyright: ignore
 
         self._model: Any = Interpreter(str(model_file(name)), num_threads=1)
         self._model.allocate_tensors()

@@ -36,7 +36,7 @@ def to_model_rate(waveform: Waveform, sample_rate: int) -> Waveform:
 
 
 def _session(name: str) -> Any:
-    import onnxruntime
+    import onnxruntime  # pyright: ignore
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
