@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -47,9 +48,13 @@ def _units(clips: Path, config: PreprocessConfig = CONFIG) -> list[WorkUnit]:
     return plan_units([], find_sources([str(clips)]), config.sources_per_unit, config.fingerprint)
 
 
-def _rows(units: list[WorkUnit]) -> list[dict]:
-    import pyarrow as pa
+@pytest.fixture(scope="module")
+def encoded(clips) -> list[dict]:
+    """Return the rows that reach the driver."""
+    return _rows(_units(clips))
 
+
+def _rows(units: list[WorkUnit]) -> list[dict]:
     batch = pa.table({"unit": [unit.to_json() for unit in units]})
     encode = GroupEncoder(CONFIG, build_encoders)
     return [row for table in decode_units(batch, CONFIG) for row in encode(table).to_pylist()]
@@ -68,13 +73,13 @@ def _files(root: Path) -> dict[str, bytes]:
     }
 
 
-def test_assembled_units_equal_those_of_one_process(clips, tmp_path):
+def test_assembled_units_equal_those_of_one_process(clips, encoded, tmp_path):
     units = _units(clips)
     here, there = Store(str(tmp_path / "here")), Store(str(tmp_path / "there"))
     with Lease(here) as lease:
         for unit in units:
             process_unit(unit, here, lease.token, CONFIG, encoders=build_encoders(CONFIG))
-    rows = _rows(units)
+    rows = encoded
     assert len(rows) == 6 + 1 + len(units)  # spans, the reject, and an end per unit
     with Lease(there) as lease:
         done = [
@@ -90,17 +95,15 @@ def test_assembled_units_equal_those_of_one_process(clips, tmp_path):
     assert warnings == [f"{clips}/no media.txt, row 1: characters that are not valid are replaced"]
 
 
-def test_unit_is_complete_with_its_last_group_only(clips):
+def test_unit_is_complete_with_its_last_group_only(clips, encoded):
     units = _units(clips)
-    rows = [row for row in _rows(units) if row["unit"] == units[0].name]
+    rows = [row for row in encoded if row["unit"] == units[0].name]
     for missing in range(len(rows)):
         assert not list(_assemble(rows[:missing] + rows[missing + 1 :], units))
     assert [unit.unit for unit in _assemble(rows, units)] == [units[0]]
 
 
 def test_frames_pass_as_buffers_outside_of_the_pickle(clips):
-    import pyarrow as pa
-
     tables = list(decode_units(pa.table({"unit": [_units(clips)[1].to_json()]}), CONFIG))
     (array, *_), content = tables[0]["arrays"][0].values, tables[0]["content"][0].as_buffer()
     assert len(array.as_buffer()) == 25 * 32 * 32 * 3
@@ -117,9 +120,8 @@ def test_outage_while_decoding_reaches_the_driver(clips, monkeypatch):
         list(_assemble(_rows(_units(clips)), _units(clips)))
 
 
-def test_outage_while_writing_is_a_result(clips, tmp_path):
-    units = _units(clips)
-    (unit, *_) = _assemble(_rows(units), units)
+def test_outage_while_writing_is_a_result(clips, encoded, tmp_path):
+    (unit, *_) = _assemble(encoded, _units(clips))
     store = Store(str(tmp_path / "out"))
     with Lease(store):
         result = write_encoded_unit(unit, store_uri=store.uri, token="token of a dead driver", config=CONFIG)

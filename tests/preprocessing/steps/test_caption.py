@@ -91,6 +91,7 @@ def _captions(dataset: Path) -> dict[str, tuple[str | None, str]]:
     return {row["file_name"]: (row["caption_source"], row["caption"]) for row in rows}
 
 
+@pytest.mark.slow  # importing transformers takes seconds
 def test_model_describes_clips_without_a_caption_in_batches(folder, models, tmp_path):
     config, other = (apply_caption_option(CONFIG, model) for model in models)
     assert config.caption is not None
@@ -105,6 +106,7 @@ def test_model_describes_clips_without_a_caption_in_batches(folder, models, tmp_
     assert len({CONFIG.fingerprint, config.fingerprint, other.fingerprint}) == 3
 
 
+@pytest.mark.slow
 def test_only_the_failing_clip_is_rejected(folder, models, tmp_path, monkeypatch):
     def describe(config, device):
         def texts(clips):
@@ -125,6 +127,7 @@ def test_only_the_failing_clip_is_rejected(folder, models, tmp_path, monkeypatch
     }
 
 
+@pytest.mark.slow
 def test_missing_model_stops_before_the_first_clip(folder, models, tmp_path):
     config = apply_caption_option(CONFIG, models[0])
     assert config.caption is not None
